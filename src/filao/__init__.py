@@ -1,0 +1,66 @@
+"""Filao: a point-to-point message queue. Every message is durable, in order, and handled by exactly one consumer.
+
+     send ─▶ READY ─receive─▶ LEASED ─ack──────────────────────────▶ gone
+               ▲                │
+               │                ├─ release ───────────▶ READY (its old place; the attempt is given back)
+               │                ├─ crash, lease over ─▶ READY (its old place, at once; the attempt is used)
+               │                ├─ nack ─▶ DELAYED (backoff) ─▶ READY (its old place)
+            DELAYED ◀─ send(delay=…)
+                                └─ reject, attempts spent, expired, malformed ─▶ DEAD ─redrive─▶ READY
+
+    import filao
+
+    async with filao.connect("claims.db") as broker:
+        await broker.declare(filao.Queue("claims.processing"))
+        await broker.send_to_queue("claims.processing", {"claim_id": 7})
+        message = await broker.receive_from_queue("claims.processing")
+        await message.ack()
+
+`filao.sync` is the blocking twin.
+"""
+
+from filao.broker import Broker, Guarantee, connect
+from filao.engine import Failure, Feature, Finding, QueueStats, Receipt, State, StoredMessage
+from filao.errors import (
+    ConfigurationError,
+    EngineError,
+    EngineUnavailable,
+    FilaoError,
+    LeaseLost,
+    MessageError,
+    MessageNotEncodable,
+    MessageTooLarge,
+    QueueFull,
+    QueueNotFound,
+    UnsupportedFeature,
+)
+from filao.message import Message, Transaction
+from filao.queue import Backoff, Queue
+
+__all__ = [
+    "Backoff",
+    "Broker",
+    "ConfigurationError",
+    "EngineError",
+    "EngineUnavailable",
+    "Failure",
+    "Feature",
+    "FilaoError",
+    "Finding",
+    "Guarantee",
+    "LeaseLost",
+    "Message",
+    "MessageError",
+    "MessageNotEncodable",
+    "MessageTooLarge",
+    "Queue",
+    "QueueFull",
+    "QueueNotFound",
+    "QueueStats",
+    "Receipt",
+    "State",
+    "StoredMessage",
+    "Transaction",
+    "UnsupportedFeature",
+    "connect",
+]

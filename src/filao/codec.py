@@ -1,0 +1,160 @@
+"""How a body becomes bytes and comes back: JSON through msgspec, pydantic's own models, raw bytes untouched.
+
+A body is never coerced. What cannot be written exactly raises `MessageNotEncodable` when it is sent; what does not
+decode to its queue's type raises `ValueError` here, and the broker makes it a dead letter. Pickle is never used: a
+queue outlives the code that filled it, and reading a message must not run anything.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol, cast
+
+import msgspec
+
+from filao.errors import MessageNotEncodable, MessageTooLarge
+
+JSON = 0
+"""The content is a JSON text in UTF-8."""
+BYTES = 1
+"""The content is the caller's bytes, untouched."""
+
+HEADERS_MAX = 8 * 1024  # bytes, as JSON
+HEADERS_COUNT_MAX = 64
+SHOWN_MAX = 80  # characters of a wrong value that an error text repeats
+
+
+class _PydanticModel(Protocol):
+    def model_dump_json(self) -> str: ...
+
+
+def _write_foreign(value: object) -> object:
+    """Let pydantic write its own models wherever msgspec meets one."""
+    if hasattr(value, "model_dump_json"):
+        return msgspec.Raw(cast("_PydanticModel", value).model_dump_json().encode())
+    raise TypeError(f"JSON cannot hold a {type(value).__qualname__}")
+
+
+_encode_json = msgspec.json.Encoder(enc_hook=_write_foreign).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Reads and writes the bodies of one queue; `codec_for` makes it."""
+
+    body: type[Any] | None
+    read: Callable[[bytes], Any]
+
+    def encode(self, queue: str, body: object) -> tuple[int, bytes]:
+        """Return what the content is (`JSON` or `BYTES`) and the content, or raise `MessageNotEncodable`."""
+        if isinstance(body, bytes | bytearray | memoryview):
+            content = bytes(cast("bytes", body))
+            if self.body not in (None, bytes):
+                raise _not_of_type(queue, self.body, content, "it is raw bytes")
+            return BYTES, content
+        try:
+            content = _encode_json(body)
+            if b"null" in content:  # msgspec writes NaN and the infinities as null; the search costs less than a walk
+                _check_finite(body)
+        except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError) as error:
+            raise MessageNotEncodable(
+                f"queue {queue!r}: the body {shown(body)} cannot be written as JSON: {error}. Nothing was sent."
+            ) from error
+        if self.body is not None and type(body) is not self.body:
+            try:
+                self.read(content)
+            except ValueError as error:
+                raise _not_of_type(queue, self.body, body, str(error)) from error
+        return JSON, content
+
+    def decode(self, kind: int, content: bytes) -> Any:
+        """Return the body, or raise `ValueError` when the content is not of the queue's type."""
+        if kind == JSON:
+            return self.read(content)
+        if self.body in (None, bytes):
+            return content
+        raise ValueError(f"Expected `{type_name(self.body)}`, got raw bytes")
+
+
+def _codec(body: Any) -> Codec:
+    if body is None:
+        return Codec(body, msgspec.json.decode)
+    if hasattr(body, "model_validate_json"):
+        validate = cast("Callable[..., Any]", getattr(body, "model_validate_json"))  # noqa: B009 - pydantic stays optional
+        return Codec(body, lambda content: validate(content, strict=True))
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(body, strict=True)
+    return Codec(body, decoder.decode)
+
+
+codec_for: Callable[[Any], Codec] = lru_cache(maxsize=256)(_codec)
+"""Return the codec for a queue's declared body type; None stands for plain JSON or bytes."""
+
+
+def encode_headers(queue: str, headers: Mapping[str, str]) -> str | None:
+    """Return the headers as JSON, None when there are none, or raise the `MessageError` that says what is wrong."""
+    if not headers:
+        return None
+    if len(headers) > HEADERS_COUNT_MAX:
+        raise MessageTooLarge(f"queue {queue!r}: {len(headers)} headers; at most {HEADERS_COUNT_MAX} are carried")
+    for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance] - users are not all typed
+            raise MessageNotEncodable(
+                f"queue {queue!r}: header {shown(name)} is {shown(value)}; names and values are strings"
+            )
+    try:
+        content = _encode_json(headers)
+    except UnicodeEncodeError as error:
+        raise MessageNotEncodable(f"queue {queue!r}: a header is not valid Unicode: {error}") from error
+    if len(content) > HEADERS_MAX:
+        raise MessageTooLarge(f"queue {queue!r}: the headers take {len(content):,} bytes; at most {HEADERS_MAX:,} fit")
+    return content.decode()
+
+
+def decode_headers(headers: str | None) -> dict[str, str]:
+    """Return the headers that `encode_headers` wrote."""
+    return msgspec.json.decode(headers, type=dict[str, str]) if headers else {}
+
+
+def type_name(body: object) -> str:
+    """Return a body type as its user wrote it."""
+    return getattr(body, "__qualname__", None) or repr(body)
+
+
+def shown(value: object) -> str:
+    """Return a value as an error text repeats it: short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<{type(value).__qualname__}, whose repr raised {type(error).__qualname__}>"
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
+
+
+def _check_finite(value: object) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"JSON has no {value!r}")
+    if isinstance(value, Mapping):
+        for item in cast("Mapping[object, object]", value).values():
+            _check_finite(item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in cast("list[object]", value):
+            _check_finite(item)
+    elif not isinstance(value, str | int | float | None):
+        _check_finite_fields(value)
+
+
+def _check_finite_fields(value: object) -> None:
+    """Walk into dataclasses, attrs classes and Structs; other values are written by rules of their own."""
+    fields = (
+        getattr(value, "__struct_fields__", None)
+        or getattr(value, "__dataclass_fields__", None)
+        or [attribute.name for attribute in getattr(type(value), "__attrs_attrs__", ())]
+    )
+    for name in fields:
+        _check_finite(getattr(value, name))
+
+
+def _not_of_type(queue: str, body: object, value: object, why: str) -> MessageNotEncodable:
+    return MessageNotEncodable(
+        f"queue {queue!r}: the body {shown(value)} is not a {type_name(body)}: {why}. Nothing was sent."
+    )

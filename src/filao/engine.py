@@ -1,0 +1,352 @@
+"""What a storage engine must do: one Protocol, and the records that cross it.
+
+The seam is cut at the verbs of a queue, never at SQL or AMQP. The data plane is one method, `execute`: a batch of
+operations goes in, one result for each comes out. An operation that cannot be done (an unknown queue, a full one, a
+lost lease) has its `FilaoError` as its result and touches nothing; an exception from `execute` itself means that
+nothing of the batch was done. Durations are seconds; the engine's own clock turns them into instants.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Protocol
+
+import msgspec
+
+from filao.errors import FilaoError
+from filao.queue import Queue
+
+HISTORY_MAX = 20  # failed attempts that are remembered of one message
+
+
+class Feature(StrEnum):
+    """What an engine may or may not be able to do; a queue that needs more is refused when it is declared."""
+
+    FENCING = "fencing"
+    """A late settle is refused once another consumer has the message."""
+    GROUPS = "groups"
+    PRIORITIES = "priorities"
+    DELAY = "delay"
+    TTL = "ttl"
+    DEDUPLICATION = "deduplication"
+    MAX_LENGTH = "max_length"
+    TRANSACTIONS = "transactions"
+    WITHIN = "within"
+    """Sends can join a transaction that the user holds on the engine's database."""
+    PEEK = "peek"
+    EXTEND = "extend"
+    PAUSE = "pause"
+    LIVENESS = "liveness"
+    """The leases of a process that died are taken over at once, not when they run out."""
+
+
+class State(StrEnum):
+    """Where a message stands; the package's docstring draws how it moves."""
+
+    READY = "ready"
+    DELAYED = "delayed"
+    LEASED = "leased"
+    BLOCKED = "blocked"
+    DEAD = "dead"
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What a sender gets once its message is durable."""
+
+    id: str
+    duplicate: bool = False
+    """True when a message with the same `dedup_key` or `message_id` was already there: `id` is that one's."""
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """A leased message as its engine hands it over; `handle` and `token` are the engine's own proof of the lease."""
+
+    queue: str
+    id: str
+    handle: int
+    token: int
+    attempt: int
+    priority: int
+    group: str | None
+    dedup_key: str | None
+    message_id: str | None
+    headers: str | None
+    kind: int
+    content: bytes
+    sent_at: int
+    """Milliseconds since 1970."""
+    failures: int
+    """How many failed attempts its history has recorded."""
+
+
+class Ack(msgspec.Struct, frozen=True):
+    """Done: delete it."""
+
+
+class Nack(msgspec.Struct, frozen=True):
+    """Failed: again after `delay` seconds (None: the queue's backoff), or dead when its attempts are spent."""
+
+    delay: float | None = None
+    error: str = ""
+
+
+class Reject(msgspec.Struct, frozen=True):
+    """Failed for good: a dead letter."""
+
+    error: str = ""
+    malformed: bool = False
+
+
+class Release(msgspec.Struct, frozen=True):
+    """Not done and not failed: back to its old place, the attempt given back."""
+
+
+Outcome = Ack | Nack | Reject | Release
+
+
+class Draft(msgspec.Struct, frozen=True):
+    """A message before it has an identity: checked and encoded."""
+
+    kind: int
+    content: bytes
+    headers: str | None = None
+    delay: float = 0.0
+    priority: int = 0
+    group: str | None = None
+    dedup_key: str | None = None
+    ttl: float | None = None
+    message_id: str | None = None
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Store the drafts, all or none; its result is a list of receipts."""
+
+    queue: str
+    drafts: Sequence[Draft]
+
+
+class Receive(msgspec.Struct, frozen=True):
+    """Lease up to `limit` messages; its result is `Received`."""
+
+    queue: str
+    limit: int
+    lease: float | None = None
+    """Seconds; None: the queue's rule."""
+    waits: bool = False
+    """If there is none, the caller is about to `wait`: wake it when there is."""
+
+
+class Received(msgspec.Struct, frozen=True):
+    """What a `Receive` got."""
+
+    deliveries: list[Delivery]
+    due_in: float | None = None
+    """When there was none: the seconds until the next delayed message or running lease of the queue is due."""
+
+
+class Settle(msgspec.Struct, frozen=True):
+    """End a lease; its result is None. Every way in which a message can end is an `Outcome`."""
+
+    delivery: Delivery
+    outcome: Outcome
+
+
+class Extend(msgspec.Struct, frozen=True):
+    """Let a lease end `seconds` from now; its result is None."""
+
+    delivery: Delivery
+    seconds: float
+
+
+Operation = Send | Receive | Settle | Extend
+Result = list[Receipt] | Received | None | FilaoError
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """One failed attempt in the history of a message."""
+
+    attempt: int
+    at: datetime
+    outcome: str
+    """nacked, rejected, malformed, crashed (its process died), lease_expired, expired (its ttl) or overflow."""
+    error: str
+    """What the consumer said, with the traceback of an exception; empty when it could not say anything."""
+    consumer: str
+    """The host and process that held the lease."""
+
+
+class StoredMessage(msgspec.Struct, frozen=True):
+    """A message as operators see it: looking at it changes nothing."""
+
+    id: str
+    queue: str
+    state: State
+    body: Any
+    """The JSON value, the bytes, or the raw bytes of a body that is not valid JSON."""
+    headers: dict[str, str]
+    attempts: int
+    priority: int
+    group: str | None
+    dedup_key: str | None
+    sent_at: datetime
+    at: datetime
+    """Delayed: when it is due. Leased: when the lease ends. Dead: when it died. Else: when it became so."""
+    expires_at: datetime | None
+    reason: str | None = None
+    """Of a dead letter: max_attempts, rejected, expired, malformed or overflow."""
+    history: tuple[Failure, ...] = ()
+    """The last 20 failed attempts, the oldest first."""
+
+    @property
+    def error(self) -> str:
+        """The last error that was recorded."""
+        return self.history[-1].error if self.history else ""
+
+
+class QueueStats(msgspec.Struct, frozen=True):
+    """The counters of a queue, kept in the transactions that change them: reading them costs the same at any depth.
+
+    Always: sent = ready + delayed + blocked + leased + dead + acked + dropped + purged + cancelled.
+    """
+
+    name: str
+    paused: bool
+    ready: int
+    """Could be received now."""
+    delayed: int
+    """Waits for its time: sent with a delay, or failed and backing off."""
+    blocked: int
+    """Waits behind another message of its group."""
+    leased: int
+    """Held by a consumer."""
+    dead: int
+    """Given up: a dead letter."""
+    oldest_ready_age: float | None
+    """Seconds since the oldest ready message was sent."""
+    sent: int = 0
+    """Stored, ever."""
+    duplicates: int = 0
+    """Sends that found their message already there."""
+    refused: int = 0
+    """Sends that found the queue full."""
+    received: int = 0
+    """Deliveries, ever: a message delivered twice counts twice."""
+    acked: int = 0
+    """Done and gone, those received at most once included."""
+    late: int = 0
+    """Acks, extends and other settles that came after the lease had ended, but before anyone else took the message."""
+    nacked: int = 0
+    released: int = 0
+    lost: int = 0
+    """Leases that ended without a word: the consumer died or overslept."""
+    died: int = 0
+    """Messages that became dead letters, ever."""
+    dropped: int = 0
+    """Messages that outlived their ttl in a queue whose rule is to drop them."""
+    redriven: int = 0
+    purged: int = 0
+    cancelled: int = 0
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that the doctor looked at."""
+
+    subject: str
+    level: str
+    """ok, note, warning or error."""
+    text: str
+
+
+class Waiter(Protocol):
+    """A place to wait for one queue. It is taken before the first look, so that no wake-up falls between the two."""
+
+    def clear(self) -> None:
+        """Forget earlier wake-ups; call it before looking."""
+
+    async def wait(self, timeout: float | None) -> None:
+        """Return when the queue may have something, or after `timeout` seconds; sometimes for nothing."""
+
+    def close(self) -> None:
+        """Leave; always call it."""
+
+
+class EngineTransaction(Protocol):
+    """A transaction on the engine's database; nothing in it is seen by others, or kept, before it commits."""
+
+    async def execute(self, sql: str, parameters: Any) -> list[Any]:
+        """Run one statement of the user's and return its rows."""
+        ...
+
+    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+        """Do operations as part of this transaction."""
+        ...
+
+
+class Engine(Protocol):
+    """The storage that keeps the promises. One engine belongs to one event loop."""
+
+    @property
+    def name(self) -> str:
+        """What users call it, as in error texts."""
+        ...
+
+    @property
+    def features(self) -> frozenset[Feature]: ...
+
+    async def open(self) -> None:
+        """Connect, and create or migrate what is stored. Raises `EngineError`, `ConfigurationError`."""
+
+    async def close(self) -> None:
+        """Let go of everything; leases that are still held are given back. Idempotent."""
+
+    def abandon(self) -> None:
+        """Let go in a child process after a fork, without touching what is shared with the parent."""
+
+    async def declare(self, queue: Queue[Any]) -> None:
+        """Create the queue or give it these rules. Idempotent. Raises `UnsupportedFeature`."""
+
+    async def queues(self) -> list[Queue[Any]]:
+        """Return every declared queue with its rules, by name."""
+        ...
+
+    async def execute(self, operations: Sequence[Operation]) -> list[Result]:
+        """Do all operations durably, and return one result each; if it raises, none was done."""
+        ...
+
+    def waiter(self, queue: str) -> Waiter: ...
+
+    def transaction(self) -> AbstractAsyncContextManager[EngineTransaction]: ...
+
+    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
+        """Do a send in the transaction that the user holds on `connection`, on the user's own thread."""
+        ...
+
+    async def stats(self) -> list[QueueStats]: ...
+
+    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
+        """Return messages in order, from the one behind `after`, and change nothing."""
+        ...
+
+    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
+        """Make dead letters ready again, in their old places, with fresh attempts; `edited` replaces their content."""
+        ...
+
+    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
+        """Delete messages in these states (`ids`: only those) and return how many there were."""
+        ...
+
+    async def pause(self, queue: str, *, paused: bool) -> None:
+        """Stop or resume deliveries; sends go on."""
+
+    async def resume_group(self, queue: str, group: str) -> None:
+        """Let a group that a dead letter halted go on."""
+
+    async def doctor(self) -> list[Finding]:
+        """Examine the storage and say what an operator should know."""
+        ...
+
+
+def instant(milliseconds: int) -> datetime:
+    """Return an engine's time as an aware datetime in UTC."""
+    return datetime.fromtimestamp(milliseconds / 1000, tz=UTC)

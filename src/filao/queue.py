@@ -1,0 +1,172 @@
+"""A queue's name and rules, and the decisions that follow from them alone.
+
+Everything here is a frozen value or a pure function: no clock, no chance, no storage. Engines store the rules beside
+the queue's name, so that producers and consumers, in any process, live by the same ones.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Generic, Literal
+
+import msgspec
+from typing_extensions import TypeVar
+
+from filao.errors import ConfigurationError, QueueNotFound
+
+T = TypeVar("T", default=Any)  # a queue without a body type carries plain JSON: dicts, lists, strings, numbers
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+BODY_MAX = 256 * 1024  # bytes; a message is a note, not a parcel: send a reference to what is larger
+BODY_MAX_EVER = 64 * 1024 * 1024  # bytes; a queue may raise its own limit up to here
+LEASE_MAX = 7 * 86_400.0  # seconds
+DURATION_MAX = 10 * 365 * 86_400.0  # seconds; for delays, time to live and windows
+
+Overflow = Literal["refuse", "drop_oldest"]
+Expiry = Literal["dead", "drop"]
+GroupFailure = Literal["block", "skip"]
+GroupDead = Literal["continue", "halt"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """How long a failed message waits before its next attempt: exponential, with jitter, under a ceiling.
+
+    The nth failure waits `first * factor**(n-1)` seconds, at most `ceiling`, of which the share `jitter` is random, so
+    that messages that failed together do not all return together.
+    """
+
+    first: float = 1.0
+    factor: float = 2.0
+    ceiling: float = 300.0
+    jitter: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_duration("Backoff", "first", self.first)
+        check_duration("Backoff", "ceiling", self.ceiling)
+        if not 1.0 <= self.factor <= 100.0:
+            raise ConfigurationError(f"Backoff: factor is {self.factor!r}; it must be from 1 to 100")
+        if not 0.0 <= self.jitter <= 1.0:
+            raise ConfigurationError(f"Backoff: jitter is {self.jitter!r}; it must be from 0 to 1")
+
+    def delay(self, attempt: int, chance: float) -> float:
+        """Return the seconds to wait after the nth failed `attempt`; `chance` is a random number from 0 to 1."""
+        exponent = min(attempt - 1, 64)  # past this any factor above 1 has met any ceiling; it keeps floats finite
+        whole = min(self.ceiling, self.first * self.factor**exponent)
+        return whole * (1.0 - self.jitter * chance)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue(Generic[T]):
+    """A queue's name, the type of its bodies, and its rules: declared once, shared by producers and consumers.
+
+    All durations are seconds. `body` is a type that msgspec or pydantic can check (a dataclass, an attrs class, a
+    Struct, a TypedDict, a pydantic model); without it bodies are plain JSON or bytes.
+    """
+
+    name: str
+    body: type[T] | None = None
+    _: KW_ONLY
+    lease: float = 30.0
+    """How long a consumer may hold a message before another may take it. It is about liveness: extend it for more."""
+    max_attempts: int = 5
+    """A message that failed so many times becomes a dead letter."""
+    backoff: Backoff = field(default_factory=Backoff)
+    """How long a failed message waits before its next attempt."""
+    ttl: float | None = None
+    """Messages older than this are no longer delivered, unless their sender gave another `ttl`. None: they never age."""
+    on_expiry: Expiry = "dead"
+    """What becomes of a message that outlived its `ttl`: a dead letter, or nothing."""
+    dedup_window: float = 300.0
+    """How long after its message has ended a `dedup_key` is still remembered."""
+    max_length: int | None = None
+    """At most so many messages wait or are being worked on; dead letters do not count."""
+    overflow: Overflow = "refuse"
+    """At `max_length`: refuse the new message with `QueueFull`, or make the oldest waiting one a dead letter."""
+    group_failure: GroupFailure = "block"
+    """While the head of a group waits for its next attempt, the group waits with it, or goes on without it."""
+    group_dead: GroupDead = "continue"
+    """When a message of a group dies, the group goes on, or halts until an operator resumes it."""
+    body_max: int = BODY_MAX
+    """The largest body in bytes."""
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        check_duration(self.name, "lease", self.lease, least=0.001, most=LEASE_MAX)
+        check_duration(self.name, "dedup_window", self.dedup_window)
+        if self.ttl is not None:
+            check_duration(self.name, "ttl", self.ttl, least=0.001)
+        _check_count(self.name, "max_attempts", self.max_attempts, most=1_000_000)
+        _check_count(self.name, "body_max", self.body_max, most=BODY_MAX_EVER)
+        if self.max_length is not None:
+            _check_count(self.name, "max_length", self.max_length, most=2**53)
+        for rule, allowed in _CHOICES.items():
+            if getattr(self, rule) not in allowed:
+                raise ConfigurationError(
+                    f"queue {self.name!r}: {rule} is {getattr(self, rule)!r}; it must be one of {', '.join(allowed)}"
+                )
+
+
+_CHOICES = {
+    "overflow": ("refuse", "drop_oldest"),
+    "on_expiry": ("dead", "drop"),
+    "group_failure": ("block", "skip"),
+    "group_dead": ("continue", "halt"),
+}
+_RULES = (
+    "lease",
+    "max_attempts",
+    "backoff",
+    "ttl",
+    "on_expiry",
+    "dedup_window",
+    "max_length",
+    "overflow",
+    "group_failure",
+    "group_dead",
+    "body_max",
+)
+
+
+def rules_to_json(queue: "Queue[Any]") -> str:
+    """Write a queue's rules (all but its name and body type) as the JSON that engines store."""
+    return msgspec.json.encode({rule: getattr(queue, rule) for rule in _RULES}).decode()
+
+
+def rules_from_json(name: str, rules: str) -> "Queue[Any]":
+    """Read back what `rules_to_json` wrote; a rule that a newer version added and this one does not know is passed over."""
+    stored = msgspec.json.decode(rules)
+    known = {rule: stored[rule] for rule in _RULES if rule in stored and rule != "backoff"}
+    return Queue(name, backoff=Backoff(**stored.get("backoff", {})), **known)
+
+
+def retry_delay(queue: "Queue[Any]", attempt: int, chance: float) -> float | None:
+    """Return the seconds after which a message that failed its nth `attempt` is tried again; None when it is dead."""
+    return None if attempt >= queue.max_attempts else queue.backoff.delay(attempt, chance)
+
+
+def not_found(name: str, known: Iterable[str]) -> QueueNotFound:
+    """Return the error for a queue that nobody declared, naming those that its caller may have meant."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "No queue is declared here yet."
+    return QueueNotFound(f"queue {name!r} is not declared. {hint} Declare it with broker.declare(Queue({name!r})).")
+
+
+def check_name(name: object) -> None:
+    """Raise `ConfigurationError` unless `name` may name a queue."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        shown = repr(name) if len(repr(name)) <= 200 else repr(name)[:200] + "…"
+        raise ConfigurationError(f"queue name {shown}: a name is 1 to 128 characters of A-Z a-z 0-9 . _ -")
+
+
+def check_duration(owner: str, what: str, value: object, *, least: float = 0.0, most: float = DURATION_MAX) -> None:
+    """Raise `ConfigurationError` unless `value` is a number of seconds from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise ConfigurationError(f"{owner}: {what} is {value!r}; it must be from {least:g} to {most:g} seconds")
+
+
+def _check_count(owner: str, what: str, value: object, *, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigurationError(f"queue {owner!r}: {what} is {value!r}; it must be a whole number from 1 to {most}")
