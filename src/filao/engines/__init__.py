@@ -1,0 +1,40 @@
+"""From a URL to the engine that keeps its promises."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+from filao.engine import Engine
+from filao.engines.sqlite import SqliteEngine
+from filao.errors import ConfigurationError
+
+Durability = Literal["full", "relaxed"]
+
+
+def engine_for(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> Engine:
+    """Return the engine, not yet open, that a URL or a path names."""
+    if durability not in ("full", "relaxed"):
+        raise ConfigurationError(f'durability is {durability!r}; it must be "full" or "relaxed"')
+    return SqliteEngine(_sqlite_path(url), durable=durability == "full", clock=clock)
+
+
+def _sqlite_path(url: str | Path) -> Path:
+    if isinstance(url, Path):
+        return url
+    if not url:
+        raise ConfigurationError('the URL is empty; give a path such as "claims.db", or sqlite://:memory:')
+    if "\0" in url:
+        raise ConfigurationError(f"{url!r} is no path: it holds a NUL character")
+    if "://" not in url:
+        return Path(url)
+    if url in ("sqlite://:memory:", "sqlite:///:memory:"):
+        return Path(":memory:")
+    parts = urlsplit(url)
+    if parts.scheme != "sqlite" or parts.netloc or parts.query or not parts.path[1:]:
+        raise ConfigurationError(
+            f"{url!r} is no URL that Filao knows; give a path, sqlite:///relative.db, sqlite:////absolute.db "
+            f"or sqlite://:memory:"
+        )
+    return Path(unquote(parts.path[1:]))

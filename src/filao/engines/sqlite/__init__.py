@@ -1,0 +1,5 @@
+"""SQLite as an engine: `engine.py` on the event loop, `database.py` in its thread, `verbs.py` and `control.py` in SQL."""
+
+from filao.engines.sqlite.engine import SqliteEngine
+
+__all__ = ["SqliteEngine"]

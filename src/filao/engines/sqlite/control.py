@@ -1,0 +1,283 @@
+"""What operators do, in SQL: declare, look, redrive, remove, pause; and what the engine does for the dead.
+
+Like the verbs, these run on the books of a transaction, so that the counters stay exact.
+"""
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from filao.codec import JSON, decode_headers
+from filao.engine import Draft, Failure, QueueStats, State, StoredMessage, instant
+from filao.engines.sqlite.books import (
+    COUNTERS,
+    DEDUP_KEY,
+    STATES,
+    TOKENS_PER_PROCESS,
+    Books,
+    Entry,
+    QueueRow,
+    oldest_ready,
+)
+from filao.engines.sqlite.verbs import lose_all, release
+from filao.queue import Queue, rules_from_json, rules_to_json
+
+NUMBERS = {name: number for number, name in STATES.items()}
+
+_INDEXES = {"ready": "ready", "delayed": "delayed", "leased": "leased", "dead": "dead", "blocked": "grouped"}
+_WHERE = {
+    "ready": "state = 2",
+    "delayed": "state = 3",
+    "leased": "state = 4",
+    "blocked": "grp IS NOT NULL AND state < 6 AND state = 5",
+    "dead": "state = 6",
+}
+_ORDER = {"ready": "priority DESC, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
+_SEEN = (
+    "id, message_id, state, kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason"
+)
+
+
+def declare(books: Books, queue: Queue) -> None:
+    """Create the queue or give it these rules."""
+    before = books.queue(queue.name)
+    books.db.execute(
+        """
+        INSERT INTO filao_queue (name, rules) VALUES (?, ?)
+        ON CONFLICT (name) DO UPDATE SET rules = excluded.rules
+        """,
+        (queue.name, rules_to_json(queue)),
+    )
+    if before is None:
+        return
+    changed = before.rules.group_failure != queue.group_failure or before.rules.group_dead != queue.group_dead
+    before.rules = rules_from_json(queue.name, rules_to_json(queue))
+    if changed:
+        _arrange_all(books, before)
+
+
+def _arrange_all(books: Books, row: QueueRow) -> None:
+    if row.rules.group_dead == "continue":
+        books.db.execute("DELETE FROM filao_halted WHERE queue = ?", (row.id,))
+    groups = books.db.execute(
+        "SELECT DISTINCT grp FROM filao_message INDEXED BY filao_grouped WHERE queue = ? AND grp IS NOT NULL AND state < 6",
+        (row.id,),
+    )
+    for (group,) in groups.fetchall():
+        books.arrange(row, group)
+
+
+def queues(db: sqlite3.Connection) -> list[Queue]:
+    """Return every declared queue with its rules, by name."""
+    return [rules_from_json(*found) for found in db.execute("SELECT name, rules FROM filao_queue ORDER BY name")]
+
+
+def stats(db: sqlite3.Connection, now: int) -> list[QueueStats]:
+    """Read the counters of every queue."""
+    found = db.execute(f"SELECT id, name, paused, {', '.join(COUNTERS)} FROM filao_queue ORDER BY name").fetchall()
+    return [
+        QueueStats(
+            name=name,
+            paused=bool(paused),
+            oldest_ready_age=_oldest_age(db, number, now),
+            **dict(zip(COUNTERS, counted, strict=True)),
+        )
+        for number, name, paused, *counted in found
+    ]
+
+
+def _oldest_age(db: sqlite3.Connection, queue: int, now: int) -> float | None:
+    oldest = oldest_ready(db, queue)
+    if oldest is None:
+        return None
+    sent_at: int = db.execute("SELECT sent_at FROM filao_message WHERE id = ?", (oldest,)).fetchone()[0]
+    return max(0.0, (now - sent_at) / 1000)
+
+
+def peek(books: Books, row: QueueRow, state: State, limit: int, after: str | None) -> list[StoredMessage]:
+    """Return messages of one state in its order; `after` is the id of the last one seen."""
+    skipped, parameters = _behind(books, row, state, after)
+    found = books.db.execute(
+        f"""
+        SELECT {_SEEN}
+        FROM filao_message INDEXED BY filao_{_INDEXES[state]}
+        WHERE queue = ? AND {_WHERE[state]} {skipped}
+        ORDER BY {_ORDER[state]}
+        LIMIT ?
+        """,
+        (row.id, *parameters, limit),
+    ).fetchall()
+    return [_stored(books, row, fields) for fields in found]
+
+
+def _behind(books: Books, row: QueueRow, state: State, after: str | None) -> tuple[str, tuple[object, ...]]:
+    number = None if after is None else number_of(books, row, after)
+    if number is None:
+        return "", ()
+    last = books.db.execute("SELECT priority, at, grp FROM filao_message WHERE id = ?", (number,)).fetchone()
+    if (
+        state == State.DEAD
+    ):  # its order needs no more than the id, so a dead letter that was redriven meanwhile still serves
+        return "AND id > ?", (number,)
+    if last is None:
+        return "", ()
+    priority, at, group = last
+    match state:
+        case State.READY:
+            return "AND (-priority, id) > (?, ?)", (-priority, number)
+        case State.BLOCKED:
+            return "AND (grp, id) > (?, ?)", (group, number)
+        case _:
+            return "AND (at, id) > (?, ?)", (at, number)
+
+
+def _stored(books: Books, row: QueueRow, fields: Sequence[Any]) -> StoredMessage:
+    number, message_id, state, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, *rest = fields
+    expires_at, reason = rest
+    return StoredMessage(
+        id=books.name_of(number, message_id),
+        queue=row.rules.name,
+        state=State(STATES[state]),
+        body=_shown_body(kind, content),
+        headers=decode_headers(headers),
+        attempts=attempts,
+        priority=priority,
+        group=group,
+        dedup_key=dedup_key,
+        sent_at=instant(sent_at),
+        at=instant(at),
+        expires_at=None if expires_at is None else instant(expires_at),
+        reason=reason,
+        history=_history(books.db, number),
+    )
+
+
+def _shown_body(kind: int, content: bytes) -> Any:
+    if kind != JSON:
+        return content
+    try:
+        return msgspec.json.decode(content)
+    except ValueError:
+        return content
+
+
+def _history(db: sqlite3.Connection, number: int) -> tuple[Failure, ...]:
+    found = db.execute(
+        "SELECT attempt, at, outcome, error, consumer FROM filao_failure WHERE message = ? ORDER BY id", (number,)
+    )
+    return tuple(
+        Failure(attempt, instant(at), outcome, error, consumer) for attempt, at, outcome, error, consumer in found
+    )
+
+
+def number_of(books: Books, row: QueueRow, name: str) -> int | None:
+    """Return the number of the message with this public id; None when there is none in the queue."""
+    found = books.db.execute(
+        "SELECT id FROM filao_message INDEXED BY filao_named WHERE queue = ? AND message_id = ?", (row.id, name)
+    ).fetchone()
+    if found is not None:
+        return int(found[0])
+    file, _, number = name.rpartition("-")
+    if file != books.file or not number.isascii() or not number.isdigit():
+        return None
+    return int(number) if len(number) < 19 else None
+
+
+def redrive(books: Books, row: QueueRow, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
+    """Give dead letters back with fresh attempts, each to its old place."""
+    entries = _chosen(books, row, [State.DEAD], ids, limit)
+    for entry in entries:
+        books.db.execute(
+            "UPDATE filao_message SET attempts = 0, reason = NULL, expires_at = NULL WHERE id = ?", (entry.number,)
+        )
+        if edited is not None:
+            books.db.execute(
+                "UPDATE filao_message SET kind = ?, content = ?, headers = coalesce(?, headers) WHERE id = ?",
+                (edited.kind, edited.content, edited.headers, entry.number),
+            )
+        if entry.dedup_key is not None:
+            books.db.execute(
+                "UPDATE filao_dedup SET until = NULL WHERE queue = ? AND kind = ? AND key = ? AND message = ?",
+                (row.id, DEDUP_KEY, entry.dedup_key, books.name_of(entry.number, entry.message_id)),
+            )
+        books.give_back(row, entry)
+    row.count["redriven"] += len(entries)
+    return len(entries)
+
+
+def remove(books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None) -> int:
+    """Delete messages in these states; whoever holds one loses its lease."""
+    entries = _chosen(books, row, states, ids, None)
+    for entry in entries:
+        books.delete(row, entry, "purged" if ids is None else "cancelled")
+        if ids is None and (entry.dedup_key is not None or entry.message_id is not None):
+            _forget_keys(books, row, entry)
+    return len(entries)
+
+
+def _forget_keys(books: Books, row: QueueRow, entry: Entry) -> None:
+    """Start afresh: what a purge removed may be sent again at once."""
+    books.db.execute(
+        "DELETE FROM filao_dedup WHERE queue = ? AND message = ?",
+        (row.id, books.name_of(entry.number, entry.message_id)),
+    )
+
+
+def _chosen(
+    books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int | None
+) -> list[Entry]:
+    if ids is not None:
+        numbers = [number for name in ids if (number := number_of(books, row, name)) is not None]
+        allowed = {NUMBERS[state] for state in states}
+        named = [entry for number in numbers for entry in books.entries("WHERE id = ? AND queue = ?", (number, row.id))]
+        return [entry for entry in named if entry.state in allowed][:limit]
+    found: list[Entry] = []
+    for state in states:
+        clause = f"INDEXED BY filao_{_INDEXES[state]} WHERE queue = ? AND {_WHERE[state]} ORDER BY {_ORDER[state]}"
+        found += books.entries(f"{clause} LIMIT ?", (row.id, -1 if limit is None else limit))
+    return found
+
+
+def pause(books: Books, row: QueueRow, *, paused: bool) -> None:
+    """Stop or resume deliveries; those who wait look again when they resume."""
+    books.db.execute("UPDATE filao_queue SET paused = ? WHERE id = ?", (int(paused), row.id))
+    row.paused = paused
+    row.wake += row.count["ready"] + row.count["delayed"] + row.count["leased"]
+
+
+def resume_group(books: Books, row: QueueRow, group: str) -> None:
+    """Let a halted group go on."""
+    books.db.execute("DELETE FROM filao_halted WHERE queue = ? AND grp = ?", (row.id, group))
+    books.arrange(row, group)
+
+
+def bury(books: Books, process: int) -> None:
+    """Take over the leases of a process that died, and strike it off."""
+    first = process * TOKENS_PER_PROCESS
+    for queue in queues(books.db):
+        row = books.queue(queue.name)
+        if row is not None and row.count["leased"]:
+            lose_all(books, row, "token BETWEEN ? AND ?", (first, first + TOKENS_PER_PROCESS - 1), "crashed")
+    _strike_off(books, process)
+
+
+def _strike_off(books: Books, process: int) -> None:
+    books.db.execute("DELETE FROM filao_waiting WHERE process = ?", (process,))
+    books.db.execute("DELETE FROM filao_process WHERE id = ?", (process,))
+
+
+def resign(books: Books, process: int, limit: int) -> None:
+    """Give back the leases of a process that leaves, the attempts unused, and strike it off."""
+    first = process * TOKENS_PER_PROCESS
+    for queue in queues(books.db):
+        row = books.queue(queue.name)
+        if row is None or not row.count["leased"]:
+            continue
+        for entry in books.entries(
+            "INDEXED BY filao_leased WHERE queue = ? AND state = 4 AND token BETWEEN ? AND ? LIMIT ?",
+            (row.id, first, first + TOKENS_PER_PROCESS - 1, limit),
+        ):
+            release(books, row, entry)
+    _strike_off(books, process)

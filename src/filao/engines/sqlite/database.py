@@ -1,0 +1,257 @@
+"""The file as one process holds it: a connection, its turnstile, and transactions that end cleanly whatever happens.
+
+Everything here blocks, and runs in the engine's one database thread. A transaction is one turn at the turnstile, with
+its books; whoever must look again because of it is called after its commit.
+"""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filao.engines.sqlite import files
+from filao.engines.sqlite.bell import Bell, is_alive, ring
+from filao.engines.sqlite.books import Books, Call
+from filao.engines.sqlite.turnstile import Turnstile
+from filao.engines.sqlite.verbs import Lessee
+from filao.errors import EngineError, EngineUnavailable
+
+FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
+TIDY_PAGES = 500  # pages given back to the file system in one turn: a few milliseconds of the write lock
+TIDY_KEYS = 1_000  # forgotten deduplication keys deleted in one turn
+
+_ABANDONED: list[object] = []  # what a child process inherited and must never close
+
+
+class Database:
+    """One process's hold on a Filao file, or on a private one in memory."""
+
+    def __init__(self, path: Path, *, durable: bool, clock: Callable[[], float], wake: Callable[[int], None]) -> None:
+        self.path = path
+        self.folder: Path | None = None
+        """Where the turnstile and the bells are; None in memory."""
+        self.file = ""
+        """The random name of the file, the first part of its message ids."""
+        self.lessee: Lessee | None = None
+        self.bell: Bell | None = None
+        self.ticket: threading.Lock | None = None
+        """Held by whoever decides whether the running job may still begin: see `SqliteEngine._in_turn`."""
+        self._durable = durable
+        self._flushes = durable
+        self._clock = clock
+        self._wake = wake
+        self._turnstile = Turnstile(None)
+        self._db: sqlite3.Connection | None = None
+        self._seen_version = -1
+        self._others: list[tuple[int, str]] = []
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the file, and create or migrate its tables."""
+        if self.path != files.MEMORY:
+            self.path = self.path.resolve()  # one file, one turnstile, by whatever path it is called
+            files.check_path(self.path)
+        with files.mapped(self.path):
+            if self.path != files.MEMORY:
+                files.check_is_database(self.path)
+                self.folder = files.sidecar(self.path)
+                self.folder.mkdir(mode=0o700, exist_ok=True)
+                self._turnstile = Turnstile(self.folder / "turnstile")
+            with self._turnstile.turn():
+                self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        db = files.connect(self.path, full=self._durable)
+        try:
+            files.migrate(db, self.path)
+            self.file = db.execute("SELECT value FROM filao_meta WHERE name = 'file'").fetchone()[0]
+        except BaseException:
+            db.close()
+            raise
+        self._db = db
+        self._flushes = self._durable
+        return db
+
+    def close(self) -> None:
+        """Let go of the file; the last process to do so writes its WAL back."""
+        if self.bell is not None:
+            self.bell.close()
+            self.bell = None
+        try:
+            with files.mapped(self.path), self._turnstile.turn():
+                if self._db is not None:
+                    self._db.close()
+        finally:
+            self._db = None
+            self._turnstile.close()
+
+    def abandon(self) -> None:
+        """Let go in a child after a fork. The connection stays open for ever: closing it could hurt the parent's file."""
+        _ABANDONED.append(self._db)
+        self._turnstile.close()
+        if self.bell is not None:
+            self.bell.let_go()
+
+    # --- transactions ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def write(self, *, durable: bool) -> Generator[Books]:
+        """Open a transaction, commit it on leaving, and call those who must look again; an exception undoes it."""
+        books = self.begin(durable=durable)
+        try:
+            yield books
+        except BaseException as error:
+            self.roll_back(error)
+            if isinstance(error, sqlite3.Error):
+                raise files.engine_error(self.path, error) from error
+            raise
+        self.commit(books)
+
+    def begin(self, *, durable: bool) -> Books:
+        """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends."""
+        self._turnstile.enter()
+        try:
+            if self.ticket is not None and not self.ticket.acquire(blocking=False):
+                raise EngineUnavailable("nobody waits for this any more")
+            self.ticket = None
+            with files.mapped(self.path):
+                db = self._db or self._reopen()
+                if self._flushes != (durable and self._durable):
+                    self._flushes = not self._flushes
+                    files.set_durable(db, durable=self._flushes)
+                db.execute("BEGIN IMMEDIATE")
+            return Books(db, self.file, self.now())
+        except BaseException:
+            self._turnstile.leave()
+            raise
+
+    def commit(self, books: Books) -> None:
+        """Make it so, durably when the transaction was begun so."""
+        try:
+            books.write_down()
+            calls = books.calls()
+            books.db.execute("COMMIT")
+        except BaseException as error:
+            self.roll_back(error)
+            if isinstance(error, sqlite3.Error):
+                raise files.engine_error(self.path, error) from error
+            raise
+        self._turnstile.leave()
+        self._call(calls)
+
+    def roll_back(self, error: BaseException) -> None:
+        """Undo what was begun, if anything was; and when the disk failed, never trust this connection again."""
+        if not self._turnstile.is_held:
+            return
+        try:
+            db = self._db
+            if db is not None:
+                with suppress(sqlite3.Error):
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error) and files.is_broken(error):
+                    self._db = None
+                    with suppress(sqlite3.Error):
+                        db.close()
+        finally:
+            self._turnstile.leave()
+
+    def read(self) -> Books:
+        """Return books for looking only: each statement sees what is committed, and nothing is written down."""
+        with files.mapped(self.path):
+            return Books(self._db or self._reopen(), self.file, self.now())
+
+    def now(self) -> int:
+        """Return the engine's time in milliseconds."""
+        return round(self._clock() * 1000)
+
+    def _reopen(self) -> sqlite3.Connection:
+        """Open the file afresh after the disk failed, and look whether it is whole before going on."""
+        db = self._connect()
+        verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            db.close()
+            self._db = None
+            raise EngineError(f"{self.path} is damaged: {verdict}. Stop the writers and run: filao doctor {self.path}")
+        return db
+
+    def _call(self, calls: Sequence[Call]) -> None:
+        own = self.lessee.process if self.lessee is not None else 0
+        for process, bell, queue in calls:
+            if process == own:
+                self._wake(queue)
+            elif bell and self.folder is not None:
+                ring(self.folder, bell, queue)
+
+    # --- processes ---------------------------------------------------------------------------------------------------
+
+    def register(self, name: str) -> Lessee:
+        """Enter this process among those that receive, with a bell where the file system has FIFOs."""
+        if self.lessee is None:
+            bell = self._hang_bell()
+            with self.write(durable=False) as books:
+                added = books.db.execute(
+                    "INSERT INTO filao_process (bell, name, started_at) VALUES (?, ?, ?)",
+                    (bell.name if bell else "", name, books.now),
+                )
+            assert added.lastrowid is not None
+            self.bell = bell
+            self.lessee = Lessee(added.lastrowid, name)
+        return self.lessee
+
+    def _hang_bell(self) -> Bell | None:
+        if self.folder is None or not hasattr(os, "mkfifo"):
+            return None
+        try:
+            return Bell(self.folder)
+        except OSError:
+            return None  # a file system without FIFOs: polling finds what no bell tells
+
+    def dead_processes(self) -> list[int]:
+        """Return the registered processes whose bells tell that they are dead."""
+        if self.folder is None:
+            return []
+        own = self.lessee.process if self.lessee is not None else 0
+        folder = self.folder
+        return [process for process, bell in self._others if process != own and not is_alive(folder, bell)]
+
+    def has_moved(self) -> bool:
+        """Return whether anyone else committed since the last call, and learn who else is there."""
+        with files.mapped(self.path):
+            db = self._db or self._reopen()
+            version = db.execute("PRAGMA data_version").fetchone()[0]
+            if version == self._seen_version:
+                return False
+            self._seen_version = version
+            self._others = db.execute("SELECT id, bell FROM filao_process WHERE bell <> ''").fetchall()
+        return True
+
+    # --- housekeeping ------------------------------------------------------------------------------------------------
+
+    def tidy(self) -> bool:
+        """Forget old deduplication keys and give a slice of free pages back; return whether there is more to do."""
+        with self.write(durable=False) as books:
+            forgotten = books.db.execute(
+                f"""
+                DELETE FROM filao_dedup
+                WHERE (queue, kind, key) IN (
+                    SELECT queue, kind, key FROM filao_dedup WHERE until IS NOT NULL AND until <= ? LIMIT {TIDY_KEYS}
+                )
+                """,
+                (books.now,),
+            ).rowcount
+            free = books.db.execute("PRAGMA freelist_count").fetchone()[0]
+            if free > FREE_PAGES_KEPT:
+                books.db.execute(f"PRAGMA incremental_vacuum({TIDY_PAGES})").fetchall()
+                shrunk = books.db.execute("PRAGMA freelist_count").fetchone()[0] < free
+                return shrunk or forgotten == TIDY_KEYS
+        return forgotten == TIDY_KEYS
+
+    def write_back(self) -> None:
+        """Copy the WAL into the file, so that what was given back leaves the disk."""
+        with files.mapped(self.path), self._turnstile.turn():
+            if self._db is not None:
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()

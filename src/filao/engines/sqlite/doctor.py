@@ -1,0 +1,106 @@
+"""What the doctor looks at in a Filao file, and what follows from it."""
+
+import sqlite3
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from filao.engine import Finding
+from filao.engines.sqlite import control, files
+from filao.engines.sqlite.books import Books
+from filao.engines.sqlite.database import Database
+
+WAL_NOTABLE = 64 * 1024 * 1024  # bytes
+
+
+def examine(books: Books, database: Database) -> list[Finding]:
+    """Look at everything, from the library to the last page."""
+    return [
+        _version(),
+        *([] if database.folder is None else _files(database.path)),
+        *_modes(books.db),
+        *_queues(books),
+        *_processes(database),
+        _integrity(books.db),
+    ]
+
+
+def _version() -> Finding:
+    version = sqlite3.sqlite_version_info
+    if wal_reset_fixed(version):
+        return Finding("SQLite", "ok", sqlite3.sqlite_version)
+    return Finding(
+        "SQLite",
+        "note",
+        f"{sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3, 3.50.7, 3.44.6). Filao's own processes are safe, "
+        f"because they take turns to commit and to checkpoint; other programs that write to this file are not.",
+    )
+
+
+def wal_reset_fixed(version: tuple[int, ...]) -> bool:
+    """Return whether this SQLite is free of the WAL-reset bug. 3.52.0 was withdrawn. (https://www.sqlite.org/wal.html)"""
+    if version[:2] in ((3, 44), (3, 50), (3, 51)):
+        return version[2] >= {44: 6, 50: 7, 51: 3}[version[1]]
+    return version[:2] >= (3, 52)
+
+
+def _files(path: Path) -> Iterator[Finding]:
+    kind = files.file_system(path)
+    yield Finding("file system", "ok" if kind else "note", kind or "this system does not tell its type")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        yield Finding("permissions", "warning", f"{mode:04o}: others may read the messages; chmod 600 {path}")
+    else:
+        yield Finding("permissions", "ok", f"{mode:04o}")
+    wal = path.with_name(path.name + "-wal")
+    size = wal.stat().st_size if wal.exists() else 0
+    if size > WAL_NOTABLE:
+        yield Finding("WAL", "warning", f"{size:,} bytes: some reader holds an old snapshot; find and end it")
+    else:
+        yield Finding("WAL", "ok", f"{size:,} bytes")
+
+
+def _modes(db: sqlite3.Connection) -> Iterator[Finding]:
+    journal = db.execute("PRAGMA journal_mode").fetchone()[0]
+    yield Finding("journal mode", "ok" if journal in ("wal", "memory") else "error", journal)
+    vacuum = db.execute("PRAGMA auto_vacuum").fetchone()[0]
+    free = db.execute("PRAGMA freelist_count").fetchone()[0]
+    if vacuum == 2:
+        yield Finding("free pages", "ok", f"{free:,}, given back when the queue is idle")
+    else:
+        yield Finding(
+            "free pages",
+            "note",
+            f"{free:,}; this file was created without auto_vacuum=INCREMENTAL, so a backlog's space is reused but not "
+            f"given back. To change that: PRAGMA auto_vacuum=INCREMENTAL; VACUUM",
+        )
+
+
+def _queues(books: Books) -> Iterator[Finding]:
+    for queue in control.stats(books.db, books.now):
+        subject = f"queue {queue.name}"
+        stuck = books.db.execute(
+            """
+            SELECT count(*)
+            FROM filao_message INDEXED BY filao_leased
+            WHERE queue = (SELECT id FROM filao_queue WHERE name = ?) AND state = 4 AND at <= ?
+            """,
+            (queue.name, books.now),
+        ).fetchone()[0]
+        if stuck:
+            yield Finding(subject, "warning", f"{stuck:,} leases have run out and nobody receives: start a consumer")
+        elif queue.dead:
+            yield Finding(subject, "note", f"{queue.dead:,} dead letters")
+        else:
+            yield Finding(subject, "ok", f"{queue.ready:,} ready, {queue.leased:,} leased, {queue.delayed:,} delayed")
+
+
+def _processes(database: Database) -> Iterator[Finding]:
+    database.has_moved()
+    for process in database.dead_processes():
+        yield Finding("processes", "note", f"process {process} died; the next waiting consumer takes its leases over")
+
+
+def _integrity(db: sqlite3.Connection) -> Finding:
+    verdict = "; ".join(row[0] for row in db.execute("PRAGMA integrity_check(5)"))
+    return Finding("integrity", "ok" if verdict == "ok" else "error", verdict)

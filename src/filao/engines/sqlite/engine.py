@@ -1,0 +1,374 @@
+"""The SQLite engine: one file, no server, many processes.
+
+This is the side that lives on the event loop. It hands batches to the database thread, where each is one transaction
+(`database.py`) of the queue's verbs (`verbs.py`), and it wakes those who wait: at a ring of the bell, when something is
+due, and every now and then to see what no bell tells.
+
+A batch that only receives is not flushed to the disk. A power cut that undoes the lease also ends its holder, and the
+WAL keeps the order of commits, so that the next flushed one carries it along. All else is durable before it returns.
+"""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filao.engine import (
+    Draft,
+    Feature,
+    Finding,
+    Operation,
+    QueueStats,
+    Receipt,
+    Receive,
+    Result,
+    Send,
+    State,
+    StoredMessage,
+)
+from filao.engines.sqlite import control, files, verbs
+from filao.engines.sqlite.books import Books, QueueRow
+from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.doctor import examine
+from filao.engines.sqlite.foreign import open_transaction
+from filao.engines.sqlite.thread import DatabaseThread
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.queue import Queue
+
+R = TypeVar("R")
+
+POLL_INTERVAL = 0.1  # seconds between looks for what no bell tells: deaths, and commits on the users' own connections
+IDLE_BEFORE_TIDY = 1.0  # seconds without a write of ours after which free pages go back to the file system
+LEASES_RETURNED_MAX = 10_000  # that a closing engine gives back; should there be more, they run out
+_NOT_IN_TRANSACTIONS = frozenset(
+    {"BEGIN", "COMMIT", "END", "ROLLBACK", "SAVEPOINT", "RELEASE", "ATTACH", "DETACH", "VACUUM"}
+)
+_NOBODY = verbs.Lessee(0, "")
+
+
+class SqliteEngine:
+    """See `filao.engine.Engine`."""
+
+    name = "SQLite"
+    features = frozenset(Feature)
+
+    def __init__(self, path: Path, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
+        self._database = Database(path, durable=durable, clock=clock, wake=self._wake_soon)
+        self._gate = asyncio.Lock()
+        self._waiters: dict[str, set[SqliteWaiter]] = {}
+        self._queue_names: dict[int, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watching = False
+        self._untidy = False
+
+    async def open(self) -> None:
+        """Open the file, create or migrate its tables, and start the thread that writes."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = DatabaseThread(f"filao {self._database.path.name}")
+        try:
+            await self._thread.submit(self._database.open)
+        except BaseException:
+            with suppress(FilaoError):
+                await self._thread.submit(self._database.close)
+            self._thread.stop()
+            raise
+        self._start(self._keep_tidy())
+
+    async def close(self) -> None:
+        """Give back the leases that are held, let go of the file, and send home those who wait."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._database.bell is not None:
+            self._loop.remove_reader(self._database.bell.reader)
+        async with self._gate:
+            with suppress(FilaoError):
+                await self._in_turn(self._resign)
+            await self._thread.submit(self._database.close)
+            self._thread.stop()
+        self._wake_all()
+
+    def abandon(self) -> None:
+        """Let go in a child after a fork."""
+        self._database.abandon()
+
+    # --- the data plane ----------------------------------------------------------------------------------------------
+
+    async def execute(self, operations: Sequence[Operation]) -> list[Result]:
+        """Do a batch as one transaction."""
+        async with self._gate:
+            return await self._in_turn(lambda: self._execute(operations))
+
+    def _execute(self, operations: Sequence[Operation]) -> list[Result]:
+        receives = any(isinstance(operation, Receive) for operation in operations)
+        must_last = not all(isinstance(operation, Receive) for operation in operations)
+        if receives:
+            self._register()
+        with self._database.write(durable=must_last) as books:
+            results = verbs.apply(books, operations, self._database.lessee or _NOBODY)
+            self._queue_names.update(books.names())
+        self._untidy |= must_last
+        return results
+
+    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
+        """Send on the user's own connection, in the user's own transaction; waiting processes find it by polling."""
+        database = self._database
+        with files.mapped(database.path):
+            books = Books(open_transaction(connection, database.path), database.file, database.now())
+            receipts = verbs.send(books, operation)
+            books.write_down()
+        return receipts
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator["SqliteTransaction"]:
+        """Hold the file for the user's own statements; every other writer waits until this ends."""
+        async with self._gate:
+            try:
+                books = await self._in_turn(lambda: self._database.begin(durable=True))
+                yield SqliteTransaction(self._database, self._thread, books)
+            except BaseException as error:
+                # The thread does jobs in order: this one ends what was begun, also when we are cancelled meanwhile.
+                await self._thread.submit(partial(self._database.roll_back, error))
+                raise
+            await self._thread.submit(lambda: self._database.commit(books))
+            self._untidy = True
+
+    async def _in_turn(self, job: Callable[[], R]) -> R:
+        """Run a job that waits for a turn to write, but not for ever: another process may stand still in the turnstile.
+
+        Whoever takes the ticket first decides: the job, that it begins; or the timer, that it never will.
+        """
+        ticket = threading.Lock()
+
+        def with_ticket() -> R:
+            self._database.ticket = ticket
+            try:
+                return job()
+            finally:
+                self._database.ticket = None
+
+        future = self._thread.submit(with_ticket)
+        timer = self._loop.call_later(files.BUSY_TIMEOUT, _give_up, ticket, future, self._database.path)
+        try:
+            return await future
+        finally:
+            timer.cancel()
+
+    # --- waking ------------------------------------------------------------------------------------------------------
+
+    def waiter(self, queue: str) -> "SqliteWaiter":
+        """Take a place to wait for a queue."""
+        waiter = SqliteWaiter(self, queue)
+        self._waiters.setdefault(queue, set()).add(waiter)
+        if not self._watching:
+            self._watching = True
+            self._start(self._watch())
+        return waiter
+
+    def leave(self, waiter: "SqliteWaiter") -> None:
+        """Give a place up."""
+        places = self._waiters[waiter.queue]
+        places.discard(waiter)
+        if not places:
+            del self._waiters[waiter.queue]
+
+    def _register(self) -> None:
+        if self._database.lessee is None:
+            self._database.register(f"{socket.gethostname()}:{os.getpid()}")
+            bell = self._database.bell
+            if bell is not None:
+                self._loop.call_soon_threadsafe(self._loop.add_reader, bell.reader, self._hear)
+
+    def _hear(self) -> None:
+        if self._database.bell is not None:
+            for queue in self._database.bell.heard():
+                self._wake(queue)
+
+    def _wake_soon(self, queue: int) -> None:
+        self._loop.call_soon_threadsafe(self._wake, queue)
+
+    def _wake(self, queue: int) -> None:
+        for waiter in self._waiters.get(self._queue_names.get(queue, ""), ()):
+            waiter.wake()
+
+    def _wake_all(self) -> None:
+        for places in self._waiters.values():
+            for waiter in places:
+                waiter.wake()
+
+    async def _watch(self) -> None:
+        """As long as anybody waits, look for deaths and for commits that rang no bell."""
+        try:
+            while self._waiters:
+                await asyncio.sleep(POLL_INTERVAL)
+                with suppress(FilaoError):  # a storage that fails says so to those who call it
+                    if await self._thread.submit(self._look):
+                        self._wake_all()
+        finally:
+            self._watching = False
+
+    def _look(self) -> bool:
+        moved = self._database.has_moved()
+        for process in self._database.dead_processes():
+            with self._database.write(durable=False) as books:
+                control.bury(books, process)
+            moved = True
+        return moved
+
+    # --- the control plane -------------------------------------------------------------------------------------------
+
+    async def declare(self, queue: Queue) -> None:
+        """Create the queue or give it these rules."""
+        await self._change(lambda books: control.declare(books, queue))
+
+    async def queues(self) -> list[Queue]:
+        """Return every declared queue with its rules, by name."""
+        return await self._look_up(lambda books: control.queues(books.db))
+
+    async def stats(self) -> list[QueueStats]:
+        """Read the counters of every queue."""
+        return await self._look_up(lambda books: control.stats(books.db, books.now))
+
+    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
+        """Return messages of one state in its order."""
+        return await self._look_up(lambda books: control.peek(books, _row(books, queue), state, limit, after))
+
+    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
+        """Give dead letters back, each to its old place."""
+        return await self._change(lambda books: control.redrive(books, _row(books, queue), ids, limit, edited))
+
+    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
+        """Delete messages in these states."""
+        return await self._change(lambda books: control.remove(books, _row(books, queue), states, ids))
+
+    async def pause(self, queue: str, *, paused: bool) -> None:
+        """Stop or resume deliveries."""
+        await self._change(lambda books: control.pause(books, _row(books, queue), paused=paused))
+
+    async def resume_group(self, queue: str, group: str) -> None:
+        """Let a halted group go on."""
+        await self._change(lambda books: control.resume_group(books, _row(books, queue), group))
+
+    async def doctor(self) -> list[Finding]:
+        """Examine the file and say what an operator should know."""
+        return await self._look_up(lambda books: examine(books, self._database))
+
+    async def _change(self, work: Callable[[Books], R]) -> R:
+        def job() -> R:
+            with self._database.write(durable=True) as books:
+                return work(books)
+
+        async with self._gate:
+            self._untidy = True
+            return await self._in_turn(job)
+
+    async def _look_up(self, work: Callable[[Books], R]) -> R:
+        def job() -> R:
+            with files.mapped(self._database.path):
+                return work(self._database.read())
+
+        async with self._gate:
+            return await self._thread.submit(job)
+
+    # --- housekeeping ------------------------------------------------------------------------------------------------
+
+    def _start(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _keep_tidy(self) -> None:
+        """After a quiet second, give back in small slices what a backlog left behind."""
+        while True:
+            await asyncio.sleep(IDLE_BEFORE_TIDY)
+            if not self._untidy:
+                continue
+            self._untidy = False
+            await asyncio.sleep(IDLE_BEFORE_TIDY)
+            with suppress(FilaoError):
+                while not self._untidy and await self._thread.submit(self._database.tidy):
+                    pass
+                if not self._untidy:
+                    await self._thread.submit(self._database.write_back)
+
+    def _resign(self) -> None:
+        if self._database.lessee is not None:
+            with self._database.write(durable=False) as books:
+                control.resign(books, self._database.lessee.process, LEASES_RETURNED_MAX)
+
+
+class SqliteWaiter:
+    """See `filao.engine.Waiter`."""
+
+    def __init__(self, engine: SqliteEngine, queue: str) -> None:
+        self.queue = queue
+        self._engine = engine
+        self._woken = asyncio.Event()
+        self.wake = self._woken.set
+        self.clear = self._woken.clear
+
+    async def wait(self, timeout: float | None) -> None:
+        """Return when the queue may have something, or after `timeout` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._woken.wait()
+
+    def close(self) -> None:
+        """Leave."""
+        self._engine.leave(self)
+
+
+class SqliteTransaction:
+    """See `filao.engine.EngineTransaction`."""
+
+    def __init__(self, database: Database, thread: DatabaseThread, books: Books) -> None:
+        self._database = database
+        self._thread = thread
+        self._books = books
+
+    async def execute(self, sql: str, parameters: Any) -> list[Any]:
+        """Run one statement of the user's and return its rows."""
+        _check_statement(sql)
+        return await self._do(lambda: self._books.db.execute(sql, parameters).fetchall())
+
+    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+        """Do operations as part of this transaction."""
+        return await self._do(lambda: verbs.apply(self._books, operations, self._database.lessee or _NOBODY))
+
+    async def _do(self, job: Callable[[], R]) -> R:
+        def mapped() -> R:
+            with files.mapped(self._database.path):
+                return job()
+
+        return await self._thread.submit(mapped)
+
+
+def _check_statement(sql: str) -> None:
+    words = sql.split(None, 1)
+    if words and words[0].upper().rstrip(";") in _NOT_IN_TRANSACTIONS:
+        raise ConfigurationError(
+            f"{words[0].upper()} inside a transaction: leaving the block commits it, an exception rolls it back"
+        )
+
+
+def _row(books: Books, queue: str) -> QueueRow:
+    row = books.queue(queue)
+    if row is None:
+        raise books.not_found(queue)
+    return row
+
+
+def _give_up(ticket: threading.Lock, future: "asyncio.Future[Any]", path: Path) -> None:
+    if ticket.acquire(blocking=False) and not future.done():
+        future.set_exception(
+            EngineUnavailable(
+                f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process, which may be paused or "
+                f"stuck in a transaction. Nothing was done; find it with: filao doctor {path}"
+            )
+        )

@@ -1,0 +1,212 @@
+"""Opening a Filao file: what is refused, how the connection is set up, how the tables are created and migrated.
+
+Nothing here opens the database file except through SQLite: on POSIX, closing any other handle on it would drop the
+locks that this process holds there. (https://www.sqlite.org/howtocorrupt.html, section 2.2)
+"""
+
+import contextlib
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable, Generator, Iterator
+from importlib import resources
+from pathlib import Path
+
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable
+
+MEMORY = Path(":memory:")
+SQLITE_MIN = (3, 38, 0)  # STRICT tables, RETURNING, and the JSON operators that operators' queries use
+BUSY_TIMEOUT = 30.0  # seconds that a write waits for a foreign writer before it says so
+PAGES_CACHED_MAX = 16 * 1024  # KiB
+WAL_KEPT_MAX = 16 * 1024 * 1024  # bytes that the WAL may keep on disk once it was written back
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "fuse.glusterfs", "lustre"}
+    | {"fuse.sshfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "beegfs", "gfs2", "ocfs2", "davfs", "fuse.davfs2"}
+)
+_MOUNTS = Path("/proc/self/mountinfo")
+
+Migration = Callable[[sqlite3.Connection], None]
+
+
+def sidecar(path: Path) -> Path:
+    """Return the folder beside a database that holds its turnstile and bells."""
+    return path.with_name(path.name + "-filao")
+
+
+def check_path(path: Path) -> None:
+    """Raise `ConfigurationError` when no Filao file can live at this path."""
+    if sqlite3.sqlite_version_info < SQLITE_MIN:
+        raise ConfigurationError(
+            f"this Python carries SQLite {sqlite3.sqlite_version}; Filao needs {'.'.join(map(str, SQLITE_MIN))} or newer"
+        )
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder; give the path of a file in it, such as {path / 'filao.db'}")
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ConfigurationError(f"{path} is read-only for this user; a queue writes even when it receives")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{path}: this user may not write in {path.parent}, where SQLite keeps its WAL")
+    kind = file_system(path)
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise ConfigurationError(
+            f"{path} lies on a network file system ({kind}), whose locks and shared memory SQLite's WAL cannot rely on. "
+            f"Use a local disk, or a postgresql:// URL for several machines."
+        )
+
+
+def check_is_database(path: Path) -> None:
+    """Raise SQLite's error for a file of another kind, before anything is created beside it."""
+    if path.exists():
+        db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+        try:
+            db.execute("PRAGMA schema_version").fetchone()
+        finally:
+            db.close()
+
+
+def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
+    """Return the type of the file system that holds `path`; empty where the system does not tell."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    best, kind = "", ""
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        point = before.split()[4].encode().decode("unicode_escape")
+        if path.is_relative_to(point) and len(point) >= len(best):
+            best, kind = point, after.split()[0]
+    return kind
+
+
+def connect(path: Path, *, full: bool) -> sqlite3.Connection:
+    """Open the database with the settings that the promises rest on; call it within a turn of the turnstile."""
+    if path != MEMORY and not path.exists():
+        # Claims are personal data. This creates the file before any connection knows it, so closing it drops no locks.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    db = sqlite3.connect(
+        path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=256
+    )
+    try:
+        _set_up(db, full=full)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _set_up(db: sqlite3.Connection, *, full: bool) -> None:
+    """Set a connection's modes; never `mmap_size`, which turns an I/O error into a crash."""
+    if db.execute("PRAGMA page_count").fetchone()[0] == 0:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before the first table: so that a backlog's pages go back
+    db.execute("PRAGMA journal_mode = WAL")
+    set_durable(db, durable=full)
+    db.execute(f"PRAGMA cache_size = -{PAGES_CACHED_MAX}")
+    db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_MAX}")
+
+
+def set_durable(db: sqlite3.Connection, *, durable: bool) -> None:
+    """Let the next commits be flushed to the disk before they return, or not."""
+    db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
+
+
+def _create(db: sqlite3.Connection) -> None:
+    schema = resources.files("filao.engines.sqlite").joinpath("schema.sql").read_text(encoding="utf-8")
+    for statement in _statements(schema):
+        db.execute(statement)
+    db.execute("INSERT INTO filao_meta VALUES ('file', ?), ('last', 0), ('version', 0)", (secrets.token_hex(8),))
+
+
+MIGRATIONS: tuple[Migration, ...] = (_create,)
+"""Step n brings a file from version n to n + 1. A released step is never edited; a change of the tables is a new step."""
+
+
+def migrate(db: sqlite3.Connection, path: Path, steps: tuple[Migration, ...] = MIGRATIONS) -> None:
+    """Bring the tables to this version's shape, in one transaction; whoever comes second finds it done."""
+    version = schema_version(db)
+    if version == len(steps):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        version = schema_version(db)
+        if version > len(steps):
+            raise ConfigurationError(
+                f"{path} was written by a newer Filao (its tables have version {version}, this one knows up to "
+                f"{len(steps)}). Upgrade Filao here; the file was not touched."
+            )
+        for step in steps[version:]:
+            step(db)
+        db.execute("UPDATE filao_meta SET value = ? WHERE name = 'version'", (len(steps),))
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def schema_version(db: sqlite3.Connection) -> int:
+    """Return the version of Filao's tables in this file; 0 when there are none."""
+    if not db.execute("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'filao_meta'").fetchone():
+        return 0
+    return int(db.execute("SELECT value FROM filao_meta WHERE name = 'version'").fetchone()[0])
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Split a script where SQLite says that a statement is complete; `executescript` would commit on its own."""
+    statement = ""
+    for line in script.splitlines():
+        code = line.partition("--")[0].rstrip()
+        statement += code + "\n"
+        if sqlite3.complete_statement(statement):
+            if statement.strip():
+                yield statement
+            statement = ""
+
+
+@contextlib.contextmanager
+def mapped(path: Path) -> Generator[None]:
+    """Turn SQLite's errors into ours, which name the file and say what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise engine_error(path, error) from error
+
+
+def is_broken(error: sqlite3.Error) -> bool:
+    """Return whether a connection must not be used any more after this error.
+
+    After a failed flush the kernel may have dropped the pages and the next flush would succeed without them
+    (https://www.sqlite.org/atomiccommit.html, "fsyncgate"): only a fresh look at the file tells what is there.
+    """
+    return _primary(error) in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _primary(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def engine_error(path: Path, error: sqlite3.Error) -> EngineError:
+    """Return our error for one of SQLite's: which file, what happened, what to do."""
+    said = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
+    match _primary(error):
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return EngineUnavailable(
+                f"{path} is locked by another program's transaction ({said}). Nothing was done; try again when it ends."
+            )
+        case sqlite3.SQLITE_FULL:
+            return EngineError(f"the disk of {path} is full ({said}). Nothing was done; free space and try again.")
+        case sqlite3.SQLITE_IOERR:
+            return EngineUnavailable(
+                f"the disk of {path} failed ({said}). What was confirmed before is kept; this call may or may not have "
+                f"been. The file is opened afresh for the next call; look at the disk, and run: filao doctor {path}"
+            )
+        case sqlite3.SQLITE_NOTADB:
+            return EngineError(f"{path} is not a SQLite database ({said}). Nothing was changed; give another path.")
+        case sqlite3.SQLITE_CORRUPT:
+            return EngineError(f"{path} is damaged ({said}). Stop the writers, copy it, and run: filao doctor {path}")
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+            return EngineError(f"{path} cannot be written ({said}). Check the file's and its folder's permissions.")
+        case _:
+            return EngineError(f"{path}: {said}")

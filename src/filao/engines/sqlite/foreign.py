@@ -1,0 +1,54 @@
+"""The user's own transaction on our file: which connections can be joined, and how they are recognised.
+
+A `sqlite3` connection is taken as it is. What wraps one (SQLAlchemy's and Django's connections do) is unwrapped by the
+attributes those libraries document, so that neither has to be installed.
+"""
+
+import sqlite3
+from pathlib import Path
+
+from filao.errors import ConfigurationError
+
+_WRAPPERS = ("connection", "driver_connection", "dbapi_connection")
+_DEPTH_MAX = 5  # wrappers around wrappers: SQLAlchemy has a session, a connection, a pooled one, the driver's
+
+
+def open_transaction(connection: object, path: Path) -> sqlite3.Connection:
+    """Return the `sqlite3` connection inside `connection`, its transaction begun, or say why it cannot be joined."""
+    db = _unwrap(connection)
+    _check_file(db, path)
+    if not db.in_transaction:
+        if db.isolation_level is None:
+            raise ConfigurationError(
+                "within=: this connection is in autocommit mode and holds no transaction, so there is nothing to join. "
+                'Execute "BEGIN IMMEDIATE" on it first.'
+            )
+        db.execute("BEGIN IMMEDIATE")  # as Python's sqlite3 itself begins one before the first write
+    return db
+
+
+def _unwrap(connection: object) -> sqlite3.Connection:
+    inner = connection
+    for _ in range(_DEPTH_MAX):
+        if isinstance(inner, sqlite3.Connection):
+            return inner
+        for name in _WRAPPERS:
+            value = getattr(inner, name, None)
+            if value is not None:
+                inner = value() if callable(value) and not isinstance(value, sqlite3.Connection) else value
+                break
+        else:
+            break
+    raise ConfigurationError(
+        f"within=: a {type(connection).__qualname__} holds no sqlite3 connection. Give the sqlite3 connection, a "
+        f"SQLAlchemy connection or session, or a Django connection on the queue's file."
+    )
+
+
+def _check_file(db: sqlite3.Connection, path: Path) -> None:
+    main = next((file for _, name, file in db.execute("PRAGMA database_list") if name == "main"), "")
+    if not main or not path.exists() or not path.samefile(main):
+        raise ConfigurationError(
+            f"within=: this connection is on {main or 'a database in memory'}, the queue on {path}. A transaction can "
+            f"span them only in one file: open the broker on {main or 'a file'}, or use an outbox."
+        )

@@ -1,0 +1,55 @@
+"""The one thread in which an engine's SQLite connection lives: jobs go in from the event loop, results come back.
+
+A lean stand-in for a one-thread executor: a lone caller pays for two hops between threads with every operation.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+_Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
+
+
+class DatabaseThread:
+    """Runs jobs one after the other; started at once, ended by `stop`."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], R]) -> "asyncio.Future[R]":
+        """Run `job` after those before it; the future is resolved on the loop, unless that happened meanwhile."""
+        future: asyncio.Future[R] = self._loop.create_future()
+        self._jobs.put((job, future))
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the jobs that were submitted."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            try:
+                result, error = job(), None
+            except BaseException as raised:
+                result, error = None, raised
+            try:
+                self._loop.call_soon_threadsafe(_resolve, future, result, error)
+            except RuntimeError:
+                return  # the loop was closed under us: nobody is left to tell
+            del item, job, future, result, error  # or this frame would keep them alive while it waits
+
+
+def _resolve(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,0 +1,54 @@
+"""The turnstile: processes take turns to write, in about the order in which they came.
+
+SQLite's own busy handler lets waiters sleep and try again, and whoever comes at the right moment goes first: among
+eight busy writers some starve for seconds. A blocking `flock` on a file beside the database queues them in the kernel,
+which also frees it when its holder dies. It is taken around every write, checkpoint and close, and so keeps ours from
+checkpointing and committing at the same instant, which SQLite before 3.51.3 can answer with a corrupt WAL.
+(https://www.sqlite.org/wal.html, "The WAL-reset bug")
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+if sys.platform != "win32":  # there SQLite's own locks must do
+    from fcntl import LOCK_EX, LOCK_UN, flock
+
+
+class Turnstile:
+    """Lets one process at a time through; `None` as its path lets everybody through."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.is_held = False
+        self._file = -1
+        if path is not None and sys.platform != "win32":
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @contextlib.contextmanager
+    def turn(self) -> Generator[None]:
+        """Wait for this process's turn, and end it on leaving. Not for two threads at once."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """Wait for this process's turn."""
+        if sys.platform != "win32" and self._file >= 0:
+            flock(self._file, LOCK_EX)
+        self.is_held = True
+
+    def leave(self) -> None:
+        """End the turn."""
+        self.is_held = False
+        if sys.platform != "win32" and self._file >= 0:
+            flock(self._file, LOCK_UN)
+
+    def close(self) -> None:
+        """Forget the file; it stays where it is, because another process may be waiting at it."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
