@@ -1,0 +1,557 @@
+"""The user's door: a `Broker` sends to queues and receives from them, on whatever engine its URL names.
+
+It checks and encodes what goes in before any I/O (`draft.py`), hands operations to the batcher, and makes messages of
+what comes out. `connect` opens it; it belongs to the event loop that opened it, and any number of tasks may share it.
+"""
+
+import asyncio
+import os
+import time
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, cast, overload
+
+from msgspec import UNSET, UnsetType
+
+from filao.batching import Batcher
+from filao.codec import codec_for
+from filao.draft import check_ids, check_limit, draft, drafts
+from filao.engine import (
+    Ack,
+    Delivery,
+    Engine,
+    Extend,
+    Feature,
+    Finding,
+    Outcome,
+    QueueStats,
+    Receipt,
+    Receive,
+    Received,
+    Reject,
+    Release,
+    Result,
+    Send,
+    Settle,
+    State,
+    StoredMessage,
+)
+from filao.engines import Durability, engine_for
+from filao.errors import ConfigurationError, FilaoError, UnsupportedFeature
+from filao.message import AT_MOST_ONCE, Message, Transaction, current_transaction
+from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, not_found
+
+Guarantee = Literal["at-least-once", "at-most-once"]
+
+RECEIVE_MANY_MAX = 10_000  # messages that one `receive_many` returns
+PEEK_MAX = 10_000  # messages that one look returns
+
+SQL_ENGINES = ("SQLite", "PostgreSQL")
+_WAITING = (State.READY, State.DELAYED, State.BLOCKED)
+_open_brokers: "weakref.WeakSet[Broker]" = weakref.WeakSet()
+
+
+def connect(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> "Broker":
+    """Return a broker for the engine that `url` names; `async with` opens it and closes it.
+
+    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db` or `sqlite://:memory:`. With `durability="full"`
+    a send survives a power cut once it returned; with "relaxed" a power cut may undo the last moments, but a crash of
+    the process may not. `clock` tells the seconds since 1970, for tests that move it. Raises `ConfigurationError` for a
+    URL that cannot be right; opening raises it too, or `EngineError`.
+    """
+    return Broker(engine_for(url, durability=durability, clock=clock))
+
+
+class Broker:
+    """Sends to and receives from the queues of one engine.
+
+    Any call may be cancelled: a send that was under way is stored or not, a receive gives back what it got.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._batcher = Batcher(engine.execute, self._return_unread)
+        self._queues: dict[str, Queue] = {}
+        self._unusable = "is not open: use it inside `async with filao.connect(…) as broker`"
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Connect to the engine; `async with` does it."""
+        if not self._unusable:
+            return
+        await self._engine.open()
+        self._unusable = ""
+        _open_brokers.add(self)
+
+    async def close(self) -> None:
+        """Finish what was begun, give back the leases that are still held, and let go. Idempotent."""
+        if self._unusable:
+            return
+        self._unusable = "is closed"
+        _open_brokers.discard(self)
+        await self._batcher.drain()
+        await self._engine.close()
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What this engine can do."""
+        return self._engine.features
+
+    def check_usable(self) -> None:
+        """Raise `ConfigurationError` when the broker is closed, not yet open, inherited through a fork, or in a transaction."""
+        if self._unusable:
+            raise ConfigurationError(f"this broker {self._unusable}")
+        transaction = current_transaction.get()
+        if transaction is not None and transaction.is_open and transaction.broker is self:
+            raise ConfigurationError(
+                "this call would wait for the transaction that it is made in: use the transaction's own methods"
+            )
+
+    def abandon(self) -> None:
+        """Make this broker unusable in a child process, without touching what it shares with its parent."""
+        self._unusable = (
+            f"was opened before this process (pid {os.getpid()}) was forked. A connection cannot be shared with the "
+            f"parent: call filao.connect in the child"
+        )
+        self._engine.abandon()
+
+    # --- queues ------------------------------------------------------------------------------------------------------
+
+    async def declare(self, *queues: Queue[Any]) -> None:
+        """Create queues, or give existing ones these rules. Idempotent; their messages stay.
+
+        Raises `UnsupportedFeature` for a rule that this engine cannot keep.
+        """
+        self.check_usable()
+        for queue in queues:
+            await self._engine.declare(queue)
+            self._queues[queue.name] = queue
+
+    async def queues(self) -> list[Queue[Any]]:
+        """Return every declared queue with its rules, by name."""
+        self.check_usable()
+        return await self._engine.queues()
+
+    async def _known(self, queue: str | Queue[T]) -> Queue[T]:
+        """Return a queue that this broker knows, or learn its rules from the engine."""
+        self.check_usable()
+        if isinstance(queue, Queue):
+            return queue
+        known = self._queues.get(queue)
+        if known is None:
+            check_name(queue)
+            stored = {found.name: found for found in await self._engine.queues()}
+            if queue not in stored:
+                raise not_found(queue, stored)
+            known = self._queues[queue] = stored[queue]
+        return known
+
+    def known_within(self, queue: str | Queue[T]) -> Queue[T]:
+        """Return a queue without asking the engine, whose file a transaction holds; it checks against its own rules."""
+        if isinstance(queue, Queue):
+            return queue
+        check_name(queue)
+        return self._queues.get(queue) or Queue(queue, body_max=BODY_MAX_EVER)
+
+    # --- send --------------------------------------------------------------------------------------------------------
+
+    async def send_to_queue(
+        self,
+        queue: str | Queue[T],
+        body: T,
+        *,
+        headers: Mapping[str, str] | None = None,
+        delay: float = 0.0,
+        priority: int = 0,
+        group: str | None = None,
+        dedup_key: str | None = None,
+        ttl: float | None = None,
+        message_id: str | None = None,
+        within: object = None,
+    ) -> Receipt:
+        """Store a message; once this returns, it survives a power cut.
+
+        `delay` and `ttl` are seconds. Higher `priority` goes first. Messages of one `group` are handled one at a time,
+        in order. While a message with the same `dedup_key`, or with the same `message_id`, is pending, and for the
+        queue's `dedup_window` after, nothing is stored and the first one's id is returned with `duplicate=True`: after
+        an error that left open whether the message was stored, send again with the same `message_id`. `within` is an
+        open `sqlite3` connection (or SQLAlchemy's or Django's) on the same file: the message then appears if and when
+        the transaction that it holds commits.
+
+        Raises `QueueNotFound`, `MessageTooLarge`, `MessageNotEncodable`, `MessageError`, `QueueFull`, `EngineError`;
+        then nothing was stored.
+        """
+        known = await self._known(queue) if within is None else self.known_within(queue)
+        sent = draft(
+            known,
+            body,
+            headers=headers,
+            delay=delay,
+            priority=priority,
+            group=group,
+            dedup_key=dedup_key,
+            ttl=ttl,
+            message_id=message_id,
+        )
+        return (await self._send(Send(known.name, (sent,)), within))[0]
+
+    async def send_many(
+        self,
+        queue: str | Queue[T],
+        bodies: Iterable[T],
+        *,
+        headers: Mapping[str, str] | None = None,
+        delay: float = 0.0,
+        priority: int = 0,
+        group: str | None = None,
+        ttl: float | None = None,
+        within: object = None,
+    ) -> list[Receipt]:
+        """Store up to 10,000 messages, all or none, and return a receipt for each; see `send_to_queue`."""
+        known = await self._known(queue) if within is None else self.known_within(queue)
+        sent = drafts(known, bodies, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
+        return await self._send(Send(known.name, sent), within)
+
+    async def _send(self, operation: Send, within: object) -> list[Receipt]:
+        if within is None:
+            return cast("list[Receipt]", await self._batcher.submit(operation))
+        if Feature.WITHIN not in self._engine.features:
+            raise self._unsupported("joining a transaction of your own (within=)")
+        receipts = self._engine.send_within(within, operation)
+        if isinstance(receipts, FilaoError):
+            raise receipts
+        return receipts
+
+    # --- receive -----------------------------------------------------------------------------------------------------
+
+    async def receive_from_queue(
+        self,
+        queue: str | Queue[T],
+        *,
+        wait: float | None = None,
+        lease: float | None = None,
+        guarantee: Guarantee = "at-least-once",
+    ) -> Message[T] | None:
+        """Lease the next message; no other consumer gets it until it is given back or the lease ends.
+
+        Waits up to `wait` seconds for one (None: for ever; 0: not at all) and returns None when that ran out. `lease`
+        is in seconds, the queue's rule by default. With `guarantee="at-most-once"` the message is deleted, durably,
+        before it is returned: it is never delivered again, whatever happens to its consumer.
+
+        A message whose body does not fit the queue's type becomes a dead letter, `malformed`, and the next is taken.
+        Raises `QueueNotFound`, `EngineError`.
+        """
+        messages = await self.receive_many(queue, 1, wait=wait, lease=lease, guarantee=guarantee)
+        return messages[0] if messages else None
+
+    async def receive_many(
+        self,
+        queue: str | Queue[T],
+        limit: int,
+        *,
+        wait: float | None = None,
+        lease: float | None = None,
+        guarantee: Guarantee = "at-least-once",
+    ) -> list[Message[T]]:
+        """Lease up to `limit` messages, as soon as there is one; an empty list when `wait` ran out.
+
+        Their leases run from now: take no more than you can start soon. See `receive_from_queue`.
+        """
+        known: Queue[T] = await self._known(queue)
+        check_limit(known.name, limit, RECEIVE_MANY_MAX)
+        if wait is not None:
+            check_duration(f"queue {known.name!r}", "wait", wait)
+        if lease is not None:
+            check_duration(f"queue {known.name!r}", "lease", lease, least=0.001, most=LEASE_MAX)
+        if guarantee not in ("at-least-once", "at-most-once"):
+            raise ConfigurationError(f'guarantee is {guarantee!r}; it must be "at-least-once" or "at-most-once"')
+        operation = Receive(known.name, limit, lease)
+        messages, _ = await self._look(known, operation, guarantee)
+        if messages or wait == 0:
+            return messages
+        return await self._wait_for_some(known, operation, wait, guarantee)
+
+    async def consume(
+        self,
+        queue: str | Queue[T],
+        *,
+        prefetch: int = 1,
+        lease: float | None = None,
+        guarantee: Guarantee = "at-least-once",
+    ) -> AsyncGenerator[Message[T]]:
+        """Yield messages for ever; the caller settles each.
+
+        Up to `prefetch` are leased at once, which is faster; but those that wait for their turn wait within their
+        lease. When the loop is left, those that were not yielded go back, their attempts unused.
+        """
+        ahead: list[Message[T]] = []
+        try:
+            while True:
+                ahead = await self.receive_many(queue, prefetch, lease=lease, guarantee=guarantee)
+                ahead.reverse()
+                while ahead:
+                    yield ahead.pop()
+        finally:
+            for message in ahead:
+                self._give_back(message.delivery)
+
+    async def _wait_for_some(
+        self, known: Queue[T], operation: Receive, wait: float | None, guarantee: Guarantee
+    ) -> list[Message[T]]:
+        """Look, and wait to be woken, until there is something or the time is up."""
+        loop = asyncio.get_running_loop()
+        deadline = None if wait is None else loop.time() + wait
+        looking = Receive(operation.queue, operation.limit, operation.lease, waits=True)
+        waiter = self._engine.waiter(operation.queue)
+        try:
+            while True:
+                waiter.clear()
+                messages, due_in = await self._look(known, looking, guarantee)
+                left = None if deadline is None else deadline - loop.time()
+                if messages or (left is not None and left <= 0):
+                    return messages
+                await waiter.wait(min((t for t in (left, due_in) if t is not None), default=None))
+                self.check_usable()
+        finally:
+            waiter.close()
+
+    async def _look(
+        self, known: Queue[T], operation: Receive, guarantee: Guarantee
+    ) -> tuple[list[Message[T]], float | None]:
+        """Return the messages that are there or, when there are none, the seconds until one is due."""
+        while True:
+            received = await self._lease(operation)
+            messages = await self._read(known, received, guarantee)
+            if messages or not received.deliveries:  # else all that came was malformed, and is dead now
+                return messages, received.due_in
+
+    async def _lease(self, operation: Receive) -> Received:
+        future = self._batcher.submit(operation)
+        try:
+            return cast("Received", await future)
+        except asyncio.CancelledError:
+            # Cancelled in the turn in which the result came: nobody else will see it.
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._return_unread(future.result())
+            raise
+
+    async def _read(self, known: Queue[T], received: Received, guarantee: Guarantee) -> list[Message[T]]:
+        """Make messages of deliveries; what does not decode dies, what is received at most once is deleted first."""
+        read = codec_for(known.body).decode
+        messages: list[Message[T]] = []
+        try:
+            for delivery in received.deliveries:
+                try:
+                    body = read(delivery.kind, delivery.content)
+                except ValueError as error:
+                    await self.settle(
+                        delivery, Reject(f"the body does not fit the queue's type: {error}", malformed=True)
+                    )
+                else:
+                    messages.append(Message(self, delivery, body))
+            if guarantee == "at-most-once":
+                await asyncio.gather(*(self.settle(message.delivery, Ack()) for message in messages))
+                for message in messages:
+                    message.mark_settled(AT_MOST_ONCE)
+        except asyncio.CancelledError:
+            self._return_unread(received)
+            raise
+        return messages
+
+    def _return_unread(self, result: Result) -> None:
+        """Give back what nobody will look at, because whoever asked for it was cancelled."""
+        if isinstance(result, Received):
+            for delivery in result.deliveries:
+                self._give_back(delivery)
+
+    def _give_back(self, delivery: Delivery) -> None:
+        if not self._unusable:  # a closing engine gives back all it holds
+            self._batcher.submit(Settle(delivery, Release())).add_done_callback(_look_away)
+
+    # --- what messages need of their broker: see `filao.message.Settler` ---------------------------------------------
+
+    async def settle(self, delivery: Delivery, outcome: Outcome) -> None:
+        """End a lease; for messages, which call it when they are settled."""
+        self.check_usable()
+        await self._batcher.submit(Settle(delivery, outcome))
+
+    async def extend(self, delivery: Delivery, seconds: float) -> None:
+        """Let a lease end `seconds` from now; for messages."""
+        self.check_usable()
+        check_duration(f"queue {delivery.queue!r}", "extend", seconds, least=0.001, most=LEASE_MAX)
+        await self._batcher.submit(Extend(delivery, seconds))
+
+    @asynccontextmanager
+    async def transaction_for(self, message: Message[Any]) -> AsyncGenerator[Transaction]:
+        """Open a transaction with the message's acknowledgement in it; for messages."""
+        async with self.transaction() as transaction:
+            await transaction.ack(message)
+            yield transaction
+
+    # --- transactions ------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[Transaction]:
+        """Open a transaction for statements, sends and acks that shall take effect together or not at all.
+
+        Leaving the block commits durably; an exception undoes all of it. On SQLite it holds the one write lock of the
+        file while it lasts: do slow work before it. Other calls of this broker wait until it ends, so inside it use the
+        transaction's own methods. Raises `UnsupportedFeature` where the engine has no transactions.
+        """
+        self.check_usable()
+        if Feature.TRANSACTIONS not in self._engine.features:
+            raise self._unsupported("transactions")
+        async with self._engine.transaction() as within:
+            transaction = Transaction(self, within)
+            outer = current_transaction.get()
+            current_transaction.set(transaction)
+            try:
+                yield transaction
+            finally:
+                transaction.end()
+                current_transaction.set(outer)
+        transaction.mark_settled()
+
+    def _unsupported(self, what: str) -> UnsupportedFeature:
+        return UnsupportedFeature(f"{self._engine.name} has no {what}. Engines that have: {', '.join(SQL_ENGINES)}.")
+
+    # --- control -----------------------------------------------------------------------------------------------------
+
+    @overload
+    async def stats(self, queue: str | Queue[Any]) -> QueueStats: ...
+    @overload
+    async def stats(self, queue: None = None) -> list[QueueStats]: ...
+    async def stats(self, queue: str | Queue[Any] | None = None) -> QueueStats | list[QueueStats]:
+        """Return the counters of one queue, or of all, by name. It costs the same at any depth."""
+        self.check_usable()
+        found = await self._engine.stats()
+        if queue is None:
+            return found
+        name = _name(queue)
+        for stats in found:
+            if stats.name == name:
+                return stats
+        raise not_found(name, (stats.name for stats in found))
+
+    async def peek(
+        self,
+        queue: str | Queue[Any],
+        *,
+        state: State | str = State.READY,
+        limit: int = 10,
+        after: str | None = None,
+    ) -> list[StoredMessage]:
+        """Return stored messages of one state, in their order, and change nothing.
+
+        `after` is the id of the last message seen: ask again with it for the next page.
+        """
+        self.check_usable()
+        name = _name(queue)
+        check_limit(name, limit, PEEK_MAX)
+        return await self._engine.peek(name, _state(state), limit=limit, after=after)
+
+    async def dead_letters(
+        self, queue: str | Queue[Any], *, limit: int = 100, after: str | None = None
+    ) -> list[StoredMessage]:
+        """Return dead letters, the oldest message first, each with its reason, last error and history."""
+        return await self.peek(queue, state=State.DEAD, limit=limit, after=after)
+
+    async def redrive(
+        self,
+        queue: str | Queue[T],
+        *,
+        ids: Iterable[str] | None = None,
+        limit: int | None = None,
+        body: T | UnsetType = UNSET,
+        headers: Mapping[str, str] | None = None,
+    ) -> int:
+        """Send dead letters back to their old places with fresh attempts, and return how many there were.
+
+        All of them, or those with these `ids`, or the first `limit`. A new `body` (and `headers`) replaces the old one;
+        that asks for exactly one id. Their histories are kept, and they no longer expire.
+        """
+        self.check_usable()
+        name = _name(queue)
+        if limit is not None:
+            check_limit(name, limit, 2**53)
+        chosen = None if ids is None else check_ids(name, ids)
+        if body is UNSET:
+            if headers is not None:
+                raise ConfigurationError(f"queue {name!r}: redrive with headers= needs body= too")
+            return await self._engine.redrive(name, chosen, limit, None)
+        if chosen is None or len(chosen) != 1:
+            raise ConfigurationError(f"queue {name!r}: redrive with a new body needs exactly one id in ids=")
+        edited = draft(await self._known(queue), body, headers=headers)
+        return await self._engine.redrive(name, chosen, limit, edited)
+
+    async def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:
+        """Delete all that waits (ready, delayed and blocked), or all in one `state`, and return how many there were.
+
+        Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease.
+        """
+        self.check_usable()
+        return await self._engine.remove(_name(queue), _WAITING if state is None else (_state(state),), None)
+
+    async def cancel(self, queue: str | Queue[Any], message_id: str) -> bool:
+        """Delete one message if it still waits; False when it is being worked on, dead or gone."""
+        self.check_usable()
+        return bool(await self._engine.remove(_name(queue), _WAITING, check_ids(_name(queue), [message_id])))
+
+    async def pause(self, queue: str | Queue[Any]) -> None:
+        """Stop deliveries from this queue, for all processes; sends and settles go on."""
+        self.check_usable()
+        await self._engine.pause(_name(queue), paused=True)
+
+    async def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
+        """Resume a paused queue, or one `group` of it that a dead letter halted."""
+        self.check_usable()
+        if group is None:
+            await self._engine.pause(_name(queue), paused=False)
+        else:
+            await self._engine.resume_group(_name(queue), group)
+
+    async def doctor(self) -> list[Finding]:
+        """Examine the storage and say what an operator should know; on a large file this takes a while."""
+        self.check_usable()
+        return await self._engine.doctor()
+
+
+def _name(queue: str | Queue[Any]) -> str:
+    name = queue.name if isinstance(queue, Queue) else queue
+    check_name(name)
+    return name
+
+
+def _state(state: State | str) -> State:
+    try:
+        return State(state)
+    except ValueError:
+        raise ConfigurationError(f"state is {state!r}; it must be one of {', '.join(State)}") from None
+
+
+def _look_away(future: "asyncio.Future[Any]") -> None:
+    """Take the error of a give-back that nobody waits for: at worst the lease runs out."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _after_fork() -> None:
+    for broker in list(_open_brokers):
+        broker.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
