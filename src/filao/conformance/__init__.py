@@ -1,0 +1,11 @@
+"""The contract, as checks that any engine can be run against: what `send`, `receive` and the rest promise, line by line.
+
+Each `check_…` is a coroutine function that is given a `Stage`: a broker, a clock that can be moved, and a way to open a
+second broker on the same storage. It raises `AssertionError` when a promise does not hold. `checks(features)` lists
+those that an engine with these features must pass. Nothing here knows an engine, and no test framework is needed.
+"""
+
+from filao.conformance import control, delivery, effects, failure, ordering, sending
+from filao.conformance.stage import Check, Stage, checks
+
+__all__ = ["Check", "Stage", "checks", "control", "delivery", "effects", "failure", "ordering", "sending"]

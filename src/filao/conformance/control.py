@@ -1,0 +1,137 @@
+"""What operators see and do."""
+
+import asyncio
+
+from filao.conformance.stage import SOON, Stage, add_up, equal, needs, raises
+from filao.engine import Feature
+from filao.errors import ConfigurationError
+from filao.queue import Queue
+
+
+@needs(Feature.PEEK, Feature.DELAY)
+async def check_peek_shows_each_state_in_pages_and_changes_nothing(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, *range(5))
+    await stage.send(queue, "later", delay=60)
+    held = await stage.next(queue)
+    page = await stage.broker.peek(queue, limit=3)
+    equal([message.body for message in page], [1, 2, 3])
+    equal([message.body for message in await stage.broker.peek(queue, after=page[-1].id)], [4])
+    equal([message.body for message in await stage.broker.peek(queue, state="delayed")], ["later"])
+    (leased,) = await stage.broker.peek(queue, state="leased")
+    equal((leased.id, leased.attempts), (held.id, 1))
+    await raises(ConfigurationError, stage.broker.peek(queue, state="asleep"), "asleep")
+    stats = await stage.broker.stats(queue)
+    equal((stats.ready, stats.delayed, stats.leased, stats.received), (4, 1, 1, 1))
+
+
+@needs()
+async def check_declare_is_idempotent_and_changes_rules(stage: Stage) -> None:
+    queue = await stage.queue(max_attempts=2)
+    await stage.send(queue, 1)
+    await stage.broker.declare(queue)
+    await stage.broker.declare(Queue(queue.name, max_attempts=7, lease=5))
+    async with stage.connect() as other:
+        (seen,) = [known for known in await other.queues() if known.name == queue.name]
+    equal((seen.max_attempts, seen.lease), (7, 5))
+    equal(await stage.drain(queue), [1])
+
+
+@needs(Feature.DELAY)
+async def check_purge_deletes_what_waits(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, 2, 3)
+    await stage.send(queue, 4, delay=60)
+    held = await stage.next(queue)
+    equal(await stage.broker.purge(queue), 3)
+    await stage.nothing(queue)
+    await held.ack()
+    stats = await stage.broker.stats(queue)
+    equal((stats.purged, stats.acked, stats.ready, stats.delayed), (3, 1, 0, 0))
+
+
+@needs(Feature.DEDUPLICATION)
+async def check_what_was_purged_may_be_sent_again(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, dedup_key="k")
+    equal(await stage.broker.purge(queue), 1)
+    equal((await stage.broker.send_to_queue(queue, 1, dedup_key="k")).duplicate, False)
+
+
+@needs(Feature.PEEK)
+async def check_dead_letters_can_be_purged(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1)
+    await (await stage.next(queue)).reject("no")
+    equal((await stage.broker.purge(queue), await stage.broker.purge(queue, state="dead")), (0, 1))
+    equal(await stage.broker.dead_letters(queue), [])
+
+
+@needs(Feature.PEEK)
+async def check_cancel_deletes_one_message_that_waits(stage: Stage) -> None:
+    queue = await stage.queue()
+    first, second = await stage.send(queue, 1, 2)
+    held = await stage.next(queue)
+    equal((held.id, await stage.broker.cancel(queue, first)), (first, False))
+    equal((await stage.broker.cancel(queue, second), await stage.broker.cancel(queue, second)), (True, False))
+    await held.ack()
+    stats = await stage.broker.stats(queue)
+    equal((stats.acked, stats.cancelled), (1, 1))
+
+
+@needs(Feature.PAUSE)
+async def check_a_paused_queue_takes_but_does_not_give(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1)
+    await stage.broker.pause(queue)
+    await stage.send(queue, 2)
+    await stage.nothing(queue)
+    equal((await stage.broker.stats(queue)).paused, True)
+    waiting = asyncio.ensure_future(stage.broker.receive_from_queue(queue, wait=SOON))
+    await asyncio.sleep(0)
+    await stage.broker.resume(queue)
+    message = await waiting
+    equal(message and message.body, 1)
+
+
+@needs(Feature.DELAY, Feature.PEEK)
+async def check_the_counters_add_up(stage: Stage) -> None:
+    queue = await stage.queue(lease=5, max_attempts=2)
+    ids = await stage.send(queue, *range(12))
+    await stage.send(queue, "later", delay=100)
+    await stage.send(queue, "a", "b", group="g")
+    for settle in ("ack", "nack", "reject", "release"):
+        await getattr(await stage.next(queue), settle)()
+    await stage.next(queue)
+    await stage.advance(6)
+    await stage.next(queue)
+    await stage.broker.cancel(queue, ids[-1])
+    await stage.broker.purge(queue, state="dead")
+    add_up(await stage.broker.stats(queue))
+    equal(await stage.broker.stats(), sorted(await stage.broker.stats(), key=lambda stats: stats.name))
+
+
+@needs()
+async def check_the_age_of_a_queue_is_that_of_its_oldest_message(stage: Stage) -> None:
+    queue = await stage.queue()
+    equal((await stage.broker.stats(queue)).oldest_ready_age, None)
+    await stage.send(queue, 1)
+    await stage.advance(10)
+    await stage.send(queue, 2)
+    age = (await stage.broker.stats(queue)).oldest_ready_age
+    equal(age is not None and 10 <= age < 11, True)
+
+
+@needs()
+async def check_a_closed_broker_says_so(stage: Stage) -> None:
+    queue = await stage.queue()
+    async with stage.connect() as other:
+        await other.send_to_queue(queue.name, 1)
+        message = await other.receive_from_queue(queue.name, wait=0)
+        waiting = asyncio.ensure_future(other.receive_from_queue(queue.name))
+        await asyncio.sleep(0)
+    for call in (other.send_to_queue(queue.name, 1), other.receive_from_queue(queue.name), other.stats(), waiting):
+        await raises(ConfigurationError, call, "closed")
+    if message is not None:
+        await raises(ConfigurationError, message.ack(), "closed")
+    equal((await stage.next(queue)).attempt, 1)  # closing gave it back, no attempt used

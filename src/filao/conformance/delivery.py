@@ -1,0 +1,256 @@
+"""From send to ack: order, waiting, one consumer at a time, and calls that are cancelled."""
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+from filao.broker import Broker
+from filao.conformance.stage import SOON, Stage, equal, needs, raises
+from filao.engine import Feature
+from filao.errors import LeaseLost
+
+
+@needs()
+async def check_a_message_is_sent_received_acknowledged_and_gone(stage: Stage) -> None:
+    queue = await stage.queue()
+    receipt = await stage.broker.send_to_queue(queue.name, {"claim_id": 7}, headers={"trace": "a"})
+    message = await stage.next(queue)
+    equal((message.id, message["claim_id"], message.headers), (receipt.id, 7, {"trace": "a"}))
+    equal((message.attempt, message.queue, receipt.duplicate), (1, queue.name, False))
+    await stage.nothing(queue)
+    await message.ack()
+    equal(message.settled, True)
+    await stage.nothing(queue)
+    stats = await stage.broker.stats(queue)
+    equal((stats.sent, stats.acked, stats.ready, stats.leased), (1, 1, 0, 0))
+
+
+@needs()
+async def check_a_message_outlives_the_broker_that_sent_it(stage: Stage) -> None:
+    queue = await stage.queue()
+    async with stage.connect() as other:
+        receipt = await other.send_to_queue(queue.name, "kept")
+    equal((await stage.next(queue)).id, receipt.id)
+
+
+@needs()
+async def check_messages_come_in_the_order_of_sending(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, *range(50))
+    equal(await stage.drain(queue), list(range(50)))
+
+
+@needs(Feature.PRIORITIES)
+async def check_priority_goes_before_order(stage: Stage) -> None:
+    queue = await stage.queue()
+    for body, priority in (("low", -5), ("first", 0), ("urgent", 9), ("second", 0), ("urgent too", 9)):
+        await stage.broker.send_to_queue(queue, body, priority=priority)
+    equal(await stage.drain(queue), ["urgent", "urgent too", "first", "second", "low"])
+
+
+@needs()
+async def check_every_kind_of_body_comes_back_as_it_was(stage: Stage) -> None:
+    queue = await stage.queue()
+    bodies: list[Any] = [
+        None,
+        True,
+        0,
+        -1,
+        2**53,
+        1.5,
+        "",
+        "é\U0001f600\u2028",
+        [],
+        {},
+        {"a": [1, {"b": None}]},
+        b"",
+        b"\x00\xff",
+    ]
+    await stage.send(queue, *bodies)
+    for body in bodies:
+        message = await stage.next(queue)
+        equal((message.body, message.body.__class__), (body, body.__class__))
+        await message.ack()
+
+
+@needs()
+async def check_send_many_is_in_order_and_one_receipt_each(stage: Stage) -> None:
+    queue = await stage.queue()
+    receipts = await stage.broker.send_many(queue, range(10))
+    equal(len({receipt.id for receipt in receipts}), 10)
+    equal(await stage.broker.send_many(queue, []), [])
+    messages = await stage.broker.receive_many(queue, 20, wait=0)
+    equal([message.body for message in messages], list(range(10)))
+    equal([message.id for message in messages], [receipt.id for receipt in receipts])
+
+
+@needs()
+async def check_receive_many_takes_no_more_than_its_limit(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, 2, 3)
+    equal([message.body for message in await stage.broker.receive_many(queue, 2, wait=0)], [1, 2])
+    equal([message.body for message in await stage.broker.receive_many(queue, 2, wait=0)], [3])
+    equal(await stage.broker.receive_many(queue, 2, wait=0), [])
+
+
+@needs()
+async def check_a_waiting_consumer_is_woken_by_a_send(stage: Stage) -> None:
+    queue = await stage.queue()
+    async with stage.connect() as other:
+        waiting = asyncio.ensure_future(other.receive_from_queue(queue.name, wait=SOON))
+        await asyncio.sleep(0)
+        await stage.send(queue, "wake up")
+        message = await waiting
+        equal(message and message.body, "wake up")
+
+
+@needs()
+async def check_a_wait_that_runs_out_returns_none(stage: Stage) -> None:
+    queue = await stage.queue()
+    equal(await stage.broker.receive_from_queue(queue, wait=0.01), None)
+    equal(await stage.broker.receive_many(queue, 5, wait=0.01), [])
+
+
+@needs()
+async def check_consume_yields_message_after_message(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, *range(7))
+    bodies: list[Any] = []
+    async for message in stage.broker.consume(queue, prefetch=3):
+        bodies.append(message.body)
+        await message.ack()
+        if len(bodies) == 7:
+            break
+    equal(bodies, list(range(7)))
+
+
+@needs()
+async def check_leaving_consume_gives_back_what_was_not_yielded(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, "taken", "fetched ahead", "fetched ahead too")
+    messages = stage.broker.consume(queue, prefetch=3)
+    await (await anext(messages)).ack()
+    await messages.aclose()
+    left = [await stage.next(queue), await stage.next(queue)]
+    equal([(message.body, message.attempt) for message in left], [("fetched ahead", 1), ("fetched ahead too", 1)])
+
+
+@needs()
+async def check_competing_consumers_never_share_a_message(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.broker.send_many(queue, range(200))
+    received: list[Any] = []
+
+    async def consume(broker: Broker) -> None:
+        while (message := await broker.receive_from_queue(queue.name, wait=0)) is not None:
+            received.append(message.body)
+            await message.ack()
+
+    async with stage.connect() as second, stage.connect() as third:
+        await asyncio.gather(*(consume(broker) for broker in (stage.broker, second, third) for _ in range(4)))
+    equal(sorted(received), list(range(200)))
+
+
+@needs(Feature.FENCING)
+async def check_a_late_settle_changes_nothing_once_another_has_the_message(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, "contested")
+    for settle in ("ack", "nack", "reject", "release"):
+        zombie = await stage.next(queue)
+        await stage.advance(6)
+        owner = await stage.next(queue)
+        await raises(LeaseLost, getattr(zombie, settle)(), zombie.id, queue.name)
+        await raises(LeaseLost, zombie.extend(10), zombie.id)
+        await owner.release()
+    await stage.advance(6)
+    last = await stage.next(queue)
+    await last.ack()
+    await stage.nothing(queue)
+
+
+@needs(Feature.FENCING)
+async def check_a_late_ack_is_accepted_while_nobody_took_the_message(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, "slow")
+    slow = await stage.next(queue)
+    await stage.advance(6)
+    await slow.ack()
+    await stage.nothing(queue)
+    stats = await stage.broker.stats(queue)
+    equal((stats.acked, stats.late, stats.ready), (1, 1, 0))
+
+
+@needs()
+async def check_a_message_is_settled_once(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1)
+    message = await stage.next(queue)
+    await message.ack()
+    for again in (message.ack, message.nack, message.reject, message.release):
+        await raises(LeaseLost, again(), message.id, "already acked")
+    await raises(LeaseLost, message.extend(5), "already acked")
+
+
+@needs(Feature.EXTEND)
+async def check_an_extended_lease_lasts(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, "long work")
+    message = await stage.next(queue)
+    await stage.advance(4)
+    await message.extend(5)
+    await stage.advance(4)
+    await stage.nothing(queue)
+    await stage.advance(2)
+    equal((await stage.next(queue)).attempt, 2)
+
+
+@needs(Feature.EXTEND)
+async def check_a_lease_of_its_own_length_is_kept(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, 1)
+    await stage.next(queue, lease=60)
+    await stage.advance(50)
+    await stage.nothing(queue)
+    await stage.advance(20)
+    equal((await stage.next(queue)).attempt, 2)
+
+
+@needs()
+async def check_at_most_once_is_never_delivered_again(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, "once")
+    message = await stage.next(queue, guarantee="at-most-once")
+    await message.ack()  # so that the same code runs under either guarantee
+    await raises(LeaseLost, message.nack(), "at most once")
+    await stage.advance(10)
+    await stage.nothing(queue)
+    equal((await stage.broker.stats(queue)).acked, 1)
+
+
+@needs()
+async def check_cancelling_a_receive_loses_nothing(stage: Stage) -> None:
+    queue = await stage.queue()
+    for turns in range(25):
+        await stage.send(queue, turns)
+        receiving = asyncio.ensure_future(stage.broker.receive_from_queue(queue))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        receiving.cancel()
+        with suppress(asyncio.CancelledError):
+            received = await receiving
+            if received is not None:
+                await received.release()
+        message = await stage.broker.receive_from_queue(queue, wait=SOON)
+        equal(message and (message.body, message.attempt), (turns, 1))
+        await message.ack()  # type: ignore[union-attr]  # it was just found to be one
+
+
+@needs()
+async def check_cancelling_one_of_many_waiting_leaves_the_others(stage: Stage) -> None:
+    queue = await stage.queue()
+    waiting = [asyncio.ensure_future(stage.broker.receive_from_queue(queue, wait=SOON)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await stage.send(queue, "a", "b")
+    received = [await waiting[1], await waiting[2]]
+    equal(sorted(message.body for message in received if message is not None), ["a", "b"])

@@ -1,0 +1,117 @@
+"""What becomes of a message whose work failed: its place, its attempts, its death and its return."""
+
+from filao.conformance.stage import Stage, equal, needs, raises
+from filao.engine import Feature, State
+from filao.errors import ConfigurationError
+
+
+@needs()
+async def check_a_message_that_comes_back_keeps_its_place(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, 1, 2, 3)
+    await (await stage.next(queue)).release()
+    equal((await stage.next(queue)).body, 1)
+    await stage.advance(6)
+    equal(await stage.drain(queue), [1, 2, 3])
+
+
+@needs(Feature.DELAY)
+async def check_a_failed_message_returns_to_its_place_after_its_delay(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, 2, 3)
+    await (await stage.next(queue)).nack(delay=5)
+    await (await stage.next(queue)).ack()
+    await stage.advance(5)
+    equal(await stage.drain(queue), [1, 3])
+
+
+@needs()
+async def check_release_uses_no_attempt_and_a_lost_lease_uses_one(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, 1)
+    for _ in range(10):
+        message = await stage.next(queue)
+        equal(message.attempt, 1)
+        await message.release()
+    await stage.next(queue)
+    await stage.advance(6)
+    equal((await stage.next(queue)).attempt, 2)
+
+
+@needs(Feature.DELAY, Feature.PEEK)
+async def check_spent_attempts_make_a_dead_letter_with_its_history(stage: Stage) -> None:
+    queue = await stage.queue(max_attempts=3)
+    (name,) = await stage.send(queue, {"claim": 1}, headers={"h": "v"}, group="policy-1")
+    for attempt in (1, 2, 3):
+        message = await stage.next(queue)
+        equal((message.attempt, message.id), (attempt, name))
+        await message.nack(delay=0, reason=ValueError(f"failure {attempt}"))
+    await stage.nothing(queue)
+    (dead,) = await stage.broker.dead_letters(queue)
+    equal((dead.id, dead.body, dead.headers, dead.reason), (name, {"claim": 1}, {"h": "v"}, "max_attempts"))
+    equal((dead.group, dead.attempts, dead.state), ("policy-1", 3, State.DEAD))
+    equal([(failure.attempt, failure.outcome) for failure in dead.history], [(n, "nacked") for n in (1, 2, 3)])
+    equal("ValueError: failure 3" in dead.error, True)
+
+
+@needs(Feature.PEEK)
+async def check_lost_leases_spend_the_attempts_too(stage: Stage) -> None:
+    queue = await stage.queue(lease=5, max_attempts=2)
+    await stage.send(queue, "crashes everybody")
+    for _ in range(2):
+        await stage.next(queue)
+        await stage.advance(6)
+    await stage.nothing(queue)
+    (dead,) = await stage.broker.dead_letters(queue)
+    equal((dead.reason, [failure.outcome for failure in dead.history]), ("max_attempts", ["lease_expired"] * 2))
+
+
+@needs(Feature.PEEK)
+async def check_a_rejected_message_dies_at_once(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1)
+    await (await stage.next(queue)).reject("no such policy")
+    (dead,) = await stage.broker.dead_letters(queue)
+    equal((dead.reason, dead.error, dead.attempts), ("rejected", "no such policy", 1))
+
+
+@needs(Feature.DELAY, Feature.PEEK)
+async def check_the_history_and_its_errors_are_bounded(stage: Stage) -> None:
+    queue = await stage.queue(max_attempts=25)
+    await stage.send(queue, 1)
+    for attempt in range(1, 26):
+        await (await stage.next(queue)).nack(delay=0, reason=f"{attempt} " + "é" * 20_000 + f" end of {attempt}")
+    (dead,) = await stage.broker.dead_letters(queue)
+    equal([failure.attempt for failure in dead.history], list(range(6, 26)))
+    equal(all(len(failure.error.encode()) <= 8 * 1024 for failure in dead.history), True)
+    equal(dead.error.endswith("end of 25"), True)
+
+
+@needs(Feature.PEEK)
+async def check_redrive_sends_dead_letters_back_in_order(stage: Stage) -> None:
+    queue = await stage.queue()
+    ids = await stage.send(queue, 1, 2, 3, 4)
+    for _ in range(4):
+        await (await stage.next(queue)).reject("not today")
+    equal(await stage.broker.redrive(queue, ids=[ids[2]]), 1)
+    equal(await stage.broker.redrive(queue, ids=["unknown", ids[2]]), 0)
+    equal((await stage.next(queue)).body, 3)
+    equal(await stage.broker.redrive(queue, limit=1), 1)
+    equal(await stage.broker.redrive(queue), 2)
+    message = await stage.next(queue)
+    equal((message.body, message.attempt), (1, 1))
+    equal(await stage.drain(queue), [2, 4])
+
+
+@needs(Feature.PEEK)
+async def check_redrive_can_mend_a_message_and_keeps_its_history(stage: Stage) -> None:
+    queue = await stage.queue()
+    (name,) = await stage.send(queue, {"amount": "12O"}, headers={"a": "b"})
+    await (await stage.next(queue)).reject("no number")
+    equal(await stage.broker.redrive(queue, ids=[name], body={"amount": 120}), 1)
+    message = await stage.next(queue)
+    equal((message.body, message.id, message.headers), ({"amount": 120}, name, {"a": "b"}))
+    await message.reject("still wrong")
+    (dead,) = await stage.broker.dead_letters(queue)
+    equal([failure.error for failure in dead.history], ["no number", "still wrong"])
+    await raises(ConfigurationError, stage.broker.redrive(queue, body=1), "exactly one id")

@@ -1,0 +1,102 @@
+"""Where a check plays, how it speaks, and how it is entered into the contract."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from filao.broker import Broker
+from filao.engine import Feature, QueueStats
+from filao.errors import (
+    FilaoError,
+)
+from filao.message import Message
+from filao.queue import Queue
+
+SOON = 10.0  # seconds that a check waits for what should come at once, before it calls it missing
+
+
+@dataclass(slots=True)
+class Stage:
+    """Where a check plays: `broker` is open; `advance` lets so many seconds pass; `connect` opens another broker."""
+
+    broker: Broker
+    advance: Callable[[float], Awaitable[None]]
+    connect: Callable[[], AbstractAsyncContextManager[Broker]]
+    prefix: str = "conformance"
+    _numbers: "count[int]" = field(default_factory=count)
+
+    async def queue(self, **rules: Any) -> Queue[Any]:
+        """Declare a fresh queue."""
+        queue: Queue[Any] = Queue(f"{self.prefix}.{next(self._numbers)}", **rules)
+        await self.broker.declare(queue)
+        return queue
+
+    async def send(self, queue: Queue[Any], *bodies: Any, **terms: Any) -> list[str]:
+        """Send bodies one after the other, and return their ids."""
+        return [(await self.broker.send_to_queue(queue, body, **terms)).id for body in bodies]
+
+    async def next(self, queue: Queue[Any], **terms: Any) -> Message[Any]:
+        """Receive what must be there."""
+        message = await self.broker.receive_from_queue(queue, wait=0, **terms)
+        if message is None:
+            raise AssertionError(f"nothing to receive from {queue.name}")
+        return message
+
+    async def nothing(self, queue: Queue[Any]) -> None:
+        """Find that nothing can be received."""
+        equal(await self.broker.receive_from_queue(queue, wait=0), None)
+
+    async def drain(self, queue: Queue[Any]) -> list[Any]:
+        """Receive and acknowledge all that is there, and return the bodies."""
+        bodies: list[Any] = []
+        while (message := await self.broker.receive_from_queue(queue, wait=0)) is not None:
+            bodies.append(message.body)
+            await message.ack()
+        return bodies
+
+
+Check = Callable[[Stage], Awaitable[None]]
+_checks: list[tuple[Check, frozenset[Feature]]] = []
+
+
+def checks(features: Iterable[Feature]) -> list[Check]:
+    """Return the checks that an engine with these features must pass."""
+    return [check for check, needed in _checks if needed <= set(features)]
+
+
+def needs(*features: Feature) -> Callable[[Check], Check]:
+    """Enter a check into the contract of the engines that have these features."""
+
+    def enter(check: Check) -> Check:
+        _checks.append((check, frozenset(features)))
+        return check
+
+    return enter
+
+
+def equal(found: object, wanted: object) -> None:
+    """Raise `AssertionError` unless both are equal; unlike `assert` also under `python -O`."""
+    if found != wanted:
+        raise AssertionError(f"found {found!r}, wanted {wanted!r}")
+
+
+async def raises(error: type[FilaoError], call: Awaitable[Any], *texts: str) -> None:
+    """Await a call that must fail with exactly this error, whose text must hold all of `texts`."""
+    try:
+        result = await call
+    except FilaoError as raised:
+        equal(type(raised), error)
+        for text in texts:
+            if text not in str(raised):
+                raise AssertionError(f"{text!r} is not said in: {raised}") from raised
+    else:
+        raise AssertionError(f"wanted {error.__name__}, got {result!r}")
+
+
+def add_up(stats: QueueStats) -> None:
+    """Raise `AssertionError` unless every message that was ever sent is somewhere."""
+    here = stats.ready + stats.delayed + stats.blocked + stats.leased + stats.dead
+    gone = stats.acked + stats.dropped + stats.purged + stats.cancelled
+    equal(stats.sent, here + gone)
