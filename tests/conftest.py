@@ -1,5 +1,7 @@
 """What tests share: a clock that they move, and the event loop they run on."""
 
+from typing import Any
+
 import pytest
 
 
@@ -24,3 +26,8 @@ def clock() -> Clock:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+def engine_of(broker: Any) -> Any:
+    """Look inside: return a broker's engine."""
+    return broker._engine

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, cast, overload
 from msgspec import UNSET, UnsetType
 
 from filao.batching import Batcher
-from filao.codec import codec_for
+from filao.codec import codec_for, shown
 from filao.draft import check_ids, check_limit, draft, drafts
 from filao.engine import (
     Ack,
@@ -100,7 +100,7 @@ class Broker:
         """Finish what was begun, give back the leases that are still held, and let go. Idempotent."""
         if self._unusable:
             return
-        self._unusable = "is closed"
+        self._unusable = "is closed; open another with filao.connect"
         _open_brokers.discard(self)
         await self._batcher.drain()
         await self._engine.close()
@@ -136,6 +136,12 @@ class Broker:
         Raises `UnsupportedFeature` for a rule that this engine cannot keep.
         """
         self.check_usable()
+        for queue in queues:
+            if not isinstance(queue, Queue):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+                raise ConfigurationError(
+                    f"declare was given {shown(queue)}; give a queue, such as filao.Queue({shown(queue)})"
+                )
+            codec_for(queue.body)
         for queue in queues:
             await self._engine.declare(queue)
             self._queues[queue.name] = queue
@@ -237,6 +243,24 @@ class Broker:
 
     # --- receive -----------------------------------------------------------------------------------------------------
 
+    @overload
+    async def receive_from_queue(
+        self,
+        queue: str | Queue[T],
+        *,
+        wait: None = None,
+        lease: float | None = None,
+        guarantee: Guarantee = "at-least-once",
+    ) -> Message[T]: ...
+    @overload
+    async def receive_from_queue(
+        self,
+        queue: str | Queue[T],
+        *,
+        wait: float,
+        lease: float | None = None,
+        guarantee: Guarantee = "at-least-once",
+    ) -> Message[T] | None: ...
     async def receive_from_queue(
         self,
         queue: str | Queue[T],

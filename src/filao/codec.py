@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
-from filao.errors import MessageNotEncodable, MessageTooLarge
+from filao.errors import ConfigurationError, MessageNotEncodable, MessageTooLarge
 
 JSON = 0
 """The content is a JSON text in UTF-8."""
@@ -71,7 +71,10 @@ class Codec:
     def decode(self, kind: int, content: bytes) -> Any:
         """Return the body, or raise `ValueError` when the content is not of the queue's type."""
         if kind == JSON:
-            return self.read(content)
+            try:
+                return self.read(content)
+            except RecursionError as error:
+                raise ValueError("the body is nested too deeply") from error
         if self.body in (None, bytes):
             return content
         raise ValueError(f"Expected `{type_name(self.body)}`, got raw bytes")
@@ -83,7 +86,10 @@ def _codec(body: Any) -> Codec:
     if hasattr(body, "model_validate_json"):
         validate = cast("Callable[..., Any]", getattr(body, "model_validate_json"))  # noqa: B009 - pydantic stays optional
         return Codec(body, lambda content: validate(content, strict=True))
-    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(body, strict=True)
+    try:
+        decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(body, strict=True)
+    except TypeError as error:
+        raise ConfigurationError(f"{shown(body)} cannot be the type of a queue's bodies: {error}") from error
     return Codec(body, decoder.decode)
 
 
@@ -93,8 +99,8 @@ codec_for: Callable[[Any], Codec] = lru_cache(maxsize=256)(_codec)
 
 def encode_headers(queue: str, headers: Mapping[str, str]) -> str | None:
     """Return the headers as JSON, None when there are none, or raise the `MessageError` that says what is wrong."""
-    if not headers:
-        return None
+    if not isinstance(headers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+        raise MessageNotEncodable(f"queue {queue!r}: headers is {shown(headers)}; it must be a dict of strings")
     if len(headers) > HEADERS_COUNT_MAX:
         raise MessageTooLarge(f"queue {queue!r}: {len(headers)} headers; at most {HEADERS_COUNT_MAX} are carried")
     for name, value in headers.items():
@@ -102,6 +108,8 @@ def encode_headers(queue: str, headers: Mapping[str, str]) -> str | None:
             raise MessageNotEncodable(
                 f"queue {queue!r}: header {shown(name)} is {shown(value)}; names and values are strings"
             )
+    if not headers:
+        return None
     try:
         content = _encode_json(headers)
     except UnicodeEncodeError as error:

@@ -85,12 +85,12 @@ def check_limit(queue: str, limit: object, most: int) -> None:
 
 
 def check_ids(queue: str, ids: Iterable[str]) -> list[str]:
-    """Return the ids as a list; a lone string, which is an iterable of characters, is a mistake."""
+    """Return the ids, each once; a lone string, which is an iterable of characters, is a mistake."""
     if isinstance(ids, str):
         raise ConfigurationError(
             f"queue {queue!r}: ids is the string {shown(ids)}; give a list, such as [{shown(ids)}]"
         )
-    return list(ids)
+    return list(dict.fromkeys(ids))
 
 
 def _check_priority(queue: str, priority: object) -> None:

@@ -93,14 +93,16 @@ class Queue(Generic[T]):
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        check_duration(self.name, "lease", self.lease, least=0.001, most=LEASE_MAX)
-        check_duration(self.name, "dedup_window", self.dedup_window)
+        check_duration(f"queue {self.name!r}", "lease", self.lease, least=0.001, most=LEASE_MAX)
+        check_duration(f"queue {self.name!r}", "dedup_window", self.dedup_window)
         if self.ttl is not None:
-            check_duration(self.name, "ttl", self.ttl, least=0.001)
+            check_duration(f"queue {self.name!r}", "ttl", self.ttl, least=0.001)
         _check_count(self.name, "max_attempts", self.max_attempts, most=1_000_000)
         _check_count(self.name, "body_max", self.body_max, most=BODY_MAX_EVER)
         if self.max_length is not None:
             _check_count(self.name, "max_length", self.max_length, most=2**53)
+        if not isinstance(self.backoff, Backoff):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+            raise ConfigurationError(f"queue {self.name!r}: backoff is {self.backoff!r}; give a filao.Backoff(first=…)")
         for rule, allowed in _CHOICES.items():
             if getattr(self, rule) not in allowed:
                 raise ConfigurationError(

@@ -141,6 +141,24 @@ class Broker:
         )
         return self.call(send) if within is None else _run_here(send())
 
+    @overload
+    def receive_from_queue(
+        self,
+        queue: str | Queue[T],
+        *,
+        wait: None = None,
+        lease: float | None = None,
+        guarantee: Guarantee = "at-least-once",
+    ) -> "Message[T]": ...
+    @overload
+    def receive_from_queue(
+        self,
+        queue: str | Queue[T],
+        *,
+        wait: float,
+        lease: float | None = None,
+        guarantee: Guarantee = "at-least-once",
+    ) -> "Message[T] | None": ...
     def receive_from_queue(
         self,
         queue: str | Queue[T],
@@ -252,7 +270,7 @@ class Broker:
         """Run a coroutine function on the loop and wait for it; whoever is interrupted takes his call back."""
         self._broker.check_usable()
         if self._portal is None:
-            raise ConfigurationError("this broker is closed")
+            raise ConfigurationError("this broker is not open: use it inside `with filao.sync.connect(…) as broker`")
         future = asyncio.run_coroutine_threadsafe(function(*arguments), self._loop)
         try:
             return future.result()
@@ -270,7 +288,7 @@ class Broker:
     def _held(self, opening: Any) -> "Generator[Transaction]":
         self._broker.check_usable()
         if self._portal is None:
-            raise ConfigurationError("this broker is closed")
+            raise ConfigurationError("this broker is not open: use it inside `with filao.sync.connect(…) as broker`")
         with self._portal.wrap_async_context_manager(opening) as transaction:
             outer = current_transaction.get()
             current_transaction.set(transaction)

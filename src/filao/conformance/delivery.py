@@ -237,9 +237,7 @@ async def check_cancelling_a_receive_loses_nothing(stage: Stage) -> None:
             await asyncio.sleep(0)
         receiving.cancel()
         with suppress(asyncio.CancelledError):
-            received = await receiving
-            if received is not None:
-                await received.release()
+            await (await receiving).release()
         message = await stage.broker.receive_from_queue(queue, wait=SOON)
         equal(message and (message.body, message.attempt), (turns, 1))
         await message.ack()  # type: ignore[union-attr]  # it was just found to be one

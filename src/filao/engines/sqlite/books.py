@@ -17,6 +17,7 @@ from filao.queue import Queue, not_found, rules_from_json
 READY, DELAYED, LEASED, BLOCKED, DEAD = 2, 3, 4, 5, 6
 STATES = {READY: "ready", DELAYED: "delayed", LEASED: "leased", BLOCKED: "blocked", DEAD: "dead"}
 NO_TOKEN = -(2**62)  # 8 bytes, as every token, so that a lease is written in place
+TOKEN_MIN = 2**62  # and so is a lease's
 TOKENS_PER_PROCESS = 2**32
 DEDUP_KEY, MESSAGE_ID = 0, 1
 
@@ -176,6 +177,12 @@ class Books:
         """Return the stored messages that a clause (`INDEXED BY … WHERE …`) finds."""
         return [Entry(*fields) for fields in self.db.execute(f"SELECT {ENTRY} FROM filao_message {where}", parameters)]
 
+    def _current(self, entry: Entry) -> Entry:
+        """Return an entry as it is now: another move in its group may have let it through or held it back."""
+        if entry.group is None:
+            return entry
+        return Entry(*self.db.execute(f"SELECT {ENTRY} FROM filao_message WHERE id = ?", (entry.number,)).fetchone())
+
     def count_move(self, row: QueueRow, was: int, state: int) -> None:
         """Count a message that went from one state to another."""
         row.count[STATES[was]] -= 1
@@ -184,6 +191,7 @@ class Books:
 
     def give_back(self, row: QueueRow, entry: Entry, *, at: int | None = None, token: int = NO_TOKEN) -> None:
         """Let a message return to its old place, ready now or delayed until `at`, behind those of its group."""
+        entry = self._current(entry)
         state = READY if at is None else DELAYED
         if entry.group is not None and state == READY:
             state = BLOCKED  # `arrange` lets it through when it is its turn
@@ -197,6 +205,7 @@ class Books:
 
     def die(self, row: QueueRow, entry: Entry, reason: str) -> None:
         """Make a message a dead letter."""
+        entry = self._current(entry)
         self.db.execute(
             "UPDATE filao_message SET state = 6, at = ?, token = ?, reason = ? WHERE id = ?",
             (self.now, NO_TOKEN, reason, entry.number),
@@ -212,6 +221,7 @@ class Books:
 
     def delete(self, row: QueueRow, entry: Entry, counter: str) -> None:
         """Remove a message for good, and count it under `counter`."""
+        entry = self._current(entry)
         self.db.execute("DELETE FROM filao_message WHERE id = ?", (entry.number,))
         row.count[STATES[entry.state]] -= 1
         row.count[counter] += 1
@@ -240,7 +250,7 @@ class Books:
             self.give_back(row, entry, token=token)
 
     def _consumer_of(self, token: int) -> str:
-        process = token // TOKENS_PER_PROCESS
+        process = (token - TOKEN_MIN) // TOKENS_PER_PROCESS
         found = self.db.execute("SELECT name FROM filao_process WHERE id = ?", (process,)).fetchone()
         return found[0] if found else ""
 
@@ -295,7 +305,7 @@ class Books:
             """
             SELECT min(id)
             FROM filao_message INDEXED BY filao_grouped
-            WHERE queue = ? AND grp = ? AND state = ? AND state < 6
+            WHERE queue = ? AND grp = ? AND state = ?
             """,
             (row.id, group, state),
         ).fetchone()
@@ -336,6 +346,17 @@ class Books:
                 (row.id, kind, key, name),
             )
 
+    def remember_again(self, row: QueueRow, dedup_key: str, name: str) -> None:
+        """Know the key of a message that came back from the dead, unless another message has taken it."""
+        self.db.execute(
+            """
+            INSERT INTO filao_dedup (queue, kind, key, message) VALUES (?, ?, ?, ?)
+            ON CONFLICT DO UPDATE SET message = excluded.message, until = NULL
+            WHERE message = excluded.message OR until <= ?
+            """,
+            (row.id, DEDUP_KEY, dedup_key, name, self.now),
+        )
+
     def start_window(self, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
         """Let the keys of a message that has ended be forgotten after the queue's window."""
         until = self.now + round(row.rules.dedup_window * 1000)
@@ -344,6 +365,12 @@ class Books:
                 "UPDATE filao_dedup SET until = ? WHERE queue = ? AND kind = ? AND key = ? AND message = ?",
                 (until, row.id, kind, key, name),
             )
+
+
+def tokens(process: int) -> tuple[int, int]:
+    """Return the first and the last token that the leases of a process can have."""
+    first = TOKEN_MIN + process * TOKENS_PER_PROCESS
+    return first, first + TOKENS_PER_PROCESS - 1
 
 
 def keys(dedup_key: str | None, message_id: str | None) -> list[tuple[int, str]]:

@@ -13,13 +13,12 @@ from filao.codec import JSON, decode_headers
 from filao.engine import Draft, Failure, QueueStats, State, StoredMessage, instant
 from filao.engines.sqlite.books import (
     COUNTERS,
-    DEDUP_KEY,
     STATES,
-    TOKENS_PER_PROCESS,
     Books,
     Entry,
     QueueRow,
     oldest_ready,
+    tokens,
 )
 from filao.engines.sqlite.verbs import lose_all, release
 from filao.queue import Queue, rules_from_json, rules_to_json
@@ -31,7 +30,7 @@ _WHERE = {
     "ready": "state = 2",
     "delayed": "state = 3",
     "leased": "state = 4",
-    "blocked": "grp IS NOT NULL AND state < 6 AND state = 5",
+    "blocked": "state = 5 AND grp IS NOT NULL",
     "dead": "state = 6",
 }
 _ORDER = {"ready": "priority DESC, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
@@ -62,7 +61,7 @@ def _arrange_all(books: Books, row: QueueRow) -> None:
     if row.rules.group_dead == "continue":
         books.db.execute("DELETE FROM filao_halted WHERE queue = ?", (row.id,))
     groups = books.db.execute(
-        "SELECT DISTINCT grp FROM filao_message INDEXED BY filao_grouped WHERE queue = ? AND grp IS NOT NULL AND state < 6",
+        "SELECT DISTINCT grp FROM filao_message INDEXED BY filao_grouped WHERE queue = ? AND grp IS NOT NULL",
         (row.id,),
     )
     for (group,) in groups.fetchall():
@@ -198,10 +197,7 @@ def redrive(books: Books, row: QueueRow, ids: Sequence[str] | None, limit: int |
                 (edited.kind, edited.content, edited.headers, entry.number),
             )
         if entry.dedup_key is not None:
-            books.db.execute(
-                "UPDATE filao_dedup SET until = NULL WHERE queue = ? AND kind = ? AND key = ? AND message = ?",
-                (row.id, DEDUP_KEY, entry.dedup_key, books.name_of(entry.number, entry.message_id)),
-            )
+            books.remember_again(row, entry.dedup_key, books.name_of(entry.number, entry.message_id))
         books.give_back(row, entry)
     row.count["redriven"] += len(entries)
     return len(entries)
@@ -255,11 +251,10 @@ def resume_group(books: Books, row: QueueRow, group: str) -> None:
 
 def bury(books: Books, process: int) -> None:
     """Take over the leases of a process that died, and strike it off."""
-    first = process * TOKENS_PER_PROCESS
     for queue in queues(books.db):
         row = books.queue(queue.name)
         if row is not None and row.count["leased"]:
-            lose_all(books, row, "token BETWEEN ? AND ?", (first, first + TOKENS_PER_PROCESS - 1), "crashed")
+            lose_all(books, row, "token BETWEEN ? AND ?", tokens(process), "crashed")
     _strike_off(books, process)
 
 
@@ -270,14 +265,13 @@ def _strike_off(books: Books, process: int) -> None:
 
 def resign(books: Books, process: int, limit: int) -> None:
     """Give back the leases of a process that leaves, the attempts unused, and strike it off."""
-    first = process * TOKENS_PER_PROCESS
     for queue in queues(books.db):
         row = books.queue(queue.name)
         if row is None or not row.count["leased"]:
             continue
         for entry in books.entries(
             "INDEXED BY filao_leased WHERE queue = ? AND state = 4 AND token BETWEEN ? AND ? LIMIT ?",
-            (row.id, first, first + TOKENS_PER_PROCESS - 1, limit),
+            (row.id, *tokens(process), limit),
         ):
             release(books, row, entry)
     _strike_off(books, process)

@@ -43,9 +43,9 @@ def check_path(path: Path) -> None:
         raise ConfigurationError(f"{path} is a folder; give the path of a file in it, such as {path / 'filao.db'}")
     if not path.parent.is_dir():
         raise ConfigurationError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if path.exists() and not os.access(path, os.W_OK):
+    if path.exists() and not _may(path, os.W_OK):
         raise ConfigurationError(f"{path} is read-only for this user; a queue writes even when it receives")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
+    if not _may(path.parent, os.W_OK | os.X_OK):
         raise ConfigurationError(f"{path}: this user may not write in {path.parent}, where SQLite keeps its WAL")
     kind = file_system(path)
     if kind in NETWORK_FILE_SYSTEMS:
@@ -55,12 +55,22 @@ def check_path(path: Path) -> None:
         )
 
 
+def _may(path: Path, mode: int) -> bool:
+    """Return whether the user that this process acts for may do it."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
 def check_is_database(path: Path) -> None:
     """Raise SQLite's error for a file of another kind, before anything is created beside it."""
     if path.exists():
         db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
         try:
             db.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.OperationalError as error:
+            if (
+                _primary(error) != sqlite3.SQLITE_READONLY
+            ):  # that is a database which crashed, and which we will recover
+                raise
         finally:
             db.close()
 
@@ -172,6 +182,8 @@ def mapped(path: Path) -> Generator[None]:
         yield
     except sqlite3.Error as error:
         raise engine_error(path, error) from error
+    except OSError as error:
+        raise EngineError(f"{path}: {error}. Check the disk and the permissions of the folder.") from error
 
 
 def is_broken(error: sqlite3.Error) -> bool:

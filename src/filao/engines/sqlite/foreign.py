@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filao.errors import ConfigurationError
 
-_WRAPPERS = ("connection", "driver_connection", "dbapi_connection")
+_WRAPPERS = ("driver_connection", "dbapi_connection", "connection")
 _DEPTH_MAX = 5  # wrappers around wrappers: SQLAlchemy has a session, a connection, a pooled one, the driver's
 
 

@@ -5,8 +5,8 @@
 -- in that state: a claim never walks past messages that are leased, delayed, blocked or dead.
 --
 -- Columns that change while a message lives (state, at, token, attempts) take the same number of bytes before and after
--- (states start at 2, times are 6 bytes, tokens 8), so that SQLite overwrites them in place: a lease on a message with
--- a large body writes a page, not the body.
+-- (states start at 2, times are 6 bytes, tokens 8, attempts until the second), so that SQLite overwrites them in place:
+-- a lease on a message with a large body writes a page, not the body.
 
 CREATE TABLE filao_meta (
   name  TEXT PRIMARY KEY,
@@ -68,7 +68,7 @@ CREATE INDEX filao_ready    ON filao_message (queue, priority DESC, id) WHERE st
 CREATE INDEX filao_delayed  ON filao_message (queue, at)                WHERE state = 3;
 CREATE INDEX filao_leased   ON filao_message (queue, at)                WHERE state = 4;
 CREATE INDEX filao_dead     ON filao_message (queue, id)                WHERE state = 6;
-CREATE INDEX filao_grouped  ON filao_message (queue, grp, state, id)    WHERE grp IS NOT NULL AND state < 6;
+CREATE INDEX filao_grouped  ON filao_message (queue, state, grp, id)    WHERE grp IS NOT NULL;
 CREATE INDEX filao_expiring ON filao_message (queue, expires_at)        WHERE expires_at IS NOT NULL AND state IN (2, 3, 5);
 
 CREATE INDEX filao_named    ON filao_message (queue, message_id)        WHERE message_id IS NOT NULL;

@@ -35,12 +35,12 @@ from filao.engines.sqlite.books import (
     NO_TOKEN,
     READY,
     STATES,
-    TOKENS_PER_PROCESS,
     Books,
     Entry,
     QueueRow,
     keys,
     oldest_ready,
+    tokens,
 )
 from filao.errors import FilaoError, LeaseLost, QueueFull
 from filao.queue import retry_delay
@@ -73,7 +73,7 @@ class Lessee:
     def next_token(self) -> int:
         """Return a token that no other lease of this file ever had; those of one statement share it."""
         self.leases += 1
-        return self.process * TOKENS_PER_PROCESS + self.leases
+        return tokens(self.process)[0] + self.leases
 
 
 def apply(books: Books, operations: Sequence[Operation], lessee: Lessee) -> list[Result]:
@@ -157,6 +157,8 @@ def _refusal(books: Books, row: QueueRow, drafts: Sequence[Draft]) -> FilaoError
     if rules.max_length is None:
         return None
     new = _count_new(books, row, drafts)
+    if not new:
+        return None
     surplus = row.pending() + new - rules.max_length
     if rules.overflow == "drop_oldest" and new <= rules.max_length:
         surplus -= _drop_oldest(books, row, surplus)

@@ -1,0 +1,179 @@
+"""A queue in plain Python: what Filao's SQL must do, without SQL, indexes, batches or counters kept in passing.
+
+It has no ready, delayed and blocked states: a message is pending, leased or dead, and who may be received is worked out
+from scratch each time. Time is in milliseconds, and, as in the engine, is looked at when something is received.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from filao.queue import Queue, retry_delay
+
+Settlement = Literal["ack", "nack", "reject", "release"]
+
+
+@dataclass
+class Held:
+    """A message of the model; its number is its place."""
+
+    number: int
+    body: int
+    priority: int
+    group: str | None
+    dedup_key: str | None
+    at: int
+    expires_at: int | None
+    state: Literal["pending", "leased", "dead"] = "pending"
+    attempts: int = 0
+    lease: int = 0
+    reason: str = ""
+
+
+@dataclass
+class Model:
+    """One queue, one clock."""
+
+    queue: Queue
+    now: int
+    messages: dict[int, Held] = field(default_factory=dict)
+    keys: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    halted: set[str] = field(default_factory=set)
+    last: int = 0
+    leases: int = 0
+
+    def send(
+        self, body: int, *, priority: int, group: str | None, delay: int, ttl: int | None, dedup_key: str | None
+    ) -> int | None:
+        """Return the number of the message, or of the one it repeats; None when the queue is full."""
+        if dedup_key is not None and self._is_known(dedup_key):
+            return self.keys[dedup_key][0]
+        if self.queue.max_length is not None and len(self._in("pending", "leased")) >= self.queue.max_length:
+            return None
+        self.last += 1
+        expires_at = None if ttl is None else self.now + ttl
+        self.messages[self.last] = Held(self.last, body, priority, group, dedup_key, self.now + delay, expires_at)
+        if dedup_key is not None:
+            self.keys[dedup_key] = (self.last, None)
+        return self.last
+
+    def receive(self, limit: int) -> list[tuple[int, int]]:
+        """Return the numbers received and the lease of each."""
+        self._look_at_the_time()
+        received: list[tuple[int, int]] = []
+        while len(received) < limit and (ready := [held for held in self._in("pending") if self._is_ready(held)]):
+            first = min(ready, key=lambda held: (-held.priority, held.number))
+            self.leases += 1
+            first.state, first.lease, first.attempts = "leased", self.leases, first.attempts + 1
+            first.at = self.now + round(self.queue.lease * 1000)
+            received.append((first.number, first.lease))
+        return sorted(received, key=lambda one: (-self.messages[one[0]].priority, one[0]))
+
+    def settle(self, number: int, lease: int, how: Settlement) -> bool:
+        """Return whether the lease was still the message's last."""
+        held = self.messages.get(number)
+        if held is None or held.lease != lease:
+            return False
+        held.lease = 0
+        if how == "ack":
+            self._end(held)
+        elif how == "reject":
+            self._die(held, "rejected")
+        elif how == "release":
+            held.attempts -= 1
+            held.state, held.at = "pending", self.now
+        else:
+            self._fail(held)
+        return True
+
+    def extend(self, number: int, lease: int, milliseconds: int) -> bool:
+        """Return whether the lease was still the message's."""
+        held = self.messages.get(number)
+        if held is None or held.lease != lease:
+            return False
+        held.at = self.now + milliseconds
+        return True
+
+    def redrive(self, limit: int) -> int:
+        """Return how many dead letters were sent back."""
+        dead = self._in("dead")[:limit]
+        for held in dead:
+            held.state, held.at, held.attempts, held.expires_at, held.reason = "pending", self.now, 0, None, ""
+            if held.dedup_key is not None and (self._has_its_key(held) or not self._is_known(held.dedup_key)):
+                self.keys[held.dedup_key] = (held.number, None)
+        return len(dead)
+
+    def cancel(self, number: int) -> bool:
+        """Return whether the message waited."""
+        held = self.messages.get(number)
+        if held is None or held.state != "pending":
+            return False
+        self._end(held)
+        return True
+
+    def purge(self) -> int:
+        """Return how many waited."""
+        pending = self._in("pending")
+        for held in pending:
+            del self.messages[held.number]
+            if held.dedup_key is not None and self._has_its_key(held):
+                del self.keys[held.dedup_key]
+        return len(pending)
+
+    def count(self, state: Literal["pending", "leased", "dead"]) -> int:
+        """Return how many messages are in a state."""
+        return len(self._in(state))
+
+    def _in(self, *states: str) -> list[Held]:
+        return [held for held in self.messages.values() if held.state in states]
+
+    def _look_at_the_time(self) -> None:
+        for held in self._in("leased"):
+            if held.at <= self.now:
+                if held.attempts >= self.queue.max_attempts:
+                    self._die(held, "max_attempts")
+                else:
+                    held.state, held.at = "pending", self.now
+        for held in self._in("pending"):
+            if held.expires_at is not None and held.expires_at <= self.now:
+                if self.queue.on_expiry == "drop":
+                    self._end(held)
+                else:
+                    self._die(held, "expired")
+
+    def _is_ready(self, held: Held) -> bool:
+        if held.group is None:
+            return held.at <= self.now
+        if held.group in self.halted or any(other.group == held.group for other in self._in("leased")):
+            return False
+        others = [other for other in self._in("pending") if other.group == held.group]
+        if self.queue.group_failure == "skip":
+            others = [other for other in others if other.at <= self.now]
+        return held.at <= self.now and all(held.number <= other.number for other in others)
+
+    def _fail(self, held: Held) -> None:
+        delay = retry_delay(self.queue, held.attempts, 0.0)
+        if delay is None:
+            self._die(held, "max_attempts")
+        else:
+            held.state, held.at = "pending", self.now + round(delay * 1000)
+
+    def _die(self, held: Held, reason: str) -> None:
+        held.state, held.reason, held.lease = "dead", reason, 0
+        self._start_window(held)
+        if held.group is not None and self.queue.group_dead == "halt":
+            self.halted.add(held.group)
+
+    def _end(self, held: Held) -> None:
+        del self.messages[held.number]
+        self._start_window(held)
+
+    def _is_known(self, dedup_key: str) -> bool:
+        _, until = self.keys.get(dedup_key, (0, 0))
+        return until is None or until > self.now
+
+    def _has_its_key(self, held: Held) -> bool:
+        return self.keys.get(held.dedup_key or "", (0, 0))[0] == held.number
+
+    def _start_window(self, held: Held) -> None:
+        if held.dedup_key is not None and self._has_its_key(held):
+            self.keys[held.dedup_key] = (held.number, self.now + round(self.queue.dedup_window * 1000))

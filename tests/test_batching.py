@@ -1,0 +1,125 @@
+"""Group commit: who shares a batch with whom, and who learns of a failure."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from filao.batching import BATCH_MAX, Batcher
+from filao.engine import Operation, Receive, Result
+from filao.errors import EngineError, EngineUnavailable, FilaoError, QueueFull
+
+pytestmark = pytest.mark.anyio
+
+
+class Commits:
+    """Does what it is told, when it is told to, and remembers the batches."""
+
+    def __init__(self, failing: str = "", error: Exception | None = None) -> None:
+        self.batches: list[list[str]] = []
+        self.begun = asyncio.Event()
+        self.open = asyncio.Event()
+        self.open.set()
+        self.abandoned: list[Result] = []
+        self.failing = failing
+        self.error = error
+
+    async def __call__(self, operations: Sequence[Operation]) -> list[Result]:
+        names = [operation.queue for operation in operations if isinstance(operation, Receive)]
+        self.batches.append(names)
+        self.begun.set()
+        await self.open.wait()
+        if self.error is not None and self.failing in names:
+            raise self.error
+        return [FilaoError(name) if name == "refused" else None for name in names]
+
+    def batcher(self) -> Batcher:
+        return Batcher(self, self.abandoned.append)
+
+
+def ask(queue: str) -> Receive:
+    return Receive(queue, 1)
+
+
+async def test_a_lone_call_does_not_wait_for_company() -> None:
+    commits = Commits()
+    await commits.batcher().submit(ask("a"))
+    assert commits.batches == [["a"]]
+
+
+async def test_calls_of_the_same_moment_share_a_batch() -> None:
+    commits = Commits()
+    batcher = commits.batcher()
+    await asyncio.gather(batcher.submit(ask("a")), batcher.submit(ask("b")), batcher.submit(ask("c")))
+    assert commits.batches == [["a", "b", "c"]]
+
+
+async def test_what_comes_during_a_commit_goes_with_the_next() -> None:
+    commits = Commits()
+    commits.open.clear()
+    batcher = commits.batcher()
+    first = batcher.submit(ask("a"))
+    await commits.begun.wait()
+    rest = [batcher.submit(ask(name)) for name in "bcd"]
+    commits.open.set()
+    await asyncio.gather(first, *rest)
+    assert commits.batches == [["a"], ["b", "c", "d"]]
+
+
+async def test_a_batch_has_a_bound() -> None:
+    commits = Commits()
+    batcher = commits.batcher()
+    await asyncio.gather(*(batcher.submit(ask("a")) for _ in range(BATCH_MAX + 1)))
+    assert [len(batch) for batch in commits.batches] == [BATCH_MAX, 1]
+
+
+async def test_a_failure_reaches_its_own_caller_alone() -> None:
+    commits = Commits(failing="bad", error=EngineError("too big"))
+    batcher = commits.batcher()
+    calls = [batcher.submit(ask(name)) for name in ("a", "bad", "b")]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [str(result) for result in results] == ["None", "too big", "None"]
+    assert commits.batches == [["a", "bad", "b"], ["a"], ["bad"], ["b"]]
+
+
+async def test_nothing_is_repeated_when_the_storage_is_away() -> None:
+    commits = Commits(failing="a", error=EngineUnavailable("away"))
+    batcher = commits.batcher()
+    results = await asyncio.gather(batcher.submit(ask("a")), batcher.submit(ask("b")), return_exceptions=True)
+    assert [str(result) for result in results] == ["away", "away"]
+    assert len(commits.batches) == 1
+
+
+async def test_a_refusal_is_raised_to_its_caller() -> None:
+    batcher = Commits().batcher()
+    with pytest.raises(FilaoError, match="refused"):
+        await batcher.submit(ask("refused"))
+
+
+async def test_a_call_cancelled_before_its_batch_began_is_not_done() -> None:
+    commits = Commits()
+    batcher = commits.batcher()
+    first, second = batcher.submit(ask("a")), batcher.submit(ask("b"))
+    first.cancel()
+    await second
+    assert commits.batches == [["b"]]
+
+
+async def test_the_result_of_a_call_cancelled_meanwhile_is_handed_back() -> None:
+    commits = Commits()
+    commits.open.clear()
+    batcher = commits.batcher()
+    call = batcher.submit(ask("a"))
+    await commits.begun.wait()
+    call.cancel()
+    commits.open.set()
+    await batcher.drain()
+    assert commits.abandoned == [None]
+
+
+async def test_the_batcher_goes_on_after_a_failure() -> None:
+    commits = Commits(failing="bad", error=QueueFull("no"))
+    batcher = commits.batcher()
+    with pytest.raises(QueueFull):
+        await batcher.submit(ask("bad"))
+    assert await batcher.submit(ask("good")) is None

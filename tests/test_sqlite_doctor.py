@@ -1,0 +1,88 @@
+"""What the doctor finds."""
+
+import sqlite3
+
+import pytest
+
+import filao
+from filao.engines.sqlite.doctor import wal_reset_fixed
+
+pytestmark = pytest.mark.anyio
+
+
+async def found(broker: filao.Broker) -> dict[str, tuple[str, str]]:
+    return {finding.subject: (finding.level, finding.text) for finding in await broker.doctor()}
+
+
+async def test_a_healthy_file_has_no_warning(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        findings = await found(broker)
+    assert {level for level, _ in findings.values()} <= {"ok", "note"}
+    assert findings["journal mode"] == ("ok", "wal")
+    assert findings["permissions"] == ("ok", "0600")
+    assert findings["integrity"] == ("ok", "ok")
+    assert findings["queue claims"] == ("ok", "1 ready, 0 leased, 0 delayed")
+    assert {"SQLite", "file system", "WAL", "free pages"} <= set(findings)
+
+
+async def test_stuck_leases_and_dead_letters_are_told(tmp_path, clock) -> None:
+    async with filao.connect(tmp_path / "claims.db", clock=clock) as broker:
+        await broker.declare(filao.Queue("stuck", lease=5), filao.Queue("sad"))
+        await broker.send_to_queue("stuck", 1)
+        await broker.send_to_queue("sad", 1)
+        await broker.receive_from_queue("stuck")
+        await (await broker.receive_from_queue("sad")).reject("no")
+        clock.advance(6)
+        findings = await found(broker)
+    assert findings["queue stuck"][0] == "warning"
+    assert "1 leases have run out" in findings["queue stuck"][1]
+    assert findings["queue sad"] == ("note", "1 dead letters")
+
+
+async def test_a_file_that_others_may_read_is_told(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        (tmp_path / "claims.db").chmod(0o644)
+        level, text = (await found(broker))["permissions"]
+    assert (level, text.startswith("0644")) == ("warning", True)
+
+
+async def test_a_damaged_file_is_told(tmp_path) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", ["x" * 1000] * 100)
+    db = sqlite3.connect(path)
+    ((root,),) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'filao_ready'")
+    db.close()
+    with path.open("r+b") as file:
+        file.seek((root - 1) * 4096 + 2000)
+        file.write(b"\xff" * 1500)
+    async with filao.connect(path) as broker:
+        try:
+            level, text = (await found(broker))["integrity"]
+        except filao.EngineError as error:
+            level, text = "error", str(error)
+    assert level == "error"
+    assert text != "ok"
+
+
+async def test_a_file_made_without_room_to_shrink_is_told(tmp_path) -> None:
+    db = sqlite3.connect(tmp_path / "claims.db")
+    db.execute("CREATE TABLE mine (id INTEGER)")
+    db.close()
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        level, text = (await found(broker))["free pages"]
+    assert (level, "VACUUM" in text) == ("note", True)
+
+
+@pytest.mark.parametrize(
+    ("version", "fixed"),
+    [
+        *(((3, 40, 1), False), ((3, 44, 6), True), ((3, 49, 9), False), ((3, 50, 6), False)),
+        *(((3, 50, 7), True), ((3, 51, 2), False), ((3, 51, 3), True), ((3, 53, 0), True)),
+    ],
+)
+def test_the_versions_with_the_wal_reset_bug_are_known(version, fixed) -> None:
+    assert wal_reset_fixed(version) is fixed

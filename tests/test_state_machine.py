@@ -1,0 +1,175 @@
+"""Hypothesis drives the SQLite engine and the model of `model.py` in step: whatever one says, the other must say.
+
+Long random histories of sends, receives, settles, failures and leaps of time, over every rule that a queue can have.
+"""
+
+import sqlite3
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+import filao
+import filao.sync
+from filao.conformance.stage import add_up
+from tests.conftest import Clock
+from tests.model import Model
+
+RULES = st.fixed_dictionaries(
+    {
+        "lease": st.sampled_from([1.0, 5.0]),
+        "max_attempts": st.integers(1, 3),
+        "backoff": st.sampled_from([filao.Backoff(first=0, jitter=0), filao.Backoff(first=2, jitter=0)]),
+        "on_expiry": st.sampled_from(["dead", "drop"]),
+        "dedup_window": st.sampled_from([0.0, 3.0]),
+        "max_length": st.sampled_from([None, 3]),
+        "group_failure": st.sampled_from(["block", "skip"]),
+        "group_dead": st.sampled_from(["continue", "halt"]),
+    }
+)
+SETTLEMENTS = st.sampled_from(["ack", "ack", "nack", "reject", "release"])
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """One queue with random rules, and its model."""
+
+    deliveries: Bundle[Any] = Bundle("deliveries")
+    numbers: Bundle[int] = Bundle("numbers")
+
+    @initialize(rules=RULES)
+    def declare(self, rules: dict[str, Any]) -> None:
+        self.clock = Clock()
+        self.broker = filao.sync.connect("sqlite://:memory:", clock=self.clock)
+        self.broker.open()
+        queue = filao.Queue("claims", **rules)
+        self.broker.declare(queue)
+        self.model = Model(queue, round(self.clock() * 1000))
+        self.bodies = 0
+
+    @rule(
+        target=numbers,
+        priority=st.integers(-1, 1),
+        group=st.sampled_from([None, "a", "a", "b"]),
+        delay=st.sampled_from([0.0, 0.0, 2.0]),
+        ttl=st.sampled_from([None, None, 4.0]),
+        dedup_key=st.sampled_from([None, None, "k", "l"]),
+    )
+    def send(self, priority: int, group: str | None, delay: float, ttl: float | None, dedup_key: str | None):
+        self.bodies += 1
+        terms: dict[str, Any] = {"priority": priority, "group": group, "dedup_key": dedup_key}
+        before = self.model.last
+        number = self.model.send(
+            self.bodies, delay=round(delay * 1000), ttl=None if ttl is None else round(ttl * 1000), **terms
+        )
+        try:
+            receipt = self.broker.send_to_queue("claims", self.bodies, delay=delay, ttl=ttl, **terms)
+        except filao.QueueFull:
+            assert number is None
+            return multiple()
+        assert _number(receipt.id) == number
+        assert receipt.duplicate == (self.model.last == before)
+        return number
+
+    @rule(target=deliveries, limit=st.integers(1, 4))
+    def receive(self, limit: int):
+        received = self.model.receive(limit)
+        messages = self.broker.receive_many("claims", limit, wait=0)
+        assert [_number(message.id) for message in messages] == [number for number, _ in received]
+        for message in messages:
+            held = self.model.messages[_number(message.id)]
+            assert (message.body, message.attempt, message.group) == (held.body, held.attempts, held.group)
+        return multiple(
+            *((message, number, lease) for message, (number, lease) in zip(messages, received, strict=True))
+        )
+
+    @rule(delivery=deliveries, how=SETTLEMENTS)
+    def settle(self, delivery: Any, how: Any) -> None:
+        message, number, lease = delivery
+        if message.settled:
+            return
+        accepted = self.model.settle(number, lease, how)
+        try:
+            getattr(message, how)()
+        except filao.LeaseLost:
+            assert not accepted
+        else:
+            assert accepted
+
+    @rule(delivery=deliveries, seconds=st.sampled_from([1.0, 8.0]))
+    def extend(self, delivery: Any, seconds: float) -> None:
+        message, number, lease = delivery
+        held = self.model.messages.get(number)
+        if message.settled or (held is not None and held.state != "leased"):
+            return  # extending what ran out and was seen to is a check of its own
+        accepted = self.model.extend(number, lease, round(seconds * 1000))
+        try:
+            message.extend(seconds)
+        except filao.LeaseLost:
+            assert not accepted
+        else:
+            assert accepted
+
+    @rule(seconds=st.sampled_from([0.001, 1.0, 2.0, 6.0]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        self.model.now = round(self.clock() * 1000)
+
+    @rule(limit=st.integers(1, 3))
+    def redrive(self, limit: int) -> None:
+        assert self.broker.redrive("claims", limit=limit) == self.model.redrive(limit)
+
+    @rule(number=numbers)
+    def cancel(self, number: int) -> None:
+        assert self.broker.cancel("claims", f"{self._file()}-{number}") == self.model.cancel(number)
+
+    @rule()
+    def purge(self) -> None:
+        assert self.broker.purge("claims") == self.model.purge()
+
+    @rule(group=st.sampled_from(["a", "b"]))
+    def resume(self, group: str) -> None:
+        self.broker.resume("claims", group=group)
+        self.model.halted.discard(group)
+
+    @invariant()
+    def both_count_the_same(self) -> None:
+        stats = self.broker.stats("claims")
+        add_up(stats)
+        assert stats.ready + stats.delayed + stats.blocked == self.model.count("pending")
+        assert (stats.leased, stats.dead) == (self.model.count("leased"), self.model.count("dead"))
+
+    @invariant()
+    def the_dead_letters_are_the_same(self) -> None:
+        dead = [(_number(letter.id), letter.reason) for letter in self.broker.dead_letters("claims")]
+        assert dead == [(held.number, held.reason) for held in self.model._in("dead")]
+
+    @invariant()
+    def the_counters_are_what_the_rows_say(self) -> None:
+        stats = self.broker.stats("claims")
+        with self.broker.transaction() as transaction:
+            rows = dict(transaction.execute("SELECT state, count(*) FROM filao_message GROUP BY state"))
+        counted = (stats.ready, stats.delayed, stats.leased, stats.blocked, stats.dead)
+        assert counted == tuple(rows.get(state, 0) for state in (2, 3, 4, 5, 6))
+
+    def _file(self) -> str:
+        with self.broker.transaction() as transaction:
+            ((file,),) = transaction.execute("SELECT value FROM filao_meta WHERE name = 'file'")
+        return str(file)
+
+    def teardown(self) -> None:
+        if hasattr(self, "broker"):
+            self.broker.close()
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
+settings.register_profile("default", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.load_profile("default")
+
+TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=40)
+
+assert sqlite3.threadsafety  # the machine's broker works in a thread of its own

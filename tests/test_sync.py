@@ -1,0 +1,102 @@
+"""The blocking twin: the same names, many threads, and its own thread for connections of the user's."""
+
+import inspect
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import filao
+import filao.sync
+
+LIFE = {
+    "abandon",
+    "check_usable",
+    "settle",
+    "transaction_for",
+    "known_within",
+}  # what only messages ask of their broker
+
+
+def _public(owner: type) -> set[str]:
+    return {name for name in dir(owner) if not name.startswith("_")}
+
+
+def test_both_faces_have_the_same_names() -> None:
+    for name in ("Broker", "Message", "Transaction"):
+        ours, theirs = getattr(filao, name), getattr(filao.sync, name)
+        assert _public(ours) - LIFE - {"mark_settled", "check_held", "end", "is_open", "broker", "body"} - {
+            "extend"
+        } <= (_public(theirs))
+
+
+@pytest.mark.parametrize("owner", ["Broker", "Message", "Transaction"])
+def test_both_faces_take_the_same_arguments(owner: str) -> None:
+    ours, theirs = getattr(filao, owner), getattr(filao.sync, owner)
+    for name in _public(ours) & _public(theirs):
+        ours_is, theirs_is = getattr(ours, name), getattr(theirs, name)
+        if inspect.isfunction(ours_is):
+            wanted = [(p.name, p.kind, p.default) for p in inspect.signature(ours_is).parameters.values()]
+            assert [(p.name, p.kind, p.default) for p in inspect.signature(theirs_is).parameters.values()] == wanted, (
+                name
+            )
+
+
+def test_many_threads_share_one_broker(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "claims.db") as broker, ThreadPoolExecutor(16) as threads:
+        broker.declare(filao.Queue("claims"))
+        list(threads.map(lambda body: broker.send_to_queue("claims", body), range(400)))
+
+        def consume(_: int) -> list[int]:
+            bodies = []
+            while (message := broker.receive_from_queue("claims", wait=0)) is not None:
+                bodies.append(message.body)
+                message.ack()
+            return bodies
+
+        received = [body for bodies in threads.map(consume, range(16)) for body in bodies]
+    assert sorted(received) == list(range(400))
+
+
+def test_consume_yields_and_gives_back_what_it_did_not(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "claims.db") as broker:
+        broker.declare(filao.Queue("claims"))
+        broker.send_many("claims", range(3))
+        for message in broker.consume("claims", prefetch=3):
+            message.ack()
+            break
+        assert [message.body for message in broker.receive_many("claims", 9, wait=0)] == [1, 2]
+
+
+def test_a_send_within_a_transaction_uses_the_callers_thread(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "claims.db") as broker:
+        broker.declare(filao.Queue("claims"))
+        connection = sqlite3.connect(tmp_path / "claims.db")  # sqlite3 refuses to be used from another thread
+        broker.send_to_queue("claims", 1, within=connection)
+        broker.send_many("claims", [2, 3], within=connection)
+        assert broker.stats("claims").ready == 0
+        connection.commit()
+        connection.close()
+        assert [message.body for message in broker.receive_many("claims", 9, wait=0)] == [1, 2, 3]
+
+
+def test_a_call_inside_its_own_transaction_is_refused(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "claims.db") as broker:
+        broker.declare(filao.Queue("claims"))
+        with broker.transaction() as transaction:
+            assert transaction.execute("SELECT 1") == [(1,)]
+            with pytest.raises(filao.ConfigurationError, match="transaction"):
+                broker.stats()
+        assert broker.stats("claims").sent == 0
+
+
+def test_a_broker_that_was_never_opened_says_so() -> None:
+    broker = filao.sync.connect("sqlite://:memory:")
+    with pytest.raises(filao.ConfigurationError, match="not open"):
+        broker.stats()
+    broker.close()
+
+
+def test_a_broker_that_cannot_open_leaves_no_thread_behind(tmp_path) -> None:
+    with pytest.raises(filao.ConfigurationError, match="folder"), filao.sync.connect(tmp_path):
+        raise AssertionError("it opened")

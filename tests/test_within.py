@@ -1,0 +1,109 @@
+"""Sends that join a transaction of the user's: they appear when it commits, or never."""
+
+import asyncio
+import sqlite3
+
+import pytest
+import sqlalchemy
+from sqlalchemy.orm import Session
+
+import filao
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def broker(tmp_path):
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        yield broker
+
+
+async def waiting(broker: filao.Broker) -> int:
+    return (await broker.stats("claims")).ready
+
+
+async def test_a_send_appears_with_the_commit_of_a_sqlite3_connection(broker, tmp_path) -> None:
+    connection = sqlite3.connect(tmp_path / "claims.db")
+    connection.execute("CREATE TABLE claim (id INTEGER)")
+    with connection:
+        connection.execute("INSERT INTO claim VALUES (7)")
+        receipt = await broker.send_to_queue("claims", {"claim_id": 7}, within=connection)
+        assert await waiting(broker) == 0
+    message = await broker.receive_from_queue("claims")
+    assert (message.id, message.body) == (receipt.id, {"claim_id": 7})
+    connection.close()
+
+
+async def test_a_send_disappears_with_a_rollback(broker, tmp_path) -> None:
+    connection = sqlite3.connect(tmp_path / "claims.db")
+    await broker.send_to_queue("claims", 7, within=connection, dedup_key="k")
+    connection.rollback()
+    connection.close()
+    assert await waiting(broker) == 0
+    assert not (await broker.send_to_queue("claims", 7, dedup_key="k")).duplicate
+
+
+async def test_a_waiting_consumer_finds_what_such_a_commit_brought(broker, tmp_path) -> None:
+    receiving = asyncio.ensure_future(broker.receive_from_queue("claims"))
+    connection = sqlite3.connect(tmp_path / "claims.db")
+    await broker.send_to_queue("claims", 7, within=connection)
+    connection.commit()
+    connection.close()
+    assert (await receiving).body == 7
+
+
+@pytest.mark.parametrize("kind", ["connection", "session"])
+async def test_sqlalchemy_holds_the_transaction(broker, tmp_path, kind) -> None:
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path / 'claims.db'}")
+    held = engine.connect() if kind == "connection" else Session(engine)
+    with held:
+        held.execute(sqlalchemy.text("CREATE TABLE claim (id INTEGER)"))
+        await broker.send_to_queue("claims", 1, within=held)
+        held.rollback()
+        assert await waiting(broker) == 0
+        held.execute(sqlalchemy.text("CREATE TABLE other (id INTEGER)"))
+        await broker.send_to_queue("claims", 2, within=held)
+        held.commit()
+    engine.dispose()
+    assert (await broker.receive_from_queue("claims", wait=0)).body == 2
+
+
+async def test_the_rules_hold_within_a_transaction_too(broker, tmp_path) -> None:
+    await broker.declare(filao.Queue("small", max_length=1, body_max=10))
+    connection = sqlite3.connect(tmp_path / "claims.db")
+    with pytest.raises(filao.QueueNotFound, match="claims"):
+        await broker.send_to_queue("claim", 1, within=connection)
+    async with filao.connect(tmp_path / "claims.db") as other:  # it has not asked for the rules yet, and cannot now
+        with pytest.raises(filao.MessageTooLarge, match="small"):
+            await other.send_to_queue("small", "x" * 20, within=connection)
+    await broker.send_to_queue("small", 1, within=connection)
+    with pytest.raises(filao.QueueFull, match="small"):
+        await broker.send_to_queue("small", 1, within=connection)
+    connection.rollback()
+    connection.close()
+
+
+@pytest.mark.parametrize("wrong", ["text", 7, [], object()])
+async def test_what_is_no_connection_is_refused(broker, wrong) -> None:
+    with pytest.raises(filao.ConfigurationError, match="within="):
+        await broker.send_to_queue("claims", 1, within=wrong)
+
+
+async def test_a_connection_on_another_file_is_refused(broker, tmp_path) -> None:
+    for place in (tmp_path / "other.db", ":memory:"):
+        connection = sqlite3.connect(place)
+        with pytest.raises(filao.ConfigurationError, match=r"claims\.db"):
+            await broker.send_to_queue("claims", 1, within=connection)
+        connection.close()
+
+
+async def test_a_connection_without_a_transaction_is_refused(broker, tmp_path) -> None:
+    connection = sqlite3.connect(tmp_path / "claims.db", isolation_level=None)
+    with pytest.raises(filao.ConfigurationError, match="BEGIN IMMEDIATE"):
+        await broker.send_to_queue("claims", 1, within=connection)
+    connection.execute("BEGIN IMMEDIATE")
+    await broker.send_to_queue("claims", 1, within=connection)
+    connection.execute("COMMIT")
+    connection.close()
+    assert await waiting(broker) == 1
