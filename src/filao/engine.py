@@ -6,7 +6,7 @@ lost lease) has its `FilaoError` as its result and touches nothing; an exception
 nothing of the batch was done. Durations are seconds; the engine's own clock turns them into instants.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -310,7 +310,7 @@ class Engine(Protocol):
         """Return every declared queue with its rules, by name."""
         ...
 
-    async def execute(self, operations: Sequence[Operation]) -> list[Result]:
+    def execute(self, operations: Sequence[Operation]) -> Awaitable[list[Result]]:
         """Do all operations durably, and return one result each; if it raises, none was done."""
         ...
 

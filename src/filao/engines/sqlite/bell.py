@@ -1,6 +1,6 @@
 """A bell for each process: a FIFO beside the database that wakes its owner, and that tells when its owner is dead.
 
-The owner holds the reading end. Others ring by writing the number of a queue into it, after the commit that gave the
+The owner holds the reading end. Others ring by writing the number of a queue into it, when they commit what gives the
 owner something to look for. The kernel closes the reading end when the owner dies, however it dies, and from then on
 opening the FIFO for writing fails: so a bell that nobody can ring belongs to a dead process, whose leases may be taken
 over at once. This is only an accelerator. A lease that runs out is the truth, and without bells everything still works.
@@ -14,6 +14,8 @@ from pathlib import Path
 
 _RING = struct.Struct("=q")
 _READ_MAX = 4096  # bytes: a FIFO's reader takes all rings that came together
+_ROPES_MAX = 256  # writing ends that are kept open
+_DEAD = (errno.ENXIO, errno.ENOENT, errno.EPIPE)  # nobody has the reading end
 
 
 class Bell:
@@ -48,26 +50,51 @@ class Bell:
         self.reader = self._writer = -1
 
 
-def ring(folder: Path, name: str, queue: int) -> None:
-    """Wake the owner of a bell; whoever is dead or has a full FIFO of rings needs no more of them."""
-    try:
-        writer = os.open(folder / name, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENOENT):
-            return
-        raise
-    try:
-        os.write(writer, _RING.pack(queue))
-    except (BlockingIOError, BrokenPipeError):
-        pass
-    finally:
-        os.close(writer)
+class Belfry:
+    """The bells of the other processes, as this one rings them."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ropes: dict[str, int] = {}
+        """The writing ends that were opened: a process that was rung for once will be again."""
 
-def is_alive(folder: Path, name: str) -> bool:
-    """Return whether the process that owns this bell lives; True whenever that cannot be told."""
-    try:
-        os.close(os.open(folder / name, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError as error:
-        return error.errno not in (errno.ENXIO, errno.ENOENT)
-    return True
+    def ring(self, name: str, queue: int) -> None:
+        """Wake the owner of a bell; whoever is dead or has a full FIFO of rings needs no more of them."""
+        rope = self._ropes.get(name, -1)
+        try:
+            if rope < 0:
+                rope = self._take(name)
+            os.write(rope, _RING.pack(queue))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in _DEAD:
+                raise
+            self._drop(name)
+
+    def is_alive(self, name: str) -> bool:
+        """Return whether the process that owns this bell lives; True whenever that cannot be told."""
+        try:
+            os.close(self._open(name))
+        except OSError as error:
+            return error.errno not in _DEAD
+        return True
+
+    def close(self) -> None:
+        """Let go of all the bells."""
+        for name in list(self._ropes):
+            self._drop(name)
+
+    def _take(self, name: str) -> int:
+        if len(self._ropes) >= _ROPES_MAX:
+            self._drop(next(iter(self._ropes)))
+        self._ropes[name] = rope = self._open(name)
+        return rope
+
+    def _drop(self, name: str) -> None:
+        rope = self._ropes.pop(name, -1)
+        if rope >= 0:
+            os.close(rope)
+
+    def _open(self, name: str) -> int:
+        return os.open(self._folder / name, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)

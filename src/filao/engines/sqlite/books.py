@@ -159,17 +159,29 @@ class Books:
         """Return the processes that have waited longest, one for each reason to look."""
         waiting = self.db.execute(
             """
-            SELECT w.id, p.id, p.bell
+            SELECT p.id, p.bell
             FROM filao_waiting w
             JOIN filao_process p ON p.id = w.process
             WHERE w.queue = ?
-            ORDER BY w.id
+            ORDER BY w.since
             LIMIT ?
             """,
             (row.id, row.wake),
         ).fetchall()
-        self.db.executemany("DELETE FROM filao_waiting WHERE id = ?", [(found[0],) for found in waiting])
-        return [Call(process, bell, row.id) for _, process, bell in waiting]
+        calls = [Call(process, bell, row.id) for process, bell in waiting]
+        for call in calls:
+            self.db.execute("DELETE FROM filao_waiting WHERE queue = ? AND process = ?", (call.queue, call.process))
+        return calls
+
+    def wait(self, row: QueueRow, process: int) -> None:
+        """Put a process among those who wait for a queue; it keeps its place when it is there already."""
+        self.db.execute(
+            """
+            INSERT OR IGNORE INTO filao_waiting (queue, since, process)
+            VALUES (?1, (SELECT coalesce(max(since), 0) + 1 FROM filao_waiting WHERE queue = ?1), ?2)
+            """,
+            (row.id, process),
+        )
 
     # --- moves -------------------------------------------------------------------------------------------------------
 
@@ -356,6 +368,14 @@ class Books:
             """,
             (row.id, DEDUP_KEY, dedup_key, name, self.now),
         )
+
+    def unlearn(self, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
+        """Forget the keys of a message at once."""
+        for kind, key in wanted:
+            self.db.execute(
+                "DELETE FROM filao_dedup WHERE queue = ? AND kind = ? AND key = ? AND message = ?",
+                (row.id, kind, key, name),
+            )
 
     def start_window(self, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
         """Let the keys of a message that has ended be forgotten after the queue's window."""

@@ -17,6 +17,7 @@ from filao.engines.sqlite.books import (
     Books,
     Entry,
     QueueRow,
+    keys,
     oldest_ready,
     tokens,
 )
@@ -184,7 +185,7 @@ def number_of(books: Books, row: QueueRow, name: str) -> int | None:
     return int(number) if len(number) < 19 else None
 
 
-def redrive(books: Books, row: QueueRow, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
+def redrive(books: Books, row: QueueRow, ids: Sequence[str] | None, limit: int, edited: Draft | None) -> int:
     """Give dead letters back with fresh attempts, each to its old place."""
     entries = _chosen(books, row, [State.DEAD], ids, limit)
     for entry in entries:
@@ -203,27 +204,17 @@ def redrive(books: Books, row: QueueRow, ids: Sequence[str] | None, limit: int |
     return len(entries)
 
 
-def remove(books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None) -> int:
+def remove(books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int) -> int:
     """Delete messages in these states; whoever holds one loses its lease."""
-    entries = _chosen(books, row, states, ids, None)
+    entries = _chosen(books, row, states, ids, limit)
     for entry in entries:
         books.delete(row, entry, "purged" if ids is None else "cancelled")
-        if ids is None and (entry.dedup_key is not None or entry.message_id is not None):
-            _forget_keys(books, row, entry)
+        if ids is None:  # a purge starts afresh: what it removed may be sent again at once
+            books.unlearn(row, keys(entry.dedup_key, entry.message_id), books.name_of(entry.number, entry.message_id))
     return len(entries)
 
 
-def _forget_keys(books: Books, row: QueueRow, entry: Entry) -> None:
-    """Start afresh: what a purge removed may be sent again at once."""
-    books.db.execute(
-        "DELETE FROM filao_dedup WHERE queue = ? AND message = ?",
-        (row.id, books.name_of(entry.number, entry.message_id)),
-    )
-
-
-def _chosen(
-    books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int | None
-) -> list[Entry]:
+def _chosen(books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int) -> list[Entry]:
     if ids is not None:
         numbers = [number for name in ids if (number := number_of(books, row, name)) is not None]
         allowed = {NUMBERS[state] for state in states}
@@ -232,7 +223,7 @@ def _chosen(
     found: list[Entry] = []
     for state in states:
         clause = f"INDEXED BY filao_{_INDEXES[state]} WHERE queue = ? AND {_WHERE[state]} ORDER BY {_ORDER[state]}"
-        found += books.entries(f"{clause} LIMIT ?", (row.id, -1 if limit is None else limit))
+        found += books.entries(f"{clause} LIMIT ?", (row.id, limit - len(found)))
     return found
 
 

@@ -1,18 +1,19 @@
 """The file as one process holds it: a connection, its turnstile, and transactions that end cleanly whatever happens.
 
 Everything here blocks, and runs in the engine's one database thread. A transaction is one turn at the turnstile, with
-its books; whoever must look again because of it is called after its commit.
+its books; whoever must look again because of it is called as it commits.
 """
 
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filao.engines.sqlite import files
-from filao.engines.sqlite.bell import Bell, is_alive, ring
+from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books, Call
 from filao.engines.sqlite.turnstile import Turnstile
 from filao.engines.sqlite.verbs import Lessee
@@ -20,6 +21,7 @@ from filao.errors import EngineError, EngineUnavailable
 
 FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
 TIDY_PAGES = 500  # pages given back to the file system in one turn: a few milliseconds of the write lock
+WAL_SETTLED = 1.0  # seconds after the last change of the WAL during which each look goes into the database
 TIDY_KEYS = 1_000  # forgotten deduplication keys deleted in one turn
 
 _ABANDONED: list[object] = []  # what a child process inherited and must never close
@@ -42,9 +44,12 @@ class Database:
         self._flushes = durable
         self._clock = clock
         self._wake = wake
+        self._wal = path
         self._turnstile = Turnstile(None)
+        self._belfry: Belfry | None = None
         self._db: sqlite3.Connection | None = None
         self._seen_version = -1
+        self._wal_changed = -1.0
         self._others: list[tuple[int, str]] = []
 
     # --- opening and closing -----------------------------------------------------------------------------------------
@@ -58,8 +63,10 @@ class Database:
             if self.path != files.MEMORY:
                 files.check_is_database(self.path)
                 self.folder = files.sidecar(self.path)
+                self._wal = self.path.with_name(self.path.name + "-wal")
                 self.folder.mkdir(mode=0o700, exist_ok=True)
                 self._turnstile = Turnstile(self.folder / "turnstile")
+                self._belfry = Belfry(self.folder)
             with self._turnstile.turn():
                 self._connect()
 
@@ -77,6 +84,8 @@ class Database:
 
     def close(self) -> None:
         """Let go of the file; the last process to do so writes its WAL back."""
+        if self._belfry is not None:
+            self._belfry.close()
         if self.bell is not None:
             self.bell.close()
             self.bell = None
@@ -112,27 +121,29 @@ class Database:
 
     def begin(self, *, durable: bool) -> Books:
         """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends."""
+        if self._db is not None and self._flushes != (durable and self._durable):
+            self._flushes = not self._flushes
+            files.set_durable(self._db, durable=self._flushes)
+        assert not self._turnstile.is_held, "a transaction inside a transaction"
         self._turnstile.enter()
         try:
             if self.ticket is not None and not self.ticket.acquire(blocking=False):
                 raise EngineUnavailable("nobody waits for this any more")
             self.ticket = None
-            with files.mapped(self.path):
-                db = self._db or self._reopen()
-                if self._flushes != (durable and self._durable):
-                    self._flushes = not self._flushes
-                    files.set_durable(db, durable=self._flushes)
-                db.execute("BEGIN IMMEDIATE")
+            db = self._db or self._reopen()
+            db.execute("BEGIN IMMEDIATE")
             return Books(db, self.file, self.now())
-        except BaseException:
+        except BaseException as error:
             self._turnstile.leave()
+            if isinstance(error, sqlite3.Error):
+                raise files.engine_error(self.path, error) from error
             raise
 
     def commit(self, books: Books) -> None:
         """Make it so, durably when the transaction was begun so."""
         try:
             books.write_down()
-            calls = books.calls()
+            self._call(books.calls())
             books.db.execute("COMMIT")
         except BaseException as error:
             self.roll_back(error)
@@ -140,7 +151,6 @@ class Database:
                 raise files.engine_error(self.path, error) from error
             raise
         self._turnstile.leave()
-        self._call(calls)
 
     def roll_back(self, error: BaseException) -> None:
         """Undo what was begun, if anything was; and when the disk failed, never trust this connection again."""
@@ -179,12 +189,13 @@ class Database:
         return db
 
     def _call(self, calls: Sequence[Call]) -> None:
+        """Wake those who must look again; while we commit, they wake up, and then queue behind us at the turnstile."""
         own = self.lessee.process if self.lessee is not None else 0
         for process, bell, queue in calls:
             if process == own:
                 self._wake(queue)
-            elif bell and self.folder is not None:
-                ring(self.folder, bell, queue)
+            elif bell and self._belfry is not None:
+                self._belfry.ring(bell, queue)
 
     # --- processes ---------------------------------------------------------------------------------------------------
 
@@ -212,11 +223,23 @@ class Database:
 
     def dead_processes(self) -> list[int]:
         """Return the registered processes whose bells tell that they are dead."""
-        if self.folder is None:
+        belfry = self._belfry
+        if belfry is None:
             return []
         own = self.lessee.process if self.lessee is not None else 0
-        folder = self.folder
-        return [process for process, bell in self._others if process != own and not is_alive(folder, bell)]
+        return [process for process, bell in self._others if process != own and not belfry.is_alive(bell)]
+
+    def may_have_moved(self) -> bool:
+        """Return False when the WAL tells that nobody can have committed for a while; costs no more than a `stat`."""
+        if self.folder is None:
+            return False
+        try:
+            changed = self._wal.stat().st_mtime
+        except OSError:
+            return True
+        # A file's time is as coarse as the kernel's tick, so one look after the last change is not enough.
+        was, self._wal_changed = self._wal_changed, changed
+        return changed != was or abs(time.time() - changed) < WAL_SETTLED
 
     def has_moved(self) -> bool:
         """Return whether anyone else committed since the last call, and learn who else is there."""

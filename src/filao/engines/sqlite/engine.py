@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -43,8 +43,9 @@ from filao.queue import Queue
 
 R = TypeVar("R")
 
-POLL_INTERVAL = 0.1  # seconds between looks for what no bell tells: deaths, and commits on the users' own connections
+POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and commits on the users' own connections
 IDLE_BEFORE_TIDY = 1.0  # seconds without a write of ours after which free pages go back to the file system
+SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
 LEASES_RETURNED_MAX = 10_000  # that a closing engine gives back; should there be more, they run out
 _NOT_IN_TRANSACTIONS = frozenset(
     {"BEGIN", "COMMIT", "END", "ROLLBACK", "SAVEPOINT", "RELEASE", "ATTACH", "DETACH", "VACUUM"}
@@ -61,6 +62,7 @@ class SqliteEngine:
     def __init__(self, path: Path, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
         self._database = Database(path, durable=durable, clock=clock, wake=self._wake_soon)
         self._gate = asyncio.Lock()
+        """Held by whoever needs the thread for several jobs that belong together; single jobs only look at it."""
         self._waiters: dict[str, set[SqliteWaiter]] = {}
         self._queue_names: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,8 +102,13 @@ class SqliteEngine:
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
-    async def execute(self, operations: Sequence[Operation]) -> list[Result]:
+    def execute(self, operations: Sequence[Operation]) -> Awaitable[list[Result]]:
         """Do a batch as one transaction."""
+        if self._gate.locked():
+            return self._execute_later(operations)
+        return self._in_turn(lambda: self._execute(operations))
+
+    async def _execute_later(self, operations: Sequence[Operation]) -> list[Result]:
         async with self._gate:
             return await self._in_turn(lambda: self._execute(operations))
 
@@ -139,7 +146,7 @@ class SqliteEngine:
             await self._thread.submit(lambda: self._database.commit(books))
             self._untidy = True
 
-    async def _in_turn(self, job: Callable[[], R]) -> R:
+    def _in_turn(self, job: Callable[[], R]) -> "asyncio.Future[R]":
         """Run a job that waits for a turn to write, but not for ever: another process may stand still in the turnstile.
 
         Whoever takes the ticket first decides: the job, that it begins; or the timer, that it never will.
@@ -155,10 +162,8 @@ class SqliteEngine:
 
         future = self._thread.submit(with_ticket)
         timer = self._loop.call_later(files.BUSY_TIMEOUT, _give_up, ticket, future, self._database.path)
-        try:
-            return await future
-        finally:
-            timer.cancel()
+        future.add_done_callback(lambda _: timer.cancel())
+        return future
 
     # --- waking ------------------------------------------------------------------------------------------------------
 
@@ -207,9 +212,10 @@ class SqliteEngine:
         try:
             while self._waiters:
                 await asyncio.sleep(POLL_INTERVAL)
-                with suppress(FilaoError):  # a storage that fails says so to those who call it
-                    if await self._thread.submit(self._look):
-                        self._wake_all()
+                if self._database.may_have_moved() or self._database.dead_processes():
+                    with suppress(FilaoError):  # a storage that fails says so to those who call it
+                        if await self._alone(self._look):
+                            self._wake_all()
         finally:
             self._watching = False
 
@@ -241,11 +247,15 @@ class SqliteEngine:
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Give dead letters back, each to its old place."""
-        return await self._change(lambda books: control.redrive(books, _row(books, queue), ids, limit, edited))
+        return await self._in_slices(
+            queue, limit, lambda books, row, size: control.redrive(books, row, ids, size, edited)
+        )
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
         """Delete messages in these states."""
-        return await self._change(lambda books: control.remove(books, _row(books, queue), states, ids))
+        return await self._in_slices(
+            queue, None, lambda books, row, size: control.remove(books, row, states, ids, size)
+        )
 
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Stop or resume deliveries."""
@@ -258,6 +268,16 @@ class SqliteEngine:
     async def doctor(self) -> list[Finding]:
         """Examine the file and say what an operator should know."""
         return await self._look_up(lambda books: examine(books, self._database))
+
+    async def _in_slices(self, queue: str, limit: int | None, work: Callable[[Books, QueueRow, int], int]) -> int:
+        """Change many messages in transactions of a bounded size: others get their turns in between."""
+        total = 0
+        while True:
+            size = SLICE if limit is None else min(SLICE, limit - total)
+            done = await self._change(partial(_sized, work, queue, size))
+            total += done
+            if done < SLICE or total == limit:
+                return total
 
     async def _change(self, work: Callable[[Books], R]) -> R:
         def job() -> R:
@@ -273,6 +293,10 @@ class SqliteEngine:
             with files.mapped(self._database.path):
                 return work(self._database.read())
 
+        return await self._alone(job)
+
+    async def _alone(self, job: Callable[[], R]) -> R:
+        """Run a job in the thread, but not in the middle of a transaction of the user's."""
         async with self._gate:
             return await self._thread.submit(job)
 
@@ -292,10 +316,10 @@ class SqliteEngine:
             self._untidy = False
             await asyncio.sleep(IDLE_BEFORE_TIDY)
             with suppress(FilaoError):
-                while not self._untidy and await self._thread.submit(self._database.tidy):
+                while not self._untidy and await self._alone(self._database.tidy):
                     pass
                 if not self._untidy:
-                    await self._thread.submit(self._database.write_back)
+                    await self._alone(self._database.write_back)
 
     def _resign(self) -> None:
         if self._database.lessee is not None:
@@ -355,6 +379,10 @@ def _check_statement(sql: str) -> None:
         raise ConfigurationError(
             f"{words[0].upper()} inside a transaction: leaving the block commits it, an exception rolls it back"
         )
+
+
+def _sized(work: Callable[[Books, QueueRow, int], int], queue: str, size: int, books: Books) -> int:
+    return work(books, _row(books, queue), size)
 
 
 def _row(books: Books, queue: str) -> QueueRow:

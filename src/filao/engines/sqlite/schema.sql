@@ -107,9 +107,9 @@ CREATE TABLE filao_process (         -- every process that receives here; tokens
   started_at INTEGER NOT NULL
 ) STRICT;
 
-CREATE TABLE filao_waiting (         -- processes to wake when the queue gets something, in the order they came
-  id      INTEGER PRIMARY KEY,
+CREATE TABLE filao_waiting (         -- processes to wake when the queue gets something
   queue   INTEGER NOT NULL,
+  since   INTEGER NOT NULL,  -- a count that grows: those that have waited longest are woken first
   process INTEGER NOT NULL,
-  UNIQUE (queue, process)
-) STRICT;
+  PRIMARY KEY (queue, process)
+) STRICT, WITHOUT ROWID;

@@ -218,7 +218,7 @@ def receive(books: Books, asked: Sequence[Receive], lessee: Lessee) -> Sequence[
     if all(hands):
         return [Received(hand) for hand in hands]
     if terms.waits:
-        books.db.execute("INSERT OR IGNORE INTO filao_waiting (queue, process) VALUES (?, ?)", (row.id, lessee.process))
+        books.wait(row, lessee.process)
     due_in = time_to_due(books, row)
     return [Received(hand, None if hand else due_in) for hand in hands]
 

@@ -1,0 +1,35 @@
+"""The README's code runs as it stands, block after block, in an empty folder."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+async def test_the_code_of_the_readme_runs(tmp_path, monkeypatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 5
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks, 1):
+        code = compile(block, f"README.md, block {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        running = eval(code, names)
+        if running is not None:
+            await running
+
+
+def test_the_diagram_is_the_one_of_the_package() -> None:
+    import filao
+
+    def lines(text: str) -> list[str]:
+        return [line.strip() for line in text.splitlines()]
+
+    diagram = re.search(r"```\n( send.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert diagram is not None
+    assert set(lines(diagram[1])) <= set(lines(filao.__doc__ or ""))

@@ -1,0 +1,103 @@
+"""The rules of the house that no linter knows."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import filao
+
+SOURCE = Path(filao.__file__).parent
+MODULES = sorted(SOURCE.rglob("*.py"))
+ORDER = [  # what stands above; a module imports only from here upwards
+    *("errors", "queue", "codec", "engine", "draft", "message"),
+    *("engines.sqlite.turnstile", "engines.sqlite.bell", "engines.sqlite.files", "engines.sqlite.thread"),
+    *("engines.sqlite.books", "engines.sqlite.verbs", "engines.sqlite.control", "engines.sqlite.foreign"),
+    *("engines.sqlite.database", "engines.sqlite.doctor", "engines.sqlite.engine", "engines.sqlite", "engines"),
+    *("batching", "broker", "sync", "conformance.stage"),
+    *(f"conformance.{name}" for name in ("control", "delivery", "effects", "failure", "ordering", "sending")),
+    *("conformance", "sandbox", "cli", "__main__"),
+]
+MODULE_MAX = 600  # lines
+FUNCTION_MAX = 70  # lines, signature and docstring included
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _rank(name: str) -> int:
+    while name and name not in ORDER:
+        name = name.rpartition(".")[0]
+    return ORDER.index(name) if name else -1
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("filao"):
+            module = (node.module or "").removeprefix("filao").removeprefix(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".removeprefix(".")
+                yield inner if (SOURCE / inner.replace(".", "/")).with_suffix(".py").exists() else module
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if path.parent != SOURCE or path.stem != "__init__"], ids=_name
+)
+def test_a_module_imports_only_what_stands_above_it(path: Path) -> None:
+    rank = _rank(_name(path))
+    assert rank >= 0, "a new module: give it a place in ORDER"
+    for imported in _imported(path):
+        inside = _rank(imported) == rank and imported != _name(path)  # modules of one package that ORDER does not list
+        assert imported == "" or _rank(imported) < rank or inside, f"{_name(path)} imports {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_a_module_is_short_and_so_are_its_functions(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MODULE_MAX
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < FUNCTION_MAX, node.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_a_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def _public() -> Iterator[tuple[str, object]]:
+    import filao.sync
+
+    for module in (filao, filao.sync):
+        names = getattr(module, "__all__", ["connect", "Broker", "Message", "Transaction"])
+        for name in names:
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value):  # not the alias of a type
+                yield f"{module.__name__}.{name}", value
+            if inspect.isclass(value):
+                for member, attribute in vars(value).items():
+                    if not member.startswith("_") and callable(attribute):
+                        yield f"{module.__name__}.{name}.{member}", attribute
+
+
+@pytest.mark.parametrize(("name", "value"), list(_public()), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_public_name_is_documented(name: str, value: object) -> None:
+    assert name
+    assert inspect.getdoc(value)
+
+
+def test_every_module_can_be_imported_alone() -> None:
+    for module in pkgutil.walk_packages([str(SOURCE)], "filao."):
+        if module.name != "filao.__main__":
+            importlib.import_module(module.name)
+
+
+def test_house_words_are_used() -> None:
+    unwanted = {"manager", "helper", "util", "utils", "common", "base"}
+    assert not unwanted & {path.stem for path in MODULES}
