@@ -140,8 +140,10 @@ class SqliteEngine:
                 books = await self._in_turn(lambda: self._database.begin(durable=True))
                 yield SqliteTransaction(self._database, self._thread, books)
             except BaseException as error:
-                # The thread does jobs in order: this one ends what was begun, also when we are cancelled meanwhile.
-                await self._thread.submit(partial(self._database.roll_back, error))
+                # The thread does jobs in order, so this one ends what was begun. Whoever is cancelled does not wait for it.
+                undone = self._thread.submit(partial(self._database.roll_back, error))
+                if not isinstance(error, asyncio.CancelledError):
+                    await undone
                 raise
             await self._thread.submit(lambda: self._database.commit(books))
             self._untidy = True
@@ -162,7 +164,7 @@ class SqliteEngine:
 
         future = self._thread.submit(with_ticket)
         timer = self._loop.call_later(files.BUSY_TIMEOUT, _give_up, ticket, future, self._database.path)
-        future.add_done_callback(lambda _: timer.cancel())
+        future.add_done_callback(partial(_take_back, ticket, timer))
         return future
 
     # --- waking ------------------------------------------------------------------------------------------------------
@@ -390,6 +392,12 @@ def _row(books: Books, queue: str) -> QueueRow:
     if row is None:
         raise books.not_found(queue)
     return row
+
+
+def _take_back(ticket: threading.Lock, timer: asyncio.TimerHandle, future: "asyncio.Future[Any]") -> None:
+    timer.cancel()
+    if future.cancelled():
+        ticket.acquire(blocking=False)  # so that it never begins, unless it has
 
 
 def _give_up(ticket: threading.Lock, future: "asyncio.Future[Any]", path: Path) -> None:

@@ -1,0 +1,146 @@
+"""The side on the event loop: transactions of the user's are left alone, the dead are buried, nobody waits for ever."""
+
+import asyncio
+import sqlite3
+
+import pytest
+
+import filao
+from filao.engines.sqlite import engine as sqlite_engine
+from filao.engines.sqlite import files
+from tests.conftest import engine_of
+
+pytestmark = pytest.mark.anyio
+
+
+def leave_a_corpse(path) -> None:
+    """Enter a process that is dead: nobody has its bell."""
+    db = sqlite3.connect(path)
+    with db:
+        db.execute("INSERT INTO filao_process (bell, name, started_at) VALUES ('nobody', 'elsewhere:1', 0)")
+    db.close()
+
+
+def processes(path) -> int:
+    count: int
+    db = sqlite3.connect(path)
+    ((count,),) = db.execute("SELECT count(*) FROM filao_process WHERE bell = 'nobody'")
+    db.close()
+    return count
+
+
+async def test_housekeeping_waits_for_a_transaction_of_the_users(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 0.001)
+    monkeypatch.setattr(sqlite_engine, "IDLE_BEFORE_TIDY", 0.001)
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        waiting = asyncio.ensure_future(broker.receive_from_queue("claims"))
+        leave_a_corpse(path)
+        async with broker.transaction() as transaction:
+            await transaction.execute("CREATE TABLE mine (number INTEGER)")
+            for number in range(300):
+                await transaction.execute("INSERT INTO mine VALUES (?)", (number,))
+                engine_of(broker)._untidy = number % 2 == 0
+            await transaction.send_to_queue("claims", "sent with it")
+        assert (await waiting).body == "sent with it"
+        async with broker.transaction() as transaction:
+            assert await transaction.execute("SELECT count(*) FROM mine") == [(300,)]
+
+
+async def test_a_waiting_consumer_buries_the_dead(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 0.001)
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        leave_a_corpse(path)
+        waiting = asyncio.ensure_future(broker.receive_from_queue("claims"))
+        async with asyncio.timeout(30):
+            while await asyncio.to_thread(processes, path):
+                pass
+        waiting.cancel()
+
+
+async def test_a_cancelled_transaction_is_undone_and_lets_others_write(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker, filao.connect(tmp_path / "claims.db") as other:
+        await broker.declare(filao.Queue("claims"))
+        inside = asyncio.Event()
+
+        async def hold() -> None:
+            async with broker.transaction() as transaction:
+                await transaction.send_to_queue("claims", 1)
+                inside.set()
+                await asyncio.Event().wait()
+
+        holding = asyncio.ensure_future(hold())
+        await inside.wait()
+        sending = asyncio.ensure_future(other.send_to_queue("claims", 2))
+        holding.cancel()
+        await sending
+        assert (await broker.stats("claims")).sent == 1
+        await broker.send_to_queue("claims", 3)
+
+
+async def test_a_transaction_cancelled_while_it_waits_for_its_turn_takes_none(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker, filao.connect(tmp_path / "claims.db") as other:
+        await broker.declare(filao.Queue("claims"))
+
+        async def hold() -> None:
+            async with broker.transaction():
+                raise AssertionError("it began")
+
+        async with other.transaction() as transaction:
+            holding = asyncio.ensure_future(hold())
+            await transaction.execute("SELECT 1")
+            holding.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await holding
+        await other.send_to_queue("claims", 1)
+        await broker.send_to_queue("claims", 2)
+        assert (await broker.stats("claims")).sent == 2
+
+
+async def test_whoever_waits_too_long_for_its_turn_gives_up_and_was_not_done(tmp_path, monkeypatch) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker, filao.connect(tmp_path / "claims.db") as other:
+        await broker.declare(filao.Queue("claims"))
+        monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.05)
+        async with other.transaction():
+            with pytest.raises(filao.EngineUnavailable, match=r"claims\.db has been locked"):
+                await broker.send_to_queue("claims", "given up")
+        await broker.send_to_queue("claims", "done")
+        assert [message.body for message in await broker.receive_many("claims", 9, wait=0)] == ["done"]
+
+
+async def test_a_purge_of_many_messages_lets_others_write_in_between(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sqlite_engine, "SLICE", 10)
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", range(35))
+        await broker.send_many("claims", range(25), delay=60, group="g")
+        assert await broker.purge("claims") == 60
+        await broker.send_many("claims", range(35))
+        for message in await broker.receive_many("claims", 35):
+            await message.reject("no")
+        assert await broker.redrive("claims", limit=12) == 12
+        assert await broker.redrive("claims") == 23
+        assert (await broker.stats("claims")).ready == 35
+
+
+async def test_the_connection_is_replaced_after_the_disk_failed(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        database = engine_of(broker)._database
+        before = database._db
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_FSYNC, "SQLITE_IOERR_FSYNC"
+
+        def fail() -> None:
+            with database.write(durable=True):
+                raise error
+
+        with pytest.raises(filao.EngineUnavailable, match="disk"):
+            await engine_of(broker)._alone(fail)
+        await broker.send_to_queue("claims", 2)
+        assert database._db is not before
+        assert (await broker.stats("claims")).ready == 2
