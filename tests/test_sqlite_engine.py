@@ -1,6 +1,7 @@
 """The side on the event loop: transactions of the user's are left alone, the dead are buried, nobody waits for ever."""
 
 import asyncio
+import os
 import sqlite3
 
 import pytest
@@ -19,6 +20,7 @@ def leave_a_corpse(path) -> None:
     with db:
         db.execute("INSERT INTO filao_process (bell, name, started_at) VALUES ('nobody', 'elsewhere:1', 0)")
     db.close()
+    os.mkfifo(path.with_name(path.name + "-filao") / "nobody")
 
 
 def processes(path) -> int:

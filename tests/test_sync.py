@@ -11,6 +11,7 @@ import filao.sync
 
 LIFE = {
     "abandon",
+    "check_open",
     "check_usable",
     "settle",
     "transaction_for",

@@ -16,7 +16,13 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 ORDER = [  # what stands above; a module imports only from here upwards
     *("errors", "queue", "codec", "engine", "draft", "message"),
     *("engines.sqlite.turnstile", "engines.sqlite.bell", "engines.sqlite.files", "engines.sqlite.thread"),
-    *("engines.sqlite.books", "engines.sqlite.verbs", "engines.sqlite.control", "engines.sqlite.foreign"),
+    *(
+        "engines.sqlite.books",
+        "engines.sqlite.verbs",
+        "engines.sqlite.control",
+        "engines.sqlite.foreign",
+        "engines.sqlite.line",
+    ),
     *("engines.sqlite.database", "engines.sqlite.doctor", "engines.sqlite.engine", "engines.sqlite", "engines"),
     *("batching", "broker", "sync", "conformance.stage"),
     *(f"conformance.{name}" for name in ("control", "delivery", "effects", "failure", "ordering", "sending")),

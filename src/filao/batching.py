@@ -9,13 +9,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from filao.engine import Operation, Result
+from filao.engine import Abandoned, Operation, Result
 from filao.errors import EngineUnavailable, FilaoError
 
 BATCH_MAX = 1_000  # operations in one transaction: some 20 ms of the write lock, and a bound on what a failure repeats
 
 Execute = Callable[[Sequence[Operation]], Awaitable[list[Result]]]
-Abandoned = Callable[[Result], None]
 _Entry = tuple[Operation, "asyncio.Future[Result]"]
 
 
@@ -28,7 +27,6 @@ class Batcher:
     def __init__(self, execute: Execute, abandoned: Abandoned) -> None:
         self._execute = execute
         self._abandoned = abandoned
-        """Told the result of an operation whose caller was cancelled while it was being done."""
         self._gathered: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 from msgspec import UNSET, UnsetType
 
@@ -33,7 +33,6 @@ from filao.engine import (
     Received,
     Reject,
     Release,
-    Result,
     Send,
     Settle,
     State,
@@ -44,6 +43,7 @@ from filao.errors import ConfigurationError, FilaoError, UnsupportedFeature
 from filao.message import AT_MOST_ONCE, Message, Transaction, current_transaction
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, not_found
 
+R = TypeVar("R")
 Guarantee = Literal["at-least-once", "at-most-once"]
 
 RECEIVE_MANY_MAX = 10_000  # messages that one `receive_many` returns
@@ -110,10 +110,14 @@ class Broker:
         """What this engine can do."""
         return self._engine.features
 
-    def check_usable(self) -> None:
-        """Raise `ConfigurationError` when the broker is closed, not yet open, inherited through a fork, or in a transaction."""
+    def check_open(self) -> None:
+        """Raise `ConfigurationError` when the broker is closed, not yet open, or was inherited through a fork."""
         if self._unusable:
             raise ConfigurationError(f"this broker {self._unusable}")
+
+    def check_usable(self) -> None:
+        """Raise `ConfigurationError` when a call cannot be made now: the broker is not open, or in a transaction."""
+        self.check_open()
         transaction = current_transaction.get()
         if transaction is not None and transaction.is_open and transaction.broker is self:
             raise ConfigurationError(
@@ -302,11 +306,10 @@ class Broker:
             check_duration(f"queue {known.name!r}", "lease", lease, least=0.001, most=LEASE_MAX)
         if guarantee not in ("at-least-once", "at-most-once"):
             raise ConfigurationError(f'guarantee is {guarantee!r}; it must be "at-least-once" or "at-most-once"')
-        operation = Receive(known.name, limit, lease)
-        messages, _ = await self._look(known, operation, guarantee)
-        if messages or wait == 0:
-            return messages
-        return await self._wait_for_some(known, operation, wait, guarantee)
+        receive = Receive(known.name, limit, lease, waits=wait != 0)
+        if wait == 0:
+            return (await self._look(known, receive, guarantee))[0]
+        return await self._wait(known, receive, wait, guarantee)
 
     async def consume(
         self,
@@ -332,42 +335,37 @@ class Broker:
             for message in ahead:
                 self._give_back(message.delivery)
 
-    async def _wait_for_some(
-        self, known: Queue[T], operation: Receive, wait: float | None, guarantee: Guarantee
+    async def _wait(
+        self, known: Queue[T], receive: Receive, wait: float | None, guarantee: Guarantee
     ) -> list[Message[T]]:
-        """Look, and wait to be woken, until there is something or the time is up."""
-        loop = asyncio.get_running_loop()
-        deadline = None if wait is None else loop.time() + wait
-        looking = Receive(operation.queue, operation.limit, operation.lease, waits=True)
-        waiter = self._engine.waiter(operation.queue)
-        try:
-            while True:
-                waiter.clear()
-                messages, due_in = await self._look(known, looking, guarantee)
-                left = None if deadline is None else deadline - loop.time()
-                if messages or (left is not None and left <= 0):
-                    return messages
-                await waiter.wait(min((t for t in (left, due_in) if t is not None), default=None))
-                self.check_usable()
-        finally:
-            waiter.close()
+        """Look, and wait in line, until there is something or the time is up."""
+        now = asyncio.get_running_loop().time
+        deadline = None if wait is None else now() + wait
+        while True:
+            self.check_usable()
+            place = self._engine.waiter(receive, self._return_unread)
+            messages, due_in = await self._look(known, receive, guarantee)
+            if not messages:
+                left = None if deadline is None else max(0.0, deadline - now())
+                messages = await self._read(known, await self._taken(place.wait(due_in, left)), guarantee)
+            if messages or (deadline is not None and now() >= deadline):
+                return messages
 
     async def _look(
-        self, known: Queue[T], operation: Receive, guarantee: Guarantee
+        self, known: Queue[T], receive: Receive, guarantee: Guarantee
     ) -> tuple[list[Message[T]], float | None]:
         """Return the messages that are there or, when there are none, the seconds until one is due."""
         while True:
-            received = await self._lease(operation)
+            received = cast("Received", await self._taken(self._batcher.submit(receive)))
             messages = await self._read(known, received, guarantee)
             if messages or not received.deliveries:  # else all that came was malformed, and is dead now
                 return messages, received.due_in
 
-    async def _lease(self, operation: Receive) -> Received:
-        future = self._batcher.submit(operation)
+    async def _taken(self, future: "asyncio.Future[R]") -> R:
+        """Return what was received, or give it back when our caller was cancelled in the turn in which it came."""
         try:
-            return cast("Received", await future)
+            return await future
         except asyncio.CancelledError:
-            # Cancelled in the turn in which the result came: nobody else will see it.
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._return_unread(future.result())
             raise
@@ -395,7 +393,7 @@ class Broker:
             raise
         return messages
 
-    def _return_unread(self, result: Result) -> None:
+    def _return_unread(self, result: object) -> None:
         """Give back what nobody will look at, because whoever asked for it was cancelled."""
         if isinstance(result, Received):
             for delivery in result.deliveries:

@@ -6,7 +6,8 @@ lost lease) has its `FilaoError` as its result and touches nothing; an exception
 nothing of the batch was done. Durations are seconds; the engine's own clock turns them into instants.
 """
 
-from collections.abc import Awaitable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -161,6 +162,8 @@ class Extend(msgspec.Struct, frozen=True):
 
 Operation = Send | Receive | Settle | Extend
 Result = list[Receipt] | Received | None | FilaoError
+Abandoned = Callable[[Result], None]
+"""Told the result of an operation whose caller was cancelled while it was being done."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -259,16 +262,14 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Waiter(Protocol):
-    """A place to wait for one queue. It is taken before the first look, so that no wake-up falls between the two."""
+    """A place to wait, taken before the first look, so that nothing that comes between the two is missed."""
 
-    def clear(self) -> None:
-        """Forget earlier wake-ups; call it before looking."""
+    def wait(self, due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
+        """Return what the receive gets once there is something, or nothing after `timeout` or when the engine closes.
 
-    async def wait(self, timeout: float | None) -> None:
-        """Return when the queue may have something, or after `timeout` seconds; sometimes for nothing."""
-
-    def close(self) -> None:
-        """Leave; always call it."""
+        `due_in` is what the look before it said. Cancel the future to leave.
+        """
+        ...
 
 
 class EngineTransaction(Protocol):
@@ -314,7 +315,9 @@ class Engine(Protocol):
         """Do all operations durably, and return one result each; if it raises, none was done."""
         ...
 
-    def waiter(self, queue: str) -> Waiter: ...
+    def waiter(self, receive: Receive, abandoned: Abandoned) -> Waiter:
+        """Take a place to wait; `abandoned` is told what came for somebody who had gone away."""
+        ...
 
     def transaction(self) -> AbstractAsyncContextManager[EngineTransaction]: ...
 

@@ -40,6 +40,9 @@ AT_MOST_ONCE = "acked before it was handed over (at most once)"
 class Settler(Protocol):
     """What messages and transactions need of their broker."""
 
+    def check_open(self) -> None:
+        """Raise `ConfigurationError` when the broker is closed or was inherited through a fork."""
+
     async def settle(self, delivery: Delivery, outcome: Outcome) -> None:
         """End a lease."""
 
@@ -259,6 +262,7 @@ class Transaction:
     def _check_open(self) -> None:
         if not self.is_open:
             raise ConfigurationError("this transaction has ended: use it inside its `async with` block")
+        self.broker.check_open()
 
 
 def error_text(reason: str | BaseException) -> str:

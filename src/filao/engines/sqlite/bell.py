@@ -10,12 +10,14 @@ import errno
 import os
 import secrets
 import struct
+import time
+from collections.abc import Collection
 from pathlib import Path
 
 _RING = struct.Struct("=q")
 _READ_MAX = 4096  # bytes: a FIFO's reader takes all rings that came together
 _ROPES_MAX = 256  # writing ends that are kept open
-_DEAD = (errno.ENXIO, errno.ENOENT, errno.EPIPE)  # nobody has the reading end
+_ENTERED_WITHIN = 60.0  # seconds from the hanging of a bell until its owner is entered, at most
 
 
 class Bell:
@@ -59,26 +61,33 @@ class Belfry:
         """The writing ends that were opened: a process that was rung for once will be again."""
 
     def ring(self, name: str, queue: int) -> None:
-        """Wake the owner of a bell; whoever is dead or has a full FIFO of rings needs no more of them."""
-        rope = self._ropes.get(name, -1)
+        """Wake the owner of a bell. Never fails: a ring is a hint, and a commit must not depend on it."""
         try:
-            if rope < 0:
-                rope = self._take(name)
-            os.write(rope, _RING.pack(queue))
+            rope = self._ropes.get(name, -1)
+            os.write(rope if rope >= 0 else self._take(name), _RING.pack(queue))
         except BlockingIOError:
-            pass
-        except OSError as error:
-            if error.errno not in _DEAD:
-                raise
-            self._drop(name)
+            pass  # its FIFO is full of rings: it needs no more of them
+        except OSError:
+            self._drop(name)  # it is dead, or we have no file descriptor left: whoever lives finds it by polling
 
     def is_alive(self, name: str) -> bool:
         """Return whether the process that owns this bell lives; True whenever that cannot be told."""
         try:
             os.close(self._open(name))
         except OSError as error:
-            return error.errno not in _DEAD
+            return error.errno != errno.ENXIO  # nobody has the reading end
         return True
+
+    def take_down(self, name: str) -> None:
+        """Remove the bell of a process that died."""
+        self._drop(name)
+        (self._folder / name).unlink(missing_ok=True)
+
+    def forgotten(self, known: Collection[str]) -> list[str]:
+        """Return the bells of processes that died before they were entered anywhere."""
+        before = time.time() - _ENTERED_WITHIN
+        unknown = [path for path in self._folder.iterdir() if path.is_fifo() and path.name not in known]
+        return [path.name for path in unknown if path.lstat().st_mtime < before and not self.is_alive(path.name)]
 
     def close(self) -> None:
         """Let go of all the bells."""

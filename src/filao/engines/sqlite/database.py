@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filao.engines.sqlite import files
+from filao.engines.sqlite import control, files
 from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books, Call
 from filao.engines.sqlite.turnstile import Turnstile
@@ -122,8 +122,9 @@ class Database:
     def begin(self, *, durable: bool) -> Books:
         """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends."""
         if self._db is not None and self._flushes != (durable and self._durable):
+            with files.mapped(self.path):
+                files.set_durable(self._db, durable=not self._flushes)
             self._flushes = not self._flushes
-            files.set_durable(self._db, durable=self._flushes)
         assert not self._turnstile.is_held, "a transaction inside a transaction"
         self._turnstile.enter()
         try:
@@ -179,13 +180,23 @@ class Database:
         return round(self._clock() * 1000)
 
     def _reopen(self) -> sqlite3.Connection:
-        """Open the file afresh after the disk failed, and look whether it is whole before going on."""
+        """Open the file afresh after the disk failed, and look whether it is whole before going on.
+
+        What the WAL holds may never have reached the disk, though reading it succeeds: writing it back makes sure.
+        """
+        if not self._turnstile.is_held:
+            with self._turnstile.turn():
+                return self._reopen()
         db = self._connect()
-        verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            db.close()
+        try:
+            verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            if verdict != "ok":
+                raise EngineError(f"{self.path} is damaged: {verdict}. Stop the writers; run: filao doctor {self.path}")
+        except BaseException:
             self._db = None
-            raise EngineError(f"{self.path} is damaged: {verdict}. Stop the writers and run: filao doctor {self.path}")
+            db.close()
+            raise
         return db
 
     def _call(self, calls: Sequence[Call]) -> None:
@@ -203,14 +214,22 @@ class Database:
         """Enter this process among those that receive, with a bell where the file system has FIFOs."""
         if self.lessee is None:
             bell = self._hang_bell()
-            with self.write(durable=False) as books:
-                added = books.db.execute(
-                    "INSERT INTO filao_process (bell, name, started_at) VALUES (?, ?, ?)",
-                    (bell.name if bell else "", name, books.now),
-                )
-            assert added.lastrowid is not None
+            try:
+                with self.write(durable=False) as books:
+                    entered = books.db.execute(
+                        "INSERT INTO filao_process (bell, name, started_at) VALUES (?, ?, ?) RETURNING id",
+                        (bell.name if bell else "", name, books.now),
+                    ).fetchone()
+                    known = {row[0] for row in books.db.execute("SELECT bell FROM filao_process")}
+            except BaseException:
+                if bell is not None:
+                    bell.close()
+                raise
             self.bell = bell
-            self.lessee = Lessee(added.lastrowid, name)
+            self.lessee = Lessee(entered[0], name)
+            if self._belfry is not None:
+                for forgotten in self._belfry.forgotten(known):
+                    self._belfry.take_down(forgotten)
         return self.lessee
 
     def _hang_bell(self) -> Bell | None:
@@ -221,13 +240,20 @@ class Database:
         except OSError:
             return None  # a file system without FIFOs: polling finds what no bell tells
 
-    def dead_processes(self) -> list[int]:
-        """Return the registered processes whose bells tell that they are dead."""
+    def bury(self, process: int, bell: str) -> None:
+        """Take over the leases of a process that died, and remove what it left."""
+        with self.write(durable=False) as books:
+            control.bury(books, process)
+        if self._belfry is not None:
+            self._belfry.take_down(bell)
+
+    def dead_processes(self) -> list[tuple[int, str]]:
+        """Return the registered processes, and their bells, that tell that they are dead."""
         belfry = self._belfry
         if belfry is None:
             return []
         own = self.lessee.process if self.lessee is not None else 0
-        return [process for process, bell in self._others if process != own and not belfry.is_alive(bell)]
+        return [(process, bell) for process, bell in self._others if process != own and not belfry.is_alive(bell)]
 
     def may_have_moved(self) -> bool:
         """Return False when the WAL tells that nobody can have committed for a while; costs no more than a `stat`."""

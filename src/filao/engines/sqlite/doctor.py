@@ -97,7 +97,7 @@ def _queues(books: Books) -> Iterator[Finding]:
 
 def _processes(database: Database) -> Iterator[Finding]:
     database.has_moved()
-    for process in database.dead_processes():
+    for process, _ in database.dead_processes():
         yield Finding("processes", "note", f"process {process} died; the next waiting consumer takes its leases over")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filao.engine import (
+    Abandoned,
     Draft,
     Feature,
     Finding,
@@ -37,6 +38,7 @@ from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.doctor import examine
 from filao.engines.sqlite.foreign import open_transaction
+from filao.engines.sqlite.line import Line, Place
 from filao.engines.sqlite.thread import DatabaseThread
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
 from filao.queue import Queue
@@ -60,13 +62,12 @@ class SqliteEngine:
     features = frozenset(Feature)
 
     def __init__(self, path: Path, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
-        self._database = Database(path, durable=durable, clock=clock, wake=self._wake_soon)
+        self._database = Database(path, durable=durable, clock=clock, wake=self._call_soon)
         self._gate = asyncio.Lock()
         """Held by whoever needs the thread for several jobs that belong together; single jobs only look at it."""
-        self._waiters: dict[str, set[SqliteWaiter]] = {}
+        self._lines: dict[str, Line] = {}
         self._queue_names: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._watching = False
         self._untidy = False
 
     async def open(self) -> None:
@@ -74,13 +75,13 @@ class SqliteEngine:
         self._loop = asyncio.get_running_loop()
         self._thread = DatabaseThread(f"filao {self._database.path.name}")
         try:
-            await self._thread.submit(self._database.open)
+            await self._in_turn(self._database.open)
         except BaseException:
-            with suppress(FilaoError):
-                await self._thread.submit(self._database.close)
+            self._thread.submit(self._database.close).add_done_callback(_look_away)
             self._thread.stop()
             raise
         self._start(self._keep_tidy())
+        self._start(self._watch())
 
     async def close(self) -> None:
         """Give back the leases that are held, let go of the file, and send home those who wait."""
@@ -92,9 +93,12 @@ class SqliteEngine:
         async with self._gate:
             with suppress(FilaoError):
                 await self._in_turn(self._resign)
-            await self._thread.submit(self._database.close)
-            self._thread.stop()
-        self._wake_all()
+            try:
+                await self._in_turn(self._database.close)
+            finally:
+                self._thread.stop()
+        for line in self._lines.values():
+            line.close()
 
     def abandon(self) -> None:
         """Let go in a child after a fork."""
@@ -169,21 +173,12 @@ class SqliteEngine:
 
     # --- waking ------------------------------------------------------------------------------------------------------
 
-    def waiter(self, queue: str) -> "SqliteWaiter":
+    def waiter(self, receive: Receive, abandoned: Abandoned) -> Place:
         """Take a place to wait for a queue."""
-        waiter = SqliteWaiter(self, queue)
-        self._waiters.setdefault(queue, set()).add(waiter)
-        if not self._watching:
-            self._watching = True
-            self._start(self._watch())
-        return waiter
-
-    def leave(self, waiter: "SqliteWaiter") -> None:
-        """Give a place up."""
-        places = self._waiters[waiter.queue]
-        places.discard(waiter)
-        if not places:
-            del self._waiters[waiter.queue]
+        line = self._lines.get(receive.queue)
+        if line is None:
+            line = self._lines[receive.queue] = Line(lambda receives: asyncio.ensure_future(self.execute(receives)))
+        return line.place(receive, abandoned)
 
     def _register(self) -> None:
         if self._database.lessee is None:
@@ -195,37 +190,32 @@ class SqliteEngine:
     def _hear(self) -> None:
         if self._database.bell is not None:
             for queue in self._database.bell.heard():
-                self._wake(queue)
+                self._call(queue)
 
-    def _wake_soon(self, queue: int) -> None:
-        self._loop.call_soon_threadsafe(self._wake, queue)
+    def _call_soon(self, queue: int) -> None:
+        self._loop.call_soon_threadsafe(self._call, queue)
 
-    def _wake(self, queue: int) -> None:
-        for waiter in self._waiters.get(self._queue_names.get(queue, ""), ()):
-            waiter.wake()
-
-    def _wake_all(self) -> None:
-        for places in self._waiters.values():
-            for waiter in places:
-                waiter.wake()
+    def _call(self, queue: int) -> None:
+        line = self._lines.get(self._queue_names.get(queue, ""))
+        if line is not None:
+            line.call()
 
     async def _watch(self) -> None:
-        """As long as anybody waits, look for deaths and for commits that rang no bell."""
-        try:
-            while self._waiters:
-                await asyncio.sleep(POLL_INTERVAL)
-                if self._database.may_have_moved() or self._database.dead_processes():
-                    with suppress(FilaoError):  # a storage that fails says so to those who call it
-                        if await self._alone(self._look):
-                            self._wake_all()
-        finally:
-            self._watching = False
+        """While anybody waits, look for deaths and for commits that rang no bell."""
+        while True:
+            await asyncio.sleep(POLL_INTERVAL)
+            if not any(self._lines.values()):
+                continue
+            if self._database.may_have_moved() or self._database.dead_processes():
+                with suppress(FilaoError):  # a storage that fails says so to those who call it
+                    if await self._alone(self._look):
+                        for line in self._lines.values():
+                            line.call()
 
     def _look(self) -> bool:
         moved = self._database.has_moved()
-        for process in self._database.dead_processes():
-            with self._database.write(durable=False) as books:
-                control.bury(books, process)
+        for process, bell in self._database.dead_processes():
+            self._database.bury(process, bell)
             moved = True
         return moved
 
@@ -300,7 +290,7 @@ class SqliteEngine:
     async def _alone(self, job: Callable[[], R]) -> R:
         """Run a job in the thread, but not in the middle of a transaction of the user's."""
         async with self._gate:
-            return await self._thread.submit(job)
+            return await self._in_turn(job)
 
     # --- housekeeping ------------------------------------------------------------------------------------------------
 
@@ -327,27 +317,6 @@ class SqliteEngine:
         if self._database.lessee is not None:
             with self._database.write(durable=False) as books:
                 control.resign(books, self._database.lessee.process, LEASES_RETURNED_MAX)
-
-
-class SqliteWaiter:
-    """See `filao.engine.Waiter`."""
-
-    def __init__(self, engine: SqliteEngine, queue: str) -> None:
-        self.queue = queue
-        self._engine = engine
-        self._woken = asyncio.Event()
-        self.wake = self._woken.set
-        self.clear = self._woken.clear
-
-    async def wait(self, timeout: float | None) -> None:
-        """Return when the queue may have something, or after `timeout` seconds."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self._woken.wait()
-
-    def close(self) -> None:
-        """Leave."""
-        self._engine.leave(self)
 
 
 class SqliteTransaction:
@@ -392,6 +361,11 @@ def _row(books: Books, queue: str) -> QueueRow:
     if row is None:
         raise books.not_found(queue)
     return row
+
+
+def _look_away(future: "asyncio.Future[Any]") -> None:
+    if not future.cancelled():
+        future.exception()  # what opening raised says it all
 
 
 def _take_back(ticket: threading.Lock, timer: asyncio.TimerHandle, future: "asyncio.Future[Any]") -> None:
