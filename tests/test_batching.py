@@ -1,12 +1,11 @@
 """Group commit: who shares a batch with whom, and who learns of a failure."""
 
 import asyncio
-from collections.abc import Sequence
 
 import pytest
 
 from filao.batching import BATCH_MAX, Batcher
-from filao.engine import Operation, Receive, Result
+from filao.engine import Batch, Receive, Result
 from filao.errors import EngineError, EngineUnavailable, FilaoError, QueueFull
 
 pytestmark = pytest.mark.anyio
@@ -18,14 +17,20 @@ class Commits:
     def __init__(self, failing: str = "", error: Exception | None = None) -> None:
         self.batches: list[list[str]] = []
         self.begun = asyncio.Event()
+        self.turn = asyncio.Event()
+        self.turn.set()
+        self.away: Exception | None = None
         self.open = asyncio.Event()
         self.open.set()
         self.abandoned: list[Result] = []
         self.failing = failing
         self.error = error
 
-    async def __call__(self, operations: Sequence[Operation]) -> list[Result]:
-        names = [operation.queue for operation in operations if isinstance(operation, Receive)]
+    async def __call__(self, batch: Batch) -> list[Result]:
+        await self.turn.wait()
+        if self.away is not None:
+            raise self.away
+        names = [operation.queue for operation in batch.take(lambda _: True) if isinstance(operation, Receive)]
         self.batches.append(names)
         self.begun.set()
         await self.open.wait()
@@ -123,3 +128,30 @@ async def test_the_batcher_goes_on_after_a_failure() -> None:
     with pytest.raises(QueueFull):
         await batcher.submit(ask("bad"))
     assert await batcher.submit(ask("good")) is None
+
+
+async def test_what_comes_while_the_engine_waits_for_its_turn_comes_along() -> None:
+    commits = Commits()
+    commits.turn.clear()
+    batcher = commits.batcher()
+    first = batcher.submit(ask("a"))
+    await asyncio.sleep(0)
+    rest = [batcher.submit(ask(name)) for name in "bcd"]
+    commits.turn.set()
+    await asyncio.gather(first, *rest)
+    assert commits.batches == [["a", "b", "c", "d"]]
+
+
+async def test_an_engine_that_cannot_begin_fails_those_who_waited_for_it() -> None:
+    commits = Commits()
+    commits.turn.clear()
+    commits.away = EngineUnavailable("away")
+    batcher = commits.batcher()
+    calls = [batcher.submit(ask("a")), batcher.submit(ask("b"))]
+    await asyncio.sleep(0)
+    commits.turn.set()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [str(result) for result in results] == ["away", "away"]
+    commits.away = None
+    assert await batcher.submit(ask("c")) is None
+    assert commits.batches == [["c"]]

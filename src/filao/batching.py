@@ -1,20 +1,21 @@
 """Group commit: concurrent calls become one batch, one transaction, one flush of the disk.
 
 While a batch commits, new operations gather; the next batch takes them all. Nobody waits for company: a lone operation
-leaves on the next turn of the event loop, together with whatever others joined it during this one.
+leaves on the next turn of the event loop, together with whatever others joined it during this one. But an engine that
+must wait for its own turn takes, when it comes, whatever has gathered by then: the longer the wait, the larger the batch.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 
-from filao.engine import Abandoned, Operation, Result
+from filao.engine import Abandoned, Batch, Operation, Receive, Result
 from filao.errors import EngineUnavailable, FilaoError
 
 BATCH_MAX = 1_000  # operations in one transaction: some 20 ms of the write lock, and a bound on what a failure repeats
 
-Execute = Callable[[Sequence[Operation]], Awaitable[list[Result]]]
+Execute = Callable[[Batch], Awaitable[list[Result]]]
 _Entry = tuple[Operation, "asyncio.Future[Result]"]
 
 
@@ -30,6 +31,8 @@ class Batcher:
         self._gathered: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""
+        self._taken: list[_Entry] = []
+        """What the engine is doing."""
         self._doing: asyncio.Future[list[Result]] | None = None
         self._busy = False
         self._idle: list[asyncio.Future[None]] = []
@@ -52,33 +55,36 @@ class Batcher:
             await done
 
     def _begin(self) -> None:
-        """Begin the next batch, or rest."""
-        while self._suspects or self._gathered:
-            entries = self._take()
-            if entries:
-                self._do(entries)
-                return
+        """Let the engine do what has gathered, or rest."""
+        waiting = self._suspects or self._gathered
+        if waiting:
+            receives = sum(isinstance(operation, Receive) for operation, _ in waiting)
+            batch = Batch(receives > 0, receives < len(waiting), self._take)
+            self._doing = asyncio.ensure_future(self._execute(batch))
+            self._doing.add_done_callback(partial(self._finish, len(waiting)))
+            return
         self._busy = False
-        for waiting in self._idle:
-            if not waiting.done():
-                waiting.set_result(None)
+        for idle in self._idle:
+            if not idle.done():
+                idle.set_result(None)
         self._idle.clear()
 
-    def _take(self) -> list[_Entry]:
-        """Take the next batch; operations whose callers went away before it began are left out."""
+    def _take(self, accept: Callable[[Operation], bool]) -> list[Operation]:
+        """Take the next batch, in order, up to what is not accepted; whoever was cancelled before is left out.
+
+        The engine calls it, in whatever thread, once it can begin: what came while it waited for that comes along.
+        """
         waiting = self._suspects or self._gathered
-        size = 1 if self._suspects else min(BATCH_MAX, len(waiting))
-        taken = (waiting.popleft() for _ in range(size))
-        return [entry for entry in taken if not entry[1].cancelled()]
+        size = 1 if self._suspects else BATCH_MAX
+        while waiting and len(self._taken) < size and accept(waiting[0][0]):
+            entry = waiting.popleft()
+            if not entry[1].cancelled():
+                self._taken.append(entry)
+        return [operation for operation, _ in self._taken]
 
-    def _do(self, entries: list[_Entry]) -> None:
-        self._doing = asyncio.ensure_future(  # noqa: RUF006 - it is stored, and there is one at a time
-            self._execute([operation for operation, _ in entries])
-        )
-        self._doing.add_done_callback(partial(self._finish, entries))
-
-    def _finish(self, entries: list[_Entry], done: "asyncio.Future[list[Result]]") -> None:
+    def _finish(self, planned: int, done: "asyncio.Future[list[Result]]") -> None:
         """Give each caller its result, and begin the next batch."""
+        entries, self._taken = self._taken, []
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
         if error is None:
             for (_, future), result in zip(entries, done.result(), strict=True):
@@ -88,11 +94,16 @@ class Batcher:
                     future.set_exception(result)
                 else:
                     future.set_result(result)
-        elif len(entries) == 1 or isinstance(error, EngineUnavailable):
+        elif len(entries) > 1 and not isinstance(error, EngineUnavailable):
+            self._suspects.extend(entries)
+        else:
             # With the storage away all fail alike, and as it is in doubt what was stored, nothing is done twice.
-            for _, future in entries:
+            for _, future in entries or self._never_begun(planned):
                 if not future.done():
                     future.set_exception(error)
-        else:
-            self._suspects.extend(entries)
         self._begin()
+
+    def _never_begun(self, planned: int) -> list[_Entry]:
+        """Take back those for whom the engine could not even begin."""
+        waiting = self._suspects or self._gathered
+        return [waiting.popleft() for _ in range(min(planned, len(waiting)))]

@@ -306,7 +306,7 @@ class Broker:
             check_duration(f"queue {known.name!r}", "lease", lease, least=0.001, most=LEASE_MAX)
         if guarantee not in ("at-least-once", "at-most-once"):
             raise ConfigurationError(f'guarantee is {guarantee!r}; it must be "at-least-once" or "at-most-once"')
-        receive = Receive(known.name, limit, lease, waits=wait != 0)
+        receive = Receive(known.name, limit, lease, waiting=int(wait != 0))
         if wait == 0:
             return (await self._look(known, receive, guarantee))[0]
         return await self._wait(known, receive, wait, guarantee)
@@ -343,7 +343,7 @@ class Broker:
         deadline = None if wait is None else now() + wait
         while True:
             self.check_usable()
-            place = self._engine.waiter(receive, self._return_unread)
+            place = self._engine.waiter(receive, self._batcher.submit, self._return_unread)
             messages, due_in = await self._look(known, receive, guarantee)
             if not messages:
                 left = None if deadline is None else max(0.0, deadline - now())

@@ -134,8 +134,8 @@ class Receive(msgspec.Struct, frozen=True):
     limit: int
     lease: float | None = None
     """Seconds; None: the queue's rule."""
-    waits: bool = False
-    """If there is none, the caller is about to `wait`: wake it when there is."""
+    waiting: int = 0
+    """How many callers are about to wait if there is nothing for them: wake them when there is."""
 
 
 class Received(msgspec.Struct, frozen=True):
@@ -143,7 +143,7 @@ class Received(msgspec.Struct, frozen=True):
 
     deliveries: list[Delivery]
     due_in: float | None = None
-    """When there was none: the seconds until the next delayed message or running lease of the queue is due."""
+    """When there was too little: the seconds until the next delayed message or running lease of the queue is due."""
 
 
 class Settle(msgspec.Struct, frozen=True):
@@ -164,6 +164,8 @@ Operation = Send | Receive | Settle | Extend
 Result = list[Receipt] | Received | None | FilaoError
 Abandoned = Callable[[Result], None]
 """Told the result of an operation whose caller was cancelled while it was being done."""
+Submit = Callable[[Operation], "asyncio.Future[Result]"]
+"""Does an operation with the next batch."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -205,6 +207,17 @@ class StoredMessage(msgspec.Struct, frozen=True):
     def error(self) -> str:
         """The last error that was recorded."""
         return self.history[-1].error if self.history else ""
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Operations that wait to be done as one."""
+
+    receives: bool
+    """There is a receive among them."""
+    writes: bool
+    """There is something else among them, which must be durable."""
+    take: Callable[[Callable[[Operation], bool]], list[Operation]]
+    """Takes them, once, when the engine can begin: all that wait, in order, up to the first that it does not accept."""
 
 
 class QueueStats(msgspec.Struct, frozen=True):
@@ -311,12 +324,12 @@ class Engine(Protocol):
         """Return every declared queue with its rules, by name."""
         ...
 
-    def execute(self, operations: Sequence[Operation]) -> Awaitable[list[Result]]:
-        """Do all operations durably, and return one result each; if it raises, none was done."""
+    def execute(self, batch: Batch) -> Awaitable[list[Result]]:
+        """Do all operations that it takes durably, and return one result each; if it raises, none was done."""
         ...
 
-    def waiter(self, receive: Receive, abandoned: Abandoned) -> Waiter:
-        """Take a place to wait; `abandoned` is told what came for somebody who had gone away."""
+    def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Waiter:
+        """Take a place to wait; `submit` looks again, `abandoned` is told what came for somebody who had gone away."""
         ...
 
     def transaction(self) -> AbstractAsyncContextManager[EngineTransaction]: ...

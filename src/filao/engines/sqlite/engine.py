@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 
 from filao.engine import (
     Abandoned,
+    Batch,
     Draft,
+    Extend,
     Feature,
     Finding,
     Operation,
@@ -30,8 +32,10 @@ from filao.engine import (
     Receive,
     Result,
     Send,
+    Settle,
     State,
     StoredMessage,
+    Submit,
 )
 from filao.engines.sqlite import control, files, verbs
 from filao.engines.sqlite.books import Books, QueueRow
@@ -106,25 +110,21 @@ class SqliteEngine:
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
-    def execute(self, operations: Sequence[Operation]) -> Awaitable[list[Result]]:
-        """Do a batch as one transaction."""
+    def execute(self, batch: Batch) -> Awaitable[list[Result]]:
+        """Do a batch as one transaction, with what joined it until our turn came."""
         if self._gate.locked():
-            return self._execute_later(operations)
-        return self._in_turn(lambda: self._execute(operations))
+            return self._alone(partial(self._execute, batch))
+        return self._in_turn(partial(self._execute, batch))
 
-    async def _execute_later(self, operations: Sequence[Operation]) -> list[Result]:
-        async with self._gate:
-            return await self._in_turn(lambda: self._execute(operations))
-
-    def _execute(self, operations: Sequence[Operation]) -> list[Result]:
-        receives = any(isinstance(operation, Receive) for operation in operations)
-        must_last = not all(isinstance(operation, Receive) for operation in operations)
-        if receives:
+    def _execute(self, batch: Batch) -> list[Result]:
+        if batch.receives:
             self._register()
-        with self._database.write(durable=must_last) as books:
-            results = verbs.apply(books, operations, self._database.lessee or _NOBODY)
+        lessee = self._database.lessee or _NOBODY
+        takes = {Receive: lessee is not _NOBODY, Send: batch.writes, Settle: batch.writes, Extend: batch.writes}
+        with self._database.write(durable=batch.writes) as books:
+            results = verbs.apply(books, batch.take(lambda operation: takes[type(operation)]), lessee)
             self._queue_names.update(books.names())
-        self._untidy |= must_last
+        self._untidy |= batch.writes
         return results
 
     def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
@@ -173,12 +173,12 @@ class SqliteEngine:
 
     # --- waking ------------------------------------------------------------------------------------------------------
 
-    def waiter(self, receive: Receive, abandoned: Abandoned) -> Place:
+    def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Place:
         """Take a place to wait for a queue."""
         line = self._lines.get(receive.queue)
         if line is None:
-            line = self._lines[receive.queue] = Line(lambda receives: asyncio.ensure_future(self.execute(receives)))
-        return line.place(receive, abandoned)
+            line = self._lines[receive.queue] = Line(submit, abandoned)
+        return line.place(receive)
 
     def _register(self) -> None:
         if self._database.lessee is None:

@@ -5,34 +5,32 @@ that came in between is not lost: the line then has had more calls than when the
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
-from filao.engine import Abandoned, Receive, Received, Result
-from filao.errors import EngineUnavailable, FilaoError
-
-Serve = Callable[[Sequence[Receive]], "asyncio.Future[list[Result]]"]
-_Waiting = dict["asyncio.Future[Received]", "Place"]
+from filao.engine import Abandoned, Receive, Received, Result, Submit
+from filao.engines.sqlite.verbs import deal
+from filao.errors import EngineUnavailable
 
 
 class Line:
     """The line of one queue."""
 
-    def __init__(self, serve: Serve) -> None:
-        self._serve = serve
-        self._waiting: _Waiting = {}
+    def __init__(self, submit: Submit, abandoned: Abandoned) -> None:
+        self._submit = submit
+        self._abandoned = abandoned
+        self._waiting: dict[asyncio.Future[Received], Place] = {}
         self._calls = 0
-        self._looking: _Waiting = {}
+        self._looking: dict[asyncio.Future[Received], Receive] = {}
         """Those for whom a look is under way."""
         self._timer: asyncio.TimerHandle | None = None
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def place(self, receive: Receive, abandoned: Abandoned) -> "Place":
+    def place(self, receive: Receive) -> "Place":
         """Take a place; it costs nothing until it is waited in."""
-        return Place(self, receive, abandoned, self._calls)
+        return Place(self, receive, self._calls)
 
     def join(self, place: "Place", due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
         """Wait in a place; to leave, cancel the future."""
@@ -72,31 +70,34 @@ class Line:
             future.set_result(Received([]))
 
     def _look(self) -> None:
+        """Look once for all who want the same lease; the others are next."""
         if self._looking:
             return
-        self._looking = {future: place for future, place in self._waiting.items() if not future.done()}
+        live = {future: place.receive for future, place in self._waiting.items() if not future.done()}
+        lease = next(iter(live.values())).lease if live else None
+        self._looking = {future: receive for future, receive in live.items() if receive.lease == lease}
         if self._looking:
-            served = self._serve([place.receive for place in self._looking.values()])
-            served.add_done_callback(partial(self._served, self._calls))
+            first = next(iter(self._looking.values()))
+            limit = sum(receive.limit for receive in self._looking.values())
+            looked = self._submit(Receive(first.queue, limit, lease, waiting=len(self._looking)))
+            looked.add_done_callback(partial(self._served, self._calls, len(self._looking) < len(live)))
 
-    def _served(self, calls: int, done: "asyncio.Future[list[Result]]") -> None:
-        looking, self._looking = self._looking, {}
+    def _served(self, calls: int, others: bool, done: "asyncio.Future[Result]") -> None:  # noqa: FBT001 - a callback
+        looking = {future: receive for future, receive in self._looking.items() if not future.done()}
+        self._looking = {}
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
         if error is not None:
             for future in looking:
-                if not future.done():
-                    future.set_exception(error)
+                future.set_exception(error)
             return
-        for (future, place), result in zip(looking.items(), done.result(), strict=True):
-            if future in self._waiting and isinstance(result, Received) and not result.deliveries:
-                self._look_in(result.due_in)
-            elif future.done():
-                place.abandoned(result)
-            elif isinstance(result, FilaoError):
-                future.set_exception(result)
-            else:
-                future.set_result(cast("Received", result))
-        if calls != self._calls:
+        received = cast("Received", done.result())
+        hands = deal(received.deliveries, [receive.limit for receive in looking.values()])
+        for future, hand in zip(looking, hands, strict=True):
+            if hand or future not in self._waiting:
+                future.set_result(Received(hand))
+        self._abandoned(Received(received.deliveries[sum(map(len, hands)) :]))
+        self._look_in(received.due_in)
+        if others or calls != self._calls:
             self._look()
 
     def _look_in(self, seconds: float | None) -> None:
@@ -114,9 +115,8 @@ class Line:
 class Place:
     """See `filao.engine.Waiter`."""
 
-    def __init__(self, line: Line, receive: Receive, abandoned: Abandoned, calls: int) -> None:
+    def __init__(self, line: Line, receive: Receive, calls: int) -> None:
         self.receive = receive
-        self.abandoned = abandoned
         self.calls = calls
         """How often the line had been called when this place was taken."""
         self._line = line

@@ -86,7 +86,7 @@ def apply(books: Books, operations: Sequence[Operation], lessee: Lessee) -> list
         elif isinstance(operation, Settle):
             results[index] = settle(books, operation, lessee)
         elif isinstance(operation, Receive):
-            terms = (operation.queue, operation.lease, operation.waits)
+            terms = (operation.queue, operation.lease)
             receives[terms].append(index)
         else:
             results[index] = extend(books, operation)
@@ -214,13 +214,14 @@ def receive(books: Books, asked: Sequence[Receive], lessee: Lessee) -> Sequence[
     if row is None:
         return [books.not_found(terms.queue)] * len(asked)
     found = [] if row.paused else _lease(books, row, terms, sum(one.limit for one in asked), lessee)
-    hands = _deal(found, [one.limit for one in asked])
-    if all(hands):
+    hands = deal(found, [one.limit for one in asked])
+    missed = [len(hand) < max(one.waiting, 1) for hand, one in zip(hands, asked, strict=True)]
+    if not any(missed):
         return [Received(hand) for hand in hands]
-    if terms.waits:
+    if any(one.waiting and miss for one, miss in zip(asked, missed, strict=True)):
         books.wait(row, lessee.process)
     due_in = time_to_due(books, row)
-    return [Received(hand, None if hand else due_in) for hand in hands]
+    return [Received(hand, due_in if miss else None) for hand, miss in zip(hands, missed, strict=True)]
 
 
 def _lease(books: Books, row: QueueRow, terms: Receive, limit: int, lessee: Lessee) -> list[Delivery]:
@@ -245,11 +246,11 @@ def _delivery(books: Books, queue: str, token: int, fields: Sequence[Any]) -> De
     return Delivery(queue, name, number, token, attempt, *about)
 
 
-def _deal(deliveries: Sequence[Delivery], limits: Sequence[int]) -> list[list[Delivery]]:
+def deal(deliveries: Sequence[Delivery], limits: Sequence[int]) -> list[list[Delivery]]:
     """Deal the deliveries in turn to hands that take at most so many each."""
     hands: list[list[Delivery]] = [[] for _ in limits]
     rest = iter(deliveries)
-    for card in range(max(limits)):
+    for card in range(max(limits, default=0)):
         for hand, limit in zip(hands, limits, strict=True):
             if card < limit:
                 delivery = next(rest, None)
