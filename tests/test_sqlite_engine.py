@@ -63,6 +63,18 @@ async def test_a_waiting_consumer_buries_the_dead(tmp_path, monkeypatch) -> None
         waiting.cancel()
 
 
+async def test_a_busy_consumer_buries_the_dead_too(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 0.001)
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        assert await broker.receive_from_queue("claims", wait=0) is None  # it receives, but never waits
+        leave_a_corpse(path)
+        async with asyncio.timeout(30):
+            while await asyncio.to_thread(processes, path):
+                pass
+
+
 async def test_a_cancelled_transaction_is_undone_and_lets_others_write(tmp_path) -> None:
     async with filao.connect(tmp_path / "claims.db") as broker, filao.connect(tmp_path / "claims.db") as other:
         await broker.declare(filao.Queue("claims"))

@@ -201,10 +201,10 @@ class SqliteEngine:
             line.call()
 
     async def _watch(self) -> None:
-        """While anybody waits, look for deaths and for commits that rang no bell."""
+        """As a process that receives, look for deaths, and for commits that rang no bell."""
         while True:
             await asyncio.sleep(POLL_INTERVAL)
-            if not any(self._lines.values()):
+            if self._database.lessee is None:
                 continue
             if self._database.may_have_moved() or self._database.dead_processes():
                 with suppress(FilaoError):  # a storage that fails says so to those who call it
