@@ -478,7 +478,8 @@ class Broker:
     ) -> list[StoredMessage]:
         """Return stored messages of one state, in their order, and change nothing.
 
-        `after` is the id of the last message seen: ask again with it for the next page.
+        `after` is the id of the last message seen: ask again with it for the next page. Raises `ConfigurationError` when
+        that message has left the queue meanwhile.
         """
         self.check_usable()
         name = _name(queue)

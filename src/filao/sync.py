@@ -6,6 +6,7 @@ those of `filao.broker` and `filao.message`.
 """
 
 import asyncio
+import signal
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -59,7 +60,8 @@ class Broker:
         if self._portal is not None:
             return
         with ExitStack() as opened:
-            portal = opened.enter_context(start_blocking_portal("asyncio"))
+            with _signals_left_to_us():
+                portal = opened.enter_context(start_blocking_portal("asyncio"))
             self._loop = portal.call(asyncio.get_running_loop)
             portal.call(self._broker.open)
             self._portal = portal
@@ -462,6 +464,19 @@ class Transaction:
     def ack(self, message: Message[Any]) -> None:
         """See `filao.Transaction.ack`."""
         self._portal.call(self._transaction.ack, message.inner)
+
+
+@contextmanager
+def _signals_left_to_us() -> Generator[None]:
+    """Let the threads that are started here inherit a mask, so that a Ctrl-C wakes the thread that waits for an answer."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_here(coroutine: Coroutine[Any, Any, R]) -> R:

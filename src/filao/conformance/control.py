@@ -21,6 +21,7 @@ async def check_peek_shows_each_state_in_pages_and_changes_nothing(stage: Stage)
     (leased,) = await stage.broker.peek(queue, state="leased")
     equal((leased.id, leased.attempts), (held.id, 1))
     await raises(ConfigurationError, stage.broker.peek(queue, state="asleep"), "asleep")
+    await raises(ConfigurationError, stage.broker.peek(queue, after="nonsense"), "nonsense", queue.name)
     stats = await stage.broker.stats(queue)
     equal((stats.ready, stats.delayed, stats.leased, stats.received), (4, 1, 1, 1))
 

@@ -17,10 +17,11 @@ def engine_for(url: str | Path, *, durability: Durability = "full", clock: Calla
     """Return the engine, not yet open, that a URL or a path names."""
     if durability not in ("full", "relaxed"):
         raise ConfigurationError(f'durability is {durability!r}; it must be "full" or "relaxed"')
-    return SqliteEngine(_sqlite_path(url), durable=durability == "full", clock=clock)
+    return SqliteEngine(sqlite_path(url), durable=durability == "full", clock=clock)
 
 
-def _sqlite_path(url: str | Path) -> Path:
+def sqlite_path(url: str | Path) -> Path:
+    """Return the file that a URL or a path names. Raises `ConfigurationError` for what cannot be right."""
     if isinstance(url, Path):
         return url
     if not url:

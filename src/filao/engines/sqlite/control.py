@@ -22,6 +22,7 @@ from filao.engines.sqlite.books import (
     tokens,
 )
 from filao.engines.sqlite.verbs import lose_all, release
+from filao.errors import ConfigurationError
 from filao.queue import Queue, rules_from_json, rules_to_json
 
 NUMBERS = {name: number for number, name in STATES.items()}
@@ -113,16 +114,18 @@ def peek(books: Books, row: QueueRow, state: State, limit: int, after: str | Non
 
 
 def _behind(books: Books, row: QueueRow, state: State, after: str | None) -> tuple[str, tuple[object, ...]]:
-    number = None if after is None else number_of(books, row, after)
-    if number is None:
+    if after is None:
         return "", ()
+    number = number_of(books, row, after)
+    if number is None:
+        raise _no_place(row, after)
     last = books.db.execute("SELECT priority, at, grp FROM filao_message WHERE id = ?", (number,)).fetchone()
     if (
         state == State.DEAD
     ):  # its order needs no more than the id, so a dead letter that was redriven meanwhile still serves
         return "AND id > ?", (number,)
     if last is None:
-        return "", ()
+        raise _no_place(row, after)
     priority, at, group = last
     match state:
         case State.READY:
@@ -131,6 +134,13 @@ def _behind(books: Books, row: QueueRow, state: State, after: str | None) -> tup
             return "AND (grp, id) > (?, ?)", (group, number)
         case _:
             return "AND (at, id) > (?, ?)", (at, number)
+
+
+def _no_place(row: QueueRow, after: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"queue {row.rules.name!r}: there is no message {after!r} to go on behind; it may be gone by now. Start again "
+        f"without after="
+    )
 
 
 def _stored(books: Books, row: QueueRow, fields: Sequence[Any]) -> StoredMessage:
