@@ -1,0 +1,90 @@
+"""The command line: `filao`, for operators and for shell scripts.
+
+It relies on the blocking twin alone, so that Ctrl-C interrupts whatever waits: a disk, a queue or a pipe. Data go to
+stdout as JSON lines, past every buffer; whatever is for people goes to stderr. A command returns its exit code; what
+it raises becomes one here. click reads the arguments and rich draws, both from the extra `cli`.
+"""
+
+import signal
+import sys
+from importlib.util import find_spec
+from types import FrameType
+from typing import NoReturn
+
+if not (find_spec("click") and find_spec("rich")):
+    sys.stderr.write("filao: the command line needs click and rich: pip install 'filao[cli]'\n")
+    sys.exit(2)
+
+import click
+
+from filao.cli.control import dead, peek, purge, redrive
+from filao.cli.receiving import receive
+from filao.cli.report import doctor, stats
+from filao.cli.rules import declare
+from filao.cli.sending import send
+from filao.cli.shell import OutputClosedError, note
+from filao.errors import EngineError, FilaoError
+
+REFUSED, UNAVAILABLE, OUTPUT_CLOSED, INTERRUPTED, TERMINATED = 3, 4, 141, 130, 143
+
+
+def main() -> None:
+    """Run the command line and exit with one of the codes that `filao --help` lists."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """Return the exit code of the command, or of what it raised."""
+    try:
+        code = commands.main(prog_name="filao", standalone_mode=False)
+    except click.Abort:
+        return INTERRUPTED
+    except OutputClosedError:
+        return OUTPUT_CLOSED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except FilaoError as error:
+        note(str(error))
+        return UNAVAILABLE if isinstance(error, EngineError) else REFUSED
+    except OSError as error:
+        note(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return UNAVAILABLE
+    return code if isinstance(code, int) else 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    """End as an exception does, so that what is leased goes back with its attempt unused."""
+    raise SystemExit(TERMINATED)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="filao")
+def commands() -> None:
+    """Durable point-to-point queues: send, receive and look after them.
+
+    Every command takes the URL first: a path such as claims.db, or sqlite:///claims.db. It may be left out when the
+    environment variable FILAO_URL holds it. Where the arguments could then be read both ways, the first is taken for
+    a URL only if it holds a "/" or a ":", as in ./claims.db.
+
+    Data are JSON lines on stdout, and all else is on stderr. stats and doctor draw a table on a terminal. Durations
+    are seconds; sizes are bytes.
+
+    \b
+    Exit codes:
+      0    done
+      1    nothing found (receive, peek, dead, redrive, stats), not
+           confirmed (purge), or an error found (doctor)
+      2    wrong usage
+      3    Filao refused, and says why: no such queue, a body that is
+           too large, a queue that is full ...
+      4    the storage or the output is not available
+      130  interrupted by Ctrl-C
+      141  whoever read the output went away
+      143  ended by SIGTERM
+    """  # noqa: D301  # click's mark for a paragraph that is not wrapped is a real backspace
+
+
+for command in (declare, send, receive, peek, dead, redrive, purge, stats, doctor):
+    commands.add_command(command)

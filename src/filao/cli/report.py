@@ -1,0 +1,99 @@
+"""`filao stats` and `filao doctor`: tables for whoever sits at a terminal, JSON lines for everything else."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+import click
+import msgspec
+import rich
+
+from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines
+from filao.engine import Finding, QueueStats
+
+_json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
+_COLUMNS = ("ready", "delayed", "blocked", "leased", "dead", "sent", "acked")
+_STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="[URL] [QUEUE]")
+@_json_option
+def stats(*, arguments: tuple[str, ...], wants_json: bool) -> int:
+    """Count the messages of every queue, or of one.
+
+    It costs the same at any depth.
+    """
+    url, names = addressed(arguments, least=0, most=1)
+    with broker_at(url) as broker:
+        found = [broker.stats(name) for name in names] or broker.stats()
+    if wants_json or not is_terminal(sys.stdout):
+        print_lines(as_json(queue) for queue in found)
+    elif names:
+        _draw(("queue", names[0]), _every_counter(found[0]), figures=True)
+    else:
+        _draw(("queue", *_COLUMNS, "oldest"), [_row(queue) for queue in found], figures=True)
+    if not found:
+        note(f"no queue is declared here. In a shell: filao declare {url} QUEUE")
+    return 0 if found else 1
+
+
+def _row(queue: QueueStats) -> tuple[str, ...]:
+    name = f"{queue.name} (paused)" if queue.paused else queue.name
+    return (name, *(f"{getattr(queue, column):,}" for column in _COLUMNS), _age(queue.oldest_ready_age))
+
+
+def _every_counter(queue: QueueStats) -> list[tuple[str, str]]:
+    counters = msgspec.structs.asdict(queue)
+    del counters["name"]
+    shown: dict[str, object] = {"paused": "yes" if counters.pop("paused") else "no"}
+    shown["oldest ready"] = _age(counters.pop("oldest_ready_age"))
+    return [(name, str(value)) for name, value in shown.items()] + [(name, f"{n:,}") for name, n in counters.items()]
+
+
+def _age(seconds: float | None) -> str:
+    """Return an age as people say it."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="[URL]")
+@_json_option
+def doctor(*, arguments: tuple[str, ...], wants_json: bool) -> int:
+    """Examine the storage and say what an operator should know.
+
+    It reads the whole file. The exit code is 1 when there is an error; notes and warnings are 0.
+    """
+    url, _ = addressed(arguments, least=0, most=0)
+    with broker_at(url) as broker:
+        findings = broker.doctor()
+    if wants_json or not is_terminal(sys.stdout):
+        print_lines(as_json(finding) for finding in findings)
+    else:
+        _draw(("level", "subject", "finding"), [_finding_row(finding) for finding in findings], figures=False)
+    return 1 if any(finding.level == "error" for finding in findings) else 0
+
+
+def _finding_row(finding: Finding) -> tuple[str, ...]:
+    from rich.markup import escape
+
+    style = _STYLES.get(finding.level, "none")
+    return f"[{style}]{finding.level}[/]", escape(finding.subject), escape(finding.text)
+
+
+def _draw(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool) -> None:
+    """Draw a table for whoever sits at the terminal; `figures`, to the right of the first column, are never broken."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for number, name in enumerate(head):
+        figure = figures and number > 0
+        table.add_column(name, justify="right" if figure else "left", no_wrap=figure, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    rich.print(table)

@@ -1,0 +1,115 @@
+"""What all commands need of the shell that runs them: which queues they are about, and where their output goes."""
+
+import errno
+import os
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+import click
+import msgspec
+
+from filao.engines import sqlite_path
+from filao.errors import ConfigurationError, QueueNotFound
+from filao.sync import Broker, connect
+
+
+class OutputClosedError(Exception):
+    """Whoever read our stdout went away. (click would take a `BrokenPipeError` for its own.)"""
+
+
+def addressed(arguments: tuple[str, ...], *, least: int, most: int) -> tuple[str, tuple[str, ...]]:
+    """Return the URL and the other arguments, of which there are `least` to `most`.
+
+    The number of arguments tells whether the first is the URL. Where it cannot, because FILAO_URL is set and one more
+    argument is optional, the first is the URL if it holds what no queue's name may.
+    """
+    default = os.environ.get("FILAO_URL", "")
+    with_url = least < len(arguments) <= most + 1
+    without = bool(default) and least <= len(arguments) <= most
+    if with_url and without:
+        without = not any(mark in arguments[0] for mark in "/:")
+    if without:
+        return default, arguments
+    if with_url:
+        return arguments[0], arguments[1:]
+    if len(arguments) > least:
+        raise usage(f"{len(arguments)} arguments are too many")
+    if default:
+        raise usage("give the queue")
+    raise usage(f"give the URL{' and the queue' if least else ''}; or set FILAO_URL, and leave the URL out")
+
+
+def usage(text: str) -> click.UsageError:
+    """Return the error for wrong usage of the command that runs."""
+    return click.UsageError(text, click.get_current_context())
+
+
+@contextmanager
+def broker_at(url: str, *, create: bool = False) -> Generator[Broker]:
+    """Open the broker; a file that does not exist is created by `declare` alone, so that no typing error creates one."""
+    file = _file_of(url)
+    if file is not None:
+        if str(file) == ":memory:":
+            raise ConfigurationError(
+                f"{url} would end with this command, and all that is in it: give the path of a file"
+            )
+        if not create and not file.exists():
+            raise ConfigurationError(f"no such file: {file}. Declare a queue first: filao declare {url} QUEUE")
+    try:
+        with connect(url) as broker:
+            yield broker
+    except QueueNotFound as error:
+        default = os.environ.get("FILAO_URL", "")
+        hint = f" FILAO_URL is {default}; a path in its place holds a slash, as ./claims.db does." if default else ""
+        raise QueueNotFound(f"{error} In a shell: filao declare {url} QUEUE.{hint}") from error
+
+
+def _file_of(url: str) -> Path | None:
+    """Return the file that a URL names; None for the URL of a server."""
+    return sqlite_path(url) if "://" not in url or url.startswith("sqlite://") else None
+
+
+def as_json(value: object) -> bytes:
+    """Return a line of output."""
+    return msgspec.json.encode(value)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether somebody sits there."""
+    return stream is not None and stream.isatty()  # Python has no stream where the shell closed it
+
+
+def standard_input() -> BinaryIO:
+    """Return stdin as bytes."""
+    if sys.stdin is None:
+        raise OSError(errno.EBADF, "closed: give BODY or --file", "stdin")
+    return sys.stdin.buffer
+
+
+def print_lines(lines: Iterable[bytes]) -> None:
+    """Write lines to stdout, past every buffer: after this they are with whoever reads it."""
+    content = memoryview(b"".join(line + b"\n" for line in lines))
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "closed", "stdout")
+    try:
+        while content:
+            content = content[os.write(sys.stdout.fileno(), content) :]
+    except BrokenPipeError as error:
+        raise OutputClosedError from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from error
+
+
+def note(text: str) -> None:
+    """Say something to whoever runs this."""
+    click.echo(f"filao: {text}", err=True)
+
+
+def shown_body(body: object) -> dict[str, object]:
+    """Return a body as JSON holds it, with the mark that tells bytes from an object that looks like them."""
+    if isinstance(body, bytes):
+        return {"body": {"base64": body}, "bytes": True}
+    return {"body": body, "bytes": False}
