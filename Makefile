@@ -1,0 +1,50 @@
+# make demo and make test do all of their own set-up. They need make and Python 3.11 or newer; PYTHON=… chooses one.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+TEST_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["test"])')
+PEERS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["peers"])')
+INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format torture bench clean
+
+demo: $(VENV)/filao
+	$(VENV)/bin/python -m filao.sandbox.terminal $(ARGS)
+
+test: lint
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/test
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+format: $(VENV)/test
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+torture: $(VENV)/test
+	$(RUN) -m tests.torture $(ARGS)
+
+bench: $(VENV)/peers
+	$(RUN) -m bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/filao: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Filao needs Python 3.11 or newer; none was found. Set PYTHON=/path/to/python3." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[cli]'
+	touch $@
+
+$(VENV)/test: $(VENV)/filao
+	$(INSTALL) $(foreach requirement,$(TEST_GROUP),'$(requirement)')
+	touch $@
+
+$(VENV)/peers: $(VENV)/filao
+	$(INSTALL) $(foreach requirement,$(PEERS_GROUP),'$(requirement)')
+	touch $@

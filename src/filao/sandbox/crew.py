@@ -1,0 +1,132 @@
+"""The processes of the play, and their ends: sent home through a closed pipe, or killed.
+
+Each is a Python of its own with a pipe as its standard input; when the pipe closes, because this process says so or
+dies, it goes home. What it says on its standard error is kept, should it end otherwise than it was meant to.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+HOME_WITHIN = 5.0  # seconds that the processes have to finish what is in hand; then they are killed
+LAST_WORDS_MAX = 2_000  # characters of a traceback that are shown
+
+
+class CrewError(Exception):
+    """A process ended as it should not; the text has its last words."""
+
+
+class Crew:
+    """All processes that were started; leaving the block ends them, whatever happened."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._killed: set[int] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.send_home()
+        finally:
+            self._end_all()
+
+    def start(self, number: int, module: str, orders: msgspec.Struct) -> int:
+        """Start a process and return its pid."""
+        command = [sys.executable, "-m", module, msgspec.json.encode(orders).decode()]
+        with self._last_words(number).open("wb") as errors:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=errors,
+                stderr=errors,
+                start_new_session=True,  # so that Ctrl-C reaches us alone, and we send them home
+            )
+        self._processes[number] = process
+        return process.pid
+
+    def has_ended_well(self, number: int) -> bool:
+        """Return whether a process has done its work. Raises `CrewError` if it failed."""
+        code = self._processes[number].poll()
+        if code:
+            raise CrewError(self._failure(number, code))
+        return code == 0
+
+    def check(self, numbers: range) -> None:
+        """Raise `CrewError` if one of these has ended and was not killed by us."""
+        for number in numbers:
+            code = self._processes[number].poll()
+            if code is not None and number not in self._killed:
+                raise CrewError(self._failure(number, code))
+
+    def kill_if(self, number: int, held: Callable[[], bool]) -> float | None:
+        """Stop a process, look at what it holds, and kill it if that is right; return when, or None if it goes on.
+
+        A process that stands still cannot finish its claim between our look and the SIGKILL.
+        """
+        process = self._processes[number]
+        os.kill(process.pid, signal.SIGSTOP)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return None
+        if not held():
+            os.kill(process.pid, signal.SIGCONT)
+            return None
+        self._killed.add(number)
+        at = time.monotonic()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        return at
+
+    def send_home(self) -> None:
+        """Let all finish what they have in hand, and end. Raises `CrewError` if one fails, or does not go."""
+        self._close_pipes()
+        until = time.monotonic() + HOME_WITHIN
+        for number, process in self._processes.items():
+            try:
+                code = process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired as error:
+                raise CrewError(f"{self._name(number)} did not end within {HOME_WITHIN:g} seconds") from error
+            if code and number not in self._killed:
+                raise CrewError(self._failure(number, code))
+
+    def _end_all(self) -> None:
+        self._close_pipes()
+        until = time.monotonic() + HOME_WITHIN
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _close_pipes(self) -> None:
+        for process in self._processes.values():
+            if process.stdin is not None:
+                process.stdin.close()
+
+    def _failure(self, number: int, code: int) -> str:
+        words = self._last_words(number).read_text(encoding="utf-8", errors="replace").strip()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"{self._name(number)} {how}\n{words[-LAST_WORDS_MAX:]}".strip()
+
+    def _last_words(self, number: int) -> Path:
+        return self._folder / f"{self._name(number).replace(' ', '-')}.err"
+
+    @staticmethod
+    def _name(number: int) -> str:
+        return f"worker {number}" if number else "the portal"

@@ -1,0 +1,97 @@
+"""What the processes write down, each in a file of its own and past the broker: the evidence of the ledger.
+
+A record is one line, written with one call to the system, so that a process may be killed between any two and leaves
+whole lines. Times are the machine's monotonic clock, which all of its processes share.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+PORTAL = 0  # who writes; workers are 1, 2, 3 ...
+KILLS = "kills.journal"  # the journal of whoever kills
+CHUNK = 4 * 1024 * 1024  # bytes that one look at a journal takes
+
+What = Literal[
+    "started",  # the process is ready
+    "sent",  # the portal has the receipt: from here on the claim must not be lost
+    "received",  # a worker holds the claim
+    "handled",  # the effect: it was evaluated, and the decision stands
+    "acked",  # the acknowledgement returned
+    "nacked",  # it failed, and was given back
+    "refused",  # it was settled too late: the lease was lost
+    "killed",  # written by whoever sent the SIGKILL, in the name of the dead
+]
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of a journal."""
+
+    at: float
+    who: int
+    what: What
+    message: str = ""
+    claim: int = 0
+    attempt: int = 0
+    pid: int = 0
+    note: str = ""
+
+
+class Journal:
+    """The journal of one process, open for writing."""
+
+    def __init__(self, path: Path, who: int) -> None:
+        self._who = who
+        self._encode = msgspec.json.Encoder().encode
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def write(self, what: What, *, message: str = "", claim: int = 0, attempt: int = 0, note: str = "") -> None:
+        """Write down what this process did."""
+        self.write_record(Record(time.monotonic(), self._who, what, message, claim, attempt, os.getpid(), note))
+
+    def write_record(self, record: Record) -> None:
+        """Write down what happened to another."""
+        os.write(self._file, self._encode(record) + b"\n")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+
+
+class Tail:
+    """A journal, open for reading what is added to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place = 0
+        self._decode = msgspec.json.Decoder(Record).decode
+
+    def read(self) -> list[Record]:
+        """Return the records that came since the last look; a line without its end is left for the next."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._place)
+                chunk = file.read(CHUNK)
+        except FileNotFoundError:
+            return []
+        whole = chunk[: chunk.rfind(b"\n") + 1]
+        self._place += len(whole)
+        return [self._decode(line) for line in whole.splitlines()]
+
+
+def journal_of(folder: Path, who: int) -> Path:
+    """Return where a process writes."""
+    return folder / ("portal.journal" if who == PORTAL else f"worker-{who}.journal")
+
+
+def read_all(folder: Path) -> list[Record]:
+    """Return every record of every journal, in order of time."""
+    records: list[Record] = []
+    for path in folder.glob("*.journal"):
+        tail = Tail(path)
+        while found := tail.read():
+            records += found
+    return sorted(records, key=lambda record: record.at)
