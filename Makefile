@@ -41,10 +41,15 @@ $(VENV)/filao: pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[cli]'
 	touch $@
 
+# The fault tests need strace and mkfs.ext4. Where we may, we install them; where not, these tests are skipped and say so.
 $(VENV)/test: $(VENV)/filao
+	@if ! { command -v strace && command -v mkfs.ext4; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
+	then apt-get update -qq && apt-get install -y -qq strace e2fsprogs; fi
 	$(INSTALL) $(foreach requirement,$(TEST_GROUP),'$(requirement)')
 	touch $@
 
 $(VENV)/peers: $(VENV)/filao
+	@if ! { command -v redis-server && command -v rabbitmq-server; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
+	then apt-get update -qq && apt-get install -y -qq redis-server rabbitmq-server; fi
 	$(INSTALL) $(foreach requirement,$(PEERS_GROUP),'$(requirement)')
 	touch $@
