@@ -25,9 +25,6 @@ class Line:
         """Those for whom a look is under way."""
         self._timer: asyncio.TimerHandle | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
     def place(self, receive: Receive) -> "Place":
         """Take a place; it costs nothing until it is waited in."""
         return Place(self, receive, self._calls)
