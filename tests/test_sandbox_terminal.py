@@ -315,7 +315,11 @@ async def test_when_the_demo_itself_is_killed_its_processes_go_home(tmp_path) ->
         said = "".join(said_until(process, what) for what in ("is ready", "is ready", "is ready"))
         pids = [int(pid) for pid in re.findall(r"pid (\d+)", said)]
         process.kill()
-        await until(lambda: not any(map(is_alive, pids)))
+        try:
+            await until(lambda: not any(map(is_alive, pids)))
+        finally:
+            for pid in filter(is_alive, pids):  # should they stay, nobody else would end them
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_worker_that_dies_of_something_else_ends_the_demo_with_an_error(tmp_path) -> None:
@@ -676,10 +680,19 @@ def test_a_process_that_holds_nothing_is_not_killed(tmp_path) -> None:
 
 def test_a_process_that_does_not_go_home_is_killed(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(crew, "HOME_WITHIN", 0.1)
-    with pytest.raises(CrewError, match="the portal did not end within"), Crew(tmp_path) as stuck:
-        pid = stuck.start(0, scenario.PORTAL_MODULE, PortalOrders("", "", "", 1.0))
-        os.kill(pid, signal.SIGSTOP)
-    assert not is_alive(pid)
+    pids: list[int] = []
+
+    def strand() -> None:
+        with Crew(tmp_path) as stuck:
+            pids.append(stuck.start(0, scenario.PORTAL_MODULE, PortalOrders("", "", "", 1.0)))
+            os.kill(pids[0], signal.SIGSTOP)
+
+    with pytest.raises(CrewError, match="the portal did not end within"):
+        strand()
+    left = list(filter(is_alive, pids))
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
 
 
 @pytest.mark.parametrize("key", TEXTS)
