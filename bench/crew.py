@@ -28,9 +28,7 @@ def said(process: Process) -> str:
 
 
 def let_go(processes: Sequence[Process]) -> None:
-    """Wait until all are ready, then let them begin together."""
-    for process in processes:
-        said(process)
+    """Let all begin together."""
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("\n")
@@ -54,8 +52,11 @@ def play(role: str, peer: str, place: str, number: int = 0) -> dict[str, Any]:
 @contextmanager
 def crew(parts: Sequence[tuple[str, str, str, int]]) -> Generator[list[Process]]:
     """Start processes, and leave none behind."""
-    processes = [start(*part) for part in parts]
+    processes: list[Process] = []
     try:
+        for part in parts:
+            processes.append(start(*part))
+            said(processes[-1])  # one after the other: some peers cannot be opened by two processes at once
         yield processes
     finally:
         for process in processes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import filao
-from bench.crew import crew, let_go, play, result, said
+from bench.crew import crew, let_go, play, result
 from bench.peers import QUEUE
 from bench.roles import BODY
 
@@ -66,11 +66,16 @@ async def _purge(port: str) -> None:
 
 def _median_of_rounds(names: Iterable[str], measure: Callable[[str], float]) -> dict[str, float]:
     """Return the median of three for each, taken in turns, so that a disturbance meets all alike."""
-    names = list(names)
     found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(ROUNDS):
-        for name in names:
-            found[name].append(measure(name))
+        for name in list(found):
+            try:
+                found[name].append(measure(name))
+            except RuntimeError as error:
+                if name == "Filao":
+                    raise
+                print(f"{name}: out of this measure, because {error}")
+                del found[name]
     return {name: statistics.median(figures) for name, figures in found.items()}
 
 
@@ -236,7 +241,6 @@ async def _takeovers(place: str, kills: int) -> float:
         await broker.send_to_queue(QUEUE, "held")
         for _ in range(kills):
             with crew([("hold", "Filao", place, 0)]) as (holder,):
-                await asyncio.to_thread(said, holder)
                 waiting = asyncio.ensure_future(broker.receive_from_queue(QUEUE))
                 await asyncio.sleep(0.3)  # it waits as it would in life, not as it does in its first moments
                 began = time.monotonic()

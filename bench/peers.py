@@ -61,9 +61,16 @@ class Polled:
 
     async def receive(self, wait: float) -> tuple[bytes, Any] | None:
         until = time.monotonic() + wait
-        while (found := self.take()) is None and time.monotonic() < until:  # noqa: ASYNC110 - nothing tells them
+        while (found := self._try_to_take()) is None and time.monotonic() < until:  # noqa: ASYNC110 - nothing tells them
             await asyncio.sleep(IDLE)
         return found
+
+    def _try_to_take(self) -> tuple[bytes, Any] | None:
+        """Take one, or nothing where the peer would die of a locked database."""
+        try:
+            return self.take()
+        except sqlite3.OperationalError:
+            return None
 
     def take(self) -> tuple[bytes, Any] | None:
         raise NotImplementedError

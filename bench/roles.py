@@ -101,9 +101,9 @@ async def latency(peer: Peer, count: int) -> Result:
 
 async def idle(peer: Peer, seconds: int) -> Result:
     """Wait for a message that does not come, and say what that cost in percent of a core."""
+    await _begin()
     waiting = asyncio.ensure_future(peer.receive(seconds + 60.0))
     await asyncio.sleep(3.0)  # the time to fall quiet
-    await _begin()
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
     await asyncio.sleep(seconds)
     after, ended = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
@@ -125,8 +125,8 @@ async def write(peer: Peer, seconds: int) -> Result:
 
 async def hold(peer: Peer, _: int) -> Result:
     """Receive a message, say so, and hold it until killed."""
-    received = await peer.receive(30.0)
-    print("held" if received else "nothing", flush=True)
+    await peer.receive(30.0)
+    print("held", flush=True)
     await asyncio.Event().wait()
     return {}
 
