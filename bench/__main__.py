@@ -37,6 +37,7 @@ def main() -> int:
             began = time.monotonic()
             found[name] = MEASURES[name](ground)
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+            (output / "figures.json").write_text(to_json(found) + "\n", encoding="utf-8")
     judged = report.bars(found)
     print(*report.tables(found), "", *judged, sep="\n")
     found["bars"] = [str(bar) for bar in judged]

@@ -237,9 +237,9 @@ def takeover(ground: Ground) -> dict[str, Any]:
 async def _takeovers(place: str, kills: int) -> float:
     times: list[float] = []
     async with filao.connect(Path(place) / "filao.db") as broker:
-        await broker.declare(filao.Queue(QUEUE, lease=3600, max_attempts=1000))
-        await broker.send_to_queue(QUEUE, "held")
         for _ in range(kills):
+            await broker.declare(filao.Queue(QUEUE, lease=3600))
+            await broker.send_to_queue(QUEUE, b"held")
             with crew([("hold", "Filao", place, 0)]) as (holder,):
                 waiting = asyncio.ensure_future(broker.receive_from_queue(QUEUE))
                 await asyncio.sleep(0.3)  # it waits as it would in life, not as it does in its first moments
@@ -247,7 +247,7 @@ async def _takeovers(place: str, kills: int) -> float:
                 os.kill(holder.pid, signal.SIGKILL)
                 message = await waiting
                 times.append(1000 * (time.monotonic() - began))
-                await message.release()
+                await message.ack()
     return statistics.median(times)
 
 
