@@ -39,7 +39,7 @@ from filao.engine import (
     StoredMessage,
 )
 from filao.engines import Durability, engine_for
-from filao.errors import ConfigurationError, FilaoError, UnsupportedFeature
+from filao.errors import ConfigurationError, FilaoError, LeaseLost, UnsupportedFeature
 from filao.message import AT_MOST_ONCE, Message, Transaction, current_transaction
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, not_found
 
@@ -155,18 +155,19 @@ class Broker:
         self.check_usable()
         return await self._engine.queues()
 
-    async def _known(self, queue: str | Queue[T]) -> Queue[T]:
-        """Return a queue that this broker knows, or learn its rules from the engine."""
+    def _known(self, queue: str | Queue[T]) -> Queue[T] | None:
+        """Return a queue that this broker knows; None when `_learn` must ask the engine."""
         self.check_usable()
-        if isinstance(queue, Queue):
-            return queue
-        known = self._queues.get(queue)
-        if known is None:
-            check_name(queue)
-            stored = {found.name: found for found in await self._engine.queues()}
-            if queue not in stored:
-                raise not_found(queue, stored)
-            known = self._queues[queue] = stored[queue]
+        return queue if isinstance(queue, Queue) else self._queues.get(queue)
+
+    async def _learn(self, queue: str | Queue[T]) -> Queue[T]:
+        """Learn a queue's rules from the engine."""
+        check_name(queue)
+        name = cast("str", queue)
+        stored = {found.name: found for found in await self._engine.queues()}
+        if name not in stored:
+            raise not_found(name, stored)
+        known = self._queues[name] = stored[name]
         return known
 
     def known_within(self, queue: str | Queue[T]) -> Queue[T]:
@@ -204,7 +205,7 @@ class Broker:
         Raises `QueueNotFound`, `MessageTooLarge`, `MessageNotEncodable`, `MessageError`, `QueueFull`, `EngineError`;
         then nothing was stored.
         """
-        known = await self._known(queue) if within is None else self.known_within(queue)
+        known = self._known(queue) or (await self._learn(queue) if within is None else self.known_within(queue))
         sent = draft(
             known,
             body,
@@ -231,7 +232,7 @@ class Broker:
         within: object = None,
     ) -> list[Receipt]:
         """Store up to 10,000 messages, all or none, and return a receipt for each; see `send_to_queue`."""
-        known = await self._known(queue) if within is None else self.known_within(queue)
+        known = self._known(queue) or (await self._learn(queue) if within is None else self.known_within(queue))
         sent = drafts(known, bodies, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
         return await self._send(Send(known.name, sent), within)
 
@@ -298,7 +299,7 @@ class Broker:
 
         Their leases run from now: take no more than you can start soon. See `receive_from_queue`.
         """
-        known: Queue[T] = await self._known(queue)
+        known: Queue[T] = self._known(queue) or await self._learn(queue)
         check_limit(known.name, limit, RECEIVE_MANY_MAX)
         if wait is not None:
             check_duration(f"queue {known.name!r}", "wait", wait)
@@ -357,7 +358,7 @@ class Broker:
         """Return the messages that are there or, when there are none, the seconds until one is due."""
         while True:
             received = cast("Received", await self._taken(self._batcher.submit(receive)))
-            messages = await self._read(known, received, guarantee)
+            messages = await self._read(known, received, guarantee) if received.deliveries else []
             if messages or not received.deliveries:  # else all that came was malformed, and is dead now
                 return messages, received.due_in
 
@@ -374,24 +375,31 @@ class Broker:
         """Make messages of deliveries; what does not decode dies, what is received at most once is deleted first."""
         read = codec_for(known.body).decode
         messages: list[Message[T]] = []
+        malformed: list[tuple[Delivery, str]] = []
+        for delivery in received.deliveries:
+            try:
+                messages.append(Message(self, delivery, read(delivery.kind, delivery.content)))
+            except ValueError as error:
+                malformed.append((delivery, f"the body does not fit the queue's type: {error}"))
         try:
-            for delivery in received.deliveries:
-                try:
-                    body = read(delivery.kind, delivery.content)
-                except ValueError as error:
-                    await self.settle(
-                        delivery, Reject(f"the body does not fit the queue's type: {error}", malformed=True)
-                    )
-                else:
-                    messages.append(Message(self, delivery, body))
-            if guarantee == "at-most-once":
-                await asyncio.gather(*(self.settle(message.delivery, Ack()) for message in messages))
-                for message in messages:
-                    message.mark_settled(AT_MOST_ONCE)
+            for delivery, why in malformed:
+                await self.settle(delivery, Reject(why, malformed=True))
+            return await self._acked_before(messages) if guarantee == "at-most-once" else messages
         except asyncio.CancelledError:
             self._return_unread(received)
             raise
-        return messages
+
+    async def _acked_before(self, messages: list[Message[T]]) -> list[Message[T]]:
+        """Acknowledge messages before they are handed over; one whose lease was lost meanwhile is another's."""
+        acks = [self.settle(message.delivery, Ack()) for message in messages]
+        acked: list[Message[T]] = []
+        for message, error in zip(messages, await asyncio.gather(*acks, return_exceptions=True), strict=True):
+            if error is None:
+                message.mark_settled(AT_MOST_ONCE)
+                acked.append(message)
+            elif not isinstance(error, LeaseLost):
+                raise error
+        return acked
 
     def _return_unread(self, result: object) -> None:
         """Give back what nobody will look at, because whoever asked for it was cancelled."""
@@ -517,7 +525,7 @@ class Broker:
             return await self._engine.redrive(name, chosen, limit, None)
         if chosen is None or len(chosen) != 1:
             raise ConfigurationError(f"queue {name!r}: redrive with a new body needs exactly one id in ids=")
-        edited = draft(await self._known(queue), body, headers=headers)
+        edited = draft(self._known(queue) or await self._learn(queue), body, headers=headers)
         return await self._engine.redrive(name, chosen, limit, edited)
 
     async def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:

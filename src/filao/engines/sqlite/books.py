@@ -6,9 +6,10 @@ as long as the transaction that they belong to, whose opening and commit are the
 """
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 from filao.engine import HISTORY_MAX
 from filao.errors import QueueNotFound
@@ -21,6 +22,7 @@ TOKEN_MIN = 2**62  # and so is a lease's
 TOKENS_PER_PROCESS = 2**32
 DEDUP_KEY, MESSAGE_ID = 0, 1
 
+R = TypeVar("R")
 COUNTERS = (
     *("ready", "delayed", "leased", "blocked", "dead"),
     *("sent", "duplicates", "refused", "received", "acked", "late", "nacked", "released", "lost"),
@@ -28,11 +30,17 @@ COUNTERS = (
 )
 _SELECT_QUEUE = f"SELECT id, rules, paused, {', '.join(COUNTERS)} FROM filao_queue WHERE name = ?"
 _UPDATE_QUEUE = f"UPDATE filao_queue SET {', '.join(f'{name} = ?' for name in COUNTERS)} WHERE id = ?"
-_INSERT = """
+# Python gives its lock up around each step of a statement, and must get it back from the busy event loop: so a statement
+# takes many rows at once. The sizes are few, so that every statement is compiled once.
+ROWS_AT_ONCE = (256, 64, 16, 4, 1)
+_INSERTS = {
+    rows: f"""
     INSERT INTO filao_message (id, queue, state, priority, at, token, attempts, failures, sent_at, expires_at,
                                grp, dedup_key, message_id, headers, kind, content)
-    VALUES (?, ?, ?, ?, ?, ?, 0, 0, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
+    VALUES {", ".join(["(?, ?, ?, ?, ?, ?, 0, 0, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows)}
+    """
+    for rows in ROWS_AT_ONCE
+}
 
 
 class Entry(NamedTuple):
@@ -136,9 +144,9 @@ class Books:
 
     def flush(self) -> None:
         """Insert what was sent so far, so that statements see it."""
-        if self._inserts:
-            self.db.executemany(_INSERT, self._inserts)
-            self._inserts = []
+        for rows in slices(self._inserts):
+            self.db.execute(_INSERTS[len(rows)], tuple(chain.from_iterable(rows)))
+        self._inserts = []
 
     def write_down(self) -> None:
         """Write what was sent and counted."""
@@ -385,6 +393,15 @@ class Books:
                 "UPDATE filao_dedup SET until = ? WHERE queue = ? AND kind = ? AND key = ? AND message = ?",
                 (until, row.id, kind, key, name),
             )
+
+
+def slices(rows: Sequence[R]) -> Iterator[Sequence[R]]:
+    """Yield the rows in slices of as many as one statement takes."""
+    first = 0
+    for size in ROWS_AT_ONCE:
+        while len(rows) - first >= size:
+            yield rows[first : first + size]
+            first += size
 
 
 def tokens(process: int) -> tuple[int, int]:

@@ -34,12 +34,14 @@ from filao.engines.sqlite.books import (
     LEASED,
     NO_TOKEN,
     READY,
+    ROWS_AT_ONCE,
     STATES,
     Books,
     Entry,
     QueueRow,
     keys,
     oldest_ready,
+    slices,
     tokens,
 )
 from filao.errors import FilaoError, LeaseLost, QueueFull
@@ -62,6 +64,17 @@ _LEASE = f"""
 """
 
 
+_DELETES = {
+    rows: f"""
+    DELETE FROM filao_message
+    WHERE id IN ({", ".join("?" * rows)})
+      AND (id, token) IN (VALUES {", ".join(["(?, ?)"] * rows)})
+      AND state = 4 AND at > ?
+    """
+    for rows in ROWS_AT_ONCE
+}
+
+
 @dataclass(slots=True)
 class Lessee:
     """The process that receives: its leases carry its number, so that they can be found when it dies."""
@@ -80,7 +93,10 @@ def apply(books: Books, operations: Sequence[Operation], lessee: Lessee) -> list
     """Do the operations in order, but receive last, so that what became ready in this batch is found."""
     results: list[Result] = [None] * len(operations)
     receives: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    acked = _ack_together(books, [operation for operation in operations if _is_plain_ack(operation)])
     for index, operation in enumerate(operations):
+        if acked and _is_plain_ack(operation):
+            continue
         if isinstance(operation, Send):
             results[index] = send(books, operation)
         elif isinstance(operation, Settle):
@@ -359,6 +375,37 @@ def release(books: Books, row: QueueRow, entry: Entry) -> None:
     row.count["released"] += 1
     books.db.execute("UPDATE filao_message SET attempts = attempts - 1 WHERE id = ?", (entry.number,))
     books.give_back(row, entry)
+
+
+def _is_plain_ack(operation: Operation) -> bool:
+    """Return whether it is an ack that has nothing to clear up but its message."""
+    if not isinstance(operation, Settle) or not isinstance(operation.outcome, Ack):
+        return False
+    about = operation.delivery
+    return about.group is None and about.dedup_key is None and about.message_id is None and not about.failures
+
+
+def _ack_together(books: Books, acks: Sequence[Operation]) -> bool:
+    """Delete the messages of many acks with a few statements; if one of them is not in time, undo it and return False."""
+    deliveries = [ack.delivery for ack in acks if isinstance(ack, Settle)]
+    if len(deliveries) < 2:
+        return False
+    books.db.execute("SAVEPOINT acks")
+    deleted = 0
+    for some in slices(deliveries):
+        pairs = [value for delivery in some for value in (delivery.handle, delivery.token)]
+        deleted += books.db.execute(_DELETES[len(some)], (*pairs[::2], *pairs, books.now)).rowcount
+    if deleted < len(deliveries):
+        books.db.execute("ROLLBACK TO acks")
+    books.db.execute("RELEASE acks")
+    if deleted < len(deliveries):
+        return False
+    for delivery in deliveries:
+        row = books.queue(delivery.queue)
+        assert row is not None, "it held a message"
+        row.count["leased"] -= 1
+        row.count["acked"] += 1
+    return True
 
 
 def _ack_in_time(books: Books, delivery: Delivery) -> bool:
