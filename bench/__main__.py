@@ -5,7 +5,9 @@ import importlib
 import os
 import platform
 import shutil
+import signal
 import sqlite3
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -25,6 +27,7 @@ STARTERS = {"Redis": redis_server, "RabbitMQ": rabbitmq_server}
 def main() -> int:
     """Run the measures; exit with 1 when a bar was missed and --strict was given."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers end too
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
