@@ -1,5 +1,6 @@
 """From what was found to a table, the bars and a plot."""
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def _draining(drain: dict[str, float]) -> list[Bar]:
 
 def _competing(competing: dict[str, Any]) -> list[Bar]:
     rate, runs = competing["rate"], competing["runs"]["Filao"]
-    uneven = max(abs(share - 1 / 3) for run in runs for share in run["shares"])
+    uneven = statistics.median(max(abs(share - 1 / 3) for share in run["shares"]) for run in runs)
     wrong = sum(run["lost"] + run["doubled"] for run in runs)
     return [
         Bar("one to three against the best peer", rate["Filao"] / _best(rate, [*EMBEDDED, *SERVERS]), 5),

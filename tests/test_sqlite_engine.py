@@ -158,3 +158,32 @@ async def test_the_connection_is_replaced_after_the_disk_failed(tmp_path) -> Non
         await broker.send_to_queue("claims", 2)
         assert database._db is not before
         assert (await broker.stats("claims")).ready == 2
+
+
+async def test_a_call_for_one_who_left_goes_on_to_the_next(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 3600.0)  # nothing but the call tells
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as first, filao.connect(path) as second, filao.connect(path) as sender:
+        await sender.declare(filao.Queue("claims"))
+        left = asyncio.ensure_future(first.receive_from_queue("claims"))
+        await until_waiting(path, 1)
+        stays = asyncio.ensure_future(second.receive_from_queue("claims"))
+        await until_waiting(path, 2)
+        left.cancel()
+        await sender.send_to_queue("claims", 7)
+        async with asyncio.timeout(30):
+            assert (await stays).body == 7
+
+
+async def until_waiting(path, count: int) -> None:
+    async with asyncio.timeout(30):
+        while await asyncio.to_thread(_waiting, path) < count:
+            pass
+
+
+def _waiting(path) -> int:
+    count: int
+    db = sqlite3.connect(path)
+    ((count,),) = db.execute("SELECT count(*) FROM filao_waiting")
+    db.close()
+    return count

@@ -143,3 +143,23 @@ async def test_closing_sends_all_home() -> None:
     waiting = looks.wait()
     looks.line.close()
     assert (await waiting).deliveries == []
+
+
+async def test_whoever_comes_while_others_wait_in_quiet_need_not_look() -> None:
+    looks = Looks()
+    place = looks.line.place(Receive("claims", 1, waiting=1))
+    assert not place.is_behind()
+    first = looks.wait()
+    assert place.is_behind()
+    looks.line.call()
+    assert not place.is_behind()
+    await looks.answer("a")
+    assert first.done()
+    assert not place.is_behind()
+
+
+async def test_a_call_says_whether_it_found_anybody() -> None:
+    looks = Looks()
+    assert not looks.line.call()
+    looks.wait()
+    assert looks.line.call()

@@ -18,6 +18,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
     *("engines.sqlite.turnstile", "engines.sqlite.bell", "engines.sqlite.files", "engines.sqlite.thread"),
     *(
         "engines.sqlite.books",
+        "engines.sqlite.waiting",
         "engines.sqlite.verbs",
         "engines.sqlite.control",
         "engines.sqlite.foreign",

@@ -345,7 +345,7 @@ class Broker:
         while True:
             self.check_usable()
             place = self._engine.waiter(receive, self._batcher.submit, self._return_unread)
-            messages, due_in = await self._look(known, receive, guarantee)
+            messages, due_in = ([], None) if place.is_behind() else await self._look(known, receive, guarantee)
             if not messages:
                 left = None if deadline is None else max(0.0, deadline - now())
                 messages = await self._read(known, await self._taken(place.wait(due_in, left)), guarantee)

@@ -277,6 +277,10 @@ class Finding(msgspec.Struct, frozen=True):
 class Waiter(Protocol):
     """A place to wait, taken before the first look, so that nothing that comes between the two is missed."""
 
+    def is_behind(self) -> bool:
+        """Return whether others of this process wait already and will be called, so that a look would find nothing."""
+        ...
+
     def wait(self, due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
         """Return what the receive gets once there is something, or nothing after `timeout` or when the engine closes.
 

@@ -57,18 +57,10 @@ class Entry(NamedTuple):
 ENTRY = "id, state, attempts, grp, dedup_key, message_id"
 
 
-class Call(NamedTuple):
-    """A process to wake, and for which queue."""
-
-    process: int
-    bell: str
-    queue: int
-
-
 class QueueRow:
     """A queue's row while a transaction works on it."""
 
-    __slots__ = ("_loaded", "count", "id", "paused", "rules", "wake")
+    __slots__ = ("_loaded", "count", "delayed", "fresh", "id", "paused", "rules")
 
     def __init__(self, row: Sequence[int], rules: Queue) -> None:
         self.id = row[0]
@@ -76,13 +68,20 @@ class QueueRow:
         self.paused = bool(row[2])
         self._loaded = row[3:]
         self.count = dict(zip(COUNTERS, row[3:], strict=True))
-        self.wake = 0
-        """How many waiting processes have a reason to look again."""
+        self.fresh = False
+        """Whether a message has become ready, or was left by one who took others."""
+        self.delayed = 0
+        """How many were delayed: those who wait must learn when each is due."""
 
     def pending(self) -> int:
         """Return how many messages count towards `max_length`."""
         count = self.count
         return count["ready"] + count["delayed"] + count["leased"] + count["blocked"]
+
+    def tell(self, state: int) -> None:
+        """Note what those who wait should know: a message that came into this state."""
+        self.fresh |= state == READY
+        self.delayed += state == DELAYED
 
     def changes(self) -> tuple[int, ...] | None:
         """Return the counters when they have changed."""
@@ -140,7 +139,7 @@ class Books:
         self._inserts.append(fields)
         row.count["sent"] += 1
         row.count[STATES[state]] += 1
-        row.wake += state != BLOCKED  # a delayed one too: those who wait must learn when it is due
+        row.tell(state)
 
     def flush(self) -> None:
         """Insert what was sent so far, so that statements see it."""
@@ -158,38 +157,9 @@ class Books:
             if changes is not None:
                 self.db.execute(_UPDATE_QUEUE, (*changes, row.id))
 
-    def calls(self) -> list["Call"]:
-        """Take those who must look again off the waiting list; they are called after the commit."""
-        rows = (row for row in self._queues.values() if row.wake and not row.paused)
-        return [call for row in rows for call in self._called(row)]
-
-    def _called(self, row: QueueRow) -> list["Call"]:
-        """Return the processes that have waited longest, one for each reason to look."""
-        waiting = self.db.execute(
-            """
-            SELECT p.id, p.bell
-            FROM filao_waiting w
-            JOIN filao_process p ON p.id = w.process
-            WHERE w.queue = ?
-            ORDER BY w.since
-            LIMIT ?
-            """,
-            (row.id, row.wake),
-        ).fetchall()
-        calls = [Call(process, bell, row.id) for process, bell in waiting]
-        for call in calls:
-            self.db.execute("DELETE FROM filao_waiting WHERE queue = ? AND process = ?", (call.queue, call.process))
-        return calls
-
-    def wait(self, row: QueueRow, process: int) -> None:
-        """Put a process among those who wait for a queue; it keeps its place when it is there already."""
-        self.db.execute(
-            """
-            INSERT OR IGNORE INTO filao_waiting (queue, since, process)
-            VALUES (?1, (SELECT coalesce(max(since), 0) + 1 FROM filao_waiting WHERE queue = ?1), ?2)
-            """,
-            (row.id, process),
-        )
+    def rows(self) -> Iterable[QueueRow]:
+        """Return the queues that were looked at."""
+        return self._queues.values()
 
     # --- moves -------------------------------------------------------------------------------------------------------
 
@@ -207,7 +177,7 @@ class Books:
         """Count a message that went from one state to another."""
         row.count[STATES[was]] -= 1
         row.count[STATES[state]] += 1
-        row.wake += state in (READY, DELAYED)
+        row.tell(state)
 
     def give_back(self, row: QueueRow, entry: Entry, *, at: int | None = None, token: int = NO_TOKEN) -> None:
         """Let a message return to its old place, ready now or delayed until `at`, behind those of its group."""

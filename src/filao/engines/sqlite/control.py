@@ -241,7 +241,8 @@ def pause(books: Books, row: QueueRow, *, paused: bool) -> None:
     """Stop or resume deliveries; those who wait look again when they resume."""
     books.db.execute("UPDATE filao_queue SET paused = ? WHERE id = ?", (int(paused), row.id))
     row.paused = paused
-    row.wake += row.count["ready"] + row.count["delayed"] + row.count["leased"]
+    row.fresh = True
+    row.delayed += row.count["delayed"] + row.count["leased"]
 
 
 def resume_group(books: Books, row: QueueRow, group: str) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from filao.engines.sqlite import control, files
 from filao.engines.sqlite.bell import Belfry, Bell
-from filao.engines.sqlite.books import Books, Call
+from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.turnstile import Turnstile
 from filao.engines.sqlite.verbs import Lessee
+from filao.engines.sqlite.waiting import Call, calls
 from filao.errors import EngineError, EngineUnavailable
 
 FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
@@ -144,7 +145,7 @@ class Database:
         """Make it so, durably when the transaction was begun so."""
         try:
             books.write_down()
-            self._call(books.calls())
+            self._call(calls(books))
             books.db.execute("COMMIT")
         except BaseException as error:
             self.roll_back(error)

@@ -37,7 +37,7 @@ from filao.engine import (
     StoredMessage,
     Submit,
 )
-from filao.engines.sqlite import control, files, verbs
+from filao.engines.sqlite import control, files, verbs, waiting
 from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.doctor import examine
@@ -196,9 +196,23 @@ class SqliteEngine:
         self._loop.call_soon_threadsafe(self._call, queue)
 
     def _call(self, queue: int) -> None:
-        line = self._lines.get(self._queue_names.get(queue, ""))
-        if line is not None:
-            line.call()
+        name = self._queue_names.get(queue, "")
+        line = self._lines.get(name)
+        if line is not None and not line.call():
+            self._start(self._pass_on(name))
+
+    async def _pass_on(self, queue: str) -> None:
+        """Let the next process be called: nobody waits here any more."""
+
+        def job() -> None:
+            lessee = self._database.lessee
+            if lessee is not None:
+                with self._database.write(durable=False) as books:
+                    waiting.leave(books, _row(books, queue), lessee.process)
+                    _row(books, queue).fresh = True
+
+        with suppress(FilaoError):
+            await self._alone(job)
 
     async def _watch(self) -> None:
         """As a process that receives, look for deaths, and for commits that rang no bell."""

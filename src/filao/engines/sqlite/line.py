@@ -29,6 +29,10 @@ class Line:
         """Take a place; it costs nothing until it is waited in."""
         return Place(self, receive, self._calls)
 
+    def is_quiet(self) -> bool:
+        """Return whether somebody waits and nothing has come since he looked."""
+        return not self._looking and any(not future.done() for future in self._waiting)
+
     def join(self, place: "Place", due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
         """Wait in a place; to leave, cancel the future."""
         loop = asyncio.get_running_loop()
@@ -43,10 +47,11 @@ class Line:
             self._look()
         return future
 
-    def call(self) -> None:
-        """Let those in line look: the queue may have something."""
+    def call(self) -> bool:
+        """Let those in line look, for the queue may have something; return whether there is anybody."""
         self._calls += 1
         self._look()
+        return bool(self._waiting)
 
     def close(self) -> None:
         """Send everybody home with nothing."""
@@ -117,6 +122,10 @@ class Place:
         self.calls = calls
         """How often the line had been called when this place was taken."""
         self._line = line
+
+    def is_behind(self) -> bool:
+        """Look at the line."""
+        return self._line.is_quiet()
 
     def wait(self, due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
         """Wait in line."""

@@ -107,9 +107,11 @@ CREATE TABLE filao_process (         -- every process that receives here; tokens
   started_at INTEGER NOT NULL
 ) STRICT;
 
-CREATE TABLE filao_waiting (         -- processes to wake when the queue gets something
-  queue   INTEGER NOT NULL,
-  since   INTEGER NOT NULL,  -- a count that grows: those that have waited longest are woken first
-  process INTEGER NOT NULL,
+CREATE TABLE filao_waiting (         -- processes to call when the queue gets something
+  queue     INTEGER NOT NULL,
+  since     INTEGER NOT NULL,  -- a count that grows: those that have waited longest are called first
+  process   INTEGER NOT NULL,
+  wants     INTEGER NOT NULL,  -- how many messages it waits for
+  called_at INTEGER NOT NULL,  -- when it was called for as many; 0: it was not
   PRIMARY KEY (queue, process)
 ) STRICT, WITHOUT ROWID;

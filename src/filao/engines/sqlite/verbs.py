@@ -8,7 +8,7 @@ changes nothing.
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from filao.draft import too_large
@@ -27,6 +27,7 @@ from filao.engine import (
     Send,
     Settle,
 )
+from filao.engines.sqlite import waiting
 from filao.engines.sqlite.books import (
     BLOCKED,
     DELAYED,
@@ -82,6 +83,8 @@ class Lessee:
     process: int
     name: str
     leases: int = 0
+    waits: set[int] = field(default_factory=set[int])
+    """The queues on whose waiting lists it may stand."""
 
     def next_token(self) -> int:
         """Return a token that no other lease of this file ever had; those of one statement share it."""
@@ -225,34 +228,50 @@ def _oldest_waiting(books: Books, row: QueueRow) -> Entry | None:
 
 def receive(books: Books, asked: Sequence[Receive], lessee: Lessee) -> Sequence[Received | FilaoError]:
     """Serve receives of the same terms with one statement, and deal what it finds like cards."""
-    terms = asked[0]
-    row = books.queue(terms.queue)
+    row = books.queue(asked[0].queue)
     if row is None:
-        return [books.not_found(terms.queue)] * len(asked)
-    found = [] if row.paused else _lease(books, row, terms, sum(one.limit for one in asked), lessee)
+        return [books.not_found(asked[0].queue)] * len(asked)
+    found = [] if row.paused else _lease(books, row, asked, lessee)
     hands = deal(found, [one.limit for one in asked])
     missed = [len(hand) < max(one.waiting, 1) for hand, one in zip(hands, asked, strict=True)]
+    wanted = [
+        one.limit - len(hand) if one.waiting and miss else 0
+        for hand, one, miss in zip(hands, asked, missed, strict=True)
+    ]
+    _queue_up(books, row, lessee, sum(wanted), served=bool(found))
     if not any(missed):
         return [Received(hand) for hand in hands]
-    if any(one.waiting and miss for one, miss in zip(asked, missed, strict=True)):
-        books.wait(row, lessee.process)
     due_in = time_to_due(books, row)
     return [Received(hand, due_in if miss else None) for hand, miss in zip(hands, missed, strict=True)]
 
 
-def _lease(books: Books, row: QueueRow, terms: Receive, limit: int, lessee: Lessee) -> list[Delivery]:
+def _lease(books: Books, row: QueueRow, asked: Sequence[Receive], lessee: Lessee) -> list[Delivery]:
     books.flush()
     make_due(books, row)
-    if not row.count["ready"]:
+    limit = sum(one.limit for one in asked)
+    if row.count["ready"] and all(one.waiting for one in asked):
+        limit = min(limit, row.count["ready"] - waiting.promised(books, row, lessee.process))
+    if not row.count["ready"] or limit <= 0:
         return []
     token = lessee.next_token()
-    until = books.now + round((terms.lease or row.rules.lease) * 1000)
+    until = books.now + round((asked[0].lease or row.rules.lease) * 1000)
     found = books.db.execute(_LEASE, (until, token, row.id, limit)).fetchall()
     row.count["ready"] -= len(found)
     row.count["leased"] += len(found)
     row.count["received"] += len(found)
+    row.fresh = True  # if any is left, it is for the next who waits
     found.sort(key=lambda fields: (-fields[1], fields[0]))
-    return [_delivery(books, terms.queue, token, fields) for fields in found]
+    return [_delivery(books, row.rules.name, token, fields) for fields in found]
+
+
+def _queue_up(books: Books, row: QueueRow, lessee: Lessee, wants: int, *, served: bool) -> None:
+    """Wait for so many messages; whoever was served does so behind the others."""
+    if served and row.id in lessee.waits:
+        waiting.leave(books, row, lessee.process)
+        lessee.waits.discard(row.id)
+    if wants:
+        waiting.wait(books, row, lessee.process, wants)
+        lessee.waits.add(row.id)
 
 
 def _delivery(books: Books, queue: str, token: int, fields: Sequence[Any]) -> Delivery:
@@ -322,7 +341,7 @@ def _expire(books: Books, row: QueueRow) -> None:
 
 
 def time_to_due(books: Books, row: QueueRow) -> float | None:
-    """Return the seconds until the next delayed message or running lease of the queue is due."""
+    """Return the seconds until the next delayed message or running lease is due, or what is promised to others is not."""
     found = books.db.execute(
         """
         SELECT min(at)
@@ -334,7 +353,10 @@ def time_to_due(books: Books, row: QueueRow) -> float | None:
         """,
         (row.id,),
     ).fetchone()
-    return None if found[0] is None else max(0.0, (found[0] - books.now) / 1000)
+    times = [] if found[0] is None else [max(0.0, (found[0] - books.now) / 1000)]
+    if row.count["ready"] and not row.paused:
+        times.append(waiting.PROMISED_FOR / 1000)
+    return min(times, default=None)
 
 
 # --- settle ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""The waiting list: which processes to call when a queue gets something, and what they are called for.
+
+Those that have waited longest are called first, as many as are needed for what is ready. What a process is called for is
+promised to it for a moment, so that a busier one, which happens to come by before it has woken up, does not jump the queue:
+without the promise the load would settle on whoever runs already.
+"""
+
+from typing import NamedTuple
+
+from filao.engines.sqlite.books import Books, QueueRow
+
+PROMISED_FOR = 100  # milliseconds: a hundred times what waking takes; who has not come by then is stopped, or dead
+_CALLED_MAX = 100  # processes called by one transaction, which is a bound on its work: each that comes calls the next
+
+
+class Call(NamedTuple):
+    """A process to wake, and for which queue."""
+
+    process: int
+    bell: str
+    queue: int
+
+
+def wait(books: Books, row: QueueRow, process: int, wants: int) -> None:
+    """Put a process on the list, or make it wait again for what it was called for in vain; it keeps its place."""
+    books.db.execute(
+        """
+        INSERT INTO filao_waiting (queue, since, process, wants, called_at)
+        VALUES (?1, (SELECT coalesce(max(since), 0) + 1 FROM filao_waiting WHERE queue = ?1), ?2, ?3, 0)
+        ON CONFLICT DO UPDATE SET wants = excluded.wants, called_at = 0
+        """,
+        (row.id, process, wants),
+    )
+
+
+def leave(books: Books, row: QueueRow, process: int) -> None:
+    """Strike a process off the list: it got something, or does not wait any more."""
+    books.db.execute("DELETE FROM filao_waiting WHERE queue = ? AND process = ?", (row.id, process))
+
+
+def promised(books: Books, row: QueueRow, process: int) -> int:
+    """Return how many messages a process must leave to others; none when it was called itself."""
+    own, others = books.db.execute(
+        """
+        SELECT total(wants) FILTER (WHERE process = ?2), total(wants) FILTER (WHERE process <> ?2)
+        FROM filao_waiting
+        WHERE queue = ?1 AND called_at BETWEEN ?3 AND ?4
+        """,
+        (row.id, process, books.now - PROMISED_FOR, books.now),
+    ).fetchone()
+    return 0 if own else int(others)
+
+
+def calls(books: Books) -> list[Call]:
+    """Choose whom to call after all that was done in this transaction, and note that they were called."""
+    rows = [row for row in books.rows() if not row.paused and (row.delayed or (row.fresh and row.count["ready"] > 0))]
+    return [call for row in rows for call in _called(books, row)]
+
+
+def _called(books: Books, row: QueueRow) -> list[Call]:
+    """Choose those that have waited longest: enough for what is ready, and one for each new time to learn of."""
+    waiting = books.db.execute(
+        f"""
+        SELECT p.id, p.bell, w.wants, w.called_at BETWEEN ? AND ?
+        FROM filao_waiting w
+        JOIN filao_process p ON p.id = w.process
+        WHERE w.queue = ?
+        ORDER BY w.since
+        LIMIT {_CALLED_MAX}
+        """,
+        (books.now - PROMISED_FOR, books.now, row.id),
+    ).fetchall()
+    ready = row.count["ready"] - sum(wants for *_, wants, called in waiting if called)
+    delayed = row.delayed
+    chosen: list[Call] = []
+    for process, bell, wants, called in waiting:
+        if ready <= 0 and delayed <= 0:
+            break
+        if not called:
+            chosen.append(Call(process, bell, row.id))
+            ready -= wants
+            delayed -= 1
+    now = books.now
+    promise = "UPDATE filao_waiting SET called_at = ? WHERE queue = ? AND process = ?"
+    books.db.executemany(promise, [(now if call.bell else 0, row.id, call.process) for call in chosen])
+    return chosen
