@@ -15,6 +15,8 @@ LIFE = {
     "check_usable",
     "settle",
     "transaction_for",
+    "deferred_transaction_for",
+    "twin",
     "known_within",
 }  # what only messages ask of their broker
 

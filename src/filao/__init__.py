@@ -36,6 +36,7 @@ from filao.errors import (
 )
 from filao.message import Message, Transaction
 from filao.queue import Backoff, Queue
+from filao.worker import Handled, Reject, Release, Retry, Worker
 
 __all__ = [
     "Backoff",
@@ -48,6 +49,7 @@ __all__ = [
     "FilaoError",
     "Finding",
     "Guarantee",
+    "Handled",
     "LeaseLost",
     "Message",
     "MessageError",
@@ -58,9 +60,13 @@ __all__ = [
     "QueueNotFound",
     "QueueStats",
     "Receipt",
+    "Reject",
+    "Release",
+    "Retry",
     "State",
     "StoredMessage",
     "Transaction",
     "UnsupportedFeature",
+    "Worker",
     "connect",
 ]

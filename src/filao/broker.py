@@ -9,7 +9,7 @@ import os
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, overload
@@ -18,11 +18,13 @@ from msgspec import UNSET, UnsetType
 
 from filao.batching import Batcher
 from filao.codec import codec_for, shown
-from filao.draft import check_ids, check_limit, draft, drafts
+from filao.deferred import Deferred
+from filao.draft import check_ids, check_limit, check_state, draft, drafts
 from filao.engine import (
     Ack,
     Delivery,
     Engine,
+    EngineTransaction,
     Extend,
     Feature,
     Finding,
@@ -40,7 +42,7 @@ from filao.engine import (
 )
 from filao.engines import Durability, engine_for
 from filao.errors import ConfigurationError, FilaoError, LeaseLost, UnsupportedFeature
-from filao.message import AT_MOST_ONCE, Message, Transaction, current_transaction
+from filao.message import AT_MOST_ONCE, Message, Transaction, current_transaction, inside
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, not_found
 
 R = TypeVar("R")
@@ -431,29 +433,43 @@ class Broker:
             await transaction.ack(message)
             yield transaction
 
+    @asynccontextmanager
+    async def deferred_transaction_for(self, message: Message[Any]) -> AsyncGenerator[Transaction]:
+        """Open one that begins with its first statement and acknowledges with its last; for workers."""
+        async with self._entered(Deferred(self._engine.transaction)) as transaction:
+            yield transaction
+            await transaction.ack(message)
+
+    def twin(self) -> "Broker | None":
+        """Return a broker on the same storage for another event loop; None where there can be only one, in memory."""
+        engine = self._engine.twin()
+        return None if engine is None else Broker(engine)
+
     # --- transactions ------------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[Transaction]:
+    def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Open a transaction for statements, sends and acks that shall take effect together or not at all.
 
         Leaving the block commits durably; an exception undoes all of it. On SQLite it holds the one write lock of the
         file while it lasts: do slow work before it. Other calls of this broker wait until it ends, so inside it use the
         transaction's own methods. Raises `UnsupportedFeature` where the engine has no transactions.
         """
+        self._check_transactions()
+        return self._entered(self._engine.transaction())
+
+    @asynccontextmanager
+    async def _entered(self, opening: AbstractAsyncContextManager[EngineTransaction]) -> AsyncGenerator[Transaction]:
+        self._check_transactions()
+        async with opening as within:
+            transaction = Transaction(self, within)
+            with inside(transaction):
+                yield transaction
+        transaction.mark_settled()
+
+    def _check_transactions(self) -> None:
         self.check_usable()
         if Feature.TRANSACTIONS not in self._engine.features:
             raise self._unsupported("transactions")
-        async with self._engine.transaction() as within:
-            transaction = Transaction(self, within)
-            outer = current_transaction.get()
-            current_transaction.set(transaction)
-            try:
-                yield transaction
-            finally:
-                transaction.end()
-                current_transaction.set(outer)
-        transaction.mark_settled()
 
     def _unsupported(self, what: str) -> UnsupportedFeature:
         return UnsupportedFeature(f"{self._engine.name} has no {what}. Engines that have: {', '.join(SQL_ENGINES)}.")
@@ -492,7 +508,7 @@ class Broker:
         self.check_usable()
         name = _name(queue)
         check_limit(name, limit, PEEK_MAX)
-        return await self._engine.peek(name, _state(state), limit=limit, after=after)
+        return await self._engine.peek(name, check_state(state), limit=limit, after=after)
 
     async def dead_letters(
         self, queue: str | Queue[Any], *, limit: int = 100, after: str | None = None
@@ -534,7 +550,7 @@ class Broker:
         Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease.
         """
         self.check_usable()
-        return await self._engine.remove(_name(queue), _WAITING if state is None else (_state(state),), None)
+        return await self._engine.remove(_name(queue), _WAITING if state is None else (check_state(state),), None)
 
     async def cancel(self, queue: str | Queue[Any], message_id: str) -> bool:
         """Delete one message if it still waits; False when it is being worked on, dead or gone."""
@@ -564,13 +580,6 @@ def _name(queue: str | Queue[Any]) -> str:
     name = queue.name if isinstance(queue, Queue) else queue
     check_name(name)
     return name
-
-
-def _state(state: State | str) -> State:
-    try:
-        return State(state)
-    except ValueError:
-        raise ConfigurationError(f"state is {state!r}; it must be one of {', '.join(State)}") from None
 
 
 def _look_away(future: "asyncio.Future[Any]") -> None:

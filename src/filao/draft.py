@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from filao.codec import codec_for, encode_headers, shown
-from filao.engine import Draft
+from filao.engine import Draft, State
 from filao.errors import ConfigurationError, MessageTooLarge
 from filao.queue import Queue, check_duration
 
@@ -82,6 +82,14 @@ def check_limit(queue: str, limit: object, most: int) -> None:
         raise ConfigurationError(
             f"queue {queue!r}: limit is {shown(limit)}; it must be a whole number from 1 to {most}"
         )
+
+
+def check_state(state: State | str) -> State:
+    """Return the state, or raise `ConfigurationError` when there is none of that name."""
+    try:
+        return State(state)
+    except ValueError:
+        raise ConfigurationError(f"state is {state!r}; it must be one of {', '.join(State)}") from None
 
 
 def check_ids(queue: str, ids: Iterable[str]) -> list[str]:

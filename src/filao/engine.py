@@ -79,6 +79,8 @@ class Delivery(msgspec.Struct, frozen=True):
     """Milliseconds since 1970."""
     failures: int
     """How many failed attempts its history has recorded."""
+    crashed: bool = False
+    """Whether the process of its last consumer died: it may have been the message that killed it."""
 
 
 class Ack(msgspec.Struct, frozen=True):
@@ -314,6 +316,10 @@ class Engine(Protocol):
 
     async def open(self) -> None:
         """Connect, and create or migrate what is stored. Raises `EngineError`, `ConfigurationError`."""
+
+    def twin(self) -> "Engine | None":
+        """Return an engine on the same storage for another event loop; None where there can be only one."""
+        ...
 
     async def close(self) -> None:
         """Let go of everything; leases that are still held are given back. Idempotent."""

@@ -5,8 +5,8 @@ settled once: `ack`, `nack`, `reject` or `release`. Until then its consumer hold
 """
 
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Generic, Protocol, cast
@@ -263,6 +263,18 @@ class Transaction:
         if not self.is_open:
             raise ConfigurationError("this transaction has ended: use it inside its `async with` block")
         self.broker.check_open()
+
+
+@contextmanager
+def inside(transaction: Transaction) -> Generator[None]:
+    """Let the code in this block know which transaction it is in, and end it."""
+    outer = current_transaction.get()
+    current_transaction.set(transaction)
+    try:
+        yield
+    finally:
+        transaction.end()
+        current_transaction.set(outer)
 
 
 def error_text(reason: str | BaseException) -> str:

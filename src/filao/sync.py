@@ -67,6 +67,14 @@ class Broker:
             self._portal = portal
             self._opened = opened.pop_all()
 
+    @classmethod
+    def beside(cls, broker: AsyncBroker, portal: BlockingPortal) -> Self:
+        """Return the twin of a broker that is open on the running loop, for the threads of a worker."""
+        twin = cls(broker)
+        twin._loop = asyncio.get_running_loop()
+        twin._portal = portal
+        return twin
+
     def close(self) -> None:
         """Finish what was begun, give back the leases that are still held, and let go. Idempotent."""
         if self._portal is not None:

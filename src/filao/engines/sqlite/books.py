@@ -259,6 +259,13 @@ class Books:
             (entry.number, HISTORY_MAX),
         )
 
+    def has_crashed(self, number: int) -> bool:
+        """Return whether a message's last failure was the death of its consumer."""
+        found = self.db.execute(
+            "SELECT outcome FROM filao_failure WHERE message = ? ORDER BY id DESC LIMIT 1", (number,)
+        ).fetchone()
+        return found is not None and found[0] == "crashed"
+
     # --- groups ------------------------------------------------------------------------------------------------------
 
     def arrange(self, row: QueueRow, group: str) -> None:

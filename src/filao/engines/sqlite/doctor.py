@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filao.engine import Finding
 from filao.engines.sqlite import control, files
-from filao.engines.sqlite.books import Books
+from filao.engines.sqlite.books import Books, tokens
 from filao.engines.sqlite.database import Database
 
 WAL_NOTABLE = 64 * 1024 * 1024  # bytes
@@ -20,7 +20,7 @@ def examine(books: Books, database: Database) -> list[Finding]:
         *([] if database.folder is None else _files(database.path)),
         *_modes(books.db),
         *_queues(books),
-        *_processes(database),
+        *_processes(books, database),
         _integrity(books.db),
     ]
 
@@ -95,10 +95,19 @@ def _queues(books: Books) -> Iterator[Finding]:
             yield Finding(subject, "ok", f"{queue.ready:,} ready, {queue.leased:,} leased, {queue.delayed:,} delayed")
 
 
-def _processes(database: Database) -> Iterator[Finding]:
+def _processes(books: Books, database: Database) -> Iterator[Finding]:
     database.has_moved()
-    for process, _ in database.dead_processes():
-        yield Finding("processes", "note", f"process {process} died; the next waiting consumer takes its leases over")
+    dead = {process for process, _ in database.dead_processes()}
+    for process, name in books.db.execute("SELECT id, name FROM filao_process ORDER BY id").fetchall():
+        if process in dead:
+            text = f"{name} died; the next waiting consumer takes its leases over"
+            yield Finding("processes", "note", text)
+        else:
+            (held,) = books.db.execute(
+                "SELECT count(*) FROM filao_message INDEXED BY filao_leased WHERE state = 4 AND token BETWEEN ? AND ?",
+                tokens(process),
+            ).fetchone()
+            yield Finding("processes", "ok", f"{name} receives here, and holds {held:,} message{'s' * (held != 1)}")
 
 
 def _integrity(db: sqlite3.Connection) -> Finding:

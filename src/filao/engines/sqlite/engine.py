@@ -67,6 +67,7 @@ class SqliteEngine:
 
     def __init__(self, path: Path, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
         self._database = Database(path, durable=durable, clock=clock, wake=self._call_soon)
+        self._twin = None if path == files.MEMORY else lambda: SqliteEngine(path, durable=durable, clock=clock)
         self._gate = asyncio.Lock()
         """Held by whoever needs the thread for several jobs that belong together; single jobs only look at it."""
         self._lines: dict[str, Line] = {}
@@ -86,6 +87,10 @@ class SqliteEngine:
             raise
         self._start(self._keep_tidy())
         self._start(self._watch())
+
+    def twin(self) -> "SqliteEngine | None":
+        """Return an engine on the same file; None when it is in memory."""
+        return self._twin and self._twin()
 
     async def close(self) -> None:
         """Give back the leases that are held, let go of the file, and send home those who wait."""

@@ -7,7 +7,7 @@ changes nothing.
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,18 @@ _DELETES = {
 }
 
 
+_EXTENDS = {
+    rows: f"""
+    UPDATE filao_message
+    SET at = ?
+    WHERE id IN ({", ".join("?" * rows)})
+      AND (id, token) IN (VALUES {", ".join(["(?, ?)"] * rows)})
+      AND state = 4 AND at > ?
+    """
+    for rows in ROWS_AT_ONCE
+}
+
+
 @dataclass(slots=True)
 class Lessee:
     """The process that receives: its leases carry its number, so that they can be found when it dies."""
@@ -97,8 +109,9 @@ def apply(books: Books, operations: Sequence[Operation], lessee: Lessee) -> list
     results: list[Result] = [None] * len(operations)
     receives: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
     acked = _ack_together(books, [operation for operation in operations if _is_plain_ack(operation)])
+    extended = _extend_together(books, [operation for operation in operations if isinstance(operation, Extend)])
     for index, operation in enumerate(operations):
-        if acked and _is_plain_ack(operation):
+        if (acked and _is_plain_ack(operation)) or (extended and isinstance(operation, Extend)):
             continue
         if isinstance(operation, Send):
             results[index] = send(books, operation)
@@ -278,7 +291,7 @@ def _delivery(books: Books, queue: str, token: int, fields: Sequence[Any]) -> De
     number, priority, attempt, group, dedup_key, message_id, headers, kind, content, sent_at, failures = fields
     name = books.name_of(number, message_id)
     about = (priority, group, dedup_key, message_id, headers, kind, content, sent_at, failures)
-    return Delivery(queue, name, number, token, attempt, *about)
+    return Delivery(queue, name, number, token, attempt, *about, bool(failures) and books.has_crashed(number))
 
 
 def deal(deliveries: Sequence[Delivery], limits: Sequence[int]) -> list[list[Delivery]]:
@@ -410,17 +423,7 @@ def _is_plain_ack(operation: Operation) -> bool:
 def _ack_together(books: Books, acks: Sequence[Operation]) -> bool:
     """Delete the messages of many acks with a few statements; if one of them is not in time, undo it and return False."""
     deliveries = [ack.delivery for ack in acks if isinstance(ack, Settle)]
-    if len(deliveries) < 2:
-        return False
-    books.db.execute("SAVEPOINT acks")
-    deleted = 0
-    for some in slices(deliveries):
-        pairs = [value for delivery in some for value in (delivery.handle, delivery.token)]
-        deleted += books.db.execute(_DELETES[len(some)], (*pairs[::2], *pairs, books.now)).rowcount
-    if deleted < len(deliveries):
-        books.db.execute("ROLLBACK TO acks")
-    books.db.execute("RELEASE acks")
-    if deleted < len(deliveries):
+    if not _all_in_time(books, _DELETES, (), deliveries):
         return False
     for delivery in deliveries:
         row = books.queue(delivery.queue)
@@ -428,6 +431,31 @@ def _ack_together(books: Books, acks: Sequence[Operation]) -> bool:
         row.count["leased"] -= 1
         row.count["acked"] += 1
     return True
+
+
+def _extend_together(books: Books, extends: Sequence[Extend]) -> bool:
+    """Extend many leases by the same time with a few statements, or none and return False."""
+    if len({extend.seconds for extend in extends}) != 1:
+        return False
+    until = books.now + round(extends[0].seconds * 1000)
+    return _all_in_time(books, _EXTENDS, (until,), [extend.delivery for extend in extends])
+
+
+def _all_in_time(
+    books: Books, statements: Mapping[int, str], first: tuple[int, ...], deliveries: Sequence[Delivery]
+) -> bool:
+    """Change many messages with a few statements; if one of their leases is not running, undo it and return False."""
+    if len(deliveries) < 2:
+        return False
+    books.db.execute("SAVEPOINT together")
+    changed = 0
+    for some in slices(deliveries):
+        pairs = [value for delivery in some for value in (delivery.handle, delivery.token)]
+        changed += books.db.execute(statements[len(some)], (*first, *pairs[::2], *pairs, books.now)).rowcount
+    if changed < len(deliveries):
+        books.db.execute("ROLLBACK TO together")
+    books.db.execute("RELEASE together")
+    return changed == len(deliveries)
 
 
 def _ack_in_time(books: Books, delivery: Delivery) -> bool:

@@ -1,0 +1,142 @@
+"""`filao work`: run a worker that a module defines, in this process or in several."""
+
+import asyncio
+import dataclasses
+import importlib
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from filao.cli.shell import note, usage
+from filao.worker.health import health_check
+from filao.worker.supervisor import Supervisor, report
+from filao.worker.worker import Worker
+
+
+@click.command()
+@click.argument("target", metavar="MODULE:WORKER")
+@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="How many share the work.")
+@click.option("--max-messages", type=click.IntRange(1), help="Replace a process after so many messages.")
+@click.option("--max-memory", type=click.IntRange(1), metavar="MB", help="Replace a process that has grown so large.")
+@click.option("--health", metavar="[HOST:]PORT", help="Answer health checks by HTTP, on loopback unless HOST is given.")
+@click.option("--report-to", type=int, hidden=True)
+def work(
+    *,
+    target: str,
+    processes: int,
+    max_messages: int | None,
+    max_memory: int | None,
+    health: str | None,
+    report_to: int | None,
+) -> int:
+    """Run a filao.Worker, such as app:worker for `worker` in app.py, until SIGTERM or Ctrl-C.
+
+    The first signal stops it gracefully: it receives no more, gives back what has not begun, and finishes the rest
+    within the worker's grace. The second stops it at once. Nothing is lost either way.
+
+    With --processes, --max-messages or --max-memory a supervisor starts each process anew when it ends. While the
+    storage is away it waits for it, for ever. Exit codes are those of `filao --help`; a stop by a signal is 0.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s", stream=sys.stderr
+    )
+    address = _address(health)
+    worker = _load(target)
+    limits = [(name, value) for name, value in (("messages", max_messages), ("memory", max_memory)) if value]
+    if report_to is None and (processes > 1 or limits):
+        command = [sys.executable, "-m", "filao", "work", target]
+        for name, value in limits:
+            command += [f"--max-{name}", str(value)]
+        return asyncio.run(_supervise(command, processes, address))
+    code = asyncio.run(_work(worker, _is_used_up(worker, max_messages, max_memory), report_to, address))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if report_to is not None:
+        os._exit(code)  # a handler that does not end must not keep the process
+    return code
+
+
+async def _supervise(command: list[str], processes: int, address: tuple[str, int] | None) -> int:
+    supervisor = Supervisor(command, processes)
+    with _checked(address, supervisor.state):
+        return await supervisor.run()
+
+
+async def _work(
+    worker: Worker, is_used_up: Callable[[], bool], report_to: int | None, address: tuple[str, int] | None
+) -> int:
+    if report_to is not None:
+        report(worker, worker.grace, report_to, worker.stop)
+
+    def ready() -> None:
+        note(f"process {os.getpid()} receives from {', '.join(worker.queues)}")
+
+    with _checked(address, lambda: dataclasses.asdict(worker.status())):
+        await worker.run(until=is_used_up, ready=ready)
+    return 0
+
+
+@contextmanager
+def _checked(address: tuple[str, int] | None, state: Callable[[], Mapping[str, object]]) -> Generator[None]:
+    if address is None:
+        yield
+        return
+    with health_check(*address, state) as port:
+        note(f"health checks at http://{address[0]}:{port}/")
+        yield
+
+
+def _load(target: str) -> Worker:
+    """Import the worker that MODULE:WORKER names, the current folder first."""
+    name, _, attribute = target.partition(":")
+    if not name or not attribute:
+        raise usage(f"{target!r} names no worker: give MODULE:WORKER, such as app:worker for `worker` in app.py")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise
+        raise usage(f"there is no module {name!r} here ({Path.cwd()}) or among what is installed") from error
+    found: object = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, Worker):
+        raise usage(f"{attribute!r} in {name!r} is {found!r}; it must be a filao.Worker")
+    return found
+
+
+def _address(health: str | None) -> tuple[str, int] | None:
+    if health is None:
+        return None
+    host, _, port = health.rpartition(":")
+    if not port.isdecimal() or int(port) > 65_535:
+        raise usage(f"--health {health!r}: give a port, or HOST:PORT")
+    return host or "127.0.0.1", int(port)
+
+
+def _is_used_up(worker: Worker, max_messages: int | None, max_memory: int | None) -> Callable[[], bool]:
+    """Return whether a process has handled, or grown to, as much as one may."""
+
+    def is_used_up() -> bool:
+        return bool(
+            (max_messages and worker.handled >= max_messages)
+            or (max_memory and worker.handled % 16 == 0 and _memory() >= max_memory * 1_000_000)
+        )
+
+    return is_used_up
+
+
+def _memory() -> int:
+    """Return this process's resident memory in bytes; its highest so far where the system does not tell the present."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

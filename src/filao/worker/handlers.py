@@ -1,0 +1,73 @@
+"""What a handler is: a function of one message, or of a message and a transaction, whose signature is read once.
+
+A coroutine function runs on the event loop and gets `filao.Message`; a plain one runs in a thread and gets the blocking
+`filao.sync.Message`. What it says of the body's type is what the body is decoded to.
+"""
+
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin
+
+from filao import sync
+from filao.errors import ConfigurationError
+from filao.message import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A function and what its signature says."""
+
+    function: Callable[..., Any]
+    name: str
+    is_async: bool
+    body: Any
+    """The type of the body that its annotation asks for; None when it does not say."""
+
+
+def handler_of(function: Callable[..., Any], *, with_transaction: bool) -> Handler:
+    """Read a function's signature, or raise `ConfigurationError` that says what it should be."""
+    name = getattr(function, "__qualname__", None) or repr(function)
+    if not callable(function):
+        raise ConfigurationError(f"a handler must be a function, not {function!r}")
+    call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    if inspect.isasyncgenfunction(call) or inspect.isgeneratorfunction(call):
+        raise ConfigurationError(f"the handler {name} is a generator, which would do nothing; a handler returns")
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+    wanted = ("message", "transaction") if with_transaction else ("message",)
+    first = _first_parameter(function, name, wanted, is_async=is_async)
+    return Handler(function, name, is_async, _body_of(function, first, name, is_async=is_async))
+
+
+def _first_parameter(
+    function: Callable[..., Any], name: str, wanted: tuple[str, ...], *, is_async: bool
+) -> inspect.Parameter:
+    try:
+        signature = inspect.signature(function)
+        signature.bind(*wanted)
+    except (TypeError, ValueError) as error:
+        form = f"{'async ' * is_async}def {name.rsplit('.', 1)[-1]}({', '.join(wanted)})"
+        more = ' With guarantee="exactly-once" it takes the transaction too.' if len(wanted) > 1 else ""
+        raise ConfigurationError(f"the handler {name} cannot be called as {form}: {error}.{more}") from error
+    return next(iter(signature.parameters.values()))
+
+
+def _body_of(function: Callable[..., Any], first: inspect.Parameter, name: str, *, is_async: bool) -> Any:
+    if first.annotation is inspect.Parameter.empty or first.kind is inspect.Parameter.VAR_POSITIONAL:
+        return None
+    try:
+        annotation = typing.get_type_hints(function).get(first.name)
+    except (NameError, TypeError) as error:
+        raise ConfigurationError(f"the handler {name} has an annotation that cannot be read: {error}") from error
+    kind = get_origin(annotation) or annotation
+    ours, theirs = (Message, sync.Message) if is_async else (sync.Message, Message)
+    if kind is theirs:
+        what, gets = ("coroutine function", "filao.Message") if is_async else ("plain function", "filao.sync.Message")
+        raise ConfigurationError(f"the handler {name} is a {what}, which gets a {gets}: annotate it so")
+    if kind is not ours and annotation is not Any:
+        raise ConfigurationError(
+            f"the handler {name} asks for {annotation!r}; it gets a message: annotate {ours.__module__}.Message[…]"
+        )
+    arguments = get_args(annotation)
+    return arguments[0] if arguments and not isinstance(arguments[0], typing.TypeVar) else None

@@ -1,0 +1,83 @@
+"""How a handler says what becomes of its message: it returns, it raises, or it gives one of these, either way.
+
+returns                     the message is acknowledged
+raises                      nack: again after the queue's backoff, a dead letter when its attempts are spent
+Retry(delay=30)             nack: again after 30 seconds
+Reject("no such policy")    a dead letter now
+Release()                   back to its place at once, the attempt not counted
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from filao import engine
+from filao.errors import ConfigurationError
+from filao.message import error_text
+from filao.queue import check_duration
+
+
+class Retry(Exception):
+    """This attempt failed: again after `delay` seconds, or after the queue's backoff. Raise it or return it."""
+
+    def __init__(self, reason: str | BaseException = "", *, delay: float | None = None) -> None:
+        super().__init__(reason)
+        if delay is not None:
+            check_duration("Retry", "delay", delay)
+        self.reason = reason
+        self.delay = delay
+
+
+class Reject(Exception):
+    """No attempt can succeed: the message becomes a dead letter. Raise it or return it."""
+
+    def __init__(self, reason: str | BaseException = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Release(Exception):
+    """Not now and not here: back to its place, the attempt not counted. Raise it or return it."""
+
+
+Steer = Retry | Reject | Release
+Outcomes = Mapping[type[BaseException], Steer | type[Retry] | type[Reject] | type[Release]]
+
+
+def of_value(value: object) -> engine.Outcome:
+    """Return the outcome of a handler that returned; what it returned matters only when it steers."""
+    steer = _steer(value)
+    return engine.Ack() if steer is None else _outcome(steer, steer)
+
+
+def of_error(error: BaseException, mapped: Outcomes) -> engine.Outcome:
+    """Return the outcome of a handler that raised: what it says itself, what its consumer maps it to, or a nack."""
+    steer = _steer(error)
+    if steer is None:
+        nearest = next((kind for kind in type(error).__mro__ if kind in mapped), None)
+        steer = _steer(mapped[nearest]) if nearest is not None else None
+    return engine.Nack(error=error_text(error)) if steer is None else _outcome(steer, error)
+
+
+def check_outcomes(outcomes: Mapping[Any, Any]) -> None:
+    """Raise `ConfigurationError` for a mapping that could not work."""
+    for kind, steer in outcomes.items():
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)) or _steer(steer) is None:
+            raise ConfigurationError(
+                f"outcomes maps {kind!r} to {steer!r}; map exception classes to filao.Retry, filao.Reject or filao.Release"
+            )
+
+
+def _steer(value: object) -> Steer | None:
+    if isinstance(value, type) and issubclass(value, (Retry, Reject, Release)):
+        return value()
+    return value if isinstance(value, (Retry, Reject, Release)) else None
+
+
+def _outcome(steer: Steer, error: BaseException) -> engine.Outcome:
+    """`error` is what is kept when the steer itself says nothing: the exception that was mapped to it."""
+    if isinstance(steer, Release):
+        return engine.Release()
+    told = steer.reason or ("" if error is steer else error)
+    if isinstance(steer, Reject):
+        return engine.Reject(error_text(told))
+    return engine.Nack(steer.delay, error_text(told))

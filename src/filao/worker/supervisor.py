@@ -1,0 +1,206 @@
+"""The supervisor: several worker processes, each started anew when it dies, all stopped together.
+
+A process is started, never forked, with a pipe on its stdin that nobody writes to: when the supervisor dies, by SIGKILL
+too, the pipe ends and the process stops gracefully. On another pipe it reports once a second how its worker is doing,
+from a thread, so that it does so even while its event loop is blocked.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import anyio
+import msgspec
+
+from filao.worker.worker import Status, Worker
+
+log = logging.getLogger("filao.worker")
+
+PAUSE_FIRST = 0.1  # seconds before a process that died is started again; doubled each time
+PAUSE_MAX = 30.0
+STEADY_AFTER = 60.0  # seconds of life after which the pause begins from the start
+REPORT_EVERY = 1.0  # seconds
+SILENT_AFTER = 15.0  # seconds without a report after which a process is unhealthy
+KILLED_AFTER = 15.0  # seconds beyond a worker's grace after which a process that was told to stop is killed
+REFUSED_AT_START = (2, 3)  # exit codes of a worker that can never start: wrong usage, or a configuration that is wrong
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a process tells its supervisor."""
+
+    status: Status
+    grace: float
+
+
+@dataclass(slots=True)
+class Slot:
+    """One of the processes, as it is now."""
+
+    number: int
+    process: asyncio.subprocess.Process | None = None
+    report: Report | None = None
+    reported_at: float = field(default_factory=time.monotonic)
+    restarts: int = 0
+
+    def state(self) -> dict[str, object]:
+        """Return how it is doing, as the health check tells it."""
+        alive = self.process is not None and self.process.returncode is None
+        report = self.report if alive else None
+        silent = time.monotonic() - self.reported_at > SILENT_AFTER
+        return {
+            "pid": self.process.pid if alive and self.process is not None else None,
+            "restarts": self.restarts,
+            "ready": report is not None and report.status.ready,
+            "healthy": report is not None and report.status.healthy and not silent,
+            "running": report.status.running if report else {},
+            "handled": report.status.handled if report else 0,
+            "problems": ["it does not report"]
+            if silent
+            else report.status.problems
+            if report
+            else ["it has not begun"],
+        }
+
+
+class Supervisor:
+    """Keeps `count` processes of a command running until it is told to stop."""
+
+    def __init__(self, command: Sequence[str], count: int) -> None:
+        self._command = command
+        self._slots = [Slot(number) for number in range(1, count + 1)]
+        self._stops = 0
+        self._stopping = asyncio.Event()
+
+    def state(self) -> dict[str, object]:
+        """Return how all are doing; safe from any thread."""
+        slots = [slot.state() for slot in self._slots]
+        ready, healthy = all(slot["ready"] for slot in slots), all(slot["healthy"] for slot in slots)
+        return {"ready": ready, "healthy": healthy, "processes": slots}
+
+    async def run(self) -> int:
+        """Run them until SIGTERM or SIGINT, the first graceful, the second at once; return the exit code."""
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            listening = asyncio.create_task(self._listen(received))
+            try:
+                codes = await asyncio.gather(*(self._keep(slot) for slot in self._slots))
+            finally:
+                listening.cancel()
+        return max(codes)
+
+    async def _listen(self, signals: object) -> None:
+        async for _ in signals:  # type: ignore[attr-defined]  # anyio types its receiver as a context manager
+            self._stop()
+
+    def _stop(self) -> None:
+        """Pass it on: the first signal stops them gracefully, the second at once, the third kills."""
+        self._stops += 1
+        self._stopping.set()
+        for slot in self._slots:
+            _signal(slot.process, signal.SIGTERM if self._stops <= 2 else signal.SIGKILL)
+            if self._stops == 1:
+                grace = slot.report.grace if slot.report else 0.0
+                asyncio.get_running_loop().call_later(grace + KILLED_AFTER, _signal, slot.process, signal.SIGKILL)
+
+    async def _keep(self, slot: Slot) -> int:
+        """Start a process again and again, and return the code with which the last one ended."""
+        pause = PAUSE_FIRST
+        while True:
+            began = time.monotonic()
+            code = await self._run_once(slot)
+            if self._stopping.is_set():
+                return 0
+            if code in REFUSED_AT_START:
+                self._stop()
+                return code
+            if code == 0:
+                log.info("worker process %d ended as it should; starting the next", slot.number)
+                continue
+            if time.monotonic() - began > STEADY_AFTER:
+                pause = PAUSE_FIRST
+            slot.restarts += 1
+            log.error("worker process %d %s; starting it again in %.1f s", slot.number, _ended(code), pause)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stopping.wait()
+                return 0
+            pause = min(2 * pause, PAUSE_MAX)
+
+    async def _run_once(self, slot: Slot) -> int:
+        reading, writing = os.pipe()
+        try:
+            slot.process = await asyncio.create_subprocess_exec(
+                *self._command,
+                "--report-to",
+                str(writing),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=[writing],
+                start_new_session=True,  # a Ctrl-C is for the supervisor, which passes it on
+            )
+        finally:
+            os.close(writing)
+        slot.report, slot.reported_at = None, time.monotonic()
+        reports = asyncio.create_task(self._read_reports(slot, reading))
+        if self._stopping.is_set():
+            _signal(slot.process, signal.SIGTERM)
+        try:
+            return await slot.process.wait()
+        finally:
+            reports.cancel()
+            await asyncio.wait([reports])
+
+    async def _read_reports(self, slot: Slot, reading: int) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", buffering=0)
+        )
+        try:
+            async for line in reader:
+                slot.report, slot.reported_at = msgspec.json.decode(line, type=Report), time.monotonic()
+        finally:
+            transport.close()
+
+
+def report(worker: Worker, grace: float, pipe: int, stop: Callable[[], None]) -> None:
+    """As a supervised process: report from a thread, and stop when the supervisor is gone."""
+    stream = os.fdopen(pipe, "wb", buffering=0)
+    loop = asyncio.get_running_loop()
+    threading.Thread(target=_report, args=(worker, grace, stream), name="filao reports", daemon=True).start()
+    threading.Thread(target=_await_end, args=(loop, stop), name="filao supervisor's end", daemon=True).start()
+
+
+def _report(worker: Worker, grace: float, stream: BinaryIO) -> None:
+    encode = msgspec.json.encode
+    with suppress(OSError):  # the supervisor is gone
+        while True:
+            stream.write(encode(Report(worker.status(), grace)) + b"\n")
+            time.sleep(REPORT_EVERY)
+
+
+def _await_end(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+    while os.read(0, 1024):  # past Python's buffer, whose lock a thread must not hold when the process ends
+        pass
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(stop)
+
+
+def _signal(process: asyncio.subprocess.Process | None, number: int) -> None:
+    if process is not None and process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.send_signal(number)
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"

@@ -1,0 +1,108 @@
+"""Threads in which plain functions run: daemons, so that one that hangs does not keep the process, and interruptible.
+
+A thread is interrupted with an exception at its next bytecode, as CPython allows: a call into C ends first, an endless
+loop ends at once. (`PyThreadState_SetAsyncExc`, https://docs.python.org/3/c-api/threads.html) Whoever was interrupted
+is never used again, so that a late exception hits nobody else.
+"""
+
+import asyncio
+import contextvars
+import ctypes
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+
+class InterruptedHandlerError(BaseException):
+    """Raised in a plain handler that must end: its time is up, its lease is lost, or its worker stops."""
+
+
+class Call:
+    """A function that runs in a thread; `future` has what it returned or raised."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, job: Callable[[], Any]) -> None:
+        self.job = job
+        self.future: asyncio.Future[Any] = loop.create_future()
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._thread = 0
+        """The identity of its thread while it runs."""
+        self.was_interrupted = False
+
+    def run(self) -> None:
+        """Run it in the calling thread."""
+        with self._lock:
+            if self.was_interrupted:
+                return
+            self._thread = threading.get_ident()
+        try:
+            result, error = self.job(), None
+        except BaseException as raised:
+            result, error = None, raised
+        with self._lock:
+            self._thread = 0
+        with suppress(RuntimeError):  # the loop was closed: nobody waits for it any more
+            self._loop.call_soon_threadsafe(self._resolve, result, error)
+
+    def interrupt(self) -> None:
+        """Raise `InterruptedHandlerError` in it, if it runs."""
+        with self._lock:
+            self.was_interrupted = True
+            if self._thread:
+                kind = ctypes.py_object(InterruptedHandlerError)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), kind)
+
+    def _resolve(self, result: Any, error: BaseException | None) -> None:
+        if self.future.done():
+            return
+        if isinstance(error, StopIteration):  # which no future can hold
+            error = RuntimeError(f"the handler raised {error!r}")
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+class Threads:
+    """Starts a thread whenever none is idle; there are never more than calls at the same time."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._idle: list[SimpleQueue[Call | None]] = []
+
+    def start(self, function: Callable[..., Any], *arguments: Any) -> Call:
+        """Run a function in a thread, in a copy of the caller's context."""
+        context = contextvars.copy_context()
+        call = Call(asyncio.get_running_loop(), lambda: context.run(function, *arguments))
+        calls: SimpleQueue[Call | None]
+        if self._idle:
+            calls = self._idle.pop()
+        else:
+            calls = SimpleQueue()
+            threading.Thread(target=_work, args=(calls,), name=self._name, daemon=True).start()
+        calls.put(call)
+        call.future.add_done_callback(lambda _: self._reuse(calls, call))
+        return call
+
+    def close(self) -> None:
+        """End the threads that are idle."""
+        for calls in self._idle:
+            calls.put(None)
+        self._idle.clear()
+
+    def _reuse(self, calls: "SimpleQueue[Call | None]", call: Call) -> None:
+        if call.was_interrupted or call.future.cancelled():
+            calls.put(None)
+        else:
+            self._idle.append(calls)
+
+
+def _work(calls: "SimpleQueue[Call | None]") -> None:
+    try:
+        while (call := calls.get()) is not None:
+            call.run()
+            del call
+    except InterruptedHandlerError:
+        pass  # it came after the handler had ended

@@ -1,0 +1,272 @@
+"""`filao work` as its users run it: real processes, killed, signalled, and asked how they are."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import filao
+import filao.sync
+
+PATIENCE = 60.0
+APP = """
+import asyncio, ctypes, os, time
+import filao
+
+claims = filao.Queue("claims", lease=30, max_attempts=3, backoff=filao.Backoff(first=0.05, jitter=0))
+worker = filao.Worker("claims.db", grace=30)
+
+@worker.consumer(claims, concurrency=4)
+async def handle(message: filao.Message[dict]) -> None:
+    kind = message["kind"]
+    with open("log", "a") as log:
+        log.write(f"{os.getpid()} {kind} {message.attempt}\\n")
+    if kind == "segfault":
+        await asyncio.sleep(0.05)
+        ctypes.string_at(0)
+    elif kind == "wait":
+        while not os.path.exists("go"):
+            await asyncio.sleep(0.01)
+    elif kind == "block":
+        time.sleep(60)
+"""
+
+
+class Work:
+    """A running `filao work`."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        self.log = folder / "out"
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "filao", "work", *arguments],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def handled(self) -> list[tuple[int, str, int]]:
+        """Return process, kind and attempt of every message that a handler was given."""
+        log = self.folder / "log"
+        rows = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        return [(int(process), kind, int(attempt)) for process, kind, attempt in rows]
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def ends(self) -> int:
+        return self.process.wait(PATIENCE)
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "app.py").write_text(APP)
+    return tmp_path
+
+
+@pytest.fixture
+def broker(folder) -> Generator[filao.sync.Broker]:
+    with filao.sync.connect(folder / "claims.db") as broker:
+        broker.declare(filao.Queue("claims", lease=30, max_attempts=3))
+        yield broker
+
+
+@contextmanager
+def working(folder: Path, *arguments: str, processes: int = 1) -> Generator[Work]:
+    work = Work(folder, *arguments)
+    try:
+        until(lambda: work.said().count("receives from claims") >= processes or work.process.poll() is not None)
+        yield work
+    finally:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            work.signal(number)
+        work.ends()
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; one that is dead but not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_message_that_kills_its_process_dies_after_its_attempts_and_harms_no_neighbour(folder, broker) -> None:
+    with working(folder, "app:worker", "--processes", "2", processes=2) as work:
+        broker.send_many("claims", [{"kind": kind} for kind in ["fine"] * 10 + ["segfault"] + ["fine"] * 30])
+        until(lambda: broker.stats("claims").dead)
+        until(lambda: broker.stats("claims").acked == 40)
+        (dead,) = broker.dead_letters("claims")
+        assert (dead.body, dead.reason, dead.attempts) == ({"kind": "segfault"}, "max_attempts", 3)
+        assert [failure.outcome for failure in dead.history] == ["crashed"] * 3
+        assert [attempt for _, kind, attempt in work.handled() if kind == "segfault"] == [1, 2, 3]
+        assert max(attempt for _, kind, attempt in work.handled() if kind == "fine") <= 2
+        assert work.said().count("was ended by SIGSEGV; starting it again") == 3
+
+
+def test_a_killed_process_is_started_again_and_loses_nothing(folder, broker) -> None:
+    with working(folder, "app:worker", "--processes", "2", processes=2) as work:
+        broker.send_many("claims", [{"kind": "wait"}] * 6)
+        (victim, *_) = until(lambda: sorted({pid for pid, *_ in work.handled()}) if len(work.handled()) == 6 else None)
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: work.said().count("receives from claims") == 3)
+        (folder / "go").touch()
+        until(lambda: broker.stats("claims").acked == 6)
+        assert "was ended by SIGKILL; starting it again" in work.said()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_first_signal_lets_what_runs_finish(folder, broker, processes) -> None:
+    with working(folder, "app:worker", "--processes", processes, processes=int(processes)) as work:
+        broker.send_to_queue("claims", {"kind": "wait"})
+        until(work.handled)
+        work.signal(signal.SIGTERM)
+        broker.send_to_queue("claims", {"kind": "fine"})
+        (folder / "go").touch()
+        assert work.ends() == 0
+    stats = broker.stats("claims")
+    assert (stats.acked, stats.leased, stats.lost, stats.acked + stats.ready) == (stats.acked, 0, 0, 2)
+    assert "wait" in [kind for _, kind, _ in work.handled()]
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_second_signal_gives_everything_back_at_once(folder, broker, processes) -> None:
+    with working(folder, "app:worker", "--processes", processes, processes=int(processes)) as work:
+        broker.send_to_queue("claims", {"kind": "wait"})
+        until(work.handled)
+        work.signal(signal.SIGTERM)
+        time.sleep(0.2)  # two signals in one moment are one: the kernel does not count them
+        work.signal(signal.SIGTERM)
+        assert work.ends() == 0
+    stats = broker.stats("claims")
+    assert (stats.ready, stats.leased, stats.lost) == (1, 0, 0)
+    message = broker.receive_from_queue("claims", wait=0)
+    assert message is not None
+    assert message.attempt == 1
+
+
+def test_when_the_supervisor_is_killed_its_processes_end_and_give_back_what_they_hold(folder, broker) -> None:
+    with working(folder, "app:worker", "--processes", "2", processes=2) as work:
+        broker.send_many("claims", [{"kind": "wait"}] * 6)
+        pids = until(lambda: {pid for pid, *_ in work.handled()} if len(work.handled()) == 6 else None)
+        work.signal(signal.SIGKILL)
+        (folder / "go").touch()
+        until(lambda: not any(map(is_alive, pids)))
+    stats = broker.stats("claims")
+    assert (stats.leased, stats.lost) == (0, 0)
+
+
+def test_a_process_that_does_not_stop_is_killed_by_the_third_signal(folder, broker) -> None:
+    with working(folder, "app:worker", "--processes", "2", processes=2) as work:
+        broker.send_to_queue("claims", {"kind": "block"})
+        until(work.handled)
+        for _ in range(3):
+            work.signal(signal.SIGTERM)
+            time.sleep(0.2)  # see above
+        work.ends()
+    broker.send_to_queue("claims", {"kind": "fine"})
+    assert broker.stats("claims").acked == 0
+
+
+def test_processes_are_replaced_after_so_many_messages(folder, broker) -> None:
+    broker.send_many("claims", [{"kind": "fine"}] * 50)
+    with working(folder, "app:worker", "--max-messages", "20") as work:
+        until(lambda: broker.stats("claims").acked == 50)
+    assert len({pid for pid, *_ in work.handled()}) >= 2
+    assert len(work.handled()) == 50
+
+
+def test_health_checks_tell_ready_and_healthy(folder, broker) -> None:
+    with working(folder, "app:worker", "--processes", "2", "--health", "0", processes=2) as work:
+        address = until(lambda: work.said().partition("health checks at ")[2].partition("\n")[0])
+        until(lambda: _get(address)[0] == 200)
+        code, state = _get(address + "ready")
+        assert (code, state["ready"], state["healthy"]) == (200, True, True)
+        pid = state["processes"][0]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: any(process["restarts"] for process in _get(address)[1]["processes"]))
+        until(lambda: _get(address)[0] == 200)
+
+
+def test_one_process_answers_health_checks_too(folder, broker) -> None:
+    with working(folder, "app:worker", "--health", "127.0.0.1:0") as work:
+        address = until(lambda: work.said().partition("health checks at ")[2].partition("\n")[0])
+        code, state = _get(address)
+        assert (code, state["ready"], state["running"]) == (200, True, {"claims": 0})
+
+
+def _get(address: str) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["app"], 2, "'app' names no worker: give MODULE:WORKER"),
+        (["nowhere:worker"], 2, "there is no module 'nowhere' here"),
+        (["app:claims"], 2, "'claims' in 'app' is Queue("),
+        (["app:nothing"], 2, "'nothing' in 'app' is None; it must be a filao.Worker"),
+        (["app:worker", "--health", "http"], 2, "--health 'http': give a port, or HOST:PORT"),
+        (["app:worker", "--processes", "0"], 2, "--processes"),
+        (["unknown:worker"], 3, "queue 'claimz' is not declared"),
+        (["unknown:worker", "--processes", "2"], 3, "queue 'claimz' is not declared"),
+        (["nofile:worker"], 3, "does not exist"),
+    ],
+)
+def test_what_cannot_run_says_why(folder, broker, arguments, code, text) -> None:
+    wrong = textwrap.dedent("""
+        import filao
+        worker = filao.Worker("{}")
+        @worker.consumer("claimz")
+        async def handle(message): ...
+    """)
+    (folder / "unknown.py").write_text(wrong.format("claims.db"))
+    (folder / "nofile.py").write_text(wrong.format("no/such/folder/claims.db"))
+    work = Work(folder, *arguments)
+    assert work.ends() == code
+    assert text in work.said()
+    assert "Traceback" not in work.said()
+
+
+def test_a_module_that_fails_shows_its_own_error(folder) -> None:
+    (folder / "broken.py").write_text("import nothing_of_that_name\n")
+    work = Work(folder, "broken:worker")
+    assert work.ends() == 1
+    assert "No module named 'nothing_of_that_name'" in work.said()
+
+
+def test_the_doctor_tells_who_receives(folder, broker) -> None:
+    with working(folder, "app:worker") as work:
+        broker.send_to_queue("claims", {"kind": "wait"})
+        until(work.handled)
+        findings = [finding.text for finding in broker.doctor() if finding.subject == "processes"]
+        assert any(f":{work.process.pid} receives here, and holds 1 message" in text for text in findings)
+        (folder / "go").touch()
