@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, block after block, in an empty folder."""
+"""The code of the README and of the recipes runs as it stands, block after block, in an empty folder."""
 
 import ast
 import re
@@ -9,16 +9,18 @@ import pytest
 
 pytestmark = pytest.mark.anyio
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
-async def test_the_code_of_the_readme_runs(tmp_path, monkeypatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "recipes.md"], ids=lambda page: page.name)
+async def test_the_code_of_a_page_runs(tmp_path, monkeypatch, page) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 5
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": "page"}
     for number, block in enumerate(blocks, 1):
-        code = compile(block, f"README.md, block {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        code = compile(block, f"{page.name}, block {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         running = eval(code, names)
         if running is not None:
             await running

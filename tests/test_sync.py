@@ -17,6 +17,7 @@ LIFE = {
     "transaction_for",
     "deferred_transaction_for",
     "twin",
+    "send_drafts",
     "known_within",
 }  # what only messages ask of their broker
 

@@ -25,7 +25,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "engines.sqlite.line",
     ),
     *("engines.sqlite.database", "engines.sqlite.doctor", "engines.sqlite.engine", "engines.sqlite", "engines"),
-    *("deferred", "batching", "broker", "sync"),
+    *("connections", "outbox", "deferred", "batching", "broker", "relay", "sync"),
     *(f"worker.{name}" for name in ("outcomes", "handlers", "threads", "turns", "keeper", "leaks", "run", "pool")),
     *("worker.worker", "worker", "worker.supervisor", "worker.health", "conformance.stage"),
     *(f"conformance.{name}" for name in ("control", "delivery", "effects", "failure", "ordering", "sending")),

@@ -286,8 +286,8 @@ async def test_a_handler_longer_than_its_lease_keeps_it(url, broker) -> None:
     assert (stats.acked, stats.received, stats.lost, stats.late) == (2, 2, 0, 0)
 
 
-@pytest.mark.parametrize("others", [0, 3])
-async def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_its_neighbours(url, broker, others) -> None:
+@pytest.mark.parametrize("bodies", [[0], [0, 1, 2, 3], [1, 2, 3, 0]])
+async def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_its_neighbours(url, broker, bodies) -> None:
     worker = filao.Worker(url)
 
     @worker.consumer(SHORT, concurrency=4)
@@ -295,10 +295,10 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_its_neighbours
         if message.body == 0:
             time.sleep(1.0)  # noqa: ASYNC251  # what must not be done, and is
 
-    await broker.send_many("claims", range(1 + others))
+    await broker.send_many("claims", bodies)
     await worker.drain()
     stats = await broker.stats("claims")
-    assert (stats.acked, stats.received, stats.lost, stats.late) == (1 + others, 1 + others, 0, 0)
+    assert (stats.acked, stats.received, stats.lost, stats.late) == (len(bodies), len(bodies), 0, 0)
 
 
 async def test_a_handler_that_keeps_the_interpreter_busy_keeps_its_lease(url, broker) -> None:
@@ -478,6 +478,30 @@ async def test_a_waiting_worker_with_several_queues_loses_nothing(url, broker) -
     assert sorted(seen) == sorted((name, number) for name in names for number in range(20))
     stats = await broker.stats()
     assert sum(queue.received - queue.released for queue in stats) == 100
+
+
+async def test_what_may_have_killed_its_process_is_handled_alone(url, broker) -> None:
+    worker, held = filao.Worker(url), []
+    await broker.declare(filao.Queue("other"))
+
+    async def handle(message: filao.Message) -> None:
+        await asyncio.sleep(0.01)
+        if message.delivery.crashed:
+            held.append(sum(stats.leased for stats in await broker.stats()))
+
+    worker.consumer(CLAIMS, concurrency=4)(handle)
+    worker.consumer("other", concurrency=4)(handle)
+    await broker.send_many("claims", range(3))
+    async with filao.connect(url) as dying:
+        await dying.receive_many("claims", 3)
+        database = engine_of(dying)._database
+        await broker.send_many("claims", range(10))
+        await broker.send_many("other", range(10))
+        database.bury(database.lessee.process, database.bell.name)  # as another process does when this one is dead
+    async with running(worker):
+        await until_stats(broker, acked=13)
+        await until_stats(broker, "other", acked=10)
+    assert held == [1, 1, 1]
 
 
 # --- guarantees ------------------------------------------------------------------------------------------------------

@@ -35,7 +35,9 @@ from filao.errors import (
     UnsupportedFeature,
 )
 from filao.message import Message, Transaction
+from filao.outbox import Inbox, Outbox
 from filao.queue import Backoff, Queue
+from filao.relay import Relay
 from filao.worker import Handled, Reject, Release, Retry, Worker
 
 __all__ = [
@@ -50,17 +52,20 @@ __all__ = [
     "Finding",
     "Guarantee",
     "Handled",
+    "Inbox",
     "LeaseLost",
     "Message",
     "MessageError",
     "MessageNotEncodable",
     "MessageTooLarge",
+    "Outbox",
     "Queue",
     "QueueFull",
     "QueueNotFound",
     "QueueStats",
     "Receipt",
     "Reject",
+    "Relay",
     "Release",
     "Retry",
     "State",

@@ -8,7 +8,7 @@ import asyncio
 import os
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from filao.draft import check_ids, check_limit, check_state, draft, drafts
 from filao.engine import (
     Ack,
     Delivery,
+    Draft,
     Engine,
     EngineTransaction,
     Extend,
@@ -238,11 +239,14 @@ class Broker:
         sent = drafts(known, bodies, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
         return await self._send(Send(known.name, sent), within)
 
+    async def send_drafts(self, queue: str, messages: Sequence[Draft]) -> list[Receipt]:
+        """Store messages that were checked and encoded before, all or none; for relays."""
+        return await self._send(Send((self._known(queue) or await self._learn(queue)).name, messages), None)
+
     async def _send(self, operation: Send, within: object) -> list[Receipt]:
         if within is None:
             return cast("list[Receipt]", await self._batcher.submit(operation))
-        if Feature.WITHIN not in self._engine.features:
-            raise self._unsupported("joining a transaction of your own (within=)")
+        self._require(Feature.WITHIN, "joining a transaction of your own (within=)")
         receipts = self._engine.send_within(within, operation)
         if isinstance(receipts, FilaoError):
             raise receipts
@@ -454,25 +458,21 @@ class Broker:
         file while it lasts: do slow work before it. Other calls of this broker wait until it ends, so inside it use the
         transaction's own methods. Raises `UnsupportedFeature` where the engine has no transactions.
         """
-        self._check_transactions()
         return self._entered(self._engine.transaction())
 
     @asynccontextmanager
     async def _entered(self, opening: AbstractAsyncContextManager[EngineTransaction]) -> AsyncGenerator[Transaction]:
-        self._check_transactions()
+        self.check_usable()
+        self._require(Feature.TRANSACTIONS, "transactions")
         async with opening as within:
             transaction = Transaction(self, within)
             with inside(transaction):
                 yield transaction
         transaction.mark_settled()
 
-    def _check_transactions(self) -> None:
-        self.check_usable()
-        if Feature.TRANSACTIONS not in self._engine.features:
-            raise self._unsupported("transactions")
-
-    def _unsupported(self, what: str) -> UnsupportedFeature:
-        return UnsupportedFeature(f"{self._engine.name} has no {what}. Engines that have: {', '.join(SQL_ENGINES)}.")
+    def _require(self, feature: Feature, what: str) -> None:
+        if feature not in self._engine.features:
+            raise UnsupportedFeature(f"{self._engine.name} has no {what}. Engines that have: {', '.join(SQL_ENGINES)}.")
 
     # --- control -----------------------------------------------------------------------------------------------------
 

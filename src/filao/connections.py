@@ -1,0 +1,100 @@
+"""The user's own database connection, of whatever library: how its statements are written, and whether it holds a transaction.
+
+A DB-API connection (PEP 249: `sqlite3`, psycopg) is used through its cursors; SQLAlchemy's connections and sessions and
+Django's through what they document, so that none has to be installed.
+"""
+
+import sqlite3
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from filao.errors import ConfigurationError
+
+Execute = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Statements with `?` for each parameter, on the user's connection, in the user's transaction."""
+
+    dialect: str
+    """sqlite, postgresql, mysql, or what the library calls it."""
+    paramstyle: str
+    """As PEP 249 names them."""
+    run: Execute
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """Run one statement and return what the library does: a cursor or a result, with `rowcount` and `fetchall`."""
+        return self.run(*_rewritten(sql, parameters, self.paramstyle))
+
+
+def connection_of(given: Any, *, needs_transaction: bool) -> Connection:
+    """Recognise a connection. Raises `ConfigurationError` for what is none, or holds no transaction though it must."""
+    if hasattr(given, "run_sync"):
+        raise ConfigurationError(
+            f"a {type(given).__name__} is asynchronous: pass the method to it, as in "
+            f"`await connection.run_sync(outbox.send_to_queue, queue, body)`"
+        )
+    if callable(getattr(given, "connection", None)) and hasattr(given, "get_bind"):  # SQLAlchemy's Session
+        given = given.connection()
+    if hasattr(given, "exec_driver_sql"):  # SQLAlchemy's Connection, which begins by itself
+        dialect = given.dialect
+        return Connection(dialect.name, dialect.paramstyle, given.exec_driver_sql)
+    if hasattr(given, "vendor") and hasattr(given, "in_atomic_block"):  # Django's
+        _check_transaction(given.in_atomic_block, needs_transaction, "use it inside transaction.atomic()")
+        return Connection(given.vendor, "format", _through_cursor(given))
+    return _of_driver(given, needs_transaction=needs_transaction)
+
+
+def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:
+    """Recognise a connection of PEP 249 by the module that it comes from."""
+    if isinstance(given, sqlite3.Connection):
+        begins = given.in_transaction or given.isolation_level is not None
+        _check_transaction(begins, needs_transaction, 'execute "BEGIN IMMEDIATE" on it first')
+        return Connection("sqlite", "qmark", given.execute)
+    for kind in type(given).__mro__:
+        module = sys.modules.get(kind.__module__.partition(".")[0])
+        if hasattr(module, "paramstyle") and hasattr(given, "cursor"):
+            if "Async" in kind.__name__:
+                break
+            name = getattr(module, "__name__", "")
+            idle = getattr(given, "autocommit", False) is True and name.startswith("psycopg")
+            _check_transaction(not idle, needs_transaction, "use it inside `with connection.transaction()`")
+            dialect = "postgresql" if name.startswith("psycopg") else name
+            return Connection(dialect, str(getattr(module, "paramstyle", "")), _through_cursor(given))
+    raise ConfigurationError(
+        f"a {type(given).__module__}.{type(given).__qualname__} is no connection that Filao knows: give a DB-API connection "
+        f"(sqlite3, psycopg), a SQLAlchemy connection or session, or a Django connection"
+    )
+
+
+def _check_transaction(holds: object, needs: bool, advice: str) -> None:  # noqa: FBT001  # private, and always named by its value
+    if needs and not holds:
+        raise ConfigurationError(
+            f"this connection commits each statement for itself and holds no transaction, so there is nothing to join: {advice}"
+        )
+
+
+def _through_cursor(given: Any) -> Execute:
+    def run(sql: str, parameters: Any) -> Any:
+        cursor = given.cursor()
+        cursor.execute(sql, parameters)
+        return cursor
+
+    return run
+
+
+def _rewritten(sql: str, parameters: Sequence[Any], paramstyle: str) -> tuple[str, Any]:
+    """Write a statement in the style that its library wants. Ours hold `?` for nothing but parameters."""
+    if paramstyle == "qmark":
+        return sql, tuple(parameters)
+    if paramstyle in ("format", "pyformat"):
+        return sql.replace("?", "%s"), tuple(parameters)
+    parts = sql.split("?")
+    numbered = "".join(f"{part}:{number}" for number, part in enumerate(parts[:-1], 1)) + parts[-1]
+    if paramstyle.startswith("numeric"):
+        return numbered.replace(":", "$") if paramstyle == "numeric_dollar" else numbered, tuple(parameters)
+    named = "".join(f"{part}:p{number}" for number, part in enumerate(parts[:-1], 1)) + parts[-1]
+    return named, {f"p{number}": value for number, value in enumerate(parameters, 1)}

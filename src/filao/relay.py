@@ -1,0 +1,141 @@
+"""The relay: it sends what an outbox has recorded, in order, and deletes it there once it is sent.
+
+A relay that dies between the two sends again when it is back; the queue recognises the message by its id, for as long as
+it is pending and for the queue's `dedup_window` after. Where the relay may be away for longer, or the engine has no
+deduplication, let the receiver use an inbox. Several relays of one outbox may run: the same holds.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain, groupby
+from typing import Any, TypeVar
+
+from filao.broker import Broker
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.outbox import Outbox, Recorded
+
+log = logging.getLogger("filao.relay")
+
+R = TypeVar("R")
+
+BATCH = 500  # recorded sends that one look takes: what one transaction of the queue's stores in some 10 ms
+PAUSE_FIRST, PAUSE_MAX = 0.1, 5.0  # seconds between two tries while a database or the engine is away
+REFUSED_FOR = 1.0  # seconds for which a queue that refused its messages is left alone, while others go on
+
+
+class Relay:
+    """Relays one outbox to one broker.
+
+    `connect` opens a connection to the outbox's database; it is called, and the connection used, in a thread of the
+    relay's own. `poll` is how many seconds pass between two looks; `wake` makes the next one come at once.
+    """
+
+    def __init__(self, outbox: Outbox, connect: Callable[[], Any], broker: Broker, *, poll: float = 0.1) -> None:
+        if not poll > 0:
+            raise ConfigurationError(f"relay of {outbox.table!r}: poll is {poll!r}; it must be above 0 seconds")
+        self._outbox = outbox
+        self._connect = connect
+        self._broker = broker
+        self._poll = poll
+        self._connection: Any = None
+        self._refused: dict[str, float] = {}
+        """Queues that refused, and the monotonic time until which they are left alone."""
+        self._wakened = asyncio.Event()
+        self._thread: ThreadPoolExecutor | None = None
+
+    async def run(self) -> None:
+        """Relay for ever, until cancelled; databases and engines that go away are waited for."""
+        pause = PAUSE_FIRST
+        try:
+            while True:
+                self._wakened.clear()
+                try:
+                    sent = await self.step()
+                except asyncio.CancelledError:
+                    raise
+                except Exception as error:
+                    log.warning("relay of %s: trying again: %s: %s", self._outbox.table, type(error).__name__, error)
+                    await self._drop_connection()
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                    pause = min(2 * pause, PAUSE_MAX)
+                    continue
+                pause = PAUSE_FIRST
+                if not sent:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._poll):
+                            await self._wakened.wait()
+        finally:
+            await self.close()
+
+    def wake(self) -> None:
+        """Look now: something was committed. For the loop that the relay runs on."""
+        self._wakened.set()
+
+    async def step(self) -> int:
+        """Send up to 500 recorded messages, delete them, and return how many there were.
+
+        A queue that refuses (it is full, or nobody has declared it) keeps its messages in the outbox, in order, and is
+        tried again a second later; the others go on. Raises what the database raises, and `EngineError`.
+        """
+        now = time.monotonic()
+        self._refused = {queue: until for queue, until in self._refused.items() if until > now}
+        recorded = await self._in_thread(self._read)
+        sent = await asyncio.gather(*map(self._send, _by_queue(recorded)))
+        numbers = list(chain.from_iterable(sent))
+        if numbers:
+            await self._in_thread(lambda: self._forget(numbers))
+        return len(numbers)
+
+    async def close(self) -> None:
+        """Close the connection; `run` does it."""
+        await self._drop_connection()
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+            self._thread = None
+
+    async def _send(self, recorded: list[Recorded]) -> list[int]:
+        """Send the messages of one queue, all or none, and return the numbers of those that were sent."""
+        queue = recorded[0].queue
+        try:
+            await self._broker.send_drafts(queue, [one.draft for one in recorded])
+        except EngineUnavailable:
+            raise
+        except FilaoError as error:
+            log.warning("relay of %s: %d messages stay in it: %s", self._outbox.table, len(recorded), error)
+            self._refused[queue] = time.monotonic() + REFUSED_FOR
+            return []
+        return [one.number for one in recorded]
+
+    # --- in the thread -----------------------------------------------------------------------------------------------
+
+    def _read(self) -> list[Recorded]:
+        if self._connection is None:
+            self._connection = self._connect()
+        recorded = self._outbox.recorded(self._connection, BATCH, without=self._refused)
+        self._connection.commit()
+        return recorded
+
+    def _forget(self, numbers: list[int]) -> None:
+        self._outbox.forget(self._connection, numbers)
+        self._connection.commit()
+
+    async def _in_thread(self, job: Callable[[], R]) -> R:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="filao relay")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, job)
+
+    async def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                await self._in_thread(connection.close)
+
+
+def _by_queue(recorded: list[Recorded]) -> list[list[Recorded]]:
+    in_order = sorted(recorded, key=lambda one: (one.queue, one.number))
+    return [list(some) for _, some in groupby(in_order, key=lambda one: one.queue)]

@@ -1,0 +1,313 @@
+"""Outbox, inbox and relay: what committed is sent, once and in order; what rolled back never appears."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import filao
+from filao.connections import Connection, connection_of
+from filao.outbox import Inbox, Outbox
+from filao.relay import Relay
+from tests.conftest import engine_of
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def business(tmp_path: Path) -> Path:
+    """Return a database of the user's own, apart from the queue's."""
+    path = tmp_path / "business.db"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE claim (id INTEGER PRIMARY KEY)")
+        Outbox().create(connection)
+        Inbox().create(connection)
+    return path
+
+
+@pytest.fixture
+def connection(business) -> Generator[sqlite3.Connection]:
+    with closing(sqlite3.connect(business)) as connection:
+        yield connection
+
+
+@pytest.fixture
+async def broker(tmp_path) -> AsyncGenerator[filao.Broker]:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"), filao.Queue("letters"))
+        yield broker
+
+
+@asynccontextmanager
+async def relaying(business: Path, broker: filao.Broker) -> AsyncGenerator[Relay]:
+    relay = Relay(Outbox(), lambda: sqlite3.connect(business), broker, poll=0.01)
+    task = asyncio.create_task(relay.run())
+    try:
+        yield relay
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def received(broker: filao.Broker, count: int, queue: str = "claims") -> list[filao.Message]:
+    messages: list[filao.Message] = []
+    async with asyncio.timeout(PATIENCE):
+        while len(messages) < count:
+            messages += await broker.receive_many(queue, count - len(messages))
+    return messages
+
+
+async def until_empty(connection: sqlite3.Connection) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while connection.execute("SELECT count(*) FROM filao_outbox").fetchone()[0]:  # noqa: ASYNC110  # a file sets no events
+            await asyncio.sleep(0.01)
+
+
+# --- the outbox ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_recorded_send_arrives_with_all_that_was_said_about_it(business, connection, broker) -> None:
+    outbox = Outbox()
+    with connection:
+        name = outbox.send_to_queue(
+            connection,
+            "claims",
+            {"id": 7},
+            headers={"trace": "1"},
+            priority=3,
+            group="policy-12",
+            dedup_key="seven",
+            ttl=60,
+        )
+        outbox.send_to_queue(connection, "claims", b"\x00\xff")
+    async with relaying(business, broker):
+        first, second = await received(broker, 2)
+        await until_empty(connection)
+    assert (first.id, first.body, first.headers, first.priority, first.group) == (
+        *(name, {"id": 7}, {"trace": "1"}, 3, "policy-12"),
+    )
+    assert second.body == b"\x00\xff"
+
+
+async def test_what_rolls_back_is_never_sent(business, connection, broker) -> None:
+    outbox = Outbox()
+    connection.execute("INSERT INTO claim VALUES (1)")
+    outbox.send_to_queue(connection, "claims", 1)
+    connection.rollback()
+    with connection:
+        connection.execute("INSERT INTO claim VALUES (2)")
+        outbox.send_to_queue(connection, "claims", 2)
+    async with relaying(business, broker):
+        (message,) = await received(broker, 1)
+    assert message.body == 2
+    assert (await broker.stats("claims")).sent == 1
+
+
+async def test_many_are_relayed_in_the_order_in_which_they_were_recorded(business, connection, broker) -> None:
+    outbox = Outbox()
+    with connection:
+        for number in range(1200):
+            outbox.send_to_queue(connection, "claims" if number % 2 else "letters", number)
+    async with relaying(business, broker):
+        odd, even = await received(broker, 600), await received(broker, 600, "letters")
+    assert [message.body for message in odd] == list(range(1, 1200, 2))
+    assert [message.body for message in even] == list(range(0, 1200, 2))
+
+
+async def test_a_relay_that_died_after_sending_sends_nothing_twice(business, connection, broker, monkeypatch) -> None:
+    outbox = Outbox()
+    with connection:
+        outbox.send_to_queue(connection, "claims", 1)
+    relay = Relay(outbox, lambda: sqlite3.connect(business), broker)
+    monkeypatch.setattr(outbox, "forget", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        await relay.step()
+    await relay.close()
+    monkeypatch.undo()
+    async with relaying(business, broker):
+        await until_empty(connection)
+    stats = await broker.stats("claims")
+    assert (stats.sent, stats.duplicates) == (1, 1)
+
+
+async def test_a_queue_that_refuses_keeps_its_messages_and_the_others_go_on(business, connection, broker) -> None:
+    outbox = Outbox()
+    with connection:
+        for number in range(600):  # more than one look takes
+            outbox.send_to_queue(connection, "unknown", number)
+        outbox.send_to_queue(connection, "claims", 3)
+    async with relaying(business, broker):
+        await received(broker, 1)
+        kept = connection.execute("SELECT count(*) FROM filao_outbox WHERE queue = 'unknown'").fetchone()
+        assert kept == (600,)
+        await broker.declare(filao.Queue("unknown"))
+        assert [message.body for message in await received(broker, 600, "unknown")] == list(range(600))
+
+
+async def test_a_delay_runs_from_when_it_was_recorded(business, connection, broker) -> None:
+    outbox = Outbox()
+    with connection:
+        outbox.send_to_queue(connection, "claims", 1, delay=100)
+        connection.execute("UPDATE filao_outbox SET recorded_at = recorded_at - 60")
+    (recorded,) = outbox.recorded(connection, 10)
+    assert recorded.draft.delay == pytest.approx(40, abs=5)
+
+
+async def test_a_relay_goes_on_when_its_databases_are_back(business, connection, broker, monkeypatch) -> None:
+    monkeypatch.setattr("filao.relay.PAUSE_FIRST", 0.01)
+    outbox, away = Outbox(), [2]
+
+    def connect() -> sqlite3.Connection:
+        if away[0]:
+            away[0] -= 1
+            raise sqlite3.OperationalError("the database is away")
+        return sqlite3.connect(business)
+
+    begin, fails = engine_of(broker)._database.begin, [2]
+
+    def failing(*, durable: bool) -> object:
+        if fails[0] and durable:
+            fails[0] -= 1
+            raise filao.EngineUnavailable("the disk is away")
+        return begin(durable=durable)
+
+    with connection:
+        outbox.send_to_queue(connection, "claims", 1)
+    monkeypatch.setattr(engine_of(broker)._database, "begin", failing)
+    task = asyncio.create_task(Relay(outbox, connect, broker).run())
+    assert [message.body for message in await received(broker, 1)] == [1]
+    task.cancel()
+    assert (away, fails) == ([0], [0])
+
+
+async def test_waking_a_relay_makes_it_look_at_once(business, connection, broker) -> None:
+    outbox = Outbox()
+    relay = Relay(outbox, lambda: sqlite3.connect(business), broker, poll=3600)
+    task = asyncio.create_task(relay.run())
+    while relay._connection is None:  # noqa: ASYNC110  # it has begun to look, or will before it waits
+        await asyncio.sleep(0.001)
+    with connection:
+        outbox.send_to_queue(connection, "claims", 1)
+    async with asyncio.timeout(PATIENCE):
+        while not (await broker.stats("claims")).sent:
+            relay.wake()
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+
+# --- the inbox -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_second_run_of_a_message_changes_nothing(connection, broker) -> None:
+    inbox = Inbox()
+    await broker.send_to_queue("claims", 7)
+    for _ in range(2):
+        message = await broker.receive_from_queue("claims")
+        with connection:
+            if inbox.is_new(connection, message):
+                connection.execute("INSERT INTO claim VALUES (?)", (message.body,))
+        await message.release()  # as if it had died before its ack
+    assert connection.execute("SELECT count(*) FROM claim").fetchone() == (1,)
+
+
+async def test_work_that_rolled_back_is_new_again(connection, broker) -> None:
+    inbox = Inbox()
+    await broker.send_to_queue("claims", 7)
+    message = await broker.receive_from_queue("claims")
+    assert inbox.is_new(connection, message)
+    connection.rollback()
+    assert inbox.is_new(connection, message)
+    assert not inbox.is_new(connection, message)
+
+
+async def test_what_was_done_long_ago_can_be_forgotten(connection, broker) -> None:
+    inbox = Inbox()
+    for number in range(3):
+        await broker.send_to_queue("claims", number)
+        with connection:
+            inbox.is_new(connection, await broker.receive_from_queue("claims"))
+    with connection:
+        connection.execute("UPDATE filao_inbox SET done_at = done_at - 1000 WHERE rowid < 3")
+        assert inbox.forget(connection, older_than=500) == 2
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paramstyle", "sql", "parameters"),
+    [
+        ("qmark", "a = ? AND b = ?", (1, 2)),
+        ("format", "a = %s AND b = %s", (1, 2)),
+        ("pyformat", "a = %s AND b = %s", (1, 2)),
+        ("numeric", "a = :1 AND b = :2", (1, 2)),
+        ("numeric_dollar", "a = $1 AND b = $2", (1, 2)),
+        ("named", "a = :p1 AND b = :p2", {"p1": 1, "p2": 2}),
+    ],
+)
+def test_statements_are_written_as_each_library_wants_them(paramstyle, sql, parameters) -> None:
+    ran: list[Any] = []
+    Connection("any", paramstyle, lambda *call: ran.append(call)).execute("a = ? AND b = ?", (1, 2))
+    assert ran == [(sql, parameters)]
+
+
+class Asynchronous:
+    def run_sync(self, function: Callable[..., Any]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (7, "a builtins.int is no connection that Filao knows"),
+        (None, "a builtins.NoneType is no connection that Filao knows"),
+        (Asynchronous(), "is asynchronous: pass the method to it"),
+    ],
+)
+def test_what_is_no_connection_is_refused(given, text) -> None:
+    with pytest.raises(filao.ConfigurationError, match=text):
+        Outbox().send_to_queue(given, "claims", 1)
+
+
+def test_a_connection_that_holds_no_transaction_is_refused(business) -> None:
+    with closing(sqlite3.connect(business, isolation_level=None)) as connection:
+        with pytest.raises(filao.ConfigurationError, match="holds no transaction, so there is nothing to join"):
+            Outbox().send_to_queue(connection, "claims", 1)
+        with pytest.raises(filao.ConfigurationError, match="holds no transaction"):
+            Inbox().is_new(connection, None)  # type: ignore[arg-type]
+        connection.execute("BEGIN")
+        assert Outbox().send_to_queue(connection, "claims", 1)
+
+
+def test_a_psycopg_connection_is_known_by_its_module() -> None:
+    psycopg = pytest.importorskip("psycopg")
+    given = psycopg.Connection.__new__(psycopg.Connection)
+    found = connection_of(given, needs_transaction=False)
+    assert (found.dialect, found.paramstyle) == ("postgresql", "pyformat")
+
+
+@pytest.mark.parametrize("table", ["", "a b", "drop;", "1st", "a" * 64])
+def test_a_table_that_is_no_name_is_refused(table) -> None:
+    for kind in (Outbox, Inbox):
+        with pytest.raises(filao.ConfigurationError, match="a name is up to 63 letters"):
+            kind(table)
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "text"),
+    [(object(), {}, "cannot be written as JSON"), (b"x" * 300_000, {}, "300,000"), (1, {"delay": -1}, "delay is -1")],
+)
+def test_what_could_not_be_sent_is_refused_when_it_is_recorded(connection, body, options, text) -> None:
+    with pytest.raises(filao.FilaoError, match=text):
+        Outbox().send_to_queue(connection, "claims", body, **options)
+    assert connection.execute("SELECT count(*) FROM filao_outbox").fetchone() == (0,)
+
+
+async def test_a_relay_that_would_never_look_is_refused(broker) -> None:
+    with pytest.raises(filao.ConfigurationError, match="poll is 0"):
+        Relay(Outbox(), lambda: None, broker, poll=0)
