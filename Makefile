@@ -5,13 +5,17 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 TEST_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["test"])')
+EXAMPLE_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["example"])')
 PEERS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["peers"])')
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format torture bench clean
+.PHONY: demo insurer test lint format torture bench clean
 
 demo: $(VENV)/filao
 	$(VENV)/bin/python -m filao.sandbox.terminal $(ARGS)
+
+insurer: $(VENV)/example
+	$(RUN) -m examples.insurance $(ARGS)
 
 test: lint
 	$(RUN) -m pytest $(ARGS)
@@ -28,6 +32,7 @@ format: $(VENV)/test
 
 torture: $(VENV)/test
 	$(RUN) -m tests.torture $(ARGS)
+	$(RUN) -m tests.torture.insurer
 
 bench: $(VENV)/peers
 	$(RUN) -m bench $(ARGS)
@@ -46,6 +51,10 @@ $(VENV)/test: $(VENV)/filao
 	@if ! { command -v strace && command -v mkfs.ext4; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
 	then apt-get update -qq && apt-get install -y -qq strace e2fsprogs; fi
 	$(INSTALL) $(foreach requirement,$(TEST_GROUP),'$(requirement)')
+	touch $@
+
+$(VENV)/example: $(VENV)/filao
+	$(INSTALL) $(foreach requirement,$(EXAMPLE_GROUP),'$(requirement)')
 	touch $@
 
 $(VENV)/peers: $(VENV)/filao
