@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.measures import MEASURES, Ground, to_json
+from bench.measures import MEASURES as QUEUES
+from bench.measures import Ground, to_json
 from bench.peers import PACKAGES, PEERS
 from bench.servers import rabbitmq_server, redis_server
+from bench.working import working
 
+MEASURES = QUEUES | {"working": working}
 QUICK = 0.02  # of a full run's numbers: to see that everything works, not to measure
 PROGRAMS = {"Redis": "redis-server", "RabbitMQ": "rabbitmq-server"}
 STARTERS = {"Redis": redis_server, "RabbitMQ": rabbitmq_server}

@@ -33,6 +33,8 @@ def tables(found: dict[str, Any]) -> list[str]:
         "send-one, a lone producer": found.get("sending", {}).get("alone"),
         "drain, one consumer": found.get("draining", {}).get("drain"),
         "one producer, three consumers": found.get("competing", {}).get("rate"),
+        "jobs enqueued": found.get("working", {}).get("enqueue"),
+        "jobs processed by two processes": found.get("working", {}).get("process"),
     }
     lines: list[str] = []
     for title, figures in rates.items():
@@ -68,6 +70,8 @@ def bars(found: dict[str, Any]) -> list[Bar]:
         judged.append(Bar("takeover after SIGKILL in ms", found["takeover"]["milliseconds"], 250, at_most=True))
     if "space" in found:
         judged += _space(found["space"])
+    if "working" in found:
+        judged += _working(found["working"])
     return judged
 
 
@@ -135,6 +139,20 @@ def _space(space: dict[str, Any]) -> list[Bar]:
     ]
 
 
+def _working(working: dict[str, Any]) -> list[Bar]:
+    enqueue, process, memory = working["enqueue"], working["process"], working["memory"]
+    on_rabbitmq = _best(enqueue, ["Dramatiq", "Celery"])
+    return [
+        Bar(
+            "jobs processed against the best framework", process["Filao"] / _best(process, set(process) - {"Filao"}), 3
+        ),
+        Bar("jobs enqueued against Dramatiq and Celery", enqueue["Filao"] / on_rabbitmq, 10),
+        Bar("jobs enqueued against huey", enqueue["Filao"] / _best(enqueue, ["huey"]), 5),
+        Bar("leases lost by handlers that burn CPU", working["burning"]["lost"], 0, at_most=True),
+        Bar("a worker's memory at the end against after a tenth", memory[-1] / memory[0], 1.1, at_most=True),
+    ]
+
+
 def plot(found: dict[str, Any], path: Path) -> None:
     """Draw the rates."""
     import matplotlib as mpl
@@ -147,6 +165,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         "send-one, a lone producer": found.get("sending", {}).get("alone"),
         "drain, one consumer": found.get("draining", {}).get("drain"),
         "one producer, three consumers": found.get("competing", {}).get("rate"),
+        "jobs, two worker processes": found.get("working", {}).get("process"),
     }
     shown = {title: figures for title, figures in panels.items() if figures}
     if not shown:
