@@ -17,7 +17,7 @@ from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 MEMORY = Path(":memory:")
 SQLITE_MIN = (3, 38, 0)  # STRICT tables, RETURNING, and the JSON operators that operators' queries use
 BUSY_TIMEOUT = 30.0  # seconds that a write waits for a foreign writer before it says so
-PAGES_CACHED_MAX = 16 * 1024  # KiB
+PAGES_CACHED_MAX = 4 * 1024  # KiB for each process: a queue is read and written at its two ends
 WAL_KEPT_MAX = 16 * 1024 * 1024  # bytes that the WAL may keep on disk once it was written back
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "fuse.glusterfs", "lustre"}
