@@ -178,7 +178,7 @@ class Worker:
         `until` says so after a message. Raises `QueueNotFound`, `UnsupportedFeature` and `ConfigurationError` at its
         start.
         """
-        async with self._opened(forever=True) as ground, _signals(self.stop):
+        async with self._opened(self._source, forever=True) as ground, _signals(self.stop):
             assert self._stopping is not None
             stopping = self._stopping
             self._on_handled = lambda _: stopping.set() if until() else None
@@ -202,13 +202,14 @@ class Worker:
             return
         (self._at_once if self._stopping.is_set() else self._stopping).set()
 
-    async def drain(self, *, limit: int = DRAINED_MAX) -> list[Handled]:
+    async def drain(self, broker: Broker | None = None, *, limit: int = DRAINED_MAX) -> list[Handled]:
         """Handle everything that is ready, and what becomes ready meanwhile, and return what happened; for tests.
 
+        `broker` is an open one to drain in place of the worker's own, such as `filao.connect("sqlite://:memory:")`.
         What is delayed, or comes again after a backoff, is left. It ends after `limit` attempts in any case.
         """
         handled: list[Handled] = []
-        async with self._opened(forever=False) as ground:
+        async with self._opened(self._source if broker is None else broker, forever=False) as ground:
             self._on_handled = handled.append
             try:
                 while len(handled) + len(self._runs) < limit:
@@ -244,7 +245,7 @@ class Worker:
     # --- opening -----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _opened(self, *, forever: bool) -> AsyncGenerator[Ground]:
+    async def _opened(self, source: str | Path | Broker, *, forever: bool) -> AsyncGenerator[Ground]:
         """Reach the engine, learn the queues, and provide all that runs need."""
         if not self._consumers:
             raise ConfigurationError("this worker has no consumers: decorate a function with @worker.consumer(queue)")
@@ -253,9 +254,10 @@ class Worker:
         self._stopping, self._at_once = asyncio.Event(), asyncio.Event()
         try:
             async with AsyncExitStack() as stack:
-                broker = self._source if isinstance(self._source, Broker) else connect(self._source)
-                await _until_available(lambda: self._reach(broker), self._stopping, forever=forever)
-                if broker is not self._source:
+                broker = source if isinstance(source, Broker) else connect(source)
+                is_own = broker is not source
+                await _until_available(lambda: self._reach(broker, is_own=is_own), self._stopping, forever=forever)
+                if is_own:
                     stack.push_async_callback(broker.close)
                 portal = await stack.enter_async_context(BlockingPortal())
                 stack.push_async_callback(portal.stop, cancel_remaining=True)
@@ -275,9 +277,9 @@ class Worker:
             self._stopping = self._at_once = self._ground = None
             self._pools = []
 
-    async def _reach(self, broker: Broker) -> None:
+    async def _reach(self, broker: Broker, *, is_own: bool) -> None:
         """Open the broker and learn the rules of all queues."""
-        if broker is not self._source:
+        if is_own:
             await broker.open()
         await broker.declare(*self._declared)
         stored = {queue.name: queue for queue in await broker.queues()}
