@@ -16,7 +16,7 @@
         message = await broker.receive_from_queue("claims.processing")
         await message.ack()
 
-`filao.sync` is the blocking twin.
+`filao.sync` is the blocking twin; `filao.Worker` runs handlers.
 """
 
 from filao.broker import Broker, Guarantee, connect
