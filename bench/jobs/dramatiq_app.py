@@ -16,7 +16,7 @@ dramatiq.set_broker(
 )
 
 
-@dramatiq.actor
+@dramatiq.actor  # type: ignore[untyped-decorator]  # see pyproject.toml
 def noop(number: int) -> None:
     tally.count()
 
