@@ -46,10 +46,13 @@ $(VENV)/filao: pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[cli]'
 	touch $@
 
-# The fault tests need strace and mkfs.ext4. Where we may, we install them; where not, these tests are skipped and say so.
+# The tests need servers, and for faults strace and mkfs.ext4. Where we may, we install them; where not, the tests that need
+# them are skipped and say so.
 $(VENV)/test: $(VENV)/filao
-	@if ! { command -v strace && command -v mkfs.ext4; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
-	then apt-get update -qq && apt-get install -y -qq strace e2fsprogs; fi
+	@if ! { command -v strace && command -v mkfs.ext4 && command -v pgbouncer && command -v rabbitmq-server && \
+		ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
+	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq strace e2fsprogs postgresql pgbouncer \
+		rabbitmq-server; fi
 	$(INSTALL) $(foreach requirement,$(TEST_GROUP),'$(requirement)')
 	touch $@
 

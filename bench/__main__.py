@@ -14,11 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tests.servers import rabbitmq_server, redis_server
+
 from bench import report
 from bench.measures import MEASURES as QUEUES
 from bench.measures import Ground, to_json
 from bench.peers import PACKAGES, PEERS
-from bench.servers import rabbitmq_server, redis_server
 from bench.working import working
 
 MEASURES = QUEUES | {"working": working}

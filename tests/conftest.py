@@ -1,8 +1,14 @@
-"""What tests share: a clock that they move, and the event loop they run on."""
+"""What tests share: a clock that they move, the event loop they run on, and servers, which are started when first needed."""
 
-from typing import Any
+import os
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+
+from tests.servers import Postgres, has_postgres, postgres_server
 
 
 class Clock:
@@ -31,3 +37,40 @@ def anyio_backend() -> str:
 def engine_of(broker: Any) -> Any:
     """Look inside: return a broker's engine."""
     return broker._engine
+
+
+def missing(what: str) -> NoReturn:
+    """Skip what needs a server that is not installed here; where everything must be tested, fail."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is not installed, and CI is set: install it, or run `make test` as root once")
+    pytest.skip(f"{what} is not installed here")
+
+
+def _server_folder(factory: pytest.TempPathFactory, name: str) -> Path:
+    """Return a folder that the user whom a server runs as can reach."""
+    folder = factory.mktemp(name)
+    for parent in (folder, folder.parent, folder.parent.parent):
+        parent.chmod(0o711)
+    return folder / "server"
+
+
+_databases = count()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of storage that is fresh, on each engine in turn."""
+    if request.param == "sqlite":
+        return str(tmp_path / "claims.db")
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create(f"claims{next(_databases)}")
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """Return a PostgreSQL of our own, with a database `filao`."""
+    if not has_postgres():
+        missing("PostgreSQL")
+    with postgres_server(_server_folder(tmp_path_factory, "postgres")) as server:
+        server.create("filao")
+        yield server

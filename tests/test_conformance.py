@@ -1,8 +1,9 @@
-"""The contract of `filao.conformance`, on the SQLite engine, through both faces."""
+"""The contract of `filao.conformance`, on every engine, through both faces."""
 
 import asyncio
 import inspect
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from filao import conformance
 from filao.conformance import Check, Stage, checks
 
 pytestmark = pytest.mark.anyio
+_stages = count()  # so that each test has queues of its own on a server
 
 
 class Awaited:
@@ -77,15 +79,22 @@ def face(request):
     return request.param
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    if request.param == "sqlite":
+        return tmp_path / "claims.db"
+    return request.getfixturevalue("postgres").url("filao")
+
+
 @pytest.fixture
-async def stage(face, tmp_path, clock):
+async def stage(face, url, clock):
     @asynccontextmanager
     async def connect():
         if face == "async":
-            async with filao.connect(tmp_path / "claims.db", clock=clock) as broker:
+            async with filao.connect(url, clock=clock) as broker:
                 yield broker
         else:
-            blocking = filao.sync.connect(tmp_path / "claims.db", clock=clock)
+            blocking = filao.sync.connect(url, clock=clock)
             await asyncio.to_thread(blocking.open)
             try:
                 yield Awaited(blocking)
@@ -96,7 +105,7 @@ async def stage(face, tmp_path, clock):
         clock.advance(seconds)
 
     async with connect() as broker:
-        yield Stage(broker, advance, connect)
+        yield Stage(broker, advance, connect, prefix=f"q{next(_stages)}")
 
 
 CANCELS = {"check_cancelling_a_receive_loses_nothing", "check_cancelling_one_of_many_waiting_leaves_the_others"}

@@ -65,7 +65,7 @@ async def received(broker: filao.Broker, count: int, queue: str = "claims") -> l
 
 async def until_empty(connection: sqlite3.Connection) -> None:
     async with asyncio.timeout(PATIENCE):
-        while connection.execute("SELECT count(*) FROM filao_outbox").fetchone()[0]:  # noqa: ASYNC110  # a file sets no events
+        while connection.execute("SELECT count(*) FROM filao_outbox").fetchone()[0]:  # a file sets no events
             await asyncio.sleep(0.01)
 
 
@@ -190,7 +190,7 @@ async def test_waking_a_relay_makes_it_look_at_once(business, connection, broker
     outbox = Outbox()
     relay = Relay(outbox, lambda: sqlite3.connect(business), broker, poll=3600)
     task = asyncio.create_task(relay.run())
-    while relay._connection is None:  # noqa: ASYNC110  # it has begun to look, or will before it waits
+    while relay._connection is None:  # it has begun to look, or will before it waits
         await asyncio.sleep(0.001)
     with connection:
         outbox.send_to_queue(connection, "claims", 1)

@@ -104,7 +104,7 @@ def db(broker: filao.Broker, tmp_path: Path) -> Path:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110  # other processes set no events
+        while not condition():  # other processes set no events
             await asyncio.sleep(0.01)
 
 

@@ -1,14 +1,22 @@
-"""Hypothesis drives the SQLite engine and the model of `model.py` in step: whatever one says, the other must say.
+"""Hypothesis drives an engine and the model of `model.py` in step: whatever one says, the other must say.
 
 Long random histories of sends, receives, settles, failures and leaps of time, over every rule that a queue can have.
 """
 
-import sqlite3
+from itertools import count
 from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 import filao
 import filao.sync
@@ -31,21 +39,30 @@ RULES = st.fixed_dictionaries(
 SETTLEMENTS = st.sampled_from(["ack", "ack", "nack", "reject", "release"])
 
 
+_queues = count()
+
+
 class QueueMachine(RuleBasedStateMachine):
     """One queue with random rules, and its model."""
 
     deliveries: Bundle[Any] = Bundle("deliveries")
     numbers: Bundle[int] = Bundle("numbers")
+    url = "sqlite://:memory:"
+    count_rows = "SELECT state, count(*) FROM filao_message GROUP BY state"
+    states: tuple[Any, ...] = (2, 3, 4, 5, 6)
 
     @initialize(rules=RULES)
     def declare(self, rules: dict[str, Any]) -> None:
         self.clock = Clock()
-        self.broker = filao.sync.connect("sqlite://:memory:", clock=self.clock)
+        self.broker = filao.sync.connect(self.url, clock=self.clock)
         self.broker.open()
-        queue = filao.Queue("claims", **rules)
+        self.queue = f"claims-{next(_queues)}"
+        queue = filao.Queue(self.queue, **rules)
         self.broker.declare(queue)
         self.model = Model(queue, round(self.clock() * 1000))
         self.bodies = 0
+        self.numbered: dict[str, int] = {}
+        """The model's number of each message, by the engine's id."""
 
     @rule(
         target=numbers,
@@ -63,21 +80,22 @@ class QueueMachine(RuleBasedStateMachine):
             self.bodies, delay=round(delay * 1000), ttl=None if ttl is None else round(ttl * 1000), **terms
         )
         try:
-            receipt = self.broker.send_to_queue("claims", self.bodies, delay=delay, ttl=ttl, **terms)
+            receipt = self.broker.send_to_queue(self.queue, self.bodies, delay=delay, ttl=ttl, **terms)
         except filao.QueueFull:
             assert number is None
             return multiple()
-        assert _number(receipt.id) == number
         assert receipt.duplicate == (self.model.last == before)
+        assert number is not None
+        assert self.numbered.setdefault(receipt.id, number) == number
         return number
 
     @rule(target=deliveries, limit=st.integers(1, 4))
     def receive(self, limit: int):
         received = self.model.receive(limit)
-        messages = self.broker.receive_many("claims", limit, wait=0)
-        assert [_number(message.id) for message in messages] == [number for number, _ in received]
+        messages = self.broker.receive_many(self.queue, limit, wait=0)
+        assert [self.numbered[message.id] for message in messages] == [number for number, _ in received]
         for message in messages:
-            held = self.model.messages[_number(message.id)]
+            held = self.model.messages[self.numbered[message.id]]
             assert (message.body, message.attempt, message.group) == (held.body, held.attempts, held.group)
         return multiple(
             *((message, number, lease) for message, (number, lease) in zip(messages, received, strict=True))
@@ -117,59 +135,62 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 3))
     def redrive(self, limit: int) -> None:
-        assert self.broker.redrive("claims", limit=limit) == self.model.redrive(limit)
+        assert self.broker.redrive(self.queue, limit=limit) == self.model.redrive(limit)
 
     @rule(number=numbers)
     def cancel(self, number: int) -> None:
-        assert self.broker.cancel("claims", f"{self._file()}-{number}") == self.model.cancel(number)
+        name = next(name for name, one in self.numbered.items() if one == number)
+        assert self.broker.cancel(self.queue, name) == self.model.cancel(number)
 
     @rule()
     def purge(self) -> None:
-        assert self.broker.purge("claims") == self.model.purge()
+        assert self.broker.purge(self.queue) == self.model.purge()
 
     @rule(group=st.sampled_from(["a", "b"]))
     def resume(self, group: str) -> None:
-        self.broker.resume("claims", group=group)
+        self.broker.resume(self.queue, group=group)
         self.model.halted.discard(group)
 
     @invariant()
     def both_count_the_same(self) -> None:
-        stats = self.broker.stats("claims")
+        stats = self.broker.stats(self.queue)
         add_up(stats)
         assert stats.ready + stats.delayed + stats.blocked == self.model.count("pending")
         assert (stats.leased, stats.dead) == (self.model.count("leased"), self.model.count("dead"))
 
     @invariant()
     def the_dead_letters_are_the_same(self) -> None:
-        dead = [(_number(letter.id), letter.reason) for letter in self.broker.dead_letters("claims")]
+        dead = [(self.numbered[letter.id], letter.reason) for letter in self.broker.dead_letters(self.queue)]
         assert dead == [(held.number, held.reason) for held in self.model._in("dead")]
 
     @invariant()
     def the_counters_are_what_the_rows_say(self) -> None:
-        stats = self.broker.stats("claims")
+        stats = self.broker.stats(self.queue)
         with self.broker.transaction() as transaction:
-            rows = dict(transaction.execute("SELECT state, count(*) FROM filao_message GROUP BY state"))
+            rows = dict(transaction.execute(self.count_rows.replace("{queue}", self.queue)))
         counted = (stats.ready, stats.delayed, stats.leased, stats.blocked, stats.dead)
-        assert counted == tuple(rows.get(state, 0) for state in (2, 3, 4, 5, 6))
-
-    def _file(self) -> str:
-        with self.broker.transaction() as transaction:
-            ((file,),) = transaction.execute("SELECT value FROM filao_meta WHERE name = 'file'")
-        return str(file)
+        assert counted == tuple(rows.get(state, 0) for state in self.states)
 
     def teardown(self) -> None:
         if hasattr(self, "broker"):
             self.broker.close()
 
 
-def _number(name: str) -> int:
-    return int(name.rpartition("-")[2])
-
-
 settings.register_profile("default", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 settings.load_profile("default")
 
-TestQueueMachine = QueueMachine.TestCase
-TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=40)
 
-assert sqlite3.threadsafety  # the machine's broker works in a thread of its own
+def test_sqlite_does_what_the_model_does() -> None:
+    run_state_machine_as_test(QueueMachine, settings=settings(max_examples=150, stateful_step_count=40))
+
+
+def test_postgresql_does_what_the_model_does(postgres) -> None:
+    class OnPostgresql(QueueMachine):
+        url = postgres.url("filao")
+        states = ("ready", "delayed", "leased", "blocked", "dead")
+        count_rows = """
+            SELECT m.state::text, count(*) FROM filao.message m JOIN filao.queue q ON q.id = m.queue
+            WHERE q.name = '{queue}' GROUP BY 1
+        """
+
+    run_state_machine_as_test(OnPostgresql, settings=settings(max_examples=50, stateful_step_count=40))

@@ -14,7 +14,8 @@ import filao
 SOURCE = Path(filao.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 ORDER = [  # what stands above; a module imports only from here upwards
-    *("errors", "queue", "codec", "engine", "draft", "message"),
+    *("errors", "queue", "codec", "engine", "draft", "message", "connections"),
+    *("engines.line", "engines.statements"),
     *("engines.sqlite.turnstile", "engines.sqlite.bell", "engines.sqlite.files", "engines.sqlite.thread"),
     *(
         "engines.sqlite.books",
@@ -22,10 +23,14 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "engines.sqlite.verbs",
         "engines.sqlite.control",
         "engines.sqlite.foreign",
-        "engines.sqlite.line",
     ),
-    *("engines.sqlite.database", "engines.sqlite.doctor", "engines.sqlite.engine", "engines.sqlite", "engines"),
-    *("connections", "outbox", "deferred", "batching", "broker", "relay", "sync"),
+    *("engines.sqlite.database", "engines.sqlite.doctor", "engines.sqlite.engine", "engines.sqlite"),
+    *(
+        f"engines.postgresql.{name}"
+        for name in ("server", "schema", "verbs", "control", "listener", "doctor", "engine")
+    ),
+    *("engines.postgresql", "engines"),
+    *("outbox", "deferred", "batching", "broker", "relay", "sync"),
     *(f"worker.{name}" for name in ("outcomes", "handlers", "threads", "turns", "keeper", "leaks", "run", "pool")),
     *("worker.worker", "worker", "worker.supervisor", "worker.health", "conformance.stage"),
     *(f"conformance.{name}" for name in ("control", "delivery", "effects", "failure", "ordering", "sending")),

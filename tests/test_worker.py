@@ -30,11 +30,6 @@ class Claim:
 
 
 @pytest.fixture
-def url(tmp_path) -> str:
-    return str(tmp_path / "claims.db")
-
-
-@pytest.fixture
 async def broker(url) -> AsyncGenerator[filao.Broker]:
     async with filao.connect(url) as broker:
         await broker.declare(CLAIMS)
@@ -43,7 +38,7 @@ async def broker(url) -> AsyncGenerator[filao.Broker]:
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110  # what happens in other threads sets no events
+        while not condition():  # what happens in other threads sets no events
             await asyncio.sleep(0.005)
 
 
@@ -480,6 +475,7 @@ async def test_a_waiting_worker_with_several_queues_loses_nothing(url, broker) -
     assert sum(queue.received - queue.released for queue in stats) == 100
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # it looks inside
 async def test_what_may_have_killed_its_process_is_handled_alone(url, broker) -> None:
     worker, held = filao.Worker(url), []
     await broker.declare(filao.Queue("other"))
@@ -675,6 +671,7 @@ async def test_a_shared_broker_stays_open_and_holds_nothing(url, broker) -> None
 # --- outages ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # it looks inside
 async def test_it_goes_on_when_its_engine_is_back(url, broker, monkeypatch) -> None:
     worker = filao.Worker(broker)
 
@@ -698,6 +695,7 @@ async def test_it_goes_on_when_its_engine_is_back(url, broker, monkeypatch) -> N
         await until_stats(broker, acked=1)
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # it looks inside
 async def test_an_ack_is_tried_again_while_the_engine_is_away(url, broker, monkeypatch) -> None:
     worker, fails = filao.Worker(broker), [3]
     engine = engine_of(broker)

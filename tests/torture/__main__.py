@@ -27,7 +27,7 @@ STOPPED_MAX = 1.5  # seconds: longer than a lease
 class Stage:
     """The processes that play, and the one that kills them."""
 
-    db: Path
+    db: Path | str
     histories: Path
     seed: int
     history: History = field(init=False)
@@ -81,9 +81,12 @@ def _be(scene: actors.Scene) -> None:
     os._exit(1)
 
 
-def torture(folder: Path, *, kills: int, pause: float, seed: int) -> tuple[list[Record], checker.Left, list[str]]:
+def torture(
+    folder: Path, db: Path | str, *, kills: int, pause: float, seed: int
+) -> tuple[list[Record], checker.Left, list[str]]:
     """Return the history, what was left, and what was broken."""
-    stage = Stage(folder / "claims.db", folder / "histories", seed)
+    asyncio.run(actors.prepare(db))
+    stage = Stage(db, folder / "histories", seed)
     chance = Random(seed)
     for name in CAST:
         stage.enter(actors.Scene(stage.db, stage.histories, name, 0, seed))
@@ -126,11 +129,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seconds", type=float, help=f"over which the kills are spread ({PAUSE} for each)")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
+    parser.add_argument("--url", help="of an empty database on a server; default: a file")
     arguments = parser.parse_args()
     pause = PAUSE if arguments.seconds is None else arguments.seconds / arguments.kills
     folder = Path(tempfile.mkdtemp(prefix="filao-torture-"))
     print(f"{arguments.kills} kills, seed {arguments.seed}, in {folder}", flush=True)
-    history, left, broken = torture(folder, kills=arguments.kills, pause=pause, seed=arguments.seed)
+    history, left, broken = torture(
+        folder, arguments.url or folder / "claims.db", kills=arguments.kills, pause=pause, seed=arguments.seed
+    )
     report(history, left, broken)
     if broken:
         return 1  # the folder is kept

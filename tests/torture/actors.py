@@ -5,9 +5,7 @@ in any other way than by SIGKILL has met an error that Filao should not have rai
 """
 
 import asyncio
-import sqlite3
 from collections.abc import Awaitable
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -35,7 +33,8 @@ DRAIN_LIMIT = 100  # messages received at once at the end
 class Scene:
     """What an actor knows of the play."""
 
-    db: Path
+    db: Path | str
+    """A file, or the URL of a server's database."""
     histories: Path
     name: str
     life: int = 0
@@ -68,6 +67,14 @@ class Pen:
         self._history.write(*(msgspec.structs.replace(began, outcome=outcome, ended=ended, **one) for one in about))
 
 
+async def prepare(db: Path | str) -> None:
+    """Make what the play needs, and leave nothing open."""
+    async with filao.connect(db) as broker:
+        await broker.declare(QUEUE)
+        async with broker.transaction() as transaction:
+            await transaction.execute(EFFECTS)
+
+
 def play(scene: Scene) -> None:
     """Be a producer or a consumer until killed."""
     asyncio.run(_play(scene))
@@ -79,8 +86,6 @@ async def _play(scene: Scene) -> None:
     act = produce if scene.name.startswith("producer") else consume
     async with filao.connect(scene.db) as broker:
         await broker.declare(QUEUE)
-        async with broker.transaction() as transaction:
-            await transaction.execute(EFFECTS)
         async with asyncio.TaskGroup() as tasks:
             for task in range(TASKS):
                 tasks.create_task(act(broker, Pen(scene, history, task), before))
@@ -216,7 +221,7 @@ async def drain(scene: Scene) -> Left:
                 await attempt(pen, "ack", message, message.ack())
             stats = await broker.stats(QUEUE)
         dead = {letter.id: letter.attempts for letter in await broker.dead_letters(QUEUE, limit=10_000)}
-    with closing(sqlite3.connect(scene.db)) as db:
-        effects = [found[0] for found in db.execute("SELECT message FROM effect")]
-        integrity = db.execute("PRAGMA integrity_check").fetchone()[0]
-    return Left(dead, effects, msgspec.structs.asdict(stats), integrity)
+        async with broker.transaction() as transaction:
+            effects = [found[0] for found in await transaction.execute("SELECT message FROM effect")]
+        integrity = [finding.text for finding in await broker.doctor() if finding.level == "error"]
+    return Left(dead, effects, msgspec.structs.asdict(stats), "; ".join(integrity) or "ok")

@@ -17,7 +17,20 @@ def engine_for(url: str | Path, *, durability: Durability = "full", clock: Calla
     """Return the engine, not yet open, that a URL or a path names."""
     if durability not in ("full", "relaxed"):
         raise ConfigurationError(f'durability is {durability!r}; it must be "full" or "relaxed"')
-    return SqliteEngine(sqlite_path(url), durable=durability == "full", clock=clock)
+    durable = durability == "full"
+    if isinstance(url, str) and url.startswith(("postgresql://", "postgres://")):
+        return _postgresql(url, durable=durable, clock=clock)
+    return SqliteEngine(sqlite_path(url), durable=durable, clock=clock)
+
+
+def _postgresql(url: str, *, durable: bool, clock: Callable[[], float]) -> Engine:
+    try:
+        from filao.engines.postgresql import PostgresqlEngine  # an extra
+    except ImportError as error:
+        raise ConfigurationError(
+            f"a postgresql:// URL needs psycopg: pip install 'filao[postgresql]' ({error})"
+        ) from error
+    return PostgresqlEngine(url, durable=durable, clock=clock)
 
 
 def sqlite_path(url: str | Path) -> Path:
@@ -35,7 +48,7 @@ def sqlite_path(url: str | Path) -> Path:
     parts = urlsplit(url)
     if parts.scheme != "sqlite" or parts.netloc or parts.query or not parts.path[1:]:
         raise ConfigurationError(
-            f"{url!r} is no URL that Filao knows; give a path, sqlite:///relative.db, sqlite:////absolute.db "
-            f"or sqlite://:memory:"
+            f"{url!r} is no URL that Filao knows; give a path, sqlite:///relative.db, sqlite:////absolute.db, "
+            f"sqlite://:memory: or postgresql://user@host/database"
         )
     return Path(unquote(parts.path[1:]))

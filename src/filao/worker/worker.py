@@ -256,9 +256,9 @@ class Worker:
             async with AsyncExitStack() as stack:
                 broker = source if isinstance(source, Broker) else connect(source)
                 is_own = broker is not source
-                await _until_available(lambda: self._reach(broker, is_own=is_own), self._stopping, forever=forever)
                 if is_own:
                     stack.push_async_callback(broker.close)
+                await _until_available(lambda: self._reach(broker, is_own=is_own), self._stopping, forever=forever)
                 portal = await stack.enter_async_context(BlockingPortal())
                 stack.push_async_callback(portal.stop, cancel_remaining=True)
                 keeper = Keeper(broker, min(consumer.queue.lease for consumer in self._consumers.values()))

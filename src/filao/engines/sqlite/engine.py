@@ -37,14 +37,15 @@ from filao.engine import (
     StoredMessage,
     Submit,
 )
+from filao.engines.line import Line, Place
 from filao.engines.sqlite import control, files, verbs, waiting
 from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.doctor import examine
 from filao.engines.sqlite.foreign import open_transaction
-from filao.engines.sqlite.line import Line, Place
 from filao.engines.sqlite.thread import DatabaseThread
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.engines.statements import check_statement
+from filao.errors import EngineUnavailable, FilaoError
 from filao.queue import Queue
 
 R = TypeVar("R")
@@ -53,9 +54,6 @@ POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and
 IDLE_BEFORE_TIDY = 1.0  # seconds without a write of ours after which free pages go back to the file system
 SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
 LEASES_RETURNED_MAX = 10_000  # that a closing engine gives back; should there be more, they run out
-_NOT_IN_TRANSACTIONS = frozenset(
-    {"BEGIN", "COMMIT", "END", "ROLLBACK", "SAVEPOINT", "RELEASE", "ATTACH", "DETACH", "VACUUM"}
-)
 _NOBODY = verbs.Lessee(0, "")
 
 
@@ -348,7 +346,7 @@ class SqliteTransaction:
 
     async def execute(self, sql: str, parameters: Any) -> list[Any]:
         """Run one statement of the user's and return its rows."""
-        _check_statement(sql)
+        check_statement(sql)
         return await self._do(lambda: self._books.db.execute(sql, parameters).fetchall())
 
     async def apply(self, operations: Sequence[Operation]) -> list[Result]:
@@ -361,14 +359,6 @@ class SqliteTransaction:
                 return job()
 
         return await self._thread.submit(mapped)
-
-
-def _check_statement(sql: str) -> None:
-    words = sql.split(None, 1)
-    if words and words[0].upper().rstrip(";") in _NOT_IN_TRANSACTIONS:
-        raise ConfigurationError(
-            f"{words[0].upper()} inside a transaction: leaving the block commits it, an exception rolls it back"
-        )
 
 
 def _sized(work: Callable[[Books, QueueRow, int], int], queue: str, size: int, books: Books) -> int:

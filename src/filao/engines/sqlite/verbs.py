@@ -27,6 +27,7 @@ from filao.engine import (
     Send,
     Settle,
 )
+from filao.engines.line import deal
 from filao.engines.sqlite import waiting
 from filao.engines.sqlite.books import (
     BLOCKED,
@@ -292,20 +293,6 @@ def _delivery(books: Books, queue: str, token: int, fields: Sequence[Any]) -> De
     name = books.name_of(number, message_id)
     about = (priority, group, dedup_key, message_id, headers, kind, content, sent_at, failures)
     return Delivery(queue, name, number, token, attempt, *about, bool(failures) and books.has_crashed(number))
-
-
-def deal(deliveries: Sequence[Delivery], limits: Sequence[int]) -> list[list[Delivery]]:
-    """Deal the deliveries in turn to hands that take at most so many each."""
-    hands: list[list[Delivery]] = [[] for _ in limits]
-    rest = iter(deliveries)
-    for card in range(max(limits, default=0)):
-        for hand, limit in zip(hands, limits, strict=True):
-            if card < limit:
-                delivery = next(rest, None)
-                if delivery is None:
-                    return hands
-                hand.append(delivery)
-    return hands
 
 
 def make_due(books: Books, row: QueueRow) -> None:

@@ -5,11 +5,11 @@ that came in between is not lost: the line then has had more calls than when the
 """
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
-from filao.engine import Abandoned, Receive, Received, Result, Submit
-from filao.engines.sqlite.verbs import deal
+from filao.engine import Abandoned, Delivery, Receive, Received, Result, Submit
 from filao.errors import EngineUnavailable
 
 
@@ -130,3 +130,17 @@ class Place:
     def wait(self, due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
         """Wait in line."""
         return self._line.join(self, due_in, timeout)
+
+
+def deal(deliveries: Sequence[Delivery], limits: Sequence[int]) -> list[list[Delivery]]:
+    """Deal the deliveries in turn to hands that take at most so many each."""
+    hands: list[list[Delivery]] = [[] for _ in limits]
+    rest = iter(deliveries)
+    for card in range(max(limits, default=0)):
+        for hand, limit in zip(hands, limits, strict=True):
+            if card < limit:
+                delivery = next(rest, None)
+                if delivery is None:
+                    return hands
+                hand.append(delivery)
+    return hands

@@ -1,0 +1,126 @@
+"""What operators see of a PostgreSQL database: queries that change nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from filao.codec import JSON, decode_headers
+from filao.engine import Failure, QueueStats, State, StoredMessage, instant
+from filao.engines.postgresql.server import Connection
+from filao.errors import ConfigurationError
+from filao.queue import Queue, rules_from_json
+
+_STATS = """
+    SELECT q.name, q.paused,
+           (SELECT coalesce(jsonb_object_agg(c.name, c.value), '{}')
+            FROM (SELECT name, sum(value)::bigint AS value FROM filao.counter WHERE queue = q.id GROUP BY name) AS c),
+           coalesce(%s, filao.clock()) - (
+             WITH RECURSIVE heads AS (  -- the first of each priority: one look-up for each that is in use
+               (SELECT id, priority FROM filao.message
+                WHERE queue = q.id AND state = 'ready' ORDER BY priority DESC, id LIMIT 1)
+               UNION ALL
+               SELECT below.* FROM heads, LATERAL (
+                 SELECT id, priority FROM filao.message
+                 WHERE queue = q.id AND state = 'ready' AND priority < heads.priority ORDER BY priority DESC, id LIMIT 1
+               ) AS below
+             )
+             SELECT sent_at FROM filao.message WHERE id = (SELECT min(id) FROM heads)
+           )
+    FROM filao.queue q
+    ORDER BY q.name COLLATE "C"
+"""
+_ORDER = {"ready": "-priority, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
+_SORT = _ORDER | {"ready": "priority DESC, id"}
+_SEEN = "id, filao.name_of(id, message_id), kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason"
+_HISTORY = "SELECT attempt, at, outcome, error, consumer FROM filao.failure WHERE message = %s ORDER BY id"
+
+
+async def queues(connection: Connection) -> dict[str, tuple[int, Queue]]:
+    """Return every declared queue, by name, with its number and its rules."""
+    found = await connection.execute('SELECT id, name, rules::text FROM filao.queue ORDER BY name COLLATE "C"')
+    return {name: (number, rules_from_json(name, rules)) for number, name, rules in await found.fetchall()}
+
+
+async def stats(connection: Connection, moment: int | None) -> list[QueueStats]:
+    """Add up the counters of every queue."""
+    found = await connection.execute(_STATS, (moment,))
+    zero = {"ready": 0, "delayed": 0, "blocked": 0, "leased": 0, "dead": 0}
+    return [
+        QueueStats(
+            name=name, paused=paused, oldest_ready_age=None if age is None else max(0.0, age / 1000), **(zero | counted)
+        )
+        for name, paused, counted, age in await found.fetchall()
+    ]
+
+
+async def peek(
+    connection: Connection, queue: tuple[int, str], state: State, *, limit: int, after: str | None
+) -> list[StoredMessage]:
+    """Return messages of one state in its order; `after` is the id of the last one seen; a queue is a number and a name."""
+    number, name = queue
+    behind, last = ("", ()) if after is None else await _behind(connection, number, name, state, after)
+    grouped = "AND grp IS NOT NULL" if state == State.BLOCKED else ""
+    found = await connection.execute(
+        f"""
+        SELECT {_SEEN} FROM filao.message
+        WHERE queue = %s AND state = '{State(state)}' {grouped} {behind}
+        ORDER BY {_SORT[state]} LIMIT %s
+        """.encode(),
+        (number, *last, limit),
+    )
+    return [await _stored(connection, name, state, fields) for fields in await found.fetchall()]
+
+
+async def _behind(
+    connection: Connection, number: int, queue: str, state: State, after: str
+) -> tuple[str, tuple[Any, ...]]:
+    found = await connection.execute(
+        f"""
+        SELECT named.id, {_ORDER[state] if state != State.DEAD else "named.id"}
+        FROM (SELECT filao.number_of(%s, %s) AS id) AS named LEFT JOIN filao.message USING (id)
+        """.encode(),
+        (number, after),
+    )
+    row = await found.fetchone()
+    # A dead letter's order needs no more than its id, so one that was redriven meanwhile still serves.
+    if row is None or row[0] is None or (state != State.DEAD and row[1] is None):
+        raise ConfigurationError(
+            f"queue {queue!r}: there is no message {after!r} to go on behind; it may be gone by now. Start again "
+            f"without after="
+        )
+    marks = ", ".join(["%s"] * len(row[1:]))
+    return f"AND ({_ORDER[state]}) > ({marks})", row[1:]
+
+
+async def _stored(connection: Connection, queue: str, state: State, fields: Sequence[Any]) -> StoredMessage:
+    number, name, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, expires_at, reason = fields
+    failures = await connection.execute(_HISTORY, (number,))
+    return StoredMessage(
+        id=name,
+        queue=queue,
+        state=state,
+        body=_shown_body(kind, content),
+        headers=decode_headers(headers),
+        attempts=attempts,
+        priority=priority,
+        group=group,
+        dedup_key=dedup_key,
+        sent_at=instant(sent_at),
+        at=instant(at),
+        expires_at=None if expires_at is None else instant(expires_at),
+        reason=reason,
+        history=tuple(
+            Failure(attempt, instant(when), outcome, error, consumer)
+            for attempt, when, outcome, error, consumer in await failures.fetchall()
+        ),
+    )
+
+
+def _shown_body(kind: int, content: bytes) -> Any:
+    if kind != JSON:
+        return content
+    try:
+        return msgspec.json.decode(content)
+    except ValueError:
+        return content

@@ -1,0 +1,64 @@
+"""What an operator should know of the database: its version, what it promises, who holds it up, and how large it has grown."""
+
+from collections.abc import AsyncGenerator
+
+from filao.engine import Finding
+from filao.engines.postgresql.server import Connection, Server
+
+TRANSACTION_LONG = 60  # seconds; vacuum removes nothing that is younger than the oldest transaction
+TABLE_LARGE = 1024**3  # bytes
+
+
+async def examine(connection: Connection, server: Server) -> list[Finding]:
+    """Return what there is to say, good and bad."""
+    return [finding async for finding in _findings(connection, server)]
+
+
+async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Finding]:
+    version = await _value(connection, "SHOW server_version")
+    yield Finding("server", "ok", f"{server.name}, version {version}")
+    if server.is_pooled:
+        yield Finding(
+            "pooler", "note", "a pooler gives each transaction another connection: waking is by polling, and the leases of "
+            "a process that died run out instead of being taken over early",
+        )  # fmt: skip
+    for setting in ("fsync", "full_page_writes"):
+        if await _value(connection, f"SHOW {setting}") != "on":
+            yield Finding(
+                setting, "error", f"{setting} is off: a crash of the machine can lose or damage what was confirmed"
+            )
+    if await _value(connection, "SHOW autovacuum") != "on":
+        yield Finding("autovacuum", "error", "autovacuum is off: the message table grows without end. Turn it on.")
+    oldest = int(await _value(connection, _OLDEST_TRANSACTION) or 0)
+    if oldest > TRANSACTION_LONG:
+        yield Finding(
+            "transactions", "warning", f"the oldest open transaction is {oldest:,} s old: until it ends, vacuum cannot remove "
+            f"what was acknowledged since. Find it in pg_stat_activity.",
+        )  # fmt: skip
+    used, most = (
+        int(await _value(connection, "SELECT count(*) FROM pg_stat_activity")),
+        int(await _value(connection, "SHOW max_connections")),
+    )
+    level = "warning" if used > 0.8 * most else "ok"
+    yield Finding(
+        "connections", level, f"{used} of {most} are in use; a worker process takes up to three, a sender one"
+    )
+    size = int(await _value(connection, "SELECT pg_total_relation_size('filao.message')"))
+    level = "note" if size > TABLE_LARGE else "ok"
+    yield Finding("size", level, f"the messages take {size / 1024**2:,.1f} MiB")
+    expired = int(await _value(connection, _EXPIRED))
+    if expired:
+        yield Finding("leases", "note", f"{expired:,} leases have run out and wait for a consumer of their queues")
+    yield Finding("processes", "ok", f"{await _value(connection, 'SELECT count(*) FROM filao.process')} are registered")
+
+
+_OLDEST_TRANSACTION = """
+    SELECT extract(epoch FROM max(clock_timestamp() - xact_start)) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+"""
+_EXPIRED = "SELECT count(*) FROM filao.message WHERE state = 'leased' AND at < filao.clock()"
+
+
+async def _value(connection: Connection, sql: str) -> str:
+    row = await (await connection.execute(sql.encode())).fetchone()
+    return "" if row is None or row[0] is None else str(row[0])

@@ -1,0 +1,447 @@
+"""The PostgreSQL engine: many machines, one database.
+
+A batch is one transaction and one round trip: its calls (`verbs.py`) of the functions in the database (`functions.sql`)
+go out as one pipeline, on one connection. Whoever waits is called after the commit. Users' transactions have connections of
+their own, from a pool.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.errors import DeadlockDetected, SerializationFailure
+from psycopg.rows import tuple_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from filao.connections import connection_of
+from filao.engine import (
+    Abandoned,
+    Batch,
+    Draft,
+    Feature,
+    Finding,
+    Operation,
+    QueueStats,
+    Receipt,
+    Receive,
+    Result,
+    Send,
+    Settle,
+    State,
+    StoredMessage,
+    Submit,
+)
+from filao.engines.line import Line, Place
+from filao.engines.postgresql import control, verbs
+from filao.engines.postgresql.doctor import examine
+from filao.engines.postgresql.listener import ALIVE, DEAD, Listener
+from filao.engines.postgresql.schema import migrate
+from filao.engines.postgresql.server import Connection, Link, Server
+from filao.engines.statements import check_statement, for_psycopg
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.queue import Queue, not_found, rules_from_json, rules_to_json
+
+R = TypeVar("R")
+
+POLL_INTERVAL = 0.5  # seconds between looks for what calls nobody: sends in users' transactions, and whatever got lost
+DEAD_AFTER = 2.0  # seconds without a sign of life after which a process's leases are taken over
+TIDY_INTERVAL = 30.0  # seconds between rounds of housekeeping
+SLICE = 2_000  # messages that operators change in one transaction
+CONNECTIONS_MAX = 10  # for transactions, in one process
+POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
+TRIES = 5  # of a transaction that met another and lost: nothing of it was done
+
+
+class PostgresqlEngine:
+    """See `filao.engine.Engine`."""
+
+    name = "PostgreSQL"
+    features = frozenset(Feature)
+
+    def __init__(self, url: str, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
+        self._server = Server(url, durable=durable)
+        self._durable = durable
+        self._clock = clock
+        self._main = Link(self._server)
+        self._listener = Listener(self._server, self._heard)
+        self._database = ""
+        self._lines: dict[str, Line] = {}
+        self._numbers: dict[str, int] = {}
+        self._rules: dict[str, Queue] = {}
+        self._missed: dict[int, float] = {}
+        """Processes that showed no sign of life, and since when."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, and create or migrate the schema."""
+        try:
+            async with self._main.use() as connection:
+                self._database = await migrate(connection, self._server)
+        except BaseException:
+            await self._main.close()
+            raise
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            self._server.url,
+            kwargs={"autocommit": True, "row_factory": tuple_row, "application_name": "filao"},
+            configure=self._server.set_up,
+            check=AsyncConnectionPool.check_connection,
+            min_size=0,
+            max_size=CONNECTIONS_MAX,
+            max_idle=60,
+            timeout=POOL_WAIT,
+            open=False,
+        )
+        await self._pool.open()
+        self._start(self._watch())
+
+    def twin(self) -> "PostgresqlEngine":
+        """Return an engine on the same database."""
+        return PostgresqlEngine(self._server.url, durable=self._durable, clock=self._clock)
+
+    async def close(self) -> None:
+        """Give back the leases that are held, and end all connections."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener.process:
+            with suppress(FilaoError):
+                await self._strike_off(self._listener.process, died=False)
+        await self._listener.close()
+        await self._main.close()
+        await self._pool.close()
+        for line in self._lines.values():
+            line.close()
+
+    def abandon(self) -> None:
+        """Let go in a child after a fork."""
+        self._main.abandon()
+        self._listener.abandon()
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _moment(self) -> int | None:
+        """Return the time of a clock that a test moves; None: the server's own decides."""
+        return None if self._clock is time.time else round(self._clock() * 1000)
+
+    # --- the data plane ----------------------------------------------------------------------------------------------
+
+    async def execute(self, batch: Batch) -> list[Result]:
+        """Do a batch as one transaction, with what joined it while we waited for the connection."""
+        async with self._main.use() as connection:
+            if batch.receives and not self._listener.process:
+                await self._listener.register(connection)
+                if not self._server.is_pooled:
+                    self._start(self._listener.run())
+            may_receive = self._listener.process != 0
+            operations = batch.take(lambda operation: may_receive or not isinstance(operation, Receive))
+            return await _retried(connection, lambda: self._do(connection, operations))
+
+    async def _do(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
+        unknown = await self._learn(connection, operations)
+        known = [operation for operation in operations if verbs.queue_of(operation) not in unknown]
+        calls = verbs.calls(known, self._setting(later=False))
+        fresh = [(self._numbers[queue], count) for queue, count in verbs.fresh(known).items()]
+        rows = await self._run(connection, calls, fresh)
+        results = await self._results(connection, known, calls, rows)
+        if not unknown:
+            return results
+        rest = iter(results)
+        queues = [verbs.queue_of(operation) for operation in operations]
+        return [not_found(queue, self._rules) if queue in unknown else next(rest) for queue in queues]
+
+    def _setting(self, *, later: bool) -> verbs.Setting:
+        listener = self._listener
+        about = (listener.process, listener.name, listener.next_token)
+        return verbs.Setting(self._rules, self._numbers, *about, self._moment(), later)
+
+    async def _learn(self, connection: Connection, operations: Sequence[Operation]) -> set[str]:
+        """Learn the numbers of queues, and return the names that nobody declared."""
+        names = {verbs.queue_of(operation) for operation in operations}
+        if not names <= self._numbers.keys():
+            for name, (number, rules) in (await control.queues(connection)).items():
+                self._numbers[name], self._rules[name] = number, rules
+        return names - self._numbers.keys()
+
+    async def _run(
+        self, connection: Connection, calls: Sequence[verbs.Call], fresh: Sequence[tuple[int, int]]
+    ) -> list[verbs.Rows]:
+        """Make the calls in one transaction and, once it is committed, wake those who wait; all in one round trip."""
+        async with connection.pipeline():
+            await connection.execute("BEGIN")
+            if self._server.is_pooled and self._durable:
+                await connection.execute("SET LOCAL synchronous_commit = on")
+            cursors = [await connection.execute(call.sql.encode(), call.parameters) for call in calls]
+            await connection.execute("COMMIT")
+            if fresh:
+                await connection.execute(verbs.CALL, ([queue for queue, _ in fresh], [count for _, count in fresh]))
+        return [await cursor.fetchall() for cursor in cursors]
+
+    async def _results(
+        self,
+        connection: Connection,
+        operations: Sequence[Operation],
+        calls: Sequence[verbs.Call],
+        rows: Sequence[verbs.Rows],
+    ) -> list[Result]:
+        results: list[Result] = [None] * len(operations)
+        for call, found in zip(calls, rows, strict=True):
+            for place, result in call.read(found).items():
+                results[place] = result
+        lost = [place for place, result in enumerate(results) if result is verbs.LOST]
+        if lost:
+            deliveries = [operation.delivery for operation in operations if not isinstance(operation, Send | Receive)]
+            handles = [delivery.handle for delivery in deliveries]
+            cursor = await connection.execute(verbs.WHERE_NOW, (handles,))
+            now = {number: (state, attempts) for number, state, attempts in await cursor.fetchall()}
+            for place in lost:
+                operation = operations[place]
+                assert not isinstance(operation, Send | Receive)
+                results[place] = verbs.lease_lost(operation.delivery, now.get(operation.delivery.handle))
+        return results
+
+    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
+        """Send on the user's own connection, in the user's own transaction; whoever waits finds it by polling."""
+        given = connection_of(connection, needs_transaction=True)
+        with self._server.mapped():
+            is_ours = given.dialect == "postgresql" and given.execute(_IS_HERE).fetchone()[0]
+            about = given.execute(_ABOUT, (operation.queue,)).fetchone() if is_ours else None
+            if about is None or about[2] != self._database:
+                raise ConfigurationError(
+                    f"within= was given a connection to another database than this broker's, {self._server.name}"
+                )
+            number, rules, _ = about
+            if number is None:
+                return not_found(operation.queue, self._rules)
+            parameters = verbs.send_parameters([operation], number, self._moment(), later=True)
+            rows = given.execute(verbs.SEND.replace("%s", "?"), parameters).fetchall()
+        return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules))[0]
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator["PostgresqlTransaction"]:
+        """Hold a transaction for the user's own statements, on a connection of its own."""
+        async with self._connection() as connection:
+            within = PostgresqlTransaction(self, connection)
+            async with connection.transaction():
+                if self._server.is_pooled and self._durable:
+                    await connection.execute("SET LOCAL synchronous_commit = on")
+                yield within
+            fresh = {self._numbers[queue]: count for queue, count in verbs.fresh(within.done).items()}
+            if fresh:
+                await connection.execute(verbs.CALL, (list(fresh), list(fresh.values())))
+
+    async def apply_within(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
+        """Do operations in a transaction that the user holds."""
+        unknown = await self._learn(connection, operations)
+        if unknown:
+            return [not_found(verbs.queue_of(operation), self._rules) for operation in operations]
+        calls = verbs.calls(operations, self._setting(later=True))
+        rows = [await (await connection.execute(call.sql.encode(), call.parameters)).fetchall() for call in calls]
+        return await self._results(connection, operations, calls, rows)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncGenerator[Connection]:
+        try:
+            connection = await self._pool.getconn()
+        except PoolTimeout:
+            raise EngineUnavailable(
+                f"{self._server.name}: no connection became free within {POOL_WAIT:g} s: the server is away, or {CONNECTIONS_MAX} "
+                f"transactions of this process are open. Nothing was done; keep transactions short, and try again."
+            ) from None
+        try:
+            with self._server.mapped():
+                yield connection
+        finally:
+            await self._pool.putconn(connection)
+
+    # --- waking ------------------------------------------------------------------------------------------------------
+
+    def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Place:
+        """Take a place to wait for a queue."""
+        line = self._lines.get(receive.queue)
+        if line is None:
+            line = self._lines[receive.queue] = Line(submit, abandoned)
+        return line.place(receive)
+
+    def _heard(self, number: int) -> None:
+        """Let those in line for a queue look; 0 stands for all queues."""
+        for queue, line in self._lines.items():
+            if number in (0, self._numbers.get(queue)):
+                line.call()
+
+    async def _watch(self) -> None:
+        """As a process that receives, poll for what calls nobody, and look for deaths; every now and then, tidy up."""
+        tidied = time.monotonic()
+        while True:
+            await asyncio.sleep(POLL_INTERVAL)
+            with suppress(FilaoError):  # a server that fails says so to those who call it
+                if self._listener.process and not self._server.is_pooled:
+                    await self._look_for_deaths()
+                if time.monotonic() - tidied > TIDY_INTERVAL:
+                    tidied = time.monotonic()
+                    while await self._value("SELECT filao.tidy(%s)", self._moment()):
+                        pass
+            self._heard(0)
+
+    async def _look_for_deaths(self) -> None:
+        async with self._main.use() as connection:
+            found = await connection.execute(DEAD, (self._listener.process, ALIVE))
+            missing = [row[0] for row in await found.fetchall()]
+        now = time.monotonic()
+        self._missed = {process: self._missed.get(process, now) for process in missing}
+        for process, since in self._missed.items():
+            if now - since >= DEAD_AFTER:
+                await self._strike_off(process, died=True)
+
+    async def _strike_off(self, process: int, *, died: bool) -> None:
+        await self._value("SELECT filao.strike_off(%s, %s, %s)", process, self._moment(), died)
+
+    # --- the control plane -------------------------------------------------------------------------------------------
+
+    async def declare(self, queue: Queue) -> None:
+        """Create the queue or give it these rules."""
+        number = await self._value(
+            "SELECT filao.declare(%s, %s::jsonb, %s)", queue.name, rules_to_json(queue), self._moment()
+        )
+        self._numbers[queue.name], self._rules[queue.name] = number, queue
+
+    async def queues(self) -> list[Queue]:
+        """Return every declared queue with its rules, by name."""
+        async with self._main.use() as connection:
+            return [rules for _, rules in (await control.queues(connection)).values()]
+
+    async def stats(self) -> list[QueueStats]:
+        """Read the counters of every queue."""
+        async with self._main.use() as connection:
+            return await control.stats(connection, self._moment())
+
+    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
+        """Return messages of one state in its order."""
+        number = await self._number(queue)
+        async with self._main.use() as connection:
+            return await control.peek(connection, (number, queue), state, limit=limit, after=after)
+
+    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
+        """Give dead letters back, each to its old place."""
+        number, chosen = await self._number(queue), None if ids is None else list(ids)
+        new = (None, None, None) if edited is None else (edited.kind, edited.content, edited.headers)
+
+        async def some(size: int) -> int:
+            sql = "SELECT filao.redrive(%s, %s, %s::text[], %s, %s::smallint, %s::bytea, %s)"
+            return int(await self._value(sql, number, self._moment(), chosen, size, *new))
+
+        done = await _in_slices(some, limit)
+        await self._wake(number, done)
+        return done
+
+    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
+        """Delete messages in these states."""
+        number, chosen = await self._number(queue), None if ids is None else list(ids)
+
+        async def some(size: int) -> int:
+            sql = "SELECT filao.remove(%s, %s, %s::filao.state[], %s::text[], %s)"
+            return int(await self._value(sql, number, self._moment(), list(map(str, states)), chosen, size))
+
+        done = await _in_slices(some, None)
+        await self._wake(number, done)
+        return done
+
+    async def pause(self, queue: str, *, paused: bool) -> None:
+        """Stop or resume deliveries."""
+        number = await self._number(queue)
+        await self._value("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
+        await self._wake(number, 0 if paused else SLICE)
+
+    async def resume_group(self, queue: str, group: str) -> None:
+        """Let a halted group go on."""
+        number = await self._number(queue)
+        await self._value("SELECT filao.resume_group(%s, %s, %s)", number, self._moment(), group)
+        await self._wake(number, 1)
+
+    async def doctor(self) -> list[Finding]:
+        """Examine the database and say what an operator should know."""
+        async with self._main.use() as connection:
+            return await examine(connection, self._server)
+
+    async def _number(self, queue: str) -> int:
+        if queue not in self._numbers:
+            async with self._main.use() as connection:
+                for name, (number, rules) in (await control.queues(connection)).items():
+                    self._numbers[name], self._rules[name] = number, rules
+        if queue not in self._numbers:
+            raise not_found(queue, self._numbers)
+        return self._numbers[queue]
+
+    async def _wake(self, number: int, count: int) -> None:
+        if count:
+            await self._value(verbs.CALL, [number], [count])
+
+    async def _value(self, sql: str, *parameters: Any) -> Any:
+        """Run a statement that is a transaction, and return its first value."""
+        async with self._main.use() as connection:
+
+            async def run() -> Any:
+                row = await (await connection.execute(sql.encode(), parameters)).fetchone()
+                return None if row is None else row[0]
+
+            return await _retried(connection, run)
+
+
+class PostgresqlTransaction:
+    """See `filao.engine.EngineTransaction`."""
+
+    def __init__(self, engine: PostgresqlEngine, connection: Connection) -> None:
+        self._engine = engine
+        self._connection = connection
+        self.done: list[Operation] = []
+        """What is to be made known when it has committed."""
+
+    async def execute(self, sql: str, parameters: Any) -> list[Any]:
+        """Run one statement of the user's and return its rows."""
+        check_statement(sql)
+        statement, written = for_psycopg(sql, parameters)
+        cursor = await self._connection.execute(statement.encode(), written)
+        return await cursor.fetchall() if cursor.description else []
+
+    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+        """Do operations as part of this transaction."""
+        results = await self._engine.apply_within(self._connection, operations)
+        self.done += [operation for operation in operations if isinstance(operation, Send | Settle)]
+        return results
+
+
+_IS_HERE = "SELECT to_regclass('filao.queue') IS NOT NULL"
+_ABOUT = """
+    SELECT q.id, q.rules::text, m.value
+    FROM filao.meta m LEFT JOIN filao.queue q ON q.name = ?
+    WHERE m.name = 'database'
+"""
+
+
+async def _in_slices(some: Callable[[int], Awaitable[int]], limit: int | None) -> int:
+    """Change many messages in transactions of a bounded size."""
+    total = 0
+    while True:
+        size = SLICE if limit is None else min(SLICE, limit - total)
+        done = await some(size)
+        total += done
+        if done < SLICE or total == limit:
+            return total
+
+
+async def _retried(connection: Connection, work: Callable[[], Awaitable[R]]) -> R:
+    """Do the work of a transaction again when it met another and lost."""
+    for _ in range(TRIES - 1):
+        try:
+            return await work()
+        except (DeadlockDetected, SerializationFailure):
+            if connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                await connection.rollback()
+    return await work()

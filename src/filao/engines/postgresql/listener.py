@@ -1,0 +1,108 @@
+"""A process that receives, as the others see it: its number, its sign of life, and the channel on which it is called.
+
+The sign of life is an advisory lock that its session holds: the server frees it when the session ends, however that
+happens. So whoever finds the lock free for a while may take over the leases. Behind a pooler that gives each transaction
+another connection there can be neither, and polling and the leases' time must do.
+"""
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+import psycopg
+
+from filao.engines.postgresql.server import Connection, Server
+from filao.errors import FilaoError
+
+ALIVE = 0x46696C61  # "Fila", the first key of the advisory locks that processes hold
+RETRY_MAX = 5.0  # seconds between tries to reach the server again
+
+DEAD = """
+    SELECT p.id FROM filao.process p
+    WHERE p.has_session AND p.id <> %s AND NOT EXISTS (
+      SELECT FROM pg_locks l
+      WHERE l.locktype = 'advisory' AND l.classid = %s AND l.objid = p.id AND l.objsubid = 2
+        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    )
+"""
+
+
+class Listener:
+    """Holds the session of a process that receives."""
+
+    def __init__(self, server: Server, call: Callable[[int], None]) -> None:
+        self._server = server
+        self._call = call
+        self._connection: Connection | None = None
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.process = 0
+        """The number of this process; 0 before it has received anything."""
+        self._tokens = 0
+
+    def next_token(self) -> int:
+        """Return a token that no other lease ever had."""
+        self._tokens += 1
+        return (self.process << 32) + self._tokens
+
+    async def register(self, connection: Connection) -> None:
+        """Enter this process among those that receive."""
+        found = await connection.execute(
+            "INSERT INTO filao.process (name, started_at, has_session) VALUES (%s, filao.clock(), false) RETURNING id",
+            (self.name,),
+        )
+        row = await found.fetchone()
+        assert row is not None
+        process: int = row[0]
+        if not self._server.is_pooled:
+            await self._listen(process)
+        self.process, self._tokens = process, 0
+
+    async def _listen(self, process: int) -> None:
+        connection = await self._server.connect()
+        with self._server.mapped():
+            await connection.execute("SELECT pg_advisory_lock(%s, %s)", (ALIVE, process))
+            await connection.execute(f"LISTEN filao_{process}".encode())
+            found = await connection.execute("UPDATE filao.process SET has_session = true WHERE id = %s", (process,))
+        if not found.rowcount:  # we were away for so long that we were struck off
+            self.process = 0
+        await self._hang_up()
+        self._connection = connection
+
+    async def run(self) -> None:
+        """Hear calls for ever; when the session is lost, begin another."""
+        pause = 0.0
+        while True:
+            connection = self._connection
+            try:
+                if connection is None or connection.closed:
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                    pause = min(2 * pause or 0.1, RETRY_MAX)
+                    await self._listen(self.process)
+                    self._call(0)  # there may have been calls meanwhile
+                    continue
+                pause = 0.0
+                async for notification in connection.notifies():
+                    self._call(int(notification.payload))
+            except (psycopg.Error, OSError, FilaoError):
+                await self._hang_up()
+
+    async def close(self) -> None:
+        """End the session."""
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(psycopg.Error, OSError):
+                await connection.close()
+
+    def abandon(self) -> None:
+        """Forget the session in a child after a fork."""
+        _ABANDONED.append(self._connection)
+        self._connection = None
+
+
+_ABANDONED: list[object] = []

@@ -1,0 +1,131 @@
+-- The tables of Filao in a PostgreSQL database, in a schema of their own. Times are integer milliseconds since 1970, by
+-- the clock of the server.
+--
+-- As on SQLite, every state has an index of its own, so that a claim costs the same whatever lies in the queue.
+
+CREATE TABLE filao.meta (
+  name  text PRIMARY KEY,
+  value text NOT NULL
+);
+-- 'database': random, the first part of every message id, so that ids are unique across databases
+-- 'version':  of this schema, see schema.py
+
+CREATE TYPE filao.state AS ENUM ('ready', 'delayed', 'leased', 'blocked', 'dead');
+
+CREATE TABLE filao.queue (
+  id     integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  name   text    NOT NULL UNIQUE,
+  rules  jsonb   NOT NULL,               -- see filao.queue.rules_to_json; below, what the functions read of them
+  paused boolean NOT NULL DEFAULT false, -- nothing is delivered
+  lease        bigint  NOT NULL GENERATED ALWAYS AS ((rules ->> 'lease')::float8 * 1000) STORED,
+  max_attempts integer NOT NULL GENERATED ALWAYS AS ((rules ->> 'max_attempts')::integer) STORED,
+  first_delay  float8  NOT NULL GENERATED ALWAYS AS ((rules -> 'backoff' ->> 'first')::float8 * 1000) STORED,
+  factor       float8  NOT NULL GENERATED ALWAYS AS ((rules -> 'backoff' ->> 'factor')::float8) STORED,
+  ceiling      float8  NOT NULL GENERATED ALWAYS AS ((rules -> 'backoff' ->> 'ceiling')::float8 * 1000) STORED,
+  jitter       float8  NOT NULL GENERATED ALWAYS AS ((rules -> 'backoff' ->> 'jitter')::float8) STORED,
+  ttl          bigint           GENERATED ALWAYS AS ((rules ->> 'ttl')::float8 * 1000) STORED,
+  drops_old    boolean NOT NULL GENERATED ALWAYS AS (rules ->> 'on_expiry' = 'drop') STORED,
+  dedup_window bigint  NOT NULL GENERATED ALWAYS AS ((rules ->> 'dedup_window')::float8 * 1000) STORED,
+  max_length   bigint           GENERATED ALWAYS AS ((rules ->> 'max_length')::bigint) STORED,
+  drops_oldest boolean NOT NULL GENERATED ALWAYS AS (rules ->> 'overflow' = 'drop_oldest') STORED,
+  skips_failed boolean NOT NULL GENERATED ALWAYS AS (rules ->> 'group_failure' = 'skip') STORED,
+  halts_dead   boolean NOT NULL GENERATED ALWAYS AS (rules ->> 'group_dead' = 'halt') STORED,
+  body_max     integer NOT NULL GENERATED ALWAYS AS ((rules ->> 'body_max')::integer) STORED
+);
+
+-- Numbers are given before the commit, so of two messages that are sent at the same time either may come first. What is
+-- sent after another send has returned has the higher number: the sequence must not be cached by the sessions.
+CREATE SEQUENCE filao.number CACHE 1;
+
+CREATE TABLE filao.message (
+  id         bigint      PRIMARY KEY,    -- its number and its place: the order of sending
+  queue      integer     NOT NULL,
+  state      filao.state NOT NULL,
+  kind       smallint    NOT NULL,       -- of the content: 0 JSON, 1 bytes
+  priority   integer     NOT NULL,       -- higher goes first
+  attempts   integer     NOT NULL DEFAULT 0,  -- deliveries less releases
+  failures   integer     NOT NULL DEFAULT 0,  -- failed attempts ever put into its history
+  at         bigint      NOT NULL,       -- delayed, or blocked with a delay: due; leased: the lease's end; else: since when
+  token      bigint      NOT NULL DEFAULT 0,  -- of the last lease while nobody settled it; else 0, which no lease has
+  sent_at    bigint      NOT NULL,
+  expires_at bigint,                     -- the end of its time to live
+  grp        text,                       -- its group
+  dedup_key  text,
+  message_id text,                       -- the identity its sender gave; without one it is meta.database and the number
+  headers    text,                       -- JSON
+  reason     text,                       -- why it is dead
+  content    bytea       NOT NULL
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000,
+        autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 100000,
+        autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 100000,
+        autovacuum_vacuum_cost_delay = 0);
+-- A queue's table changes wholly every few minutes, so it is vacuumed after a number of changes, not after a share of it.
+
+CREATE INDEX message_ready    ON filao.message (queue, priority DESC, id) WHERE state = 'ready';
+CREATE INDEX message_delayed  ON filao.message (queue, at)                WHERE state = 'delayed';
+CREATE INDEX message_leased   ON filao.message (queue, at)                WHERE state = 'leased';
+CREATE INDEX message_dead     ON filao.message (queue, id)                WHERE state = 'dead';
+CREATE INDEX message_grouped  ON filao.message (queue, grp, state, id)    WHERE grp IS NOT NULL;
+CREATE INDEX message_expiring ON filao.message (queue, expires_at)
+  WHERE expires_at IS NOT NULL AND state IN ('ready', 'delayed', 'blocked');
+CREATE INDEX message_named    ON filao.message (queue, message_id)        WHERE message_id IS NOT NULL;
+
+CREATE TABLE filao.failure (
+  id       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  message  bigint  NOT NULL,
+  attempt  integer NOT NULL,
+  at       bigint  NOT NULL,
+  outcome  text    NOT NULL,   -- see filao.engine.Failure
+  error    text    NOT NULL,
+  consumer text    NOT NULL    -- host and process
+);
+CREATE INDEX failure_message ON filao.failure (message, id);
+
+CREATE TABLE filao.dedup (
+  queue   integer NOT NULL,
+  kind    "char"  NOT NULL,    -- k: a dedup_key; m: a message_id
+  key     text    NOT NULL,
+  message text    NOT NULL,    -- the id of the message that came first
+  until   bigint,              -- remembered so long; NULL: while the message is pending
+  PRIMARY KEY (queue, kind, key)
+);
+CREATE INDEX dedup_until ON filao.dedup (until) WHERE until IS NOT NULL;
+
+CREATE TABLE filao.halted (    -- groups that wait for an operator
+  queue integer NOT NULL,
+  grp   text    NOT NULL,
+  PRIMARY KEY (queue, grp)
+);
+
+CREATE TABLE filao.unarranged ( -- groups in which a transaction of a user's changed something: the next receive sees to them
+  queue integer NOT NULL,
+  grp   text    NOT NULL
+);
+CREATE INDEX unarranged_queue ON filao.unarranged (queue);
+
+-- What a queue counts, in one row for each backend that counts it, so that nobody waits for anybody. Their sum is what is
+-- true; the rows of backends that are gone are folded into those of backend 0.
+CREATE TABLE filao.counter (
+  queue   integer NOT NULL,
+  backend integer NOT NULL,
+  name    text    NOT NULL,    -- a field of filao.engine.QueueStats
+  value   bigint  NOT NULL,
+  PRIMARY KEY (queue, backend, name)
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000,
+        autovacuum_vacuum_cost_delay = 0);
+
+CREATE TABLE filao.process (   -- every process that receives here; tokens carry its id, so the id is never reused
+  id         integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  name       text   NOT NULL,  -- host and process, for people
+  started_at bigint NOT NULL,
+  has_session boolean NOT NULL -- it holds an advisory lock while it lives
+);
+
+-- Processes to call when a queue gets something. A crash of the server ends their sessions, so this needs no WAL.
+CREATE UNLOGGED TABLE filao.waiting (
+  queue   integer NOT NULL,
+  process integer NOT NULL,
+  wants   integer NOT NULL,    -- how many messages it waits for
+  since   bigint GENERATED ALWAYS AS IDENTITY, -- those that have waited longest are called first
+  PRIMARY KEY (queue, process)
+);

@@ -1,0 +1,307 @@
+"""From a batch of operations to calls of the database's functions, and from what they return to results. No I/O is done here.
+
+Operations of one kind on one queue are one call, whose arguments are arrays. An array that would hold nothing but
+defaults is NULL, because most are, and writing them costs more than the rest of a message.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from filao.draft import too_large
+from filao.engine import (
+    Ack,
+    Delivery,
+    Draft,
+    Extend,
+    Nack,
+    Operation,
+    Outcome,
+    Receipt,
+    Receive,
+    Received,
+    Reject,
+    Result,
+    Send,
+    Settle,
+)
+from filao.engines.line import deal
+from filao.errors import FilaoError, LeaseLost, QueueFull
+from filao.queue import Queue
+
+Rows = Sequence[tuple[Any, ...]]
+V = TypeVar("V")
+O = TypeVar("O", bound=Operation)  # noqa: E741  # an operation
+
+SEND = """
+    SELECT * FROM filao.send(%s, %s, %s, %s::integer[], %s::smallint[], %s::bytea[], %s::text[], %s::bigint[],
+                             %s::integer[], %s::text[], %s::text[], %s::bigint[], %s::text[])
+    ORDER BY place
+"""
+_SETTLE = """
+    SELECT * FROM filao.settle(%s, %s, %s, %s, %s::bigint[], %s::bigint[], %s::text[], %s::text[], %s::bigint[])
+"""
+_EXTEND = "SELECT * FROM filao.extend(%s, %s, %s::bigint[], %s::bigint[], %s::bigint[])"
+_RECEIVE = "SELECT * FROM filao.receive(%s, %s, %s, %s, %s, %s, %s)"
+_LOCK = "SELECT filao.lock_groups(%s::integer[], %s::text[])"
+CALL = "SELECT filao.call(%s::integer[], %s::integer[])"
+WHERE_NOW = "SELECT id, state::text, attempts FROM filao.message WHERE id = ANY (%s::bigint[])"
+
+
+class Call(NamedTuple):
+    """A statement, and who gets what it returns."""
+
+    sql: str
+    parameters: tuple[Any, ...]
+    read: Callable[[Rows], Mapping[int, Result]]
+    """From the rows to the result of each operation, by its place in the batch."""
+
+
+class Setting(NamedTuple):
+    """What the calls of a batch need to know besides its operations."""
+
+    queues: Mapping[str, Queue]
+    numbers: Mapping[str, int]
+    """The queues' numbers in the database."""
+    process: int
+    consumer: str
+    token: Callable[[], int]
+    moment: int | None
+    """The time in milliseconds; None: the server's own."""
+    later: bool = False
+    """The transaction is a user's, and may last."""
+
+
+def calls(operations: Sequence[Operation], setting: Setting) -> list[Call]:
+    """Return the calls that do a batch: what waits for locks of groups takes them first; receives come last."""
+    sends = _by_queue(operations, Send)
+    settles = _by_queue(operations, Settle)
+    extends = _by_queue(operations, Extend)
+    made = [] if setting.later else _locks(sends, settles, setting)
+    made += [_send(queue, some, setting) for queue, some in sends.items()]
+    made += [_extend(queue, some, setting) for queue, some in extends.items()]
+    made += [_settle(queue, some, setting) for queue, some in settles.items()]
+    receives = _grouped(operations, Receive, lambda receive: (receive.queue, receive.lease))
+    return made + [_receive(some, setting) for some in receives.values()]
+
+
+def fresh(operations: Iterable[Operation]) -> dict[str, int]:
+    """Return for how many messages of each queue somebody who waits may have to look, now that these are done."""
+    found: defaultdict[str, int] = defaultdict(int)
+    for operation in operations:
+        if isinstance(operation, Send):
+            found[operation.queue] += len(operation.drafts)
+        elif isinstance(operation, Settle):
+            plain = isinstance(operation.outcome, Ack) and operation.delivery.group is None
+            found[operation.delivery.queue] += not plain
+    return {queue: count for queue, count in found.items() if count}
+
+
+def queue_of(operation: Operation) -> str:
+    """Return the name of an operation's queue."""
+    return operation.queue if isinstance(operation, Send | Receive) else operation.delivery.queue
+
+
+def _grouped(
+    operations: Sequence[Operation], kind: type[O], key: Callable[[O], Hashable]
+) -> dict[Any, list[tuple[int, O]]]:
+    found: defaultdict[Any, list[tuple[int, O]]] = defaultdict(list)
+    for place, operation in enumerate(operations):
+        if isinstance(operation, kind):
+            found[key(operation)].append((place, operation))
+    return dict(sorted(found.items(), key=repr))
+
+
+def _by_queue(operations: Sequence[Operation], kind: type[O]) -> dict[str, list[tuple[int, O]]]:
+    return _grouped(operations, kind, queue_of)
+
+
+def _locks(
+    sends: Mapping[str, list[tuple[int, Send]]], settles: Mapping[str, list[tuple[int, Settle]]], setting: Setting
+) -> list[Call]:
+    wanted = {
+        (setting.numbers[queue], draft.group)
+        for queue, some in sends.items()
+        for _, send in some
+        for draft in send.drafts
+        if draft.group is not None
+    } | {
+        (setting.numbers[queue], settle.delivery.group)
+        for queue, some in settles.items()
+        for _, settle in some
+        if settle.delivery.group is not None
+    }
+    if not wanted:
+        return []
+    pairs = list(wanted)
+    return [Call(_LOCK, ([queue for queue, _ in pairs], [group for _, group in pairs]), _nothing)]
+
+
+def _nothing(rows: Rows) -> dict[int, Result]:
+    return {}
+
+
+# --- send ------------------------------------------------------------------------------------------------------------
+
+
+def _send(queue: str, placed: Sequence[tuple[int, Send]], setting: Setting) -> Call:
+    places, sends = [place for place, _ in placed], [send for _, send in placed]
+    parameters = send_parameters(sends, setting.numbers[queue], setting.moment, later=setting.later)
+    return Call(SEND, parameters, partial(_sent, places, sends, setting.queues[queue]))
+
+
+def _sent(places: Sequence[int], sends: Sequence[Send], rules: Queue, rows: Rows) -> dict[int, Result]:
+    return dict(zip(places, receipts(rows, sends, rules), strict=True))
+
+
+def send_parameters(sends: Sequence[Send], number: int, moment: int | None, *, later: bool) -> tuple[Any, ...]:
+    """Return the arguments of `filao.send`."""
+    drafts = [draft for send in sends for draft in send.drafts]
+    ops = [op for op, send in enumerate(sends) for _ in send.drafts]
+    return (
+        *(number, moment, later, ops, [draft.kind for draft in drafts], [draft.content for draft in drafts]),
+        _column(drafts, lambda draft: draft.headers),
+        _column(drafts, lambda draft: _milliseconds(draft.delay) or None),
+        _column(drafts, lambda draft: draft.priority or None),
+        _column(drafts, lambda draft: draft.group),
+        _column(drafts, lambda draft: draft.dedup_key),
+        _column(drafts, lambda draft: _milliseconds(draft.ttl)),
+        _column(drafts, lambda draft: draft.message_id),
+    )
+
+
+def receipts(rows: Rows, sends: Sequence[Send], rules: Queue) -> list[list[Receipt] | FilaoError]:
+    """Return the result of each send, from the rows of `filao.send`."""
+    stored: list[list[Receipt]] = [[] for _ in sends]
+    refused: dict[int, FilaoError] = {}
+    for _, number, name, duplicate, problem, detail in rows:
+        op = int(number)
+        if problem is None:
+            stored[op].append(Receipt(name, duplicate))
+        else:
+            refused[op] = _refusal(rules, sends[op], problem, detail)
+    return [refused.get(op, found) for op, found in enumerate(stored)]
+
+
+def _refusal(rules: Queue, send: Send, problem: str, detail: int) -> FilaoError:
+    if problem == "too large":
+        return too_large(rules.name, detail, rules.body_max)
+    return QueueFull(
+        f"queue {rules.name!r} is full: {detail:,} messages wait or are being worked on, its max_length is "
+        f"{rules.max_length or 0:,}, and {len(send.drafts):,} more were sent. Nothing was stored. Add consumers, or send later."
+    )
+
+
+def _column(drafts: Sequence[Draft], field: Callable[[Draft], V]) -> list[V] | None:
+    values = [field(draft) for draft in drafts]
+    return values if any(value is not None for value in values) else None
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1000)
+
+
+# --- settle and extend -----------------------------------------------------------------------------------------------
+
+
+def _settle(queue: str, settles: Sequence[tuple[int, Settle]], setting: Setting) -> Call:
+    places = [place for place, _ in settles]
+    told = [_told(settle.outcome) for _, settle in settles]
+    parameters = (
+        *(setting.numbers[queue], setting.moment, setting.later, setting.consumer),
+        *_leases([settle.delivery for _, settle in settles]),
+        *([outcome for outcome, _, _ in told], [error.replace("\0", "\\0") for _, error, _ in told]),
+        [delay for _, _, delay in told],
+    )
+    return Call(_SETTLE, parameters, partial(_lost, places))
+
+
+def _told(outcome: Outcome) -> tuple[str, str, int | None]:
+    match outcome:
+        case Ack():
+            return "ack", "", None
+        case Nack(delay, error):
+            return "nack", error, _milliseconds(delay)
+        case Reject(error, malformed):
+            return "malformed" if malformed else "rejected", error, None
+        case _:
+            return "release", "", None
+
+
+def _extend(queue: str, extends: Sequence[tuple[int, Extend]], setting: Setting) -> Call:
+    places = [place for place, _ in extends]
+    lengths = [_milliseconds(extend.seconds) for _, extend in extends]
+    leases = _leases([extend.delivery for _, extend in extends])
+    return Call(_EXTEND, (setting.numbers[queue], setting.moment, *leases, lengths), partial(_lost, places))
+
+
+def _leases(deliveries: Sequence[Delivery]) -> tuple[list[int], list[int]]:
+    return [delivery.handle for delivery in deliveries], [delivery.token for delivery in deliveries]
+
+
+LOST = LeaseLost("")
+"""Stands in for the error of a lost lease until it is known what became of the message: see `lease_lost`."""
+
+
+def _lost(places: Sequence[int], rows: Rows) -> dict[int, Result]:
+    return {places[row[0] - 1]: LOST for row in rows}
+
+
+def lease_lost(delivery: Delivery, now: tuple[str, int] | None) -> LeaseLost:
+    """Return the error for a settle or an extend whose lease is another's, and what the message is doing."""
+    if now is None:
+        doing = "it is gone: somebody else finished it, or it was purged"
+    elif now[0] == "leased":
+        doing = f"another consumer holds it, as attempt {now[1]}"
+    else:
+        doing = f"it is {now[0]} again" if now[0] == "ready" else f"it is {now[0]}"
+    return LeaseLost(
+        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost; {doing}. "
+        f"Nothing was changed. Work that takes longer than the queue's lease must extend it."
+    )
+
+
+# --- receive ---------------------------------------------------------------------------------------------------------
+
+
+def _receive(receives: Sequence[tuple[int, Receive]], setting: Setting) -> Call:
+    first = receives[0][1]
+    token = setting.token()
+    most = sum(receive.limit for _, receive in receives)
+    waiting = sum(receive.waiting for _, receive in receives)
+    number, lease = setting.numbers[first.queue], _milliseconds(first.lease)
+    parameters = (number, setting.moment, setting.process, lease, token, most, waiting)
+    return Call(_RECEIVE, parameters, partial(_received, receives, token))
+
+
+def _received(receives: Sequence[tuple[int, Receive]], token: int, rows: Rows) -> dict[int, Result]:
+    queue = receives[0][1].queue
+    deliveries = [_delivery(queue, token, row) for row in rows if row[0] is not None]
+    due_in = rows[-1][-1] / 1000 if rows and rows[-1][-1] is not None else None
+    hands = deal(deliveries, [receive.limit for _, receive in receives])
+    return {
+        place: Received(hand, due_in if len(hand) < max(receive.waiting, 1) else None)
+        for (place, receive), hand in zip(receives, hands, strict=True)
+    }
+
+
+def _delivery(queue: str, token: int, row: tuple[Any, ...]) -> Delivery:
+    (
+        number,
+        priority,
+        attempt,
+        group,
+        dedup_key,
+        message_id,
+        headers,
+        kind,
+        content,
+        sent_at,
+        failures,
+        crashed,
+        name,
+        _,
+    ) = row
+    about = (priority, group, dedup_key, message_id, headers, kind, content, sent_at, failures)
+    return Delivery(queue, name, number, token, attempt, *about, bool(crashed))

@@ -1,0 +1,97 @@
+"""Senders and consumers that go on whatever happens, and afterwards the account: nothing confirmed is lost or doubled."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+
+import filao
+
+QUEUE: filao.Queue = filao.Queue(
+    "claims.processing", lease=5.0, max_attempts=1_000, backoff=filao.Backoff(first=0.01, ceiling=0.1)
+)
+AGAIN = 0.02  # seconds between two tries of the same
+PROGRESS = 50  # messages sent, and as many acknowledged, which show that the work has resumed
+RESUMES_WITHIN = 10.0  # seconds after the end of a fault: a promise
+
+
+class Load:
+    """What was asked, confirmed and worked on."""
+
+    def __init__(self, *, named: bool = True) -> None:
+        self.confirmed: set[str] = set()
+        self.handled: Counter[str] = Counter()
+        """How often each message was delivered."""
+        self.acked: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self._named = named
+
+    async def send(self, broker: filao.Broker, sender: str) -> None:
+        """Send one message after the other, each again and again until it is confirmed."""
+        for number in count():
+            key = f"{sender}.{number}"
+            while True:
+                try:
+                    await broker.send_to_queue(QUEUE, key, message_id=key if self._named else None)
+                except filao.EngineError as error:
+                    self.errors[type(error).__name__] += 1
+                    await asyncio.sleep(AGAIN)
+                else:
+                    break
+            self.confirmed.add(key)
+
+    async def consume(self, broker: filao.Broker) -> None:
+        """Receive and acknowledge, for ever."""
+        while True:
+            try:
+                message = await broker.receive_from_queue(QUEUE)
+                self.handled[message.body] += 1
+                await message.ack()
+                self.acked[message.body] += 1
+            except filao.EngineError as error:
+                self.errors[type(error).__name__] += 1
+                await asyncio.sleep(AGAIN)
+            except filao.LeaseLost:
+                self.errors["LeaseLost"] += 1
+
+    async def resumes(self, within: float = RESUMES_WITHIN) -> None:
+        """Wait until it is seen that sending and consuming go on."""
+        sent, acked = len(self.confirmed) + PROGRESS, self.acked.total() + PROGRESS
+        async with asyncio.timeout(within):
+            while len(self.confirmed) < sent or self.acked.total() < acked:  # what others count
+                await asyncio.sleep(0.01)
+
+    async def finish(self, broker: filao.Broker) -> None:
+        """Handle what is left."""
+        async with asyncio.timeout(60):
+            while True:
+                stats = await broker.stats(QUEUE)
+                if not stats.ready + stats.delayed + stats.leased + stats.blocked:
+                    return
+                message = await broker.receive_from_queue(QUEUE, wait=0.5)
+                if message is not None:
+                    self.handled[message.body] += 1
+                    with suppress(filao.LeaseLost):
+                        await message.ack()
+
+    @property
+    def lost(self) -> set[str]:
+        """What was confirmed and never delivered."""
+        return self.confirmed - self.handled.keys()
+
+
+@asynccontextmanager
+async def loaded(senders: filao.Broker, consumers: filao.Broker, *, named: bool = True) -> AsyncGenerator[Load]:
+    """Keep senders and consumers busy in this block."""
+    load = Load(named=named)
+    tasks = [asyncio.create_task(load.send(senders, str(number))) for number in range(8)]
+    tasks += [asyncio.create_task(load.consume(consumers)) for _ in range(8)]
+    try:
+        yield load
+    finally:
+        for task in tasks:
+            task.cancel()
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended

@@ -1,0 +1,198 @@
+"""Servers of our own for tests and figures: on free loopback ports, their data in a folder of ours, ended with the block."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+STARTED_WITHIN = 90.0  # seconds
+_UNPRIVILEGED = "nobody"
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class Postgres:
+    """A PostgreSQL of our own."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self._data = folder / "data"
+        self._folder = folder
+        self.port = port
+
+    def url(self, database: str = "postgres", port: int | None = None) -> str:
+        """Return the URL of one of its databases; `port` is that of something in between."""
+        return f"postgresql://filao@127.0.0.1:{port or self.port}/{database}"
+
+    def create(self, database: str) -> str:
+        """Create a database and return its URL."""
+        import psycopg  # so that what starts no PostgreSQL needs no driver
+
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{database}"'.encode())
+        return self.url(database)
+
+    def initialise(self) -> None:
+        """Make its data folder."""
+        self._folder.mkdir(parents=True)
+        if os.geteuid() == 0:  # which PostgreSQL refuses to be
+            shutil.chown(self._folder, _UNPRIVILEGED)
+        self._run("initdb", "-D", str(self._data), "-A", "trust", "-U", "filao", "-E", "UTF8", "--no-sync")
+        settings = f"""
+            port = {self.port}
+            listen_addresses = '127.0.0.1'
+            unix_socket_directories = ''
+            max_connections = 200
+        """
+        with (self._data / "postgresql.conf").open("a", encoding="utf-8") as file:
+            file.write(settings)
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self._run("pg_ctl", "-D", str(self._data), "-l", str(self._folder / "log"), "-w", "-t", "60", "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop it: "immediate" is a crash."""
+        self._run("pg_ctl", "-D", str(self._data), "-m", mode, "-w", "-t", "60", "stop")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        found = shutil.which(program, path=_postgres_path())
+        command = [str(found), *arguments]
+        if os.geteuid() == 0:
+            command = ["setpriv", f"--reuid={_UNPRIVILEGED}", "--clear-groups", *command]
+        log = self._folder / "commands.log"
+        with log.open("ab") as output:  # not a pipe, which the server would inherit and keep open
+            done = subprocess.run(command, stdout=output, stderr=output, cwd=self._folder, timeout=90, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{program} failed: {log.read_text(errors='replace')[-2000:]}")
+
+
+def _postgres_path() -> str:
+    newest = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    return os.pathsep.join([*map(str, reversed(newest)), os.environ.get("PATH", "")])
+
+
+def has_postgres() -> bool:
+    """Return whether PostgreSQL is installed here."""
+    return shutil.which("initdb", path=_postgres_path()) is not None
+
+
+@contextmanager
+def postgres_server(folder: Path) -> Generator[Postgres]:
+    """Run PostgreSQL as it comes, with its data in `folder`."""
+    server = Postgres(folder, free_port())
+    server.initialise()
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop("immediate")
+
+
+def has_pgbouncer() -> bool:
+    """Return whether PgBouncer is installed here."""
+    return shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is not None
+
+
+@contextmanager
+def pgbouncer(folder: Path, target: int) -> Generator[int]:
+    """Run PgBouncer, pooling transactions, before a PostgreSQL on port `target`; yield its own port."""
+    port = free_port()
+    folder.mkdir()
+    (folder / "users").write_text('"filao" ""\n')
+    (folder / "settings").write_text(f"""
+        [databases]
+        * = host=127.0.0.1 port={target}
+        [pgbouncer]
+        listen_addr = 127.0.0.1
+        listen_port = {port}
+        unix_socket_dir =
+        auth_type = trust
+        auth_file = {folder / "users"}
+        pool_mode = transaction
+        default_pool_size = 3
+    """)
+    found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    command = [str(found), str(folder / "settings")]
+    if os.geteuid() == 0:
+        command[1:1] = ["-u", _UNPRIVILEGED]
+    with _running(command, {}, port):
+        yield port
+
+
+@contextmanager
+def redis_server(folder: Path) -> Generator[str]:
+    """Run Redis, which flushes every write before it answers; yield its port."""
+    port = str(free_port())
+    folder.mkdir()
+    command = ["redis-server", "--port", port, "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+    with _running([*command, "--appendonly", "yes", "--appendfsync", "always"], {}, int(port)):
+        yield port
+
+
+@contextmanager
+def rabbitmq_server(folder: Path) -> Generator[str]:
+    """Run RabbitMQ with a node, a cookie and a port mapper of its own; yield its port."""
+    port, mapper, distribution = (str(free_port()) for _ in range(3))
+    folder.mkdir()
+    environment = {
+        "HOME": str(folder),
+        "RABBITMQ_NODENAME": f"bench{port}@localhost",
+        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+        "RABBITMQ_NODE_PORT": port,
+        "RABBITMQ_DIST_PORT": distribution,
+        "RABBITMQ_MNESIA_BASE": str(folder / "data"),
+        "RABBITMQ_LOG_BASE": str(folder / "log"),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+        "RABBITMQ_CONF_ENV_FILE": str(folder / "environment"),
+        "ERL_EPMD_PORT": mapper,
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+    }
+    server = shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/lib/rabbitmq/bin:/usr/sbin")
+    # Debian's wrapper changes to a user of its own; the script behind it does not.
+    behind = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+    with ExitStack() as stack:
+        stack.callback(subprocess.run, ["epmd", "-port", mapper, "-kill"], capture_output=True, check=False)
+        stack.enter_context(_running([str(behind if behind.exists() else server)], environment, int(port)))
+        yield port
+
+
+@contextmanager
+def _running(command: list[str], environment: dict[str, str], port: int) -> Generator[None]:
+    server = subprocess.Popen(
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_until_open(server, port)
+        yield
+    finally:
+        server.terminate()
+        try:
+            server.wait(STARTED_WITHIN)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_until_open(server: "subprocess.Popen[bytes]", port: int) -> None:
+    until = time.monotonic() + STARTED_WITHIN
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if server.poll() is not None or time.monotonic() > until:
+            raise RuntimeError(f"{server.args!r} did not start")
+        time.sleep(0.05)

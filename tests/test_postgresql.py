@@ -1,0 +1,549 @@
+"""PostgreSQL: transactions of the user's, what it says of wrong use, and what it survives."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy
+from sqlalchemy.orm import Session
+
+import filao
+from filao.engines.postgresql import engine as engine_module
+from filao.engines.postgresql import schema, server
+from tests.conftest import engine_of
+from tests.load import QUEUE, loaded
+from tests.proxy import Proxy
+from tests.servers import Postgres, postgres_server
+
+pytestmark = pytest.mark.anyio
+
+_names = count()
+
+
+@pytest.fixture
+def url(postgres: Postgres) -> str:
+    """Return the URL of an empty database."""
+    return postgres.create(f"pg{next(_names)}")
+
+
+@pytest.fixture
+async def broker(url) -> AsyncGenerator[filao.Broker]:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"), QUEUE)
+        yield broker
+
+
+async def until_found(broker: filao.Broker, queue: str = "claims") -> Any:
+    async with asyncio.timeout(10):
+        message = await broker.receive_from_queue(queue)
+    await message.ack()
+    return message.body
+
+
+# --- the user's transactions -----------------------------------------------------------------------------------------
+
+
+async def test_a_send_appears_with_the_commit_of_a_psycopg_connection(url, broker) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE TABLE claim (id INTEGER)")
+        receipt = await broker.send_to_queue("claims", 7, within=connection, headers={"a": "b"})
+        assert (await broker.stats("claims")).ready == 0
+        connection.commit()
+        message = await broker.receive_from_queue("claims")
+        assert (message.id, message.body, message.headers) == (receipt.id, 7, {"a": "b"})
+        await broker.send_to_queue("claims", 8, within=connection, dedup_key="k")
+        connection.rollback()
+    assert not (await broker.send_to_queue("claims", 9, dedup_key="k")).duplicate
+
+
+async def test_a_waiting_consumer_finds_what_such_a_commit_brought(url, broker) -> None:
+    receiving = asyncio.ensure_future(until_found(broker))
+    with psycopg.connect(url) as connection:
+        await broker.send_to_queue("claims", 7, within=connection)
+    assert await receiving == 7
+
+
+async def test_groups_keep_their_order_through_a_users_transaction(url, broker) -> None:
+    with psycopg.connect(url) as connection:
+        for body in (1, 2, 3):
+            await broker.send_to_queue("claims", body, within=connection, group="policy-12")
+        connection.commit()
+    for body in (1, 2, 3):
+        (message,) = await broker.receive_many("claims", 5, wait=5)
+        assert message.body == body
+        await message.ack()
+
+
+@pytest.mark.parametrize("kind", ["connection", "session"])
+async def test_sqlalchemy_holds_the_transaction(url, broker, kind) -> None:
+    engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    held = engine.connect() if kind == "connection" else Session(engine)
+    with held:
+        held.execute(sqlalchemy.text("CREATE TABLE claim (id INTEGER)"))
+        await broker.send_to_queue("claims", 1, within=held)
+        held.rollback()
+        await broker.send_to_queue("claims", 2, within=held)
+        held.commit()
+    engine.dispose()
+    assert await until_found(broker) == 2
+    assert (await broker.stats("claims")).sent == 1
+
+
+async def test_django_holds_the_transaction(url, broker) -> None:
+    script = """
+        import sys
+        from urllib.parse import urlsplit
+        import django
+        from django.conf import settings
+        parts = urlsplit(sys.argv[1])
+        settings.configure(DATABASES={"default": {
+            "ENGINE": "django.db.backends.postgresql", "NAME": parts.path[1:], "USER": parts.username,
+            "HOST": parts.hostname, "PORT": parts.port}})
+        django.setup()
+        from django.db import connection, transaction
+        import filao.sync
+        with filao.sync.connect(sys.argv[1]) as broker:
+            with transaction.atomic():
+                broker.send_to_queue("claims", 1, within=connection)
+            try:
+                with transaction.atomic():
+                    broker.send_to_queue("claims", 2, within=connection)
+                    raise ValueError
+            except ValueError:
+                pass
+        connection.close()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), url]
+    run = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert await until_found(broker) == 1
+    assert (await broker.stats("claims")).sent == 1
+
+
+async def test_an_outbox_in_another_postgresql_database_is_relayed(postgres, broker) -> None:
+    elsewhere, outbox = postgres.create(f"pg{next(_names)}"), filao.Outbox()
+    with psycopg.connect(elsewhere) as connection:
+        outbox.create(connection)
+        outbox.send_to_queue(connection, "claims", 7)
+        connection.commit()
+        outbox.send_to_queue(connection, "claims", 8)
+        connection.rollback()
+    relay = filao.Relay(outbox, lambda: psycopg.connect(elsewhere), broker)
+    running = asyncio.create_task(relay.run())
+    assert await until_found(broker) == 7
+    running.cancel()
+    assert (await broker.stats("claims")).sent == 1
+
+
+async def test_the_rules_hold_within_a_transaction_too(url, postgres, broker) -> None:
+    await broker.declare(filao.Queue("small", max_length=1, body_max=10))
+    with psycopg.connect(url) as connection:
+        with pytest.raises(filao.QueueNotFound, match="claims"):
+            await broker.send_to_queue("claim", 1, within=connection)
+        await broker.send_to_queue("small", 1, within=connection)
+        with pytest.raises(filao.QueueFull, match="small"):
+            await broker.send_to_queue("small", 2, within=connection)
+        async with filao.connect(url) as other:
+            with pytest.raises(filao.MessageTooLarge, match="small"):
+                await other.send_to_queue("small", "x" * 20, within=connection)
+    with (
+        psycopg.connect(postgres.create(f"pg{next(_names)}")) as stranger,
+        pytest.raises(filao.ConfigurationError, match="another database"),
+    ):
+        await broker.send_to_queue("claims", 1, within=stranger)
+    with (
+        psycopg.connect(url, autocommit=True) as idle,
+        pytest.raises(filao.ConfigurationError, match="holds no transaction"),
+    ):
+        await broker.send_to_queue("claims", 1, within=idle)
+
+
+async def test_a_transaction_that_lasts_holds_nobody_up(broker) -> None:
+    """Not those who send to the same queue or group, and not the extension of its own message's lease."""
+    await broker.send_to_queue("claims", 1, group="g")
+    message = await broker.receive_from_queue("claims")
+    async with message.transaction() as tx, asyncio.timeout(5):
+        await tx.send_to_queue("claims", 2, group="g")
+        other = engine_of(broker).twin()
+        async with filao.Broker(other) as twin:
+            await twin.extend(message.delivery, 60)
+            await twin.send_to_queue("claims", 3, group="g")
+            await twin.send_to_queue("claims", 4)
+            assert (await twin.receive_from_queue("claims")).body == 4
+    assert [await until_found(broker), await until_found(broker)] == [2, 3]
+
+
+async def test_statements_are_written_as_on_sqlite_or_as_psycopg_wants(broker) -> None:
+    async with broker.transaction() as tx:
+        await tx.execute("CREATE TABLE t (a text, b integer)")
+        await tx.execute("INSERT INTO t VALUES (?, ?)", ("what? 100 %", 1))
+        await tx.execute("INSERT INTO t VALUES ('why?', ?) -- is it?", (2,))
+        await tx.execute("INSERT INTO t VALUES (:a, :b::integer)", {"a": "c", "b": "3"})
+        await tx.execute("INSERT INTO t VALUES (%s, %s)", ("d", 4))
+        found = await tx.execute("SELECT a FROM t WHERE a LIKE '%' AND b > ? ORDER BY b", (0,))
+        with pytest.raises(filao.ConfigurationError, match="COMMIT inside a transaction"):
+            await tx.execute("COMMIT")
+    assert [row[0] for row in found] == ["what? 100 %", "why?", "c", "d"]
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+async def test_processes_that_start_together_build_one_schema(url) -> None:
+    script = """
+        import sys, filao.sync
+        sys.stdin.readline()
+        with filao.sync.connect(sys.argv[1]) as broker:
+            broker.declare(filao.Queue("claims"))
+            broker.send_to_queue("claims", 1)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), url]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(8)]
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    said = [await asyncio.to_thread(process.communicate, timeout=60) for process in started]
+    assert [process.returncode for process in started] == [0] * 8, said
+    async with filao.connect(url) as broker:
+        assert (await broker.stats("claims")).ready == 8
+
+
+async def test_a_newer_schema_is_not_touched(url, broker) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("UPDATE filao.meta SET value = '99' WHERE name = 'version'")
+    with pytest.raises(filao.ConfigurationError, match=r"newer Filao \(its schema has version 99"):
+        await filao.connect(url).open()
+
+
+async def test_a_schema_of_an_earlier_version_is_brought_up(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
+    monkeypatch.setitem(schema.STEPS, schema.VERSION, "ALTER TABLE filao.meta ADD COLUMN more text")
+    await broker.send_to_queue("claims", 1)
+    async with filao.connect(url) as newer:
+        assert (await newer.receive_from_queue("claims")).body == 1
+    with psycopg.connect(url) as connection:
+        connection.execute("SELECT more FROM filao.meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "texts"),
+    [
+        (lambda url: url.replace("filao@", "nobody@"), filao.ConfigurationError, ["refused us", "nobody"]),
+        (lambda url: url + "x", filao.ConfigurationError, ["does not exist", "pg"]),
+        (lambda url: url.replace("@127.0.0.1:", "@127.0.0.1:1"), filao.ConfigurationError, ["invalid port number"]),
+        (lambda url: url + "?=", filao.ConfigurationError, ["cannot be read"]),
+        (lambda _: "postgresql://u:geheim@127.0.0.1:1/x", filao.EngineUnavailable, ["127.0.0.1:1", "away"]),
+        (lambda url: url + "?no_such=1", filao.ConfigurationError, ["no_such"]),
+    ],
+)
+async def test_a_url_that_leads_nowhere_says_so_and_keeps_the_password_to_itself(url, change, error, texts) -> None:
+    with pytest.raises(error) as raised:
+        await filao.connect(change(url)).open()
+    for text in texts:
+        assert text in str(raised.value)
+    assert "geheim" not in str(raised.value)
+
+
+async def test_a_user_who_may_not_create_the_schema_is_told_what_to_grant(url) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP ROLE IF EXISTS clerk")
+        connection.execute("CREATE ROLE clerk LOGIN")
+    with pytest.raises(filao.ConfigurationError, match=r"permission denied for database.*GRANT CREATE"):
+        await filao.connect(url.replace("filao@", "clerk@")).open()
+
+
+async def test_a_server_that_is_too_old_is_refused(url, monkeypatch) -> None:
+    monkeypatch.setattr(server, "VERSION_MIN", 990_000)
+    with pytest.raises(filao.ConfigurationError, match="Filao needs 99 or newer"):
+        await filao.connect(url).open()
+
+
+async def test_a_standby_is_refused_in_words(url) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        name = url.rpartition("/")[2]
+        connection.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'.encode())
+    with pytest.raises(filao.ConfigurationError, match="read-only: connect to the primary"):
+        await filao.connect(url).open()
+
+
+async def test_the_doctor_says_what_is_wrong(url, broker) -> None:
+    found = {finding.subject: finding for finding in await broker.doctor()}
+    assert found["connections"].level == "ok"
+    assert "version" in found["server"].text
+    assert not [finding for finding in found.values() if finding.level == "error"]
+
+
+async def test_when_all_connections_are_in_transactions_the_next_is_told(broker, monkeypatch) -> None:
+    monkeypatch.setattr(engine_module, "POOL_WAIT", 0.3)
+    async with filao.connect(engine_of(broker)._server.url) as small, asyncio.timeout(30):
+        async with asyncio.TaskGroup() as tasks:
+            held, leave = asyncio.Semaphore(0), asyncio.Event()
+
+            async def hold() -> None:
+                async with small.transaction() as tx:
+                    await tx.execute("SELECT 1")
+                    held.release()
+                    await leave.wait()
+
+            for _ in range(engine_module.CONNECTIONS_MAX):
+                tasks.create_task(hold())
+            for _ in range(engine_module.CONNECTIONS_MAX):
+                await held.acquire()
+            with pytest.raises(filao.EngineUnavailable, match="10 transactions of this process are open"):
+                async with small.transaction():
+                    pass
+            await small.send_to_queue("claims", 1)  # which needs none of them
+            leave.set()
+        async with small.transaction() as tx:
+            await tx.execute("SELECT 1")
+
+
+# --- one consumer at a time ------------------------------------------------------------------------------------------
+
+HOLDER = """
+    import asyncio, sys, filao
+
+    async def main():
+        async with filao.connect(sys.argv[1]) as broker:
+            message = await broker.receive_from_queue("claims", lease=float(sys.argv[2]))
+            print("held", flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+            try:
+                await message.ack()
+            except filao.LeaseLost as error:
+                print("lost", error, flush=True)
+
+    asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def holder(url: str, lease: float) -> AsyncGenerator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", textwrap.dedent(HOLDER), url, str(lease)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert await asyncio.to_thread(process.stdout.readline) == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def test_a_consumer_that_was_paused_past_its_lease_changes_nothing(url, broker) -> None:
+    await broker.send_to_queue("claims", 7)
+    async with holder(url, lease=0.5) as zombie:
+        os.kill(zombie.pid, signal.SIGSTOP)
+        message = await broker.receive_from_queue("claims")
+        assert message.attempt == 2
+        os.kill(zombie.pid, signal.SIGCONT)
+        said, _ = await asyncio.to_thread(zombie.communicate, "ack\n")
+        assert "another consumer holds it, as attempt 2" in said
+        await message.ack()
+    assert (await broker.stats("claims")).acked == 1
+
+
+async def test_the_leases_of_a_process_that_died_are_taken_over_long_before_they_end(url, broker) -> None:
+    await broker.send_to_queue("claims", 7)
+    async with holder(url, lease=600) as dying:
+        receiving = asyncio.ensure_future(broker.receive_from_queue("claims", wait=60))
+        dying.kill()
+        message = await receiving
+    assert message.delivery.crashed
+    await message.reject()
+    (dead,) = await broker.dead_letters("claims")
+    assert [failure.outcome for failure in dead.history] == ["crashed", "rejected"]
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frail(tmp_path_factory, postgres) -> Iterator[Postgres]:
+    """Return a server that tests may crash; `postgres` is here for whoever has none installed."""
+    folder = tmp_path_factory.mktemp("frail")
+    folder.chmod(0o711)
+    with postgres_server(folder / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def frail_url(frail: Postgres) -> str:
+    return frail.create(f"pg{next(_names)}")
+
+
+async def test_a_crash_of_the_server_loses_and_doubles_nothing(frail, frail_url) -> None:
+    async with filao.connect(frail_url) as senders, filao.connect(frail_url) as consumers:
+        await senders.declare(QUEUE)
+        async with loaded(senders, consumers) as load:
+            await load.resumes()
+            for _ in range(3):
+                await asyncio.to_thread(frail.stop, "immediate")
+                await asyncio.to_thread(frail.start)
+                await load.resumes()
+        await load.finish(senders)
+        stats = await senders.stats(QUEUE)
+    assert load.errors["EngineUnavailable"]
+    assert load.lost == set()
+    assert not [key for key, times in load.acked.items() if times > 1]
+    assert 0 <= stats.sent - len(load.confirmed) <= 8  # of each sender the last may not have been confirmed
+
+
+async def test_sessions_that_are_terminated_again_and_again_lose_and_double_nothing(frail, frail_url) -> None:
+    async with filao.connect(frail_url) as senders, filao.connect(frail_url) as consumers:
+        await senders.declare(QUEUE)
+        async with loaded(senders, consumers) as load:
+            with psycopg.connect(frail.url(), autocommit=True) as operator:
+                for _ in range(10):
+                    await load.resumes()
+                    operator.execute(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+                        (frail_url.rpartition("/")[2],),
+                    )
+            await load.resumes()
+        await load.finish(senders)
+        stats = await senders.stats(QUEUE)
+    assert load.lost == set()
+    assert not [key for key, times in load.acked.items() if times > 1]
+    assert 0 <= stats.sent - len(load.confirmed) <= 8
+
+
+@pytest.fixture
+def proxy(frail) -> Iterator[Proxy]:
+    with closing(Proxy(frail.port)) as proxy:
+        yield proxy
+
+
+@asynccontextmanager
+async def through(proxy: Proxy, frail: Postgres, url: str) -> AsyncGenerator[filao.Broker]:
+    async with filao.connect(frail.url(url.rpartition("/")[2], proxy.port)) as broker:
+        yield broker
+
+
+async def test_connections_that_are_reset_lose_and_double_nothing(frail, frail_url, proxy) -> None:
+    async with through(proxy, frail, frail_url) as far, filao.connect(frail_url) as near:
+        await near.declare(QUEUE)
+        async with loaded(far, far) as load:
+            for _ in range(10):
+                await load.resumes()
+                proxy.reset()
+            await load.resumes()
+        await load.finish(near)
+        stats = await near.stats(QUEUE)
+    assert load.lost == set()
+    assert not [key for key, times in load.acked.items() if times > 1]
+    assert 0 <= stats.sent - len(load.confirmed) <= 8
+
+
+async def test_a_network_that_stalls_is_given_up_and_found_again(frail, frail_url, proxy, monkeypatch) -> None:
+    monkeypatch.setattr(server, "ANSWERS_WITHIN", 1.0)
+    async with through(proxy, frail, frail_url) as far, filao.connect(frail_url) as near:
+        await near.declare(QUEUE)
+        async with loaded(far, far) as load:
+            await load.resumes()
+            proxy.stall()
+            async with asyncio.timeout(30):
+                while not load.errors["EngineUnavailable"]:
+                    await asyncio.sleep(0.01)
+            proxy.go_on()
+            await load.resumes()
+        await load.finish(near)
+    assert load.lost == set()
+
+
+async def test_a_commit_whose_answer_is_lost_is_repeated_and_stored_once(frail, frail_url, proxy) -> None:
+    async with through(proxy, frail, frail_url) as far, filao.connect(frail_url) as near:
+        await near.declare(filao.Queue("claims"))
+        await far.send_to_queue("claims", 0)
+        proxy.swallow(b"COMMIT", b"COMMIT\0")
+        with pytest.raises(filao.EngineUnavailable, match="send it again with the same message_id"):
+            await far.send_to_queue("claims", 1, message_id="claim-1")
+        assert proxy.swallowed.is_set()
+        assert (await near.stats("claims")).sent == 2  # it was stored
+        assert (await far.send_to_queue("claims", 1, message_id="claim-1")).duplicate
+        message = await near.receive_from_queue("claims")
+        await message.ack()
+        proxy.swallow(b"COMMIT", b"COMMIT\0")
+        message = await near.receive_from_queue("claims")
+        again = filao.Message(far, message.delivery, message.body)
+        with pytest.raises(filao.EngineUnavailable):
+            await again.ack()
+        with pytest.raises(filao.LeaseLost, match="it is gone"):  # so the first was done
+            await again.ack()
+        stats = await near.stats("claims")
+        assert (stats.sent, stats.acked, stats.ready, stats.leased) == (2, 2, 0, 0)
+
+
+async def test_a_worker_goes_on_after_a_crash_of_the_server(frail, frail_url) -> None:
+    worker = filao.Worker(frail_url)
+    handled: list[int] = []
+
+    @worker.consumer(filao.Queue("claims"), concurrency=4)
+    async def handle(message: filao.Message) -> None:
+        handled.append(message.body)
+
+    ready = asyncio.Event()
+    running = asyncio.create_task(worker.run(ready=ready.set))
+    async with asyncio.timeout(60):
+        await ready.wait()
+        await asyncio.to_thread(frail.stop, "immediate")
+        await asyncio.to_thread(frail.start)
+        async with filao.connect(frail_url) as broker:
+            await broker.send_to_queue("claims", 7)
+        while not handled:
+            await asyncio.sleep(0.01)
+        worker.stop()
+        await running
+    assert handled == [7]
+
+
+# --- behind a pooler -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pooled(postgres, url, tmp_path) -> Iterator[str]:
+    """Return the URL of the same database through PgBouncer, which gives each transaction any connection."""
+    from tests.servers import has_pgbouncer, pgbouncer
+
+    if not has_pgbouncer():
+        from tests.conftest import missing
+
+        missing("PgBouncer")
+    tmp_path.chmod(0o711)
+    for parent in (tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o711)
+    with ExitStack() as stack:
+        port = stack.enter_context(pgbouncer(tmp_path / "pgbouncer", postgres.port))
+        yield postgres.url(url.rpartition("/")[2], port)
+
+
+async def test_through_a_pooler_it_polls(pooled, url) -> None:
+    async with filao.connect(pooled) as broker, filao.connect(url) as direct:
+        await broker.declare(filao.Queue("claims", lease=1.0), filao.Queue("letters"))
+        receiving = asyncio.ensure_future(until_found(broker))
+        await direct.send_to_queue("claims", 7)
+        assert await receiving == 7
+        for body in range(20):
+            await broker.send_to_queue("claims", body, group=str(body % 3))
+        assert sorted([await until_found(broker) for _ in range(20)]) == list(range(20))
+        async with broker.transaction() as tx:
+            await tx.send_to_queue("letters", 1)
+        assert await until_found(broker, "letters") == 1
+        assert "polling" in next(finding.text for finding in await broker.doctor() if finding.subject == "pooler")
+
+
+def test_the_module_is_an_extra_and_says_so(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['psycopg'] = None; import filao; filao.connect('postgresql://x/y')"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert "pip install 'filao[postgresql]'" in run.stderr
