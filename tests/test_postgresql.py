@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -364,6 +364,66 @@ async def test_the_leases_of_a_process_that_died_are_taken_over_long_before_they
     await message.reject()
     (dead,) = await broker.dead_letters("claims")
     assert [failure.outcome for failure in dead.history] == ["crashed", "rejected"]
+
+
+async def test_an_ack_with_the_token_of_a_lease_before_is_refused(broker) -> None:
+    await broker.send_to_queue("claims", 7)
+    first = await broker.receive_from_queue("claims")
+    again = filao.Message(broker, first.delivery, first.body)
+    await first.release()
+    second = await broker.receive_from_queue("claims")
+    with pytest.raises(filao.LeaseLost, match="another consumer holds it, as attempt 1"):
+        await again.ack()
+    await second.ack()
+
+
+async def test_the_limit_of_a_queue_is_exact_among_processes(url, broker) -> None:
+    async with AsyncExitStack() as stack:
+        senders = [await stack.enter_async_context(filao.connect(url)) for _ in range(6)]
+        for length in range(5, 25):
+            queue: filao.Queue = filao.Queue(f"small-{length}", max_length=length)
+            await broker.declare(queue)
+            sends = [sender.send_to_queue(queue, number) for number in range(6) for sender in senders]
+            results = await asyncio.gather(*sends, return_exceptions=True)
+            refused = [result for result in results if isinstance(result, filao.QueueFull)]
+            assert (len(results) - len(refused), (await broker.stats(queue)).ready) == (length, length)
+
+
+async def test_a_group_whose_message_is_being_claimed_lets_no_other_through(url, broker) -> None:
+    """Message 1 becomes due while 2, which had overtaken it, is claimed by a transaction that has not committed yet."""
+    await broker.declare(filao.Queue("claims", group_failure="skip"))
+    for body in (1, 2):
+        await broker.send_to_queue("claims", body, group="g")
+    await (await broker.receive_from_queue("claims")).nack(delay=5)
+    claim = """
+        SELECT r.content FROM filao.queue q, filao.receive(q.id, filao.clock() + %s, 0, 60000, %s, 1, 0) r
+        WHERE q.name = 'claims' AND r.id IS NOT NULL
+    """
+    with psycopg.connect(url) as first, psycopg.connect(url, autocommit=True) as second:
+        assert first.execute(claim, (0, 1)).fetchall() == [(b"2",)]
+        other = asyncio.create_task(asyncio.to_thread(lambda: second.execute(claim, (6_000, 2)).fetchall()))
+        await asyncio.wait([other], timeout=0.3)  # it need not wait, but if it does, let it
+        first.commit()
+        assert await other == []
+
+
+async def test_what_backends_counted_that_are_gone_still_counts(url, broker) -> None:
+    async with filao.connect(url) as other:
+        await other.send_many("claims", range(3))
+    before = await broker.stats("claims")
+    with psycopg.connect(url, autocommit=True) as connection:
+        async with asyncio.timeout(10):
+            while connection.execute(_OTHER_BACKENDS).fetchone() != (0,):
+                connection.execute("SELECT filao.tidy(NULL)")
+                await asyncio.sleep(0.01)
+    after = await broker.stats("claims")
+    assert (after.sent, after.ready) == (before.sent, before.ready) == (3, 3)
+
+
+_OTHER_BACKENDS = """
+    SELECT count(*) FROM filao.counter
+    WHERE backend <> 0 AND backend NOT IN (SELECT pid FROM pg_stat_activity)
+"""
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ KEPT = ("ready", "delayed", "blocked", "leased", "dead", "acked", "dropped", "pu
 COUNTERS = dict.fromkeys((*KEPT, "sent", "duplicates", "received", "nacked", "released"), 0)
 
 
-def test_nothing_is_lost_or_unexplained_when_processes_are_killed_at_random() -> None:
-    command = [sys.executable, "-m", "tests.torture", "--kills", "30", "--seconds", "5", "--seed", "1"]
+def test_nothing_is_lost_or_unexplained_when_processes_are_killed_at_random(url) -> None:
+    command = [sys.executable, "-m", "tests.torture", "--kills", "30", "--seconds", "5", "--seed", "1", "--url", url]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 

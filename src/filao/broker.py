@@ -60,7 +60,7 @@ _open_brokers: "weakref.WeakSet[Broker]" = weakref.WeakSet()
 def connect(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> "Broker":
     """Return a broker for the engine that `url` names; `async with` opens it and closes it.
 
-    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db` or `sqlite://:memory:`. With `durability="full"`
+    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:` or `postgresql://…`. With `durability="full"`
     a send survives a power cut once it returned; with "relaxed" a power cut may undo the last moments, but a crash of
     the process may not. `clock` tells the seconds since 1970, for tests that move it. Raises `ConfigurationError` for a
     URL that cannot be right; opening raises it too, or `EngineError`.
@@ -202,7 +202,7 @@ class Broker:
         in order. While a message with the same `dedup_key`, or with the same `message_id`, is pending, and for the
         queue's `dedup_window` after, nothing is stored and the first one's id is returned with `duplicate=True`: after
         an error that left open whether the message was stored, send again with the same `message_id`. `within` is an
-        open `sqlite3` connection (or SQLAlchemy's or Django's) on the same file: the message then appears if and when
+        open `sqlite3` or psycopg connection (or SQLAlchemy's or Django's) on the same storage: the message then appears if and when
         the transaction that it holds commits.
 
         Raises `QueueNotFound`, `MessageTooLarge`, `MessageNotEncodable`, `MessageError`, `QueueFull`, `EngineError`;
@@ -455,7 +455,7 @@ class Broker:
         """Open a transaction for statements, sends and acks that shall take effect together or not at all.
 
         Leaving the block commits durably; an exception undoes all of it. On SQLite it holds the one write lock of the
-        file while it lasts: do slow work before it. Other calls of this broker wait until it ends, so inside it use the
+        file while it lasts, on PostgreSQL a connection: do slow work before it. Other calls of this broker wait until it ends, so inside it use the
         transaction's own methods. Raises `UnsupportedFeature` where the engine has no transactions.
         """
         return self._entered(self._engine.transaction())

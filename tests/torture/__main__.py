@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seconds", type=float, help=f"over which the kills are spread ({PAUSE} for each)")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
-    parser.add_argument("--url", help="of an empty database on a server; default: a file")
+    parser.add_argument("--url", help="of an empty database; default: a file of its own")
     arguments = parser.parse_args()
     pause = PAUSE if arguments.seconds is None else arguments.seconds / arguments.kills
     folder = Path(tempfile.mkdtemp(prefix="filao-torture-"))

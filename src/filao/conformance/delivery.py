@@ -180,6 +180,19 @@ async def check_a_late_ack_is_accepted_while_nobody_took_the_message(stage: Stag
     equal((stats.acked, stats.late, stats.ready), (1, 1, 0))
 
 
+@needs(Feature.FENCING)
+async def check_a_late_ack_is_accepted_though_its_message_was_seen_to_be_late(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, 1, 2)
+    await stage.next(queue)
+    slow = await stage.next(queue)
+    await stage.advance(6)
+    equal((await stage.next(queue)).body, 1)  # whoever took it has made the other ready too
+    equal((await stage.broker.stats(queue)).ready, 1)
+    await slow.ack()
+    await stage.nothing(queue)
+
+
 @needs()
 async def check_a_message_is_settled_once(stage: Stage) -> None:
     queue = await stage.queue()

@@ -74,6 +74,7 @@ class PostgresqlEngine:
         self._missed: dict[int, float] = {}
         """Processes that showed no sign of life, and since when."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closing = False
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
@@ -105,6 +106,9 @@ class PostgresqlEngine:
 
     async def close(self) -> None:
         """Give back the leases that are held, and end all connections."""
+        self._is_closing = True  # from here on nothing is leased, or it would be after the leases were given back
+        for line in self._lines.values():
+            line.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -114,8 +118,6 @@ class PostgresqlEngine:
         await self._listener.close()
         await self._main.close()
         await self._pool.close()
-        for line in self._lines.values():
-            line.close()
 
     def abandon(self) -> None:
         """Let go in a child after a fork."""
@@ -136,6 +138,8 @@ class PostgresqlEngine:
     async def execute(self, batch: Batch) -> list[Result]:
         """Do a batch as one transaction, with what joined it while we waited for the connection."""
         async with self._main.use() as connection:
+            if self._is_closing:
+                raise EngineUnavailable("the broker was closed meanwhile")
             if batch.receives and not self._listener.process:
                 await self._listener.register(connection)
                 if not self._server.is_pooled:

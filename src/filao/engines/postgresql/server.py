@@ -34,6 +34,7 @@ _REFUSALS = (
     "no pg_hba.conf entry",
     " does not exist",
     "permission denied",
+    "invalid ",
 )
 
 
@@ -121,7 +122,7 @@ class Server:
         for kind, advice in _CONFIGURATION:
             if isinstance(error, kind):
                 return ConfigurationError(f"{self.name}: {said}. {advice}")
-        if error.sqlstate is None and any(refusal in str(error) for refusal in _REFUSALS):
+        if isinstance(error, psycopg.OperationalError) and any(refusal in str(error) for refusal in _REFUSALS):
             return ConfigurationError(f"{self.name} refused us: {said}. Mend the URL, or create what is missing.")
         if isinstance(error, errors.LockNotAvailable):
             return EngineError(
