@@ -20,9 +20,10 @@ from bench import report
 from bench.measures import MEASURES as QUEUES
 from bench.measures import Ground, to_json
 from bench.peers import PACKAGES, PEERS
+from bench.postgresql import postgresql
 from bench.working import working
 
-MEASURES = QUEUES | {"working": working}
+MEASURES = QUEUES | {"working": working, "postgresql": postgresql}
 QUICK = 0.02  # of a full run's numbers: to see that everything works, not to measure
 PROGRAMS = {"Redis": "redis-server", "RabbitMQ": "rabbitmq-server"}
 STARTERS = {"Redis": redis_server, "RabbitMQ": rabbitmq_server}
@@ -37,7 +38,10 @@ def main() -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output, prefix="run-")))
         peers = [peer for peer in PEERS if peer == "Filao" or _is_there(peer)]
-        ports = {peer: stack.enter_context(STARTERS[peer](folder / peer)) for peer in peers if peer in STARTERS}
+        needed = set(options.only or MEASURES) - {"postgresql"}  # which starts its own
+        ports = {
+            peer: stack.enter_context(STARTERS[peer](folder / peer)) for peer in peers if peer in STARTERS and needed
+        }
         ground = Ground(folder, ports, tuple(peers), QUICK if options.quick else 1.0)
         found: dict[str, Any] = {"machine": _machine()}
         for name in options.only or MEASURES:

@@ -35,6 +35,8 @@ def tables(found: dict[str, Any]) -> list[str]:
         "one producer, three consumers": found.get("competing", {}).get("rate"),
         "jobs enqueued": found.get("working", {}).get("enqueue"),
         "jobs processed by two processes": found.get("working", {}).get("process"),
+        "PostgreSQL: send-one, 64 producers": found.get("postgresql", {}).get("send"),
+        "PostgreSQL: drain, one consumer process": found.get("postgresql", {}).get("drain"),
     }
     lines: list[str] = []
     for title, figures in rates.items():
@@ -72,6 +74,8 @@ def bars(found: dict[str, Any]) -> list[Bar]:
         judged += _space(found["space"])
     if "working" in found:
         judged += _working(found["working"])
+    if "postgresql" in found:
+        judged += _postgresql(found["postgresql"])
     return judged
 
 
@@ -150,6 +154,19 @@ def _working(working: dict[str, Any]) -> list[Bar]:
         Bar("jobs enqueued against huey", enqueue["Filao"] / _best(enqueue, ["huey"]), 5),
         Bar("leases lost by handlers that burn CPU", working["burning"]["lost"], 0, at_most=True),
         Bar("a worker's memory at the end against after a tenth", memory[-1] / memory[0], 1.1, at_most=True),
+    ]
+
+
+def _postgresql(found: dict[str, Any]) -> list[Bar]:
+    send, drain, claim = found["send"], found["drain"], found["claim"]
+    return [
+        Bar("PostgreSQL: send-one against SKIP LOCKED by hand", send["Filao"] / send["by hand"], 4),
+        Bar("PostgreSQL: send-one against pgqueuer", send["Filao"] / send["pgqueuer"], 10),
+        Bar("PostgreSQL: drain against pgqueuer", drain["Filao"] / drain["pgqueuer"], 2),
+        Bar(
+            "PostgreSQL: a claim at 1,000,000 waiting against 600", claim["deep"] / claim["shallow"], 1.2, at_most=True
+        ),
+        Bar("PostgreSQL: MiB of table after 500,000 messages", found["table"]["after"], 50, at_most=True),
     ]
 
 

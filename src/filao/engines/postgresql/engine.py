@@ -49,6 +49,8 @@ R = TypeVar("R")
 POLL_INTERVAL = 0.5  # seconds between looks for what calls nobody: sends in users' transactions, and whatever got lost
 DEAD_AFTER = 2.0  # seconds without a sign of life after which a process's leases are taken over
 TIDY_INTERVAL = 30.0  # seconds between rounds of housekeeping
+VACUUM_INTERVAL = 3.0  # seconds between looks at what is dead; autovacuum looks once a minute, and a queue writes fast
+VACUUM_AFTER = 50_000  # dead rows: some 20 MiB
 SLICE = 2_000  # messages that operators change in one transaction
 CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
@@ -282,7 +284,7 @@ class PostgresqlEngine:
 
     async def _watch(self) -> None:
         """As a process that receives, poll for what calls nobody, and look for deaths; every now and then, tidy up."""
-        tidied = time.monotonic()
+        tidied = vacuumed = time.monotonic()
         while True:
             await asyncio.sleep(POLL_INTERVAL)
             with suppress(FilaoError):  # a server that fails says so to those who call it
@@ -292,7 +294,16 @@ class PostgresqlEngine:
                     tidied = time.monotonic()
                     while await self._value("SELECT filao.tidy(%s)", self._moment()):
                         pass
+                if time.monotonic() - vacuumed > VACUUM_INTERVAL:
+                    vacuumed = time.monotonic()
+                    await self._vacuum()
             self._heard(0)
+
+    async def _vacuum(self) -> None:
+        """Let the room of what is gone be used again, unless another process is at it."""
+        if await self._value(_DEAD_ROWS) > VACUUM_AFTER:
+            async with self._connection() as connection:
+                await connection.execute("VACUUM (SKIP_LOCKED) filao.message")
 
     async def _look_for_deaths(self) -> None:
         async with self._main.use() as connection:
@@ -421,6 +432,7 @@ class PostgresqlTransaction:
         return results
 
 
+_DEAD_ROWS = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relid = 'filao.message'::regclass"
 _IS_HERE = "SELECT to_regclass('filao.queue') IS NOT NULL"
 _ABOUT = """
     SELECT q.id, q.rules::text, m.value
