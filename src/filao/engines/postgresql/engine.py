@@ -166,7 +166,7 @@ class PostgresqlEngine:
     def _setting(self, *, later: bool) -> verbs.Setting:
         listener = self._listener
         about = (listener.process, listener.name, listener.next_token)
-        return verbs.Setting(self._rules, self._numbers, *about, self._moment(), later)
+        return verbs.Setting(self._rules, self._numbers, self._database, *about, self._moment(), later)
 
     async def _learn(self, connection: Connection, operations: Sequence[Operation]) -> set[str]:
         """Learn the numbers of queues, and return the names that nobody declared."""
@@ -228,7 +228,7 @@ class PostgresqlEngine:
                 return not_found(operation.queue, self._rules)
             parameters = verbs.send_parameters([operation], number, self._moment(), later=True)
             rows = given.execute(verbs.SEND.replace("%s", "?"), parameters).fetchall()
-        return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules))[0]
+        return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules), self._database)[0]
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator["PostgresqlTransaction"]:
