@@ -10,7 +10,8 @@ import sqlite3
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ from bench.working import working
 MEASURES = QUEUES | {"working": working, "postgresql": postgresql}
 QUICK = 0.02  # of a full run's numbers: to see that everything works, not to measure
 PROGRAMS = {"Redis": "redis-server", "RabbitMQ": "rabbitmq-server"}
-STARTERS = {"Redis": redis_server, "RabbitMQ": rabbitmq_server}
+
+
+@contextmanager
+def _rabbitmq(folder: Path) -> Generator[str]:
+    with rabbitmq_server(folder) as node:
+        yield str(node.port)
+
+
+STARTERS = {"Redis": redis_server, "RabbitMQ": _rabbitmq}
 
 
 def main() -> int:

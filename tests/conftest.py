@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tests.servers import Postgres, has_postgres, postgres_server
+from tests.servers import Postgres, Rabbitmq, has_postgres, has_rabbitmq, postgres_server, rabbitmq_server
 
 
 class Clock:
@@ -73,4 +73,13 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
         missing("PostgreSQL")
     with postgres_server(_server_folder(tmp_path_factory, "postgres")) as server:
         server.create("filao")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rabbitmq]:
+    """Return a RabbitMQ of our own."""
+    if not has_rabbitmq():
+        missing("RabbitMQ")
+    with rabbitmq_server(tmp_path_factory.mktemp("rabbitmq") / "server") as server:
         yield server

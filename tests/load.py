@@ -19,13 +19,14 @@ RESUMES_WITHIN = 10.0  # seconds after the end of a fault: a promise
 class Load:
     """What was asked, confirmed and worked on."""
 
-    def __init__(self, *, named: bool = True) -> None:
+    def __init__(self, *, named: bool = True, queue: filao.Queue = QUEUE) -> None:
         self.confirmed: set[str] = set()
         self.handled: Counter[str] = Counter()
         """How often each message was delivered."""
         self.acked: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self._named = named
+        self._queue = queue
 
     async def send(self, broker: filao.Broker, sender: str) -> None:
         """Send one message after the other, each again and again until it is confirmed."""
@@ -33,7 +34,7 @@ class Load:
             key = f"{sender}.{number}"
             while True:
                 try:
-                    await broker.send_to_queue(QUEUE, key, message_id=key if self._named else None)
+                    await broker.send_to_queue(self._queue, key, message_id=key if self._named else None)
                 except filao.EngineError as error:
                     self.errors[type(error).__name__] += 1
                     await asyncio.sleep(AGAIN)
@@ -45,7 +46,7 @@ class Load:
         """Receive and acknowledge, for ever."""
         while True:
             try:
-                message = await broker.receive_from_queue(QUEUE)
+                message = await broker.receive_from_queue(self._queue)
                 self.handled[message.body] += 1
                 await message.ack()
                 self.acked[message.body] += 1
@@ -66,10 +67,13 @@ class Load:
         """Handle what is left."""
         async with asyncio.timeout(60):
             while True:
-                stats = await broker.stats(QUEUE)
-                if not stats.ready + stats.delayed + stats.leased + stats.blocked:
+                try:
+                    message = await broker.receive_from_queue(self._queue, wait=0.5)
+                except filao.EngineUnavailable:
+                    continue
+                stats = await broker.stats(self._queue)
+                if message is None and not stats.ready + stats.delayed + stats.leased + stats.blocked:
                     return
-                message = await broker.receive_from_queue(QUEUE, wait=0.5)
                 if message is not None:
                     self.handled[message.body] += 1
                     with suppress(filao.LeaseLost):
@@ -82,9 +86,11 @@ class Load:
 
 
 @asynccontextmanager
-async def loaded(senders: filao.Broker, consumers: filao.Broker, *, named: bool = True) -> AsyncGenerator[Load]:
+async def loaded(
+    senders: filao.Broker, consumers: filao.Broker, *, named: bool = True, queue: filao.Queue = QUEUE
+) -> AsyncGenerator[Load]:
     """Keep senders and consumers busy in this block."""
-    load = Load(named=named)
+    load = Load(named=named, queue=queue)
     tasks = [asyncio.create_task(load.send(senders, str(number))) for number in range(8)]
     tasks += [asyncio.create_task(load.consume(consumers)) for _ in range(8)]
     try:

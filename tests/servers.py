@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STARTED_WITHIN = 90.0  # seconds
@@ -139,31 +140,115 @@ def redis_server(folder: Path) -> Generator[str]:
         yield port
 
 
+class Rabbitmq:
+    """A node of RabbitMQ of our own, with a name, a cookie and a port mapper of its own; or one of a cluster of them."""
+
+    def __init__(self, folder: Path, *, mapper: int, cluster: Sequence[str] = (), name: str = "") -> None:
+        self.port = free_port()
+        self.name = name or f"node{self.port}@localhost"
+        self._folder = folder
+        self._server: subprocess.Popen[bytes] | None = None
+        own = folder / self.name
+        own.mkdir(parents=True)
+        settings = ["cluster_formation.peer_discovery_backend = classic_config"] if cluster else []
+        settings += [f"cluster_formation.classic_config.nodes.{n} = {node}" for n, node in enumerate(cluster, start=1)]
+        (own / "rabbitmq.conf").write_text("\n".join([*settings, "max_message_size = 1000000", ""]))
+        self._environment = {
+            "HOME": str(folder),
+            "RABBITMQ_NODENAME": self.name,
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_CONFIG_FILE": str(own / "rabbitmq"),
+            "RABBITMQ_MNESIA_BASE": str(own / "data"),
+            "RABBITMQ_LOG_BASE": str(own / "log"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(own / "plugins"),
+            "RABBITMQ_CONF_ENV_FILE": str(own / "environment"),
+            "ERL_EPMD_PORT": str(mapper),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+        }
+
+    def url(self, port: int | None = None, vhost: str = "") -> str:
+        """Return its URL; `port` is that of something in between."""
+        return f"amqp://guest:guest@127.0.0.1:{port or self.port}/{vhost}"
+
+    def begin(self) -> None:
+        """Start it, without waiting."""
+        environment = os.environ | self._environment
+        quiet = subprocess.DEVNULL
+        self._server = subprocess.Popen(
+            [_rabbitmq("rabbitmq-server")], env=environment, stdout=quiet, stderr=quiet, start_new_session=True
+        )
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.begin()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until it answers."""
+        assert self._server is not None
+        _wait_until_open(self._server, self.port)
+        self.command("await_startup")
+
+    def crash(self) -> None:
+        """End it by SIGKILL."""
+        if self._server is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
+            self._server = None
+            while _is_open(self.port):  # what the script started ends a moment later
+                time.sleep(0.01)
+
+    def command(self, *arguments: str) -> str:
+        """Run `rabbitmqctl` on it."""
+        command = [_rabbitmq("rabbitmqctl"), "-n", self.name, "-q", *arguments]
+        environment = os.environ | self._environment
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{arguments}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+
+def has_rabbitmq() -> bool:
+    """Return whether RabbitMQ is installed here."""
+    return (
+        shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/lib/rabbitmq/bin:/usr/sbin")
+        is not None
+    )
+
+
+def _rabbitmq(program: str) -> str:
+    """Return where a program is. Debian's wrappers change to a user of their own; the scripts behind them do not."""
+    behind = Path("/usr/lib/rabbitmq/bin") / program
+    return str(behind if behind.exists() else shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin"))
+
+
 @contextmanager
-def rabbitmq_server(folder: Path) -> Generator[str]:
-    """Run RabbitMQ with a node, a cookie and a port mapper of its own; yield its port."""
-    port, mapper, distribution = (str(free_port()) for _ in range(3))
-    folder.mkdir()
-    environment = {
-        "HOME": str(folder),
-        "RABBITMQ_NODENAME": f"bench{port}@localhost",
-        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
-        "RABBITMQ_NODE_PORT": port,
-        "RABBITMQ_DIST_PORT": distribution,
-        "RABBITMQ_MNESIA_BASE": str(folder / "data"),
-        "RABBITMQ_LOG_BASE": str(folder / "log"),
-        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
-        "RABBITMQ_CONF_ENV_FILE": str(folder / "environment"),
-        "ERL_EPMD_PORT": mapper,
-        "ERL_EPMD_ADDRESS": "127.0.0.1",
-    }
-    server = shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/lib/rabbitmq/bin:/usr/sbin")
-    # Debian's wrapper changes to a user of its own; the script behind it does not.
-    behind = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
-    with ExitStack() as stack:
-        stack.callback(subprocess.run, ["epmd", "-port", mapper, "-kill"], capture_output=True, check=False)
-        stack.enter_context(_running([str(behind if behind.exists() else server)], environment, int(port)))
-        yield port
+def rabbitmq_server(folder: Path) -> Generator[Rabbitmq]:
+    """Run one RabbitMQ."""
+    with rabbitmq_cluster(folder, 1) as (node,):
+        yield node
+
+
+@contextmanager
+def rabbitmq_cluster(folder: Path, size: int) -> Generator[list[Rabbitmq]]:
+    """Run a cluster of RabbitMQ nodes on this machine."""
+    mapper = free_port()
+    names = [f"node{number}-{mapper}@localhost" for number in range(size)]
+    nodes = [Rabbitmq(folder, mapper=mapper, cluster=names if size > 1 else (), name=name) for name in names]
+    try:
+        for node in nodes:
+            node.begin()
+            time.sleep(0 if size == 1 else 1)  # all at once they write the same cookie
+        for node in nodes:
+            node.wait()
+        yield nodes
+    finally:
+        for node in nodes:
+            node.crash()
+        subprocess.run(["epmd", "-port", str(mapper), "-kill"], capture_output=True, check=False)
 
 
 @contextmanager
@@ -187,12 +272,16 @@ def _running(command: list[str], environment: dict[str, str], port: int) -> Gene
             server.wait()
 
 
+def _is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def _wait_until_open(server: "subprocess.Popen[bytes]", port: int) -> None:
     until = time.monotonic() + STARTED_WITHIN
     while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        if _is_open(port):
+            return
         if server.poll() is not None or time.monotonic() > until:
             raise RuntimeError(f"{server.args!r} did not start")
         time.sleep(0.05)

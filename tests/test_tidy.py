@@ -29,12 +29,26 @@ ORDER = [  # what stands above; a module imports only from here upwards
         f"engines.postgresql.{name}"
         for name in ("server", "schema", "verbs", "control", "listener", "doctor", "engine")
     ),
-    *("engines.postgresql", "engines"),
+    *(
+        f"engines.rabbitmq.{name}"
+        for name in (
+            "server",
+            "topology",
+            "refusals",
+            "envelope",
+            "register",
+            "consumer",
+            "publisher",
+            "control",
+            "engine",
+        )
+    ),
+    *("engines.postgresql", "engines.rabbitmq", "engines"),
     *("outbox", "deferred", "batching", "broker", "relay", "sync"),
     *(f"worker.{name}" for name in ("outcomes", "handlers", "threads", "turns", "keeper", "leaks", "run", "pool")),
     *("worker.worker", "worker", "worker.supervisor", "worker.health", "conformance.stage"),
     *(f"conformance.{name}" for name in ("control", "delivery", "effects", "failure", "ordering", "sending")),
-    *("conformance", "sandbox", "cli", "__main__"),
+    *("conformance.verification", "conformance", "sandbox", "cli", "__main__"),
 ]
 MODULE_MAX = 600  # lines
 FUNCTION_MAX = 70  # lines, signature and docstring included

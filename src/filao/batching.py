@@ -20,21 +20,21 @@ _Entry = tuple[Operation, "asyncio.Future[Result]"]
 
 
 class Batcher:
-    """Gathers operations and hands them to an engine's `execute`.
+    """Gathers operations and hands them to an engine's `execute`, to as many batches at once as it has lanes.
 
     It is written with callbacks: a task of its own would cost a lone operation two more turns of the loop.
     """
 
-    def __init__(self, execute: Execute, abandoned: Abandoned) -> None:
+    def __init__(self, execute: Execute, abandoned: Abandoned, lanes: int = 1) -> None:
         self._execute = execute
         self._abandoned = abandoned
+        self._lanes = lanes
         self._gathered: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""
-        self._taken: list[_Entry] = []
-        """What the engine is doing."""
-        self._doing: asyncio.Future[list[Result]] | None = None
-        self._busy = False
+        self._is_called = False
+        """The loop will begin a batch on its next turn."""
+        self._doing: set[asyncio.Future[list[Result]]] = set()
         self._idle: list[asyncio.Future[None]] = []
 
     def submit(self, operation: Operation) -> "asyncio.Future[Result]":
@@ -42,49 +42,54 @@ class Batcher:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         self._gathered.append((operation, future))
-        if not self._busy:
-            self._busy = True
+        if not self._is_called and len(self._doing) < self._lanes:
+            self._is_called = True
             loop.call_soon(self._begin)  # on the next turn, with whatever else is submitted during this one
         return future
 
     async def drain(self) -> None:
         """Wait until everything that was submitted has been done."""
-        if self._busy:
+        if self._is_called or self._doing:
             done = asyncio.get_running_loop().create_future()
             self._idle.append(done)
             await done
 
     def _begin(self) -> None:
         """Let the engine do what has gathered, or rest."""
+        self._is_called = False
         waiting = self._suspects or self._gathered
         if waiting:
             receives = sum(isinstance(operation, Receive) for operation, _ in waiting)
-            batch = Batch(receives > 0, receives < len(waiting), self._take)
-            self._doing = asyncio.ensure_future(self._execute(batch))
-            self._doing.add_done_callback(partial(self._finish, len(waiting)))
-            return
-        self._busy = False
-        for idle in self._idle:
-            if not idle.done():
-                idle.set_result(None)
-        self._idle.clear()
+            taken: list[_Entry] = []
+            batch = Batch(receives > 0, receives < len(waiting), partial(self._take, taken))
+            doing = asyncio.ensure_future(self._execute(batch))
+            self._doing.add(doing)
+            doing.add_done_callback(partial(self._finish, taken, len(waiting)))
+        elif not self._doing:
+            for idle in self._idle:
+                if not idle.done():
+                    idle.set_result(None)
+            self._idle.clear()
 
-    def _take(self, accept: Callable[[Operation], bool]) -> list[Operation]:
+    def _take(self, taken: list[_Entry], accept: Callable[[Operation], bool]) -> list[Operation]:
         """Take the next batch, in order, up to what is not accepted; whoever was cancelled before is left out.
 
         The engine calls it, in whatever thread, once it can begin: what came while it waited for that comes along.
         """
         waiting = self._suspects or self._gathered
         size = 1 if self._suspects else BATCH_MAX
-        while waiting and len(self._taken) < size and accept(waiting[0][0]):
+        while waiting and len(taken) < size and accept(waiting[0][0]):
             entry = waiting.popleft()
             if not entry[1].cancelled():
-                self._taken.append(entry)
-        return [operation for operation, _ in self._taken]
+                taken.append(entry)
+        if waiting and len(self._doing) < self._lanes and not self._is_called:  # the rest need not wait for this batch
+            self._is_called = True
+            asyncio.get_running_loop().call_soon(self._begin)
+        return [operation for operation, _ in taken]
 
-    def _finish(self, planned: int, done: "asyncio.Future[list[Result]]") -> None:
+    def _finish(self, entries: list[_Entry], planned: int, done: "asyncio.Future[list[Result]]") -> None:
         """Give each caller its result, and begin the next batch."""
-        entries, self._taken = self._taken, []
+        self._doing.discard(done)
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
         if error is None:
             for (_, future), result in zip(entries, done.result(), strict=True):
@@ -107,3 +112,9 @@ class Batcher:
         """Take back those for whom the engine could not even begin."""
         waiting = self._suspects or self._gathered
         return [waiting.popleft() for _ in range(min(planned, len(waiting)))]
+
+
+def look_away(future: "asyncio.Future[Result]") -> None:
+    """Take the error of an operation that nobody waits for."""
+    if not future.cancelled():
+        future.exception()

@@ -16,10 +16,10 @@ from typing import Any, Literal, Self, TypeVar, cast, overload
 
 from msgspec import UNSET, UnsetType
 
-from filao.batching import Batcher
+from filao.batching import Batcher, look_away
 from filao.codec import codec_for, shown
 from filao.deferred import Deferred
-from filao.draft import check_ids, check_limit, check_state, draft, drafts
+from filao.draft import PEEK_MAX, RECEIVE_MANY_MAX, check_ids, check_limit, check_state, draft, drafts
 from filao.engine import (
     Ack,
     Delivery,
@@ -40,19 +40,16 @@ from filao.engine import (
     Settle,
     State,
     StoredMessage,
+    require,
 )
 from filao.engines import Durability, engine_for
-from filao.errors import ConfigurationError, FilaoError, LeaseLost, UnsupportedFeature
+from filao.errors import ConfigurationError, FilaoError, LeaseLost
 from filao.message import AT_MOST_ONCE, Message, Transaction, current_transaction, inside
-from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, not_found
+from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of, not_found
 
 R = TypeVar("R")
 Guarantee = Literal["at-least-once", "at-most-once"]
 
-RECEIVE_MANY_MAX = 10_000  # messages that one `receive_many` returns
-PEEK_MAX = 10_000  # messages that one look returns
-
-SQL_ENGINES = ("SQLite", "PostgreSQL")
 _WAITING = (State.READY, State.DELAYED, State.BLOCKED)
 _open_brokers: "weakref.WeakSet[Broker]" = weakref.WeakSet()
 
@@ -60,7 +57,7 @@ _open_brokers: "weakref.WeakSet[Broker]" = weakref.WeakSet()
 def connect(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> "Broker":
     """Return a broker for the engine that `url` names; `async with` opens it and closes it.
 
-    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:` or `postgresql://…`. With `durability="full"`
+    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:`, `postgresql://…` or `amqp://…`. With `durability="full"`
     a send survives a power cut once it returned; with "relaxed" a power cut may undo the last moments, but a crash of
     the process may not. `clock` tells the seconds since 1970, for tests that move it. Raises `ConfigurationError` for a
     URL that cannot be right; opening raises it too, or `EngineError`.
@@ -76,7 +73,7 @@ class Broker:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._batcher = Batcher(engine.execute, self._return_unread)
+        self._batcher = Batcher(engine.execute, self._return_unread, engine.lanes)
         self._queues: dict[str, Queue] = {}
         self._unusable = "is not open: use it inside `async with filao.connect(…) as broker`"
 
@@ -112,6 +109,11 @@ class Broker:
     def features(self) -> frozenset[Feature]:
         """What this engine can do."""
         return self._engine.features
+
+    @property
+    def emulated(self) -> frozenset[Feature]:
+        """What this engine can only imitate, for queues that ask for it by `emulate=`."""
+        return self._engine.emulated
 
     def check_open(self) -> None:
         """Raise `ConfigurationError` when the broker is closed, not yet open, or was inherited through a fork."""
@@ -157,6 +159,23 @@ class Broker:
         """Return every declared queue with its rules, by name."""
         self.check_usable()
         return await self._engine.queues()
+
+    async def delete_queue(self, queue: str | Queue[Any], *, messages: bool = False) -> None:
+        """Delete a queue, with its rules, its counters and what deduplication remembers of it; no other call does.
+
+        Raises `ConfigurationError` when it still holds messages, dead letters included, unless `messages` are to go too.
+        """
+        self.check_usable()
+        name = name_of(queue)
+        if messages:
+            await self._engine.remove(name, tuple(State), None)
+        held = await self._engine.delete(name)
+        self._queues.pop(name, None)
+        if held:
+            raise ConfigurationError(
+                f"queue {name!r} was not deleted: it holds {held:,} messages. Receive or purge them first, or delete them "
+                f"with it: delete_queue({name!r}, messages=True)"
+            )
 
     def _known(self, queue: str | Queue[T]) -> Queue[T] | None:
         """Return a queue that this broker knows; None when `_learn` must ask the engine."""
@@ -246,7 +265,7 @@ class Broker:
     async def _send(self, operation: Send, within: object) -> list[Receipt]:
         if within is None:
             return cast("list[Receipt]", await self._batcher.submit(operation))
-        self._require(Feature.WITHIN, "joining a transaction of your own (within=)")
+        require(self._engine, Feature.WITHIN, "joining a transaction of your own (within=)")
         receipts = self._engine.send_within(within, operation)
         if isinstance(receipts, FilaoError):
             raise receipts
@@ -339,7 +358,7 @@ class Broker:
                 while ahead:
                     yield ahead.pop()
         finally:
-            for message in ahead:
+            for message in reversed(ahead):
                 self._give_back(message.delivery)
 
     async def _wait(
@@ -397,7 +416,7 @@ class Broker:
 
     async def _acked_before(self, messages: list[Message[T]]) -> list[Message[T]]:
         """Acknowledge messages before they are handed over; one whose lease was lost meanwhile is another's."""
-        acks = [self.settle(message.delivery, Ack()) for message in messages]
+        acks = [self.settle(message.delivery, Ack(before_work=True)) for message in messages]
         acked: list[Message[T]] = []
         for message, error in zip(messages, await asyncio.gather(*acks, return_exceptions=True), strict=True):
             if error is None:
@@ -415,7 +434,7 @@ class Broker:
 
     def _give_back(self, delivery: Delivery) -> None:
         if not self._unusable:  # a closing engine gives back all it holds
-            self._batcher.submit(Settle(delivery, Release())).add_done_callback(_look_away)
+            self._batcher.submit(Settle(delivery, Release())).add_done_callback(look_away)
 
     # --- what messages need of their broker: see `filao.message.Settler` ---------------------------------------------
 
@@ -445,7 +464,7 @@ class Broker:
             await transaction.ack(message)
 
     def twin(self) -> "Broker | None":
-        """Return a broker on the same storage for another event loop; None where there can be only one, in memory."""
+        """Return a broker on the same storage for another event loop; None where the leases are bound to this one."""
         engine = self._engine.twin()
         return None if engine is None else Broker(engine)
 
@@ -463,16 +482,12 @@ class Broker:
     @asynccontextmanager
     async def _entered(self, opening: AbstractAsyncContextManager[EngineTransaction]) -> AsyncGenerator[Transaction]:
         self.check_usable()
-        self._require(Feature.TRANSACTIONS, "transactions")
+        require(self._engine, Feature.TRANSACTIONS, "transactions")
         async with opening as within:
             transaction = Transaction(self, within)
             with inside(transaction):
                 yield transaction
         transaction.mark_settled()
-
-    def _require(self, feature: Feature, what: str) -> None:
-        if feature not in self._engine.features:
-            raise UnsupportedFeature(f"{self._engine.name} has no {what}. Engines that have: {', '.join(SQL_ENGINES)}.")
 
     # --- control -----------------------------------------------------------------------------------------------------
 
@@ -486,11 +501,10 @@ class Broker:
         found = await self._engine.stats()
         if queue is None:
             return found
-        name = _name(queue)
-        for stats in found:
-            if stats.name == name:
-                return stats
-        raise not_found(name, (stats.name for stats in found))
+        by_name = {stats.name: stats for stats in found}
+        if (name := name_of(queue)) not in by_name:
+            raise not_found(name, by_name)
+        return by_name[name]
 
     async def peek(
         self,
@@ -506,7 +520,7 @@ class Broker:
         that message has left the queue meanwhile.
         """
         self.check_usable()
-        name = _name(queue)
+        name = name_of(queue)
         check_limit(name, limit, PEEK_MAX)
         return await self._engine.peek(name, check_state(state), limit=limit, after=after)
 
@@ -531,7 +545,7 @@ class Broker:
         that asks for exactly one id. Their histories are kept, and they no longer expire.
         """
         self.check_usable()
-        name = _name(queue)
+        name = name_of(queue)
         if limit is not None:
             check_limit(name, limit, 2**53)
         chosen = None if ids is None else check_ids(name, ids)
@@ -550,42 +564,30 @@ class Broker:
         Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease.
         """
         self.check_usable()
-        return await self._engine.remove(_name(queue), _WAITING if state is None else (check_state(state),), None)
+        return await self._engine.remove(name_of(queue), _WAITING if state is None else (check_state(state),), None)
 
     async def cancel(self, queue: str | Queue[Any], message_id: str) -> bool:
         """Delete one message if it still waits; False when it is being worked on, dead or gone."""
         self.check_usable()
-        return bool(await self._engine.remove(_name(queue), _WAITING, check_ids(_name(queue), [message_id])))
+        return bool(await self._engine.remove(name_of(queue), _WAITING, check_ids(name_of(queue), [message_id])))
 
     async def pause(self, queue: str | Queue[Any]) -> None:
         """Stop deliveries from this queue, for all processes; sends and settles go on."""
         self.check_usable()
-        await self._engine.pause(_name(queue), paused=True)
+        await self._engine.pause(name_of(queue), paused=True)
 
     async def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
         """Resume a paused queue, or one `group` of it that a dead letter halted."""
         self.check_usable()
         if group is None:
-            await self._engine.pause(_name(queue), paused=False)
+            await self._engine.pause(name_of(queue), paused=False)
         else:
-            await self._engine.resume_group(_name(queue), group)
+            await self._engine.resume_group(name_of(queue), group)
 
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know; on a large file this takes a while."""
         self.check_usable()
         return await self._engine.doctor()
-
-
-def _name(queue: str | Queue[Any]) -> str:
-    name = queue.name if isinstance(queue, Queue) else queue
-    check_name(name)
-    return name
-
-
-def _look_away(future: "asyncio.Future[Any]") -> None:
-    """Take the error of a give-back that nobody waits for: at worst the lease runs out."""
-    if not future.cancelled():
-        future.exception()
 
 
 def _after_fork() -> None:

@@ -9,6 +9,8 @@ from filao.errors import ConfigurationError, MessageTooLarge
 from filao.queue import Queue, check_duration
 
 SEND_MANY_MAX = 10_000  # messages that one atomic `send_many` takes: about 0.1 s of the write lock
+RECEIVE_MANY_MAX = 10_000  # messages that one `receive_many` returns
+PEEK_MAX = 10_000  # messages that one look returns
 PRIORITY_MAX = 1_000_000  # either side of 0
 KEY_MAX = 256  # characters of a group, a dedup_key or a message_id
 

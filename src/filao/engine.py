@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from filao.errors import FilaoError
+from filao.errors import FilaoError, UnsupportedFeature
 from filao.queue import Queue
 
 HISTORY_MAX = 20  # failed attempts that are remembered of one message
@@ -24,22 +24,46 @@ HISTORY_MAX = 20  # failed attempts that are remembered of one message
 class Feature(StrEnum):
     """What an engine may or may not be able to do; a queue that needs more is refused when it is declared."""
 
-    FENCING = "fencing"
-    """A late settle is refused once another consumer has the message."""
-    GROUPS = "groups"
-    PRIORITIES = "priorities"
-    DELAY = "delay"
-    TTL = "ttl"
-    DEDUPLICATION = "deduplication"
-    MAX_LENGTH = "max_length"
-    TRANSACTIONS = "transactions"
-    WITHIN = "within"
-    """Sends can join a transaction that the user holds on the engine's database."""
-    PEEK = "peek"
-    EXTEND = "extend"
-    PAUSE = "pause"
+    LEASES = "leases"
+    """A lease has a length, ends when that is over, and can be extended. Without: it ends with its connection."""
     LIVENESS = "liveness"
     """The leases of a process that died are taken over at once, not when they run out."""
+    FENCING = "fencing"
+    """A late settle is refused once another consumer has the message."""
+    RELEASE = "release"
+    """A release gives the attempt back."""
+    PLACE = "place"
+    """A message that was delayed or redriven comes back to its old place."""
+    GROUPS = "groups"
+    """`group=` keeps the order of a key while consumers compete."""
+    PRIORITIES = "priorities"
+    """`priority=` goes before the order of sending."""
+    DELAY = "delay"
+    """`delay=`, and a backoff between attempts."""
+    TTL = "ttl"
+    """A message that outlived its `ttl` is a dead letter, not delivered."""
+    DROP = "drop"
+    """... or is dropped, where the queue says so."""
+    DEDUPLICATION = "deduplication"
+    """A send repeated with its `dedup_key` or `message_id` is stored once."""
+    MAX_LENGTH = "max_length"
+    """A queue may be full, exactly."""
+    ATOMIC = "atomic"
+    """`send_many` stores all or none."""
+    TRANSACTIONS = "transactions"
+    """Work, sends and the acknowledgement commit together."""
+    WITHIN = "within"
+    """Sends can join a transaction that the user holds on the engine's database."""
+    DEAD_LETTERS = "dead_letters"
+    """Dead letters can be looked at, mended and redriven."""
+    HISTORY = "history"
+    """Each failed attempt is remembered with its error."""
+    PEEK = "peek"
+    """What waits or is held can be looked at, and cancelled one by one."""
+    PAUSE = "pause"
+    """A queue can stop to deliver."""
+    COUNTERS = "counters"
+    """`stats` counts all that ever happened. Without: what is ready and what is dead, and the rest is 0."""
 
 
 class State(StrEnum):
@@ -85,6 +109,9 @@ class Delivery(msgspec.Struct, frozen=True):
 
 class Ack(msgspec.Struct, frozen=True):
     """Done: delete it."""
+
+    before_work: bool = False
+    """It is received at most once: whoever acks must know that it is gone before he begins."""
 
 
 class Nack(msgspec.Struct, frozen=True):
@@ -314,6 +341,16 @@ class Engine(Protocol):
     @property
     def features(self) -> frozenset[Feature]: ...
 
+    @property
+    def emulated(self) -> frozenset[Feature]:
+        """What it can only imitate, at a price, for queues that ask for it by `emulate=`."""
+        ...
+
+    @property
+    def lanes(self) -> int:
+        """How many batches it does at once."""
+        ...
+
     async def open(self) -> None:
         """Connect, and create or migrate what is stored. Raises `EngineError`, `ConfigurationError`."""
 
@@ -332,6 +369,10 @@ class Engine(Protocol):
 
     async def queues(self) -> list[Queue[Any]]:
         """Return every declared queue with its rules, by name."""
+        ...
+
+    async def delete(self, queue: str) -> int:
+        """Delete a queue, with its rules and counters, if it holds no message; return how many it holds."""
         ...
 
     def execute(self, batch: Batch) -> Awaitable[list[Result]]:
@@ -371,6 +412,12 @@ class Engine(Protocol):
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know."""
         ...
+
+
+def require(engine: Engine, feature: Feature, what: str) -> None:
+    """Raise `UnsupportedFeature` for what only the SQL engines can do."""
+    if feature not in engine.features:
+        raise UnsupportedFeature(f"{engine.name} has no {what}. Engines that have: SQLite, PostgreSQL.")
 
 
 def instant(milliseconds: int) -> datetime:

@@ -23,6 +23,8 @@ BODY_MAX_EVER = 64 * 1024 * 1024  # bytes; a queue may raise its own limit up to
 LEASE_MAX = 7 * 86_400.0  # seconds
 DURATION_MAX = 10 * 365 * 86_400.0  # seconds; for delays, time to live and windows
 
+EMULATED = ("delay",)  # what a queue may ask an engine to imitate
+
 Overflow = Literal["refuse", "drop_oldest"]
 Expiry = Literal["dead", "drop"]
 GroupFailure = Literal["block", "skip"]
@@ -90,6 +92,8 @@ class Queue(Generic[T]):
     """When a message of a group dies, the group goes on, or halts until an operator resumes it."""
     body_max: int = BODY_MAX
     """The largest body in bytes."""
+    emulate: tuple[str, ...] = ()
+    """What may be imitated, at the price that the docs name, where the engine cannot do it itself: `"delay"`."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -103,6 +107,10 @@ class Queue(Generic[T]):
             _check_count(self.name, "max_length", self.max_length, most=2**53)
         if not isinstance(self.backoff, Backoff):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
             raise ConfigurationError(f"queue {self.name!r}: backoff is {self.backoff!r}; give a filao.Backoff(first=…)")
+        if not isinstance(self.emulate, tuple) or not set(self.emulate) <= set(EMULATED):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+            raise ConfigurationError(
+                f"queue {self.name!r}: emulate is {self.emulate!r}; it must be a tuple of some of: {', '.join(EMULATED)}"
+            )
         for rule, allowed in _CHOICES.items():
             if getattr(self, rule) not in allowed:
                 raise ConfigurationError(
@@ -128,6 +136,7 @@ _RULES = (
     "group_failure",
     "group_dead",
     "body_max",
+    "emulate",
 )
 
 
@@ -139,8 +148,9 @@ def rules_to_json(queue: "Queue[Any]") -> str:
 def rules_from_json(name: str, rules: str) -> "Queue[Any]":
     """Read back what `rules_to_json` wrote; a rule that a newer version added and this one does not know is passed over."""
     stored = msgspec.json.decode(rules)
-    known = {rule: stored[rule] for rule in _RULES if rule in stored and rule != "backoff"}
-    return Queue(name, backoff=Backoff(**stored.get("backoff", {})), **known)
+    known = {rule: stored[rule] for rule in _RULES if rule in stored and rule not in ("backoff", "emulate")}
+    emulate = tuple(what for what in stored.get("emulate", ()) if what in EMULATED)
+    return Queue(name, backoff=Backoff(**stored.get("backoff", {})), emulate=emulate, **known)
 
 
 def retry_delay(queue: "Queue[Any]", attempt: int, chance: float) -> float | None:
@@ -161,6 +171,13 @@ def check_name(name: object) -> None:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         shown = repr(name) if len(repr(name)) <= 200 else repr(name)[:200] + "…"
         raise ConfigurationError(f"queue name {shown}: a name is 1 to 128 characters of A-Z a-z 0-9 . _ -")
+
+
+def name_of(queue: "str | Queue[Any]") -> str:
+    """Return the name that a caller means, or raise `ConfigurationError`."""
+    name = queue.name if isinstance(queue, Queue) else queue
+    check_name(name)
+    return name
 
 
 def check_duration(owner: str, what: str, value: object, *, least: float = 0.0, most: float = DURATION_MAX) -> None:

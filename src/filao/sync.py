@@ -87,6 +87,11 @@ class Broker:
         """See `filao.Broker.features`."""
         return self._broker.features
 
+    @property
+    def emulated(self) -> frozenset[Feature]:
+        """See `filao.Broker.emulated`."""
+        return self._broker.emulated
+
     def declare(self, *queues: Queue[Any]) -> None:
         """See `filao.Broker.declare`."""
         self.call(self._broker.declare, *queues)
@@ -94,6 +99,10 @@ class Broker:
     def queues(self) -> list[Queue[Any]]:
         """See `filao.Broker.queues`."""
         return self.call(self._broker.queues)
+
+    def delete_queue(self, queue: str | Queue[Any], *, messages: bool = False) -> None:
+        """See `filao.Broker.delete_queue`."""
+        self.call(partial(self._broker.delete_queue, queue, messages=messages))
 
     def send_to_queue(
         self,

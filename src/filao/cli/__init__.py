@@ -17,6 +17,7 @@ if not (find_spec("click") and find_spec("rich")):
 
 import click
 
+from filao.cli.contract import verify_command
 from filao.cli.control import dead, peek, purge, redrive
 from filao.cli.receiving import receive
 from filao.cli.report import doctor, stats
@@ -76,7 +77,8 @@ def commands() -> None:
     Exit codes:
       0    done
       1    nothing found (receive, peek, dead, redrive, stats), not
-           confirmed (purge), or an error found (doctor)
+           confirmed (purge), an error found (doctor), or a promise
+           not kept (verify)
       2    wrong usage
       3    Filao refused, and says why: no such queue, a body that is
            too large, a queue that is full ...
@@ -87,5 +89,5 @@ def commands() -> None:
     """  # noqa: D301  # click's mark for a paragraph that is not wrapped is a real backspace
 
 
-for command in (declare, send, receive, peek, dead, redrive, purge, stats, doctor, work):
+for command in (declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, work):
     commands.add_command(command)

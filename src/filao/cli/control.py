@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import click
 import msgspec
 
-from filao.broker import PEEK_MAX
 from filao.cli.lines import json_text
 from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines, shown_body, usage
+from filao.draft import PEEK_MAX
 from filao.engine import QueueStats, State, StoredMessage
 
 _state = click.Choice([state.value for state in State])

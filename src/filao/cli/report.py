@@ -29,9 +29,9 @@ def stats(*, arguments: tuple[str, ...], wants_json: bool) -> int:
     if wants_json or not is_terminal(sys.stdout):
         print_lines(as_json(queue) for queue in found)
     elif names:
-        _draw(("queue", names[0]), _every_counter(found[0]), figures=True)
+        draw(("queue", names[0]), _every_counter(found[0]), figures=True)
     else:
-        _draw(("queue", *_COLUMNS, "oldest"), [_row(queue) for queue in found], figures=True)
+        draw(("queue", *_COLUMNS, "oldest"), [_row(queue) for queue in found], figures=True)
     if not found:
         note(f"no queue is declared here. In a shell: filao declare {url} QUEUE")
     return 0 if found else 1
@@ -74,7 +74,7 @@ def doctor(*, arguments: tuple[str, ...], wants_json: bool) -> int:
     if wants_json or not is_terminal(sys.stdout):
         print_lines(as_json(finding) for finding in findings)
     else:
-        _draw(("level", "subject", "finding"), [_finding_row(finding) for finding in findings], figures=False)
+        draw(("level", "subject", "finding"), [_finding_row(finding) for finding in findings], figures=False)
     return 1 if any(finding.level == "error" for finding in findings) else 0
 
 
@@ -85,7 +85,7 @@ def _finding_row(finding: Finding) -> tuple[str, ...]:
     return f"[{style}]{finding.level}[/]", escape(finding.subject), escape(finding.text)
 
 
-def _draw(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool) -> None:
+def draw(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool) -> None:
     """Draw a table for whoever sits at the terminal; `figures`, to the right of the first column, are never broken."""
     from rich.box import SIMPLE
     from rich.table import Table

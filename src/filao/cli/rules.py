@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from filao.cli.shell import addressed, as_json, broker_at, print_lines
-from filao.queue import Backoff, Queue, rules_to_json
+from filao.queue import EMULATED, Backoff, Queue, rules_to_json
 
 R = TypeVar("R")
 
@@ -45,6 +45,7 @@ def _or_none(text: str, number: Callable[[str], R]) -> R | str:
     "--group-dead", type=click.Choice(["continue", "halt"]), help="A head that died: its group goes on, or not."
 )
 @click.option("--body-max", type=int, metavar="BYTES", help="The largest body. Default 262144 (256 KiB).")
+@click.option("--emulate", type=click.Choice(EMULATED), multiple=True, help="What RabbitMQ may imitate: delay.")
 @click.option("--backoff-first", type=float, metavar="SECONDS", help="Delay after a first failure. Default 1.")
 @click.option("--backoff-factor", type=float, metavar="F", help="How it grows with each failure. Default 2.")
 @click.option("--backoff-ceiling", type=float, metavar="SECONDS", help="The longest such delay. Default 300.")
@@ -68,7 +69,7 @@ def declare(*, arguments: tuple[str, ...], **given: object) -> None:
 def _with_rules(queue: Queue[Any], given: dict[str, object]) -> Queue[Any]:
     """Return the queue with the rules that the options gave."""
     rules: dict[str, Any] = {
-        rule: None if value == "none" else value for rule, value in given.items() if value is not None
+        rule: None if value == "none" else value for rule, value in given.items() if value not in (None, ())
     }
     backoff = {rule: rules.pop(f"backoff_{rule}") for rule in Backoff.__slots__ if f"backoff_{rule}" in rules}
     return replace(queue, backoff=replace(queue.backoff, **backoff), **rules)

@@ -6,6 +6,20 @@ those that an engine with these features must pass. Nothing here knows an engine
 """
 
 from filao.conformance import control, delivery, effects, failure, ordering, sending
-from filao.conformance.stage import Check, Stage, checks
+from filao.conformance.stage import Check, Stage, checks, needed_by
+from filao.conformance.verification import Verdict, verify
 
-__all__ = ["Check", "Stage", "checks", "control", "delivery", "effects", "failure", "ordering", "sending"]
+__all__ = [
+    "Check",
+    "Stage",
+    "Verdict",
+    "checks",
+    "control",
+    "delivery",
+    "effects",
+    "failure",
+    "needed_by",
+    "ordering",
+    "sending",
+    "verify",
+]

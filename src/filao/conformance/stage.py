@@ -1,5 +1,7 @@
 """Where a check plays, how it speaks, and how it is entered into the contract."""
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -8,28 +10,32 @@ from typing import Any
 
 from filao.broker import Broker
 from filao.engine import Feature, QueueStats
-from filao.errors import (
-    FilaoError,
-)
+from filao.errors import FilaoError
 from filao.message import Message
-from filao.queue import Queue
+from filao.queue import EMULATED, Queue
 
 SOON = 10.0  # seconds that a check waits for what should come at once, before it calls it missing
 
 
 @dataclass(slots=True)
 class Stage:
-    """Where a check plays: `broker` is open; `advance` lets so many seconds pass; `connect` opens another broker."""
+    """Where a check plays: `broker` is open; `advance` lets so many seconds pass; `connect` opens another broker.
+
+    `slack` is how many seconds late the engine's clock may be: none where `advance` moves it.
+    """
 
     broker: Broker
     advance: Callable[[float], Awaitable[None]]
     connect: Callable[[], AbstractAsyncContextManager[Broker]]
     prefix: str = "conformance"
+    slack: float = 0.0
+    declared: list[Queue[Any]] = field(default_factory=list[Queue[Any]])
     _numbers: "count[int]" = field(default_factory=count)
 
     async def queue(self, **rules: Any) -> Queue[Any]:
         """Declare a fresh queue."""
-        queue: Queue[Any] = Queue(f"{self.prefix}.{next(self._numbers)}", **rules)
+        queue: Queue[Any] = Queue(f"{self.prefix}.{next(self._numbers)}", emulate=EMULATED, **rules)
+        self.declared.append(queue)
         await self.broker.declare(queue)
         return queue
 
@@ -44,6 +50,13 @@ class Stage:
             raise AssertionError(f"nothing to receive from {queue.name}")
         return message
 
+    async def back(self, queue: Queue[Any]) -> Message[Any]:
+        """Receive what must come back, though it may take a moment."""
+        message = await self.broker.receive_from_queue(queue, wait=SOON)
+        if message is None:
+            raise AssertionError(f"nothing came back to {queue.name}")
+        return message
+
     async def nothing(self, queue: Queue[Any]) -> None:
         """Find that nothing can be received."""
         equal(await self.broker.receive_from_queue(queue, wait=0), None)
@@ -56,6 +69,35 @@ class Stage:
             await message.ack()
         return bodies
 
+    async def drain_back(self, queue: Queue[Any]) -> list[Any]:
+        """Drain what must come back."""
+        first = await self.back(queue)
+        await first.ack()
+        return [first.body, *await self.drain(queue)]
+
+    def unused(self, *messages: Message[Any]) -> None:
+        """Find that messages came back without having used an attempt, where the engine promises it."""
+        if Feature.RELEASE in self.broker.features:
+            equal([message.attempt for message in messages], [1] * len(messages))
+
+    async def counted(self, queue: Queue[Any], *, ready: int, **counters: int) -> None:
+        """Find so many ready messages, and the counters where the engine has them."""
+        wanted = {"ready": ready} | (
+            {
+                name: count
+                for name, count in counters.items()
+                if name == "dead" or Feature.COUNTERS in self.broker.features
+            }
+        )
+        until = time.monotonic() + SOON  # a server may count a moment later
+        while True:
+            stats = await self.broker.stats(queue)
+            found = {name: getattr(stats, name) for name in wanted}
+            if found == wanted or time.monotonic() > until:
+                equal(found, wanted)
+                return
+            await asyncio.sleep(0.01)
+
 
 Check = Callable[[Stage], Awaitable[None]]
 _checks: list[tuple[Check, frozenset[Feature]]] = []
@@ -64,6 +106,11 @@ _checks: list[tuple[Check, frozenset[Feature]]] = []
 def checks(features: Iterable[Feature]) -> list[Check]:
     """Return the checks that an engine with these features must pass."""
     return [check for check, needed in _checks if needed <= set(features)]
+
+
+def needed_by(check: Check) -> frozenset[Feature]:
+    """Return the features without which a check has no meaning."""
+    return dict(_checks)[check]
 
 
 def needs(*features: Feature) -> Callable[[Check], Check]:
@@ -79,7 +126,7 @@ def needs(*features: Feature) -> Callable[[Check], Check]:
 def equal(found: object, wanted: object) -> None:
     """Raise `AssertionError` unless both are equal; unlike `assert` also under `python -O`."""
     if found != wanted:
-        raise AssertionError(f"found {found!r}, wanted {wanted!r}")
+        raise AssertionError(f"found {repr(found)[:500]}, wanted {repr(wanted)[:500]}")
 
 
 async def raises(error: type[FilaoError], call: Awaitable[Any], *texts: str) -> None:

@@ -20,6 +20,8 @@ def engine_for(url: str | Path, *, durability: Durability = "full", clock: Calla
     durable = durability == "full"
     if isinstance(url, str) and url.startswith(("postgresql://", "postgres://")):
         return _postgresql(url, durable=durable, clock=clock)
+    if isinstance(url, str) and url.startswith(("amqp://", "amqps://")):
+        return _rabbitmq(url, clock=clock)
     return SqliteEngine(sqlite_path(url), durable=durable, clock=clock)
 
 
@@ -31,6 +33,14 @@ def _postgresql(url: str, *, durable: bool, clock: Callable[[], float]) -> Engin
             f"a postgresql:// URL needs psycopg: pip install 'filao[postgresql]' ({error})"
         ) from error
     return PostgresqlEngine(url, durable=durable, clock=clock)
+
+
+def _rabbitmq(url: str, *, clock: Callable[[], float]) -> Engine:
+    try:
+        from filao.engines.rabbitmq import RabbitmqEngine  # an extra
+    except ImportError as error:
+        raise ConfigurationError(f"an amqp:// URL needs aio-pika: pip install 'filao[rabbitmq]' ({error})") from error
+    return RabbitmqEngine(url, clock=clock)
 
 
 def sqlite_path(url: str | Path) -> Path:
@@ -49,6 +59,6 @@ def sqlite_path(url: str | Path) -> Path:
     if parts.scheme != "sqlite" or parts.netloc or parts.query or not parts.path[1:]:
         raise ConfigurationError(
             f"{url!r} is no URL that Filao knows; give a path, sqlite:///relative.db, sqlite:////absolute.db, "
-            f"sqlite://:memory: or postgresql://user@host/database"
+            f"sqlite://:memory:, postgresql://user@host/database or amqp://user@host/vhost"
         )
     return Path(unquote(parts.path[1:]))

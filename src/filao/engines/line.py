@@ -16,10 +16,13 @@ from filao.errors import EngineUnavailable
 class Line:
     """The line of one queue."""
 
-    def __init__(self, submit: Submit, abandoned: Abandoned) -> None:
+    def __init__(self, submit: Submit, abandoned: Abandoned, *, looks_for_each: bool = False) -> None:
+        self.looks_for_each = looks_for_each
+        """The engine must hear of everyone who waits, though somebody waits already."""
         self._submit = submit
         self._abandoned = abandoned
         self._waiting: dict[asyncio.Future[Received], Place] = {}
+        self._wanted = 0
         self._calls = 0
         self._looking: dict[asyncio.Future[Received], Receive] = {}
         """Those for whom a look is under way."""
@@ -33,11 +36,16 @@ class Line:
         """Return whether somebody waits and nothing has come since he looked."""
         return not self._looking and any(not future.done() for future in self._waiting)
 
+    def wanted(self) -> int:
+        """Return how many messages those in line would take."""
+        return self._wanted
+
     def join(self, place: "Place", due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
         """Wait in a place; to leave, cancel the future."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Received] = loop.create_future()
         self._waiting[future] = place
+        self._wanted += place.receive.limit
         future.add_done_callback(self._leave)
         if timeout is not None:
             timer = loop.call_later(timeout, self._time_out, future)
@@ -62,12 +70,14 @@ class Line:
                 future.set_result(Received([]))
 
     def _leave(self, future: "asyncio.Future[Received]") -> None:
-        self._waiting.pop(future, None)
+        place = self._waiting.pop(future, None)
+        if place is not None:
+            self._wanted -= place.receive.limit
 
     def _time_out(self, future: "asyncio.Future[Received]") -> None:
         """Send one home with nothing; but if a look is under way for him, after it, for it may bring something."""
         if future in self._looking:
-            del self._waiting[future]
+            self._leave(future)
         elif not future.done():
             future.set_result(Received([]))
 
@@ -125,7 +135,7 @@ class Place:
 
     def is_behind(self) -> bool:
         """Look at the line."""
-        return self._line.is_quiet()
+        return not self._line.looks_for_each and self._line.is_quiet()
 
     def wait(self, due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
         """Wait in line."""

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg.errors import DeadlockDetected, SerializationFailure
+from psycopg.errors import DeadlockDetected, NoDataFound, SerializationFailure
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -62,6 +62,8 @@ class PostgresqlEngine:
 
     name = "PostgreSQL"
     features = frozenset(Feature)
+    emulated: frozenset[Feature] = frozenset()
+    lanes = 1
 
     def __init__(self, url: str, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
         self._server = Server(url, durable=durable)
@@ -148,7 +150,7 @@ class PostgresqlEngine:
                     self._start(self._listener.run())
             may_receive = self._listener.process != 0
             operations = batch.take(lambda operation: may_receive or not isinstance(operation, Receive))
-            return await _retried(connection, lambda: self._do(connection, operations))
+            return await _retried(connection, lambda: self._do(connection, operations), self._numbers.clear)
 
     async def _do(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
         unknown = await self._learn(connection, operations)
@@ -332,6 +334,12 @@ class PostgresqlEngine:
         async with self._main.use() as connection:
             return [rules for _, rules in (await control.queues(connection)).values()]
 
+    async def delete(self, queue: str) -> int:
+        """Delete a queue that holds no message."""
+        held = int(await self._value("SELECT filao.delete(%s)", await self._number(queue)))
+        self._numbers.clear()
+        return held
+
     async def stats(self) -> list[QueueStats]:
         """Read the counters of every queue."""
         async with self._main.use() as connection:
@@ -452,12 +460,16 @@ async def _in_slices(some: Callable[[int], Awaitable[int]], limit: int | None) -
             return total
 
 
-async def _retried(connection: Connection, work: Callable[[], Awaitable[R]]) -> R:
-    """Do the work of a transaction again when it met another and lost."""
+async def _retried(
+    connection: Connection, work: Callable[[], Awaitable[R]], forget: Callable[[], None] = lambda: None
+) -> R:
+    """Do the work of a transaction again when it met another and lost, or when a queue it knew was deleted."""
     for _ in range(TRIES - 1):
         try:
             return await work()
-        except (DeadlockDetected, SerializationFailure):
+        except (DeadlockDetected, SerializationFailure, NoDataFound) as error:
+            if isinstance(error, NoDataFound):
+                forget()
             if connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
                 await connection.rollback()
     return await work()

@@ -787,6 +787,27 @@ BEGIN
 END
 $$;
 
+-- Delete a queue that holds no message, with all that is remembered of it; returns how many it holds. The lock waits for
+-- those who have read the queue's rules and are about to store something.
+CREATE OR REPLACE FUNCTION filao.delete(q integer) RETURNS bigint
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+  held bigint;
+BEGIN
+  LOCK TABLE filao.queue IN ACCESS EXCLUSIVE MODE;
+  SELECT count(*) INTO held FROM filao.message WHERE queue = q;
+  IF held = 0 THEN
+    DELETE FROM filao.dedup WHERE queue = q;
+    DELETE FROM filao.halted WHERE queue = q;
+    DELETE FROM filao.unarranged WHERE queue = q;
+    DELETE FROM filao.waiting WHERE queue = q;
+    DELETE FROM filao.counter WHERE queue = q;
+    DELETE FROM filao.queue WHERE id = q;
+  END IF;
+  RETURN held;
+END
+$$;
+
 -- Let a halted group go on.
 CREATE OR REPLACE FUNCTION filao.resume_group(q integer, moment bigint, g text) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$

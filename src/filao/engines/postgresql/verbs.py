@@ -186,7 +186,7 @@ def receipts(rows: Rows, sends: Sequence[Send], rules: Queue, database: str) -> 
         elif came_first is not None:
             stored[op].append(Receipt(came_first, True))
         else:
-            stored[op].append(Receipt(drafts[place - 1].message_id or f"{database}-{number}"))
+            stored[op].append(Receipt(drafts[int(place) - 1].message_id or f"{database}-{number}"))
     return [refused.get(op, found) for op, found in enumerate(stored)]
 
 

@@ -59,6 +59,16 @@ def declare(books: Books, queue: Queue) -> None:
         _arrange_all(books, before)
 
 
+def delete(books: Books, row: QueueRow) -> int:
+    """Delete a queue that holds no message, with all that is remembered of it; return how many it holds."""
+    held = row.pending() + row.count["dead"]
+    if not held:
+        for table in ("dedup", "halted", "waiting"):
+            books.db.execute(f"DELETE FROM filao_{table} WHERE queue = ?", (row.id,))
+        books.db.execute("DELETE FROM filao_queue WHERE id = ?", (row.id,))
+    return held
+
+
 def _arrange_all(books: Books, row: QueueRow) -> None:
     if row.rules.group_dead == "continue":
         books.db.execute("DELETE FROM filao_halted WHERE queue = ?", (row.id,))

@@ -62,6 +62,8 @@ class SqliteEngine:
 
     name = "SQLite"
     features = frozenset(Feature)
+    emulated: frozenset[Feature] = frozenset()
+    lanes = 1
 
     def __init__(self, path: Path, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
         self._database = Database(path, durable=durable, clock=clock, wake=self._call_soon)
@@ -245,6 +247,10 @@ class SqliteEngine:
     async def queues(self) -> list[Queue]:
         """Return every declared queue with its rules, by name."""
         return await self._look_up(lambda books: control.queues(books.db))
+
+    async def delete(self, queue: str) -> int:
+        """Delete a queue that holds no message."""
+        return await self._change(lambda books: control.delete(books, _row(books, queue)))
 
     async def stats(self) -> list[QueueStats]:
         """Read the counters of every queue."""

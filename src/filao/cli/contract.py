@@ -1,0 +1,58 @@
+"""`filao verify`: does this server keep the promises?"""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from filao.broker import connect
+from filao.cli.report import draw
+from filao.cli.shell import addressed, as_json, is_terminal, print_lines
+from filao.conformance import Verdict, verify
+from filao.engine import Feature
+
+
+@click.command(name="verify")
+@click.argument("arguments", nargs=-1, metavar="[URL]")
+@click.option("--json", "wants_json", is_flag=True, help="JSON lines, one for each check, also on a terminal.")
+def verify_command(*, arguments: tuple[str, ...], wants_json: bool) -> int:
+    """Run the contract against your own server, and say what it can do.
+
+    It takes about a minute, in queues of its own that it deletes. The exit code is 1 when a promise is not kept.
+    """
+    url, _ = addressed(arguments, least=0, most=0)
+    with Progress(console=Console(stderr=True), transient=True, disable=not is_terminal(sys.stderr)) as progress:
+        task = progress.add_task("checking", total=None)
+
+        def told(verdict: Verdict) -> None:
+            progress.update(task, advance=1, description=verdict.check[:60])
+
+        verdicts = asyncio.run(verify(lambda: connect(url), told))
+    failed = [verdict for verdict in verdicts if verdict.error]
+    if wants_json or not is_terminal(sys.stdout):
+        print_lines(as_json(verdict) for verdict in verdicts)
+    else:
+        engine = connect(url)
+        draw(("feature", "here", "checks"), table(engine.features, engine.emulated, verdicts), figures=False)
+    for verdict in failed:
+        click.echo(f"filao: FAILED: {verdict.check}: {verdict.error}", err=True)
+    click.echo(f"filao: {len(verdicts) - len(failed)} of {len(verdicts)} checks passed", err=True)
+    return 1 if failed else 0
+
+
+def table(
+    features: frozenset[Feature], emulated: frozenset[Feature], verdicts: Sequence[Verdict]
+) -> list[tuple[str, str, str]]:
+    """Return a line for each feature: how the engine does it, and how many of its checks were passed."""
+    lines = [("what every engine does", "yes", _passed([verdict for verdict in verdicts if not verdict.features]))]
+    for feature in Feature:
+        how = "native" if feature in features else "by opt-in" if feature in emulated else "no"
+        lines.append((feature, how, _passed([verdict for verdict in verdicts if feature in verdict.features])))
+    return lines
+
+
+def _passed(verdicts: Sequence[Verdict]) -> str:
+    return f"{sum(not verdict.error for verdict in verdicts)} of {len(verdicts)}" if verdicts else ""
