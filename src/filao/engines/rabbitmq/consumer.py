@@ -1,0 +1,133 @@
+"""What this process receives of one queue: over a channel of its own, with as much prefetch as there are callers.
+
+A caller who can wait lets the server push: there are consumers whose prefetch adds up to the messages that callers
+hold and wait for, no more, so that nothing lies here that another process could work on. Whatever was pushed for a
+caller who has gone away is given back after a second. A lease is a delivery tag of the channel, and ends with it.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from itertools import count
+
+from aiormq import Channel
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN
+
+LINGER = 1.0  # seconds without a caller after which what was pushed for nobody is given back
+PREFETCH_MAX = 65_535  # which AMQP can express
+
+
+class Consumer:
+    """The receiving end of one queue."""
+
+    def __init__(self, channel: Channel, token: int, queue: str, called: Callable[[], object]) -> None:
+        self.channel = channel
+        self.token = token
+        """Of all leases that were had here."""
+        self.held: dict[int, DeliveredMessage] = {}
+        """What callers hold, by delivery tag."""
+        self._queue = queue
+        self._called = called
+        self._buffer: deque[DeliveredMessage] = deque()
+        self._room: dict[str, int] = {}
+        """How much more the server may push to each of our consumers."""
+        self._prefetch = 0
+        """What they may hold in all."""
+        self._used_at = asyncio.get_running_loop().time()
+        self._busiest = 0
+        """The most that callers have held and wanted since we last tidied up."""
+        self._asking = asyncio.Lock()
+        self._numbers = count()
+        channel.on_consumer_cancel_callbacks.add(self._cancelled)
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether the channel, and so every lease, lasts."""
+        return not self.channel.is_closed
+
+    async def take(self, limit: int, waiting: int) -> list[DeliveredMessage]:
+        """Return up to `limit` messages; let the server push when there are callers `waiting` for more."""
+        self._used_at = asyncio.get_running_loop().time()
+        self._busiest = max(self._busiest, len(self.held) + max(limit, waiting))
+        taken = self._from_buffer(limit)
+        if waiting:
+            if not taken or len(taken) < waiting:
+                await self._ask_for(waiting - len(taken))
+        else:
+            while len(taken) < limit:
+                message = await self.channel.basic_get(self._queue, timeout=ANSWERS_WITHIN)
+                taken += self._from_buffer(limit - len(taken))  # which the server had pushed before it answered
+                if message.delivery_tag is None:
+                    break
+                if len(taken) < limit:
+                    taken.append(message)
+                else:
+                    self._buffer.appendleft(message)
+        for message in taken:
+            self.held[message.delivery_tag or 0] = message
+        return taken
+
+    @contextmanager
+    def settling(self, tag: int) -> Generator[DeliveredMessage]:
+        """Give a held message, which nobody else can settle meanwhile; it is held again if the block raises."""
+        message = self.held.pop(tag)
+        try:
+            yield message
+        except BaseException:
+            self.held[tag] = message
+            raise
+        if message.consumer_tag in self._room:
+            self._room[message.consumer_tag] += 1
+
+    async def confirm(self) -> None:
+        """Wait until the server has heard all that was said on the channel: it answers in order."""
+        async with self._asking:
+            await self.channel.basic_qos(prefetch_count=1, timeout=ANSWERS_WITHIN)
+
+    async def tidy(self, *, is_wanted: bool) -> None:
+        """Let the server push less when callers have become fewer; with none left, give back what it has pushed."""
+        is_left = not is_wanted and asyncio.get_running_loop().time() - self._used_at > LINGER
+        busiest, self._busiest = self._busiest, len(self.held)
+        if self._room and (is_left or (busiest and self._prefetch > 2 * busiest)):
+            async with self._asking:
+                await self._stop_pushing()
+        if is_left:
+            while self._buffer:
+                await self.channel.basic_nack(self._buffer.popleft().delivery_tag or 0, requeue=True, wait=False)
+
+    def _from_buffer(self, limit: int) -> list[DeliveredMessage]:
+        return [self._buffer.popleft() for _ in range(min(limit, len(self._buffer)))]
+
+    async def _ask_for(self, waiting: int) -> None:
+        async with self._asking:
+            lacking = min(waiting - sum(self._room.values()) - len(self._buffer), PREFETCH_MAX)
+            if lacking > 0:
+                await self.channel.basic_qos(prefetch_count=lacking, timeout=ANSWERS_WITHIN)
+                tag = f"filao.{self.token}.{next(self._numbers)}"
+                self._room[tag] = lacking
+                self._prefetch += lacking
+                await self.channel.basic_consume(self._queue, self._pushed, consumer_tag=tag, timeout=ANSWERS_WITHIN)
+
+    async def _stop_pushing(self) -> None:
+        tags = list(self._room)
+        self._room.clear()
+        self._prefetch = 0
+        for tag in tags:
+            await self.channel.basic_cancel(tag, timeout=ANSWERS_WITHIN)
+
+    async def _pushed(self, message: DeliveredMessage) -> None:
+        if message.consumer_tag in self._room:
+            self._room[message.consumer_tag] -= 1
+        if not self._buffer:  # whoever looks sees what else comes on this turn of the loop
+            asyncio.get_running_loop().call_soon(self._called)
+        self._buffer.append(message)
+
+    async def _cancelled(self, frame: Basic.Cancel) -> None:
+        """Learn that the server pushes no more: the queue was deleted, or its node is away."""
+        if frame.consumer_tag is not None:
+            self._prefetch -= self._room.pop(frame.consumer_tag, 0)
+        self._called()

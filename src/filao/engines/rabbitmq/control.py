@@ -1,0 +1,140 @@
+"""What operators see and do: how many messages there are, and the dead letters.
+
+A dead letter is looked at by receiving it and giving it back, so that for a moment nobody else sees it.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiormq import Channel
+from aiormq.abc import DeliveredMessage
+from aiormq.exceptions import ChannelNotFoundEntity
+
+from filao.engine import Draft, Finding, QueueStats, StoredMessage
+from filao.engines.rabbitmq import envelope
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
+from filao.engines.rabbitmq.topology import UNDELIVERED, dead_name
+from filao.errors import ConfigurationError
+from filao.queue import Queue
+
+
+async def depth(session: Session, queue: str) -> int | None:
+    """Return how many messages are ready in one of the server's queues; None when there is no such queue."""
+    try:
+        async with session.aside() as channel:
+            return (await channel.queue_declare(queue, passive=True, timeout=ANSWERS_WITHIN)).message_count or 0
+    except ChannelNotFoundEntity:
+        return None
+
+
+async def stats(session: Session, queue: str, held: int) -> QueueStats:
+    """Return what the server knows of a queue; `held` is what this process holds of it, for it tells of no other."""
+    ready, dead = await depth(session, queue), await depth(session, dead_name(queue))
+    return QueueStats(
+        name=queue,
+        paused=False,
+        ready=ready or 0,
+        delayed=0,
+        blocked=0,
+        leased=held,
+        dead=dead or 0,
+        oldest_ready_age=None,
+    )
+
+
+async def purge(session: Session, queue: str) -> int:
+    """Delete what is ready in one of the server's queues, and return how many there were."""
+    async with session.aside() as channel:
+        return (await channel.queue_purge(queue, timeout=ANSWERS_WITHIN)).message_count or 0
+
+
+async def peek(session: Session, queue: str, limit: int, after: str | None) -> list[StoredMessage]:
+    """Return dead letters, the first to die first."""
+    found: list[StoredMessage] = []
+    async with _dead(session, queue) as (_, messages):
+        seen = after is None
+        async for message in messages:
+            if seen:
+                found.append(envelope.stored(queue, message))
+            elif envelope.name_of(message.header.properties) == after:
+                seen = True
+            if len(found) == limit:
+                break
+    if not seen:
+        raise ConfigurationError(f"queue {queue!r}: there is no dead letter {after!r} to go on behind; begin again")
+    return found
+
+
+async def redrive(
+    session: Session, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None
+) -> int:
+    """Publish dead letters to their queue, and delete each once that is confirmed."""
+    wanted = None if ids is None else set(ids)
+    most = len(wanted) if wanted is not None else limit
+    done = 0
+    back: set[str] = set()
+    async with _dead(session, queue) as (channel, messages):
+        async for message in messages:
+            properties = message.header.properties
+            name = envelope.name_of(properties)
+            if name in back:
+                break  # it has died again meanwhile
+            if wanted is not None and name not in wanted:
+                continue
+            content = message.body if edited is None else edited.content
+            new = envelope.redriven(properties, edited)
+            await channel.basic_publish(
+                content, routing_key=queue, properties=new, mandatory=True, timeout=ANSWERS_WITHIN
+            )
+            await channel.basic_ack(message.delivery_tag or 0)
+            done += 1
+            back |= {name} - {""}
+            if done == most:
+                break
+    return done
+
+
+@asynccontextmanager
+async def _dead(session: Session, queue: str) -> AsyncGenerator[tuple[Channel, AsyncGenerator[DeliveredMessage]]]:
+    """Give the dead letters in order; those that were not acknowledged go back when the block ends, or we die.
+
+    What goes back lines up behind what went back before, so to keep the order all go together, the unseen as well.
+    """
+    async with session.aside(confirms=True) as channel:
+        yield channel, _each(channel, dead_name(queue))
+        async for _ in _each(channel, dead_name(queue)):
+            pass
+        await channel.basic_nack(0, multiple=True, requeue=True)
+
+
+async def _each(channel: Channel, queue: str) -> AsyncGenerator[DeliveredMessage]:
+    while (message := await channel.basic_get(queue, timeout=ANSWERS_WITHIN)).delivery_tag is not None:
+        yield message
+
+
+async def examine(session: Session, server: Server, queues: Sequence[Queue[Any]]) -> list[Finding]:
+    """Return what an operator should know of the server and its queues."""
+    findings = [Finding("server", "ok", f"{server.name}, version {session.version}")]
+    for queue in queues:
+        ready, dead = await depth(session, queue.name), await depth(session, dead_name(queue.name))
+        if ready is None or dead is None:
+            missing = queue.name if ready is None else dead_name(queue.name)
+            findings.append(_finding(queue, "error", f"{missing!r} was deleted on the server: declare the queue again"))
+        else:
+            findings.append(_finding(queue, "note" if dead else "ok", f"{ready:,} ready, {dead:,} dead letters"))
+    undelivered = await depth(session, UNDELIVERED)
+    if undelivered:
+        text = f"{undelivered:,} messages were delayed for queues that have been deleted meanwhile: they are in {UNDELIVERED!r}"
+        findings.append(Finding("delays", "warning", text))
+    return [*findings, Finding("leases", "note", _CONSUMER_TIMEOUT)]
+
+
+def _finding(queue: Queue[Any], level: str, text: str) -> Finding:
+    return Finding(f"queue {queue.name}", level, text)
+
+
+_CONSUMER_TIMEOUT = (
+    "a lease ends with its connection, and after the server's consumer_timeout (30 minutes unless rabbitmq.conf says "
+    "otherwise): raise it where handlers take longer"
+)

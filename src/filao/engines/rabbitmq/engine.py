@@ -1,0 +1,438 @@
+"""The RabbitMQ engine: what a broker does natively is left to it, what it cannot do is refused when it is declared.
+
+Messages are published with confirms on one connection and received on another, so that a server that blocks those who
+send does not keep others from acknowledging. A lease is a delivery: it ends with its connection. What takes two steps
+(a retry after a delay, a dead letter with its reason, a redrive) is published before it is acknowledged: a crash
+between the two doubles it, and nothing is lost.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
+from itertools import count
+from typing import Any
+
+from aiormq import Channel
+from aiormq.abc import DeliveredMessage
+from aiormq.exceptions import ChannelNotFoundEntity
+
+from filao.engine import (
+    Abandoned,
+    Ack,
+    Batch,
+    Delivery,
+    Draft,
+    EngineTransaction,
+    Extend,
+    Feature,
+    Finding,
+    Nack,
+    Operation,
+    QueueStats,
+    Receipt,
+    Receive,
+    Received,
+    Reject,
+    Release,
+    Result,
+    Send,
+    Settle,
+    State,
+    StoredMessage,
+    Submit,
+)
+from filao.engines.line import Line, Place
+from filao.engines.rabbitmq import control, envelope, register, topology
+from filao.engines.rabbitmq.consumer import Consumer
+from filao.engines.rabbitmq.publisher import Publisher, deleted
+from filao.engines.rabbitmq.refusals import check_delay, check_rules, has_delay, refused
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Link, Server, Session
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost, UnsupportedFeature
+from filao.queue import Queue, not_found, retry_delay
+
+TIDY_INTERVAL = 0.5  # seconds between looks for messages that were pushed for nobody
+LEARN_INTERVAL = 30.0  # seconds after which the rules of the queues are read again
+
+
+class RabbitmqEngine:
+    """See `filao.engine.Engine`."""
+
+    name = "RabbitMQ"
+    features = frozenset({Feature.LIVENESS, Feature.TTL, Feature.DEAD_LETTERS})
+    emulated = frozenset({Feature.DELAY})
+    lanes = 64  # the server flushes its disk for all that are on their way
+
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
+        if clock is not time.time:
+            raise ConfigurationError("clock= cannot be given with an amqp:// URL: RabbitMQ's own clock decides")
+        self._server = Server(url)
+        self._sending = Link(self._server, self._call_all)
+        self._receiving = Link(self._server, self._call_all)
+        self._publisher = Publisher(self._sending)
+        self._rules: dict[str, Queue] = {}
+        self._learnt_at = 0.0
+        self._consumers: dict[str, Consumer] = {}
+        self._opening = asyncio.Lock()
+        self._tokens = count(1)
+        self._lines: dict[str, Line] = {}
+        self._is_closing = False
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, and read which queues there are."""
+        await self.queues()
+        self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+
+    def twin(self) -> None:
+        """Return None: a lease lives and dies with the connection that it was had on."""
+
+    async def close(self) -> None:
+        """End the connections; what is held goes back to its queues."""
+        self._is_closing = True
+        for line in self._lines.values():
+            line.close()
+        self._tidying.cancel()
+        await asyncio.gather(self._tidying, return_exceptions=True)
+        await self._receiving.close()
+        await self._sending.close()
+
+    def abandon(self) -> None:
+        """Let go in a child after a fork."""
+        self._receiving.abandon()
+        self._sending.abandon()
+
+    # --- the data plane ----------------------------------------------------------------------------------------------
+
+    async def execute(self, batch: Batch) -> list[Result]:
+        """Do a batch: what must be confirmed is on its way at once, the rest is done in order."""
+        if self._is_closing:
+            raise EngineUnavailable("the broker was closed meanwhile")
+        session = await self._receiving.session()
+        operations = batch.take(_alike())  # so that a receive does not wait for what the server must confirm
+        try:
+            async with asyncio.timeout(ANSWERS_WITHIN):
+                if not {_queue_of(operation) for operation in operations} <= self._rules.keys():
+                    await self.queues()
+                return await self._do(operations, session)
+        except TimeoutError as error:
+            await session.close()
+            await self._sending.close()
+            raise self._server.engine_error(error) from error
+
+    async def _do(self, operations: Sequence[Operation], session: Session) -> list[Result]:
+        results: list[Result] = [None] * len(operations)
+        places: list[int] = []
+        confirmed: list[asyncio.Task[Result]] = []
+        for place, operation in enumerate(operations):
+            work = self._result(self._work(operation, session))
+            if _needs_confirm(operation) and len(operations) > 1:
+                places.append(place)
+                confirmed.append(asyncio.ensure_future(work))
+            else:
+                results[place] = await work
+        for place, result in zip(places, await asyncio.gather(*confirmed), strict=True):
+            results[place] = result
+        return results
+
+    async def _result(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Return what an operation comes to, be it an error."""
+        try:
+            return await work
+        except FilaoError as error:
+            return error
+        except AWAY as error:
+            return self._server.engine_error(error)
+
+    async def _work(self, operation: Operation, session: Session) -> Result:
+        queue = self._rules.get(_queue_of(operation))
+        if queue is None:
+            return not_found(_queue_of(operation), self._rules)
+        match operation:
+            case Send():
+                return [Receipt(name) for name in await self._publisher.send(queue, operation.drafts)]
+            case Receive():
+                return await self._receive(queue, operation, session)
+            case Settle():
+                await self._settle(queue, operation)
+                return None
+            case Extend():
+                self._consumer_of(operation.delivery)  # all that can be said is that the lease lasts
+                return None
+
+    async def _receive(self, queue: Queue, receive: Receive, session: Session) -> Received:
+        if receive.lease is not None:
+            raise refused(
+                queue.name, f"lease={receive.lease:g}", "leases that end by time: they last as connections do"
+            )
+        line = self._lines.get(queue.name)
+        waiting = max(receive.limit, line.wanted() if line else 0) if receive.waiting else 0
+        deliveries: list[Delivery] = []
+        while True:
+            try:
+                consumer = await self._consumer(queue.name, session)
+                messages = await consumer.take(receive.limit, waiting)
+            except ChannelNotFoundEntity:
+                del self._rules[queue.name]
+                raise deleted(queue.name) from None
+            for message in messages:
+                delivery = envelope.read(queue.name, message, consumer.token, self._publisher.name)
+                if await self._is_alive(queue, delivery, message, consumer):
+                    deliveries.append(delivery)
+            if deliveries or not messages:
+                return Received(deliveries)
+
+    async def _is_alive(self, queue: Queue, delivery: Delivery, message: DeliveredMessage, consumer: Consumer) -> bool:
+        """Return whether a message may be handed over; one that is spent or expired becomes a dead letter."""
+        used = delivery.attempt - 1
+        if used >= queue.max_attempts:
+            reason, error = "max_attempts", "every consumer that had it vanished or gave it back"
+        elif envelope.is_expired(message.header.properties, envelope.now()):
+            reason, error = "expired", ""
+        else:
+            return True
+        with consumer.settling(delivery.handle):
+            await self._publisher.bury(delivery, message, used, reason, error)
+            await consumer.channel.basic_ack(delivery.handle, wait=False)
+        return False
+
+    async def _settle(self, queue: Queue, settle: Settle) -> None:
+        delivery, outcome = settle.delivery, settle.outcome
+        consumer = self._consumer_of(delivery)
+        channel, tag = consumer.channel, delivery.handle
+        try:
+            with consumer.settling(tag) as message:
+                match outcome:
+                    case Ack():
+                        await channel.basic_ack(tag, wait=False)
+                        if outcome.before_work:
+                            await consumer.confirm()
+                    case Release():
+                        await channel.basic_nack(tag, requeue=True, wait=False)
+                    case Reject(error, malformed):
+                        reason = "malformed" if malformed else "rejected"
+                        await self._publisher.bury(delivery, message, delivery.attempt, reason, error)
+                        await channel.basic_ack(tag, wait=False)
+                    case Nack():
+                        await self._fail(queue, delivery, message, outcome, consumer.channel)
+        except AWAY:
+            if consumer.is_open:
+                raise
+            raise _lost(delivery) from None
+
+    async def _fail(
+        self, queue: Queue, delivery: Delivery, message: DeliveredMessage, nack: Nack, channel: Channel
+    ) -> None:
+        """Let a message be tried again, or die."""
+        tag = delivery.handle
+        delay = retry_delay(queue, delivery.attempt, random.random())
+        if delay is None:
+            await self._publisher.bury(delivery, message, delivery.attempt, "max_attempts", nack.error)
+            await channel.basic_ack(tag, wait=False)
+            return
+        delay = delay if nack.delay is None else nack.delay
+        check_delay(queue, delay)
+        if delay > 0:
+            await self._publisher.again(delivery, message, delay)
+            await channel.basic_ack(tag, wait=False)
+        else:
+            await channel.basic_reject(tag, requeue=True, wait=False)
+
+    async def _consumer(self, queue: str, session: Session) -> Consumer:
+        consumer = self._consumers.get(queue)
+        if consumer is not None and consumer.is_open:
+            return consumer
+        async with self._opening:
+            consumer = self._consumers.get(queue)
+            if consumer is None or not consumer.is_open:
+                channel = await session.channel()
+                consumer = Consumer(channel, next(self._tokens), queue, partial(self._call, queue))
+                self._consumers[queue] = consumer
+            return consumer
+
+    def _consumer_of(self, delivery: Delivery) -> Consumer:
+        """Return where a message was received, if its lease lasts."""
+        consumer = self._consumers.get(delivery.queue)
+        if consumer is None or not consumer.is_open or consumer.token != delivery.token:
+            raise _lost(delivery)
+        if delivery.handle not in consumer.held:
+            raise _lost(delivery)
+        return consumer
+
+    # --- waking ------------------------------------------------------------------------------------------------------
+
+    def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Place:
+        """Take a place to wait for a queue."""
+        line = self._lines.get(receive.queue)
+        if line is None:
+            line = self._lines[receive.queue] = Line(submit, abandoned, looks_for_each=True)
+        return line.place(receive)
+
+    def _call(self, queue: str) -> None:
+        """Let those in line for a queue look: something was pushed for them."""
+        line = self._lines.get(queue)
+        if line is not None:
+            line.call()
+
+    def _call_all(self) -> None:
+        """Let all who wait look: the connection has ended, and with it whatever was to be pushed to them."""
+        for line in self._lines.values():
+            line.call()
+
+    async def _tidy(self) -> None:
+        """Every now and then, give back what was pushed for nobody, and learn of rules that have changed."""
+        now = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(TIDY_INTERVAL)
+            with suppress(FilaoError, *AWAY):  # a server that fails says so to those who call it
+                for queue, consumer in list(self._consumers.items()):
+                    line = self._lines.get(queue)
+                    if consumer.is_open:
+                        await consumer.tidy(is_wanted=line is not None and line.wanted() > 0)
+                if now() - self._learnt_at > LEARN_INTERVAL:
+                    await self.queues()
+
+    # --- the control plane -------------------------------------------------------------------------------------------
+
+    async def declare(self, queue: Queue) -> None:
+        """Create the queue or give it these rules."""
+        check_rules(queue)
+        async with self._apart() as session:
+            async with session.aside() as channel:
+                await topology.declare_queue(channel, queue)
+                if has_delay(queue):
+                    await topology.declare_ladder(channel)
+                    await topology.bind_to_ladder(channel, queue.name)
+            await register.enter(session, self._server, queue)
+        self._rules[queue.name] = queue
+
+    async def queues(self) -> list[Queue]:
+        """Return every declared queue with its rules, by name."""
+        async with self._apart() as session:
+            self._rules = await register.queues(session, self._server)
+        self._learnt_at = asyncio.get_running_loop().time()
+        return list(self._rules.values())
+
+    async def delete(self, queue: str) -> int:
+        """Delete a queue of which nothing is ready or dead; the server does not tell what others hold of it."""
+        await self._check_declared(queue)
+        async with self._apart() as session:
+            held = await control.depth(session, queue) or 0
+            held += await control.depth(session, topology.dead_name(queue)) or 0
+            if not held:
+                async with session.aside() as channel:
+                    await channel.queue_delete(queue)
+                    await channel.queue_delete(topology.dead_name(queue))
+                await register.strike_out(session, self._server, queue)
+                self._rules.pop(queue, None)
+        return held
+
+    async def stats(self) -> list[QueueStats]:
+        """Ask the server for the depth of every queue and of its dead letters."""
+        queues = await self.queues()
+        held = {name: len(consumer.held) for name, consumer in self._consumers.items()}
+        async with self._apart() as session:
+            return [await control.stats(session, queue.name, held.get(queue.name, 0)) for queue in queues]
+
+    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
+        """Return dead letters; nothing else can be looked at."""
+        await self._check_declared(queue)
+        if state is not State.DEAD:
+            raise refused(queue, f"peek at {state} messages", "way to look at a message without receiving it")
+        async with self._apart() as session:
+            return await control.peek(session, queue, limit, after)
+
+    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
+        """Publish dead letters behind what is ready."""
+        await self._check_declared(queue)
+        async with self._apart() as session:
+            return await control.redrive(session, queue, ids, limit, edited)
+
+    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
+        """Delete what is ready, or the dead letters."""
+        await self._check_declared(queue)
+        if ids is not None:
+            raise refused(queue, "to cancel one message", "way to find a message in a queue")
+        async with self._apart() as session:
+            if not {State.READY, State.DEAD} & set(states):
+                raise refused(queue, f"to purge {' and '.join(states)} messages", "way to reach them")
+            ready = await control.purge(session, queue) if State.READY in states else 0
+            dead = await control.purge(session, topology.dead_name(queue)) if State.DEAD in states else 0
+        return ready + dead
+
+    async def pause(self, queue: str, *, paused: bool) -> None:
+        """Refuse."""
+        await self._check_declared(queue)
+        raise refused(queue, "pause" if paused else "resume", "queues that can be paused")
+
+    async def resume_group(self, queue: str, group: str) -> None:
+        """Refuse."""
+        await self._check_declared(queue)
+        raise refused(queue, f"to resume group {group!r}", "groups")
+
+    async def doctor(self) -> list[Finding]:
+        """Examine the server and its queues and say what an operator should know."""
+        queues = await self.queues()
+        async with self._apart() as session:
+            return await control.examine(session, self._server, queues)
+
+    def transaction(self) -> AbstractAsyncContextManager[EngineTransaction]:
+        """Refuse."""
+        raise UnsupportedFeature(_NO_TRANSACTIONS)
+
+    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:  # noqa: ARG002
+        """Refuse."""
+        return UnsupportedFeature(_NO_TRANSACTIONS)
+
+    @asynccontextmanager
+    async def _apart(self) -> AsyncGenerator[Session]:
+        """Give a session of its own: what goes wrong there costs no lease and leaves no send in doubt."""
+        session = await self._server.connect()
+        try:
+            with self._server.mapped():
+                yield session
+        finally:
+            await session.close()
+
+    async def _check_declared(self, queue: str) -> None:
+        """Raise `QueueNotFound` unless the queue is declared."""
+        if queue not in self._rules:
+            await self.queues()
+        if queue not in self._rules:
+            raise not_found(queue, self._rules)
+
+
+_NO_TRANSACTIONS = "RabbitMQ has no transactions with other work. Engines that have: SQLite, PostgreSQL."
+
+
+def _queue_of(operation: Operation) -> str:
+    return operation.queue if isinstance(operation, Send | Receive) else operation.delivery.queue
+
+
+def _needs_confirm(operation: Operation) -> bool:
+    """Return whether the server must answer before an operation is done."""
+    return isinstance(operation, Send) or (
+        isinstance(operation, Settle) and isinstance(operation.outcome, Nack | Reject)
+    )
+
+
+def _alike() -> Callable[[Operation], bool]:
+    """Return what accepts operations that all need a confirm, or all do not, as the first that it is shown."""
+    first: list[bool] = []
+
+    def accept(operation: Operation) -> bool:
+        needs = _needs_confirm(operation)
+        first.append(needs)
+        return needs == first[0]
+
+    return accept
+
+
+def _lost(delivery: Delivery) -> LeaseLost:
+    return LeaseLost(
+        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost: it was settled, "
+        f"or the connection that it was had on has ended, and the message goes to the next consumer. Nothing was changed."
+    )

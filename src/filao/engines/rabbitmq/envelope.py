@@ -1,0 +1,226 @@
+"""How a message looks on RabbitMQ, so that programs without Filao can send it and read it. Pure.
+
+The body is the body: JSON or bytes, as its content type says. The id, the time and the user's headers are where AMQP
+has them; what is Filao's own is in headers that begin with `x-filao-`.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+
+from filao.codec import BYTES, JSON, decode_headers
+from filao.engine import Delivery, Draft, Failure, State, StoredMessage, instant
+from filao.errors import MessageTooLarge
+
+Properties = Basic.Properties
+
+ATTEMPT = "x-filao-attempt"
+"""How many attempts a message had used when it was published anew, after a delay."""
+EXPIRES_AT = "x-filao-expires-at"
+"""Milliseconds since 1970; for messages that waited on the ladder, where AMQP's own expiration has another meaning."""
+SENT_AT = "x-filao-sent-at"
+"""Milliseconds since 1970; AMQP's timestamp has whole seconds."""
+ID = "x-filao-id"
+"""An id that is longer than AMQP's."""
+REASON, ERROR, DIED_AT, SPENT = "x-filao-reason", "x-filao-error", "x-filao-died-at", "x-filao-attempts"
+
+SHORT_MAX = 255  # bytes of AMQP's short strings: its ids and the names of headers
+_RETURNS = "x-delivery-count"  # the server's, of a quorum queue
+_OTHERS = ("x-death", "x-first-death-", "x-last-death-", "x-filao-", _RETURNS, "x-acquired-count", "x-stream-offset")
+_TYPES = {JSON: "application/json", BYTES: "application/octet-stream"}
+_REASONS = {"expired": "expired", "rejected": "rejected", "delivery_limit": "max_attempts", "maxlen": "overflow"}
+
+
+def now() -> int:
+    """Return the milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def written(queue: str, draft: Draft, name: str, ttl: float | None, moment: int) -> Properties:
+    """Return the properties that a message is published with; raise `MessageTooLarge` for what AMQP cannot hold."""
+    headers: dict[str, Any] = dict(decode_headers(draft.headers))
+    for header in headers:
+        if len(header.encode()) > SHORT_MAX:
+            raise MessageTooLarge(
+                f"queue {queue!r}: the name of header {header[:40]!r}… takes more than {SHORT_MAX} bytes, which AMQP "
+                f"cannot carry. Nothing was sent."
+            )
+    headers[SENT_AT] = moment
+    expiration = None
+    if ttl is not None and draft.delay > 0:
+        headers[EXPIRES_AT] = moment + round(ttl * 1000)
+    elif ttl is not None:
+        expiration = str(round(ttl * 1000))
+    message_id: str | None = name
+    if len(name.encode()) > SHORT_MAX:
+        headers[ID], message_id = name, None
+    return Properties(
+        content_type=_TYPES[draft.kind],
+        delivery_mode=2,
+        message_id=message_id,
+        timestamp=instant(moment),
+        expiration=expiration,
+        headers=headers,
+    )
+
+
+def read(queue: str, message: DeliveredMessage, token: int, unnamed: Callable[[], str]) -> Delivery:
+    """Return a received message; `unnamed` names one without an id."""
+    properties = message.header.properties
+    headers = properties.headers or {}
+    users = {name: text(value) for name, value in headers.items() if not name.startswith(_OTHERS)}
+    return Delivery(
+        queue=queue,
+        id=name_of(properties) or unnamed(),
+        handle=message.delivery_tag or 0,
+        token=token,
+        attempt=attempts(properties) + 1,
+        priority=0,
+        group=None,
+        dedup_key=None,
+        message_id=None,
+        headers=msgspec.json.encode(users).decode() if users else None,
+        kind=_kind(properties, message.body),
+        content=message.body,
+        sent_at=_sent_at(properties),
+        failures=0,
+    )
+
+
+def attempts(properties: Properties) -> int:
+    """Return how many attempts a message has used: those before it was last published, and its returns since."""
+    headers = properties.headers or {}
+    return _number(headers.get(ATTEMPT)) + _number(headers.get(_RETURNS))
+
+
+def is_expired(properties: Properties, moment: int) -> bool:
+    """Return whether a message outlived its time while it waited on the ladder; the server sees to all others."""
+    expires_at = _number((properties.headers or {}).get(EXPIRES_AT))
+    return 0 < expires_at <= moment
+
+
+def again(properties: Properties, used: int) -> Properties:
+    """Return what a failed message is published with to come back later, `used` attempts behind it."""
+    headers = _cleaned(properties)
+    headers[ATTEMPT] = used
+    if properties.expiration:
+        headers[EXPIRES_AT] = _sent_at(properties) + _number(properties.expiration)
+    return _copy(properties, headers)
+
+
+def dead(properties: Properties, used: int, reason: str, error: str, moment: int) -> Properties:
+    """Return what a message is published with as a dead letter."""
+    headers = _cleaned(properties)
+    headers |= {REASON: reason, ERROR: error, DIED_AT: moment, SPENT: used}
+    return _copy(properties, headers)
+
+
+def redriven(properties: Properties, edited: Draft | None) -> Properties:
+    """Return what a dead letter is published with to be ready again."""
+    headers = _cleaned(properties)
+    for name in (REASON, ERROR, DIED_AT, SPENT, ATTEMPT, EXPIRES_AT):
+        headers.pop(name, None)
+    if edited is not None and edited.headers is not None:
+        headers = {name: value for name, value in headers.items() if name.startswith("x-filao-")}
+        headers |= decode_headers(edited.headers)
+    copy = _copy(properties, headers)
+    if edited is not None:
+        copy.content_type = _TYPES[edited.kind]
+    return copy
+
+
+def stored(queue: str, message: DeliveredMessage) -> StoredMessage:
+    """Return a dead letter as operators see it."""
+    properties = message.header.properties
+    headers = properties.headers or {}
+    delivery = read(queue, message, 0, str)
+    reason, died_at = text(headers.get(REASON, "")), instant(_number(headers.get(DIED_AT)))
+    deaths: Any = headers.get("x-death")
+    if deaths and not reason:  # the server's own record, the latest death first
+        reason, died_at = _REASONS.get(deaths[0]["reason"], "rejected"), deaths[0]["time"]
+    spent = _number(headers.get(SPENT)) or _number(headers.get(ATTEMPT))
+    error = text(headers.get(ERROR, ""))
+    failed = Failure(spent, died_at, "nacked" if reason == "max_attempts" else reason, error, consumer="")
+    return StoredMessage(
+        id=delivery.id,
+        queue=queue,
+        state=State.DEAD,
+        body=_body(delivery),
+        headers=decode_headers(delivery.headers),
+        attempts=spent,
+        priority=0,
+        group=None,
+        dedup_key=None,
+        sent_at=instant(delivery.sent_at),
+        at=died_at,
+        expires_at=None,
+        reason=reason or "rejected",
+        history=(failed,) if error else (),
+    )
+
+
+def text(value: object) -> str:
+    """Return a header's value as the string that Filao's headers are."""
+    return value.decode(errors="replace") if isinstance(value, bytes | bytearray) else str(value)
+
+
+def name_of(properties: Properties) -> str:
+    """Return a message's id, empty when a foreign producer gave none."""
+    return text((properties.headers or {}).get(ID, "")) or properties.message_id or ""
+
+
+def _sent_at(properties: Properties) -> int:
+    sent_at = _number((properties.headers or {}).get(SENT_AT))
+    if not sent_at and isinstance(properties.timestamp, datetime):
+        sent_at = round(properties.timestamp.astimezone(UTC).timestamp() * 1000)
+    return sent_at
+
+
+def _kind(properties: Properties, body: bytes) -> int:
+    """Tell JSON from bytes: by the content type, or for want of one by looking."""
+    if properties.content_type:
+        return JSON if "json" in properties.content_type else BYTES
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return BYTES
+    return JSON
+
+
+def _body(delivery: Delivery) -> Any:
+    if delivery.kind == JSON:
+        try:
+            return msgspec.json.decode(delivery.content)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass
+    return delivery.content
+
+
+def _number(value: object) -> int:
+    try:
+        return int(value)  # type: ignore[call-overload, no-any-return]  # whatever a stranger wrote into a header
+    except (TypeError, ValueError):
+        return 0
+
+
+def _cleaned(properties: Properties) -> dict[str, Any]:
+    """Return the headers without the server's own: it would take a message that died before for one that goes in circles."""
+    servers = tuple(name for name in _OTHERS if name != "x-filao-")
+    return {name: value for name, value in (properties.headers or {}).items() if not name.startswith(servers)}
+
+
+def _copy(properties: Properties, headers: dict[str, Any]) -> Properties:
+    """Return all that a foreign producer may have set, but its expiration, with these headers."""
+    kept = {name: getattr(properties, name) for name in _KEPT}
+    return Properties(**kept, delivery_mode=2, headers=headers)
+
+
+_KEPT = (
+    *("content_type", "content_encoding", "correlation_id", "reply_to"),
+    *("message_id", "timestamp", "message_type", "app_id"),
+)

@@ -1,0 +1,111 @@
+"""What this process publishes: with confirms, on a connection of its own, and `mandatory`, so that nothing vanishes."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+from aiormq import Channel
+from aiormq.abc import DeliveredMessage
+from aiormq.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
+
+from filao.engine import Delivery, Draft
+from filao.engines.rabbitmq import envelope
+from filao.engines.rabbitmq.refusals import check_draft
+from filao.engines.rabbitmq.server import Link, Session
+from filao.engines.rabbitmq.topology import dead_name, route
+from filao.errors import MessageTooLarge, QueueNotFound
+from filao.queue import Queue
+
+LARGE = 128 * 1024  # bytes of a body above which it has a channel of its own, which ends when the server refuses it
+
+_Ready = tuple[bytes, envelope.Properties, float]  # a body, its properties and its delay
+
+
+class Publisher:
+    """Publishes on a link's session, and returns once the server has confirmed."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._prefix, self._numbers = secrets.token_hex(6), count(1)
+
+    def name(self) -> str:
+        """Return an id that no other message has."""
+        return f"{self._prefix}-{next(self._numbers)}"
+
+    async def send(self, queue: Queue[Any], drafts: Sequence[Draft]) -> list[str]:
+        """Send messages and return their ids. They are on their way together: some may be stored when others fail."""
+        moment = envelope.now()
+        names: list[str] = []
+        ready: list[_Ready] = []
+        for draft in drafts:
+            check_draft(queue, draft)
+            names.append(draft.message_id or self.name())
+            properties = envelope.written(queue.name, draft, names[-1], draft.ttl or queue.ttl, moment)
+            ready.append((draft.content, properties, draft.delay))
+        session = await self._link.session()
+        if any(len(content) > LARGE for content, _, _ in ready):
+            async with session.aside(confirms=True) as channel:
+                await _publish_all(channel, queue.name, ready)
+        else:
+            await self._publish_all(session, queue.name, ready)
+        return names
+
+    async def again(self, delivery: Delivery, message: DeliveredMessage, delay: float) -> None:
+        """Send a failed message once more, to come back after `delay` seconds."""
+        await self._repeat(delivery.queue, message, envelope.again(message.header.properties, delivery.attempt), delay)
+
+    async def bury(self, delivery: Delivery, message: DeliveredMessage, used: int, reason: str, error: str) -> None:
+        """Send a message to the dead letters of its queue; it has used so many attempts."""
+        properties = envelope.dead(message.header.properties, used, reason, error, envelope.now())
+        await self._repeat(dead_name(delivery.queue), message, properties, 0)
+
+    async def _repeat(
+        self, queue: str, message: DeliveredMessage, properties: envelope.Properties, delay: float
+    ) -> None:
+        await self._publish_all(await self._link.session(), queue, [(message.body, properties, delay)])
+
+    async def _publish_all(self, session: Session, queue: str, messages: Sequence[_Ready]) -> None:
+        try:
+            await _publish_all(await session.publishing(), queue, messages)
+        except DeliveryError:
+            await session.renew_publishing()
+            raise
+
+
+async def _publish_all(channel: Channel, queue: str, messages: Sequence[_Ready]) -> None:
+    if len(messages) == 1:
+        await _publish(channel, queue, *messages[0])
+        return
+    confirmed = await asyncio.gather(
+        *(_publish(channel, queue, *message) for message in messages), return_exceptions=True
+    )
+    for error in confirmed:
+        if isinstance(error, BaseException):
+            raise error
+
+
+async def _publish(channel: Channel, queue: str, content: bytes, properties: envelope.Properties, delay: float) -> None:
+    exchange, key = route(queue, delay)
+    try:
+        await channel.basic_publish(
+            content, exchange=exchange, routing_key=key, properties=properties, mandatory=True, wait=False
+        )
+    except PublishError:
+        raise deleted(queue) from None
+    except ChannelPreconditionFailed as error:
+        if "message size" not in str(error):
+            raise
+        raise MessageTooLarge(
+            f"queue {queue!r}: the body takes {len(content):,} bytes, and the server takes no more than its "
+            f"max_message_size ({error.args[-1]}). Nothing was sent. Send a reference to the content instead."
+        ) from None
+
+
+def deleted(queue: str) -> QueueNotFound:
+    """Return the error for a queue that was declared, but that somebody has deleted on the server."""
+    return QueueNotFound(
+        f"queue {queue!r} was deleted on the server, with what was in it. Declare it again with "
+        f"broker.declare(Queue({queue!r}))."
+    )

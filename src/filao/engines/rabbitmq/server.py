@@ -1,0 +1,231 @@
+"""The server: where it is, how it is reached, and what its errors mean to a user of Filao."""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import cast
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import aio_pika
+from aiormq import Channel
+from aiormq.exceptions import (
+    AMQPError,
+    AuthenticationError,
+    ChannelAccessRefused,
+    ChannelInvalidStateError,
+    ChannelPreconditionFailed,
+    ConnectionNotAllowed,
+    DeliveryError,
+    InvalidFrameError,
+    ProbableAuthenticationError,
+)
+
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable
+
+AWAY = (AMQPError, ChannelInvalidStateError, TimeoutError, OSError)  # what the client raises when something has ended
+
+for _name in (
+    "aiormq",
+    "aio_pika",
+):  # what they have to say is raised here too; without a logging setup it is not said twice
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+
+VERSION_MIN = (3, 10)  # where quorum queues got message TTLs, and dead letters that cannot be lost on their way
+CONNECTED_WITHIN = 10.0  # seconds
+ANSWERS_WITHIN = 30.0  # seconds for a reply or a confirm; a server that takes longer is as good as away
+HEARTBEAT = 30  # seconds; a connection without a sign of life for two of them is lost, and its messages are given back
+
+DOUBT = (
+    "If this was a send, it is open whether the message was stored: send it again with the same message_id, by which "
+    "its consumer can tell."
+)
+
+
+class Server:
+    """A RabbitMQ, by its URL: one host, or the nodes of a cluster."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            parts = urlsplit(url)
+            user, _, hosts = parts.netloc.rpartition("@")
+            nodes = [node for node in hosts.split(",") if node]
+            ports = [urlsplit(f"//{node}").port for node in nodes]
+            vhost = unquote(parts.path[1:]) or "/"
+        except ValueError as error:
+            raise ConfigurationError(f"the RabbitMQ URL cannot be read: {error}") from None
+        if not nodes or not all(urlsplit(f"//{node}").hostname for node in nodes):
+            raise ConfigurationError("the RabbitMQ URL names no host; give amqp://user:password@host:5672/vhost")
+        query = parts.query if "heartbeat=" in parts.query else f"{parts.query}&heartbeat={HEARTBEAT}".lstrip("&")
+        at = f"{user}@" if user else ""
+        self._urls = [urlunsplit((parts.scheme, f"{at}{node}", parts.path or "/", query, "")) for node in nodes]
+        default = 5671 if parts.scheme == "amqps" else 5672
+        named = [node if port else f"{node}:{default}" for node, port in zip(nodes, ports, strict=True)]
+        self.name = f"RabbitMQ at {', '.join(named)}, virtual host {vhost!r}"
+        """What it is called in error texts; without the password."""
+        self.version = ""
+
+    async def connect(self) -> "Session":
+        """Open a connection to the first node that answers; the next time, that one is asked first."""
+        failed: EngineUnavailable | None = None
+        for url in list(self._urls):
+            try:
+                with self.mapped():
+                    connection = await aio_pika.connect(
+                        url, timeout=CONNECTED_WITHIN, client_properties={"connection_name": "filao"}
+                    )
+            except EngineUnavailable as error:
+                failed = error
+                self._urls.append(self._urls.pop(0))
+                continue
+            session = Session(connection)
+            self.version = session.version
+            if _numbers(self.version) < VERSION_MIN:
+                await session.close()
+                raise ConfigurationError(
+                    f"{self.name} is version {self.version}; Filao needs {'.'.join(map(str, VERSION_MIN))} or newer"
+                )
+            return session
+        raise failed or EngineUnavailable(f"{self.name} cannot be reached")
+
+    @contextmanager
+    def mapped(self) -> Generator[None]:
+        """Turn the client's errors into ours, which name the server and say what to do."""
+        try:
+            yield
+        except AWAY as error:
+            raise self.engine_error(error) from error
+
+    def engine_error(self, error: BaseException) -> EngineError | ConfigurationError:
+        """Return what an error of the client or the server means."""
+        said = _said(error)
+        match error:
+            case AuthenticationError() | ProbableAuthenticationError():
+                return ConfigurationError(
+                    f"{self.name} refused us: {said}. Mend the user name or the password in the URL."
+                )
+            case (
+                ConnectionNotAllowed() | ChannelAccessRefused() | InvalidFrameError()
+            ):  # a farewell in place of a welcome
+                said = "the user may not use this virtual host, or there is none" if "OpenOk" in said else said
+                return ConfigurationError(
+                    f"{self.name} refused us: {said}. Create the virtual host, or grant the user its permissions: "
+                    f'rabbitmqctl set_permissions -p VHOST USER ".*" ".*" ".*"'
+                )
+            case ChannelPreconditionFailed():
+                return ConfigurationError(f"{self.name}: {said}")
+            case DeliveryError():
+                return EngineUnavailable(f"{self.name} did not store the message: {said}. Send it again.")
+            case TimeoutError():
+                return EngineUnavailable(
+                    f"{self.name} has not answered for {ANSWERS_WITHIN:g} s; it blocks those who send while its memory or "
+                    f"its disk runs out, or most nodes of its cluster are away. {DOUBT}"
+                )
+            case _:
+                return EngineUnavailable(f"{self.name} is away: {said}. {DOUBT}")
+
+
+class Session:
+    """One connection, while it lasts."""
+
+    def __init__(self, connection: aio_pika.Connection) -> None:
+        self._connection = connection
+        self._ended = asyncio.get_running_loop().create_future()
+        self._connection.close_callbacks.add(self._end)
+        self._publishing: Channel | None = None
+        properties = connection.transport.connection.server_properties if connection.transport else {}
+        self.version = str(properties.get("version", "0"))
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether it can still be used."""
+        return not self._ended.done()
+
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Call back once it has ended, whoever ended it."""
+        self._ended.add_done_callback(lambda _: call())
+
+    async def channel(self, *, confirms: bool = False) -> Channel:
+        """Open a channel."""
+        channel = self._connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
+        await channel.initialize(timeout=ANSWERS_WITHIN)
+        return cast("Channel", await channel.get_underlay_channel())
+
+    async def publishing(self) -> Channel:
+        """Return the channel on which messages are published and confirmed."""
+        if self._publishing is None or self._publishing.is_closed:
+            self._publishing = await self.channel(confirms=True)
+        return self._publishing
+
+    async def renew_publishing(self) -> None:
+        """Publish on another channel from now on: one that met a queue without a leader is refused for ever (3.10)."""
+        channel, self._publishing = self._publishing, None
+        if channel is not None and not channel.is_closed:
+            await channel.close()
+
+    @asynccontextmanager
+    async def aside(self, *, confirms: bool = False) -> AsyncGenerator[Channel]:
+        """Open a channel for what may fail: an error ends its channel, and all that runs on it."""
+        channel = await self.channel(confirms=confirms)
+        try:
+            yield channel
+        finally:
+            if not channel.is_closed and self.is_open:
+                with suppress(*AWAY):
+                    await channel.close()
+
+    async def close(self) -> None:
+        """End it; what was received and not settled goes back to its queues."""
+        with suppress(*AWAY):
+            async with asyncio.timeout(CONNECTED_WITHIN):
+                await self._connection.close()
+        self._end()
+
+    def _end(self, *_: object) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+class Link:
+    """A session that is opened when it is needed, and anew after it was lost."""
+
+    def __init__(self, server: Server, ended: Callable[[], None]) -> None:
+        self._server = server
+        self._ended = ended
+        self._session: Session | None = None
+        self._lock = asyncio.Lock()
+
+    async def session(self) -> Session:
+        """Return a session that is open."""
+        if self._session is not None and self._session.is_open:
+            return self._session
+        async with self._lock:
+            if self._session is None or not self._session.is_open:
+                self._session = await self._server.connect()
+                self._session.when_ended(self._ended)
+            return self._session
+
+    async def close(self) -> None:
+        """End the session."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    def abandon(self) -> None:
+        """Forget the session in a child after a fork: closing it would end the parent's."""
+        _ABANDONED.append(self._session)
+        self._session = None
+
+
+_ABANDONED: list[object] = []  # what a child process inherited and must never close
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _said(error: BaseException) -> str:
+    """Return the words of the server, which hide among the arguments of the client's exceptions."""
+    words = [str(part) for part in error.args if isinstance(part, str | bytes) and part]
+    return (words[-1] if words else str(error) or type(error).__name__).strip().rstrip(".")

@@ -1,0 +1,585 @@
+"""RabbitMQ: what it is asked for and refuses, whom it shares queues with, and what it survives."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import closing
+from itertools import count
+from typing import Any
+
+import pika
+import pytest
+
+import filao
+from filao.conformance import Verdict, checks, verify
+from filao.engine import Feature
+from filao.engines.rabbitmq import RabbitmqEngine, consumer, engine, server, topology
+from tests.conftest import engine_of
+from tests.load import loaded
+from tests.proxy import Proxy
+from tests.servers import Rabbitmq, rabbitmq_cluster, rabbitmq_server
+
+pytestmark = pytest.mark.anyio
+
+AT_ONCE = filao.Backoff(first=0)
+_names = count()
+
+
+@pytest.fixture
+def url(rabbitmq: Rabbitmq) -> str:
+    return rabbitmq.url()
+
+
+@pytest.fixture
+def queue() -> filao.Queue:
+    """Return a queue of the test's own, not declared yet."""
+    return filao.Queue(f"claims{next(_names)}", backoff=AT_ONCE)
+
+
+@pytest.fixture
+async def broker(url, queue) -> AsyncGenerator[filao.Broker]:
+    async with filao.connect(url) as broker:
+        await broker.declare(queue)
+        yield broker
+
+
+@pytest.fixture
+def foreign(rabbitmq: Rabbitmq) -> Iterator[Any]:
+    """Return the channel of a program that knows no Filao."""
+    with closing(pika.BlockingConnection(pika.URLParameters(rabbitmq.url()))) as connection:
+        yield connection.channel()
+
+
+async def received(broker: filao.Broker, queue: filao.Queue) -> filao.Message:
+    message = await broker.receive_from_queue(queue, wait=10)
+    assert message is not None
+    return message
+
+
+# --- the contract ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def verdicts(rabbitmq: Rabbitmq) -> dict[str, Verdict]:
+    """Run the whole contract, all checks at once: here time cannot be moved."""
+    found = asyncio.run(verify(lambda: filao.connect(rabbitmq.url())))
+    return {verdict.check: verdict for verdict in found}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check.__name__.removeprefix("check_").replace("_", " ")
+        for check in checks(RabbitmqEngine.features | RabbitmqEngine.emulated)
+    ],
+)
+def test_the_contract(verdicts: dict[str, Verdict], check: str) -> None:
+    assert verdicts[check].error == ""
+
+
+async def test_the_contract_leaves_nothing_behind(verdicts, url) -> None:
+    async with filao.connect(url) as broker:
+        assert not [queue.name for queue in await broker.queues() if "verify" in queue.name]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "what"),
+    [
+        ({"lease": 60}, "lease=60"),
+        ({"max_length": 5}, "max_length=5"),
+        ({"overflow": "drop_oldest"}, "overflow"),
+        ({"on_expiry": "drop"}, "on_expiry"),
+        ({"dedup_window": 60}, "deduplication"),
+        ({"group_failure": "skip"}, "groups"),
+        ({"group_dead": "halt"}, "groups"),
+        ({"backoff": filao.Backoff()}, r'default backoff.*emulate=\("delay",\)'),
+        ({"backoff": filao.Backoff(first=5)}, r"backoff=Backoff\(first=5.*ladder"),
+    ],
+)
+async def test_a_rule_that_cannot_be_kept_is_refused_when_it_is_declared(broker, queue, rules, what) -> None:
+    name = f"{queue.name}.refused"
+    with pytest.raises(filao.UnsupportedFeature, match=rf"{name}.*{what}.*SQLite, PostgreSQL"):
+        await broker.declare(filao.Queue(name, **({"backoff": AT_ONCE} | rules)))
+    assert name not in [known.name for known in await broker.queues()]
+
+
+@pytest.mark.parametrize("name", ["claims.dead", "filao.queues", "amq.claims"])
+async def test_a_name_that_is_taken_is_refused(broker, name) -> None:
+    with pytest.raises(filao.ConfigurationError, match=name):
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+
+
+@pytest.mark.parametrize(
+    ("terms", "what"),
+    [
+        ({"group": "policy-1"}, "groups"),
+        ({"priority": 1}, "priorities"),
+        ({"dedup_key": "k"}, "deduplication"),
+        ({"delay": 5}, "delay=5"),
+    ],
+)
+async def test_a_message_that_asks_for_too_much_is_not_sent(broker, queue, terms, what) -> None:
+    with pytest.raises(filao.UnsupportedFeature, match=f"{queue.name}.*{what}"):
+        await broker.send_to_queue(queue, 1, **terms)
+    assert await broker.receive_from_queue(queue, wait=0) is None
+
+
+async def test_calls_that_it_has_not_are_refused(broker, queue) -> None:
+    await broker.send_to_queue(queue, 1)
+    message = await received(broker, queue)
+    for call in (
+        broker.receive_from_queue(queue, lease=60),
+        broker.peek(queue),
+        broker.pause(queue),
+        broker.cancel(queue, "1"),
+        broker.purge(queue, state="leased"),
+        broker.resume(queue, group="g"),
+        broker.send_to_queue(queue, 1, within=object()),
+        message.nack(delay=5),
+    ):
+        with pytest.raises(filao.UnsupportedFeature, match="SQLite, PostgreSQL"):
+            await call
+    with pytest.raises(filao.UnsupportedFeature, match="transactions"):
+        async with broker.transaction():
+            pass
+    await message.extend(60)  # its lease lasts as long as the connection
+    await message.ack()
+    with pytest.raises(filao.ConfigurationError, match="clock"):
+        filao.connect("amqp://127.0.0.1/", clock=lambda: 0.0)
+
+
+async def test_a_worker_that_wants_transactions_is_refused(url, queue) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(queue, guarantee="exactly-once")
+    async def handle(message: filao.Message, tx: filao.Transaction) -> None: ...
+
+    with pytest.raises(filao.UnsupportedFeature, match="exactly-once"):
+        await worker.run()
+
+
+async def test_a_queue_with_other_arguments_is_refused_and_they_are_named(broker, foreign, queue) -> None:
+    name = f"{queue.name}.classic"
+    foreign.queue_declare(name, durable=True)
+    with pytest.raises(filao.ConfigurationError, match=rf"'{name}' is on the server.*inequivalent arg 'x-.*'quorum'"):
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+
+
+async def test_a_body_above_the_servers_limit_is_refused_and_harms_no_other(broker, queue) -> None:
+    large = filao.Queue(f"{queue.name}.large", backoff=AT_ONCE, body_max=2_000_000)
+    await broker.declare(large)
+    sends = [broker.send_to_queue(queue, number) for number in range(20)]
+    sends.insert(10, broker.send_to_queue(large, b"x" * 1_500_000))
+    results = await asyncio.gather(*sends, return_exceptions=True)
+    (refused,) = [result for result in results if isinstance(result, BaseException)]
+    assert isinstance(refused, filao.MessageTooLarge)
+    assert "1,500,000 bytes" in str(refused)
+    assert "max_message_size" in str(refused)
+    await broker.send_to_queue(large, b"x" * 900_000)
+    assert len((await received(broker, large)).body) == 900_000
+    assert len(await broker.receive_many(queue, 100, wait=0)) == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "texts"),
+    [
+        (lambda url: url.replace("guest:guest", "guest:geheim"), filao.ConfigurationError, ["password"]),
+        (lambda url: url + "nowhere", filao.ConfigurationError, ["nowhere", "virtual host"]),
+        (lambda _: "amqp://u:geheim@127.0.0.1:1/", filao.EngineUnavailable, ["127.0.0.1:1", "away"]),
+        (lambda _: "amqp://u:geheim@127.0.0.1:x/", filao.ConfigurationError, ["cannot be read"]),
+        (lambda _: "amqp:///", filao.ConfigurationError, ["no host"]),
+    ],
+)
+async def test_a_url_that_leads_nowhere_says_so_and_keeps_the_password_to_itself(url, change, error, texts) -> None:
+    with pytest.raises(error) as raised:
+        await filao.connect(change(url)).open()
+    for text in texts:
+        assert text in str(raised.value)
+    assert "geheim" not in str(raised.value)
+
+
+async def test_a_user_without_permissions_is_told_what_to_grant(rabbitmq, url) -> None:
+    await asyncio.to_thread(rabbitmq.command, "add_user", "clerk", "clerk")
+    with pytest.raises(filao.ConfigurationError, match="set_permissions"):
+        await filao.connect(url.replace("guest:guest", "clerk:clerk")).open()
+
+
+async def test_a_server_that_is_too_old_is_refused(url, monkeypatch) -> None:
+    monkeypatch.setattr(server, "VERSION_MIN", (99, 0))
+    with pytest.raises(filao.ConfigurationError, match=r"version 3.*Filao needs 99.0 or newer"):
+        await filao.connect(url).open()
+
+
+# --- shared with others ----------------------------------------------------------------------------------------------
+
+
+async def test_messages_of_foreign_producers_are_received(broker, foreign, queue) -> None:
+    def publish(body: bytes, **properties: Any) -> None:
+        foreign.basic_publish("", queue.name, body, pika.BasicProperties(**properties))
+
+    publish(b'{"claim_id": 7}')
+    publish(b"not json")
+    publish(b"[1]", content_type="application/json", message_id="their-own", headers={"trace": "a", "n": 7})
+    publish(b"7", content_type="text/plain")
+    publish(b"{broken", content_type="application/json")
+    messages = await broker.receive_many(queue, 10, wait=0)
+    assert [message.body for message in messages] == [{"claim_id": 7}, b"not json", [1], b"7"]
+    assert messages[2].id == "their-own"
+    assert messages[2].headers == {"trace": "a", "n": "7"}
+    assert len({message.id for message in messages}) == 4
+    (dead,) = await broker.dead_letters(queue)
+    assert (dead.body, dead.reason) == (b"{broken", "malformed")
+    await messages[0].reject("unknown claim")
+    assert await broker.redrive(queue) == 2
+    assert (await received(broker, queue)).body == {"claim_id": 7}
+
+
+async def test_foreign_consumers_read_ours(broker, foreign, queue) -> None:
+    receipt = await broker.send_to_queue(queue, {"claim_id": 7}, headers={"trace": "a"}, ttl=60)
+    method, properties, body = foreign.basic_get(queue.name)
+    assert json.loads(body) == {"claim_id": 7}
+    assert (properties.content_type, properties.message_id, properties.delivery_mode) == (
+        *("application/json", receipt.id),
+        2,
+    )
+    assert properties.headers["trace"] == "a"
+    assert properties.timestamp
+    foreign.basic_ack(method.delivery_tag)
+
+
+async def test_an_id_longer_than_amqps_comes_back_whole(broker, queue) -> None:
+    name = "é" * 256
+    assert (await broker.send_to_queue(queue, 1, message_id=name)).id == name
+    message = await received(broker, queue)
+    assert message.id == name
+    await message.reject()
+    assert await broker.redrive(queue, ids=[name]) == 1
+    with pytest.raises(filao.MessageTooLarge, match="255"):
+        await broker.send_to_queue(queue, 1, headers={"x" * 300: "y"})
+
+
+async def test_a_queue_that_was_deleted_on_the_server_is_not_found(broker, foreign, queue) -> None:
+    waiting = asyncio.ensure_future(broker.receive_from_queue(queue))
+    async with asyncio.timeout(10):
+        while not foreign.queue_declare(queue.name, passive=True).method.consumer_count:
+            await asyncio.sleep(0.01)
+    foreign.queue_delete(queue.name)
+    for call in (waiting, broker.send_to_queue(queue, 1), broker.receive_from_queue(queue, wait=0)):
+        with pytest.raises(filao.QueueNotFound, match=queue.name):
+            await call
+    found = {finding.subject: finding for finding in await broker.doctor()}
+    assert found[f"queue {queue.name}"].level == "error"
+    await broker.declare(queue)
+    await broker.send_to_queue(queue, 2)
+    assert (await received(broker, queue)).body == 2
+
+
+async def test_processes_that_declare_together_forget_no_queue(url, queue) -> None:
+    async def declare(number: int) -> None:
+        async with filao.connect(url) as broker:
+            for part in range(5):
+                await broker.declare(filao.Queue(f"{queue.name}.{number}.{part}", backoff=AT_ONCE))
+
+    await asyncio.gather(*(declare(number) for number in range(6)))
+    async with filao.connect(url) as broker:
+        names = {known.name for known in await broker.queues()}
+    assert {f"{queue.name}.{number}.{part}" for number in range(6) for part in range(5)} <= names
+
+
+# --- leases and attempts ---------------------------------------------------------------------------------------------
+
+
+async def test_a_lease_ends_with_its_connection(url, rabbitmq, broker, queue) -> None:
+    await broker.send_to_queue(queue, 1)
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as far:
+            lost = await received(far, queue)
+            proxy.reset()
+            again = await received(broker, queue)
+            assert (again.id, again.attempt) == (lost.id, 2)
+            for settle in (lost.ack, lost.nack, lost.reject, lost.release):
+                with pytest.raises(filao.LeaseLost, match="connection"):
+                    await settle()
+            with pytest.raises(filao.LeaseLost):
+                await lost.extend(5)
+            await again.ack()
+            assert await far.receive_from_queue(queue, wait=0) is None
+
+
+async def test_consumers_that_vanish_use_up_the_attempts(url, queue) -> None:
+    queue = filao.Queue(queue.name, backoff=AT_ONCE, max_attempts=2)
+    async with filao.connect(url) as broker:
+        await broker.declare(queue)
+        await broker.send_to_queue(queue, "kills everybody")
+    for attempt in (1, 2):
+        async with filao.connect(url) as broker:
+            assert (await received(broker, queue)).attempt == attempt
+    async with filao.connect(url) as broker:
+        assert await broker.receive_from_queue(queue, wait=1) is None
+        (dead,) = await broker.dead_letters(queue)
+    assert (dead.reason, dead.attempts) == ("max_attempts", 2)
+
+
+async def test_a_dead_letter_says_why(broker, queue) -> None:
+    await broker.send_to_queue(queue, 1, headers={"a": "b"})
+    await broker.send_to_queue(queue, 2, ttl=0.2)
+    await (await received(broker, queue)).reject(ValueError("no such policy"))
+    async with asyncio.timeout(10):
+        while (await broker.stats(queue)).dead < 2:
+            await asyncio.sleep(0.01)
+    first, second = await broker.dead_letters(queue)
+    assert (first.body, first.reason, first.headers, first.attempts) == (1, "rejected", {"a": "b"}, 1)
+    assert "ValueError: no such policy" in first.error
+    assert (second.body, second.reason) == (2, "expired")
+    assert first.at <= second.at
+    assert [letter.body for letter in await broker.dead_letters(queue, after=first.id)] == [2]
+    assert [letter.body for letter in await broker.dead_letters(queue, limit=1)] == [1]
+    assert [letter.body for letter in await broker.dead_letters(queue)] == [1, 2]  # looking has changed nothing
+
+
+async def test_nothing_lies_where_nobody_works_on_it(url, broker, queue) -> None:
+    async with filao.connect(url) as other:
+        await broker.send_many(queue, range(10))
+        held = await received(other, queue)
+        rest = await broker.receive_many(queue, 10, wait=10)
+        while len(rest) < 9:
+            rest += await broker.receive_many(queue, 10, wait=10)
+        assert sorted(message.body for message in rest) == sorted(set(range(10)) - {held.body})
+
+
+async def test_what_was_pushed_to_a_caller_who_left_goes_to_another(url, broker, queue, monkeypatch) -> None:
+    monkeypatch.setattr(consumer, "LINGER", 0.0)
+    async with filao.connect(url) as other:
+        assert await other.receive_from_queue(queue, wait=0.05) is None
+        await broker.send_to_queue(queue, 1)
+        assert (await received(broker, queue)).body == 1
+
+
+async def test_fewer_callers_are_pushed_less(broker, queue) -> None:
+    await broker.send_many(queue, range(200))
+    many = await broker.receive_many(queue, 100, wait=1)
+    while len(many) < 100:
+        many += await broker.receive_many(queue, 100 - len(many), wait=1)
+    for message in many:
+        await message.ack()
+    async with asyncio.timeout(20):
+        while (await broker.stats(queue)).ready < 90:  # the rest of what was pushed was given back
+            await asyncio.sleep(0.05)
+    left = [await received(broker, queue) for _ in range(100)]
+    assert sorted(message.body for message in left) == list(range(100, 200))
+
+
+async def test_delays_climb_down_the_ladder(url, queue) -> None:
+    slow = filao.Queue(queue.name, emulate=("delay",), backoff=filao.Backoff(first=0.3, factor=2, jitter=0))
+    async with filao.connect(url) as broker:
+        await broker.declare(slow)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await broker.send_to_queue(slow, "later", delay=1.3)
+        await broker.send_to_queue(slow, "too late", delay=0.5, ttl=0.2)
+        await broker.send_to_queue(slow, "now")
+        message = await received(broker, slow)
+        assert message.body == "now"
+        await message.nack(reason="again")
+        message = await received(broker, slow)
+        assert (message.body, message.attempt) == ("now", 2)
+        assert loop.time() - began >= 0.3
+        await message.ack()
+        message = await received(broker, slow)
+        assert (message.body, message.attempt) == ("later", 1)
+        assert loop.time() - began >= 1.3
+        (dead,) = await broker.dead_letters(slow)
+        assert (dead.body, dead.reason) == ("too late", "expired")
+        with pytest.raises(filao.ConfigurationError, match="seconds"):
+            await broker.send_to_queue(slow, 1, delay=topology.DELAY_MAX + 1)
+
+
+@pytest.mark.parametrize(
+    ("delay", "step", "bits"), [(0.01, "filao.delay.00", 1), (0.1, "filao.delay.00", 1), (1.3, "filao.delay.03", 13)]
+)
+def test_a_route_spells_the_delay_in_binary(delay: float, step: str, bits: int) -> None:
+    exchange, key = topology.route("claims.processing", delay)
+    assert exchange == step
+    assert key == ".".join(f"{bits:028b}") + ".claims.processing"
+    assert topology.route("claims", 0) == ("", "claims")
+
+
+async def test_a_worker_works_here(url, queue) -> None:
+    worker = filao.Worker(url)
+    handled: list[Any] = []
+
+    @worker.consumer(queue, concurrency=4, outcomes={KeyError: filao.Reject("no such claim")})
+    async def handle(message: filao.Message) -> None:
+        handled.append((message.body, message.attempt))
+        if message.body == "fails once" and message.attempt == 1:
+            raise ValueError
+        if message.body == "unknown":
+            raise KeyError
+
+    async with filao.connect(url) as broker:
+        await broker.declare(queue)
+        await broker.send_many(queue, ["fine", "fails once", "unknown"])
+        ready = asyncio.Event()
+        running = asyncio.create_task(worker.run(ready=ready.set))
+        async with asyncio.timeout(20):
+            while len(handled) < 4 or (await broker.stats(queue)).dead < 1:
+                await asyncio.sleep(0.01)
+        worker.stop()
+        await running
+        (dead,) = await broker.dead_letters(queue)
+        assert await broker.receive_from_queue(queue, wait=0) is None
+    assert sorted(handled) == [("fails once", 1), ("fails once", 2), ("fine", 1), ("unknown", 1)]
+    assert (dead.body, dead.reason) == ("unknown", "rejected")
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frail(tmp_path_factory, rabbitmq) -> Iterator[Rabbitmq]:
+    """Return a server that tests may crash; `rabbitmq` is here for whoever has none installed."""
+    with rabbitmq_server(tmp_path_factory.mktemp("frail") / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def hardy(queue: filao.Queue) -> filao.Queue:
+    """Return a queue whose messages survive any number of attempts."""
+    return filao.Queue(queue.name, backoff=AT_ONCE, max_attempts=1_000)
+
+
+async def test_a_crash_of_the_server_loses_nothing(frail, hardy) -> None:
+    async with filao.connect(frail.url()) as senders:
+        await senders.declare(hardy)
+        async with filao.connect(frail.url()) as consumers, loaded(senders, consumers, queue=hardy) as load:
+            await load.resumes()
+            for _ in range(2):
+                await asyncio.to_thread(frail.crash)
+                await asyncio.to_thread(frail.start)
+                await load.resumes()
+        await load.finish(senders)
+    assert load.errors["EngineUnavailable"]
+    assert load.lost == set()
+
+
+async def test_connections_that_are_reset_lose_nothing(frail, hardy) -> None:
+    with closing(Proxy(frail.port)) as proxy:
+        async with filao.connect(frail.url()) as near:
+            await near.declare(hardy)
+            async with filao.connect(frail.url(proxy.port)) as far, loaded(far, far, queue=hardy) as load:
+                for _ in range(10):
+                    await load.resumes()
+                    proxy.reset()
+                await load.resumes()
+            await load.finish(near)
+    assert load.lost == set()
+
+
+async def test_a_network_that_stalls_is_given_up_and_found_again(frail, hardy, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "ANSWERS_WITHIN", 1.0)
+    with closing(Proxy(frail.port)) as proxy:
+        async with filao.connect(frail.url()) as near:
+            await near.declare(hardy)
+            async with filao.connect(frail.url(proxy.port)) as far, loaded(far, far, queue=hardy) as load:
+                await load.resumes()
+                proxy.stall()
+                async with asyncio.timeout(30):
+                    while not load.errors["EngineUnavailable"]:
+                        await asyncio.sleep(0.01)
+                proxy.go_on()
+                await load.resumes()
+            await load.finish(near)
+    assert load.lost == set()
+
+
+CONFIRM = b"\x00\x3c\x00\x50"  # basic.ack
+
+
+async def test_a_confirm_that_is_lost_leaves_the_sender_in_doubt_and_the_message_stored(frail, queue) -> None:
+    with closing(Proxy(frail.port)) as proxy:
+        async with filao.connect(frail.url(proxy.port)) as far, filao.connect(frail.url()) as near:
+            await near.declare(queue)
+            await far.send_to_queue(queue, 0)
+            proxy.swallow(b"claim-1", CONFIRM)
+            with pytest.raises(filao.EngineUnavailable, match="send it again with the same message_id"):
+                await far.send_to_queue(queue, 1, message_id="claim-1")
+            assert proxy.swallowed.is_set()
+            await far.send_to_queue(queue, 1, message_id="claim-1")
+            found = [await received(near, queue) for _ in range(3)]
+    assert [(message.body, message.id) for message in found[1:]] == [(1, "claim-1")] * 2  # doubled, and both can tell
+
+
+async def test_a_server_that_blocks_senders_lets_consumers_finish(frail, queue, monkeypatch) -> None:
+    async with filao.connect(frail.url()) as broker:
+        await broker.declare(queue)
+        await broker.send_many(queue, [1, 2])
+        await asyncio.to_thread(frail.command, "set_vm_memory_high_watermark", "0.000001")
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(engine, "ANSWERS_WITHIN", 1.0)
+                sending = asyncio.gather(broker.send_to_queue(queue, 3), return_exceptions=True)
+                message = await received(broker, queue)
+                await message.ack()
+                (error,) = await sending
+            assert isinstance(error, filao.EngineUnavailable)
+            assert "memory" in str(error)
+        finally:
+            await asyncio.to_thread(frail.command, "set_vm_memory_high_watermark", "0.4")
+        await broker.send_to_queue(queue, 4)
+        bodies = []
+        while 4 not in bodies:
+            message = await received(broker, queue)
+            bodies.append(message.body)
+            await message.ack()
+    assert 2 in bodies
+
+
+async def test_a_worker_goes_on_after_a_crash_of_the_server(frail, queue) -> None:
+    worker = filao.Worker(frail.url())
+    handled: list[int] = []
+
+    @worker.consumer(queue, concurrency=4)
+    async def handle(message: filao.Message) -> None:
+        handled.append(message.body)
+
+    ready = asyncio.Event()
+    running = asyncio.create_task(worker.run(ready=ready.set))
+    async with asyncio.timeout(90):
+        await ready.wait()
+        await asyncio.to_thread(frail.crash)
+        await asyncio.to_thread(frail.start)
+        async with filao.connect(frail.url()) as broker:
+            await broker.send_to_queue(queue, 7)
+        while not handled:
+            await asyncio.sleep(0.01)
+        worker.stop()
+        await running
+    assert handled == [7]
+
+
+async def test_a_cluster_of_three_loses_a_node_and_nothing_else(tmp_path_factory, rabbitmq, hardy) -> None:
+    with rabbitmq_cluster(tmp_path_factory.mktemp("cluster") / "nodes", 3) as nodes:
+        ports = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+        url = f"amqp://guest:guest@{ports}/"
+        async with filao.connect(url) as senders:
+            await senders.declare(hardy)
+            async with filao.connect(url) as consumers, loaded(senders, consumers, queue=hardy) as load:
+                await load.resumes()
+                await asyncio.to_thread(nodes[0].crash)  # which leads the queue, and has all our connections
+                await load.resumes()
+                await asyncio.to_thread(nodes[0].start)
+                await load.resumes()
+                await asyncio.to_thread(nodes[1].crash)
+                await load.resumes()
+            await load.finish(senders)
+    assert load.errors["EngineUnavailable"]
+    assert load.lost == set()
+
+
+def test_what_it_can_do_is_said() -> None:
+    assert Feature.FENCING not in RabbitmqEngine.features
+    assert not RabbitmqEngine.features & RabbitmqEngine.emulated
+    assert engine_of(filao.connect("amqp://127.0.0.1/")).emulated == {Feature.DELAY}
