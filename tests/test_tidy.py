@@ -15,19 +15,20 @@ SOURCE = Path(filao.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 ORDER = [  # what stands above; a module imports only from here upwards
     *("errors", "queue", "codec", "engine", "draft", "message", "connections"),
-    *("engines.line", "engines.statements"),
+    *("engines.line", "engines.statements", "engines.parcels"),
     *("engines.sqlite.turnstile", "engines.sqlite.bell", "engines.sqlite.files", "engines.sqlite.thread"),
     *(
         "engines.sqlite.books",
         "engines.sqlite.waiting",
         "engines.sqlite.verbs",
         "engines.sqlite.control",
+        "engines.sqlite.carriage",
         "engines.sqlite.foreign",
     ),
     *("engines.sqlite.database", "engines.sqlite.doctor", "engines.sqlite.engine", "engines.sqlite"),
     *(
         f"engines.postgresql.{name}"
-        for name in ("server", "schema", "verbs", "control", "listener", "doctor", "engine")
+        for name in ("server", "schema", "verbs", "control", "carriage", "listener", "doctor", "engine")
     ),
     *(
         f"engines.rabbitmq.{name}"
@@ -38,13 +39,14 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "envelope",
             "register",
             "consumer",
+            "carriage",
             "publisher",
             "control",
             "engine",
         )
     ),
     *("engines.postgresql", "engines.rabbitmq", "engines"),
-    *("outbox", "deferred", "batching", "broker", "relay", "sync"),
+    *("moving", "outbox", "deferred", "batching", "broker", "relay", "sync"),
     *(f"worker.{name}" for name in ("outcomes", "handlers", "threads", "turns", "keeper", "leaks", "run", "pool")),
     *("worker.worker", "worker", "worker.supervisor", "worker.health", "conformance.stage"),
     *(f"conformance.{name}" for name in ("control", "delivery", "effects", "failure", "ordering", "sending")),

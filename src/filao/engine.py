@@ -238,6 +238,54 @@ class StoredMessage(msgspec.Struct, frozen=True):
         return self.history[-1].error if self.history else ""
 
 
+class Parcel(msgspec.Struct, frozen=True):
+    """A message with all that is known of it, on its way from one engine to another. Times are milliseconds since 1970."""
+
+    handle: int
+    """What its own engine finds it by."""
+    id: str
+    draft: Draft
+    """With the time to live and the delay that are left."""
+    sent_at: int
+    attempts: int
+    history: tuple[Failure, ...] = ()
+    expires_at: int | None = None
+    reason: str | None = None
+    """Of a dead letter; None: it waits."""
+    died_at: int = 0
+
+
+class Key(msgspec.Struct, frozen=True):
+    """A `dedup_key` or a `message_id` that is remembered though its message has ended."""
+
+    is_id: bool
+    key: str
+    message: str
+    """The id of the message that came first."""
+    until: int
+    """Milliseconds since 1970."""
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """What a queue remembers beside its messages."""
+
+    keys: tuple[Key, ...] = ()
+    halted: tuple[str, ...] = ()
+    """Groups that wait for an operator."""
+
+
+class Packing(Protocol):
+    """Takes messages out of a queue, in the order of sending, but for those that consumers hold."""
+
+    async def take(self, limit: int) -> list[Parcel]:
+        """Return the next messages, which stay where they are."""
+        ...
+
+    async def delivered(self, parcels: Sequence[Parcel]) -> None:
+        """Delete messages that are safe elsewhere."""
+        ...
+
+
 class Batch(msgspec.Struct, frozen=True):
     """Operations that wait to be done as one."""
 
@@ -408,6 +456,24 @@ class Engine(Protocol):
 
     async def resume_group(self, queue: str, group: str) -> None:
         """Let a group that a dead letter halted go on."""
+
+    def check(self, queue: Queue[Any]) -> None:
+        """Raise `UnsupportedFeature` for a queue that cannot be declared here."""
+
+    def packing(self, queue: str) -> AbstractAsyncContextManager[Packing]:
+        """Begin to carry a queue's messages elsewhere."""
+        ...
+
+    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
+        """Store messages that came from elsewhere, in this order, but for those that came before."""
+        ...
+
+    async def memory(self, queue: str) -> Memory:
+        """Return what the queue remembers beside its messages."""
+        ...
+
+    async def remember(self, queue: str, memory: Memory) -> None:
+        """Remember what another engine remembered, but for what is known here already."""
 
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know."""

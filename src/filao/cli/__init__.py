@@ -19,6 +19,7 @@ import click
 
 from filao.cli.contract import verify_command
 from filao.cli.control import dead, peek, purge, redrive
+from filao.cli.moving import move_command
 from filao.cli.receiving import receive
 from filao.cli.report import doctor, stats
 from filao.cli.rules import declare
@@ -78,7 +79,7 @@ def commands() -> None:
       0    done
       1    nothing found (receive, peek, dead, redrive, stats), not
            confirmed (purge), an error found (doctor), or a promise
-           not kept (verify)
+           not kept (verify), or messages left behind (move)
       2    wrong usage
       3    Filao refused, and says why: no such queue, a body that is
            too large, a queue that is full ...
@@ -89,5 +90,5 @@ def commands() -> None:
     """  # noqa: D301  # click's mark for a paragraph that is not wrapped is a real backspace
 
 
-for command in (declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, work):
+for command in (declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, move_command, work):
     commands.add_command(command)

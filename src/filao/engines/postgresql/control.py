@@ -95,7 +95,6 @@ async def _behind(
 
 async def _stored(connection: Connection, queue: str, state: State, fields: Sequence[Any]) -> StoredMessage:
     number, name, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, expires_at, reason = fields
-    failures = await connection.execute(_HISTORY, (number,))
     return StoredMessage(
         id=name,
         queue=queue,
@@ -110,10 +109,16 @@ async def _stored(connection: Connection, queue: str, state: State, fields: Sequ
         at=instant(at),
         expires_at=None if expires_at is None else instant(expires_at),
         reason=reason,
-        history=tuple(
-            Failure(attempt, instant(when), outcome, error, consumer)
-            for attempt, when, outcome, error, consumer in await failures.fetchall()
-        ),
+        history=await history(connection, number),
+    )
+
+
+async def history(connection: Connection, number: int) -> tuple[Failure, ...]:
+    """Return the failed attempts of a message, the oldest first."""
+    found = await connection.execute(_HISTORY, (number,))
+    return tuple(
+        Failure(attempt, instant(at), outcome, error, consumer)
+        for attempt, at, outcome, error, consumer in await found.fetchall()
     )
 
 

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
@@ -23,7 +24,10 @@ from filao.engine import (
     Draft,
     Feature,
     Finding,
+    Memory,
     Operation,
+    Packing,
+    Parcel,
     QueueStats,
     Receipt,
     Receive,
@@ -35,7 +39,8 @@ from filao.engine import (
     Submit,
 )
 from filao.engines.line import Line, Place
-from filao.engines.postgresql import control, verbs
+from filao.engines.parcels import LEAVING, RowPacking, has_rival, is_new, sends, without_key
+from filao.engines.postgresql import carriage, control, verbs
 from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import ALIVE, DEAD, Listener
 from filao.engines.postgresql.schema import migrate
@@ -387,6 +392,43 @@ class PostgresqlEngine:
         number = await self._number(queue)
         await self._value("SELECT filao.resume_group(%s, %s, %s)", number, self._moment(), group)
         await self._wake(number, 1)
+
+    def check(self, queue: Queue) -> None:
+        """Accept every queue."""
+
+    @asynccontextmanager
+    async def packing(self, queue: str) -> AsyncGenerator[Packing]:
+        """Begin to carry a queue's messages elsewhere."""
+        number = await self._number(queue)
+
+        async def read(after: int, limit: int) -> list[Parcel]:
+            async with self._main.use() as connection:
+                return await carriage.pack(connection, number, self._moment(), after, limit)
+
+        yield RowPacking(read, partial(self.remove, queue, LEAVING))
+
+    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
+        """Store messages that came from elsewhere."""
+        number = await self._number(queue)
+        async with self._connection() as connection, connection.transaction():
+            results = await self.apply_within(connection, sends(queue, parcels))
+            for place, parcel in enumerate(parcels):
+                if has_rival(parcel, results[place]):
+                    (results[place],) = await self.apply_within(connection, sends(queue, [without_key(parcel)]))
+            new = [parcel for parcel, result in zip(parcels, results, strict=True) if is_new(result)]
+            await carriage.amend(connection, number, self._moment(), new)
+
+    async def memory(self, queue: str) -> Memory:
+        """Return the keys of messages that have ended, and the groups that are halted."""
+        number = await self._number(queue)
+        async with self._main.use() as connection:
+            return await carriage.memory(connection, number, self._moment())
+
+    async def remember(self, queue: str, memory: Memory) -> None:
+        """Remember what another engine remembered."""
+        number = await self._number(queue)
+        async with self._connection() as connection, connection.transaction():
+            await carriage.remember(connection, number, self._moment(), memory)
 
     async def doctor(self) -> list[Finding]:
         """Examine the database and say what an operator should know."""

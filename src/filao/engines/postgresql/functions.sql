@@ -787,6 +787,30 @@ BEGIN
 END
 $$;
 
+-- Give messages that were just stored, and came from elsewhere, their past. What is NULL among `reasons` waits.
+CREATE OR REPLACE FUNCTION filao.amend(
+  q integer, moment bigint, numbers bigint[], attempts integer[], failures integer[], sent bigint[], expires bigint[],
+  reasons text[], died bigint[], dedup_keys text[]
+) RETURNS void
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+#variable_conflict use_variable
+DECLARE
+  now bigint := coalesce(moment, filao.clock());
+  m   filao.message;
+BEGIN
+  UPDATE filao.message AS s SET attempts = t.attempts, failures = t.failures, sent_at = t.sent, expires_at = t.expires
+  FROM unnest(numbers, attempts, failures, sent, expires) AS t (number, attempts, failures, sent, expires)
+  WHERE s.id = t.number;
+  FOR i IN 1 .. cardinality(numbers) LOOP
+    CONTINUE WHEN reasons[i] IS NULL;
+    SELECT * INTO m FROM filao.message WHERE id = numbers[i];
+    UPDATE filao.message SET state = 'dead', at = died[i], reason = reasons[i], dedup_key = dedup_keys[i] WHERE id = m.id;
+    PERFORM filao.count_move(q, m.state, 'dead');
+    PERFORM filao.arrange(q, m.grp, now, false);
+  END LOOP;
+END
+$$;
+
 -- Delete a queue that holds no message, with all that is remembered of it; returns how many it holds. The lock waits for
 -- those who have read the queue's rules and are about to store something.
 CREATE OR REPLACE FUNCTION filao.delete(q integer) RETURNS bigint

@@ -29,8 +29,11 @@ from filao.engine import (
     Extend,
     Feature,
     Finding,
+    Memory,
     Nack,
     Operation,
+    Packing,
+    Parcel,
     QueueStats,
     Receipt,
     Receive,
@@ -46,6 +49,7 @@ from filao.engine import (
 )
 from filao.engines.line import Line, Place
 from filao.engines.rabbitmq import control, envelope, register, topology
+from filao.engines.rabbitmq.carriage import QueuePacking
 from filao.engines.rabbitmq.consumer import Consumer
 from filao.engines.rabbitmq.publisher import Publisher, deleted
 from filao.engines.rabbitmq.refusals import check_delay, check_rules, has_delay, refused
@@ -299,7 +303,7 @@ class RabbitmqEngine:
 
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""
-        check_rules(queue)
+        self.check(queue)
         async with self._apart() as session:
             async with session.aside() as channel:
                 await topology.declare_queue(channel, queue)
@@ -378,6 +382,34 @@ class RabbitmqEngine:
         queues = await self.queues()
         async with self._apart() as session:
             return await control.examine(session, self._server, queues)
+
+    def check(self, queue: Queue) -> None:
+        """Raise `UnsupportedFeature` for a queue that cannot be declared here."""
+        check_rules(queue)
+
+    @asynccontextmanager
+    async def packing(self, queue: str) -> AsyncGenerator[Packing]:
+        """Begin to carry a queue's messages elsewhere; those that were not delivered go back when the block ends."""
+        await self._check_declared(queue)
+        async with self._apart() as session, session.aside() as channel:
+            yield QueuePacking(channel, queue, self._publisher.name)
+
+    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
+        """Publish messages that came from elsewhere; those that came before are doubled."""
+        await self._check_declared(queue)
+        with self._server.mapped():
+            await self._publisher.store(self._rules[queue], parcels)
+
+    async def memory(self, queue: str) -> Memory:
+        """Return that nothing is remembered."""
+        await self._check_declared(queue)
+        return Memory()
+
+    async def remember(self, queue: str, memory: Memory) -> None:
+        """Refuse groups that are halted; the keys of messages that have ended are not known here."""
+        await self._check_declared(queue)
+        if memory.halted:
+            raise refused(queue, f"group {memory.halted[0]!r} is halted", "groups")
 
     def transaction(self) -> AbstractAsyncContextManager[EngineTransaction]:
         """Refuse."""

@@ -104,12 +104,21 @@ def is_expired(properties: Properties, moment: int) -> bool:
     return 0 < expires_at <= moment
 
 
+def expires_at(properties: Properties) -> int | None:
+    """Return when a message outlives its time, as far as it says so."""
+    late = _number((properties.headers or {}).get(EXPIRES_AT))
+    if not late and properties.expiration:
+        late = _sent_at(properties) + _number(properties.expiration)
+    return late or None
+
+
 def again(properties: Properties, used: int) -> Properties:
     """Return what a failed message is published with to come back later, `used` attempts behind it."""
     headers = _cleaned(properties)
     headers[ATTEMPT] = used
-    if properties.expiration:
-        headers[EXPIRES_AT] = _sent_at(properties) + _number(properties.expiration)
+    late = expires_at(properties)
+    if late:
+        headers[EXPIRES_AT] = late
     return _copy(properties, headers)
 
 

@@ -10,8 +10,8 @@ from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
 
-from filao.engine import Delivery, Draft
-from filao.engines.rabbitmq import envelope
+from filao.engine import Delivery, Draft, Parcel
+from filao.engines.rabbitmq import carriage, envelope
 from filao.engines.rabbitmq.refusals import check_draft
 from filao.engines.rabbitmq.server import Link, Session
 from filao.engines.rabbitmq.topology import dead_name, route
@@ -51,6 +51,15 @@ class Publisher:
         else:
             await self._publish_all(session, queue.name, ready)
         return names
+
+    async def store(self, queue: Queue[Any], parcels: Sequence[Parcel]) -> None:
+        """Publish messages that came from elsewhere, in this order."""
+        for parcel in parcels:
+            check_draft(queue, parcel.draft)
+        for parcel in parcels:
+            place, properties = carriage.properties(queue.name, parcel)
+            delay = 0.0 if parcel.reason else parcel.draft.delay
+            await self._publish_all(await self._link.session(), place, [(parcel.draft.content, properties, delay)])
 
     async def again(self, delivery: Delivery, message: DeliveredMessage, delay: float) -> None:
         """Send a failed message once more, to come back after `delay` seconds."""

@@ -170,7 +170,7 @@ def _stored(books: Books, row: QueueRow, fields: Sequence[Any]) -> StoredMessage
         at=instant(at),
         expires_at=None if expires_at is None else instant(expires_at),
         reason=reason,
-        history=_history(books.db, number),
+        history=history(books.db, number),
     )
 
 
@@ -183,7 +183,8 @@ def _shown_body(kind: int, content: bytes) -> Any:
         return content
 
 
-def _history(db: sqlite3.Connection, number: int) -> tuple[Failure, ...]:
+def history(db: sqlite3.Connection, number: int) -> tuple[Failure, ...]:
+    """Return the failed attempts of a message, the oldest first."""
     found = db.execute(
         "SELECT attempt, at, outcome, error, consumer FROM filao_failure WHERE message = ? ORDER BY id", (number,)
     )

@@ -26,7 +26,10 @@ from filao.engine import (
     Extend,
     Feature,
     Finding,
+    Memory,
     Operation,
+    Packing,
+    Parcel,
     QueueStats,
     Receipt,
     Receive,
@@ -38,7 +41,8 @@ from filao.engine import (
     Submit,
 )
 from filao.engines.line import Line, Place
-from filao.engines.sqlite import control, files, verbs, waiting
+from filao.engines.parcels import LEAVING, RowPacking
+from filao.engines.sqlite import carriage, control, files, verbs, waiting
 from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.doctor import examine
@@ -279,6 +283,30 @@ class SqliteEngine:
     async def resume_group(self, queue: str, group: str) -> None:
         """Let a halted group go on."""
         await self._change(lambda books: control.resume_group(books, _row(books, queue), group))
+
+    def check(self, queue: Queue) -> None:
+        """Accept every queue."""
+
+    @asynccontextmanager
+    async def packing(self, queue: str) -> AsyncGenerator[Packing]:
+        """Begin to carry a queue's messages elsewhere."""
+
+        async def read(after: int, limit: int) -> list[Parcel]:
+            return await self._look_up(lambda books: carriage.pack(books, _row(books, queue), after, limit))
+
+        yield RowPacking(read, partial(self.remove, queue, LEAVING))
+
+    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
+        """Store messages that came from elsewhere."""
+        await self._change(lambda books: carriage.unpack(books, _row(books, queue), parcels))
+
+    async def memory(self, queue: str) -> Memory:
+        """Return the keys of messages that have ended, and the groups that are halted."""
+        return await self._look_up(lambda books: carriage.memory(books, _row(books, queue)))
+
+    async def remember(self, queue: str, memory: Memory) -> None:
+        """Remember what another engine remembered."""
+        await self._change(lambda books: carriage.remember(books, _row(books, queue), memory))
 
     async def doctor(self) -> list[Finding]:
         """Examine the file and say what an operator should know."""

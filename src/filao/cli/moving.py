@@ -1,0 +1,69 @@
+"""`filao move`: from one engine to another."""
+
+import asyncio
+import sys
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+
+from filao.cli.report import draw
+from filao.cli.shell import as_json, is_terminal, note, print_lines
+from filao.engine import Engine
+from filao.engines import engine_for
+from filao.errors import ConfigurationError
+from filao.moving import Moved, move, plan
+
+_FIELDS = msgspec.structs.fields(Moved)
+
+
+@click.command(name="move")
+@click.argument("source")
+@click.argument("target")
+@click.option("--queue", "queues", multiple=True, metavar="QUEUE", help="Only this queue. May be repeated.")
+@click.option("--dry-run", is_flag=True, help="Say what there is to move and whether the target can keep it.")
+def move_command(*, source: str, target: str, queues: tuple[str, ...], dry_run: bool) -> int:
+    """Carry queues from one engine to another, with all that is in them.
+
+    Waiting messages, delays, groups, dead letters and deduplication keys go from the URL SOURCE to the URL TARGET.
+    Stop the consumers of the source first: what they hold stays. Whatever ends this command, run it again: it goes on
+    where it was. The exit code is 1 when consumers still hold messages.
+    """
+    if source == target:
+        raise ConfigurationError(f"SOURCE and TARGET are both {source}")
+    moved = asyncio.run(_run(source, target, queues, dry_run=dry_run))
+    if is_terminal(sys.stdout):
+        rows = [tuple(str(value) for value in msgspec.structs.astuple(queue)) for queue in moved]
+        draw([field.name for field in _FIELDS], rows, figures=True)
+    else:
+        print_lines(as_json(queue) for queue in moved)
+    held = sum(queue.held for queue in moved)
+    if held:
+        note(f"{held:,} messages are held by consumers of {source} and stay there: move again once they are done")
+    return 1 if held else 0
+
+
+async def _run(source: str, target: str, queues: tuple[str, ...], *, dry_run: bool) -> list[Moved]:
+    here, there = engine_for(source), engine_for(target)
+    await here.open()
+    try:
+        await there.open()
+        try:
+            planned = await plan(here, there, queues)
+            return planned if dry_run else await _watched(here, there, queues, planned)
+        finally:
+            await there.close()
+    finally:
+        await here.close()
+
+
+async def _watched(here: Engine, there: Engine, queues: tuple[str, ...], planned: list[Moved]) -> list[Moved]:
+    """Move, and draw how far it has come for whoever sits at the terminal."""
+    with Progress(console=Console(stderr=True), disable=not is_terminal(sys.stderr)) as progress:
+        tasks = {queue.queue: progress.add_task(queue.queue, total=queue.waiting + queue.dead) for queue in planned}
+
+        def told(moved: Moved) -> None:
+            progress.update(tasks[moved.queue], completed=moved.waiting + moved.dead)
+
+        return await move(here, there, queues, told)

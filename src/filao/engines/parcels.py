@@ -1,0 +1,74 @@
+"""What the SQL engines have in common when they carry messages to another engine, and store what came from one. Pure."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from filao.engine import Draft, Failure, Packing, Parcel, Result, Send, State
+
+LEAVING = (State.READY, State.DELAYED, State.BLOCKED, State.DEAD)
+"""The states in which a message can be carried away: all but in the hands of a consumer."""
+
+
+class RowPacking(Packing):
+    """Takes messages by their numbers, which are their places in the order of sending."""
+
+    def __init__(
+        self,
+        read: Callable[[int, int], Awaitable[list[Parcel]]],
+        remove: Callable[[Sequence[str]], Awaitable[int]],
+    ) -> None:
+        self._read = read
+        self._remove = remove
+        self._last = 0
+
+    async def take(self, limit: int) -> list[Parcel]:
+        """Read the next rows."""
+        parcels = await self._read(self._last, limit)
+        self._last = parcels[-1].handle if parcels else self._last
+        return parcels
+
+    async def delivered(self, parcels: Sequence[Parcel]) -> None:
+        """Remove rows."""
+        await self._remove([parcel.id for parcel in parcels])
+
+
+def parcel(row: Sequence[Any], name: str, history: tuple[Failure, ...], now: int) -> Parcel:
+    """Return what the columns `COLUMNS` of a message say."""
+    number, state, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, expires_at, reason = row
+    is_dead = reason is not None
+    due_in = max(0, at - now) / 1000 if state in ("delayed", "blocked") else 0.0
+    ttl = None if expires_at is None or is_dead else max(1, expires_at - now) / 1000
+    draft = Draft(kind, content, headers, due_in, priority, group, dedup_key, ttl, name)
+    return Parcel(number, name, draft, sent_at, attempts, history, expires_at, reason, at if is_dead else 0)
+
+
+COLUMNS = "kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason"
+
+
+def sends(queue: str, parcels: Sequence[Parcel]) -> list[Send]:
+    """Return the sends that store messages which came from elsewhere; the key of a dead letter is no longer its own."""
+    drafts = [
+        msgspec.structs.replace(parcel.draft, dedup_key=None, delay=0.0) if parcel.reason else parcel.draft
+        for parcel in parcels
+    ]
+    return [Send(queue, [draft]) for draft in drafts]
+
+
+def is_new(result: Result) -> bool:
+    """Return whether a send stored its message; False when it had come before. An error is raised."""
+    if isinstance(result, Exception):
+        raise result
+    assert isinstance(result, list)
+    return not result[0].duplicate
+
+
+def has_rival(parcel: Parcel, result: Result) -> bool:
+    """Return whether another message has the `dedup_key`: both were confirmed to their senders, so both are kept."""
+    return isinstance(result, list) and result[0].duplicate and result[0].id != parcel.id
+
+
+def without_key(parcel: Parcel) -> Parcel:
+    """Return a message whose key another one has."""
+    return msgspec.structs.replace(parcel, draft=msgspec.structs.replace(parcel.draft, dedup_key=None))

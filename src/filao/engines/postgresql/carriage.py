@@ -1,0 +1,107 @@
+"""A queue on its way: its messages as they are read for another engine, and stored as they come from one."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from filao.engine import Key, Memory, Parcel
+from filao.engines import parcels as carried
+from filao.engines.postgresql.control import history
+from filao.engines.postgresql.server import Connection
+
+_NEXT = f"""
+    SELECT coalesce(%s, filao.clock()), filao.name_of(id, message_id), id, state::text, {carried.COLUMNS}
+    FROM filao.message WHERE id > %s AND queue = %s AND state <> 'leased' ORDER BY id LIMIT %s
+"""
+_NUMBERS = "SELECT message_id, id FROM filao.message WHERE queue = %s AND message_id = ANY(%s)"
+_FAILURE = """
+    INSERT INTO filao.failure (message, attempt, at, outcome, error, consumer) VALUES (%s, %s, %s, %s, %s, %s)
+"""
+_KEYS = """
+    SELECT kind, key, message, until FROM filao.dedup
+    WHERE queue = %s AND until > coalesce(%s, filao.clock()) ORDER BY key
+"""
+_REMEMBER = """
+    INSERT INTO filao.dedup (queue, kind, key, message, until) VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
+"""
+
+
+async def pack(connection: Connection, queue: int, moment: int | None, after: int, limit: int) -> list[Parcel]:
+    """Return the messages behind a place in the order of sending, but for those that consumers hold."""
+    rows = await (await connection.execute(_NEXT, (moment, after, queue, limit))).fetchall()
+    return [
+        carried.parcel((number, *fields), name, await history(connection, number), now)
+        for now, name, number, *fields in rows
+    ]
+
+
+async def amend(connection: Connection, queue: int, moment: int | None, parcels: Sequence[Parcel]) -> None:
+    """Give messages that were just stored their past."""
+    found = await connection.execute(_NUMBERS, (queue, [parcel.id for parcel in parcels]))
+    numbers: dict[str, int] = dict(await found.fetchall())
+    await connection.execute(
+        "SELECT filao.amend(%s, %s, %s::bigint[], %s::integer[], %s::integer[], %s::bigint[], %s::bigint[], "
+        "%s::text[], %s::bigint[], %s::text[])",
+        (
+            queue,
+            moment,
+            [numbers[parcel.id] for parcel in parcels],
+            [parcel.attempts for parcel in parcels],
+            [len(parcel.history) for parcel in parcels],
+            [parcel.sent_at for parcel in parcels],
+            [parcel.expires_at for parcel in parcels],
+            [parcel.reason for parcel in parcels],
+            [parcel.died_at for parcel in parcels],
+            [parcel.draft.dedup_key for parcel in parcels],
+        ),
+    )
+    await connection.execute("SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", (queue, moment))
+    failures = [
+        (
+            numbers[parcel.id],
+            failure.attempt,
+            _milliseconds(failure.at),
+            failure.outcome,
+            failure.error,
+            failure.consumer,
+        )
+        for parcel in parcels
+        for failure in parcel.history
+    ]
+    if failures:
+        async with connection.cursor() as cursor:
+            await cursor.executemany(_FAILURE, failures)
+
+
+async def memory(connection: Connection, queue: int, moment: int | None) -> Memory:
+    """Return the keys of messages that have ended, and the groups that are halted."""
+    keys = await (await connection.execute(_KEYS, (queue, moment))).fetchall()
+    halted = await (await connection.execute("SELECT grp FROM filao.halted WHERE queue = %s", (queue,))).fetchall()
+    return Memory(
+        tuple(Key(_letter(kind) == "m", key, message, until) for kind, key, message, until in keys),
+        tuple(group for (group,) in halted),
+    )
+
+
+async def remember(connection: Connection, queue: int, moment: int | None, memory: Memory) -> None:
+    """Remember them, but for what is known here already."""
+    if memory.keys:
+        async with connection.cursor() as cursor:
+            await cursor.executemany(
+                _REMEMBER,
+                [(queue, "m" if key.is_id else "k", key.key, key.message, key.until) for key in memory.keys],
+            )
+    for group in memory.halted:
+        await connection.execute(
+            "INSERT INTO filao.halted (queue, grp) VALUES (%s, %s) ON CONFLICT DO NOTHING", (queue, group)
+        )
+        await connection.execute(
+            "SELECT filao.arrange(%s, %s, coalesce(%s, filao.clock()), false)", (queue, group, moment)
+        )
+
+
+def _letter(kind: str | bytes) -> str:
+    return kind.decode() if isinstance(kind, bytes) else kind
+
+
+def _milliseconds(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000)

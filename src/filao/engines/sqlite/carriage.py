@@ -1,0 +1,89 @@
+"""A queue on its way: its messages as they are read for another engine, and stored as they come from one."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from filao.engine import Key, Memory, Parcel
+from filao.engines import parcels as carried
+from filao.engines.sqlite.books import DEAD, DEDUP_KEY, MESSAGE_ID, STATES, Books, QueueRow
+from filao.engines.sqlite.control import history, number_of
+from filao.engines.sqlite.verbs import send
+
+_NEXT = f"""
+    SELECT message_id, id, state, {carried.COLUMNS} FROM filao_message
+    WHERE id > ? AND queue = ? AND state <> 4 ORDER BY id LIMIT ?
+"""
+
+
+def pack(books: Books, row: QueueRow, after: int, limit: int) -> list[Parcel]:
+    """Return the messages behind a place in the order of sending, but for those that consumers hold."""
+    packed: list[Parcel] = []
+    for message_id, number, state, *fields in books.db.execute(_NEXT, (after, row.id, limit)).fetchall():
+        name = books.name_of(number, message_id)
+        packed.append(carried.parcel((number, STATES[state], *fields), name, history(books.db, number), books.now))
+    return packed
+
+
+def unpack(books: Books, row: QueueRow, parcels: Sequence[Parcel]) -> None:
+    """Store messages in this order, but for those that came before."""
+    queue = row.rules.name
+    results = [send(books, one) for one in carried.sends(queue, parcels)]
+    for place, parcel in enumerate(parcels):
+        if carried.has_rival(parcel, results[place]):
+            results[place] = send(books, *carried.sends(queue, [carried.without_key(parcel)]))
+        if carried.is_new(results[place]):
+            _amend(books, row, parcel)
+
+
+def _amend(books: Books, row: QueueRow, parcel: Parcel) -> None:
+    """Give a message that was just stored its past."""
+    books.flush()
+    number = number_of(books, row, parcel.id)
+    assert number is not None
+    books.db.execute(
+        "UPDATE filao_message SET attempts = ?, failures = ?, sent_at = ?, expires_at = ? WHERE id = ?",
+        (parcel.attempts, len(parcel.history), parcel.sent_at, parcel.expires_at, number),
+    )
+    books.db.executemany(
+        "INSERT INTO filao_failure (message, attempt, at, outcome, error, consumer) VALUES (?, ?, ?, ?, ?, ?)",
+        [
+            (number, failure.attempt, _milliseconds(failure.at), failure.outcome, failure.error, failure.consumer)
+            for failure in parcel.history
+        ],
+    )
+    if parcel.reason is not None:
+        (entry,) = books.entries("WHERE id = ?", (number,))
+        books.db.execute(
+            "UPDATE filao_message SET state = 6, at = ?, reason = ?, dedup_key = ? WHERE id = ?",
+            (parcel.died_at, parcel.reason, parcel.draft.dedup_key, number),
+        )
+        books.count_move(row, entry.state, DEAD)
+        if entry.group is not None:
+            books.arrange(row, entry.group)
+
+
+def memory(books: Books, row: QueueRow) -> Memory:
+    """Return the keys of messages that have ended, and the groups that are halted."""
+    keys = books.db.execute(
+        "SELECT kind, key, message, until FROM filao_dedup WHERE queue = ? AND until > ?", (row.id, books.now)
+    )
+    halted = books.db.execute("SELECT grp FROM filao_halted WHERE queue = ?", (row.id,))
+    return Memory(
+        tuple(Key(kind == MESSAGE_ID, key, message, until) for kind, key, message, until in keys.fetchall()),
+        tuple(group for (group,) in halted.fetchall()),
+    )
+
+
+def remember(books: Books, row: QueueRow, memory: Memory) -> None:
+    """Remember them, but for what is known here already."""
+    books.db.executemany(
+        "INSERT OR IGNORE INTO filao_dedup (queue, kind, key, message, until) VALUES (?, ?, ?, ?, ?)",
+        [(row.id, MESSAGE_ID if key.is_id else DEDUP_KEY, key.key, key.message, key.until) for key in memory.keys],
+    )
+    for group in memory.halted:
+        books.db.execute("INSERT OR IGNORE INTO filao_halted (queue, grp) VALUES (?, ?)", (row.id, group))
+        books.arrange(row, group)
+
+
+def _milliseconds(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000)

@@ -1,0 +1,258 @@
+"""Moving house: everything arrives, as it was, however often the move is killed."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import filao
+from filao.engines import engine_for
+from filao.moving import Moved, move
+from tests.servers import Postgres, Rabbitmq
+
+pytestmark = pytest.mark.anyio
+
+_names = count()
+AT_ONCE = filao.Backoff(first=0)
+MANY = 1_000
+
+
+@pytest.fixture
+def name() -> str:
+    return f"claims{next(_names)}"
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Return what gives the URL of fresh storage on an engine."""
+
+    def give(engine: str) -> str:
+        if engine == "sqlite":
+            return str(tmp_path / f"{next(_names)}.db")
+        if engine == "rabbitmq":
+            rabbitmq: Rabbitmq = request.getfixturevalue("rabbitmq")
+            return rabbitmq.url()
+        postgres: Postgres = request.getfixturevalue("postgres")
+        return postgres.create(f"moving{next(_names)}")
+
+    return give
+
+
+async def moved(source: str, target: str, *names: str) -> list[Moved]:
+    here, there = engine_for(source), engine_for(target)
+    await here.open()
+    await there.open()
+    try:
+        return await move(here, there, names)
+    finally:
+        await here.close()
+        await there.close()
+
+
+async def everything(url: str, name: str) -> list[Any]:
+    """Return all that can be seen of a queue, but for the moment at which a message became ready."""
+    async with filao.connect(url) as broker:
+        seen = [message for state in filao.State for message in await broker.peek(name, state=state, limit=100)]
+        return [
+            (
+                *(message.id, message.state, message.body, message.headers, message.attempts, message.priority),
+                *(message.group, message.dedup_key, message.sent_at, message.expires_at, message.reason),
+                message.history,
+                message.at if message.state == "dead" else None,
+            )
+            for message in seen
+        ]
+
+
+@pytest.mark.parametrize("way", ["sqlite sqlite", "sqlite postgresql", "postgresql sqlite", "postgresql postgresql"])
+async def test_everything_arrives_as_it_was(place, name, way) -> None:
+    source, target = map(place, way.split())
+    queue = filao.Queue(name, group_dead="halt", max_attempts=3)
+    async with filao.connect(source) as broker:
+        await broker.declare(queue, filao.Queue("letters"))
+        await broker.send_to_queue("letters", "stays")
+        await broker.send_to_queue(name, "done", dedup_key="gone")
+        await (await broker.receive_from_queue(name)).ack()
+        await broker.send_to_queue(name, "poison", group="halted", dedup_key="dead", headers={"trace": "a"})
+        await (await broker.receive_from_queue(name)).reject(ValueError("no such policy"))
+        await broker.send_to_queue(name, "behind it", group="halted")
+        await broker.send_to_queue(name, "retried")
+        await (await broker.receive_from_queue(name)).nack(delay=500, reason="not yet")
+        for body in ("first", "second"):
+            await broker.send_to_queue(name, body, group="policy-12", ttl=900)
+        await broker.send_to_queue(name, "later", delay=600, priority=3)
+        await broker.send_to_queue(name, b"\x00raw", message_id="their-own", dedup_key="pending", priority=-1)
+    before = await everything(source, name)
+    (told,) = await moved(source, target, name)
+    assert (told.waiting, told.dead, told.held) == (6, 1, 0)
+    assert await everything(target, name) == before
+    assert await everything(source, name) == []
+    async with filao.connect(target) as broker:
+        assert await broker.queues() == [queue]
+        for key in ("gone", "dead", "pending"):
+            assert (await broker.send_to_queue(name, "again", dedup_key=key)).duplicate, key
+        assert (await broker.send_to_queue(name, "again", message_id="their-own")).duplicate
+        assert [message.body for message in await broker.receive_many(name, 10, wait=0)] == ["first", b"\x00raw"]
+        await broker.resume(name, group="halted")
+        assert (await broker.receive_from_queue(name)).body == "behind it"
+    async with filao.connect(source) as broker:
+        assert (await broker.stats(name)).paused
+        assert (await broker.receive_from_queue("letters")).body == "stays"
+
+
+async def test_two_messages_with_one_key_are_both_kept(place, name) -> None:
+    source, target = place("sqlite"), place("postgresql")
+    for url in (source, target):
+        async with filao.connect(url) as broker:
+            await broker.declare(filao.Queue(name))
+            await broker.send_to_queue(name, url == source, dedup_key="k")
+    await moved(source, target)
+    async with filao.connect(target) as broker:
+        assert sorted(message.body for message in await broker.receive_many(name, 5, wait=0)) == [False, True]
+
+
+@pytest.mark.parametrize(
+    "way", ["sqlite postgresql", "postgresql sqlite", "sqlite rabbitmq", "rabbitmq sqlite", "rabbitmq postgresql"]
+)
+async def test_a_move_that_is_killed_again_and_again_loses_nothing(place, name, way) -> None:
+    engines = way.split()
+    source, target = map(place, engines)
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+        await broker.send_many(name, range(MANY))
+    kills = 0
+    while kills < 3:
+        process = subprocess.Popen(_command(source, target, "--queue", name), stdout=subprocess.DEVNULL)
+        if not await _more_has_arrived(target, name, process):
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    run = await asyncio.to_thread(
+        subprocess.run,
+        _command(source, target, "--queue", name),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert kills
+    assert json.loads(run.stdout)["held"] == 0
+    async with filao.connect(target) as broker:
+        bodies: list[int] = []
+        while message := await broker.receive_from_queue(name, wait=0.5):
+            bodies.append(message.body)
+            await message.ack()
+    assert set(bodies) == set(range(MANY))
+    if engines[1] == "rabbitmq":
+        assert max(Counter(bodies).values()) <= 1 + kills  # it cannot tell, and says so
+    else:
+        assert len(bodies) == MANY
+    if "rabbitmq" not in engines:
+        assert bodies == sorted(bodies)
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "filao", "move", *arguments]
+
+
+async def _more_has_arrived(target: str, name: str, process: "subprocess.Popen[bytes]") -> bool:
+    """Wait until the target has more than it had; False when the process has ended instead."""
+    before: int | None = None
+    async with asyncio.timeout(30), filao.connect(target) as broker:
+        while process.poll() is None:
+            try:
+                stats = await broker.stats(name)
+            except filao.QueueNotFound:
+                before = 0
+                continue
+            if before is not None and stats.ready > before:
+                return True
+            before = stats.ready if before is None else before
+    return False
+
+
+async def test_to_rabbitmq_and_back(place, name) -> None:
+    start, middle, end = place("sqlite"), place("rabbitmq"), place("postgresql")
+    async with filao.connect(start) as broker:
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE, emulate=("delay",)))
+        await broker.send_to_queue(name, "dies", headers={"a": "b"})
+        await (await broker.receive_from_queue(name)).reject("no such policy")
+        await broker.send_to_queue(name, "retried")
+        await (await broker.receive_from_queue(name)).nack(delay=0)
+        await broker.send_to_queue(name, "expires", ttl=600)
+        await broker.send_to_queue(name, "later", delay=0.4)
+        ids = {message.body: message.id for message in await broker.peek(name)}
+    (told,) = await moved(start, middle, name)
+    assert (told.waiting, told.dead) == (3, 1)
+    async with asyncio.timeout(20), filao.connect(middle) as broker:
+        while (await broker.stats(name)).ready < 3:  # what is on the ladder cannot be moved on
+            await asyncio.sleep(0.05)
+    await moved(middle, end, name)
+    async with filao.connect(end) as broker:
+        found = {message.body: message for message in await broker.peek(name)}
+        assert {body: message.id for body, message in found.items() if body != "later"} == ids
+        assert found["retried"].attempts == 1
+        assert found["expires"].expires_at is not None
+        (dead,) = await broker.dead_letters(name)
+        assert (dead.body, dead.reason, dead.error, dead.headers) == ("dies", "rejected", "no such policy", {"a": "b"})
+        assert await broker.redrive(name) == 1
+        assert {message.body for message in await broker.receive_many(name, 9, wait=0)} == {*found, "dies"}
+
+
+async def test_what_the_target_cannot_keep_stays(place, name) -> None:
+    source, target = place("sqlite"), place("rabbitmq")
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name, max_length=100))
+        await broker.send_to_queue(name, 1, group="g")
+    with pytest.raises(filao.UnsupportedFeature, match="max_length"):
+        await moved(source, target, name)
+    async with filao.connect(target) as broker:
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+    with pytest.raises(filao.UnsupportedFeature, match="group='g'"):
+        await moved(source, target, name)
+    async with filao.connect(source) as broker:
+        await broker.resume(name)
+        assert (await broker.receive_from_queue(name)).body == 1
+
+
+async def test_the_command_says_what_it_would_do_and_does_it(place, name) -> None:
+    source, target = place("sqlite"), place("sqlite")
+
+    def run(*arguments: str) -> Any:
+        environment = {key: value for key, value in os.environ.items() if key != "FILAO_URL"}
+        return subprocess.run(
+            _command(*arguments), capture_output=True, text=True, timeout=60, check=False, env=environment
+        )
+
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name))
+        await broker.send_many(name, range(5))
+        held = await broker.receive_from_queue(name)
+        dry = await asyncio.to_thread(run, source, target, "--dry-run")
+        assert json.loads(dry.stdout) == {"queue": name, "waiting": 4, "dead": 0, "keys": 0, "held": 1}
+        assert (dry.returncode, (await broker.stats(name)).ready) == (1, 4)
+        done = await asyncio.to_thread(run, source, target)
+        assert (done.returncode, json.loads(done.stdout)["waiting"]) == (1, 4)
+        assert "1 messages are held by consumers" in done.stderr
+        await held.release()
+        done = await asyncio.to_thread(run, source, target)
+        assert (done.returncode, json.loads(done.stdout)["waiting"]) == (0, 1)
+    async with filao.connect(target) as broker:
+        assert (await broker.stats(name)).ready == 5
+    for arguments, text in (
+        ((source, source), "both"),
+        ((source, target, "--queue", "clams"), f"'{name}'"),
+        ((source, "redis://x/"), "no URL that Filao knows"),
+    ):
+        refused = await asyncio.to_thread(run, *arguments)
+        assert refused.returncode == 3
+        assert text in refused.stderr
