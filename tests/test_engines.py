@@ -1,0 +1,68 @@
+"""What each engine can do, and that the docs say just that."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import filao
+from filao import engine as engine_module
+from filao.engine import Feature
+from filao.engines.postgresql import PostgresqlEngine
+from filao.engines.rabbitmq import RabbitmqEngine
+from filao.engines.sqlite import SqliteEngine
+from tests.servers import Rabbitmq
+
+ENGINES = (SqliteEngine, PostgresqlEngine, RabbitmqEngine)
+PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
+
+
+def _explained() -> dict[str, str]:
+    """Return what `engine.py` says of each feature."""
+    (written,) = [
+        node
+        for node in ast.parse(inspect.getsource(engine_module)).body
+        if isinstance(node, ast.ClassDef) and node.name == "Feature"
+    ]
+    said: dict[str, str] = {}
+    for member, docstring in zip(written.body[1::2], written.body[2::2], strict=True):
+        assert isinstance(member, ast.Assign)
+        assert isinstance(docstring, ast.Expr)
+        assert isinstance(docstring.value, ast.Constant)
+        said[member.targets[0].id.lower()] = str(docstring.value.value)  # type: ignore[attr-defined]  # it is a name
+    return said
+
+
+def table() -> str:
+    """Return the table of the docs."""
+    lines = [
+        f"| feature | {' | '.join(engine.name for engine in ENGINES)} | |",
+        "|---|" + "---|" * len(ENGINES) + "---|",
+    ]
+    for feature, said in _explained().items():
+        how = [
+            "native" if feature in engine.features else "by opt-in" if feature in engine.emulated else "no"
+            for engine in ENGINES
+        ]
+        lines.append(f"| `{feature}` | {' | '.join(how)} | {said} |")
+    return "\n".join(lines)
+
+
+def test_the_docs_say_what_each_engine_can_do() -> None:
+    assert table() in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.anyio
+async def test_the_code_of_the_page_runs(rabbitmq: Rabbitmq) -> None:
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
+        source = block.replace("amqp://guest:guest@127.0.0.1:5672/", rabbitmq.url())
+        running = eval(compile(source, PAGE.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), {"filao": filao})
+        await running
+
+
+def test_what_can_be_done_natively_is_not_imitated() -> None:
+    for engine in ENGINES:
+        assert not engine.features & engine.emulated
+    assert _explained().keys() == set(Feature)
