@@ -22,9 +22,10 @@ from bench.measures import MEASURES as QUEUES
 from bench.measures import Ground, to_json
 from bench.peers import PACKAGES, PEERS
 from bench.postgresql import postgresql
+from bench.rabbitmq import rabbitmq
 from bench.working import working
 
-MEASURES = QUEUES | {"working": working, "postgresql": postgresql}
+MEASURES = QUEUES | {"working": working, "postgresql": postgresql, "rabbitmq": rabbitmq}
 QUICK = 0.02  # of a full run's numbers: to see that everything works, not to measure
 PROGRAMS = {"Redis": "redis-server", "RabbitMQ": "rabbitmq-server"}
 

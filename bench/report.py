@@ -37,6 +37,8 @@ def tables(found: dict[str, Any]) -> list[str]:
         "jobs processed by two processes": found.get("working", {}).get("process"),
         "PostgreSQL: send-one, 64 producers": found.get("postgresql", {}).get("send"),
         "PostgreSQL: drain, one consumer process": found.get("postgresql", {}).get("drain"),
+        "RabbitMQ: send-one, 64 producers": found.get("rabbitmq", {}).get("send"),
+        "RabbitMQ: drain, one consumer process": found.get("rabbitmq", {}).get("drain"),
     }
     lines: list[str] = []
     for title, figures in rates.items():
@@ -76,6 +78,11 @@ def bars(found: dict[str, Any]) -> list[Bar]:
         judged += _working(found["working"])
     if "postgresql" in found:
         judged += _postgresql(found["postgresql"])
+    if "rabbitmq" in found:
+        judged += [
+            Bar(f"RabbitMQ: {what}-one against aio-pika by hand", rates["Filao"] / rates["aio-pika"], 0.9)
+            for what, rates in found["rabbitmq"].items()
+        ]
     return judged
 
 

@@ -213,6 +213,13 @@ async def test_a_server_that_is_too_old_is_refused(url, monkeypatch) -> None:
         await filao.connect(url).open()
 
 
+async def test_the_first_sends_keep_their_order(url, queue) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(queue)
+        await asyncio.gather(*(broker.send_to_queue(queue, number) for number in range(50)))
+        assert [message.body for message in await broker.receive_many(queue, 50, wait=0)] == list(range(50))
+
+
 # --- shared with others ----------------------------------------------------------------------------------------------
 
 
@@ -269,7 +276,8 @@ async def test_a_queue_that_was_deleted_on_the_server_is_not_found(broker, forei
     foreign.queue_delete(queue.name)
     for call in (waiting, broker.send_to_queue(queue, 1), broker.receive_from_queue(queue, wait=0)):
         with pytest.raises(filao.QueueNotFound, match=queue.name):
-            await call
+            async with asyncio.timeout(10):
+                await call
     found = {finding.subject: finding for finding in await broker.doctor()}
     assert found[f"queue {queue.name}"].level == "error"
     await broker.declare(queue)
@@ -287,6 +295,23 @@ async def test_processes_that_declare_together_forget_no_queue(url, queue) -> No
     async with filao.connect(url) as broker:
         names = {known.name for known in await broker.queues()}
     assert {f"{queue.name}.{number}.{part}" for number in range(6) for part in range(5)} <= names
+
+
+async def test_two_registers_are_merged(broker, foreign, queue) -> None:
+    """A process may die between the publication of a new register and the acknowledgement of the old one."""
+    _, _, old = foreign.basic_get(topology.REGISTER, auto_ack=False)
+    pages = json.loads(old)
+    newer = {queue.name: {**pages[queue.name], "version": 99}}
+    newer[queue.name]["rules"] = pages[queue.name]["rules"] | {"max_attempts": 77}
+    foreign.confirm_delivery()
+    foreign.basic_publish("", topology.REGISTER, json.dumps(newer).encode())
+    foreign.basic_nack(0, multiple=True)
+    found = {known.name: known for known in await broker.queues()}
+    assert found[queue.name].max_attempts == 77
+    assert found.keys() == pages.keys()
+    async with asyncio.timeout(10):
+        while foreign.queue_declare(topology.REGISTER, passive=True).method.message_count != 1:
+            await asyncio.sleep(0.01)
 
 
 # --- leases and attempts ---------------------------------------------------------------------------------------------
@@ -338,6 +363,22 @@ async def test_a_dead_letter_says_why(broker, queue) -> None:
     assert [letter.body for letter in await broker.dead_letters(queue, after=first.id)] == [2]
     assert [letter.body for letter in await broker.dead_letters(queue, limit=1)] == [1]
     assert [letter.body for letter in await broker.dead_letters(queue)] == [1, 2]  # looking has changed nothing
+
+
+async def test_a_redrive_ends_though_everything_dies_again(url, broker, queue) -> None:
+    async def reject() -> None:
+        async with filao.connect(url) as other:
+            async for message in other.consume(queue):
+                await message.reject("not today")
+
+    rejecting = asyncio.create_task(reject())
+    await broker.send_many(queue, range(3))
+    async with asyncio.timeout(20):
+        while (await broker.stats(queue)).dead < 3:
+            await asyncio.sleep(0.01)
+        for _ in range(10):
+            assert await broker.redrive(queue) <= 3
+    rejecting.cancel()
 
 
 async def test_nothing_lies_where_nobody_works_on_it(url, broker, queue) -> None:

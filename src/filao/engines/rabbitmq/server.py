@@ -134,6 +134,7 @@ class Session:
         self._ended = asyncio.get_running_loop().create_future()
         self._connection.close_callbacks.add(self._end)
         self._publishing: Channel | None = None
+        self._opening = asyncio.Lock()
         properties = connection.transport.connection.server_properties if connection.transport else {}
         self.version = str(properties.get("version", "0"))
 
@@ -154,9 +155,12 @@ class Session:
 
     async def publishing(self) -> Channel:
         """Return the channel on which messages are published and confirmed."""
-        if self._publishing is None or self._publishing.is_closed:
-            self._publishing = await self.channel(confirms=True)
-        return self._publishing
+        if self._publishing is not None and not self._publishing.is_closed:
+            return self._publishing
+        async with self._opening:  # all publish on one, in the order in which they were sent
+            if self._publishing is None or self._publishing.is_closed:
+                self._publishing = await self.channel(confirms=True)
+            return self._publishing
 
     async def renew_publishing(self) -> None:
         """Publish on another channel from now on: one that met a queue without a leader is refused for ever (3.10)."""
