@@ -231,6 +231,8 @@ class StoredMessage(msgspec.Struct, frozen=True):
     """Of a dead letter: max_attempts, rejected, expired, malformed or overflow."""
     history: tuple[Failure, ...] = ()
     """The last 20 failed attempts, the oldest first."""
+    consumer: str = ""
+    """Of a leased message: the host and process that hold it."""
 
     @property
     def error(self) -> str:

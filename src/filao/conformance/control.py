@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import os
+import socket
 
 from filao.conformance.stage import SOON, Stage, add_up, equal, needs, raises
 from filao.engine import Feature
@@ -24,6 +26,17 @@ async def check_peek_shows_each_state_in_pages_and_changes_nothing(stage: Stage)
     await raises(ConfigurationError, stage.broker.peek(queue, after="nonsense"), "nonsense", queue.name)
     stats = await stage.broker.stats(queue)
     equal((stats.ready, stats.delayed, stats.leased, stats.received), (4, 1, 1, 1))
+
+
+@needs(Feature.PEEK)
+async def check_peek_tells_who_holds_a_message(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, 2)
+    await stage.next(queue)
+    (leased,) = await stage.broker.peek(queue, state="leased")
+    equal(leased.consumer, f"{socket.gethostname()}:{os.getpid()}")
+    (ready,) = await stage.broker.peek(queue)
+    equal(ready.consumer, "")
 
 
 @needs()

@@ -32,7 +32,10 @@ _STATS = """
 """
 _ORDER = {"ready": "-priority, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
 _SORT = _ORDER | {"ready": "priority DESC, id"}
-_SEEN = "id, filao.name_of(id, message_id), kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason"
+_SEEN = """
+    id, filao.name_of(id, message_id), kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at,
+    reason, coalesce((SELECT name FROM filao.process WHERE id = token >> 32), '')
+"""
 _HISTORY = "SELECT attempt, at, outcome, error, consumer FROM filao.failure WHERE message = %s ORDER BY id"
 
 
@@ -94,7 +97,8 @@ async def _behind(
 
 
 async def _stored(connection: Connection, queue: str, state: State, fields: Sequence[Any]) -> StoredMessage:
-    number, name, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, expires_at, reason = fields
+    number, name, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, *rest = fields
+    expires_at, reason, consumer = rest
     return StoredMessage(
         id=name,
         queue=queue,
@@ -110,6 +114,7 @@ async def _stored(connection: Connection, queue: str, state: State, fields: Sequ
         expires_at=None if expires_at is None else instant(expires_at),
         reason=reason,
         history=await history(connection, number),
+        consumer=consumer if state == State.LEASED else "",
     )
 
 

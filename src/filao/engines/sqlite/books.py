@@ -233,13 +233,14 @@ class Books:
         The token stays until somebody receives the message, so that a late ack of work that was done still counts.
         """
         row.count["lost"] += 1
-        self.record(entry, outcome, "", self._consumer_of(token))
+        self.record(entry, outcome, "", self.consumer_of(token))
         if entry.attempts >= row.rules.max_attempts:
             self.die(row, entry, "max_attempts")
         else:
             self.give_back(row, entry, token=token)
 
-    def _consumer_of(self, token: int) -> str:
+    def consumer_of(self, token: int) -> str:
+        """Return the host and process that a lease was given to."""
         process = (token - TOKEN_MIN) // TOKENS_PER_PROCESS
         found = self.db.execute("SELECT name FROM filao_process WHERE id = ?", (process,)).fetchone()
         return found[0] if found else ""

@@ -37,7 +37,8 @@ _WHERE = {
 }
 _ORDER = {"ready": "priority DESC, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
 _SEEN = (
-    "id, message_id, state, kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason"
+    "id, message_id, state, kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason, "
+    "token"
 )
 
 
@@ -155,7 +156,7 @@ def _no_place(row: QueueRow, after: str) -> ConfigurationError:
 
 def _stored(books: Books, row: QueueRow, fields: Sequence[Any]) -> StoredMessage:
     number, message_id, state, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, *rest = fields
-    expires_at, reason = rest
+    expires_at, reason, token = rest
     return StoredMessage(
         id=books.name_of(number, message_id),
         queue=row.rules.name,
@@ -171,6 +172,7 @@ def _stored(books: Books, row: QueueRow, fields: Sequence[Any]) -> StoredMessage
         expires_at=None if expires_at is None else instant(expires_at),
         reason=reason,
         history=history(books.db, number),
+        consumer=books.consumer_of(token) if state == NUMBERS["leased"] else "",
     )
 
 
