@@ -13,19 +13,23 @@ QUEUE: filao.Queue = filao.Queue(
 )
 AGAIN = 0.02  # seconds between two tries of the same
 PROGRESS = 50  # messages sent, and as many acknowledged, which show that the work has resumed
+TRANSACTED = 5  # of the messages that are sent in transactions, one after the other
 RESUMES_WITHIN = 10.0  # seconds after the end of a fault: a promise
 
 
 class Load:
     """What was asked, confirmed and worked on."""
 
-    def __init__(self, *, named: bool = True, queue: filao.Queue = QUEUE) -> None:
+    def __init__(self, *, named: bool = True, transacts: bool = False, queue: filao.Queue = QUEUE) -> None:
         self.confirmed: set[str] = set()
         self.handled: Counter[str] = Counter()
         """How often each message was delivered."""
         self.acked: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
+        self.transacted = 0
+        """How many were sent in transactions."""
         self._named = named
+        self._transacts = transacts
         self._queue = queue
 
     async def send(self, broker: filao.Broker, sender: str) -> None:
@@ -41,6 +45,24 @@ class Load:
                 else:
                     break
             self.confirmed.add(key)
+
+    async def transact(self, broker: filao.Broker, sender: str) -> None:
+        """Send as `send` does, each message in a transaction."""
+        for number in count():
+            key = f"{sender}.{number}"
+            while True:
+                try:
+                    async with broker.transaction() as tx:
+                        await tx.execute("SELECT 1")
+                        await tx.send_to_queue(self._queue, key, message_id=key)
+                except filao.EngineError as error:
+                    self.errors[type(error).__name__] += 1
+                    await asyncio.sleep(AGAIN)
+                else:
+                    break
+            self.confirmed.add(key)
+            self.transacted += 1
+            await asyncio.sleep(AGAIN)  # others send enough
 
     async def consume(self, broker: filao.Broker) -> None:
         """Receive and acknowledge, for ever."""
@@ -59,8 +81,11 @@ class Load:
     async def resumes(self, within: float = RESUMES_WITHIN) -> None:
         """Wait until it is seen that sending and consuming go on."""
         sent, acked = len(self.confirmed) + PROGRESS, self.acked.total() + PROGRESS
+        transacted = self.transacted + TRANSACTED if self._transacts else 0
         async with asyncio.timeout(within):
-            while len(self.confirmed) < sent or self.acked.total() < acked:  # what others count
+            while (
+                len(self.confirmed) < sent or self.acked.total() < acked or self.transacted < transacted
+            ):  # what others count
                 await asyncio.sleep(0.01)
 
     async def finish(self, broker: filao.Broker) -> None:
@@ -87,12 +112,19 @@ class Load:
 
 @asynccontextmanager
 async def loaded(
-    senders: filao.Broker, consumers: filao.Broker, *, named: bool = True, queue: filao.Queue = QUEUE
+    senders: filao.Broker,
+    consumers: filao.Broker,
+    *,
+    named: bool = True,
+    transacts: bool = False,
+    queue: filao.Queue = QUEUE,
 ) -> AsyncGenerator[Load]:
     """Keep senders and consumers busy in this block."""
-    load = Load(named=named, queue=queue)
+    load = Load(named=named, transacts=transacts, queue=queue)
     tasks = [asyncio.create_task(load.send(senders, str(number))) for number in range(8)]
     tasks += [asyncio.create_task(load.consume(consumers)) for _ in range(8)]
+    if transacts:
+        tasks.append(asyncio.create_task(load.transact(senders, "transaction")))
     try:
         yield load
     finally:

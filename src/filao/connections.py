@@ -8,6 +8,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from filao.errors import ConfigurationError
@@ -44,7 +45,7 @@ def connection_of(given: Any, *, needs_transaction: bool) -> Connection:
         return Connection(dialect.name, dialect.paramstyle, given.exec_driver_sql)
     if hasattr(given, "vendor") and hasattr(given, "in_atomic_block"):  # Django's
         _check_transaction(given.in_atomic_block, needs_transaction, "use it inside transaction.atomic()")
-        return Connection(given.vendor, "format", _through_cursor(given))
+        return Connection(given.vendor, "format", _through_cursor(given.cursor))
     return _of_driver(given, needs_transaction=needs_transaction)
 
 
@@ -60,14 +61,23 @@ def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:
             if "Async" in kind.__name__:
                 break
             name = getattr(module, "__name__", "")
-            idle = getattr(given, "autocommit", False) is True and name.startswith("psycopg")
-            _check_transaction(not idle, needs_transaction, "use it inside `with connection.transaction()`")
+            if name == "psycopg":
+                return _of_psycopg(given, module, needs_transaction=needs_transaction)
             dialect = "postgresql" if name.startswith("psycopg") else name
-            return Connection(dialect, str(getattr(module, "paramstyle", "")), _through_cursor(given))
+            return Connection(dialect, str(getattr(module, "paramstyle", "")), _through_cursor(given.cursor))
     raise ConfigurationError(
         f"a {type(given).__module__}.{type(given).__qualname__} is no connection that Filao knows: give a DB-API connection "
         f"(sqlite3, psycopg), a SQLAlchemy connection or session, or a Django connection"
     )
+
+
+def _of_psycopg(given: Any, psycopg: Any, *, needs_transaction: bool) -> Connection:
+    """Recognise a connection of psycopg 3, whatever kind of rows its user likes."""
+    if needs_transaction:
+        begins = not given.autocommit or given.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
+        _check_transaction(begins, needs_transaction, "use it inside `with connection.transaction()`")
+    cursor = partial(given.cursor, row_factory=psycopg.rows.tuple_row)
+    return Connection("postgresql", str(psycopg.paramstyle), _through_cursor(cursor))
 
 
 def _check_transaction(holds: object, needs: bool, advice: str) -> None:  # noqa: FBT001  # private, and always named by its value
@@ -77,9 +87,9 @@ def _check_transaction(holds: object, needs: bool, advice: str) -> None:  # noqa
         )
 
 
-def _through_cursor(given: Any) -> Execute:
+def _through_cursor(make: Callable[[], Any]) -> Execute:
     def run(sql: str, parameters: Any) -> Any:
-        cursor = given.cursor()
+        cursor = make()
         cursor.execute(sql, parameters)
         return cursor
 

@@ -8,14 +8,12 @@ their own, from a pool.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg.errors import DeadlockDetected, NoDataFound, SerializationFailure
-from psycopg.rows import tuple_row
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from filao.connections import connection_of
 from filao.engine import (
@@ -44,12 +42,14 @@ from filao.engines.postgresql import carriage, control, verbs
 from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import ALIVE, DEAD, Listener
 from filao.engines.postgresql.schema import migrate
-from filao.engines.postgresql.server import Connection, Link, Server
+from filao.engines.postgresql.server import Connection, Link, Pool, Server, in_time
 from filao.engines.statements import check_statement, for_psycopg
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
 from filao.queue import Queue, not_found, rules_from_json, rules_to_json
 
 R = TypeVar("R")
+
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever is the database's default
 
 POLL_INTERVAL = 0.5  # seconds between looks for what calls nobody: sends in users' transactions, and whatever got lost
 DEAD_AFTER = 2.0  # seconds without a sign of life after which a process's leases are taken over
@@ -59,6 +59,7 @@ VACUUM_AFTER = 50_000  # dead rows: some 20 MiB
 SLICE = 2_000  # messages that operators change in one transaction
 CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
+UNUSED_MAX = 60.0  # seconds after which one that nobody used is closed
 TRIES = 5  # of a transaction that met another and lost: nothing of it was done
 
 
@@ -75,6 +76,7 @@ class PostgresqlEngine:
         self._durable = durable
         self._clock = clock
         self._main = Link(self._server)
+        self._pool = Pool(self._server, CONNECTIONS_MAX)
         self._listener = Listener(self._server, self._heard)
         self._database = ""
         self._lines: dict[str, Line] = {}
@@ -83,6 +85,7 @@ class PostgresqlEngine:
         self._missed: dict[int, float] = {}
         """Processes that showed no sign of life, and since when."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_listening = False
         self._is_closing = False
 
     # --- opening and closing -----------------------------------------------------------------------------------------
@@ -95,18 +98,6 @@ class PostgresqlEngine:
         except BaseException:
             await self._main.close()
             raise
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
-            self._server.url,
-            kwargs={"autocommit": True, "row_factory": tuple_row, "application_name": "filao"},
-            configure=self._server.set_up,
-            check=AsyncConnectionPool.check_connection,
-            min_size=0,
-            max_size=CONNECTIONS_MAX,
-            max_idle=60,
-            timeout=POOL_WAIT,
-            open=False,
-        )
-        await self._pool.open()
         self._start(self._watch())
 
     def twin(self) -> "PostgresqlEngine":
@@ -131,6 +122,7 @@ class PostgresqlEngine:
     def abandon(self) -> None:
         """Let go in a child after a fork."""
         self._main.abandon()
+        self._pool.abandon()
         self._listener.abandon()
 
     def _start(self, work: Any) -> None:
@@ -151,24 +143,25 @@ class PostgresqlEngine:
                 raise EngineUnavailable("the broker was closed meanwhile")
             if batch.receives and not self._listener.process:
                 await self._listener.register(connection)
-                if not self._server.is_pooled:
+                if not self._server.is_pooled and not self._is_listening:
+                    self._is_listening = True
                     self._start(self._listener.run())
             may_receive = self._listener.process != 0
             operations = batch.take(lambda operation: may_receive or not isinstance(operation, Receive))
-            return await _retried(connection, lambda: self._do(connection, operations), self._numbers.clear)
+            done = await _retried(connection, lambda: self._do(connection, operations), self._numbers.clear)
+            results = await self._results(connection, done.operations, done.calls, done.rows)
+        if not done.unknown:
+            return results
+        rest = iter(results)
+        queues = [verbs.queue_of(operation) for operation in operations]
+        return [not_found(queue, self._rules) if queue in done.unknown else next(rest) for queue in queues]
 
-    async def _do(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
+    async def _do(self, connection: Connection, operations: Sequence[Operation]) -> "_Done":
         unknown = await self._learn(connection, operations)
         known = [operation for operation in operations if verbs.queue_of(operation) not in unknown]
         calls = verbs.calls(known, self._setting(later=False))
         fresh = [(self._numbers[queue], count) for queue, count in verbs.fresh(known).items()]
-        rows = await self._run(connection, calls, fresh)
-        results = await self._results(connection, known, calls, rows)
-        if not unknown:
-            return results
-        rest = iter(results)
-        queues = [verbs.queue_of(operation) for operation in operations]
-        return [not_found(queue, self._rules) if queue in unknown else next(rest) for queue in queues]
+        return _Done(known, unknown, calls, await self._run(connection, calls, fresh))
 
     def _setting(self, *, later: bool) -> verbs.Setting:
         listener = self._listener
@@ -186,15 +179,25 @@ class PostgresqlEngine:
     async def _run(
         self, connection: Connection, calls: Sequence[verbs.Call], fresh: Sequence[tuple[int, int]]
     ) -> list[verbs.Rows]:
-        """Make the calls in one transaction and, once it is committed, wake those who wait; all in one round trip."""
-        async with connection.pipeline():
-            await connection.execute("BEGIN")
-            if self._server.is_pooled and self._durable:
-                await connection.execute("SET LOCAL synchronous_commit = on")
-            cursors = [await connection.execute(call.sql.encode(), call.parameters) for call in calls]
-            await connection.execute("COMMIT")
-            if fresh:
-                await connection.execute(verbs.CALL, ([queue for queue, _ in fresh], [count for _, count in fresh]))
+        """Make the calls in one transaction and, once it is committed, wake those who wait; all in one round trip.
+
+        What is raised here was not committed, or it is open whether it was: a call that fails after the commit must not
+        make anybody do it again. Whom it should have woken finds what there is by polling.
+        """
+        committed: psycopg.AsyncCursor[Any] | None = None
+        cursors: list[psycopg.AsyncCursor[Any]] = []
+        try:
+            async with connection.pipeline():
+                await connection.execute(BEGIN)
+                if self._server.is_pooled and self._durable:
+                    await connection.execute("SET LOCAL synchronous_commit = on")
+                cursors += [await connection.execute(call.sql.encode(), call.parameters) for call in calls]
+                committed = await connection.execute("COMMIT")
+                if fresh:
+                    await connection.execute(verbs.CALL, ([queue for queue, _ in fresh], [count for _, count in fresh]))
+        except psycopg.Error:
+            if committed is None or committed.statusmessage != "COMMIT":
+                raise
         return [await cursor.fetchall() for cursor in cursors]
 
     async def _results(
@@ -212,8 +215,10 @@ class PostgresqlEngine:
         if lost:
             deliveries = [operation.delivery for operation in operations if not isinstance(operation, Send | Receive)]
             handles = [delivery.handle for delivery in deliveries]
-            cursor = await connection.execute(verbs.WHERE_NOW, (handles,))
-            now = {number: (state, attempts) for number, state, attempts in await cursor.fetchall()}
+            now: dict[int, tuple[str, int]] = {}
+            with suppress(psycopg.Error):  # it only makes the error say more, and the batch is done
+                cursor = await connection.execute(verbs.WHERE_NOW, (handles,))
+                now = {number: (state, attempts) for number, state, attempts in await cursor.fetchall()}
             for place in lost:
                 operation = operations[place]
                 assert not isinstance(operation, Send | Receive)
@@ -242,16 +247,32 @@ class PostgresqlEngine:
         """Hold a transaction for the user's own statements, on a connection of its own."""
         async with self._connection() as connection:
             within = PostgresqlTransaction(self, connection)
-            async with connection.transaction():
-                if self._server.is_pooled and self._durable:
-                    await connection.execute("SET LOCAL synchronous_commit = on")
+            async with self._committed(connection):
                 yield within
             fresh = {self._numbers[queue]: count for queue, count in verbs.fresh(within.done).items()}
             if fresh:
-                await connection.execute(verbs.CALL, (list(fresh), list(fresh.values())))
+                with suppress(psycopg.Error, TimeoutError):  # it is committed; whoever waits polls as well
+                    async with in_time():
+                        await connection.execute(verbs.CALL, (list(fresh), list(fresh.values())))
+
+    @asynccontextmanager
+    async def _committed(self, connection: Connection) -> AsyncGenerator[None]:
+        """Commit what is done in this block; after an exception the connection's keeper rolls it back."""
+        async with in_time():
+            await connection.execute(BEGIN)
+            if self._server.is_pooled and self._durable:
+                await connection.execute("SET LOCAL synchronous_commit = on")
+        yield
+        async with in_time():
+            ended = await connection.execute("COMMIT")
+        if ended.statusmessage != "COMMIT":
+            raise EngineError(
+                f"{self._server.name}: a statement of this transaction had failed, so the server rolled all of it back. "
+                f"Nothing was done; let the error of that statement leave the block."
+            )
 
     async def apply_within(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
-        """Do operations in a transaction that the user holds."""
+        """Do operations in a transaction that is open on a connection."""
         unknown = await self._learn(connection, operations)
         if unknown:
             return [not_found(verbs.queue_of(operation), self._rules) for operation in operations]
@@ -261,18 +282,16 @@ class PostgresqlEngine:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncGenerator[Connection]:
-        try:
-            connection = await self._pool.getconn()
-        except PoolTimeout:
-            raise EngineUnavailable(
-                f"{self._server.name}: no connection became free within {POOL_WAIT:g} s: the server is away, or {CONNECTIONS_MAX} "
-                f"transactions of this process are open. Nothing was done; keep transactions short, and try again."
-            ) from None
-        try:
+        async with AsyncExitStack() as stack:
+            try:
+                connection = await stack.enter_async_context(self._pool.use(POOL_WAIT))
+            except TimeoutError:
+                raise EngineUnavailable(
+                    f"{self._server.name}: no connection became free within {POOL_WAIT:g} s: {CONNECTIONS_MAX} "
+                    f"transactions of this process are open. Nothing was done; keep transactions short, and try again."
+                ) from None
             with self._server.mapped():
                 yield connection
-        finally:
-            await self._pool.putconn(connection)
 
     # --- waking ------------------------------------------------------------------------------------------------------
 
@@ -304,6 +323,7 @@ class PostgresqlEngine:
                 if time.monotonic() - vacuumed > VACUUM_INTERVAL:
                     vacuumed = time.monotonic()
                     await self._vacuum()
+                await self._pool.close(UNUSED_MAX)
             self._heard(0)
 
     async def _vacuum(self) -> None:
@@ -410,7 +430,7 @@ class PostgresqlEngine:
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages that came from elsewhere."""
         number = await self._number(queue)
-        async with self._connection() as connection, connection.transaction():
+        async with self._connection() as connection, self._committed(connection):
             results = await self.apply_within(connection, sends(queue, parcels))
             for place, parcel in enumerate(parcels):
                 if has_rival(parcel, results[place]):
@@ -427,7 +447,7 @@ class PostgresqlEngine:
     async def remember(self, queue: str, memory: Memory) -> None:
         """Remember what another engine remembered."""
         number = await self._number(queue)
-        async with self._connection() as connection, connection.transaction():
+        async with self._connection() as connection, self._committed(connection):
             await carriage.remember(connection, number, self._moment(), memory)
 
     async def doctor(self) -> list[Finding]:
@@ -459,6 +479,16 @@ class PostgresqlEngine:
             return await _retried(connection, run)
 
 
+class _Done(NamedTuple):
+    """A batch that is committed, before it is read what came of it."""
+
+    operations: Sequence[Operation]
+    unknown: set[str]
+    """Queues that nobody declared, whose operations were left out."""
+    calls: Sequence[verbs.Call]
+    rows: list[verbs.Rows]
+
+
 class PostgresqlTransaction:
     """See `filao.engine.EngineTransaction`."""
 
@@ -472,12 +502,14 @@ class PostgresqlTransaction:
         """Run one statement of the user's and return its rows."""
         check_statement(sql)
         statement, written = for_psycopg(sql, parameters)
-        cursor = await self._connection.execute(statement.encode(), written)
-        return await cursor.fetchall() if cursor.description else []
+        async with in_time():
+            cursor = await self._connection.execute(statement.encode(), written)
+            return await cursor.fetchall() if cursor.description else []
 
     async def apply(self, operations: Sequence[Operation]) -> list[Result]:
         """Do operations as part of this transaction."""
-        results = await self._engine.apply_within(self._connection, operations)
+        async with in_time():
+            results = await self._engine.apply_within(self._connection, operations)
         self.done += [operation for operation in operations if isinstance(operation, Send | Settle)]
         return results
 

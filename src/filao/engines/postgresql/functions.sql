@@ -545,12 +545,13 @@ BEGIN
 END
 $$;
 
--- Milliseconds until the next delayed message or running lease is due.
+-- Milliseconds until the next delayed message or running lease is due; NULL when there is none. (GREATEST passes NULL over.)
 CREATE OR REPLACE FUNCTION filao.due_in(q integer, now bigint) RETURNS bigint LANGUAGE sql VOLATILE AS $$
-  SELECT greatest(0, least(
+  SELECT CASE WHEN due.at IS NOT NULL THEN greatest(0, due.at - now) END
+  FROM (SELECT least(
     (SELECT at FROM filao.message WHERE queue = q AND state = 'delayed' ORDER BY at LIMIT 1),
     (SELECT at FROM filao.message WHERE queue = q AND state = 'leased' ORDER BY at LIMIT 1)
-  ) - now)
+  )) AS due (at)
 $$;
 
 -- Put a process on the waiting list; false when it stood there. It writes nothing then, so that polling costs no flush.
@@ -571,9 +572,11 @@ LANGUAGE sql SET enable_seqscan = off SET jit = off AS $$
     CROSS JOIN LATERAL (
       SELECT * FROM filao.waiting w WHERE w.queue = given.queue ORDER BY w.since LIMIT 100
     ) AS w
+  ), chosen AS ( -- whoever is being called by another is called by him
+    SELECT w.queue, w.process FROM filao.waiting w JOIN listed USING (queue, process)
+    WHERE listed.before < listed.amount FOR UPDATE OF w SKIP LOCKED
   ), called AS (
-    DELETE FROM filao.waiting w USING listed
-    WHERE w.queue = listed.queue AND w.process = listed.process AND listed.before < listed.amount
+    DELETE FROM filao.waiting w USING chosen WHERE w.queue = chosen.queue AND w.process = chosen.process
     RETURNING w.queue, w.process
   )
   SELECT pg_notify('filao_' || process, queue::text) FROM called
@@ -912,6 +915,10 @@ BEGIN
   DELETE FROM filao.dedup d USING old WHERE (d.queue, d.kind, d.key) = (old.queue, old.kind, old.key);
   GET DIAGNOSTICS forgotten = ROW_COUNT;
   IF pg_try_advisory_xact_lock(filao.group_key(0, 'tidy')) THEN
+    DELETE FROM filao.process p -- behind a pooler nobody sees a process die
+    WHERE NOT p.has_session AND p.started_at < coalesce(moment, filao.clock()) - 86400000 AND NOT EXISTS (
+      SELECT FROM filao.message m WHERE m.state = 'leased' AND m.token >> 32 = p.id
+    );
     WITH gone AS (
       DELETE FROM filao.counter c
       WHERE c.backend <> 0 AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = c.backend)

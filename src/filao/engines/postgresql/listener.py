@@ -41,6 +41,7 @@ class Listener:
         self.process = 0
         """The number of this process; 0 before it has received anything."""
         self._tokens = 0
+        self._registered = asyncio.Event()
 
     def next_token(self) -> int:
         """Return a token that no other lease ever had."""
@@ -59,6 +60,7 @@ class Listener:
         if not self._server.is_pooled:
             await self._listen(process)
         self.process, self._tokens = process, 0
+        self._registered.set()
 
     async def _listen(self, process: int) -> None:
         connection = await self._server.connect()
@@ -68,6 +70,7 @@ class Listener:
             found = await connection.execute("UPDATE filao.process SET has_session = true WHERE id = %s", (process,))
         if not found.rowcount:  # we were away for so long that we were struck off
             self.process = 0
+            self._registered.clear()
         await self._hang_up()
         self._connection = connection
 
@@ -78,6 +81,7 @@ class Listener:
             connection = self._connection
             try:
                 if connection is None or connection.closed:
+                    await self._registered.wait()  # else the next receive registers us anew
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                     pause = min(2 * pause or 0.1, RETRY_MAX)
                     await self._listen(self.process)

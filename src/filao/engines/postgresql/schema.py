@@ -50,7 +50,9 @@ async def _look(connection: Connection) -> tuple[int, str]:
 async def _build(connection: Connection, version: int) -> None:
     folder = resources.files("filao.engines.postgresql")
     if version == 0:
-        await connection.execute("CREATE SCHEMA IF NOT EXISTS filao")
+        found = await connection.execute("SELECT FROM pg_namespace WHERE nspname = 'filao'")
+        if found.rowcount == 0:  # IF NOT EXISTS would ask for the right to create one though there is one
+            await connection.execute("CREATE SCHEMA filao")
         await connection.execute(folder.joinpath("schema.sql").read_bytes())
         await connection.execute(
             "INSERT INTO filao.meta VALUES ('database', %s), ('version', %s)", (secrets.token_hex(8), str(VERSION))

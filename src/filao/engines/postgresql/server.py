@@ -2,6 +2,7 @@
 
 import asyncio
 import select
+import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -13,16 +14,18 @@ from psycopg.rows import tuple_row
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+_STATUS = psycopg.pq.TransactionStatus
 
 VERSION_MIN = 140_000  # stored generated columns and the record type of a table in SQL functions came with 12 and 14
 CONNECTED_WITHIN = 10  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for a statement; a server that takes longer is as good as away
+UNDONE_WITHIN = 1.0  # seconds for a rollback; else the connection is closed, which does the same
 LOCKED_FOR = 10.0  # seconds that a statement waits for a row that somebody's transaction holds
 
 _CONFIGURATION: tuple[tuple[type[psycopg.Error], str], ...] = (
     (
         errors.InsufficientPrivilege,
-        "Grant it: GRANT CREATE ON DATABASE …, or GRANT USAGE, and all on the tables of schema filao.",
+        "Grant it: GRANT CREATE ON DATABASE …; or, if schema filao exists, USAGE, and ALL on its TABLES and SEQUENCES.",
     ),
     (errors.InvalidCatalogName, "Create the database first: CREATE DATABASE …"),
     (errors.InvalidAuthorizationSpecification, "Mend the user name or the password in the URL, or pg_hba.conf."),
@@ -69,7 +72,7 @@ class Server:
                 tcp_user_timeout=round(ANSWERS_WITHIN * 1000),
             )
             try:
-                async with asyncio.timeout(ANSWERS_WITHIN):
+                async with in_time():
                     await self.set_up(connection)
             except BaseException:
                 await connection.close()
@@ -98,7 +101,8 @@ class Server:
         commits = "off" if not self.durable else "on" if commits in ("off", "local") else commits
         await connection.execute(
             "SELECT set_config('synchronous_commit', %s, false), set_config('lock_timeout', %s, false), "
-            "set_config('statement_timeout', %s, false)",
+            "set_config('statement_timeout', %s, false), "
+            "set_config('default_transaction_isolation', 'read committed', false)",
             (commits, f"{LOCKED_FOR:g}s", f"{ANSWERS_WITHIN:g}s"),
         )
 
@@ -142,6 +146,11 @@ _DOUBT = (
 )
 
 
+def in_time() -> asyncio.Timeout:
+    """Return what raises `TimeoutError` in a block in which the server does not answer in time."""
+    return asyncio.timeout(ANSWERS_WITHIN)
+
+
 class Link:
     """A connection that is opened when it is needed, and anew after it was lost."""
 
@@ -158,30 +167,18 @@ class Link:
             connection = await self._usable()
             try:
                 with self._server.mapped():
-                    async with asyncio.timeout(ANSWERS_WITHIN):
+                    async with in_time():
                         yield connection
-            except BaseException:
-                await self._mend(connection)
-                raise
+            finally:
+                if not await _is_idle(connection):
+                    await self.close()
 
     async def _usable(self) -> Connection:
         connection = self._connection
-        if connection is None or connection.closed or _is_hung_up(connection):
+        if connection is None or _is_lost(connection):
             await self.close()
             connection = self._connection = await self._server.connect()
         return connection
-
-    async def _mend(self, connection: Connection) -> None:
-        """After an error, leave no transaction open; a connection that may be in the middle of something is dropped."""
-        idle = psycopg.pq.TransactionStatus.IDLE
-        if connection.closed or connection.info.transaction_status == idle:
-            return
-        if connection.info.transaction_status == psycopg.pq.TransactionStatus.INERROR:
-            with suppress(psycopg.Error, TimeoutError):
-                async with asyncio.timeout(1):
-                    await connection.rollback()
-                    return
-        await self.close()
 
     async def close(self) -> None:
         """Let go of the connection."""
@@ -195,12 +192,76 @@ class Link:
         self._connection = None
 
 
+class Pool:
+    """Connections for transactions that may last, each opened as a `Link`'s is; those that came back are used again."""
+
+    def __init__(self, server: Server, most: int) -> None:
+        self._server = server
+        self._room = asyncio.Semaphore(most)
+        self._free: list[tuple[float, Connection]] = []
+        """With the time of the last use, the last used at the end."""
+
+    @asynccontextmanager
+    async def use(self, wait: float) -> AsyncGenerator[Connection]:
+        """Give a connection to its user alone. Raises `TimeoutError` when none became free within `wait` seconds."""
+        async with asyncio.timeout(wait):
+            await self._room.acquire()
+        try:
+            connection = await self._usable()
+            try:
+                yield connection
+            finally:
+                if await _is_idle(connection):
+                    self._free.append((time.monotonic(), connection))
+                else:
+                    await connection.close()
+        finally:
+            self._room.release()
+
+    async def _usable(self) -> Connection:
+        while self._free:
+            _, connection = self._free.pop()
+            if not _is_lost(connection):
+                return connection
+            await connection.close()
+        return await self._server.connect()
+
+    async def close(self, unused_for: float = 0.0) -> None:
+        """Close those that nobody has used for so many seconds."""
+        until = time.monotonic() - unused_for
+        old = [connection for used_at, connection in self._free if used_at <= until]
+        self._free = [(used_at, connection) for used_at, connection in self._free if used_at > until]
+        for connection in old:
+            await connection.close()
+
+    def abandon(self) -> None:
+        """Forget the connections in a child after a fork."""
+        _ABANDONED.extend(connection for _, connection in self._free)
+        self._free = []
+
+
+async def _is_idle(connection: Connection) -> bool:
+    """Return whether a connection can be used again; a transaction that an error has left open on it is rolled back.
+
+    One that may be in the middle of something cannot.
+    """
+    if connection.closed:
+        return False
+    if connection.info.transaction_status in (_STATUS.INTRANS, _STATUS.INERROR):
+        with suppress(psycopg.Error, TimeoutError):
+            async with asyncio.timeout(UNDONE_WITHIN):
+                await connection.rollback()
+    return connection.info.transaction_status == _STATUS.IDLE
+
+
 _ABANDONED: list[object] = []  # what a child process inherited and must never close
 
 
-def _is_hung_up(connection: Connection) -> bool:
-    """Return whether the server has said something unasked, which can only be a farewell."""
+def _is_lost(connection: Connection) -> bool:
+    """Return whether a connection is closed, or its server has said something unasked, which can only be a farewell."""
     try:
-        return bool(select.select([connection.fileno()], [], [], 0)[0])
-    except (OSError, ValueError):
+        waiting = select.poll()
+        waiting.register(connection.fileno(), select.POLLIN)
+        return connection.closed or bool(waiting.poll(0))
+    except (OSError, psycopg.OperationalError):
         return True
