@@ -4,6 +4,7 @@ It has no ready, delayed and blocked states: a message is pending, leased or dea
 from scratch each time. Time is in milliseconds, and, as in the engine, is looked at when something is received.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -177,3 +178,62 @@ class Model:
     def _start_window(self, held: Held) -> None:
         if held.dedup_key is not None and self._has_its_key(held):
             self.keys[held.dedup_key] = (held.number, self.now + round(self.queue.dedup_window * 1000))
+
+
+class QuorumModel:
+    """A queue as RabbitMQ keeps one, without delays, which need a clock: it differs from `Model` where the docs say so.
+
+    What is given back comes before all that is ready, in the order in which it was given back; what is redriven comes
+    behind it. Whatever comes back has used an attempt, released or not.
+    """
+
+    def __init__(self, max_attempts: int) -> None:
+        self.max_attempts = max_attempts
+        self.returned: deque[tuple[int, int]] = deque()
+        """Bodies, and the attempts that they have used."""
+        self.ready: deque[tuple[int, int]] = deque()
+        self.held: dict[int, int] = {}
+        self.dead: deque[tuple[int, str]] = deque()
+
+    def send(self, body: int) -> None:
+        """Store a message."""
+        self.ready.append((body, 0))
+
+    def receive(self, limit: int) -> list[tuple[int, int]]:
+        """Return bodies and their attempts."""
+        while self.returned or self.ready:
+            taken = [(self.returned or self.ready).popleft() for _ in range(min(limit, self.waiting))]
+            self.dead += [(body, "max_attempts") for body, used in taken if used >= self.max_attempts]
+            alive = [(body, used + 1) for body, used in taken if used < self.max_attempts]
+            self.held.update(alive)
+            if alive:
+                return alive
+        return []
+
+    def settle(self, body: int, how: Settlement) -> None:
+        """End a lease."""
+        attempt = self.held.pop(body)
+        if how == "reject":
+            self.dead.append((body, "rejected"))
+        elif how == "nack" and attempt >= self.max_attempts:
+            self.dead.append((body, "max_attempts"))
+        elif how != "ack":
+            self.returned.append((body, attempt))
+
+    def redrive(self, limit: int) -> int:
+        """Return how many dead letters were sent back."""
+        redriven = [self.dead.popleft() for _ in range(min(limit, len(self.dead)))]
+        self.ready += [(body, 0) for body, _ in redriven]
+        return len(redriven)
+
+    def purge(self) -> int:
+        """Return how many were ready."""
+        purged = self.waiting
+        self.returned.clear()
+        self.ready.clear()
+        return purged
+
+    @property
+    def waiting(self) -> int:
+        """How many are ready."""
+        return len(self.returned) + len(self.ready)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import count
 from pathlib import Path
@@ -27,7 +28,7 @@ MANY = 1_000
 
 @pytest.fixture
 def name() -> str:
-    return f"claims{next(_names)}"
+    return f"moved{next(_names)}"
 
 
 @pytest.fixture
@@ -208,6 +209,56 @@ async def test_to_rabbitmq_and_back(place, name) -> None:
         assert {message.body for message in await broker.receive_many(name, 9, wait=0)} == {*found, "dies"}
 
 
+async def test_a_queue_is_not_moved_onto_itself_by_another_spelling(place, name, tmp_path) -> None:
+    postgres: str = place("postgresql")
+    for url, other in (
+        (str(tmp_path / "claims.db"), f"sqlite:///{tmp_path}/../{tmp_path.name}/claims.db"),
+        (postgres, postgres.replace("127.0.0.1", "localhost")),
+        (place("rabbitmq"), place("rabbitmq").replace("127.0.0.1", "localhost")),
+    ):
+        assert url != other
+        async with filao.connect(url) as broker:
+            await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+            await broker.send_to_queue(name, 1, message_id="own")
+        with pytest.raises(filao.ConfigurationError, match="the same storage"):
+            await moved(url, other, name)
+        async with filao.connect(url) as broker:
+            assert (await broker.receive_from_queue(name)).body == 1
+
+
+@pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
+async def test_what_a_dead_consumer_held_is_moved_when_its_lease_is_over(place, name, engine) -> None:
+    source, target = place(engine), place("sqlite")
+    holder = "import sys, os, filao.sync\nwith filao.sync.connect(sys.argv[1]) as b:\n"
+    holder += "    b.receive_from_queue(sys.argv[2], lease=0.2); os._exit(9)"
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name))
+        await broker.send_many(name, range(3))
+        command = [sys.executable, "-c", holder, source, name]
+        await asyncio.to_thread(subprocess.run, command, check=False)
+        async with asyncio.timeout(10):
+            while not (await broker.peek(name, state="leased"))[0].at.timestamp() < time.time():
+                await asyncio.sleep(0.01)
+    (told,) = await moved(source, target, name)
+    assert (told.waiting, told.held) == (3, 0)
+    async with filao.connect(target) as broker:
+        assert [message.body for message in await broker.peek(name)] == [0, 1, 2]
+
+
+async def test_what_waits_on_the_ladder_is_said_to_stay(place, name) -> None:
+    source, target = place("rabbitmq"), place("sqlite")
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name, emulate=("delay",)))
+        await broker.send_to_queue(name, "now")
+        await broker.send_to_queue(name, "later", delay=3600)
+    command = _command(source, target, "--queue", name)
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["waiting"] == 1
+    assert json.loads(done.stdout)["held"] >= 1
+    assert done.returncode == 1
+    assert "stay at amqp://guest@" in done.stderr  # whose password is nobody's business
+
+
 async def test_what_the_target_cannot_keep_stays(place, name) -> None:
     source, target = place("sqlite"), place("rabbitmq")
     async with filao.connect(source) as broker:
@@ -242,14 +293,14 @@ async def test_the_command_says_what_it_would_do_and_does_it(place, name) -> Non
         assert (dry.returncode, (await broker.stats(name)).ready) == (1, 4)
         done = await asyncio.to_thread(run, source, target)
         assert (done.returncode, json.loads(done.stdout)["waiting"]) == (1, 4)
-        assert "1 messages are held by consumers" in done.stderr
+        assert "1 messages stay at" in done.stderr
         await held.release()
         done = await asyncio.to_thread(run, source, target)
         assert (done.returncode, json.loads(done.stdout)["waiting"]) == (0, 1)
     async with filao.connect(target) as broker:
         assert (await broker.stats(name)).ready == 5
     for arguments, text in (
-        ((source, source), "both"),
+        ((source, source), "the same storage"),
         ((source, target, "--queue", "clams"), f"'{name}'"),
         ((source, "redis://x/"), "no URL that Filao knows"),
     ):

@@ -244,6 +244,32 @@ async def test_messages_of_foreign_producers_are_received(broker, foreign, queue
     assert (await received(broker, queue)).body == {"claim_id": 7}
 
 
+async def test_a_timestamp_that_is_no_date_ends_nothing(broker, foreign, queue) -> None:
+    other = filao.Queue(f"{queue.name}.other", backoff=AT_ONCE)
+    await broker.declare(other)
+    await broker.send_to_queue(other, "held")
+    held = await received(broker, other)
+    for timestamp in (1_700_000_000_000, 1_700_000_000_000_000, 2**62):  # milliseconds, microseconds, nonsense
+        foreign.basic_publish("", queue.name, b"1", pika.BasicProperties(timestamp=timestamp))
+        message = await received(broker, queue)
+        assert message.body == 1
+        await message.reject("looked at")
+    assert [letter.body for letter in await broker.dead_letters(queue)] == [1, 1, 1]
+    await held.ack()
+
+
+@pytest.mark.parametrize(
+    "headers", [{"x-filao-sent-at": 9 * 10**18}, {"x-filao-attempt": 2**62}, {"x-delivery-count": -5}]
+)
+async def test_headers_that_cannot_be_ours_are_passed_over(broker, foreign, queue, headers) -> None:
+    foreign.basic_publish("", queue.name, b"1", pika.BasicProperties(headers=headers))
+    message = await received(broker, queue)
+    assert (message.body, message.attempt) == (1, 1)
+    await message.reject("looked at")
+    (letter,) = await broker.dead_letters(queue)
+    assert letter.attempts == 1
+
+
 async def test_foreign_consumers_read_ours(broker, foreign, queue) -> None:
     receipt = await broker.send_to_queue(queue, {"claim_id": 7}, headers={"trace": "a"}, ttl=60)
     method, properties, body = foreign.basic_get(queue.name)
@@ -283,6 +309,36 @@ async def test_a_queue_that_was_deleted_on_the_server_is_not_found(broker, forei
     await broker.declare(queue)
     await broker.send_to_queue(queue, 2)
     assert (await received(broker, queue)).body == 2
+
+
+async def test_when_the_dead_letters_queue_was_deleted_nothing_stays_held(url, broker, foreign, queue) -> None:
+    await broker.send_to_queue(queue, "spent")
+    for _ in range(queue.max_attempts):
+        await (await received(broker, queue)).release()
+    await broker.send_many(queue, range(3))
+    foreign.queue_delete(f"{queue.name}.dead")
+    with pytest.raises(filao.QueueNotFound, match=rf"dead letters of '{queue.name}'.*Queue\('{queue.name}'\)"):
+        await broker.receive_many(queue, 4, wait=0)
+    async with filao.connect(url) as other:
+        await other.declare(queue)
+        assert {(await received(other, queue)).body for _ in range(3)} == {0, 1, 2}
+
+
+async def test_the_ladder_goes_with_the_last_queue_that_needs_it(rabbitmq) -> None:
+    rabbitmq.command("add_vhost", "ladder")
+    rabbitmq.command("set_permissions", "-p", "ladder", "guest", ".*", ".*", ".*")
+    async with filao.connect(rabbitmq.url(vhost="ladder")) as broker:
+        first, second = (filao.Queue(name, emulate=("delay",)) for name in ("first", "second"))
+        await broker.declare(first, second)
+        await broker.delete_queue(first)
+        await broker.send_to_queue(second, 1, delay=0.1)
+        assert (await received(broker, second)).body == 1
+        await broker.delete_queue(second, messages=True)
+    assert rabbitmq.command("list_queues", "-p", "ladder", "--no-table-headers", "name").split() == ["filao.queues"]
+
+
+async def test_the_register_may_be_read_as_often_as_one_likes(foreign, broker) -> None:
+    foreign.queue_declare("filao.queues", durable=True, arguments=dict(topology.QUORUM))  # else it would be refused
 
 
 async def test_processes_that_declare_together_forget_no_queue(url, queue) -> None:

@@ -3,6 +3,7 @@
 Long random histories of sends, receives, settles, failures and leaps of time, over every rule that a queue can have.
 """
 
+import time
 from itertools import count
 from typing import Any
 
@@ -20,9 +21,9 @@ from hypothesis.stateful import (
 
 import filao
 import filao.sync
-from filao.conformance.stage import add_up
+from filao.conformance.stage import SOON, add_up
 from tests.conftest import Clock
-from tests.model import Model
+from tests.model import Model, QuorumModel
 
 RULES = st.fixed_dictionaries(
     {
@@ -176,6 +177,86 @@ class QueueMachine(RuleBasedStateMachine):
             self.broker.close()
 
 
+class QuorumMachine(RuleBasedStateMachine):
+    """One queue on RabbitMQ, and its model: the rules that it has, in real time."""
+
+    deliveries: Bundle[Any] = Bundle("deliveries")
+    url = ""
+
+    @initialize(max_attempts=st.integers(1, 3))
+    def declare(self, max_attempts: int) -> None:
+        self.broker = filao.sync.connect(self.url)
+        self.broker.open()
+        self.queue = filao.Queue(f"machine-{next(_queues)}", max_attempts=max_attempts, backoff=filao.Backoff(first=0))
+        self.broker.declare(self.queue)
+        self.model = QuorumModel(max_attempts)
+        self.bodies = 0
+
+    @rule(count=st.integers(1, 3))
+    def send(self, count: int) -> None:
+        for _ in range(count):
+            self.bodies += 1
+            self.broker.send_to_queue(self.queue, self.bodies)
+            self.model.send(self.bodies)
+
+    @rule(target=deliveries, limit=st.integers(1, 4))
+    def receive(self, limit: int):
+        wanted = self.model.receive(limit)
+        messages = self.broker.receive_many(self.queue, limit, wait=0)
+        assert [(message.body, message.attempt) for message in messages] == wanted
+        return multiple(*messages)
+
+    @rule(delivery=deliveries, how=SETTLEMENTS)
+    def settle(self, delivery: Any, how: Any) -> None:
+        if not delivery.settled:
+            self.model.settle(delivery.body, how)
+            getattr(delivery, how)()
+
+    @rule(limit=st.integers(2, 4))
+    def give_up(self, limit: int) -> None:
+        wanted = self.model.receive(limit)
+        messages = self.broker.receive_many(self.queue, limit, wait=0)
+        assert [(message.body, message.attempt) for message in messages] == wanted
+        for message in messages:
+            self.model.settle(message.body, "reject")
+            message.reject()
+
+    @rule(delivery=deliveries)
+    def extend(self, delivery: Any) -> None:
+        if not delivery.settled:
+            delivery.extend(5)
+
+    @rule(limit=st.integers(1, 3))
+    def redrive(self, limit: int) -> None:
+        assert self.broker.redrive(self.queue, limit=limit) == self.model.redrive(limit)
+
+    @rule()
+    def purge(self) -> None:
+        assert self.broker.purge(self.queue) == self.model.purge()
+
+    @invariant()
+    def both_count_the_same(self) -> None:
+        wanted = (self.model.waiting, len(self.model.held), len(self.model.dead))
+        until = time.monotonic() + SOON  # the server counts a moment later
+        while (found := self._counted()) != wanted and time.monotonic() < until:
+            time.sleep(0.005)
+        assert found == wanted
+
+    def _counted(self) -> tuple[int, int, int]:
+        stats = self.broker.stats(self.queue)
+        return stats.ready, stats.leased, stats.dead
+
+    @invariant()
+    def the_dead_letters_are_the_same(self) -> None:
+        dead = [(letter.body, letter.reason) for letter in self.broker.dead_letters(self.queue)]
+        assert dead == list(self.model.dead)
+
+    def teardown(self) -> None:
+        if hasattr(self, "broker"):
+            self.broker.delete_queue(self.queue, messages=True)
+            self.broker.close()
+
+
 settings.register_profile("default", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 settings.load_profile("default")
 
@@ -194,3 +275,10 @@ def test_postgresql_does_what_the_model_does(postgres) -> None:
         """
 
     run_state_machine_as_test(OnPostgresql, settings=settings(max_examples=50, stateful_step_count=40))
+
+
+def test_rabbitmq_does_what_its_model_does(rabbitmq) -> None:
+    class OnRabbitmq(QuorumMachine):
+        url = rabbitmq.url()
+
+    run_state_machine_as_test(OnRabbitmq, settings=settings(max_examples=25, stateful_step_count=30))

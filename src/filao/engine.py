@@ -287,6 +287,10 @@ class Packing(Protocol):
         """Delete messages that are safe elsewhere."""
         ...
 
+    async def held(self) -> int:
+        """Return how many messages are there and cannot be taken, as far as it is known: consumers hold them, say."""
+        ...
+
 
 class Batch(msgspec.Struct, frozen=True):
     """Operations that wait to be done as one."""
@@ -461,6 +465,13 @@ class Engine(Protocol):
 
     def check(self, queue: Queue[Any]) -> None:
         """Raise `UnsupportedFeature` for a queue that cannot be declared here."""
+
+    def check_draft(self, queue: Queue[Any], draft: Draft) -> None:
+        """Raise `UnsupportedFeature` for a message that cannot be kept here."""
+
+    async def identity(self) -> str:
+        """Return what two engines have in common if, and only if, they are on the same storage."""
+        ...
 
     def packing(self, queue: str) -> AbstractAsyncContextManager[Packing]:
         """Begin to carry a queue's messages elsewhere."""

@@ -15,6 +15,7 @@ from filao.errors import ConfigurationError
 from filao.queue import Queue, not_found
 
 SLICE = 100  # messages that are under way at once
+LOOK = 1_000  # messages that are looked at at once
 
 
 class Moved(msgspec.Struct, frozen=True):
@@ -28,18 +29,26 @@ class Moved(msgspec.Struct, frozen=True):
     keys: int = 0
     """Deduplication keys of messages that had ended."""
     held: int = 0
-    """Messages that consumers of the source still hold, which stay there: move again once they are done."""
+    """Messages that stay, because consumers of the source hold them, or they wait on RabbitMQ's ladder: move again later."""
 
 
 async def plan(source: Engine, target: Engine, names: Sequence[str]) -> list[Moved]:
-    """Return what there is to move, and change nothing. Raises what `move` would raise before it begins."""
+    """Return what there is to move, and change nothing.
+
+    Raises `UnsupportedFeature` for a queue whose rules the target cannot keep, or a message that it cannot,
+    `QueueNotFound`, and `ConfigurationError` when both are the same storage.
+    """
+    if await source.identity() == await target.identity():
+        raise ConfigurationError(
+            f"source and target are the same storage, on {source.name}: nothing can be moved there"
+        )
     queues = await _chosen(source, names)
-    there = {queue.name for queue in await target.queues()}
+    there = {queue.name: queue for queue in await target.queues()}
     for queue in queues:
         if queue.name not in there:
             target.check(queue)
     stats = {found.name: found for found in await source.stats()}
-    return [await _planned(source, stats[queue.name]) for queue in queues]
+    return [await _planned(source, target, there.get(queue.name, queue), stats[queue.name]) for queue in queues]
 
 
 async def move(
@@ -48,9 +57,9 @@ async def move(
     """Move queues (none named: all), and tell how far each has come.
 
     A queue that the target has not is declared there with the same rules; one that it has keeps its own. The queue at
-    the source stays paused, and empty. Raises `UnsupportedFeature`, before anything has moved, for a queue whose rules
-    the target cannot keep, and `QueueNotFound`.
+    the source stays paused, and empty. Raises what `plan` raises, before anything has moved.
     """
+    await plan(source, target, names)
     queues = await _chosen(source, names)
     there = {queue.name for queue in await target.queues()}
     for queue in queues:
@@ -69,10 +78,15 @@ async def _chosen(source: Engine, names: Sequence[str]) -> list[Queue]:
     return [known[name] for name in dict.fromkeys(names or known)]
 
 
-async def _planned(source: Engine, stats: QueueStats) -> Moved:
+async def _planned(source: Engine, target: Engine, queue: Queue, stats: QueueStats) -> Moved:
     memory = await source.memory(stats.name)
     waiting = stats.ready + stats.delayed + stats.blocked
-    return Moved(stats.name, waiting, stats.dead, len(memory.keys), stats.leased)
+    async with source.packing(stats.name) as packing:
+        if Feature.PEEK in source.features and Feature.PEEK not in target.features:  # it can keep less
+            while parcels := await packing.take(LOOK):
+                for parcel in parcels:
+                    target.check_draft(queue, parcel.draft)
+        return Moved(stats.name, waiting, stats.dead, len(memory.keys), await packing.held())
 
 
 async def _move(source: Engine, target: Engine, queue: str, told: Callable[[Moved], None]) -> Moved:
@@ -87,12 +101,12 @@ async def _move(source: Engine, target: Engine, queue: str, told: Callable[[Move
             dead = sum(parcel.reason is not None for parcel in parcels)
             moved = Moved(queue, moved.waiting + len(parcels) - dead, moved.dead + dead)
             told(moved)
+        held = await packing.held()
     memory = await source.memory(queue)
     await target.remember(queue, memory)
     if Feature.PAUSE in target.features:
         await target.pause(queue, paused=False)
-    (stats,) = [found for found in await source.stats() if found.name == queue]
     keys = len(memory.keys) if Feature.DEDUPLICATION in target.features else 0
-    moved = msgspec.structs.replace(moved, keys=keys, held=stats.leased)
+    moved = msgspec.structs.replace(moved, keys=keys, held=held)
     told(moved)
     return moved

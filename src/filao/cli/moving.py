@@ -12,7 +12,6 @@ from filao.cli.report import draw
 from filao.cli.shell import as_json, is_terminal, note, print_lines
 from filao.engine import Engine
 from filao.engines import engine_for
-from filao.errors import ConfigurationError
 from filao.moving import Moved, move, plan
 
 _FIELDS = msgspec.structs.fields(Moved)
@@ -28,10 +27,8 @@ def move_command(*, source: str, target: str, queues: tuple[str, ...], dry_run: 
 
     Waiting messages, delays, groups, dead letters and deduplication keys go from the URL SOURCE to the URL TARGET.
     Stop the consumers of the source first: what they hold stays. Whatever ends this command, run it again: it goes on
-    where it was. The exit code is 1 when consumers still hold messages.
+    where it was. The exit code is 1 when messages stay: consumers hold them, or they are delayed on RabbitMQ.
     """
-    if source == target:
-        raise ConfigurationError(f"SOURCE and TARGET are both {source}")
     moved = asyncio.run(_run(source, target, queues, dry_run=dry_run))
     if is_terminal(sys.stdout):
         rows = [tuple(str(value) for value in msgspec.structs.astuple(queue)) for queue in moved]
@@ -40,7 +37,10 @@ def move_command(*, source: str, target: str, queues: tuple[str, ...], dry_run: 
         print_lines(as_json(queue) for queue in moved)
     held = sum(queue.held for queue in moved)
     if held:
-        note(f"{held:,} messages are held by consumers of {source} and stay there: move again once they are done")
+        note(
+            f"{held:,} messages stay at {_shown(source)}: consumers hold them, or they wait on a ladder of delays. Move "
+            f"again once they are done"
+        )
     return 1 if held else 0
 
 
@@ -67,3 +67,10 @@ async def _watched(here: Engine, there: Engine, queues: tuple[str, ...], planned
             progress.update(tasks[moved.queue], completed=moved.waiting + moved.dead)
 
         return await move(here, there, queues, told)
+
+
+def _shown(url: str) -> str:
+    """Return a URL without its password."""
+    scheme, separator, rest = url.partition("://")
+    user, at, place = rest.rpartition("@")
+    return f"{scheme}{separator}{user.partition(':')[0]}{at}{place}" if at else url

@@ -18,20 +18,31 @@ class RowPacking(Packing):
         self,
         read: Callable[[int, int], Awaitable[list[Parcel]]],
         remove: Callable[[Sequence[str]], Awaitable[int]],
+        held: Callable[[], Awaitable[int]],
     ) -> None:
         self._read = read
         self._remove = remove
+        self._held = held
         self._last = 0
+        self._has_delivered = False
 
     async def take(self, limit: int) -> list[Parcel]:
-        """Read the next rows."""
+        """Read the next rows; in the end, those that came back meanwhile from consumers that had held them."""
         parcels = await self._read(self._last, limit)
+        if not parcels and self._has_delivered:
+            self._has_delivered = False
+            parcels = await self._read(0, limit)
         self._last = parcels[-1].handle if parcels else self._last
         return parcels
 
     async def delivered(self, parcels: Sequence[Parcel]) -> None:
         """Remove rows."""
         await self._remove([parcel.id for parcel in parcels])
+        self._has_delivered = True
+
+    async def held(self) -> int:
+        """Count the leases that have not ended."""
+        return await self._held()
 
 
 def parcel(row: Sequence[Any], name: str, history: tuple[Failure, ...], now: int) -> Parcel:

@@ -27,6 +27,7 @@ _REMEMBER = """
 
 async def pack(connection: Connection, queue: int, moment: int | None, after: int, limit: int) -> list[Parcel]:
     """Return the messages behind a place in the order of sending, but for those that consumers hold."""
+    await connection.execute("SELECT filao.make_due(%s, coalesce(%s, filao.clock()))", (queue, moment))
     rows = await (await connection.execute(_NEXT, (moment, after, queue, limit))).fetchall()
     return [
         carried.parcel((number, *fields), name, await history(connection, number), now)

@@ -416,6 +416,13 @@ class PostgresqlEngine:
     def check(self, queue: Queue) -> None:
         """Accept every queue."""
 
+    def check_draft(self, queue: Queue, draft: Draft) -> None:
+        """Accept every message."""
+
+    async def identity(self) -> str:
+        """Return the schema's own name, its database, and the run of its server: a copy has another of these."""
+        return str(await self._value(_IDENTITY))
+
     @asynccontextmanager
     async def packing(self, queue: str) -> AsyncGenerator[Packing]:
         """Begin to carry a queue's messages elsewhere."""
@@ -425,7 +432,10 @@ class PostgresqlEngine:
             async with self._main.use() as connection:
                 return await carriage.pack(connection, number, self._moment(), after, limit)
 
-        yield RowPacking(read, partial(self.remove, queue, LEAVING))
+        async def held() -> int:
+            return next(stats.leased for stats in await self.stats() if stats.name == queue)
+
+        yield RowPacking(read, partial(self.remove, queue, LEAVING), held)
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages that came from elsewhere."""
@@ -514,6 +524,10 @@ class PostgresqlTransaction:
         return results
 
 
+_IDENTITY = """
+    SELECT format('postgresql %%s %%s %%s', m.value, d.oid, extract(epoch FROM pg_postmaster_start_time()))
+    FROM filao.meta m, pg_database d WHERE m.name = 'database' AND d.datname = current_database()
+"""
 _DEAD_ROWS = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relid = 'filao.message'::regclass"
 _IS_HERE = "SELECT to_regclass('filao.queue') IS NOT NULL"
 _ABOUT = """

@@ -3,7 +3,7 @@
 What lies on the ladder cannot be reached: it is carried once it has come down.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
@@ -17,10 +17,13 @@ from filao.engines.rabbitmq.topology import dead_name
 class QueuePacking(Packing):
     """Receives the messages, first those that are ready and then the dead letters, and acknowledges what is safe."""
 
-    def __init__(self, channel: Channel, queue: str, unnamed: Callable[[], str]) -> None:
+    def __init__(
+        self, channel: Channel, queue: str, unnamed: Callable[[], str], held: Callable[[], Awaitable[int]]
+    ) -> None:
         self._channel = channel
         self._queue = queue
         self._unnamed = unnamed
+        self._held = held
 
     async def take(self, limit: int) -> list[Parcel]:
         """Receive."""
@@ -38,6 +41,10 @@ class QueuePacking(Packing):
         for parcel in parcels:
             await self._channel.basic_ack(parcel.handle, wait=False)
         await self._channel.basic_qos(prefetch_count=0, timeout=ANSWERS_WITHIN)
+
+    async def held(self) -> int:
+        """Count what waits on the ladder, of this queue or another; the server does not tell what consumers hold."""
+        return await self._held()
 
     def _parcel(self, message: DeliveredMessage, *, is_dead: bool) -> Parcel:
         delivery = envelope.read(self._queue, message, 0, self._unnamed)

@@ -7,7 +7,7 @@ caller who has gone away is given back after a second. A lease is a delivery tag
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
@@ -82,6 +82,14 @@ class Consumer:
             raise
         if message.consumer_tag in self._room:
             self._room[message.consumer_tag] += 1
+
+    async def give_back(self, messages: Sequence[DeliveredMessage]) -> None:
+        """Return messages that nobody is to have now, as far as they are still held."""
+        for message in messages:
+            tag = message.delivery_tag or 0
+            if tag in self.held and self.is_open:
+                with self.settling(tag):
+                    await self.channel.basic_nack(tag, requeue=True, wait=False)
 
     async def confirm(self) -> None:
         """Wait until the server has heard all that was said on the channel: it answers in order."""

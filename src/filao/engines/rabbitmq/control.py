@@ -12,9 +12,9 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelNotFoundEntity
 
 from filao.engine import Draft, Finding, QueueStats, StoredMessage
-from filao.engines.rabbitmq import envelope
+from filao.engines.rabbitmq import envelope, topology
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
-from filao.engines.rabbitmq.topology import UNDELIVERED, dead_name
+from filao.engines.rabbitmq.topology import UNDELIVERED, dead_name, ladder
 from filao.errors import ConfigurationError
 from filao.queue import Queue
 
@@ -26,6 +26,24 @@ async def depth(session: Session, queue: str) -> int | None:
             return (await channel.queue_declare(queue, passive=True, timeout=ANSWERS_WITHIN)).message_count or 0
     except ChannelNotFoundEntity:
         return None
+
+
+async def on_the_ladder(session: Session) -> int:
+    """Return how many messages wait on the ladder, of whatever queue; 0 when there is none."""
+    waiting = 0
+    for name in ladder():
+        found = await depth(session, name)
+        if found is None:
+            return waiting
+        waiting += found
+    return waiting
+
+
+async def remove_ladder(session: Session) -> None:
+    """Delete the ladder if nothing waits on it, nor came down it for a queue that was deleted."""
+    if not await on_the_ladder(session) and await depth(session, UNDELIVERED) == 0:
+        async with session.aside() as channel:
+            await topology.remove_ladder(channel)
 
 
 async def stats(session: Session, queue: str, held: int) -> QueueStats:

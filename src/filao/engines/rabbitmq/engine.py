@@ -52,7 +52,7 @@ from filao.engines.rabbitmq import control, envelope, register, topology
 from filao.engines.rabbitmq.carriage import QueuePacking
 from filao.engines.rabbitmq.consumer import Consumer
 from filao.engines.rabbitmq.publisher import Publisher, deleted
-from filao.engines.rabbitmq.refusals import check_delay, check_rules, has_delay, refused
+from filao.engines.rabbitmq.refusals import check_delay, check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Link, Server, Session
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost, UnsupportedFeature
 from filao.queue import Queue, not_found, retry_delay
@@ -182,10 +182,14 @@ class RabbitmqEngine:
             except ChannelNotFoundEntity:
                 del self._rules[queue.name]
                 raise deleted(queue.name) from None
-            for message in messages:
-                delivery = envelope.read(queue.name, message, consumer.token, self._publisher.name)
-                if await self._is_alive(queue, delivery, message, consumer):
-                    deliveries.append(delivery)
+            try:
+                for message in messages:
+                    delivery = envelope.read(queue.name, message, consumer.token, self._publisher.name)
+                    if await self._is_alive(queue, delivery, message, consumer):
+                        deliveries.append(delivery)
+            except BaseException:  # one could not be buried: nobody gets what was taken with it
+                await consumer.give_back(messages)
+                raise
             if deliveries or not messages:
                 return Received(deliveries)
 
@@ -330,7 +334,7 @@ class RabbitmqEngine:
                 async with session.aside() as channel:
                     await channel.queue_delete(queue)
                     await channel.queue_delete(topology.dead_name(queue))
-                await register.strike_out(session, self._server, queue)
+                await register.strike_out(session, self._server, queue, partial(control.remove_ladder, session))
                 self._rules.pop(queue, None)
         return held
 
@@ -387,12 +391,25 @@ class RabbitmqEngine:
         """Raise `UnsupportedFeature` for a queue that cannot be declared here."""
         check_rules(queue)
 
+    def check_draft(self, queue: Queue, draft: Draft) -> None:
+        """Raise `UnsupportedFeature` for a message that cannot be sent here."""
+        check_draft(queue, draft)
+
+    async def identity(self) -> str:
+        """Return the name of the cluster and the virtual host."""
+        async with self._apart() as session:
+            return f"rabbitmq {session.cluster} {self._server.vhost}"
+
     @asynccontextmanager
     async def packing(self, queue: str) -> AsyncGenerator[Packing]:
         """Begin to carry a queue's messages elsewhere; those that were not delivered go back when the block ends."""
         await self._check_declared(queue)
         async with self._apart() as session, session.aside() as channel:
-            yield QueuePacking(channel, queue, self._publisher.name)
+
+            async def held() -> int:
+                return await control.on_the_ladder(session) if has_delay(self._rules[queue]) else 0
+
+            yield QueuePacking(channel, queue, self._publisher.name, held)
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Publish messages that came from elsewhere; those that came before are doubled."""

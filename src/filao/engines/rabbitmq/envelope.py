@@ -29,6 +29,7 @@ ID = "x-filao-id"
 """An id that is longer than AMQP's."""
 REASON, ERROR, DIED_AT, SPENT = "x-filao-reason", "x-filao-error", "x-filao-died-at", "x-filao-attempts"
 
+NUMBER_MAX = 253_402_300_799_000  # milliseconds until the end of the year 9999; attempts are far fewer
 SHORT_MAX = 255  # bytes of AMQP's short strings: its ids and the names of headers
 _RETURNS = "x-delivery-count"  # the server's, of a quorum queue
 _OTHERS = ("x-death", "x-first-death-", "x-last-death-", "x-filao-", _RETURNS, "x-acquired-count", "x-stream-offset")
@@ -211,10 +212,12 @@ def _body(delivery: Delivery) -> Any:
 
 
 def _number(value: object) -> int:
+    """Return the number that a stranger may have written into a header; 0 for what can be none of ours."""
     try:
-        return int(value)  # type: ignore[call-overload, no-any-return]  # whatever a stranger wrote into a header
+        number = int(value)  # type: ignore[call-overload]  # whatever it is
     except (TypeError, ValueError):
         return 0
+    return number if 0 <= number <= NUMBER_MAX else 0
 
 
 def _cleaned(properties: Properties) -> dict[str, Any]:

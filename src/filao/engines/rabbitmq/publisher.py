@@ -14,7 +14,7 @@ from filao.engine import Delivery, Draft, Parcel
 from filao.engines.rabbitmq import carriage, envelope
 from filao.engines.rabbitmq.refusals import check_draft
 from filao.engines.rabbitmq.server import Link, Session
-from filao.engines.rabbitmq.topology import dead_name, route
+from filao.engines.rabbitmq.topology import DEAD, dead_name, route
 from filao.errors import MessageTooLarge, QueueNotFound
 from filao.queue import Queue
 
@@ -114,7 +114,8 @@ async def _publish(channel: Channel, queue: str, content: bytes, properties: env
 
 def deleted(queue: str) -> QueueNotFound:
     """Return the error for a queue that was declared, but that somebody has deleted on the server."""
+    owner = queue.removesuffix(DEAD)
+    what = f"queue {queue!r}" if owner == queue else f"the queue of the dead letters of {owner!r}, {queue!r},"
     return QueueNotFound(
-        f"queue {queue!r} was deleted on the server, with what was in it. Declare it again with "
-        f"broker.declare(Queue({queue!r}))."
+        f"{what} was deleted on the server, with what was in it. Declare it again with broker.declare(Queue({owner!r}))."
     )

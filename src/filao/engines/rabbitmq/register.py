@@ -6,7 +6,7 @@ the old one is acknowledged. Should two be there, after a crash between the two,
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,8 +16,9 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelNotFoundEntity
 from pamqp.commands import Basic
 
+from filao.engines.rabbitmq.refusals import has_delay
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
-from filao.engines.rabbitmq.topology import REGISTER
+from filao.engines.rabbitmq.topology import QUORUM, REGISTER
 from filao.errors import EngineUnavailable
 from filao.queue import Queue, rules_from_json, rules_to_json
 
@@ -51,11 +52,15 @@ async def enter(session: Session, server: Server, queue: Queue[Any]) -> None:
             await _replace(channel, messages, pages)
 
 
-async def strike_out(session: Session, server: Server, queue: str) -> None:
-    """Forget a queue."""
+async def strike_out(session: Session, server: Server, queue: str, last: Callable[[], Awaitable[None]]) -> None:
+    """Forget a queue; `last` is done, while nobody can declare any, if it was the last that asked for delays."""
     async with _held(session, server) as (channel, messages, pages):
-        if pages.pop(queue, None) is not None:
-            await _replace(channel, messages, pages)
+        if pages.pop(queue, None) is None:
+            return
+        await _replace(channel, messages, pages)
+        left = [rules_from_json(name, bytes(page.rules).decode()) for name, page in pages.items()]
+        if not any(map(has_delay, left)):
+            await last()
 
 
 @asynccontextmanager
@@ -67,8 +72,10 @@ async def _held(session: Session, server: Server) -> AsyncGenerator[tuple[Channe
         while not (messages := await _take(channel)):
             if asyncio.get_running_loop().time() > until:
                 raise EngineUnavailable(
-                    f"{server.name}: another process has held the register, the queue {REGISTER!r}, for {HELD_MAX:g} s. "
-                    f"Nothing was done; end a process that is paused, or try again in a minute."
+                    f"{server.name}: the register, the one message of the queue {REGISTER!r}, has not been there for "
+                    f"{HELD_MAX:g} s. Nothing was done. Either another process holds it: end one that is paused, or try "
+                    f"again in a minute. Or somebody has purged that queue: then delete the exchange {REGISTER!r}, and "
+                    f"declare your queues again; their messages are not touched."
                 )
             await asyncio.sleep(LOOK_AGAIN)
         pages: Pages = {}
@@ -88,7 +95,7 @@ async def _create(session: Session) -> None:
             await channel.exchange_declare(REGISTER, passive=True, timeout=ANSWERS_WITHIN)
     except ChannelNotFoundEntity:
         async with session.aside(confirms=True) as channel:
-            await channel.queue_declare(REGISTER, durable=True, arguments={"x-queue-type": "quorum"})
+            await channel.queue_declare(REGISTER, durable=True, arguments=dict(QUORUM))  # being read counts as a return
             await _publish(channel, {})
             await channel.exchange_declare(REGISTER, exchange_type="fanout", durable=True)
 

@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import random
 import re
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime
 from typing import cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aio_pika
+import pamqp.decode
 from aiormq import Channel
 from aiormq.exceptions import (
     AMQPError,
@@ -32,9 +35,29 @@ for _name in (
 ):  # what they have to say is raised here too; without a logging setup it is not said twice
     logging.getLogger(_name).addHandler(logging.NullHandler())
 
+_timestamp = pamqp.decode.timestamp
+
+
+def _any_timestamp(value: bytes) -> tuple[int, datetime]:
+    """Read a timestamp; one that is no date, because its sender counts milliseconds or less, as the first instant there is.
+
+    pamqp raises, which ends the connection, and with it all leases, again and again: the message stays in its queue.
+    """
+    try:
+        return _timestamp(value)
+    except (ValueError, OverflowError, OSError):
+        return 8, NO_DATE
+
+
+NO_DATE = datetime(1970, 1, 1, tzinfo=UTC)
+pamqp.decode.METHODS["timestamp"] = _any_timestamp
+pamqp.decode.TABLE_MAPPING[b"T"] = _any_timestamp
+
 VERSION_MIN = (3, 10)  # where quorum queues got message TTLs, and dead letters that cannot be lost on their way
 CONNECTED_WITHIN = 10.0  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for a reply or a confirm; a server that takes longer is as good as away
+STEADY_AFTER = 10.0  # seconds of life after which the end of a session is no sign that the next will be short as well
+PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between sessions that were short
 HEARTBEAT = 30  # seconds; a connection without a sign of life for two of them is lost, and its messages are given back
 
 DOUBT = (
@@ -62,6 +85,7 @@ class Server:
         self._urls = [urlunsplit((parts.scheme, f"{at}{node}", parts.path or "/", query, "")) for node in nodes]
         default = 5671 if parts.scheme == "amqps" else 5672
         named = [node if port else f"{node}:{default}" for node, port in zip(nodes, ports, strict=True)]
+        self.vhost = vhost
         self.name = f"RabbitMQ at {', '.join(named)}, virtual host {vhost!r}"
         """What it is called in error texts; without the password."""
         self.version = ""
@@ -137,6 +161,8 @@ class Session:
         self._opening = asyncio.Lock()
         properties = connection.transport.connection.server_properties if connection.transport else {}
         self.version = str(properties.get("version", "0"))
+        self.cluster = str(properties.get("cluster_name", ""))
+        self.opened_at = asyncio.get_running_loop().time()
 
     @property
     def is_open(self) -> bool:
@@ -155,9 +181,7 @@ class Session:
 
     async def publishing(self) -> Channel:
         """Return the channel on which messages are published and confirmed."""
-        if self._publishing is not None and not self._publishing.is_closed:
-            return self._publishing
-        async with self._opening:  # all publish on one, in the order in which they were sent
+        async with self._opening:  # all publish on one, and nobody overtakes those who wait until it is open
             if self._publishing is None or self._publishing.is_closed:
                 self._publishing = await self.channel(confirms=True)
             return self._publishing
@@ -199,16 +223,25 @@ class Link:
         self._ended = ended
         self._session: Session | None = None
         self._lock = asyncio.Lock()
+        self._pause = 0.0
 
     async def session(self) -> Session:
-        """Return a session that is open."""
-        if self._session is not None and self._session.is_open:
-            return self._session
-        async with self._lock:
+        """Return a session that is open; when one has ended soon after it was opened, after a pause."""
+        async with self._lock:  # nobody overtakes those who wait until it is open: sends keep their order
             if self._session is None or not self._session.is_open:
+                await self._rest()
                 self._session = await self._server.connect()
                 self._session.when_ended(self._ended)
             return self._session
+
+    async def _rest(self) -> None:
+        """Pause, longer each time, if the last session was short: what ended it may still be there."""
+        now = asyncio.get_running_loop().time()
+        if self._session is None or now - self._session.opened_at > STEADY_AFTER:
+            self._pause = 0.0
+            return
+        await asyncio.sleep(self._pause * random.uniform(0.5, 1.5))
+        self._pause = min(2 * self._pause or PAUSE_FIRST, PAUSE_MAX)
 
     async def close(self) -> None:
         """End the session."""

@@ -25,7 +25,7 @@ DELAY = "filao.delay"
 UNDELIVERED = "filao.undelivered"  # what came down the ladder for a queue that had been deleted
 REGISTER = "filao.queues"
 
-_QUORUM: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": RETURNS_MAX}
+QUORUM: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": RETURNS_MAX}
 _SAFE_DEATH = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
 
 
@@ -46,7 +46,7 @@ def route(queue: str, delay: float) -> tuple[str, str]:
 async def declare_queue(channel: Channel, queue: Queue[Any]) -> None:
     """Create a queue and the one for its dead letters; if they are there with other arguments, the server says so."""
     death = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead_name(queue.name)}
-    for name, arguments in ((queue.name, _QUORUM | _SAFE_DEATH | death), (dead_name(queue.name), _QUORUM)):
+    for name, arguments in ((queue.name, QUORUM | _SAFE_DEATH | death), (dead_name(queue.name), QUORUM)):
         try:
             await channel.queue_declare(name, durable=True, arguments=dict(arguments))
         except ChannelPreconditionFailed as error:
@@ -59,18 +59,31 @@ async def declare_queue(channel: Channel, queue: Queue[Any]) -> None:
 async def declare_ladder(channel: Channel) -> None:
     """Create the ladder."""
     await channel.exchange_declare(UNDELIVERED, exchange_type="fanout", durable=True)
-    await channel.queue_declare(UNDELIVERED, durable=True, arguments=dict(_QUORUM))
+    await channel.queue_declare(UNDELIVERED, durable=True, arguments=dict(QUORUM))
     await channel.queue_bind(UNDELIVERED, UNDELIVERED)
     lost = {"alternate-exchange": UNDELIVERED}
     await channel.exchange_declare(DELAY, exchange_type="topic", durable=True, arguments=lost)
     for step in range(STEPS):
         name, below = _step(step), _step(step - 1)
         await channel.exchange_declare(name, exchange_type="topic", durable=True)
-        arguments = _QUORUM | _SAFE_DEATH | {"x-dead-letter-exchange": below, "x-message-ttl": _milliseconds(step)}
+        arguments = QUORUM | _SAFE_DEATH | {"x-dead-letter-exchange": below, "x-message-ttl": _milliseconds(step)}
         await channel.queue_declare(name, durable=True, arguments=arguments)
         higher = "*." * (STEPS - 1 - step)
         await channel.queue_bind(name, name, f"{higher}1.#")
         await channel.exchange_bind(below, name, routing_key=f"{higher}0.#")
+
+
+def ladder() -> list[str]:
+    """Return the names of the ladder's queues."""
+    return [_step(step) for step in range(STEPS)]
+
+
+async def remove_ladder(channel: Channel) -> None:
+    """Delete the ladder, which nobody needs any more."""
+    for name in [*ladder(), UNDELIVERED]:
+        await channel.queue_delete(name)
+        await channel.exchange_delete(name)
+    await channel.exchange_delete(DELAY)
 
 
 async def bind_to_ladder(channel: Channel, queue: str) -> None:

@@ -7,7 +7,7 @@ from filao.engine import Key, Memory, Parcel
 from filao.engines import parcels as carried
 from filao.engines.sqlite.books import DEAD, DEDUP_KEY, MESSAGE_ID, STATES, Books, QueueRow
 from filao.engines.sqlite.control import history, number_of
-from filao.engines.sqlite.verbs import send
+from filao.engines.sqlite.verbs import make_due, send
 
 _NEXT = f"""
     SELECT message_id, id, state, {carried.COLUMNS} FROM filao_message
@@ -17,6 +17,8 @@ _NEXT = f"""
 
 def pack(books: Books, row: QueueRow, after: int, limit: int) -> list[Parcel]:
     """Return the messages behind a place in the order of sending, but for those that consumers hold."""
+    make_due(books, row)  # else a lease that has run out would be held by nobody, and stay
+    books.flush()
     packed: list[Parcel] = []
     for message_id, number, state, *fields in books.db.execute(_NEXT, (after, row.id, limit)).fetchall():
         name = books.name_of(number, message_id)

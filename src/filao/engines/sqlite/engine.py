@@ -287,14 +287,27 @@ class SqliteEngine:
     def check(self, queue: Queue) -> None:
         """Accept every queue."""
 
+    def check_draft(self, queue: Queue, draft: Draft) -> None:
+        """Accept every message."""
+
+    async def identity(self) -> str:
+        """Return which file it is, by whatever path it was opened."""
+        if self._database.path == files.MEMORY:
+            return f"memory {id(self)}"
+        about = self._database.path.stat()
+        return f"sqlite {about.st_dev}:{about.st_ino}"
+
     @asynccontextmanager
     async def packing(self, queue: str) -> AsyncGenerator[Packing]:
         """Begin to carry a queue's messages elsewhere."""
 
         async def read(after: int, limit: int) -> list[Parcel]:
-            return await self._look_up(lambda books: carriage.pack(books, _row(books, queue), after, limit))
+            return await self._change(lambda books: carriage.pack(books, _row(books, queue), after, limit))
 
-        yield RowPacking(read, partial(self.remove, queue, LEAVING))
+        async def held() -> int:
+            return next(stats.leased for stats in await self.stats() if stats.name == queue)
+
+        yield RowPacking(read, partial(self.remove, queue, LEAVING), held)
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages that came from elsewhere."""
