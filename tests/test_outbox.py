@@ -201,6 +201,26 @@ async def test_waking_a_relay_makes_it_look_at_once(business, connection, broker
     task.cancel()
 
 
+async def test_a_queue_that_has_room_for_some_gets_them_in_order(connection, business, broker) -> None:
+    await broker.declare(filao.Queue("small", max_length=10))
+    outbox = Outbox()
+    relay = Relay(outbox, lambda: sqlite3.connect(business), broker)
+    with connection:
+        for number in range(35):
+            outbox.send_to_queue(connection, "small", number)
+    seen: list[int] = []
+    while len(seen) < 35:
+        relay._refused.clear()
+        assert await relay.step()
+        async for message in broker.consume("small"):
+            seen.append(message.body)
+            await message.ack()
+            if not (await broker.stats("small")).ready:
+                break
+    await relay.close()
+    assert seen == list(range(35))
+
+
 # --- the inbox -------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ import filao.sync
 
 PATIENCE = 60.0
 APP = """
-import asyncio, ctypes, os, time
+import asyncio, ctypes, os, sys, time
 import filao
 
 claims = filao.Queue("claims", lease=30, max_attempts=3, backoff=filao.Backoff(first=0.05, jitter=0))
@@ -40,6 +40,16 @@ async def handle(message: filao.Message[dict]) -> None:
             await asyncio.sleep(0.01)
     elif kind == "block":
         time.sleep(60)
+    elif kind == "thread":
+        await asyncio.to_thread(time.sleep, 60)
+    elif kind == "exit code":
+        os._exit(3)
+    elif kind == "exit in a task":
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(leave())
+
+async def leave() -> None:
+    sys.exit(3)
 """
 
 
@@ -137,6 +147,37 @@ def test_a_killed_process_is_started_again_and_loses_nothing(folder, broker) -> 
         (folder / "go").touch()
         until(lambda: broker.stats("claims").acked == 6)
         assert "was ended by SIGKILL; starting it again" in work.said()
+
+
+@pytest.mark.parametrize("kind", ["exit code", "exit in a task"])
+def test_an_exit_code_of_a_handler_ends_no_other_process(folder, broker, kind) -> None:
+    with working(folder, "app:worker", "--processes", "2", processes=2) as work:
+        broker.send_to_queue("claims", {"kind": kind})
+        until(lambda: broker.stats("claims").dead == 1)
+        assert work.process.poll() is None
+        broker.send_to_queue("claims", {"kind": "plain"})
+        until(lambda: broker.stats("claims").acked == 1)
+    (letter,) = broker.dead_letters("claims")
+    assert letter.attempts == 3
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_thread_that_a_handler_left_does_not_keep_the_process(folder, broker, processes) -> None:
+    with working(folder, "app:worker", "--processes", processes, processes=int(processes)) as work:
+        broker.send_to_queue("claims", {"kind": "thread"})
+        until(work.handled)
+        work.signal(signal.SIGTERM)
+        time.sleep(0.3)  # two signals at once would be one
+        work.signal(signal.SIGTERM)
+        assert work.process.wait(20) == 0  # the thread sleeps for 60
+    assert broker.stats("claims").ready == 1
+
+
+def test_a_process_is_replaced_when_it_has_grown(folder, broker) -> None:
+    with working(folder, "app:worker", "--processes", "1", "--max-memory", "1") as work:
+        broker.send_many("claims", [{"kind": "plain"}] * 64)
+        until(lambda: broker.stats("claims").acked == 64)
+        assert len({process for process, _, _ in work.handled()}) > 1
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

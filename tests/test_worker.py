@@ -2,11 +2,12 @@
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import filao
 import filao.sync
 from filao.worker import run as run_module
+from filao.worker import worker as worker_module
 from filao.worker.worker import Worker
 from tests.conftest import engine_of
 
@@ -241,6 +243,38 @@ async def test_a_plain_function_runs_in_a_thread_with_the_blocking_message(url, 
     assert seen == [(Claim(7), False)]
 
 
+async def test_a_plain_wrapper_of_a_coroutine_function_fails_instead_of_doing_nothing(url, broker) -> None:
+    worker, ran = filao.Worker(url), []
+
+    async def real(message: filao.Message) -> None:
+        ran.append(message.body)
+
+    worker.consumer(CLAIMS)(lambda message: real(message))  # noqa: PLW0108  # the mistake
+    await broker.send_to_queue("claims", 1)
+    (handled,) = await worker.drain()
+    assert (handled.how, ran) == ("retried", [])
+    assert "returned a coroutine that nobody runs" in handled.error
+
+
+async def test_partial_functions_and_objects_that_can_be_called_are_handlers(url, broker) -> None:
+    worker, seen = filao.Worker(url), []
+
+    async def handle(kept: list[Any], message: filao.Message[Claim]) -> None:
+        kept.append(message.body)
+
+    class Handler:
+        async def __call__(self, message: filao.Message[Claim]) -> None:
+            seen.append(message.body)
+
+    worker.consumer(CLAIMS)(functools.partial(handle, seen))
+    worker.consumer(filao.Queue("letters"))(Handler())
+    for queue in ("claims", "letters"):
+        await broker.declare(filao.Queue(queue))
+        await broker.send_to_queue(queue, {"number": 7})
+    await worker.drain()
+    assert seen == [Claim(7), Claim(7)]
+
+
 async def test_plain_functions_run_at_the_same_time(url, broker) -> None:
     worker, meeting = filao.Worker(url), threading.Barrier(3, timeout=PATIENCE)
 
@@ -365,6 +399,36 @@ async def test_a_handler_that_does_not_end_is_settled_without_it(url, broker, mo
         await until(lambda: worker.handled)
     assert "still runs; the message is settled without it" in caplog.text
     assert (await broker.stats("claims")).nacked == 1
+
+
+@pytest.mark.parametrize("kind", ["coroutine", "thread"])
+async def test_a_handler_that_does_not_end_leaves_its_place_to_others(url, broker, monkeypatch, kind) -> None:
+    monkeypatch.setattr(run_module, "ENDS_WITHIN", 0.05)
+    worker, end, seen = filao.Worker(url), threading.Event(), []
+
+    async def stubborn(message: filao.Message) -> None:
+        seen.append(message.body)
+        while message.body == "hangs" and not end.is_set():
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    def deaf(message: filao.sync.Message) -> None:
+        seen.append(message.body)
+        if message.body == "hangs":
+            end.wait(PATIENCE)
+
+    worker.consumer(dataclasses.replace(CLAIMS, backoff=filao.Backoff(first=60)), timeout=0.05)(
+        stubborn if kind == "coroutine" else deaf
+    )
+    await broker.send_many("claims", ["hangs", "first", "second"])
+    try:
+        async with running(worker):
+            await until_stats(broker, delayed=1, acked=2)
+            assert seen == ["hangs", "first", "second"]
+            assert worker.status().running == {"claims": 0}
+            end.set()
+    finally:
+        end.set()
 
 
 @pytest.mark.parametrize("kind", ["coroutine", "thread"])
@@ -543,6 +607,22 @@ async def test_exactly_once_commits_the_work_the_sends_and_the_ack_together(url,
     async with broker.transaction() as tx:
         assert await tx.execute("SELECT claim FROM payment ORDER BY claim") == [(1,), (2,), (3,)]
     assert (await broker.stats("letters")).sent == 3
+
+
+async def test_stopping_loses_nothing_that_is_received_at_most_once(url, broker) -> None:
+    ran: list[int] = []
+    await broker.send_many("claims", range(300))
+    while (await broker.stats("claims")).ready:
+        worker = filao.Worker(url)
+
+        @worker.consumer(CLAIMS, guarantee="at-most-once", concurrency=4)
+        async def handle(message: filao.Message) -> None:
+            ran.append(message.body)
+
+        before = len(ran)
+        async with running(worker):
+            await until(lambda before=before: len(ran) > before)  # and stop in whatever moment it is
+    assert sorted(ran) == list(range(300))
 
 
 async def test_exactly_once_acknowledges_also_what_needed_no_statement(url, broker) -> None:
@@ -734,6 +814,25 @@ async def test_a_consumer_that_cannot_poll_is_unhealthy(url, broker, monkeypatch
         assert "'claims' has not managed to poll for 31 s" in status.problems[0]
 
 
+async def test_a_consumer_that_had_no_room_to_look_is_healthy(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(worker_module, "SILENT_AFTER", 0.2)
+    worker, end = filao.Worker(broker), asyncio.Event()
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None:
+        await end.wait()
+
+    await broker.send_to_queue("claims", 1)
+    async with running(worker):
+        await until(lambda: worker.status().running["claims"])
+        pool = worker._pools[0]
+        pool.polled_at -= 60
+        assert worker.status().healthy
+        end.set()
+        await until(lambda: not worker.status().running["claims"])
+        assert worker.status().healthy
+
+
 # --- wrong use -------------------------------------------------------------------------------------------------------
 
 
@@ -793,6 +892,18 @@ def test_two_consumers_of_one_queue_are_refused() -> None:
     worker.consumer("claims")(plain)
     with pytest.raises(filao.ConfigurationError, match="queue 'claims' has a consumer in this worker already, plain"):
         worker.consumer("claims")
+
+
+def test_two_consumers_that_were_prepared_before_either_was_given_are_refused_too() -> None:
+    worker = filao.Worker("claims.db")
+    first, second = worker.consumer("claims"), worker.consumer("claims")
+
+    async def handle(message: filao.Message) -> None:
+        pass
+
+    first(handle)
+    with pytest.raises(filao.ConfigurationError, match="has a consumer in this worker already"):
+        second(handle)
 
 
 def test_a_handler_of_another_type_than_its_queue_is_refused() -> None:

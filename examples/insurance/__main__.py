@@ -24,6 +24,7 @@ PATIENCE = 60.0  # seconds for everything to start, and for the work to be done
 def main() -> int:
     """Run it, and exit with 0 when every claim was settled and every policy printed."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that all that was started ends too
     with tempfile.TemporaryDirectory(prefix="insurance-") as temporary:
         folder = Path(options.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)

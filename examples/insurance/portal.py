@@ -23,6 +23,8 @@ from examples.insurance import policies
 from examples.insurance.database import Claim, Database, get_claim, insert_claim
 from examples.insurance.settings import BUSINESS, outbox
 
+NUMBER_MAX = 2**53  # what JSON can carry, and SQLite hold
+
 db = Database(BUSINESS)
 
 
@@ -65,7 +67,8 @@ async def post_claim(request: Request) -> JSONResponse:
 
 async def show_claim(request: Request) -> JSONResponse:
     """Tell how a claim stands."""
-    claim = await db.do(get_claim, request.path_params["claim_id"])
+    number = request.path_params["claim_id"]
+    claim = await db.do(get_claim, number) if number <= NUMBER_MAX else None
     if claim is None:
         return JSONResponse({"error": f"there is no claim {request.path_params['claim_id']}"}, status_code=404)
     return JSONResponse({"claim_id": claim.id, "status": claim.state, "type": claim.type, "amount": claim.amount})
@@ -78,10 +81,12 @@ def _checked(data: Any) -> dict[str, Any]:
     wrong = [
         name for name, kind in wanted.items() if not isinstance(data.get(name), kind) or isinstance(data[name], bool)
     ]
-    if wrong or data["amount"] < 0:
+    if wrong or not 0 <= data["amount"] <= NUMBER_MAX or not 0 <= data["policy"] <= NUMBER_MAX:
         raise ValueError(
-            f"{', '.join(wrong) or 'amount'}: policy and amount (cents, not below 0) are whole numbers, type is text"
+            f"{', '.join(wrong) or 'amount or policy'}: policy and amount (cents) are whole numbers from 0 to {NUMBER_MAX}, "
+            f"type is text"
         )
+    data["type"].encode()  # half of a surrogate pair is no text; this raises a ValueError that says so
     return {**data, "reference": str(data.get("reference") or uuid.uuid4())}
 
 

@@ -16,7 +16,7 @@ from itertools import chain, groupby
 from typing import Any, TypeVar
 
 from filao.broker import Broker
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, QueueFull
 from filao.outbox import Outbox, Recorded
 
 log = logging.getLogger("filao.relay")
@@ -99,17 +99,28 @@ class Relay:
             self._thread = None
 
     async def _send(self, recorded: list[Recorded]) -> list[int]:
-        """Send the messages of one queue, all or none, and return the numbers of those that were sent."""
-        queue = recorded[0].queue
-        try:
-            await self._broker.send_drafts(queue, [one.draft for one in recorded])
-        except EngineUnavailable:
-            raise
-        except FilaoError as error:
-            log.warning("relay of %s: %d messages stay in it: %s", self._outbox.table, len(recorded), error)
-            self._refused[queue] = time.monotonic() + REFUSED_FOR
-            return []
-        return [one.number for one in recorded]
+        """Send the messages of one queue in order, and return the numbers of those that were sent.
+
+        All at once, or, where a queue that may be full has not the room for all, as many as it has room for.
+        """
+        queue, size = recorded[0].queue, len(recorded)
+        sent: list[int] = []
+        while len(sent) < len(recorded):
+            some = recorded[len(sent) : len(sent) + size]
+            try:
+                await self._broker.send_drafts(queue, [one.draft for one in some])
+            except EngineUnavailable:
+                raise
+            except FilaoError as error:
+                if isinstance(error, QueueFull) and size > 1:
+                    size //= 2
+                    continue
+                left = len(recorded) - len(sent)
+                log.warning("relay of %s: %d messages stay in it: %s", self._outbox.table, left, error)
+                self._refused[queue] = time.monotonic() + REFUSED_FOR
+                break
+            sent += [one.number for one in some]
+        return sent
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 

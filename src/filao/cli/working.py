@@ -7,16 +7,21 @@ import logging
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from filao.cli.shell import note, usage
+from filao.errors import FilaoError
 from filao.worker.health import health_check
 from filao.worker.supervisor import Supervisor, report
 from filao.worker.worker import Worker
+
+ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stopped
 
 
 @click.command()
@@ -54,12 +59,7 @@ def work(
         for name, value in limits:
             command += [f"--max-{name}", str(value)]
         return asyncio.run(_supervise(command, processes, address))
-    code = asyncio.run(_work(worker, _is_used_up(worker, max_messages, max_memory), report_to, address))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if report_to is not None:
-        os._exit(code)  # a handler that does not end must not keep the process
-    return code
+    return asyncio.run(_work(worker, _is_used_up(worker, max_messages, max_memory), report_to, address))
 
 
 async def _supervise(command: list[str], processes: int, address: tuple[str, int] | None) -> int:
@@ -71,15 +71,35 @@ async def _supervise(command: list[str], processes: int, address: tuple[str, int
 async def _work(
     worker: Worker, is_used_up: Callable[[], bool], report_to: int | None, address: tuple[str, int] | None
 ) -> int:
-    if report_to is not None:
-        report(worker, worker.grace, report_to, worker.stop)
+    executor = ThreadPoolExecutor(thread_name_prefix="filao to_thread")
+    asyncio.get_running_loop().set_default_executor(executor)
+    refuse = report(worker, worker.grace, report_to, worker.stop) if report_to is not None else lambda: None
+    started = asyncio.Event()
 
     def ready() -> None:
+        started.set()
         note(f"process {os.getpid()} receives from {', '.join(worker.queues)}")
 
     with _checked(address, lambda: dataclasses.asdict(worker.status())):
-        await worker.run(until=is_used_up, ready=ready)
+        try:
+            await worker.run(until=is_used_up, ready=ready)
+        except FilaoError:
+            if not started.is_set():
+                refuse()
+            raise
+    if report_to is not None or worker.has_hung or not _has_ended(executor):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # what handlers left running in threads must not keep the process
     return 0
+
+
+def _has_ended(executor: ThreadPoolExecutor) -> bool:
+    """Return whether the threads of `asyncio.to_thread` end in a moment: whoever was cancelled there has left them running."""
+    ending = threading.Thread(target=executor.shutdown, daemon=True)
+    ending.start()
+    ending.join(ENDS_WITHIN)
+    return not ending.is_alive()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A coroutine function runs on the event loop and gets `filao.Message`; a plain on
 `filao.sync.Message`. What it says of the body's type is what the body is decoded to.
 """
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def _body_of(function: Callable[..., Any], first: inspect.Parameter, name: str, 
     if first.annotation is inspect.Parameter.empty or first.kind is inspect.Parameter.VAR_POSITIONAL:
         return None
     try:
-        annotation = typing.get_type_hints(function).get(first.name)
+        annotation = typing.get_type_hints(_annotated(function)).get(first.name)
     except (NameError, TypeError) as error:
         raise ConfigurationError(f"the handler {name} has an annotation that cannot be read: {error}") from error
     kind = get_origin(annotation) or annotation
@@ -71,3 +72,10 @@ def _body_of(function: Callable[..., Any], first: inspect.Parameter, name: str, 
         )
     arguments = get_args(annotation)
     return arguments[0] if arguments and not isinstance(arguments[0], typing.TypeVar) else None
+
+
+def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what bears the annotations of a `functools.partial`, or of an object that can be called."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if inspect.isroutine(function) else type(function).__call__

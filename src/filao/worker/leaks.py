@@ -6,7 +6,7 @@ housekeeping within the first call, which may be a handler's.
 
 import asyncio
 import logging
-from collections.abc import Generator
+from collections.abc import Coroutine, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 
 log = logging.getLogger("filao.worker")
 
-_children: "ContextVar[set[asyncio.Task[Any]] | None]" = ContextVar("filao_handler_tasks", default=None)
+Children = dict["asyncio.Task[Any]", Any]
+"""Tasks that a handler started, and what each of them runs."""
+_children: "ContextVar[Children | None]" = ContextVar("filao_handler_tasks", default=None)
 _OURS = str(Path(__file__).parent.parent)
 
 
@@ -32,11 +34,12 @@ class Leaks:
         outer = loop.get_task_factory()
 
         def start(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
-            task = asyncio.Task(coroutine, loop=loop, **options) if outer is None else outer(loop, coroutine, **options)
             children = _children.get()
+            inner = coroutine if children is None or _is_ours(coroutine) else _contained(coroutine)
+            task = asyncio.Task(inner, loop=loop, **options) if outer is None else outer(loop, inner, **options)
             if children is not None and isinstance(task, asyncio.Task):
-                children.add(task)
-                task.add_done_callback(children.discard)
+                children[task] = coroutine
+                task.add_done_callback(lambda task: children.pop(task, None))
             return task
 
         loop.set_task_factory(start)
@@ -45,18 +48,20 @@ class Leaks:
         finally:
             loop.set_task_factory(outer)
 
-    def begin(self) -> "set[asyncio.Task[Any]]":
-        """Let the running task be a handler's, and return the set of those that it starts."""
-        children: set[asyncio.Task[Any]] = set()
+    def begin(self) -> "Children":
+        """Let the running task be a handler's, and return those that it starts."""
+        children: Children = {}
         _children.set(children)
         return children
 
-    def report(self, handler: str, children: "set[asyncio.Task[Any]]") -> None:
+    def report(self, handler: str, children: "Children") -> None:
         """Say which tasks a handler that has ended left behind."""
-        for task in [task for task in children if not task.done() and not _is_ours(task)]:
+        for task, coroutine in list(children.items()):
+            if task.done() or _is_ours(coroutine):
+                continue
             self._left.add(task)
             task.add_done_callback(self._left.discard)
-            name = getattr(task.get_coro(), "__qualname__", repr(task))
+            name = getattr(coroutine, "__qualname__", repr(task))
             if (handler, name) not in self._reported:
                 self._reported.add((handler, name))
                 log.warning(
@@ -66,6 +71,14 @@ class Leaks:
                 )
 
 
-def _is_ours(task: "asyncio.Task[Any]") -> bool:
-    code = getattr(task.get_coro(), "cr_code", None)
+async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Let a task that would end the process fail instead: asyncio passes SystemExit on to whoever runs the loop."""
+    try:
+        return await coroutine
+    except SystemExit as error:
+        raise RuntimeError(f"a task of the handler called sys.exit({error.code!r})") from error
+
+
+def _is_ours(coroutine: object) -> bool:
+    code = getattr(coroutine, "cr_code", None)
     return code is not None and code.co_filename.startswith(_OURS)

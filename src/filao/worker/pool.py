@@ -15,7 +15,7 @@ class Pool:
         self.consumers = {consumer.queue.name: consumer for consumer in consumers}
         self.turns = Turns({name: consumer.weight for name, consumer in self.consumers.items()})
         self.polled_at = time.monotonic()
-        """Monotonic time of the last look at the queues that succeeded."""
+        """Monotonic time of the last look at the queues that succeeded, or from which on one can."""
         self._limit = limit
         self._running = dict.fromkeys(self.consumers, 0)
         self._freed = asyncio.Event()
@@ -41,6 +41,8 @@ class Pool:
 
     def ended(self, name: str) -> None:
         """Count one that does not run any more."""
+        if self.is_full():
+            self.polled_at = time.monotonic()  # it could not look
         self._running[name] -= 1
         self._freed.set()
 

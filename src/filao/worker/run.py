@@ -6,6 +6,7 @@ a coroutine at its next await, a thread at its next bytecode. One that will not 
 """
 
 import asyncio
+import inspect
 import logging
 import random
 import time
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from filao import engine, sync
 from filao.broker import Broker
 from filao.errors import EngineUnavailable, FilaoError, LeaseLost
-from filao.message import Message
+from filao.message import AT_MOST_ONCE, Message
 from filao.queue import Queue, retry_delay
 from filao.worker.handlers import Handler
 from filao.worker.keeper import Keeper
@@ -90,6 +91,7 @@ class Run:
             "_began",
             "_call",
             "_consumer",
+            "_given_up",
             "_ground",
             "_message",
             "_task",
@@ -100,8 +102,11 @@ class Run:
         *("keep_until", "lease", "settling"),
     )
 
-    def __init__(self, ground: Ground, consumer: Consumer, message: Message[Any]) -> None:
+    def __init__(
+        self, ground: Ground, consumer: Consumer, message: Message[Any], given_up: Callable[[], None] = lambda: None
+    ) -> None:
         self._ground = ground
+        self._given_up = given_up
         self._consumer = consumer
         self._message = message
         self._task: asyncio.Task[Any] | None = None
@@ -127,7 +132,7 @@ class Run:
 
     def keep(self) -> None:
         """Let its lease be extended until the run ends."""
-        if self._consumer.guarantee != "at-most-once":
+        if self._consumer.guarantee != "at-most-once":  # which has none while its handler runs
             self._ground.keeper.keep(self)
 
     async def work(self) -> engine.Outcome | None:
@@ -141,6 +146,8 @@ class Run:
             self.keep_until = self._began + timeout + ENDS_WITHIN
             timer = asyncio.get_running_loop().call_later(timeout, self.end, "timeout")
         try:
+            if self._consumer.guarantee == "at-most-once" and not await self._consume():
+                return None
             return await self._handle()
         except BaseException as raised:
             if self._is_cancelled_from_outside(raised):
@@ -180,6 +187,19 @@ class Run:
         """End the handler because another consumer has the message."""
         self.end("lost")
 
+    async def _consume(self) -> bool:
+        """Delete the message before its handler runs; return whether that is done, so that it may."""
+        try:
+            await self._ground.broker.settle(self.delivery, engine.Ack(before_work=True))
+        except LeaseLost as error:
+            log.warning("%s", error)
+            return False
+        except EngineUnavailable as error:
+            log.warning("%s: it is open whether it was deleted, so its handler does not run: %s", self.about(), error)
+            return False
+        self._message.mark_settled(AT_MOST_ONCE)
+        return True
+
     # --- the handler -------------------------------------------------------------------------------------------------
 
     async def _handle(self) -> engine.Outcome | None:
@@ -201,7 +221,14 @@ class Run:
             return await function(self._message, *transaction)
         blocking = [self._ground.to_blocking(one) for one in transaction]
         self._call = self._ground.threads.start(function, sync.Message(self._ground.blocking, self._message), *blocking)
-        return await self._call.future
+        result = await self._call.future
+        if inspect.iscoroutine(result):  # a plain wrapper around a coroutine function: nothing has run
+            result.close()
+            raise TypeError(
+                f"the handler {self._consumer.handler.name} is a plain function, and returned a coroutine that nobody runs: "
+                f"make it `async def`, and await in it"
+            )
+        return result
 
     def _is_cancelled_from_outside(self, raised: BaseException) -> bool:
         """Return whether the task itself is to end; a handler may also let a cancellation of its own escape."""
@@ -240,6 +267,7 @@ class Run:
             *(self.about(), self._consumer.handler.name, ENDS_WITHIN),
         )
         self.abandon()
+        self._given_up()
 
     def abandon(self) -> "asyncio.Task[How]":
         """Settle without the handler, which was cancelled and does not end."""
@@ -250,9 +278,9 @@ class Run:
 
     async def _settle(self, outcome: engine.Outcome | None) -> How:
         """End the lease, however long the engine is away; whoever has lost it meanwhile has nothing to end."""
-        if self._consumer.guarantee == "at-most-once":
-            return "acked" if isinstance(outcome, engine.Ack) else "failed"
         if self._message.settled:
+            if self._consumer.guarantee == "at-most-once":
+                return "acked" if isinstance(outcome, engine.Ack) else "failed"
             return "acked" if outcome is None else "settled"
         if outcome is None:
             return "lost"

@@ -29,7 +29,8 @@ STEADY_AFTER = 60.0  # seconds of life after which the pause begins from the sta
 REPORT_EVERY = 1.0  # seconds
 SILENT_AFTER = 15.0  # seconds without a report after which a process is unhealthy
 KILLED_AFTER = 15.0  # seconds beyond a worker's grace after which a process that was told to stop is killed
-REFUSED_AT_START = (2, 3)  # exit codes of a worker that can never start: wrong usage, or a configuration that is wrong
+LAST_WORDS_WITHIN = 1.0  # seconds in which the pipe of a process that has ended is read to its end
+SHORT = 0.5  # seconds of life so short that the next process waits, though this one ended as it should
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -37,6 +38,8 @@ class Report(msgspec.Struct, frozen=True):
 
     status: Status
     grace: float
+    refused: bool = False
+    """It can never start: its configuration is wrong. An exit code alone could be a handler's."""
 
 
 @dataclass(slots=True)
@@ -116,13 +119,14 @@ class Supervisor:
             code = await self._run_once(slot)
             if self._stopping.is_set():
                 return 0
-            if code in REFUSED_AT_START:
+            if slot.report is not None and slot.report.refused:
                 self._stop()
                 return code
-            if code == 0:
+            lived = time.monotonic() - began
+            if code == 0 and lived > SHORT:
                 log.info("worker process %d ended as it should; starting the next", slot.number)
                 continue
-            if time.monotonic() - began > STEADY_AFTER:
+            if lived > STEADY_AFTER:
                 pause = PAUSE_FIRST
             slot.restarts += 1
             log.error("worker process %d %s; starting it again in %.1f s", slot.number, _ended(code), pause)
@@ -152,6 +156,9 @@ class Supervisor:
         try:
             return await slot.process.wait()
         finally:
+            with suppress(TimeoutError):  # its last words may be on their way
+                async with asyncio.timeout(LAST_WORDS_WITHIN):
+                    await asyncio.shield(reports)
             reports.cancel()
             await asyncio.wait([reports])
 
@@ -168,12 +175,21 @@ class Supervisor:
             transport.close()
 
 
-def report(worker: Worker, grace: float, pipe: int, stop: Callable[[], None]) -> None:
-    """As a supervised process: report from a thread, and stop when the supervisor is gone."""
+def report(worker: Worker, grace: float, pipe: int, stop: Callable[[], None]) -> Callable[[], None]:
+    """As a supervised process: report from a thread, and stop when the supervisor is gone.
+
+    Return what tells the supervisor that this worker can never start.
+    """
     stream = os.fdopen(pipe, "wb", buffering=0)
     loop = asyncio.get_running_loop()
     threading.Thread(target=_report, args=(worker, grace, stream), name="filao reports", daemon=True).start()
     threading.Thread(target=_await_end, args=(loop, stop), name="filao supervisor's end", daemon=True).start()
+
+    def refuse() -> None:
+        with suppress(OSError):
+            stream.write(msgspec.json.encode(Report(worker.status(), grace, refused=True)) + b"\n")
+
+    return refuse
 
 
 def _report(worker: Worker, grace: float, stream: BinaryIO) -> None:

@@ -22,7 +22,7 @@ import anyio
 from anyio.from_thread import BlockingPortal
 
 from filao import sync
-from filao.broker import Broker, Guarantee, connect
+from filao.broker import Broker, connect
 from filao.engine import Feature, Outcome, Release
 from filao.errors import ConfigurationError, EngineUnavailable, UnsupportedFeature
 from filao.message import Message
@@ -44,6 +44,7 @@ POLL = 5.0  # seconds after which a wait for messages begins anew, which shows t
 SILENT_AFTER = (
     30.0  # seconds without a successful look, with room to start something, after which a consumer is unhealthy
 )
+HUNG_MAX = 10  # handlers that do not end: with more, so much of the process is lost that it is unhealthy
 AT_ONCE = 0.5  # seconds for handlers to end when a worker stops at once
 CONCURRENCY_MAX = 1_000  # messages at once in one process: what one receive and one group commit can carry
 DRAINED_MAX = 10_000  # attempts of one `drain`, so that a handler that always releases does not run for ever
@@ -93,6 +94,8 @@ class Worker:
         self._at_once: asyncio.Event | None = None
         self._pools: list[Pool] = []
         self._runs: dict[asyncio.Task[None], Run] = {}
+        self._hung: dict[asyncio.Task[None], Run] = {}
+        """Handlers that were told to end, did not, and whose messages were settled without them."""
         self._not_begun: set[asyncio.Task[None]] = set()
         self._receiving: set[asyncio.Task[list[Message[Any]]]] = set()
         self._suspect: Run | None = None
@@ -132,10 +135,7 @@ class Worker:
         name = queue.name if isinstance(queue, Queue) else queue
         check_name(name)
         if name in self._consumers:
-            raise ConfigurationError(
-                f"queue {name!r} has a consumer in this worker already, {self._consumers[name].handler.name}: two would "
-                f"take each other's messages. Let one function handle both kinds, or use two queues."
-            )
+            raise _second(name, self._consumers[name])
         _check_count(f"consumer of {name!r}", "concurrency", concurrency)
         if timeout is not None:
             check_duration(f"consumer of {name!r}", "timeout", timeout, least=0.001)
@@ -156,12 +156,19 @@ class Worker:
                 raise ConfigurationError(
                     f"the handler {handler.name} asks for bodies of {handler.body!r}; queue {name!r} has {rules.body!r}"
                 )
+            if name in self._consumers:
+                raise _second(name, self._consumers[name])
             if isinstance(queue, Queue):
                 self._declared.append(queue)
             self._consumers[name] = Consumer(rules, handler, concurrency, timeout, guarantee, weight, mapped)
             return function
 
         return register
+
+    @property
+    def has_hung(self) -> bool:
+        """Whether handlers have not ended though they were told to; a process may have to end without them."""
+        return bool(self._hung)
 
     @property
     def queues(self) -> list[str]:
@@ -229,12 +236,17 @@ class Worker:
     def status(self) -> Status:
         """Tell how it is doing; safe from any thread."""
         now = time.monotonic()
-        silent = [(pool, now - pool.polled_at) for pool in self._pools if not pool.is_full()]
+        looking = [pool for pool in self._pools if not pool.is_full()] if self._suspect is None else []
+        silent = [(pool, now - pool.polled_at) for pool in looking]
         problems = [
             f"the consumer of {' and '.join(map(repr, pool.consumers))} has not managed to poll for {seconds:.0f} s"
             for pool, seconds in silent
             if seconds > SILENT_AFTER
         ]
+        if len(self._hung) > HUNG_MAX:
+            problems.append(
+                f"{len(self._hung)} handlers have not ended though they were cancelled: replace this process"
+            )
         blocked = self._ground.keeper.blocked_for() if self._ground is not None else 0.0
         if blocked > BLOCKED_AFTER:
             problems.append(f"the event loop has been blocked for {blocked:.0f} s")
@@ -309,6 +321,7 @@ class Worker:
             while self._suspect is not None:
                 self._moved.clear()
                 await self._moved.wait()
+                pool.polled_at = time.monotonic()  # it was not allowed to look
             try:
                 await self._take(ground, pool)
             except EngineUnavailable as error:
@@ -374,8 +387,7 @@ class Worker:
         """Receive, unless a suspect is here or comes meanwhile."""
         if self._suspect is not None:
             return []
-        guarantee: Guarantee = "at-most-once" if consumer.guarantee == "at-most-once" else "at-least-once"
-        receive = ground.broker.receive_many(consumer.queue, limit, wait=wait, guarantee=guarantee)
+        receive = ground.broker.receive_many(consumer.queue, limit, wait=wait)
         receiving = asyncio.get_running_loop().create_task(receive)
         self._receiving.add(receiving)
         try:
@@ -393,7 +405,7 @@ class Worker:
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def _start(self, ground: Ground, pool: Pool, consumer: Consumer, message: Message[Any]) -> None:
-        run = Run(ground, consumer, message)
+        run = Run(ground, consumer, message, lambda: self._give_up(pool, run))
         run.keep()  # from now on, not from its first step: another handler may block the loop before
         pool.began(consumer.queue.name)
         if message.delivery.crashed and self._suspect is None:
@@ -411,18 +423,32 @@ class Worker:
             try:
                 outcome = await self._work(task, run)
             finally:
-                pool.ended(run.queue)  # before it is settled, so that the next receive joins the settle's transaction
+                if task in self._runs:
+                    pool.ended(
+                        run.queue
+                    )  # before it is settled, so that the next receive joins the settle's transaction
             handled = await run.settle(outcome)
         except Exception:
             log.exception("%s: an error of the worker's own; its lease runs out", run.about())
             return
         finally:
-            del self._runs[task]
-            if run is self._suspect:
-                self._suspect = None
-            self._moved.set()
+            self._hung.pop(task, None)
+            self._forget(task, run)
         self.handled += 1
         self._on_handled(handled)
+
+    def _give_up(self, pool: Pool, run: Run) -> None:
+        """Let others have the place of a handler that does not end, and whose message is settled without it."""
+        task = next(task for task, one in self._runs.items() if one is run)
+        self._hung[task] = run
+        pool.ended(run.queue)
+        self._forget(task, run)
+
+    def _forget(self, task: "asyncio.Task[None]", run: Run) -> None:
+        self._runs.pop(task, None)
+        if run is self._suspect:
+            self._suspect = None
+        self._moved.set()
 
     async def _work(self, task: "asyncio.Task[None]", run: Run) -> Outcome | None:
         if run.delivery.crashed and run is not self._suspect:
@@ -464,6 +490,7 @@ class Worker:
         await _cancel(told)
         await self._wait_for_runs(AT_ONCE)
         for task, run in list(self._runs.items()):
+            self._hung[task] = run
             with suppress(EngineUnavailable, asyncio.TimeoutError):
                 async with asyncio.timeout(AT_ONCE):
                     await run.abandon()
@@ -484,6 +511,13 @@ class Worker:
             await asyncio.sleep(SILENT_AFTER / 2)
             for problem in self.status().problems:
                 log.error("%s", problem)
+
+
+def _second(queue: str, first: Consumer) -> ConfigurationError:
+    return ConfigurationError(
+        f"queue {queue!r} has a consumer in this worker already, {first.handler.name}: two would take each other's messages. "
+        f"Let one function handle both kinds, or use two queues."
+    )
 
 
 class _NotBegunError(Exception):
