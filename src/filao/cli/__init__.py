@@ -23,6 +23,7 @@ from filao.cli.moving import move_command
 from filao.cli.receiving import receive
 from filao.cli.report import doctor, stats
 from filao.cli.rules import declare
+from filao.cli.sandbox import sandbox_command
 from filao.cli.sending import send
 from filao.cli.shell import OutputClosedError, note
 from filao.cli.working import work
@@ -67,7 +68,7 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 def commands() -> None:
     """Durable point-to-point queues: send, receive and look after them.
 
-    Every command but work takes the URL first: a path such as claims.db, or sqlite:///claims.db. It may be left out when the
+    Every command but work and sandbox takes the URL first: a path such as claims.db, or sqlite:///claims.db. It may be left out when the
     environment variable FILAO_URL holds it. Where the arguments could then be read both ways, the first is taken for
     a URL only if it holds a "/" or a ":", as in ./claims.db.
 
@@ -90,5 +91,8 @@ def commands() -> None:
     """  # noqa: D301  # click's mark for a paragraph that is not wrapped is a real backspace
 
 
-for command in (declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, move_command, work):
+for command in (
+    *(declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, move_command, work),
+    sandbox_command,
+):
     commands.add_command(command)

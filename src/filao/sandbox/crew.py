@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import msgspec
+
+from filao.sandbox.journal import PORTAL, PRINTER
 
 HOME_WITHIN = 5.0  # seconds that the processes have to finish what is in hand; then they are killed
 LAST_WORDS_MAX = 2_000  # characters of a traceback that are shown
@@ -30,7 +33,7 @@ class Crew:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._killed: set[int] = set()
+        self._meant: set[int] = set()  # those whose end we meant
 
     def __enter__(self) -> Self:
         return self
@@ -42,7 +45,7 @@ class Crew:
             if kind is None:
                 self.send_home()
         finally:
-            self._end_all()
+            self.end_all()
 
     def start(self, number: int, module: str, orders: msgspec.Struct) -> int:
         """Start a process and return its pid."""
@@ -69,28 +72,70 @@ class Crew:
         """Raise `CrewError` if one of these has ended and was not killed by us."""
         for number in numbers:
             code = self._processes[number].poll()
-            if code is not None and number not in self._killed:
+            if code is not None and number not in self._meant:
                 raise CrewError(self._failure(number, code))
 
-    def kill_if(self, number: int, held: Callable[[], bool]) -> float | None:
-        """Stop a process, look at what it holds, and kill it if that is right; return when, or None if it goes on.
+    def tell(self, number: int, order: msgspec.Struct) -> None:
+        """Write an order into a process's pipe; one that has ended hears nothing."""
+        pipe = self._processes[number].stdin
+        assert pipe is not None
+        with suppress(BrokenPipeError, ValueError):
+            pipe.write(msgspec.json.encode(order) + b"\n")
+            pipe.flush()
 
-        A process that stands still cannot finish its claim between our look and the SIGKILL.
+    def ended(self, number: int) -> str | None:
+        """Return how a process ended, with its last words; None while it lives, and of one that was told to end."""
+        code = self._processes[number].poll()
+        return None if code is None or number in self._meant else self._failure(number, code)
+
+    def has_ended(self, number: int) -> bool:
+        """Return whether a process has ended, however."""
+        return self._processes[number].poll() is not None
+
+    def stop_if(self, number: int, wanted: Callable[[], bool]) -> bool:
+        """Let a process stand still, look, and leave it so if that is right; return whether it stands still now.
+
+        A process that stands still cannot finish its claim between our look and what we do to it.
         """
         process = self._processes[number]
+        if process.poll() is not None:
+            return False
         os.kill(process.pid, signal.SIGSTOP)
         _, status = os.waitpid(process.pid, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
             process.returncode = os.waitstatus_to_exitcode(status)
-            return None
-        if not held():
-            os.kill(process.pid, signal.SIGCONT)
-            return None
-        self._killed.add(number)
+            return False
+        if wanted():
+            return True
+        self.go_on(number)
+        return False
+
+    def go_on(self, number: int) -> None:
+        """Let a process that stands still go on."""
+        self._signal(number, signal.SIGCONT)
+
+    def kill_if(self, number: int, held: Callable[[], bool]) -> float | None:
+        """Stop a process, look at what it holds, and kill it if that is right; return when, or None if it goes on."""
+        return self.kill(number) if self.stop_if(number, held) else None
+
+    def kill(self, number: int) -> float:
+        """Kill a process, whether it stands still or not; return when."""
+        self._meant.add(number)
         at = time.monotonic()
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        self._signal(number, signal.SIGKILL)
+        self._processes[number].wait()
         return at
+
+    def dismiss(self, number: int) -> None:
+        """Let a process finish what it has in hand, and end; do not wait for it."""
+        self._meant.add(number)
+        pipe = self._processes[number].stdin
+        assert pipe is not None
+        pipe.close()
+
+    def _signal(self, number: int, what: signal.Signals) -> None:
+        if self._processes[number].poll() is None:
+            os.kill(self._processes[number].pid, what)
 
     def send_home(self) -> None:
         """Let all finish what they have in hand, and end. Raises `CrewError` if one fails, or does not go."""
@@ -101,10 +146,11 @@ class Crew:
                 code = process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired as error:
                 raise CrewError(f"{self._name(number)} did not end within {HOME_WITHIN:g} seconds") from error
-            if code and number not in self._killed:
+            if code and number not in self._meant:
                 raise CrewError(self._failure(number, code))
 
-    def _end_all(self) -> None:
+    def end_all(self) -> None:
+        """Send all home; whoever does not go is killed."""
         self._close_pipes()
         until = time.monotonic() + HOME_WITHIN
         for process in self._processes.values():
@@ -129,4 +175,4 @@ class Crew:
 
     @staticmethod
     def _name(number: int) -> str:
-        return f"worker {number}" if number else "the portal"
+        return {PORTAL: "the portal", PRINTER: "the printer"}.get(number, f"worker {number}")

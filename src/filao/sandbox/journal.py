@@ -11,18 +11,25 @@ from typing import Literal
 
 import msgspec
 
-PORTAL = 0  # who writes; workers are 1, 2, 3 ...
+PORTAL, PRINTER = 0, -1  # who writes; workers are 1, 2, 3 ...
 KILLS = "kills.journal"  # the journal of whoever kills
 CHUNK = 4 * 1024 * 1024  # bytes that one look at a journal takes
 
 What = Literal[
     "started",  # the process is ready
     "sent",  # the portal has the receipt: from here on the claim must not be lost
+    "unsent",  # the queue refused it, and the customer was told
     "received",  # a worker holds the claim
+    "extended",  # its lease was extended
+    "lost",  # its lease could not be extended any more: another worker has the claim
+    "paying",  # the effect is written, in a transaction that is not yet committed
     "handled",  # the effect: it was evaluated, and the decision stands
     "acked",  # the acknowledgement returned
     "nacked",  # it failed, and was given back
+    "failed",  # it failed, and was not given back: it was received at most once
+    "released",  # it was given back as it came
     "refused",  # it was settled too late: the lease was lost
+    "troubled",  # the storage failed
     "killed",  # written by whoever sent the SIGKILL, in the name of the dead
 ]
 
@@ -84,7 +91,8 @@ class Tail:
 
 def journal_of(folder: Path, who: int) -> Path:
     """Return where a process writes."""
-    return folder / ("portal.journal" if who == PORTAL else f"worker-{who}.journal")
+    name = {PORTAL: "portal", PRINTER: "printer"}.get(who, f"worker-{who}")
+    return folder / f"{name}.journal"
 
 
 def read_all(folder: Path) -> list[Record]:

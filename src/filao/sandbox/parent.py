@@ -1,8 +1,14 @@
-"""How a process of the demo learns that it may go home: the one that started it closes the pipe, or is dead."""
+"""What a process of the sandbox hears of the one that started it: lines on its standard input, and their end.
+
+The end means that it may go home: the parent closed the pipe, or is dead.
+"""
 
 import asyncio
 import os
 import sys
+from collections.abc import AsyncGenerator
+
+LINE_MAX = 1024 * 1024  # bytes of a line: more is no order
 
 
 async def parent_leaves() -> None:
@@ -21,3 +27,16 @@ async def parent_leaves() -> None:
         await ended.wait()
     finally:
         loop.remove_reader(pipe)
+
+
+async def lines_of_parent() -> AsyncGenerator[bytes]:
+    """Yield each line of standard input, and return when it ends."""
+    reader = asyncio.StreamReader(limit=LINE_MAX)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
+    )
+    try:
+        async for line in reader:
+            yield line
+    finally:
+        transport.close()

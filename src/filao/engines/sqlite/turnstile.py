@@ -10,11 +10,14 @@ checkpointing and committing at the same instant, which SQLite before 3.51.3 can
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Generator
 from pathlib import Path
 
 if sys.platform != "win32":  # there SQLite's own locks must do
-    from fcntl import LOCK_EX, LOCK_UN, flock
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+
+TRIED_EVERY = 0.002  # seconds, by who only wants to know whether he would get through
 
 
 class Turnstile:
@@ -52,3 +55,21 @@ class Turnstile:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def is_passable(path: Path, within: float) -> bool:
+    """Return whether one gets through `within` so many seconds: whether nobody stands still in it. For whoever stops others."""
+    if sys.platform == "win32":
+        return True
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    until = time.monotonic() + within
+    try:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                flock(file, LOCK_EX | LOCK_NB)
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(TRIED_EVERY)
+    finally:
+        os.close(file)

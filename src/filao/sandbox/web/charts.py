@@ -1,0 +1,85 @@
+"""The charts: depth and age of the queue, how fast claims come and go, and how evenly they are shared."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (NiceGUI leaves some of its types open)
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from nicegui import ui
+
+from filao.sandbox.web.room import Room
+
+SAMPLE_EVERY = 1.0  # seconds
+SAMPLES = 90  # that are shown
+GREY, BLUE, ORANGE, GREEN = "#8a94a0", "#2b8cc4", "#d5752a", "#2f9e6e"  # readable on light and on dark
+
+
+class Charts:
+    """Three charts, drawn once in a second."""
+
+    def __init__(self, room: Room, say: Mapping[str, str]) -> None:
+        self._room = room
+        self._samples: deque[tuple[float, int, float, int, int]] = deque(maxlen=SAMPLES)
+        with ui.element("div").classes("charts"):
+            self._depth = ui.echart(_lines(say["depth"], say["age"], BLUE, ORANGE))
+            self._rates = ui.echart(_lines(say["rate_sent"], say["rate_paid"], BLUE, GREEN))
+            self._shares = ui.echart(_bars(say["share"]))
+        self._worker = say["worker"]
+
+    def draw(self) -> None:
+        """Add a sample when it is time, and draw."""
+        stats, now = self._room.view.stats, time.monotonic() - self._room.born
+        if stats is None or (self._samples and now - self._samples[-1][0] < SAMPLE_EVERY):
+            return
+        depth = stats.ready + stats.blocked + stats.delayed
+        self._samples.append((now, depth, stats.oldest_ready_age or 0.0, stats.sent, len(self._room.effects.payments)))
+        taken = list(self._samples)
+        _fill(self._depth, [[at, depth] for at, depth, *_ in taken], [[at, round(age, 1)] for at, _, age, *_ in taken])
+        sent = [(at, count) for at, _, _, count, _ in taken]
+        paid = [(at, count) for at, _, _, _, count in taken]
+        _fill(self._rates, _rates(sent), _rates(paid))
+        shares = self._room.lanes.shares()
+        names = [f"{self._worker} {number}" for number in shares]
+        self._shares.options["xAxis"]["data"] = names
+        self._shares.options["series"][0]["data"] = [round(share * 100, 1) for share in shares.values()]
+        self._shares.update()
+
+
+def _rates(samples: list[tuple[float, int]]) -> list[list[float]]:
+    pairs = pairwise(samples)
+    return [[now, round((count - before) / (now - then), 1)] for (then, before), (now, count) in pairs]
+
+
+def _fill(chart: ui.echart, *series: list[list[Any]]) -> None:
+    for place, points in enumerate(series):
+        chart.options["series"][place]["data"] = points
+    chart.update()
+
+
+def _frame(title: str) -> dict[str, Any]:
+    return {
+        "animation": False,
+        "aria": {"enabled": True},
+        "textStyle": {"color": GREY},
+        "grid": {"left": 40, "right": 12, "top": 34, "bottom": 22},
+        "title": {"text": title, "textStyle": {"fontSize": 12, "color": GREY}},
+        "yAxis": {"type": "value", "axisLabel": {"color": GREY}, "min": 0},
+    }
+
+
+def _lines(first: str, second: str, first_colour: str, second_colour: str) -> dict[str, Any]:
+    series = [
+        {"type": "line", "name": name, "showSymbol": False, "data": [], "color": colour, "lineStyle": {"type": kind}}
+        for name, colour, kind in ((first, first_colour, "solid"), (second, second_colour, "dashed"))
+    ]
+    axis = {"type": "value", "axisLabel": {"color": GREY, "formatter": "{value} s"}, "min": "dataMin", "max": "dataMax"}
+    return _frame("") | {"legend": {"top": 0, "textStyle": {"color": GREY}}, "xAxis": axis, "series": series}
+
+
+def _bars(title: str) -> dict[str, Any]:
+    axis = {"type": "category", "data": [], "axisLabel": {"color": GREY}}
+    return _frame(f"{title}, %") | {"xAxis": axis, "series": [{"type": "bar", "data": [], "color": BLUE}]}

@@ -1,0 +1,95 @@
+"""What the learner sets, and what the processes of a room are told: once when they start, and by lines on their stdin."""
+
+from typing import Literal, cast
+
+import msgspec
+
+import filao
+
+CLAIMS, DOCUMENTS = "claims.processing", "documents"
+WORKERS_MAX = 8
+DELAY_CEILING = 60.0  # seconds of a backoff: with more, a learner believes that nothing happens
+
+Guarantee = Literal["at-most-once", "at-least-once", "exactly-once"]
+GUARANTEES: tuple[Guarantee, ...] = ("at-most-once", "at-least-once", "exactly-once")
+
+PAYMENTS = """
+    CREATE TABLE IF NOT EXISTS payment (
+      id      INTEGER PRIMARY KEY,
+      message TEXT    NOT NULL,
+      claim   INTEGER NOT NULL,
+      cents   INTEGER NOT NULL,
+      paid_by TEXT    NOT NULL,  -- the worker
+      attempt INTEGER NOT NULL
+    )
+"""  # no claim is unique in it, so that what is paid twice can be seen
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """What the learner chooses: rules of the queue, and how the insurer works."""
+
+    lease: float = 6.0
+    max_attempts: int = 3
+    backoff: float = 1.0
+    """Seconds before the second attempt; doubled each time."""
+    guarantee: Guarantee = "at-least-once"
+    grouped: bool = False
+    """Claims of one policy go in order."""
+    documents: bool = False
+    """Every decision is announced to the queue of the documents."""
+    work: float = 2.0
+    """Seconds that a claim takes."""
+    speed: float = 1.0
+
+    def queue(self) -> filao.Queue:
+        """Return the queue of the claims under these rules."""
+        return filao.Queue(
+            CLAIMS,
+            lease=self.lease,
+            max_attempts=self.max_attempts,
+            backoff=filao.Backoff(first=self.backoff, ceiling=DELAY_CEILING, jitter=0.2),
+        )
+
+
+class Post(msgspec.Struct, frozen=True):
+    """A process's place: where it writes and under which number."""
+
+    file: str
+    journals: str
+    number: int
+
+
+class Duty(msgspec.Struct, frozen=True):
+    """How a worker works, from its next claim on."""
+
+    guarantee: Guarantee
+    lease: float
+    work: float
+    """Seconds that a claim takes on average."""
+    fails: bool
+    documents: bool
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """A claim as the portal sends it; workers read it as a plain mapping."""
+
+    claim_id: int
+    policy: int
+    amount: int
+    """Cents."""
+    kind: str
+
+
+class Submission(msgspec.Struct, frozen=True):
+    """Claims that customers hand in at the portal in one moment."""
+
+    claims: tuple[Claim, ...]
+    grouped: bool
+
+
+def number_in(body: object, key: str) -> int:
+    """Return a number of a claim's body; 0 where a body that was sent or mended by hand has none."""
+    if not isinstance(body, dict):
+        return 0
+    value = cast("dict[object, object]", body).get(key)
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,61 @@
+"""The portal, a process of its own: it sends the claims that customers hand in, and writes each receipt down.
+
+It answers a customer as soon as the queue has confirmed, whoever works or does not.
+"""
+
+import asyncio
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+import filao
+from filao.sandbox.journal import PORTAL, Journal, What, journal_of
+from filao.sandbox.parent import lines_of_parent
+from filao.sandbox.web.orders import CLAIMS, Claim, Post, Submission
+
+
+class Portal:
+    """Sends claims, all of a submission at once: their sends share commits."""
+
+    def __init__(self, broker: filao.Broker, journal: Journal) -> None:
+        self._broker = broker
+        self._journal = journal
+
+    async def submit(self, submission: Submission) -> None:
+        """Send claims; each customer has his answer when his own send returns."""
+        async with asyncio.TaskGroup() as sends:
+            for claim in submission.claims:
+                sends.create_task(self._send(claim, grouped=submission.grouped))
+
+    async def _send(self, claim: Claim, *, grouped: bool) -> None:
+        began = time.perf_counter()
+        group = f"policy-{claim.policy}" if grouped else None
+        try:
+            receipt = await self._broker.send_to_queue(CLAIMS, msgspec.structs.asdict(claim), group=group)
+        except filao.FilaoError as error:
+            self._note("unsent", claim, "", str(error))
+        else:
+            self._note("sent", claim, receipt.id, f"{(time.perf_counter() - began) * 1000:.1f}")
+
+    def _note(self, what: What, claim: Claim, message: str, note: str) -> None:
+        with suppress(OSError):  # the disk is full: the claim is worth more than its record
+            self._journal.write(what, message=message, claim=claim.claim_id, note=note)
+
+
+async def main() -> None:
+    """Be the portal until the parent leaves."""
+    post = msgspec.json.decode(sys.argv[1], type=Post)
+    decode = msgspec.json.Decoder(Submission).decode
+    journal = Journal(journal_of(Path(post.journals), PORTAL), PORTAL)
+    async with filao.connect(post.file) as broker:
+        portal = Portal(broker, journal)
+        journal.write("started")
+        async for line in lines_of_parent():
+            await portal.submit(decode(line))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,466 @@
+"""A room: one learner's insurer, with its file, its processes, and what is known of them.
+
+Each verb is something that the learner does; `look` finds out what has come of it. When the room closes, its processes
+end and its folder goes. Nothing here knows how it is drawn.
+"""
+
+import asyncio
+import shutil
+import socket
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import msgspec
+
+import filao
+from filao.draft import PEEK_MAX
+from filao.engine import QueueStats, State, StoredMessage
+from filao.engines.sqlite.turnstile import is_passable
+from filao.sandbox import journal
+from filao.sandbox.crew import Crew
+from filao.sandbox.journal import PORTAL, PRINTER, Record, Tail, journal_of
+from filao.sandbox.web.effects import Effects, Payment
+from filao.sandbox.web.lanes import Lane, Lanes
+from filao.sandbox.web.orders import (
+    CLAIMS,
+    DOCUMENTS,
+    PAYMENTS,
+    WORKERS_MAX,
+    Claim,
+    Duty,
+    Guarantee,
+    Post,
+    Setting,
+    Submission,
+)
+
+FILE = "claims.db"
+SUBMITTED_MAX = 5_000  # claims in one go
+CLAIMS_MAX = 50_000  # in one room: what is known of each is kept in memory
+SHOWN = 60  # messages of each state that one look reads
+TOLD_AT_ONCE = 200  # claims in one line to the portal, which fits into a pipe
+AUDIT_EVERY = 0.5  # seconds between two looks at the whole queue
+ROOM_LEAST = 2_000_000  # bytes: with less of it left, the disk is full for SQLite
+STOP_TRIES, STOP_PAUSE, PASSES_WITHIN = 40, 0.02, 0.05  # to stop a worker outside its turn to write
+HUNT_FOR, HUNT_EVERY = 30.0, 0.005  # seconds that a wanted moment is waited for, and between two looks
+THAWED_WITHIN = 2.0  # seconds in which workers that were frozen extend their leases
+
+HALF_WAY = 0.3  # of a claim's time, after which its worker is said to be in the middle of it
+TRIAL_WORK, TRIAL_WORKERS = 2.0, 3
+
+Moment = Literal["evaluating", "paid"]
+MOMENTS: tuple[Moment, ...] = ("evaluating", "paid")
+
+
+class RoomError(Exception):
+    """What the learner asked for cannot be done; `key` says why, in the words of the page."""
+
+    def __init__(self, key: str, **values: str | int) -> None:
+        super().__init__(key)
+        self.key = key
+        self.values = values
+
+
+class View(msgspec.Struct, frozen=True):
+    """What one look found."""
+
+    stats: QueueStats | None
+    """None: the queue is not created yet."""
+    documents: QueueStats | None
+    ready: Sequence[StoredMessage] = ()
+    delayed: Sequence[StoredMessage] = ()
+    blocked: Sequence[StoredMessage] = ()
+    leased: Sequence[StoredMessage] = ()
+    dead: Sequence[StoredMessage] = ()
+    is_full: bool = False
+    """The disk is."""
+    error: str = ""
+    """What the storage said, when it did not answer."""
+
+
+class Room:
+    """One learner's insurer; `async with` opens and closes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / FILE
+        self.setting = Setting()
+        self.lanes = Lanes()
+        self.effects = Effects()
+        self.view = View(None, None)
+        self.born = time.monotonic()
+        self.portal_pid = 0
+        self.answer_ms: float | None = None
+        """What the portal needed to answer the last customer."""
+        self.refused = 0
+        """Claims that the queue did not take."""
+        self.letters = 0
+        self.trials: dict[tuple[Guarantee, Moment], int] = {}
+        """The claims of `try_kills`."""
+        self.gave_up: set[str] = set()
+        """Messages that were seen among the dead letters."""
+        self.policies: dict[int, int] = {}
+        """By claim, for those that were submitted here."""
+        self.is_frozen = False
+        self.last_claim = 1000
+        self._broker = filao.connect(self.file)
+        self._crew = Crew(folder)
+        self._tails: dict[int, Tail] = {}
+        self._last_payment = 0
+        self._workers = 0
+        self._audited_at = 0.0
+        self._trying = asyncio.Lock()
+        self._acting = asyncio.Lock()
+        self._frozen: list[int] = []
+        self._chance = Random(7)
+
+    async def __aenter__(self) -> Self:
+        await self._broker.open()
+        async with self._broker.transaction() as tx:
+            await tx.execute(PAYMENTS)
+        self._business = sqlite3.connect(self.file)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for lane in self.lanes.living():
+            self._crew.go_on(lane.number)
+        await asyncio.to_thread(self._crew.end_all)
+        self._business.close()
+        with suppress(filao.FilaoError):
+            await self._broker.close()
+        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+
+    # --- what the learner does: the queue ----------------------------------------------------------------------------
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether the learner has created the queue."""
+        return self.portal_pid != 0
+
+    async def create(self) -> None:
+        """Create the queue, and open the portal that sends to it."""
+        await self._broker.declare(self.setting.queue())
+        if not self.has_queue:
+            self.portal_pid = self._start(PORTAL, "portal")
+
+    async def change(self, **changes: Any) -> None:
+        """Change the rules of the queue, or how the insurer works."""
+        self.setting = msgspec.structs.replace(self.setting, **changes)
+        if self.has_queue:
+            await self._broker.declare(self.setting.queue())
+        if self.setting.documents and PRINTER not in self._tails:
+            await self._broker.declare(filao.Queue(DOCUMENTS))
+            self._start(PRINTER, "printer")
+        self._tell_all()
+
+    async def submit(self, claims: Sequence[Claim]) -> None:
+        """Let customers hand in claims at the portal. Raises `RoomError` before there is a queue, and for too many."""
+        self._need_queue()
+        if len(claims) > SUBMITTED_MAX or len(self.effects.fates) + len(claims) > CLAIMS_MAX:
+            raise RoomError("too_many", count=len(claims), most=SUBMITTED_MAX)
+        self.policies.update((claim.claim_id, claim.policy) for claim in claims)
+        for start in range(0, len(claims), TOLD_AT_ONCE):
+            part = Submission(tuple(claims[start : start + TOLD_AT_ONCE]), grouped=self.setting.grouped)
+            await asyncio.to_thread(self._crew.tell, PORTAL, part)
+
+    def next_claims(self, count: int) -> list[Claim]:
+        """Make up claims of six policies."""
+        return [self.next_claim() for _ in range(count)]
+
+    def next_claim(self, *, policy: int | None = None, amount: int | None = None, kind: str = "") -> Claim:
+        """Make up what is not given of a claim."""
+        self.last_claim += 1
+        return Claim(
+            self.last_claim,
+            self._chance.choice(POLICIES) if policy is None else policy,
+            self._chance.randrange(20_000, 900_000) if amount is None else amount,
+            kind or self._chance.choice(KINDS),
+        )
+
+    async def redrive(self, messages: Sequence[str] | None = None, *, body: Any = None) -> int:
+        """Send dead letters back; with a `body`, the one that is named is mended."""
+        self._need_queue()
+        if body is None:
+            return await self._broker.redrive(CLAIMS, ids=messages)
+        return await self._broker.redrive(CLAIMS, ids=messages, body=body)
+
+    async def purge(self, state: State | None = None) -> int:
+        """Delete what waits, or all in one state."""
+        self._need_queue()
+        states = (State.READY, State.DELAYED, State.BLOCKED) if state is None else (state,)
+        self.effects.removed(await self._ids(states))
+        return await self._broker.purge(CLAIMS, state=state)
+
+    def _need_queue(self) -> None:
+        if not self.has_queue:
+            raise RoomError("no_queue")
+
+    # --- what the learner does: the workers --------------------------------------------------------------------------
+
+    def add_worker(self) -> Lane:
+        """Start a worker."""
+        self._need_queue()
+        if len(self.lanes.living()) >= WORKERS_MAX:
+            raise RoomError("enough_workers", most=WORKERS_MAX)
+        self._workers += 1
+        number = self._workers
+        lane = self.lanes.expect(number, 0)
+        lane.pid = self._start(number, "worker")
+        self._tell(lane)
+        return lane
+
+    def remove_worker(self, number: int | None = None) -> None:
+        """Send a worker home, the youngest if none is named; what it has begun is finished or given back."""
+        living = [lane for lane in self.lanes.living() if number in (None, lane.number)]
+        if living:
+            lane = living[-1]
+            self._crew.go_on(lane.number)
+            self._crew.dismiss(lane.number)
+            self.lanes.left(lane.number, time.monotonic(), "gone")
+
+    async def have_workers(self, count: int) -> None:
+        """Start or send home workers until there are so many, all of them able."""
+        for lane in self.lanes.living():
+            if lane.state == "paused":
+                self.go_on(lane.number)
+            self.set_worker(lane.number, slow=1.0, fails=False)
+        while len(self.lanes.living()) > count:
+            self.remove_worker()
+        while len(self.lanes.living()) < count:
+            self.add_worker()
+
+    def set_worker(self, number: int, *, slow: float | None = None, fails: bool | None = None) -> None:
+        """Make a worker slow, or make it fail, or mend it."""
+        lane = self.lane(number)
+        lane.slow = lane.slow if slow is None else slow
+        lane.fails = lane.fails if fails is None else fails
+        self._tell(lane)
+
+    def kill(self, number: int) -> None:
+        """Kill a worker with SIGKILL, whatever it is doing."""
+        self.lane(number)
+        at = self._crew.kill(number)
+        self._listen()  # to what it wrote down before
+        self.lanes.left(number, at, "killed")
+
+    async def try_kills(self, guarantee: Guarantee) -> None:
+        """Under a guarantee, kill the worker of one claim before it pays, and that of another between payment and ack."""
+        async with self._trying:
+            await self.change(guarantee=guarantee, work=TRIAL_WORK, speed=1.0, grouped=False)
+            await self.purge()
+            for moment in MOMENTS:
+                await self.have_workers(TRIAL_WORKERS)
+                claim = self.next_claim()
+                self.trials[guarantee, moment] = claim.claim_id
+                await self.submit([claim])
+                await self._hunt(claim.claim_id, moment)
+            await self.have_workers(TRIAL_WORKERS)
+
+    async def _hunt(self, claim: int, moment: Moment) -> None:
+        """Kill the worker that has the claim, in the wanted moment of its first attempt."""
+        until = time.monotonic() + HUNT_FOR
+        while time.monotonic() < until:
+            self._listen()
+            for lane in self.lanes.living():
+                if self._is_at(lane, claim, moment) and self._kill_if(lane, claim, moment):
+                    return
+            await asyncio.sleep(HUNT_EVERY)
+
+    def _kill_if(self, lane: Lane, claim: int, moment: Moment) -> bool:
+        def is_at() -> bool:
+            self._listen()
+            return self._is_at(lane, claim, moment)
+
+        at = self._crew.kill_if(lane.number, is_at)
+        if at is not None:
+            self.lanes.left(lane.number, at, "killed")
+        return at is not None
+
+    def _is_at(self, lane: Lane, claim: int, moment: Moment) -> bool:
+        holds = lane.holds
+        if holds is None or holds.claim != claim or holds.attempt > 1:
+            return False
+        if moment == "paid":
+            return holds.paid or holds.paying
+        half_way = holds.began + self.setting.work * HALF_WAY
+        return not (holds.paid or holds.paying) and time.monotonic() >= half_way
+
+    async def pause(self, number: int) -> None:
+        """Let a worker stand still (SIGSTOP): its process is there, but does nothing, as when a machine sleeps.
+
+        Not in its turn to write to the file, where it would hold up everybody. Raises `RoomError` when it cannot be
+        met outside it.
+        """
+        self.lane(number)
+        for _ in range(STOP_TRIES):
+            if self._crew.stop_if(number, self._others_can_write):
+                self._listen()
+                self.lanes.stood_still(number, time.monotonic())
+                return
+            await asyncio.sleep(STOP_PAUSE)
+        raise RoomError("too_busy", worker=number)
+
+    def _others_can_write(self) -> bool:
+        return is_passable(self.file.with_name(f"{FILE}-filao") / "turnstile", PASSES_WITHIN)
+
+    def go_on(self, number: int) -> None:
+        """Let a worker that stands still go on (SIGCONT)."""
+        lane = self.lane(number)
+        self.lanes.went_on(number, time.monotonic())
+        self._crew.go_on(number)
+        self._tell(lane)
+
+    async def freeze(self) -> None:
+        """Stop the world: nothing is delivered, and all workers stand still."""
+        self._need_queue()
+        async with self._acting:
+            await self._broker.pause(CLAIMS)
+            working = [lane.number for lane in self.lanes.living() if lane.state in ("waiting", "working")]
+            for number in working:
+                await self.pause(number)
+            self._frozen = working
+            self.is_frozen = True
+
+    async def thaw(self) -> None:
+        """Let the world go on: first the workers, who extend the leases that they hold, and then the queue."""
+        async with self._acting:
+            for number in self._frozen:
+                if self.lanes.by_number[number].state == "paused":
+                    self.go_on(number)
+            await self._until_extended(self._frozen)
+            await self._broker.resume(CLAIMS)
+            self._frozen = []
+            self.is_frozen = False
+
+    async def _until_extended(self, numbers: Sequence[int]) -> None:
+        names = {f"{socket.gethostname()}:{self.lanes.by_number[number].pid}" for number in numbers}
+        until = time.monotonic() + THAWED_WITHIN
+        while time.monotonic() < until:
+            leased = await self._broker.peek(CLAIMS, state=State.LEASED, limit=SHOWN)
+            if all(one.at.timestamp() > time.time() for one in leased if one.consumer in names):
+                return
+            await asyncio.sleep(STOP_PAUSE)
+
+    def lane(self, number: int) -> Lane:
+        """Return a worker of ours that lives. Raises `RoomError`."""
+        lane = self.lanes.by_number.get(number)
+        if lane is None or not lane.lives or lane.is_guest:
+            raise RoomError("no_worker", worker=number)
+        return lane
+
+    def _start(self, number: int, module: str) -> int:
+        self._tails[number] = Tail(journal_of(self.folder, number))
+        post = Post(str(self.file), str(self.folder), number)
+        return self._crew.start(number, f"filao.sandbox.web.{module}", post)
+
+    def _tell_all(self) -> None:
+        for lane in self.lanes.living():
+            self._tell(lane)
+
+    def _tell(self, lane: Lane) -> None:
+        """Give a worker its orders; one that stands still gets them when it goes on."""
+        if lane.state != "paused":
+            setting = self.setting
+            work = setting.work * lane.slow / setting.speed
+            duty = Duty(setting.guarantee, setting.lease, work, fails=lane.fails, documents=setting.documents)
+            self._crew.tell(lane.number, duty)
+
+    # --- what has come of it -----------------------------------------------------------------------------------------
+
+    async def look(self) -> View:
+        """Find out how things stand."""
+        now = time.monotonic()
+        self._listen()
+        self._check_processes(now)
+        try:
+            self.view = await self._see(now)
+        except (filao.FilaoError, sqlite3.Error) as error:
+            self.view = msgspec.structs.replace(self.view, error=str(error), is_full=self._is_full())
+        return self.view
+
+    async def _see(self, now: float) -> View:
+        found = {stats.name: stats for stats in await self._broker.stats()}
+        stats = found.get(CLAIMS)
+        if stats is None:
+            return View(None, None, is_full=self._is_full())
+        ready, delayed, blocked, leased, dead = [await self._peek(state, stats) for state in _SHOWN_STATES]
+        self.lanes.see(leased, now)
+        self.gave_up.update(message.id for message in dead)
+        self._read_payments()
+        if now - self._audited_at >= AUDIT_EVERY:
+            self._audited_at = now
+            self.effects.audit(set(await self._ids(tuple(_SHOWN_STATES))))
+        return View(stats, found.get(DOCUMENTS), ready, delayed, blocked, leased, dead, is_full=self._is_full())
+
+    async def _peek(self, state: State, stats: QueueStats) -> Sequence[StoredMessage]:
+        return await self._broker.peek(CLAIMS, state=state, limit=SHOWN) if getattr(stats, state) else ()
+
+    def _read_payments(self) -> None:
+        rows = self._business.execute(
+            "SELECT id, message, claim, cents, paid_by, attempt FROM payment WHERE id > ? ORDER BY id",
+            (self._last_payment,),
+        ).fetchall()
+        if rows:
+            self._last_payment = rows[-1][0]
+            self.effects.paid([Payment(*row) for row in rows])
+
+    async def _ids(self, states: Sequence[State]) -> list[str]:
+        """Return the ids of all messages in some states."""
+        ids: list[str] = []
+        for state in states:
+            after: str | None = None
+            while page := await self._broker.peek(CLAIMS, state=state, limit=PEEK_MAX, after=after):
+                ids += [message.id for message in page]
+                after = page[-1].id
+                if len(page) < PEEK_MAX:
+                    break
+        return ids
+
+    def _listen(self) -> None:
+        news = [record for tail in self._tails.values() for record in tail.read()]
+        for record in sorted(news, key=lambda record: record.at):
+            match record.who:
+                case journal.PORTAL:
+                    self._of_portal(record)
+                case journal.PRINTER:
+                    self.letters += record.what == "handled"
+                case _:
+                    self.lanes.feed(record)
+
+    def _of_portal(self, record: Record) -> None:
+        if record.what == "sent":
+            self.effects.sent(record.message, record.claim)
+            self.answer_ms = float(record.note)
+        elif record.what == "unsent":
+            self.refused += 1
+            self.lanes.tell(record.at, "unsent", claim=record.claim, why=record.note)
+
+    def _check_processes(self, now: float) -> None:
+        """Find those that ended and were not told to."""
+        for lane in self.lanes.living():
+            words = self._crew.ended(lane.number)
+            if words is not None:
+                self.lanes.left(lane.number, now, "crashed", words)
+        for number, module in ((PORTAL, "portal"), (PRINTER, "printer")):
+            if number in self._tails and self._crew.ended(number) is not None:
+                self.lanes.tell(now, f"{module}_died")
+                tail = self._tails[number]
+                pid = self._start(number, module)
+                self._tails[number] = tail
+                self.portal_pid = pid if number == PORTAL else self.portal_pid
+
+    def _is_full(self) -> bool:
+        return shutil.disk_usage(self.folder).free < ROOM_LEAST
+
+
+_SHOWN_STATES = (State.READY, State.DELAYED, State.BLOCKED, State.LEASED, State.DEAD)
+POLICIES = (12, 27, 33, 48, 56, 71)
+KINDS = ("collision", "glass", "water", "storm", "theft", "hail", "fire")

@@ -1,0 +1,193 @@
+"""A learner at the sandbox: a real browser on the page of a real server, and a broker on the file of his room."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from playwright.async_api import Browser, Page, async_playwright
+
+import filao
+import filao.sync
+
+CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
+PATIENCE = 40.0
+QUIET = (  # without them a browser looks for its maker, which a test machine cannot reach
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+)
+
+
+def chromium() -> str | None:
+    """Return where a browser is installed."""
+    return next((path for path in CHROMIUM if Path(path).exists()), None)
+
+
+class Sandbox:
+    """A running `filao sandbox`."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.log = folder.parent / f"{folder.name}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "filao", "sandbox", "--no-browser", "--port", "0", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"TMPDIR": str(folder)},
+                start_new_session=True,
+            )
+        until(lambda: "the sandbox is open" in self.said() or self.process.poll() is not None)
+        found = re.search(r"http://\S+", self.said())
+        assert found, self.said()
+        self.url = found[0]
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def rooms(self) -> list[Path]:
+        return sorted(self.folder.glob("filao-sandbox-*/room-*/claims.db"), key=lambda path: path.stat().st_mtime)
+
+    def processes(self) -> set[int]:
+        """Return the processes of its rooms."""
+        found = set()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    command = (entry / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                if b"filao.sandbox.web" in command and str(self.folder).encode() in command:
+                    found.add(int(entry.name))
+        return found
+
+    def end(self, number: int = signal.SIGINT) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+
+@contextmanager
+def sandbox(folder: Path, *arguments: str) -> Generator[Sandbox]:
+    """Run a sandbox whose temporary files lie in a folder, and end it."""
+    running = Sandbox(folder, *arguments)
+    try:
+        yield running
+    finally:
+        try:
+            running.end()
+        finally:
+            running.process.kill()
+
+
+class Learner:
+    """Somebody before the page."""
+
+    def __init__(self, page: Page, sandbox: Sandbox, language: str) -> None:
+        self.page = page
+        self.language = language
+        self._sandbox = sandbox
+        self.complaints: list[str] = []
+        """What the browser's console had to say."""
+        page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    async def arrive(self) -> None:
+        before = set(self._sandbox.rooms())
+        await self.page.goto(f"{self._sandbox.url}{self.language}")
+        await self.page.wait_for_selector(".lesson h2")
+        self.room = (set(self._sandbox.rooms()) - before or set(self._sandbox.rooms())).pop()
+
+    @contextmanager
+    def broker(self) -> Generator[filao.sync.Broker]:
+        """Open the room's queue, past the page."""
+        with filao.sync.connect(self.room) as broker:
+            yield broker
+
+    def stats(self) -> filao.QueueStats:
+        with self.broker() as broker:
+            return broker.stats("claims.processing")
+
+    async def press(self, selector: str) -> None:
+        await self.page.click(selector, timeout=PATIENCE * 1000)
+
+    async def go(self, step: int) -> None:
+        await self.press(f".numbers button:nth-child({step})")
+        await self.page.wait_for_selector(f".numbers button:nth-child({step})[aria-current=step]")
+        await self.page.wait_for_function(f"document.querySelector('.lesson h2').textContent.startsWith('{step}. ')")
+
+    async def act(self, place: int = 1) -> None:
+        """Press a button of the open step."""
+        await self.press(f".lesson .row-of button.strong:nth-child({place}):enabled")
+
+    async def predict(self, place: int) -> None:
+        await self.press(f".lesson fieldset label:nth-of-type({place}) input")
+
+    async def sees(self, *conditions: str) -> None:
+        """Wait until conditions of the step are shown to hold."""
+        for condition in conditions:
+            await self.page.wait_for_selector(f"[data-condition={condition}].met", timeout=PATIENCE * 1000)
+
+    async def has_done(self) -> str:
+        """Wait until the step is done, and return why."""
+        await self.page.wait_for_selector(".lesson .why", timeout=PATIENCE * 1000)
+        return await self.page.inner_text(".lesson .why p")
+
+    async def until(self, expression: str) -> None:
+        await self.page.wait_for_function(expression, timeout=PATIENCE * 1000)
+
+    async def tab(self, name: str) -> None:
+        await self.press(f".tab-list button:nth-child({TABS.index(name) + 1})")
+
+    async def shoot(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        await self.page.screenshot(path=folder / f"{name}-{self.language}.png")
+
+
+TABS = ("rules", "ledger", "dead_letters", "charts", "events", "own_worker")
+
+
+@asynccontextmanager
+async def browser() -> AsyncGenerator[Browser]:
+    """Run a headless Chromium."""
+    async with async_playwright() as playwright:
+        opened = await playwright.chromium.launch(executable_path=chromium(), args=list(QUIET))
+        try:
+            yield opened
+        finally:
+            await opened.close()
+
+
+@asynccontextmanager
+async def learning(browser: Browser, sandbox: Sandbox, language: str = "en", **context: Any) -> AsyncGenerator[Learner]:
+    """Open the page in a browser of its own, which shares no cookie with another."""
+    settings = {"viewport": {"width": 1280, "height": 720}} | context
+    async with await browser.new_context(**settings) as own:
+        learner = Learner(await own.new_page(), sandbox, language)
+        await learner.arrive()
+        yield learner
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+async def until_soon(condition: Callable[[], Any]) -> Any:
+    """As `until`, for tests on an event loop."""
+    async with asyncio.timeout(PATIENCE):
+        while not (found := condition()):
+            await asyncio.sleep(0.02)
+    return found
