@@ -68,7 +68,9 @@ $(VENV)/example: $(VENV)/filao
 	touch $@
 
 $(VENV)/peers: $(VENV)/filao
-	@if ! { command -v redis-server && command -v rabbitmq-server; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
-	then apt-get update -qq && apt-get install -y -qq redis-server rabbitmq-server; fi
+	@if ! { command -v redis-server && command -v rabbitmq-server && command -v chromium && \
+		ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
+	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server rabbitmq-server postgresql \
+		chromium; fi
 	$(INSTALL) $(foreach requirement,$(PEERS_GROUP),'$(requirement)')
 	touch $@

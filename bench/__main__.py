@@ -23,9 +23,10 @@ from bench.measures import Ground, to_json
 from bench.peers import PACKAGES, PEERS
 from bench.postgresql import postgresql
 from bench.rabbitmq import rabbitmq
+from bench.sandbox import sandbox
 from bench.working import working
 
-MEASURES = QUEUES | {"working": working, "postgresql": postgresql, "rabbitmq": rabbitmq}
+MEASURES = QUEUES | {"working": working, "postgresql": postgresql, "rabbitmq": rabbitmq, "sandbox": sandbox}
 QUICK = 0.02  # of a full run's numbers: to see that everything works, not to measure
 PROGRAMS = {"Redis": "redis-server", "RabbitMQ": "rabbitmq-server"}
 
@@ -48,7 +49,7 @@ def main() -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output, prefix="run-")))
         peers = [peer for peer in PEERS if peer == "Filao" or _is_there(peer)]
-        needed = set(options.only or MEASURES) - {"postgresql"}  # which starts its own
+        needed = set(options.only or MEASURES) - {"postgresql", "sandbox"}  # which start their own
         ports = {
             peer: stack.enter_context(STARTERS[peer](folder / peer)) for peer in peers if peer in STARTERS and needed
         }

@@ -47,7 +47,7 @@ def tables(found: dict[str, Any]) -> list[str]:
             ours = figures["Filao"]
             ranked = sorted(figures.items(), key=lambda one: -one[1])
             lines += [f"  {name:15} {figure:>10,.0f}   {figure / ours:7.3f}" for name, figure in ranked]
-    for measure in ("fairness", "waking", "depth", "takeover", "space"):
+    for measure in ("fairness", "waking", "depth", "takeover", "space", "sandbox"):
         if measure in found:
             lines += ["", measure, *(f"  {name}: {value}" for name, value in found[measure].items())]
     return lines
@@ -83,6 +83,8 @@ def bars(found: dict[str, Any]) -> list[Bar]:
             Bar(f"RabbitMQ: {what}-one against aio-pika by hand", rates["Filao"] / rates["aio-pika"], 0.9)
             for what, rates in found["rabbitmq"].items()
         ]
+    if "sandbox" in found:
+        judged += _sandbox(found["sandbox"])
     return judged
 
 
@@ -174,6 +176,14 @@ def _postgresql(found: dict[str, Any]) -> list[Bar]:
             "PostgreSQL: a claim at 1,000,000 waiting against 600", claim["deep"] / claim["shallow"], 1.2, at_most=True
         ),
         Bar("PostgreSQL: MiB of table after 500,000 messages", found["table"]["after"], 50, at_most=True),
+    ]
+
+
+def _sandbox(found: dict[str, Any]) -> list[Bar]:
+    return [
+        Bar("sandbox, 2,000 claims: the server's answer in ms, median", found["http"], 200, at_most=True),
+        Bar("sandbox, 2,000 claims: the page's answer in ms, median", found["page"], 200, at_most=True),
+        Bar("sandbox, 2,000 claims: longest time without a frame in ms", found["gap"], 100, at_most=True),
     ]
 
 

@@ -123,7 +123,7 @@ class Learner:
     async def go(self, step: int) -> None:
         await self.press(f".numbers button:nth-child({step})")
         await self.page.wait_for_selector(f".numbers button:nth-child({step})[aria-current=step]")
-        await self.page.wait_for_function(f"document.querySelector('.lesson h2').textContent.startsWith('{step}. ')")
+        await self.page.wait_for_function(f"document.querySelector('.lesson h2')?.textContent.startsWith('{step}. ')")
 
     async def act(self, place: int = 1) -> None:
         """Press a button of the open step."""

@@ -15,6 +15,7 @@ from filao.sandbox.web.room import Room
 
 SAMPLE_EVERY = 1.0  # seconds
 SAMPLES = 90  # that are shown
+FAINT = "#8a94a055"
 GREY, BLUE, ORANGE, GREEN = "#8a94a0", "#2b8cc4", "#d5752a", "#2f9e6e"  # readable on light and on dark
 
 
@@ -67,7 +68,12 @@ def _frame(title: str) -> dict[str, Any]:
         "textStyle": {"color": GREY},
         "grid": {"left": 40, "right": 12, "top": 34, "bottom": 22},
         "title": {"text": title, "textStyle": {"fontSize": 12, "color": GREY}},
-        "yAxis": {"type": "value", "axisLabel": {"color": GREY}, "min": 0},
+        "yAxis": {
+            "type": "value",
+            "axisLabel": {"color": GREY},
+            "min": 0,
+            "splitLine": {"lineStyle": {"color": FAINT}},
+        },
     }
 
 
@@ -76,7 +82,13 @@ def _lines(first: str, second: str, first_colour: str, second_colour: str) -> di
         {"type": "line", "name": name, "showSymbol": False, "data": [], "color": colour, "lineStyle": {"type": kind}}
         for name, colour, kind in ((first, first_colour, "solid"), (second, second_colour, "dashed"))
     ]
-    axis = {"type": "value", "axisLabel": {"color": GREY, "formatter": "{value} s"}, "min": "dataMin", "max": "dataMax"}
+    axis = {
+        "type": "value",
+        "axisLabel": {"color": GREY, "formatter": "{value} s"},
+        "min": "dataMin",
+        "max": "dataMax",
+        "splitLine": {"show": False},
+    }
     return _frame("") | {"legend": {"top": 0, "textStyle": {"color": GREY}}, "xAxis": axis, "series": series}
 
 

@@ -28,6 +28,7 @@ from filao.sandbox.web.room import KINDS, MOMENTS, POLICIES, SUBMITTED_MAX, Room
 from filao.sandbox.web.visits import Visit
 from filao.sandbox.web.widgets import (
     Books,
+    Field,
     LessonPanel,
     Stage,
     Text,
@@ -37,7 +38,6 @@ from filao.sandbox.web.widgets import (
     check,
     number,
     select,
-    value_of,
 )
 from filao.sandbox.web.words import lesson, program, words
 
@@ -88,7 +88,7 @@ class Page:
         self._tab = "rules"
         self._sections: dict[str, ui.element] = {}
         self._tabs: dict[str, Text] = {}
-        self._fields: dict[str, ui.element] = {}
+        self._fields: dict[str, Field] = {}
         self._dead: tuple[str, ...] | None = None
         self._told = self._spoken = 0
         self._saved = ""
@@ -106,7 +106,7 @@ class Page:
                 self._steps.on("predict", lambda event: self._predict(event.args))
                 self._steps.on("go", lambda event: self._go(event.args))
                 self._steps.on("act", self._act_of_step)
-            with ui.element("main").classes("main").props("id=stage tabindex=-1"):
+            with ui.element("div").classes("main").props("id=stage tabindex=-1"):
                 self._banner = Text("div", "").classes("banner").props("role=alert")
                 self._build_portal()
                 self._sums = Books(say, self._books_scene(), whole=False)
@@ -144,9 +144,9 @@ class Page:
             button(say["submit_one"], lambda: self._try(self._submit_one(policy, kind, euros)), kind="plain strong")
             button(say["burst"], lambda: self._try(self._submit(self._room.next_claims, BURST)))
             button(say["poison"], lambda: self._try(self._submit(lambda _: [self._room.next_claim(policy=0)], 1)))
-            with ui.element("label").classes("field").props(f'title="{say["csv_hint"]}"'):
+            with ui.element("label").classes("file").props(f'title="{say["csv_hint"]}"'):
                 Text("span", say["csv"])
-                file = ui.element("input").props('type=file accept=".csv,text/csv"').style("width: 190px")
+                file = ui.element("input").classes("sr-only").props('type=file accept=".csv,text/csv"')
                 file.on("change", lambda event: self._try(self._submit_file(event.args)), js_handler=READ_FILE)
 
     def _build_tabs(self) -> None:
@@ -245,11 +245,7 @@ class Page:
         setting = self._room.setting
         for rule, field in self._fields.items():
             value = getattr(setting, rule)
-            if isinstance(value, bool):
-                if field.props.get("checked") != value:
-                    field.props["checked"] = value
-            elif field.props["value"] != (text := value if isinstance(value, str) else f"{value:g}"):
-                field.props["value"] = text
+            field.show(value if isinstance(value, bool | str) else f"{value:g}")
         documents = self._room.view.documents
         self._letters.set_visibility(documents is not None)
         if documents is not None:
@@ -430,9 +426,9 @@ class Page:
     async def _submit(self, make: Callable[[int], list[Claim]], count: int) -> None:
         await self._room.submit(make(count))
 
-    async def _submit_one(self, policy: ui.element, kind: ui.element, euros: ui.element) -> None:
-        cents = round(self._number(self._say["euros"], value_of(euros), (1, 1_000_000)) * 100)
-        claim = self._room.next_claim(policy=int(value_of(policy)), amount=cents, kind=value_of(kind))
+    async def _submit_one(self, policy: Field, kind: Field, euros: Field) -> None:
+        cents = round(self._number(self._say["euros"], str(euros.value), (1, 1_000_000)) * 100)
+        claim = self._room.next_claim(policy=int(str(policy.value)), amount=cents, kind=str(kind.value))
         await self._room.submit([claim])
 
     async def _submit_file(self, given: dict[str, Any]) -> None:
@@ -446,9 +442,9 @@ class Page:
             raise RoomError("file", why=str(error).replace(f"{path}", path.name)) from error
         await self._room.submit([self._room.next_claim(policy=one.policy, amount=one.amount) for one in read])
 
-    async def _redrive_mended(self, message: str, body: ui.element) -> None:
+    async def _redrive_mended(self, message: str, body: Field) -> None:
         try:
-            mended = json.loads(value_of(body))
+            mended = json.loads(str(body.value))
         except ValueError as error:
             raise RoomError("body", why=str(error)) from error
         await self._room.redrive([message], body=mended)
@@ -469,6 +465,8 @@ class Page:
             await self._room.change(**{rule: int(value) if rule == "max_attempts" else value})
 
         await self._try(change())
+        setting = getattr(self._room.setting, rule)
+        self._fields[rule].run_method("show", f"{setting:g}")  # which may not be what was typed
 
     async def _set(self, **changes: Any) -> None:
         await self._try(self._room.change(**changes))

@@ -17,7 +17,7 @@ from filao.sandbox.web.room import Room
 SLOTS = 36  # of the queue that are drawn
 ASIDE = 8  # delayed messages and dead letters that are drawn
 DONE = 10  # of the last claims that were paid
-LANES_MAX = 10  # in the timeline: the living, and the last of the dead
+FALLEN_MAX = 3  # workers that are gone which the timeline still shows
 WINDOW, WINDOW_LEAST = 60.0, 15.0  # seconds that the timeline shows, and those that it shows of a room that is new
 ROWS = 8  # of the ledger
 WRONGS = 6  # claims of each kind that the ledger names
@@ -48,7 +48,7 @@ def stage(room: Room) -> Json:
         "more_delayed": max(0, (stats.delayed if stats else 0) - ASIDE),
         "dead": [_chip(room, message) for message in view.dead[:ASIDE]],
         "more_dead": max(0, (stats.dead if stats else 0) - ASIDE),
-        "workers": [_worker(room, lane, held, now) for lane in _shown(room) if lane.lives],
+        "workers": [_worker(room, lane, held, now) for lane in room.lanes.by_number.values() if lane.lives],
         "fallen": [_worker(room, lane, held, now) for lane in _fallen(room)],
         "done": [_paid(room, message) for message in room.effects.last_paid(DONE) if message not in held],
         "paid": len(room.effects.payments),
@@ -132,9 +132,10 @@ def _bare(lease: Lease, policy: int) -> Json:
 def timeline(room: Room, focus: Lease | None) -> Json:
     """Return the lanes of the timeline: a bar for each lease, with its marks; times are seconds of the room's life."""
     now = time.monotonic() - room.born
-    end = now if focus is None else min(now, focus.began - room.born + WINDOW / 2)
-    start = end - min(WINDOW, max(WINDOW_LEAST, now))
+    start = max(0.0, (now if focus is None else focus.began - room.born + WINDOW / 2) - WINDOW)
+    end = max(start + WINDOW_LEAST, min(now, start + WINDOW))
     return {
+        "now": round(now, 2),
         "start": round(start, 2),
         "end": round(end, 2),
         "live": focus is None,
@@ -146,15 +147,17 @@ def timeline(room: Room, focus: Lease | None) -> Json:
                 "state": lane.state,
                 "bars": [_bar(room, one, focus) for one in lane.leases if _is_within(room, one, start, end)],
             }
-            for lane in _shown(room)
+            for lane in _shown(room, focus)
         ],
     }
 
 
-def _shown(room: Room) -> list[Lane]:
-    """Return the lanes that there is room for: the living first, and the last of those that are gone."""
-    lanes = sorted(room.lanes.by_number.values(), key=lambda lane: (not lane.lives, -lane.number))
-    return sorted(lanes[:LANES_MAX], key=lambda lane: lane.number)
+def _shown(room: Room, focus: Lease | None = None) -> list[Lane]:
+    """Return the living, the last of those that are gone, and those who had the claim that is looked at."""
+    lanes = list(room.lanes.by_number.values())
+    looked_at = {lease.lane for lease in room.lanes.attempts(focus.message)} if focus is not None else set[int]()
+    fallen = {lane.number for lane in [lane for lane in lanes if not lane.lives][-FALLEN_MAX:]} | looked_at
+    return [lane for lane in lanes if lane.lives or lane.number in fallen]
 
 
 def _is_within(room: Room, lease: Lease, start: float, end: float) -> bool:

@@ -12,8 +12,6 @@ from nicegui.elements.mixins.text_element import TextElement
 from nicegui.events import GenericEventArguments
 
 COMPONENTS = Path(__file__).parent / "components"
-EMIT_VALUE = "(event) => emit(event.target.value)"
-EMIT_CHECKED = "(event) => emit(event.target.checked)"
 
 
 class Text(TextElement):
@@ -64,64 +62,55 @@ def button(text: str, on_click: Callable[[], Any], *, kind: str = "plain", label
     return made.on("click", lambda _: on_click())
 
 
+class Field(ui.element, component=COMPONENTS / "field.js"):
+    """A field of a form: a number, a choice, some lines of text, or a box to tick."""
+
+    def __init__(
+        self, kind: str, label: str, on_change: Callable[[Any], Any] | None = None, *, value: str | bool
+    ) -> None:
+        super().__init__()
+        self.value = value
+        """What stands in it."""
+        self.props.update({"kind": kind, "label": label, "initial": value})
+        self._on_change = on_change
+        self.on("typed", self._typed)
+        self.on("changed", self._changed)
+
+    def show(self, value: str | bool) -> None:  # noqa: FBT001  # a box holds one
+        """Let something stand in it, unless somebody is typing there."""
+        if value != self.value:
+            self.value = value
+            self.run_method("show", value)
+
+    def _typed(self, event: GenericEventArguments) -> None:
+        self.value = event.args
+
+    def _changed(self, event: GenericEventArguments) -> Any:
+        self.value = event.args
+        return self._on_change(event.args) if self._on_change is not None else None
+
+
 def number(
     label: str, value: float, bounds: tuple[float, float], on_change: Callable[[str], Any] | None = None
-) -> ui.element:
-    """Place a field for a number and return it; what was typed is passed on as it is."""
-    least, most = bounds
-    with ui.element("label").classes("field"):
-        Text("span", label)
-        field = ui.element("input")
-        field.props.update({"type": "number", "value": f"{value:g}", "min": least, "max": most, "step": "any"})
-    return _heard(field, on_change)
+) -> Field:
+    """Place a field for a number; what was typed is passed on as it is."""
+    field = Field("number", label, on_change, value=f"{value:g}")
+    field.props["bounds"] = list(bounds)
+    return field
 
 
-def select(
-    label: str, options: Mapping[str, str], value: str, on_change: Callable[[str], Any] | None = None
-) -> ui.element:
+def select(label: str, options: Mapping[str, str], value: str, on_change: Callable[[str], Any] | None = None) -> Field:
     """Place a choice, from values to what they are called."""
-    with ui.element("label").classes("field"):
-        Text("span", label)
-        with ui.element("select") as field:
-            for key, text in options.items():
-                Text("option", text).props["value"] = key
-    field.props["value"] = value
-    return _heard(field, on_change)
+    field = Field("select", label, on_change, value=value)
+    field.props["options"] = dict(options)
+    return field
 
 
-def area(label: str, value: str) -> ui.element:
+def area(label: str, value: str) -> Field:
     """Place a field for some lines of text."""
-    with ui.element("label").classes("field").style("width: 100%"):
-        Text("span", label)
-        field = ui.element("textarea")
-        field.props.update({"value": value, "rows": 3, "spellcheck": "false"})
-    return _heard(field, None)
+    return Field("area", label, value=value)
 
 
-def check(label: str, on_change: Callable[[bool], Any], *, checked: bool) -> ui.element:
+def check(label: str, on_change: Callable[[bool], Any], *, checked: bool) -> Field:
     """Place a box to tick."""
-    with ui.element("label").classes("check"):
-        field = ui.element("input")
-        field.props.update({"type": "checkbox", "checked": checked})
-        Text("span", label)
-
-    def changed(event: GenericEventArguments) -> Any:
-        field.props["checked"] = event.args
-        return on_change(bool(event.args))
-
-    return field.on("change", changed, js_handler=EMIT_CHECKED)
-
-
-def value_of(field: ui.element) -> str:
-    """Return what stands in a field."""
-    return str(field.props["value"])
-
-
-def _heard(field: ui.element, on_change: Callable[[str], Any] | None) -> ui.element:
-    """Let a field remember what was typed into it, and tell it."""
-
-    def changed(event: GenericEventArguments) -> Any:
-        field.props["value"] = str(event.args)
-        return on_change(str(event.args)) if on_change is not None else None
-
-    return field.on("change", changed, js_handler=EMIT_VALUE)
+    return Field("check", label, on_change, value=checked)

@@ -19,7 +19,7 @@ const Chip = {
   },
   template: `
     <span class="chip" :class="'policy-' + chip.colour" :data-chip="chip.id" :title="label">
-      <span aria-hidden="true"><span v-if="chip.locked">🔒</span>{{ chip.number }}<sup v-if="chip.attempt > 1">{{ chip.attempt }}</sup></span>
+      <span aria-hidden="true"><svg v-if="chip.locked" class="lock" viewBox="0 0 10 12"><path d="M2 5V3.5a3 3 0 0 1 6 0V5h1v7H1V5zm1.5 0h3V3.5a1.5 1.5 0 0 0-3 0z" fill="currentColor" fill-rule="evenodd"/></svg>{{ chip.number }}<sup v-if="chip.attempt > 1">{{ chip.attempt }}</sup></span>
       <span class="sr-only">{{ label }}</span>
     </span>`,
 };

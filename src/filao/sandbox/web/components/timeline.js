@@ -31,7 +31,7 @@ export default {
             <rect :x="x(bar.began)" :y="row * 24 + 4" :width="Math.max(2, x(end(bar)) - x(bar.began))" height="16" rx="3"
               :class="['bar', 'policy-' + bar.colour, bar.how || 'open', { sleeps: lane.state === 'paused' && bar.ended === null }]" />
             <line v-for="tick in bar.ticks" :key="tick" :x1="x(tick)" :x2="x(tick)" :y1="row * 24 + 4" :y2="row * 24 + 20" class="extension" />
-            <text v-if="x(end(bar)) - x(bar.began) > 22" :x="Math.max(x(bar.began), left) + 4" :y="row * 24 + 16" class="number">{{ bar.number }}{{ bar.attempt > 1 ? ' (' + bar.attempt + ')' : '' }}</text>
+            <text v-if="x(end(bar)) - x(bar.began) > 46" :x="Math.max(x(bar.began), left) + 4" :y="row * 24 + 16" class="number">{{ bar.number }}{{ bar.attempt > 1 ? ' (' + bar.attempt + ')' : '' }}</text>
             <text v-if="bar.how" :x="x(bar.ended) - 1" :y="row * 24 + 16" text-anchor="end" class="mark" :class="bar.how">{{ bar.paid && bar.how === 'killed' ? '◆' : '' }}{{ marks[bar.how] }}</text>
           </g>
         </g>
@@ -66,7 +66,7 @@ export default {
       return LEFT + Math.min(1, share) * (this.width - LEFT - 8);
     },
     end(bar) {
-      return bar.ended === null ? this.scene.end : bar.ended;
+      return bar.ended === null ? this.scene.now : bar.ended;
     },
     name(lane) {
       const dead = ["killed", "crashed", "gone"].includes(lane.state) ? " ✖" : lane.state === "paused" ? " ❚❚" : "";
