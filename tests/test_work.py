@@ -311,3 +311,16 @@ def test_the_doctor_tells_who_receives(folder, broker) -> None:
         findings = [finding.text for finding in broker.doctor() if finding.subject == "processes"]
         assert any(f":{work.process.pid} receives here, and holds 1 message" in text for text in findings)
         (folder / "go").touch()
+
+
+def test_the_doctor_tells_that_a_worker_is_healthy_and_that_it_is_not(folder, broker) -> None:
+    def told() -> list[tuple[str, str]]:
+        return [(finding.level, finding.text) for finding in broker.doctor() if finding.subject == "processes"]
+
+    with working(folder, "app:worker"):
+        broker.send_to_queue("claims", {"kind": "plain"})
+        until(lambda: any(level == "ok" and "its worker is ready and healthy" in text for level, text in told()))
+        broker.send_to_queue("claims", {"kind": "block"})
+        until(
+            lambda: any("the event loop has been blocked for" in text for level, text in told() if level == "warning")
+        )

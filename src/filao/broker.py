@@ -468,6 +468,10 @@ class Broker:
         engine = self._engine.twin()
         return None if engine is None else Broker(engine)
 
+    async def report(self, state: str) -> None:
+        """Let the doctor tell how this process is doing; for workers."""
+        await self._engine.report(state)
+
     # --- transactions ------------------------------------------------------------------------------------------------
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:

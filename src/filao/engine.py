@@ -488,9 +488,29 @@ class Engine(Protocol):
     async def remember(self, queue: str, memory: Memory) -> None:
         """Remember what another engine remembered, but for what is known here already."""
 
+    async def report(self, state: str) -> None:
+        """Write down how this process is doing, for the doctor; an engine that knows of no processes does nothing."""
+
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know."""
         ...
+
+
+REPORT_STALE = 20.0  # seconds after which what a process has said of itself is no longer believed
+
+
+def process_finding(name: str, held: int, state: str, reported_ago: float) -> Finding:
+    """Return what the doctor says of a process that receives; `state` is what it said of itself, if it is a worker."""
+    holds = f"{name} receives here, and holds {held:,} message{'s' * (held != 1)}"
+    if not state:
+        return Finding("processes", "ok", holds)
+    if reported_ago > REPORT_STALE:
+        return Finding("processes", "warning", f"{holds}; its worker has not reported for {reported_ago:.0f} s")
+    level = "ok" if state.startswith(HEALTHY) else "warning"
+    return Finding("processes", level, f"{holds}; its worker is {state}")
+
+
+HEALTHY = "ready and healthy"
 
 
 def require(engine: Engine, feature: Feature, what: str) -> None:

@@ -2,7 +2,7 @@
 
 So neither a handler that blocks the event loop nor one that keeps the interpreter busy loses its lease. All that are
 due are extended by one statement, when a third of their time has passed. The keeper also sees from outside whether the
-worker's loop still turns. On an engine in memory, of which there can be no second connection, it runs on that loop.
+worker's loop still turns, and reports to the doctor. On an engine in memory, of which there can be no second connection, it runs on that loop.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ log = logging.getLogger("filao.worker")
 
 TICKS_PER_LEASE = 6  # looks while the shortest lease runs: the first extension has four thirds of a try to spare
 TICK_MAX = 1.0  # seconds between looks, and between signs of life of the loop
+REPORT_EVERY = 5.0  # seconds between reports for the doctor
 BLOCKED_AFTER = 10.0  # seconds without a turn of the loop after which its stack is logged
 
 
@@ -45,7 +46,9 @@ class Kept(Protocol):
 class Keeper:
     """Keeps what it is given until it is let go."""
 
-    def __init__(self, broker: Broker, lease_min: float) -> None:
+    def __init__(self, broker: Broker, lease_min: float, state: Callable[[], str]) -> None:
+        self._state = state
+        self._reported_at = 0.0
         self._tick = max(0.02, min(TICK_MAX, lease_min / TICKS_PER_LEASE))
         self._worker_loop = asyncio.get_running_loop()
         self._worker_thread = threading.get_ident()
@@ -123,6 +126,10 @@ class Keeper:
                     await self._extend(broker, due)
                 except FilaoError as error:
                     log.warning("leases could not be extended; trying again: %s", error)
+            if time.monotonic() - self._reported_at > REPORT_EVERY:
+                self._reported_at = time.monotonic()
+                with suppress(FilaoError):  # whoever works says so
+                    await broker.report(self._state())
 
     def _due(self, now: float) -> list[Kept]:
         """Return those of whose lease a third has passed, and with them all that will be at the next look."""

@@ -23,7 +23,7 @@ from anyio.from_thread import BlockingPortal
 
 from filao import sync
 from filao.broker import Broker, connect
-from filao.engine import Feature, Outcome, Release
+from filao.engine import HEALTHY, Feature, Outcome, Release
 from filao.errors import ConfigurationError, EngineUnavailable, UnsupportedFeature
 from filao.message import Message
 from filao.queue import Queue, check_duration, check_name, not_found
@@ -63,6 +63,12 @@ class Status:
     handled: int
     """Attempts that have ended."""
     problems: list[str]
+
+    def told(self) -> str:
+        """Return it in words, for the doctor."""
+        how = HEALTHY if self.healthy else "ready" if self.ready else "not ready"
+        running = ", ".join(f"{count:,} of {name!r} running" for name, count in self.running.items())
+        return "; ".join([f"{how}, {running}, {self.handled:,} handled", *self.problems])
 
 
 class Worker:
@@ -273,7 +279,8 @@ class Worker:
                 await _until_available(lambda: self._reach(broker, is_own=is_own), self._stopping, forever=forever)
                 portal = await stack.enter_async_context(BlockingPortal())
                 stack.push_async_callback(portal.stop, cancel_remaining=True)
-                keeper = Keeper(broker, min(consumer.queue.lease for consumer in self._consumers.values()))
+                shortest = min(consumer.queue.lease for consumer in self._consumers.values())
+                keeper = Keeper(broker, shortest, lambda: self.status().told())
                 stack.push_async_callback(keeper.stop)
                 await keeper.start()
                 threads = Threads("filao handler")

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 
-from filao.engine import Finding
+from filao.engine import Finding, process_finding
 from filao.engines.postgresql.server import Connection, Server
 
 TRANSACTION_LONG = 60  # seconds; vacuum removes nothing that is younger than the oldest transaction
@@ -49,12 +49,18 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
     expired = int(await _value(connection, _EXPIRED))
     if expired:
         yield Finding("leases", "note", f"{expired:,} leases have run out and wait for a consumer of their queues")
-    yield Finding("processes", "ok", f"{await _value(connection, 'SELECT count(*) FROM filao.process')} are registered")
+    for name, held, state, reported_ago in await (await connection.execute(_PROCESSES)).fetchall():
+        yield process_finding(name, held, state, float(reported_ago))
 
 
 _OLDEST_TRANSACTION = """
     SELECT extract(epoch FROM max(clock_timestamp() - xact_start)) FROM pg_stat_activity
     WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+"""
+_PROCESSES = """
+    SELECT p.name, (SELECT count(*) FROM filao.message m WHERE m.state = 'leased' AND m.token >> 32 = p.id), p.state,
+      (filao.clock() - p.reported_at) / 1000.0
+    FROM filao.process p ORDER BY p.id
 """
 _EXPIRED = "SELECT count(*) FROM filao.message WHERE state = 'leased' AND at < filao.clock()"
 

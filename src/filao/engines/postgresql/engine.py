@@ -460,6 +460,12 @@ class PostgresqlEngine:
         async with self._connection() as connection, self._committed(connection):
             await carriage.remember(connection, number, self._moment(), memory)
 
+    async def report(self, state: str) -> None:
+        """Write down how this process is doing."""
+        sql = "UPDATE filao.process SET state = %s, reported_at = filao.clock() WHERE name = %s"
+        async with self._main.use() as connection:
+            await connection.execute(sql, (state, self._listener.name))
+
     async def doctor(self) -> list[Finding]:
         """Examine the database and say what an operator should know."""
         async with self._main.use() as connection:

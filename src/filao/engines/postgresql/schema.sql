@@ -118,7 +118,9 @@ CREATE TABLE filao.process (   -- every process that receives here; tokens carry
   id         integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   name       text   NOT NULL,  -- host and process, for people
   started_at bigint NOT NULL,
-  has_session boolean NOT NULL -- it holds an advisory lock while it lives
+  has_session boolean NOT NULL, -- it holds an advisory lock while it lives
+  state      text   NOT NULL DEFAULT '', -- how it is doing, in a worker's words
+  reported_at bigint NOT NULL DEFAULT 0
 );
 
 -- Processes to call when a queue gets something. A crash of the server ends their sessions, so this needs no WAL.

@@ -381,6 +381,9 @@ class RabbitmqEngine:
         await self._check_declared(queue)
         raise refused(queue, f"to resume group {group!r}", "groups")
 
+    async def report(self, state: str) -> None:
+        """Do nothing: the server keeps no list of processes that others could read."""
+
     async def doctor(self) -> list[Finding]:
         """Examine the server and its queues and say what an operator should know."""
         queues = await self.queues()

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from filao.engine import Finding
+from filao.engine import Finding, process_finding
 from filao.engines.sqlite import control, files
 from filao.engines.sqlite.books import Books, tokens
 from filao.engines.sqlite.database import Database
@@ -98,7 +98,8 @@ def _queues(books: Books) -> Iterator[Finding]:
 def _processes(books: Books, database: Database) -> Iterator[Finding]:
     database.has_moved()
     dead = {process for process, _ in database.dead_processes()}
-    for process, name in books.db.execute("SELECT id, name FROM filao_process ORDER BY id").fetchall():
+    found = books.db.execute("SELECT id, name, state, reported_at FROM filao_process ORDER BY id").fetchall()
+    for process, name, state, reported_at in found:
         if process in dead:
             text = f"{name} died; the next waiting consumer takes its leases over"
             yield Finding("processes", "note", text)
@@ -107,7 +108,7 @@ def _processes(books: Books, database: Database) -> Iterator[Finding]:
                 "SELECT count(*) FROM filao_message INDEXED BY filao_leased WHERE state = 4 AND token BETWEEN ? AND ?",
                 tokens(process),
             ).fetchone()
-            yield Finding("processes", "ok", f"{name} receives here, and holds {held:,} message{'s' * (held != 1)}")
+            yield process_finding(name, held, state, (books.now - reported_at) / 1000)
 
 
 def _integrity(db: sqlite3.Connection) -> Finding:

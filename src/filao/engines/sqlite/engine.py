@@ -191,7 +191,7 @@ class SqliteEngine:
 
     def _register(self) -> None:
         if self._database.lessee is None:
-            self._database.register(f"{socket.gethostname()}:{os.getpid()}")
+            self._database.register(_process_name())
             bell = self._database.bell
             if bell is not None:
                 self._loop.call_soon_threadsafe(self._loop.add_reader, bell.reader, self._hear)
@@ -321,6 +321,15 @@ class SqliteEngine:
         """Remember what another engine remembered."""
         await self._change(lambda books: carriage.remember(books, _row(books, queue), memory))
 
+    async def report(self, state: str) -> None:
+        """Write down how this process is doing."""
+        name = _process_name()
+        await self._change(
+            lambda books: books.db.execute(
+                "UPDATE filao_process SET state = ?, reported_at = ? WHERE name = ?", (state, books.now, name)
+            )
+        )
+
     async def doctor(self) -> list[Finding]:
         """Examine the file and say what an operator should know."""
         return await self._look_up(lambda books: examine(books, self._database))
@@ -438,3 +447,7 @@ def _give_up(ticket: threading.Lock, future: "asyncio.Future[Any]", path: Path) 
                 f"stuck in a transaction. Nothing was done; find it with: filao doctor {path}"
             )
         )
+
+
+def _process_name() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"

@@ -129,7 +129,13 @@ def _create(db: sqlite3.Connection) -> None:
     db.execute("INSERT INTO filao_meta VALUES ('file', ?), ('last', 0), ('version', 0)", (secrets.token_hex(8),))
 
 
-MIGRATIONS: tuple[Migration, ...] = (_create,)
+def _add_reports(db: sqlite3.Connection) -> None:
+    """Let processes say how they are doing."""
+    db.execute("ALTER TABLE filao_process ADD COLUMN state TEXT NOT NULL DEFAULT ''")  # in a worker's words
+    db.execute("ALTER TABLE filao_process ADD COLUMN reported_at INTEGER NOT NULL DEFAULT 0")
+
+
+MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports)
 """Step n brings a file from version n to n + 1. A released step is never edited; a change of the tables is a new step."""
 
 

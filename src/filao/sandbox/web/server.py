@@ -9,7 +9,6 @@ refused, so that no page of the web can reach a sandbox through its visitor's br
 
 import asyncio
 import hmac
-import os
 import secrets
 import socket
 from collections.abc import Callable
@@ -88,7 +87,6 @@ class Doorkeeper:
 def serve(listening: socket.socket, token: str | None, opened: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM; `opened` is called once pages are answered. No file and no process is left."""
     with own_folder() as folder, as_file(STYLE) as style:
-        os.environ.setdefault("NICEGUI_STORAGE_PATH", str(folder / "pages"))
         visits = Visits(folder)
         web = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         ui.add_css(style.read_text(encoding="utf-8"), shared=True)
