@@ -18,8 +18,9 @@ demo: $(VENV)/web
 insurer: $(VENV)/example
 	$(RUN) -m examples.insurance $(ARGS)
 
+# Most tests wait for a server or a process: two at a time take half as long.
 test: lint
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
 
 lint: $(VENV)/test
 	$(RUN) -m ruff format --check .

@@ -1,6 +1,7 @@
 """What tests share: a clock that they move, the event loop they run on, and servers, which are started when first needed."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -49,9 +50,15 @@ def missing(what: str) -> NoReturn:
 def _server_folder(factory: pytest.TempPathFactory, name: str) -> Path:
     """Return a folder that the user whom a server runs as can reach."""
     folder = factory.mktemp(name)
-    for parent in (folder, folder.parent, folder.parent.parent):
-        parent.chmod(0o711)
+    let_pass(folder)
     return folder / "server"
+
+
+def let_pass(folder: Path) -> None:
+    """Let other users through the folders that lead to this one, as far as they are pytest's."""
+    while folder != Path(tempfile.gettempdir()) and folder != folder.parent:
+        folder.chmod(0o755)
+        folder = folder.parent
 
 
 _databases = count()

@@ -16,6 +16,7 @@ from playwright.async_api import Browser, Page, async_playwright
 
 import filao
 import filao.sync
+from filao.sandbox.web.visits import ROOMS_MAX
 
 CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
 PATIENCE = 40.0
@@ -102,6 +103,9 @@ class Learner:
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
     async def arrive(self) -> None:
+        await until_soon(
+            lambda: len(self._sandbox.rooms()) < ROOMS_MAX
+        )  # those of learners who have left are closed soon
         before = set(self._sandbox.rooms())
         await self.page.goto(f"{self._sandbox.url}{self.language}")
         await self.page.wait_for_selector(".lesson h2")

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 import filao
 from filao.engines.postgresql import engine as engine_module
 from filao.engines.postgresql import schema, server
-from tests.conftest import engine_of
+from tests.conftest import engine_of, let_pass
 from tests.load import QUEUE, loaded
 from tests.proxy import Proxy
 from tests.servers import Postgres, postgres_server
@@ -566,7 +566,7 @@ _OTHER_BACKENDS = """
 def frail(tmp_path_factory, postgres) -> Iterator[Postgres]:
     """Return a server that tests may crash; `postgres` is here for whoever has none installed."""
     folder = tmp_path_factory.mktemp("frail")
-    folder.chmod(0o711)
+    let_pass(folder)
     with postgres_server(folder / "server") as server:
         yield server
 
@@ -713,9 +713,7 @@ def pooled(postgres, url, tmp_path) -> Iterator[str]:
         from tests.conftest import missing
 
         missing("PgBouncer")
-    tmp_path.chmod(0o711)
-    for parent in (tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o711)
+    let_pass(tmp_path)
     with ExitStack() as stack:
         port = stack.enter_context(pgbouncer(tmp_path / "pgbouncer", postgres.port))
         yield postgres.url(url.rpartition("/")[2], port)

@@ -281,4 +281,4 @@ def test_rabbitmq_does_what_its_model_does(rabbitmq) -> None:
     class OnRabbitmq(QuorumMachine):
         url = rabbitmq.url()
 
-    run_state_machine_as_test(OnRabbitmq, settings=settings(max_examples=25, stateful_step_count=30))
+    run_state_machine_as_test(OnRabbitmq, settings=settings(max_examples=12, stateful_step_count=30))

@@ -29,7 +29,7 @@ def _public(owner: type) -> set[str]:
 def test_both_faces_have_the_same_names() -> None:
     for name in ("Broker", "Message", "Transaction"):
         ours, theirs = getattr(filao, name), getattr(filao.sync, name)
-        assert _public(ours) - LIFE - {"mark_settled", "check_held", "end", "is_open", "broker", "body"} - {
+        assert _public(ours) - LIFE - {"mark_settled", "check_held", "end", "is_open", "broker", "body", "report"} - {
             "extend"
         } <= (_public(theirs))
 

@@ -22,7 +22,8 @@ from tests.conftest import engine_of
 pytestmark = pytest.mark.anyio
 
 PATIENCE = 30.0
-CLAIMS = filao.Queue("claims", max_attempts=3, backoff=filao.Backoff(first=0.01, jitter=0))
+CLAIMS = filao.Queue("claims", max_attempts=3, backoff=filao.Backoff(first=60, jitter=0))
+AGAIN = dataclasses.replace(CLAIMS, backoff=filao.Backoff(first=0.01, jitter=0))
 
 
 @dataclasses.dataclass
@@ -88,7 +89,7 @@ async def test_returning_acknowledges(url, broker) -> None:
 async def test_raising_tries_again_and_then_it_is_a_dead_letter_with_the_traceback(url, broker) -> None:
     worker = filao.Worker(url)
 
-    @worker.consumer(CLAIMS)
+    @worker.consumer(AGAIN)
     async def handle(message: filao.Message) -> None:
         raise ValueError("no such policy")
 
@@ -114,7 +115,7 @@ STEERS = [
 async def test_a_handler_steers(url, broker, steer, how, state, raised) -> None:  # noqa: PLR0917  # pytest names them
     worker = filao.Worker(url)
 
-    @worker.consumer(dataclasses.replace(CLAIMS, backoff=filao.Backoff(first=60)))
+    @worker.consumer(CLAIMS)
     async def handle(message: filao.Message) -> object:
         if raised:
             raise steer
@@ -389,7 +390,7 @@ async def test_a_handler_that_does_not_end_is_settled_without_it(url, broker, mo
     def deaf(message: filao.sync.Message) -> None:
         end.wait(PATIENCE)  # an interruption comes when this call into C has ended
 
-    worker.consumer(dataclasses.replace(CLAIMS, backoff=filao.Backoff(first=60)), timeout=0.05)(
+    worker.consumer(CLAIMS, timeout=0.05)(
         stubborn if kind == "coroutine" else deaf
     )
     await broker.send_to_queue("claims", 1)
@@ -417,7 +418,7 @@ async def test_a_handler_that_does_not_end_leaves_its_place_to_others(url, broke
         if message.body == "hangs":
             end.wait(PATIENCE)
 
-    worker.consumer(dataclasses.replace(CLAIMS, backoff=filao.Backoff(first=60)), timeout=0.05)(
+    worker.consumer(CLAIMS, timeout=0.05)(
         stubborn if kind == "coroutine" else deaf
     )
     await broker.send_many("claims", ["hangs", "first", "second"])
@@ -600,7 +601,7 @@ async def test_exactly_once_commits_the_work_the_sends_and_the_ack_together(url,
         if message.body == 2 and message.attempt == 1:
             raise ValueError("after the work")
 
-    worker.consumer(CLAIMS, guarantee="exactly-once", concurrency=2)(coroutine if kind == "coroutine" else thread)
+    worker.consumer(AGAIN, guarantee="exactly-once", concurrency=2)(coroutine if kind == "coroutine" else thread)
     await broker.send_many("claims", [1, 2, 3])
     async with running(worker):
         await until_stats(broker, acked=3)

@@ -8,11 +8,11 @@ import asyncio
 import os
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast, overload
+from typing import Any, Literal, Self, TypeVar, cast, get_args, overload
 
 from msgspec import UNSET, UnsetType
 
@@ -57,10 +57,10 @@ _open_brokers: "weakref.WeakSet[Broker]" = weakref.WeakSet()
 def connect(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> "Broker":
     """Return a broker for the engine that `url` names; `async with` opens it and closes it.
 
-    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:`, `postgresql://…` or `amqp://…`. With `durability="full"`
-    a send survives a power cut once it returned; with "relaxed" a power cut may undo the last moments, but a crash of
-    the process may not. `clock` tells the seconds since 1970, for tests that move it. Raises `ConfigurationError` for a
-    URL that cannot be right; opening raises it too, or `EngineError`.
+    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:`, `postgresql://…`, `amqp://…`.
+    With `durability="full"` a send survives a power cut once it returned; with "relaxed" a power cut may undo the last
+    moments, but a crash of the process may not. `clock` tells the seconds since 1970, for tests. Raises
+    `ConfigurationError` for a URL that cannot be right; opening raises it too, or `EngineError`.
     """
     return Broker(engine_for(url, durability=durability, clock=clock))
 
@@ -330,8 +330,8 @@ class Broker:
             check_duration(f"queue {known.name!r}", "wait", wait)
         if lease is not None:
             check_duration(f"queue {known.name!r}", "lease", lease, least=0.001, most=LEASE_MAX)
-        if guarantee not in ("at-least-once", "at-most-once"):
-            raise ConfigurationError(f'guarantee is {guarantee!r}; it must be "at-least-once" or "at-most-once"')
+        if guarantee not in get_args(Guarantee):
+            raise ConfigurationError(f"guarantee is {guarantee!r}; it must be {' or '.join(get_args(Guarantee))}")
         receive = Receive(known.name, limit, lease, waiting=int(wait != 0))
         if wait == 0:
             return (await self._look(known, receive, guarantee))[0]
@@ -468,18 +468,18 @@ class Broker:
         engine = self._engine.twin()
         return None if engine is None else Broker(engine)
 
-    async def report(self, state: str) -> None:
+    def report(self, state: str) -> Awaitable[None]:
         """Let the doctor tell how this process is doing; for workers."""
-        await self._engine.report(state)
+        return self._engine.report(state)
 
     # --- transactions ------------------------------------------------------------------------------------------------
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Open a transaction for statements, sends and acks that shall take effect together or not at all.
 
-        Leaving the block commits durably; an exception undoes all of it. On SQLite it holds the one write lock of the
-        file while it lasts, on PostgreSQL a connection: do slow work before it. Other calls of this broker wait until it ends, so inside it use the
-        transaction's own methods. Raises `UnsupportedFeature` where the engine has no transactions.
+        Leaving the block commits durably; an exception undoes all of it. On SQLite it holds the file's one write lock,
+        on PostgreSQL a connection: do slow work before. Other calls of this broker wait, so use the transaction's own
+        methods inside. Raises `UnsupportedFeature` where the engine has none.
         """
         return self._entered(self._engine.transaction())
 
@@ -502,13 +502,12 @@ class Broker:
     async def stats(self, queue: str | Queue[Any] | None = None) -> QueueStats | list[QueueStats]:
         """Return the counters of one queue, or of all, by name. It costs the same at any depth."""
         self.check_usable()
-        found = await self._engine.stats()
+        found = {stats.name: stats for stats in await self._engine.stats()}
         if queue is None:
-            return found
-        by_name = {stats.name: stats for stats in found}
-        if (name := name_of(queue)) not in by_name:
-            raise not_found(name, by_name)
-        return by_name[name]
+            return list(found.values())
+        if (name := name_of(queue)) not in found:
+            raise not_found(name, found)
+        return found[name]
 
     async def peek(
         self,
@@ -583,10 +582,8 @@ class Broker:
     async def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
         """Resume a paused queue, or one `group` of it that a dead letter halted."""
         self.check_usable()
-        if group is None:
-            await self._engine.pause(name_of(queue), paused=False)
-        else:
-            await self._engine.resume_group(name_of(queue), group)
+        name = name_of(queue)
+        await (self._engine.pause(name, paused=False) if group is None else self._engine.resume_group(name, group))
 
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know; on a large file this takes a while."""

@@ -57,6 +57,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     reason: object = None
     error: object = None
     history: object = None
+    consumer: object = None
 
 
 class _Base64(msgspec.Struct, forbid_unknown_fields=True):

@@ -176,7 +176,10 @@ class Session:
     async def channel(self, *, confirms: bool = False) -> Channel:
         """Open a channel."""
         channel = self._connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
-        await channel.initialize(timeout=ANSWERS_WITHIN)
+        try:
+            await channel.initialize(timeout=ANSWERS_WITHIN)
+        except RuntimeError as error:  # what aio-pika says of a connection that has just ended
+            raise ConnectionResetError(str(error)) from error
         return cast("Channel", await channel.get_underlay_channel())
 
     async def publishing(self) -> Channel:
