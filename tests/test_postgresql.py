@@ -373,6 +373,21 @@ async def test_a_user_who_owns_the_schema_needs_no_right_to_create_one(url) -> N
         assert await until_found(broker) == 1
 
 
+async def test_the_room_of_what_is_gone_is_given_back_when_the_queue_rests(url, monkeypatch) -> None:
+    monkeypatch.setattr(engine_module, "POLL_INTERVAL", 0.05)
+    monkeypatch.setattr(engine_module, "VACUUM_INTERVAL", 0.3)
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", [b"x" * 200] * 4_000)
+        for _ in range(4):
+            messages = await broker.receive_many("claims", 1_000)
+            await asyncio.gather(*(message.ack() for message in messages))
+        with psycopg.connect(url, autocommit=True) as operator:
+            async with asyncio.timeout(30):
+                while operator.execute("SELECT pg_relation_size('filao.message')").fetchone() != (0,):
+                    await asyncio.sleep(0.05)
+
+
 # --- waking ----------------------------------------------------------------------------------------------------------
 
 

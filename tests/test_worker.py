@@ -390,9 +390,7 @@ async def test_a_handler_that_does_not_end_is_settled_without_it(url, broker, mo
     def deaf(message: filao.sync.Message) -> None:
         end.wait(PATIENCE)  # an interruption comes when this call into C has ended
 
-    worker.consumer(CLAIMS, timeout=0.05)(
-        stubborn if kind == "coroutine" else deaf
-    )
+    worker.consumer(CLAIMS, timeout=0.05)(stubborn if kind == "coroutine" else deaf)
     await broker.send_to_queue("claims", 1)
     async with running(worker):
         await until_stats(broker, delayed=1, nacked=1)
@@ -418,9 +416,7 @@ async def test_a_handler_that_does_not_end_leaves_its_place_to_others(url, broke
         if message.body == "hangs":
             end.wait(PATIENCE)
 
-    worker.consumer(CLAIMS, timeout=0.05)(
-        stubborn if kind == "coroutine" else deaf
-    )
+    worker.consumer(CLAIMS, timeout=0.05)(stubborn if kind == "coroutine" else deaf)
     await broker.send_many("claims", ["hangs", "first", "second"])
     try:
         async with running(worker):

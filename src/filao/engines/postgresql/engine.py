@@ -56,6 +56,7 @@ DEAD_AFTER = 2.0  # seconds without a sign of life after which a process's lease
 TIDY_INTERVAL = 30.0  # seconds between rounds of housekeeping
 VACUUM_INTERVAL = 3.0  # seconds between looks at what is dead; autovacuum looks once a minute, and a queue writes fast
 VACUUM_AFTER = 50_000  # dead rows: some 20 MiB
+VACUUM_AT_REST = 1_000  # dead rows when nothing has changed between two looks: the end of the table can be cut off then
 SLICE = 2_000  # messages that operators change in one transaction
 CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
@@ -85,6 +86,7 @@ class PostgresqlEngine:
         self._missed: dict[int, float] = {}
         """Processes that showed no sign of life, and since when."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._dead_rows = 0
         self._is_listening = False
         self._is_closing = False
 
@@ -327,8 +329,10 @@ class PostgresqlEngine:
             self._heard(0)
 
     async def _vacuum(self) -> None:
-        """Let the room of what is gone be used again, unless another process is at it."""
-        if await self._value(_DEAD_ROWS) > VACUUM_AFTER:
+        """Let the room of what is gone be used again, unless another process is at it; of a table at rest, give it back."""
+        dead, before = int(await self._value(_DEAD_ROWS)), self._dead_rows
+        self._dead_rows = dead
+        if dead > VACUUM_AFTER or (dead == before and dead > VACUUM_AT_REST):
             async with self._connection() as connection:
                 await connection.execute("VACUUM (SKIP_LOCKED) filao.message")
 
