@@ -100,9 +100,10 @@ class Effects:
         wrong: list[Wrong] = []
         for message in self._again:
             fate = self.fates[message]
-            first = fate.payments[0]
-            lease = _lease_of(lanes, first)
-            wrong.append(Wrong(fate.claim, message, len(fate.payments), _why_again(lease, first), lease))
+            told = [(_lease_of(lanes, payment), payment) for payment in fate.payments]
+            causes = [(_why_again(lease, payment), lease) for lease, payment in told]  # a zombie may pay first or last
+            cause, lease = next((found for found in causes if found[0]), causes[0])
+            wrong.append(Wrong(fate.claim, message, len(fate.payments), cause, lease))
         return wrong
 
     def lost(self, lanes: Lanes) -> list[Wrong]:
