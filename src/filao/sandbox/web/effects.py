@@ -127,7 +127,8 @@ class Effects:
 
 
 def _lease_of(lanes: Lanes, payment: Payment) -> Lease | None:
-    return next((one for one in lanes.attempts(payment.message) if str(one.lane) == payment.paid_by), None)
+    attempts = (one for one in lanes.attempts(payment.message) if one.attempt == payment.attempt)
+    return next((one for one in attempts if str(one.lane) == payment.paid_by), None)
 
 
 def _why_again(lease: Lease | None, payment: Payment) -> Cause:
