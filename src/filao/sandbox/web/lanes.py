@@ -51,11 +51,16 @@ class Lease:
     """It was acknowledged before the work began."""
     ended: float | None = None
     how: End = ""
-    paid: bool = False
+    paid_at: float | None = None
     paying: bool = False
     extensions: list[float] = field(default_factory=list[float])
     lost_at: float | None = None
     """When its worker found that another one has the claim."""
+
+    @property
+    def paid(self) -> bool:
+        """Whether its claim was paid in it."""
+        return self.paid_at is not None
 
 
 @dataclass(slots=True)
@@ -119,7 +124,7 @@ class Lanes:
             case "paying" if lease:
                 lease.paying = True
             case "handled" if lease:
-                self._paid(lane, lease)
+                self._paid(lane, lease, record.at)
             case "troubled":
                 self.tell(record.at, "troubled", worker=lane.number, why=record.note)
             case what if lease:
@@ -154,8 +159,8 @@ class Lanes:
             lane.state = "working"
         return lease
 
-    def _paid(self, lane: Lane, lease: Lease) -> None:
-        lease.paid = True
+    def _paid(self, lane: Lane, lease: Lease, at: float) -> None:
+        lease.paid_at = at
         lane.handled += 1
         if lease.message not in self.paid_by:
             self.order.append(lease.message)

@@ -176,7 +176,7 @@ def _bar(room: Room, lease: Lease, focus: Lease | None) -> Json:
         "began": round(lease.began - room.born, 2),
         "ended": None if lease.ended is None else round(lease.ended - room.born, 2),
         "how": lease.how,
-        "paid": lease.paid,
+        "paid": None if lease.paid_at is None else round(lease.paid_at - room.born, 2),
         "ticks": [round(at - room.born, 2) for at in lease.extensions],
         "lost": None if lease.lost_at is None else round(lease.lost_at - room.born, 2),
         "focus": lease is focus,

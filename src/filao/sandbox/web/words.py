@@ -1,5 +1,6 @@
 """What the page and the lesson say, in each language, read from the `.toml` files beside this one; and how a page asks for it."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -9,6 +10,8 @@ from typing import Any
 from filao.sandbox.texts import LANGUAGES, Language
 
 FOLDER = Path(__file__).parent
+NO_BREAK = "\N{NO-BREAK SPACE}"
+FRENCH_SPACE = re.compile(r"(?<=«) | (?=[?!:;»])")  # where French has a space at which no line may end
 PROGRAMS = FOLDER / "programs"
 
 
@@ -41,4 +44,5 @@ def wanted(accepted: str) -> Language:
 
 
 def _read(name: str, language: Language) -> dict[str, Any]:
-    return tomllib.loads((FOLDER / f"{name}.{language}.toml").read_text(encoding="utf-8"))
+    text = (FOLDER / f"{name}.{language}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(FRENCH_SPACE.sub(NO_BREAK, text) if language == "fr" else text)

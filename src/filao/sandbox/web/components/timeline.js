@@ -32,7 +32,8 @@ export default {
               :class="['bar', 'policy-' + bar.colour, bar.how || 'open', { sleeps: lane.state === 'paused' && bar.ended === null }]" />
             <line v-for="tick in bar.ticks" :key="tick" :x1="x(tick)" :x2="x(tick)" :y1="row * 24 + 4" :y2="row * 24 + 20" class="extension" />
             <text v-if="x(end(bar)) - x(bar.began) > 46" :x="Math.max(x(bar.began), left) + 4" :y="row * 24 + 16" class="number">{{ bar.number }}{{ bar.attempt > 1 ? ' (' + bar.attempt + ')' : '' }}</text>
-            <text v-if="bar.how" :x="x(bar.ended) - 1" :y="row * 24 + 16" text-anchor="end" class="mark" :class="bar.how">{{ bar.paid && bar.how === 'killed' ? '◆' : '' }}{{ marks[bar.how] }}</text>
+            <text v-if="bar.how" :x="x(bar.ended) - 1" :y="row * 24 + 16" text-anchor="end" class="mark" :class="bar.how">{{ marks[bar.how] }}</text>
+            <text v-if="bar.paid !== null" :x="x(bar.paid)" :y="row * 24 + 15" text-anchor="middle" class="paid">◆</text>
           </g>
         </g>
       </svg>
