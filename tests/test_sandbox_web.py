@@ -160,6 +160,7 @@ async def zombie(learner: Learner) -> None:
     worker = await card.get_attribute("data-worker")
     await learner.press(f"[data-worker='{worker}'] .acts button:nth-child(2)")
     await learner.sees("taken_over")
+    await learner.until(f"document.querySelector(\"[data-worker='{worker}'] .state b.bad\")")
     await learner.press(f"[data-worker='{worker}'] .acts button:nth-child(2)")
     await learner.sees("refused", "safe")
 
@@ -278,7 +279,7 @@ async def test_a_wrong_rule_or_body_is_refused_and_changes_nothing(learner) -> N
         await learner.press(".letters li button:nth-child(2)")
         await learner.page.wait_for_selector(".q-notification >> text=not valid JSON")
         assert broker.stats("claims.processing").dead == 1
-        await learner.press("section[aria-label='Dead letters'] > button")
+        await learner.press("section[aria-label='Dead letters'] button >> nth=0")
         await until_soon(lambda: broker.stats("claims.processing").redriven == 1)
         await learner.tab("rules")
         await learner.press("section[aria-label=Rules] button")
@@ -339,12 +340,57 @@ async def test_a_worker_of_the_learners_own_joins_and_is_seen(learner, tmp_path)
             await learner.press(".main form button:nth-of-type(1)")
             await learner.page.wait_for_selector(".card:has-text('Your worker')", timeout=40_000)
             await until_soon(lambda: learner.stats().acked == 2)
+            await learner.until("document.querySelector('.cards').textContent.includes('2 paid')")
         finally:
             own.terminate()
+    await learner.until("!document.querySelector('.cards')?.textContent.includes('Your worker')")
     await learner.tab("ledger")
     await learner.until("document.querySelectorAll('.ledger tbody tr').length === 2")
     assert "Your worker" in await learner.page.inner_text(".ledger")
     await sums_hold(learner)
+
+
+async def test_strange_bodies_that_are_redriven_harm_no_page(learner) -> None:
+    await learner.act()
+    await learner.sees("created")
+    with learner.broker() as broker:
+        for body in ([1], "text", {"claim_id": 10**30, "policy": 2**60, "amount": True}, None):
+            broker.send_to_queue("claims.processing", body)
+        await learner.press(".workers .steps button >> nth=1")
+        await until_soon(lambda: broker.stats("claims.processing").dead == 4)
+        await learner.until("document.querySelectorAll('.queue .aside .chip').length === 4")
+        await learner.tab("dead_letters")
+        await learner.press("section[aria-label='Dead letters'] button >> nth=1")
+        await until_soon(lambda: broker.stats("claims.processing").dead == 0)
+    await sums_hold(learner)
+
+
+async def test_what_is_submitted_to_a_portal_that_died_is_refused_in_words(learner) -> None:
+    await learner.act()
+    await learner.sees("created")
+    pid = int((await learner.page.inner_text(".portal .quiet")).split()[1])
+    os.kill(pid, signal.SIGKILL)
+    await learner.press(".main form button:nth-of-type(2)")
+    await learner.until(
+        "document.querySelector('.q-notification')?.textContent.includes('100 claims did not reach it')"
+        " || document.querySelector('.queue .more')"
+    )
+    await learner.until(f"!document.querySelector('.portal').textContent.includes('pid {pid}')")
+    before = learner.stats().sent
+    await learner.press(".main form button:nth-of-type(2)")
+    await until_soon(lambda: learner.stats().sent == before + 100)
+
+
+async def test_while_all_is_frozen_nothing_is_started(learner) -> None:
+    await learner.go(4)
+    await learner.act()
+    await learner.page.wait_for_selector(".card.working")
+    await learner.press("header button >> nth=0")
+    await learner.page.wait_for_selector(".stage.frozen")
+    await learner.act()
+    await learner.page.wait_for_selector(".q-notification >> text=Everything is frozen")
+    await learner.press("header button >> nth=0")
+    await learner.until("!document.querySelector('.stage.frozen')")
 
 
 # --- everybody -------------------------------------------------------------------------------------------------------

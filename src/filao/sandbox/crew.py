@@ -75,13 +75,15 @@ class Crew:
             if code is not None and number not in self._meant:
                 raise CrewError(self._failure(number, code))
 
-    def tell(self, number: int, order: msgspec.Struct) -> None:
-        """Write an order into a process's pipe; one that has ended hears nothing."""
+    def tell(self, number: int, order: msgspec.Struct) -> bool:
+        """Write an order into a process's pipe, and return whether it is there to read it."""
         pipe = self._processes[number].stdin
         assert pipe is not None
         with suppress(BrokenPipeError, ValueError):
             pipe.write(msgspec.json.encode(order) + b"\n")
             pipe.flush()
+            return True
+        return False
 
     def ended(self, number: int) -> str | None:
         """Return how a process ended, with its last words; None while it lives, and of one that was told to end."""

@@ -3,8 +3,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (NiceGUI leaves some of its types open)
 
-import time
-from collections import deque
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -13,8 +11,6 @@ from nicegui import ui
 
 from filao.sandbox.web.room import Room
 
-SAMPLE_EVERY = 1.0  # seconds
-SAMPLES = 90  # that are shown
 FAINT = "#8a94a055"
 GREY, BLUE, ORANGE, GREEN = "#8a94a0", "#2b8cc4", "#d5752a", "#2f9e6e"  # readable on light and on dark
 
@@ -24,7 +20,7 @@ class Charts:
 
     def __init__(self, room: Room, say: Mapping[str, str]) -> None:
         self._room = room
-        self._samples: deque[tuple[float, int, float, int, int]] = deque(maxlen=SAMPLES)
+        self._drawn = -1.0
         with ui.element("div").classes("charts"):
             self._depth = ui.echart(_lines(say["depth"], say["age"], BLUE, ORANGE))
             self._rates = ui.echart(_lines(say["rate_sent"], say["rate_paid"], BLUE, GREEN))
@@ -32,17 +28,13 @@ class Charts:
         self._worker = say["worker"]
 
     def draw(self) -> None:
-        """Add a sample when it is time, and draw."""
-        stats, now = self._room.view.stats, time.monotonic() - self._room.born
-        if stats is None or (self._samples and now - self._samples[-1][0] < SAMPLE_EVERY):
+        """Draw what the room remembers, if there is more of it."""
+        taken = list(self._room.history)
+        if not taken or taken[-1].at == self._drawn:
             return
-        depth = stats.ready + stats.blocked + stats.delayed
-        self._samples.append((now, depth, stats.oldest_ready_age or 0.0, stats.sent, len(self._room.effects.payments)))
-        taken = list(self._samples)
-        _fill(self._depth, [[at, depth] for at, depth, *_ in taken], [[at, round(age, 1)] for at, _, age, *_ in taken])
-        sent = [(at, count) for at, _, _, count, _ in taken]
-        paid = [(at, count) for at, _, _, _, count in taken]
-        _fill(self._rates, _rates(sent), _rates(paid))
+        self._drawn = taken[-1].at
+        _fill(self._depth, [[one.at, one.depth] for one in taken], [[one.at, round(one.age, 1)] for one in taken])
+        _fill(self._rates, _rates([(one.at, one.sent) for one in taken]), _rates([(one.at, one.paid) for one in taken]))
         shares = self._room.lanes.shares()
         names = [f"{self._worker} {number}" for number in shares]
         self._shares.options["xAxis"]["data"] = names

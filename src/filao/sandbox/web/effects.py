@@ -101,7 +101,9 @@ class Effects:
         for message in self._again:
             fate = self.fates[message]
             told = [(_lease_of(lanes, payment), payment) for payment in fate.payments]
-            causes = [(_why_again(lease, payment), lease) for lease, payment in told]  # a zombie may pay first or last
+            causes: list[tuple[Cause, Lease | None]] = [
+                (_why_again(lease, payment), lease) for lease, payment in told
+            ]  # a zombie may pay first or last
             cause, lease = next((found for found in causes if found[0]), causes[0])
             wrong.append(Wrong(fate.claim, message, len(fate.payments), cause, lease))
         return wrong

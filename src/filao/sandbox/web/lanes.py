@@ -13,7 +13,7 @@ from filao.engine import StoredMessage
 from filao.sandbox.journal import Record
 from filao.sandbox.web.orders import number_in
 
-LEASES_MAX = 48  # that one lane shows
+LEASES_MAX = 120  # that one lane shows
 EVENTS_MAX = 200  # that are remembered
 GUESTS_FROM = 101  # the number of the first worker that is not ours
 
@@ -219,6 +219,17 @@ class Lanes:
             self._guests[consumer] = lane
             self.tell(now, "guest", worker=lane.number, pid=lane.pid)
         return self._guests[consumer]
+
+    def guest_paid(self, message: str, attempt: int, at: float) -> None:
+        """Take note of a payment by a worker that keeps no journal."""
+        for lease in self.attempts(message):
+            if lease.attempt == attempt and lease.lane >= GUESTS_FROM and not lease.paid:
+                lease.paid_at = at
+                self.by_number[lease.lane].handled += 1
+
+    def guests(self) -> list[Lane]:
+        """Return the workers that are not ours and whose process is believed to be there."""
+        return [lane for lane in self._guests.values() if lane.lives]
 
     def _let_go(self, lane: Lane, now: float) -> None:
         if lane.holds is not None:

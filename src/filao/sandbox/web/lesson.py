@@ -44,6 +44,8 @@ class Facts:
     """How many claims each worker has paid."""
     places: tuple[int, ...]
     """Where the claims that were paid stood in the order of sending, in the order in which they were paid."""
+    payers: tuple[int, ...]
+    """Who paid them."""
     orderly_groups: bool
     """The claims of each policy were paid in the order of sending."""
     leases: tuple[Lease, ...]
@@ -112,6 +114,7 @@ def facts(room: Room, since: Mark) -> Facts:
         answered=room.answer_ms is not None,
         paid_by=by,
         places=tuple(effects.running_numbers(paid)),
+        payers=tuple(lanes.paid_by[message][0] for message in paid),
         orderly_groups=_orderly(room, paid),
         leases=leases,
         followers={lease.message: len(lanes.attempts(lease.message)) for lease in leases},
@@ -241,6 +244,12 @@ async def _documents(room: Room) -> None:
     await room.submit(room.next_claims(6))
 
 
+def _is_alone_in_order(facts: Facts) -> bool:
+    """Return whether the last few claims were paid by one worker in the order of sending; others may have been before."""
+    places, payers = facts.places[-FEW:], facts.payers[-FEW:]
+    return len(places) == FEW and len(set(payers)) == 1 and all(before < after for before, after in pairwise(places))
+
+
 def _is_shared(facts: Facts) -> bool:
     shares = sorted(facts.paid_by.values(), reverse=True)[:3]
     return len(shares) == 3 and shares[-1] >= EVEN * sum(shares)
@@ -269,7 +278,7 @@ STEPS: tuple[Step, ...] = (
         {
             "one_worker": lambda facts: facts.workers == 1,
             "paid": lambda facts: facts.paid >= FEW,
-            "in_order": lambda facts: facts.paid >= FEW and len(facts.paid_by) == 1 and facts.in_order,
+            "in_order": _is_alone_in_order,
         },
         2,
     ),

@@ -10,6 +10,8 @@ CLAIMS, DOCUMENTS = "claims.processing", "documents"
 WORKERS_MAX = 8
 DELAY_CEILING = 60.0  # seconds of a backoff: with more, a learner believes that nothing happens
 
+NUMBER_MAX = 2**53  # of a claim: what JSON carries, SQLite holds and a browser reads exactly
+
 Guarantee = Literal["at-most-once", "at-least-once", "exactly-once"]
 GUARANTEES: tuple[Guarantee, ...] = ("at-most-once", "at-least-once", "exactly-once")
 
@@ -88,8 +90,9 @@ class Submission(msgspec.Struct, frozen=True):
 
 
 def number_in(body: object, key: str) -> int:
-    """Return a number of a claim's body; 0 where a body that was sent or mended by hand has none."""
+    """Return a number of a claim's body; 0 where a body that was sent or mended by hand has none that could be one."""
     if not isinstance(body, dict):
         return 0
     value = cast("dict[object, object]", body).get(key)
-    return value if isinstance(value, int) else 0
+    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= NUMBER_MAX
+    return cast("int", value) if is_number else 0

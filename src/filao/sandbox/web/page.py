@@ -15,13 +15,13 @@ from typing import Any
 from nicegui import ui
 from nicegui.events import GenericEventArguments
 
-from filao.engine import StoredMessage
+from filao.engine import State, StoredMessage
 from filao.errors import FilaoError
 from filao.sandbox.claims import BadClaimsError, from_csv
 from filao.sandbox.texts import Language
 from filao.sandbox.web import scene
 from filao.sandbox.web.charts import Charts
-from filao.sandbox.web.lanes import Lease
+from filao.sandbox.web.lanes import GUESTS_FROM, Event, Lease
 from filao.sandbox.web.lesson import STEPS
 from filao.sandbox.web.orders import GUARANTEES, Claim, number_in
 from filao.sandbox.web.room import KINDS, MOMENTS, POLICIES, SUBMITTED_MAX, RoomError
@@ -67,9 +67,9 @@ READ_FILE = f"""(event) => {{
   const file = event.target.files[0];
   event.target.value = "";
   if (!file) return;
-  if (file.size > {FILE_MAX}) return emit({{ size: file.size, content: null }});
+  if (file.size > {FILE_MAX}) return emit({{ name: file.name, size: file.size, content: null }});
   const reader = new FileReader();
-  reader.onload = () => emit({{ size: file.size, content: reader.result }});
+  reader.onload = () => emit({{ name: file.name, size: file.size, content: reader.result }});
   reader.readAsDataURL(file);
 }}"""
 
@@ -127,7 +127,8 @@ class Page:
                 Text("h1", say["title"])
                 Text("p", say["subtitle"]).classes("quiet")
             speeds = {speed: f"{speed} x" for speed in SPEEDS}
-            select(say["speed"], speeds, f"{self._room.setting.speed:g}", lambda value: self._set(speed=float(value)))
+            speed = f"{self._room.setting.speed:g}"
+            self._fields["speed"] = select(say["speed"], speeds, speed, lambda value: self._set(speed=float(value)))
             self._freezing = button(say["freeze"], self._freeze)
             dark = ui.dark_mode(None)
             button(say["theme"], partial(_toggle, dark))
@@ -183,7 +184,9 @@ class Page:
         self._ledger.on("follow", lambda event: self._follow(event.args))
 
     def _build_dead_letters(self) -> None:
-        button(self._say["redrive_all"], lambda: self._try(self._room.redrive()))
+        with ui.element("div").classes("row-of"):
+            button(self._say["redrive_all"], lambda: self._try(self._room.redrive()))
+            button(self._say["purge_dead"], lambda: self._try(self._room.purge(State.DEAD)))
         self._letters_list = ui.element("ul").classes("letters")
 
     def _build_charts(self) -> None:
@@ -288,14 +291,21 @@ class Page:
             for event in list(self._room.lanes.events)[: -EVENTS - 1 : -1]:
                 with ui.element("li"):
                     Text("time", f"{event.at - self._room.born:.1f} s")
-                    Text("span", self._say[f"event_{event.key}"].format(**event.values))
+                    Text("span", self._told_of(event))
 
     def _speak(self) -> None:
         """Say aloud, to whoever cannot see the stage, what just happened there."""
         fresh = [event for event in self._room.lanes.events if event.number > self._spoken and event.key in TOLD_ALOUD]
         self._spoken = self._room.lanes.told
         if fresh:
-            self._aloud.set_text(self._say[f"event_{fresh[-1].key}"].format(**fresh[-1].values))
+            self._aloud.set_text(self._told_of(fresh[-1]))
+
+    def _told_of(self, event: Event) -> str:
+        values = dict(event.values)
+        for name in ("worker", "of"):
+            if isinstance(number := values.get(name), int) and number >= GUESTS_FROM:
+                values[name] = f"{number} ({self._say['guest']})"
+        return self._say[f"event_{event.key}"].format(**values)
 
     def _open(self, tab: str) -> None:
         self._tab = tab
@@ -355,6 +365,8 @@ class Page:
     async def _act_of_step(self, event: GenericEventArguments) -> None:
         step = STEPS[self._visit.progress.current]
         self._busy = True
+        if step.key not in self._visit.progress.done:
+            self._visit.go(self._visit.progress.current)  # what came before does not count
         try:
             await self._try(step.actions[event.args](self._room))
         finally:
@@ -424,6 +436,7 @@ class Page:
                 raise RoomError("failed", why=verb)
 
     async def _submit(self, make: Callable[[int], list[Claim]], count: int) -> None:
+        self._room.need_queue()  # before numbers are used up
         await self._room.submit(make(count))
 
     async def _submit_one(self, policy: Field, kind: Field, euros: Field) -> None:
@@ -439,7 +452,9 @@ class Page:
         try:
             read = from_csv(path, SUBMITTED_MAX + 1)
         except BadClaimsError as error:
-            raise RoomError("file", why=str(error).replace(f"{path}", path.name)) from error
+            raise RoomError(
+                "file", why=str(error).replace(str(path), given["name"]).replace(path.name, given["name"])
+            ) from error
         await self._room.submit([self._room.next_claim(policy=one.policy, amount=one.amount) for one in read])
 
     async def _redrive_mended(self, message: str, body: Field) -> None:
@@ -456,7 +471,7 @@ class Page:
         except ValueError:
             value = float("nan")
         if not least <= value <= most:
-            raise RoomError("number", what=what, value=text[:40], least=f"{least:g}", most=f"{most:g}")
+            raise RoomError("number", what=what, value=text[:40], least=f"{least:.12g}", most=f"{most:.12g}")
         return value
 
     async def _set_number(self, rule: str, bounds: tuple[float, float], text: str) -> None:

@@ -5,18 +5,21 @@ end and its folder goes. Nothing here knows how it is drawn.
 """
 
 import asyncio
+import os
 import shutil
 import socket
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
+from msgspec import UNSET
 
 import filao
 from filao.draft import PEEK_MAX
@@ -45,6 +48,7 @@ SUBMITTED_MAX = 5_000  # claims in one go
 CLAIMS_MAX = 50_000  # in one room: what is known of each is kept in memory
 SHOWN = 60  # messages of each state that one look reads
 TOLD_AT_ONCE = 200  # claims in one line to the portal, which fits into a pipe
+REMEMBERED, REMEMBERED_EVERY = 120, 1.0  # samples for the charts, and seconds between them
 AUDIT_EVERY = 0.5  # seconds between two looks at the whole queue
 ROOM_LEAST = 2_000_000  # bytes: with less of it left, the disk is full for SQLite
 STOP_TRIES, STOP_PAUSE, PASSES_WITHIN = 40, 0.02, 0.05  # to stop a worker outside its turn to write
@@ -65,6 +69,17 @@ class RoomError(Exception):
         super().__init__(key)
         self.key = key
         self.values = values
+
+
+class Sample(NamedTuple):
+    """How things stood at one moment."""
+
+    at: float
+    """Seconds of the room's life."""
+    depth: int
+    age: float
+    sent: int
+    paid: int
 
 
 class View(msgspec.Struct, frozen=True):
@@ -107,6 +122,7 @@ class Room:
         """Messages that were seen among the dead letters."""
         self.policies: dict[int, int] = {}
         """By claim, for those that were submitted here."""
+        self.history: deque[Sample] = deque(maxlen=REMEMBERED)
         self.is_frozen = False
         self.last_claim = 1000
         self._broker = filao.connect(self.file)
@@ -163,13 +179,14 @@ class Room:
 
     async def submit(self, claims: Sequence[Claim]) -> None:
         """Let customers hand in claims at the portal. Raises `RoomError` before there is a queue, and for too many."""
-        self._need_queue()
+        self.need_queue()
         if len(claims) > SUBMITTED_MAX or len(self.effects.fates) + len(claims) > CLAIMS_MAX:
             raise RoomError("too_many", count=len(claims), most=SUBMITTED_MAX)
         self.policies.update((claim.claim_id, claim.policy) for claim in claims)
         for start in range(0, len(claims), TOLD_AT_ONCE):
             part = Submission(tuple(claims[start : start + TOLD_AT_ONCE]), grouped=self.setting.grouped)
-            await asyncio.to_thread(self._crew.tell, PORTAL, part)
+            if not await asyncio.to_thread(self._crew.tell, PORTAL, part):
+                raise RoomError("portal_died", count=len(claims) - start)
 
     def next_claims(self, count: int) -> list[Claim]:
         """Make up claims of six policies."""
@@ -185,29 +202,35 @@ class Room:
             kind or self._chance.choice(KINDS),
         )
 
-    async def redrive(self, messages: Sequence[str] | None = None, *, body: Any = None) -> int:
+    async def redrive(self, messages: Sequence[str] | None = None, *, body: Any = UNSET) -> int:
         """Send dead letters back; with a `body`, the one that is named is mended."""
-        self._need_queue()
-        if body is None:
+        self.need_queue()
+        if body is UNSET:
             return await self._broker.redrive(CLAIMS, ids=messages)
         return await self._broker.redrive(CLAIMS, ids=messages, body=body)
 
     async def purge(self, state: State | None = None) -> int:
         """Delete what waits, or all in one state."""
-        self._need_queue()
+        self.need_queue()
         states = (State.READY, State.DELAYED, State.BLOCKED) if state is None else (state,)
         self.effects.removed(await self._ids(states))
         return await self._broker.purge(CLAIMS, state=state)
 
-    def _need_queue(self) -> None:
+    def need_queue(self) -> None:
+        """Raise `RoomError` unless the queue is created."""
         if not self.has_queue:
             raise RoomError("no_queue")
+
+    def _need_motion(self) -> None:
+        if self.is_frozen:
+            raise RoomError("frozen")
 
     # --- what the learner does: the workers --------------------------------------------------------------------------
 
     def add_worker(self) -> Lane:
         """Start a worker."""
-        self._need_queue()
+        self.need_queue()
+        self._need_motion()
         if len(self.lanes.living()) >= WORKERS_MAX:
             raise RoomError("enough_workers", most=WORKERS_MAX)
         self._workers += 1
@@ -228,6 +251,7 @@ class Room:
 
     async def have_workers(self, count: int) -> None:
         """Start or send home workers until there are so many, all of them able."""
+        self._need_motion()
         for lane in self.lanes.living():
             if lane.state == "paused":
                 self.go_on(lane.number)
@@ -253,7 +277,9 @@ class Room:
 
     async def try_kills(self, guarantee: Guarantee) -> None:
         """Under a guarantee, kill the worker of one claim before it pays, and that of another between payment and ack."""
+        self._need_motion()
         async with self._trying:
+            speed = self.setting.speed
             await self.change(guarantee=guarantee, work=TRIAL_WORK, speed=1.0, grouped=False)
             await self.purge()
             for moment in MOMENTS:
@@ -263,6 +289,7 @@ class Room:
                 await self.submit([claim])
                 await self._hunt(claim.claim_id, moment)
             await self.have_workers(TRIAL_WORKERS)
+            await self.change(speed=speed)
 
     async def _hunt(self, claim: int, moment: Moment) -> None:
         """Kill the worker that has the claim, in the wanted moment of its first attempt."""
@@ -273,6 +300,7 @@ class Room:
                 if self._is_at(lane, claim, moment) and self._kill_if(lane, claim, moment):
                     return
             await asyncio.sleep(HUNT_EVERY)
+        raise RoomError("no_moment", claim=claim)
 
     def _kill_if(self, lane: Lane, claim: int, moment: Moment) -> bool:
         def is_at() -> bool:
@@ -320,7 +348,7 @@ class Room:
 
     async def freeze(self) -> None:
         """Stop the world: nothing is delivered, and all workers stand still."""
-        self._need_queue()
+        self.need_queue()
         async with self._acting:
             await self._broker.pause(CLAIMS)
             working = [lane.number for lane in self.lanes.living() if lane.state in ("waiting", "working")]
@@ -382,9 +410,18 @@ class Room:
         self._check_processes(now)
         try:
             self.view = await self._see(now)
+            self._remember(now)
         except (filao.FilaoError, sqlite3.Error) as error:
             self.view = msgspec.structs.replace(self.view, error=str(error), is_full=self._is_full())
         return self.view
+
+    def _remember(self, now: float) -> None:
+        """Once in a second, add to what the charts show."""
+        stats, at = self.view.stats, now - self.born
+        if stats is not None and not (self.history and at - self.history[-1].at < REMEMBERED_EVERY):
+            depth = stats.ready + stats.blocked + stats.delayed
+            paid = len(self.effects.payments)
+            self.history.append(Sample(at, depth, stats.oldest_ready_age or 0.0, stats.sent, paid))
 
     async def _see(self, now: float) -> View:
         found = {stats.name: stats for stats in await self._broker.stats()}
@@ -410,7 +447,11 @@ class Room:
         ).fetchall()
         if rows:
             self._last_payment = rows[-1][0]
-            self.effects.paid([Payment(*row) for row in rows])
+            payments = [Payment(*row) for row in rows]
+            self.effects.paid(payments)
+            for payment in payments:
+                if not payment.paid_by.isdecimal():
+                    self.lanes.guest_paid(payment.message, payment.attempt, time.monotonic())
 
     async def _ids(self, states: Sequence[State]) -> list[str]:
         """Return the ids of all messages in some states."""
@@ -449,6 +490,9 @@ class Room:
             words = self._crew.ended(lane.number)
             if words is not None:
                 self.lanes.left(lane.number, now, "crashed", words)
+        for lane in self.lanes.guests():
+            if not _is_there(lane.pid):
+                self.lanes.left(lane.number, now, "gone")
         for number, module in ((PORTAL, "portal"), (PRINTER, "printer")):
             if number in self._tails and self._crew.ended(number) is not None:
                 self.lanes.tell(now, f"{module}_died")
@@ -464,3 +508,14 @@ class Room:
 _SHOWN_STATES = (State.READY, State.DELAYED, State.BLOCKED, State.LEASED, State.DEAD)
 POLICIES = (12, 27, 33, 48, 56, 71)
 KINDS = ("collision", "glass", "water", "storm", "theft", "hail", "fire")
+
+
+def _is_there(pid: int) -> bool:
+    """Return whether a process of this machine lives; whose name tells none is believed to."""
+    try:
+        os.kill(pid, 0) if pid else None
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

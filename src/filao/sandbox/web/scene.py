@@ -94,6 +94,8 @@ def _paid(room: Room, message: str) -> Json:
 def _worker(room: Room, lane: Lane, held: dict[str, StoredMessage], now: float) -> Json:
     holds = lane.holds
     stored = held.get(holds.message) if holds is not None else None
+    is_over = stored is not None and holds is not None and stored.attempts != holds.attempt  # another has the claim
+    stored = None if is_over else stored
     shown = None
     if holds is not None:
         policy = room.policies.get(holds.claim, 0)
@@ -110,6 +112,7 @@ def _worker(room: Room, lane: Lane, held: dict[str, StoredMessage], now: float) 
         "holds": shown,
         "paid": bool(holds and (holds.paid or holds.paying)),
         "once": bool(holds and holds.once),
+        "over": is_over,
         "left": None if stored is None else max(0.0, _left(stored, now)),
         "lease": room.setting.lease,
     }
@@ -145,7 +148,9 @@ def timeline(room: Room, focus: Lease | None) -> Json:
                 "pid": lane.pid,
                 "guest": lane.is_guest,
                 "state": lane.state,
-                "bars": [_bar(room, one, focus) for one in lane.leases if _is_within(room, one, start, end)],
+                "bars": [
+                    _bar(room, one, focus) for one in _bars(room, lane, focus) if _is_within(room, one, start, end)
+                ],
             }
             for lane in _shown(room, focus)
         ],
@@ -158,6 +163,12 @@ def _shown(room: Room, focus: Lease | None = None) -> list[Lane]:
     looked_at = {lease.lane for lease in room.lanes.attempts(focus.message)} if focus is not None else set[int]()
     fallen = {lane.number for lane in [lane for lane in lanes if not lane.lives][-FALLEN_MAX:]} | looked_at
     return [lane for lane in lanes if lane.lives or lane.number in fallen]
+
+
+def _bars(room: Room, lane: Lane, focus: Lease | None) -> list[Lease]:
+    """Return the last leases of a worker, and those of the claim that is looked at, however long ago they were."""
+    looked_at = room.lanes.attempts(focus.message) if focus is not None else []
+    return [*(one for one in looked_at if one.lane == lane.number and one not in lane.leases), *lane.leases]
 
 
 def _is_within(room: Room, lease: Lease, start: float, end: float) -> bool:

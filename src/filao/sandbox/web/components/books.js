@@ -17,12 +17,12 @@ export default {
           <span class="verdict" :class="scene.sums.holds ? 'good' : 'bad'">{{ scene.sums.holds ? '✓' : '≠' }}</span></span>
         <span class="verdict" :class="scene.unexplained ? 'bad' : scene.lost ? 'warn' : 'good'">{{ scene.lost ? '!' : '✓' }} {{ words.lost }} = {{ scene.lost }}</span>
         <span class="verdict" :class="scene.doubled ? 'warn' : 'good'">{{ scene.doubled ? '!' : '✓' }} {{ words.doubled }} = {{ scene.doubled }}</span>
-        <button v-for="wrong in scene.wrongs.slice(-1)" :key="wrong.kind + wrong.message" type="button" class="cause" @click="$emit('follow', wrong)">{{ cause(wrong) }}</button>
+        <button v-for="wrong in lastOfEach" :key="wrong.kind + wrong.message" type="button" class="cause" @click="$emit('follow', wrong)">{{ cause(wrong) }}</button>
       </template>
       <span v-else class="quiet">{{ words.no_queue }}</span>
     </section>
     <div v-else class="ledger">
-      <p><b>{{ scene.sent }}</b> {{ words.confirmed }}, <b>{{ scene.paid }}</b> {{ words.of_them_paid }}:
+      <p><b>{{ scene.sent }}</b> {{ words.confirmed }}, <b>{{ scene.paid }}</b> {{ words.of_them_paid }}{{ words.colon }}
         <b>{{ scene.payments }}</b> {{ words.payments }}, {{ euros(scene.cents) }}</p>
       <ul v-if="scene.wrongs.length">
         <li v-for="wrong in scene.wrongs" :key="wrong.kind + wrong.message">
@@ -38,6 +38,12 @@ export default {
         </tbody>
       </table>
     </div>`,
+  computed: {
+    lastOfEach() {
+      const last = new Map(this.scene.wrongs.map((wrong) => [wrong.kind, wrong]));
+      return [...last.values()];
+    },
+  },
   methods: {
     show(scene) {
       this.scene = scene;
@@ -47,7 +53,7 @@ export default {
     },
     cause(wrong) {
       const why = this.words[`why_${wrong.kind}_${wrong.cause || "nothing"}`] || this.words.why_nothing;
-      return `${this.words.claim} ${wrong.claim}: ${this.words["was_" + wrong.kind]}. ${why.replace("{worker}", wrong.worker)}`;
+      return `${this.words.claim} ${wrong.claim}${this.words.colon}${this.words["was_" + wrong.kind]}. ${why.replace("{worker}", wrong.worker)}`;
     },
   },
 };

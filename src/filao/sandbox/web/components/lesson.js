@@ -59,7 +59,9 @@ export default {
   methods: {
     show(scene) {
       if (scene.key !== this.scene.key) this.copied = false;
+      const isNews = scene.done && !this.scene.done && scene.key === this.scene.key;
       this.scene = scene;
+      if (isNews) this.$nextTick(() => this.$el.querySelector(".why").scrollIntoView({ block: "nearest" }));
     },
     inline(text) {
       const escaped = text.replace(/[&<>]/g, (mark) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[mark]);

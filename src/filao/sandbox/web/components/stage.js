@@ -84,7 +84,8 @@ export default {
             <p class="head"><b>{{ name(worker) }}</b> <span class="quiet">pid {{ worker.pid }}</span></p>
             <p class="state" :class="worker.state">{{ mark(worker) }} {{ words['state_' + worker.state] }}
               <span v-if="worker.paid" class="quiet">· {{ words.paid }}</span>
-              <span v-if="worker.once" class="quiet">· {{ words.once }}</span></p>
+              <span v-if="worker.once" class="quiet">· {{ words.once }}</span>
+              <b v-if="worker.over" class="bad">· {{ words.lease_over }}</b></p>
             <div class="hold">
               <Chip v-if="worker.holds" :chip="worker.holds" :words="words" />
               <template v-if="worker.left !== null">
@@ -129,7 +130,7 @@ export default {
       this.$emit("act", { verb, worker: worker ? worker.number : null });
     },
     name(worker) {
-      return worker.guest ? this.words.guest : `${this.words.worker} ${worker.number}`;
+      return worker.guest ? `${this.words.guest} (${worker.number})` : `${this.words.worker} ${worker.number}`;
     },
     mark(worker) {
       return { working: "▶", paused: "❚❚", starting: "…", waiting: "○" }[worker.state] || "✖";

@@ -70,8 +70,8 @@ export default {
       return bar.ended === null ? this.scene.now : bar.ended;
     },
     name(lane) {
-      const dead = ["killed", "crashed", "gone"].includes(lane.state) ? " ✖" : lane.state === "paused" ? " ❚❚" : "";
-      return (lane.guest ? this.words.guest : `${this.words.worker} ${lane.number}`) + dead;
+      const mark = { killed: " ✖", crashed: " ✖", gone: " ◦", paused: " ❚❚" }[lane.state] || "";
+      return (lane.guest ? this.words.guest : `${this.words.worker} ${lane.number}`) + mark;
     },
     told(lane, bar) {
       const how = bar.how ? this.words["how_" + bar.how] : this.words.state_working;
