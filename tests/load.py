@@ -96,13 +96,14 @@ class Load:
                     message = await broker.receive_from_queue(self._queue, wait=0.5)
                 except filao.EngineUnavailable:
                     continue
-                stats = await broker.stats(self._queue)
-                if message is None and not stats.ready + stats.delayed + stats.leased + stats.blocked:
-                    return
                 if message is not None:
                     self.handled[message.body] += 1
                     with suppress(filao.LeaseLost):
                         await message.ack()
+                    continue
+                stats = await broker.stats(self._queue)  # which takes RabbitMQ longer than a message
+                if not stats.ready + stats.delayed + stats.leased + stats.blocked:
+                    return
 
     @property
     def lost(self) -> set[str]:
