@@ -1,6 +1,6 @@
 """The PostgreSQL engine: many machines, one database.
 
-A batch is one transaction and one round trip: its calls (`verbs.py`) of the functions in the database (`functions.sql`)
+A batch is one transaction and one round trip: its calls (`verbs.py`) of the functions in the database (`functions/`)
 go out as one pipeline, on one connection. Whoever waits is called after the commit. Users' transactions have connections of
 their own, from a pool.
 """

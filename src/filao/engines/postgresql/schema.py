@@ -15,6 +15,8 @@ STEPS: dict[int, str] = {}
 _LOOK = """
     SELECT (SELECT value FROM filao.meta WHERE name = 'version'), (SELECT value FROM filao.meta WHERE name = 'database')
 """
+FUNCTIONS = ("moves", "send", "receive", "settle", "operators", "processes")
+"""The files of the functions, in the order in which they are made: one calls only what stands before it."""
 LOCK = 0x46696C616F  # "Filao", as the key of an advisory lock
 
 
@@ -59,5 +61,6 @@ async def _build(connection: Connection, version: int) -> None:
         )
     for step in range(max(version, 1), VERSION):
         await connection.execute(STEPS[step + 1].encode())
-    await connection.execute(folder.joinpath("functions.sql").read_bytes())
+    for name in FUNCTIONS:
+        await connection.execute(folder.joinpath("functions", f"{name}.sql").read_bytes())
     await connection.execute("UPDATE filao.meta SET value = %s WHERE name = 'version'", (str(VERSION),))

@@ -1,0 +1,270 @@
+-- The verbs of a queue, as functions, so that each is one round trip, and so that a send joins a user's transaction on
+-- whatever connection holds it. How messages move from state to state is as in engines/sqlite/books.py.
+--
+-- Many transactions do this at once (READ COMMITTED). What keeps them apart:
+--   * A lease is a row's token. Whoever settles or extends compares it in the statement that writes, and it is overwritten
+--     only when somebody else receives the message.
+--   * Whatever looks for work skips rows that others have locked; it never waits for them.
+--   * Of a group, only whoever holds its advisory lock changes which message is let through. A receive that cannot have the
+--     lock at once leaves that message to the next. A batch takes the locks of its groups first, in order.
+--   * In a transaction that the user holds, which may last, groups are not locked but noted down (`later`), and arranged by
+--     whoever receives next.
+
+-- A function that is called from outside sets what its plans rest on. They are made once, when a table may be empty, and
+-- must serve when it holds millions: so a sequential scan is never right, and no plan is worth compiling.
+
+-- The time, in milliseconds since 1970.
+CREATE OR REPLACE FUNCTION filao.clock() RETURNS bigint LANGUAGE sql VOLATILE AS $$
+  SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint
+$$;
+
+-- Add to the counters of a queue.
+CREATE OR REPLACE FUNCTION filao.count(q integer, names text[], amounts bigint[]) RETURNS void LANGUAGE sql AS $$
+  INSERT INTO filao.counter AS c (queue, backend, name, value)
+  SELECT q, pg_backend_pid(), given.name, given.amount
+  FROM unnest(names, amounts) AS given (name, amount)
+  WHERE given.amount <> 0
+  ON CONFLICT (queue, backend, name) DO UPDATE SET value = c.value + excluded.value
+$$;
+
+CREATE OR REPLACE FUNCTION filao.count_move(q integer, was filao.state, becomes filao.state) RETURNS void
+LANGUAGE sql AS $$
+  SELECT filao.count(q, ARRAY[was::text, becomes::text], ARRAY[-1, 1]) WHERE was <> becomes
+$$;
+
+-- A message's public id.
+CREATE OR REPLACE FUNCTION filao.name_of(number bigint, message_id text) RETURNS text LANGUAGE sql STABLE AS $$
+  SELECT coalesce(message_id, (SELECT value FROM filao.meta WHERE name = 'database') || '-' || number)
+$$;
+
+-- Many contents as one value and their lengths, which is written faster than an array of them.
+CREATE OR REPLACE FUNCTION filao.split(joined bytea, lengths integer[]) RETURNS bytea[] LANGUAGE sql IMMUTABLE AS $$
+  SELECT array_agg(substring(joined FROM (ends - length + 1)::integer FOR length) ORDER BY n)
+  FROM (SELECT length, n, sum(length) OVER (ORDER BY n) AS ends FROM unnest(lengths) WITH ORDINALITY AS given (length, n)) AS parts
+$$;
+
+-- --- groups ------------------------------------------------------------------------------------------------------------
+
+CREATE OR REPLACE FUNCTION filao.group_key(q integer, g text) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
+  SELECT hashtextextended(g, q)
+$$;
+
+-- Take the locks of groups, in one order for all.
+CREATE OR REPLACE FUNCTION filao.lock_groups(queues integer[], groups text[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  lock bigint;
+BEGIN
+  FOR lock IN SELECT DISTINCT filao.group_key(q, g) FROM unnest(queues, groups) AS given (q, g) ORDER BY 1 LOOP
+    PERFORM pg_advisory_xact_lock(lock);
+  END LOOP;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION filao.first_of(q integer, g text, s filao.state) RETURNS bigint LANGUAGE sql VOLATILE AS $$
+  SELECT id FROM filao.message WHERE queue = q AND grp = g AND state = s ORDER BY id LIMIT 1
+$$;
+
+CREATE OR REPLACE FUNCTION filao.set_state(q integer, number bigint, was filao.state, becomes filao.state) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+  UPDATE filao.message SET state = becomes WHERE id = number AND state = was;
+  IF FOUND THEN
+    PERFORM filao.count_move(q, was, becomes);
+  END IF;
+END
+$$;
+
+-- Let the first message of a group through and hold back the others; nobody moves while one is leased.
+CREATE OR REPLACE FUNCTION filao.arrange(q integer, g text, now bigint, later boolean) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  rules   filao.queue;
+  ready   bigint;
+  delayed bigint;
+  blocked bigint;
+  head    bigint;
+  due     boolean;
+BEGIN
+  IF g IS NULL THEN
+    RETURN;
+  ELSIF later THEN
+    INSERT INTO filao.unarranged (queue, grp) VALUES (q, g);
+    RETURN;
+  END IF;
+  PERFORM pg_advisory_xact_lock(filao.group_key(q, g));
+  SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
+  LOOP
+    EXIT WHEN filao.first_of(q, g, 'leased') IS NOT NULL;
+    ready := filao.first_of(q, g, 'ready');
+    blocked := filao.first_of(q, g, 'blocked');
+    delayed := NULL;
+    IF NOT rules.skips_failed THEN  -- else a failed or delayed message is overtaken, not waited for
+      delayed := filao.first_of(q, g, 'delayed');
+    END IF;
+    head := least(ready, delayed, blocked);
+    IF rules.halts_dead AND EXISTS (SELECT FROM filao.halted h WHERE h.queue = q AND h.grp = g) THEN
+      head := NULL;
+    END IF;
+    IF ready IS DISTINCT FROM head THEN
+      PERFORM filao.set_state(q, ready, 'ready', 'blocked');
+    END IF;
+    IF delayed <> head THEN
+      PERFORM filao.set_state(q, delayed, 'delayed', 'blocked');
+    END IF;
+    EXIT WHEN head IS NULL OR head IS DISTINCT FROM blocked;
+    SELECT at <= now INTO due FROM filao.message WHERE id = head;
+    PERFORM filao.set_state(q, head, 'blocked', CASE WHEN due THEN 'ready' ELSE 'delayed' END::filao.state);
+    EXIT WHEN due OR NOT rules.skips_failed;
+  END LOOP;
+END
+$$;
+
+-- See to the groups in which a user's transaction changed something, as far as nobody else has their locks.
+CREATE OR REPLACE FUNCTION filao.arrange_noted(q integer, now bigint) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  g text;
+BEGIN
+  FOR g IN
+    SELECT DISTINCT grp FROM filao.unarranged WHERE queue = q LIMIT 1000
+  LOOP
+    IF pg_try_advisory_xact_lock(filao.group_key(q, g)) THEN
+      DELETE FROM filao.unarranged WHERE queue = q AND grp = g;
+      PERFORM filao.arrange(q, g, now, false);
+    END IF;
+  END LOOP;
+END
+$$;
+
+-- --- deduplication -----------------------------------------------------------------------------------------------------
+
+-- The id of the message that came first under one of these keys; NULL when both are new.
+CREATE OR REPLACE FUNCTION filao.remembered(q integer, dedup_key text, message_id text, now bigint) RETURNS text
+LANGUAGE sql VOLATILE AS $$
+  SELECT d.message
+  FROM filao.dedup d
+  WHERE d.queue = q AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id))
+    AND (d.until IS NULL OR d.until > now)
+  ORDER BY d.kind
+  LIMIT 1
+$$;
+
+-- Know a key as long as its message is pending; false when another message has it.
+CREATE OR REPLACE FUNCTION filao.remember(q integer, k "char", wanted text, name text, now bigint) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO filao.dedup AS d (queue, kind, key, message) VALUES (q, k, wanted, name)
+  ON CONFLICT (queue, kind, key) DO UPDATE SET message = excluded.message, until = NULL
+  WHERE d.until <= now OR d.message = excluded.message;
+  RETURN FOUND;
+END
+$$;
+
+-- Know the keys of a new message, or return the id of the one that came first. Whoever sends the same at the same time
+-- waits here until the other has committed.
+CREATE OR REPLACE FUNCTION filao.claim_keys(q integer, dedup_key text, message_id text, name text, now bigint)
+RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+  came_first text;
+BEGIN
+  LOOP
+    came_first := filao.remembered(q, dedup_key, message_id, now);
+    EXIT WHEN came_first IS NOT NULL;
+    IF dedup_key IS NULL OR filao.remember(q, 'k', dedup_key, name, now) THEN
+      EXIT WHEN message_id IS NULL OR filao.remember(q, 'm', message_id, name, now);
+      DELETE FROM filao.dedup d WHERE d.queue = q AND d.kind = 'k' AND d.key = dedup_key AND d.message = name;
+    END IF;
+  END LOOP;
+  RETURN came_first;
+END
+$$;
+
+-- Let the keys of a message that has ended be forgotten after the queue's window.
+CREATE OR REPLACE FUNCTION filao.start_window(q integer, dedup_key text, message_id text, name text, now bigint)
+RETURNS void LANGUAGE sql AS $$
+  UPDATE filao.dedup d
+  SET until = now + (SELECT dedup_window FROM filao.queue WHERE id = q)
+  WHERE d.queue = q AND d.message = name
+    AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id))
+$$;
+
+-- --- moves -------------------------------------------------------------------------------------------------------------
+
+-- Put a failed attempt into the message's history, which keeps the last 20.
+CREATE OR REPLACE FUNCTION filao.record(m filao.message, outcome text, error text, consumer text, now bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO filao.failure (message, attempt, at, outcome, error, consumer)
+  VALUES (m.id, m.attempts, now, outcome, error, consumer);
+  UPDATE filao.message SET failures = failures + 1 WHERE id = m.id;
+  IF m.failures >= 20 THEN
+    DELETE FROM filao.failure
+    WHERE id IN (SELECT f.id FROM filao.failure f WHERE f.message = m.id ORDER BY f.id DESC OFFSET 20);
+  END IF;
+END
+$$;
+
+-- Let a message return to its old place, ready now or delayed until `due`, behind those of its group.
+CREATE OR REPLACE FUNCTION filao.give_back(m filao.message, due bigint, kept bigint, now bigint, later boolean)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  becomes filao.state := CASE WHEN due IS NOT NULL THEN 'delayed' WHEN m.grp IS NULL THEN 'ready' ELSE 'blocked' END;
+BEGIN
+  UPDATE filao.message SET state = becomes, at = coalesce(due, now), token = kept WHERE id = m.id;
+  PERFORM filao.count_move(m.queue, m.state, becomes);
+  PERFORM filao.arrange(m.queue, m.grp, now, later);
+END
+$$;
+
+-- Make a message a dead letter.
+CREATE OR REPLACE FUNCTION filao.die(m filao.message, why text, now bigint, later boolean) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+  UPDATE filao.message SET state = 'dead', at = now, token = 0, reason = why WHERE id = m.id;
+  PERFORM filao.count_move(m.queue, m.state, 'dead');
+  PERFORM filao.count(m.queue, ARRAY['died'], ARRAY[1]);
+  IF m.dedup_key IS NOT NULL THEN  -- its message_id stays known as long as the dead letter lies there
+    PERFORM filao.start_window(m.queue, m.dedup_key, NULL, filao.name_of(m.id, m.message_id), now);
+  END IF;
+  IF m.grp IS NOT NULL AND (SELECT halts_dead FROM filao.queue WHERE id = m.queue) THEN
+    INSERT INTO filao.halted (queue, grp) VALUES (m.queue, m.grp) ON CONFLICT DO NOTHING;
+  END IF;
+  PERFORM filao.arrange(m.queue, m.grp, now, later);
+END
+$$;
+
+-- Clear up behind a message whose row is deleted.
+CREATE OR REPLACE FUNCTION filao.forget(m filao.message, now bigint, later boolean) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  IF m.failures > 0 THEN
+    DELETE FROM filao.failure WHERE message = m.id;
+  END IF;
+  IF m.dedup_key IS NOT NULL OR m.message_id IS NOT NULL THEN
+    PERFORM filao.start_window(m.queue, m.dedup_key, m.message_id, filao.name_of(m.id, m.message_id), now);
+  END IF;
+  PERFORM filao.arrange(m.queue, m.grp, now, later);
+END
+$$;
+
+-- Remove a message for good, and count it under `counter`.
+CREATE OR REPLACE FUNCTION filao.discard(m filao.message, counter text, now bigint) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  DELETE FROM filao.message WHERE id = m.id;
+  PERFORM filao.count(m.queue, ARRAY[m.state::text, counter], ARRAY[-1, 1]);
+  PERFORM filao.forget(m, now, false);
+END
+$$;
+
+-- End a lease whose consumer said nothing: the attempt is used. The token stays until somebody receives the message, so
+-- that a late ack of work that was done still counts.
+CREATE OR REPLACE FUNCTION filao.lose(m filao.message, outcome text, now bigint) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  holder text := coalesce((SELECT name FROM filao.process WHERE id = m.token >> 32), '');
+BEGIN
+  PERFORM filao.count(m.queue, ARRAY['lost'], ARRAY[1]);
+  PERFORM filao.record(m, outcome, '', holder, now);
+  IF m.attempts >= (SELECT max_attempts FROM filao.queue WHERE id = m.queue) THEN
+    PERFORM filao.die(m, 'max_attempts', now, false);
+  ELSE
+    PERFORM filao.give_back(m, NULL, m.token, now, false);
+  END IF;
+END
+$$;

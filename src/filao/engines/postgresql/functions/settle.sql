@@ -1,0 +1,122 @@
+-- Settling and extending, each with the lease's token in the statement that writes.
+
+-- How long a message waits after its nth failed attempt: see filao.queue.Backoff.
+CREATE OR REPLACE FUNCTION filao.backoff(rules filao.queue, attempt integer) RETURNS bigint LANGUAGE sql VOLATILE AS $$
+  SELECT (least(rules.ceiling, rules.first_delay * power(rules.factor, least(attempt - 1, 64)))
+          * (1 - rules.jitter * random()))::bigint
+$$;
+
+-- End leases, each as its outcome says: ack, nack, reject, malformed or release. Returns the places of those that were lost.
+CREATE OR REPLACE FUNCTION filao.settle(
+  q integer, moment bigint, later boolean, consumer text, ids bigint[], tokens bigint[], outcomes text[], errors text[],
+  delays bigint[]
+) RETURNS SETOF integer
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+  now   bigint := coalesce(moment, filao.clock());
+  rules filao.queue;
+  m     filao.message;
+  acked bigint[];
+  held  bigint := 0;
+  late  bigint := 0;
+  i     integer;
+BEGIN
+  SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
+  WITH mine AS MATERIALIZED (
+    SELECT t.id FROM unnest(ids, tokens, outcomes) AS asked (id, token, outcome)
+    JOIN filao.message t ON t.id = asked.id AND t.token = asked.token
+    WHERE asked.outcome = 'ack' AND t.state = 'leased' AND t.at > now
+      AND t.grp IS NULL AND t.dedup_key IS NULL AND t.message_id IS NULL AND t.failures = 0
+    ORDER BY t.id FOR UPDATE OF t
+  ), gone AS (
+    DELETE FROM filao.message t USING mine WHERE t.id = mine.id RETURNING t.id
+  )
+  SELECT coalesce(array_agg(gone.id), '{}') INTO acked FROM gone;  -- most acks, in one statement
+  held := cardinality(acked);
+  PERFORM filao.count(q, ARRAY['leased', 'acked'], ARRAY[-held, held]) WHERE held > 0;
+  IF held = cardinality(ids) THEN
+    RETURN;
+  END IF;
+  FOR i IN 1 .. cardinality(ids) LOOP
+    CONTINUE WHEN ids[i] = ANY (acked);
+    SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i] FOR UPDATE;
+    IF NOT FOUND THEN
+      RETURN NEXT i;
+      CONTINUE;
+    END IF;
+    IF m.state <> 'leased' OR m.at <= now THEN
+      PERFORM filao.count(q, ARRAY['late'], ARRAY[1]);
+    END IF;
+    CASE outcomes[i]
+      WHEN 'ack' THEN
+        DELETE FROM filao.message t WHERE t.id = m.id;
+        PERFORM filao.count(q, ARRAY[m.state::text, 'acked'], ARRAY[-1, 1]);
+        PERFORM filao.forget(m, now, later);
+      WHEN 'nack' THEN
+        PERFORM filao.count(q, ARRAY['nacked'], ARRAY[1]);
+        PERFORM filao.record(m, 'nacked', coalesce(errors[i], ''), consumer, now);
+        IF m.attempts >= rules.max_attempts THEN
+          PERFORM filao.die(m, 'max_attempts', now, later);
+        ELSE
+          PERFORM filao.give_back(m, now + nullif(coalesce(delays[i], filao.backoff(rules, m.attempts)), 0), 0, now, later);
+        END IF;
+      WHEN 'release' THEN
+        PERFORM filao.release(m, now, later);
+      ELSE
+        PERFORM filao.record(m, outcomes[i], coalesce(errors[i], ''), consumer, now);
+        PERFORM filao.die(m, outcomes[i], now, later);
+    END CASE;
+  END LOOP;
+END
+$$;
+
+-- Give a leased message back as if it had not been delivered.
+CREATE OR REPLACE FUNCTION filao.release(m filao.message, now bigint, later boolean) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM filao.count(m.queue, ARRAY['released'], ARRAY[1]);
+  UPDATE filao.message SET attempts = attempts - 1 WHERE id = m.id;
+  PERFORM filao.give_back(m, NULL, 0, now, later);
+END
+$$;
+
+-- Let leases end so many milliseconds from now; one that ran out but was not taken over runs again. Returns the places of
+-- those that were lost. What its own consumer is settling meanwhile is not waited for: nobody else can take it.
+CREATE OR REPLACE FUNCTION filao.extend(q integer, moment bigint, ids bigint[], tokens bigint[], lengths bigint[])
+RETURNS SETOF integer
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+  now  bigint := coalesce(moment, filao.clock());
+  m    filao.message;
+  done bigint[];
+  i    integer;
+BEGIN
+  WITH mine AS MATERIALIZED (
+    SELECT t.id, asked.length FROM unnest(ids, tokens, lengths) AS asked (id, token, length)
+    JOIN filao.message t ON t.id = asked.id AND t.token = asked.token
+    WHERE t.state = 'leased' AND t.at > now
+    ORDER BY t.id FOR UPDATE OF t SKIP LOCKED
+  ), extended AS (
+    UPDATE filao.message t SET at = now + mine.length FROM mine WHERE t.id = mine.id RETURNING t.id
+  )
+  SELECT coalesce(array_agg(extended.id), '{}') INTO done FROM extended;
+  FOR i IN 1 .. cardinality(ids) LOOP
+    CONTINUE WHEN ids[i] = ANY (done);
+    SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i];
+    IF NOT FOUND OR m.state = 'blocked' THEN  -- blocked: its group went on without it
+      RETURN NEXT i;
+      CONTINUE;
+    END IF;
+    IF m.grp IS NOT NULL THEN
+      PERFORM pg_advisory_xact_lock(filao.group_key(q, m.grp));
+    END IF;
+    SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i] FOR UPDATE SKIP LOCKED;
+    IF FOUND AND m.state = 'blocked' THEN
+      RETURN NEXT i;
+    ELSIF FOUND THEN
+      PERFORM filao.count(q, ARRAY['late'], ARRAY[1]);
+      UPDATE filao.message t SET state = 'leased', at = now + lengths[i] WHERE t.id = m.id;
+      PERFORM filao.count_move(q, m.state, 'leased');
+    END IF;
+  END LOOP;
+END
+$$;
