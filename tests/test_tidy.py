@@ -18,12 +18,11 @@ ORDER = [  # what stands above; a module imports only from here upwards
     *("engines.line", "engines.statements", "engines.parcels"),
     *("engines.sqlite.turnstile", "engines.sqlite.bell", "engines.sqlite.files", "engines.sqlite.thread"),
     *(
-        "engines.sqlite.books",
-        "engines.sqlite.waiting",
-        "engines.sqlite.verbs",
-        "engines.sqlite.control",
-        "engines.sqlite.carriage",
-        "engines.sqlite.foreign",
+        f"engines.sqlite.{name}"
+        for name in (
+            *("books", "moves", "waitlist", "send", "receive", "settle", "verbs", "operators", "processes"),
+            *("carriage", "foreign"),
+        )
     ),
     *("engines.sqlite.database", "engines.sqlite.doctor", "engines.sqlite.engine", "engines.sqlite"),
     *(

@@ -1,8 +1,7 @@
 """The books of one SQLite transaction: each queue's row, read once, counted in memory, written back at the end.
 
-Here stands how a message moves from state to state, what that does to the counters, to its group and to those who
-wait. The verbs of the queue (`verbs.py`) and of its operators (`control.py`) are written with these moves. Books live
-as long as the transaction that they belong to, whose opening and commit are the caller's.
+What moves a message from state to state stands in `moves.py`. Books live as long as the transaction that they belong to,
+whose opening and commit are the caller's.
 """
 
 import sqlite3
@@ -11,7 +10,6 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
-from filao.engine import HISTORY_MAX
 from filao.errors import QueueNotFound
 from filao.queue import Queue, not_found, rules_from_json
 
@@ -161,17 +159,9 @@ class Books:
         """Return the queues that were looked at."""
         return self._queues.values()
 
-    # --- moves -------------------------------------------------------------------------------------------------------
-
     def entries(self, where: str, parameters: Sequence[object]) -> list[Entry]:
         """Return the stored messages that a clause (`INDEXED BY … WHERE …`) finds."""
         return [Entry(*fields) for fields in self.db.execute(f"SELECT {ENTRY} FROM filao_message {where}", parameters)]
-
-    def _current(self, entry: Entry) -> Entry:
-        """Return an entry as it is now: another move in its group may have let it through or held it back."""
-        if entry.group is None:
-            return entry
-        return Entry(*self.db.execute(f"SELECT {ENTRY} FROM filao_message WHERE id = ?", (entry.number,)).fetchone())
 
     def count_move(self, row: QueueRow, was: int, state: int) -> None:
         """Count a message that went from one state to another."""
@@ -179,198 +169,11 @@ class Books:
         row.count[STATES[state]] += 1
         row.tell(state)
 
-    def give_back(self, row: QueueRow, entry: Entry, *, at: int | None = None, token: int = NO_TOKEN) -> None:
-        """Let a message return to its old place, ready now or delayed until `at`, behind those of its group."""
-        entry = self._current(entry)
-        state = READY if at is None else DELAYED
-        if entry.group is not None and state == READY:
-            state = BLOCKED  # `arrange` lets it through when it is its turn
-        self.db.execute(
-            "UPDATE filao_message SET state = ?, at = ?, token = ? WHERE id = ?",
-            (state, self.now if at is None else at, token, entry.number),
-        )
-        self.count_move(row, entry.state, state)
-        if entry.group is not None:
-            self.arrange(row, entry.group)
-
-    def die(self, row: QueueRow, entry: Entry, reason: str) -> None:
-        """Make a message a dead letter."""
-        entry = self._current(entry)
-        self.db.execute(
-            "UPDATE filao_message SET state = 6, at = ?, token = ?, reason = ? WHERE id = ?",
-            (self.now, NO_TOKEN, reason, entry.number),
-        )
-        self.count_move(row, entry.state, DEAD)
-        row.count["died"] += 1
-        if entry.dedup_key is not None:  # its message_id stays known as long as the dead letter lies there
-            self.start_window(row, keys(entry.dedup_key, None), self.name_of(entry.number, entry.message_id))
-        if entry.group is not None:
-            if row.rules.group_dead == "halt":
-                self.db.execute("INSERT OR IGNORE INTO filao_halted (queue, grp) VALUES (?, ?)", (row.id, entry.group))
-            self.arrange(row, entry.group)
-
-    def delete(self, row: QueueRow, entry: Entry, counter: str) -> None:
-        """Remove a message for good, and count it under `counter`."""
-        entry = self._current(entry)
-        self.db.execute("DELETE FROM filao_message WHERE id = ?", (entry.number,))
-        row.count[STATES[entry.state]] -= 1
-        row.count[counter] += 1
-        self.forget(row, entry, had_failed=True)
-
-    def forget(self, row: QueueRow, entry: Entry, *, had_failed: bool) -> None:
-        """Clear up behind a message that is gone."""
-        if had_failed:
-            self.db.execute("DELETE FROM filao_failure WHERE message = ?", (entry.number,))
-        if entry.dedup_key is not None or entry.message_id is not None:
-            name = self.name_of(entry.number, entry.message_id)
-            self.start_window(row, keys(entry.dedup_key, entry.message_id), name)
-        if entry.group is not None:
-            self.arrange(row, entry.group)
-
-    def lose(self, row: QueueRow, entry: Entry, token: int, outcome: str) -> None:
-        """End a lease whose consumer said nothing: the attempt is used; the next consumer, or death, takes the message.
-
-        The token stays until somebody receives the message, so that a late ack of work that was done still counts.
-        """
-        row.count["lost"] += 1
-        self.record(entry, outcome, "", self.consumer_of(token))
-        if entry.attempts >= row.rules.max_attempts:
-            self.die(row, entry, "max_attempts")
-        else:
-            self.give_back(row, entry, token=token)
-
     def consumer_of(self, token: int) -> str:
         """Return the host and process that a lease was given to."""
         process = (token - TOKEN_MIN) // TOKENS_PER_PROCESS
         found = self.db.execute("SELECT name FROM filao_process WHERE id = ?", (process,)).fetchone()
         return found[0] if found else ""
-
-    def record(self, entry: Entry, outcome: str, error: str, consumer: str) -> None:
-        """Put a failed attempt into the message's history, which keeps the last 20."""
-        self.db.execute(
-            "INSERT INTO filao_failure (message, attempt, at, outcome, error, consumer) VALUES (?, ?, ?, ?, ?, ?)",
-            (entry.number, entry.attempts, self.now, outcome, error, consumer),
-        )
-        self.db.execute("UPDATE filao_message SET failures = failures + 1 WHERE id = ?", (entry.number,))
-        self.db.execute(
-            """
-            DELETE FROM filao_failure
-            WHERE id IN (SELECT id FROM filao_failure WHERE message = ? ORDER BY id DESC LIMIT -1 OFFSET ?)
-            """,
-            (entry.number, HISTORY_MAX),
-        )
-
-    def has_crashed(self, number: int) -> bool:
-        """Return whether a message's last failure was the death of its consumer."""
-        found = self.db.execute(
-            "SELECT outcome FROM filao_failure WHERE message = ? ORDER BY id DESC LIMIT 1", (number,)
-        ).fetchone()
-        return found is not None and found[0] == "crashed"
-
-    # --- groups ------------------------------------------------------------------------------------------------------
-
-    def arrange(self, row: QueueRow, group: str) -> None:
-        """Let the first message of a group through and hold back the others; nobody moves while one is leased."""
-        self.flush()
-        self.occupied.discard((row.id, group))
-        leased, ready, delayed, blocked = (self.first(row, group, s) for s in (LEASED, READY, DELAYED, BLOCKED))
-        if leased is not None:
-            return
-        if row.rules.group_failure == "skip":
-            delayed = None  # a failed or delayed message is overtaken, not waited for
-        head = min((n for n in (ready, delayed, blocked) if n is not None), default=None)
-        if self.is_halted(row, group):
-            head = None
-        if ready is not None and ready != head:
-            self._set_state(row, ready, READY, BLOCKED)
-        if delayed is not None and delayed != head and head is not None:
-            self._set_state(row, delayed, DELAYED, BLOCKED)
-        if head is not None and head == blocked:
-            due = self._at(head) <= self.now
-            self._set_state(row, head, BLOCKED, READY if due else DELAYED)
-            if not due and row.rules.group_failure == "skip":
-                self.arrange(row, group)
-
-    def is_halted(self, row: QueueRow, group: str) -> bool:
-        """Return whether a dead letter stopped this group."""
-        if row.rules.group_dead != "halt":
-            return False
-        halted = self.db.execute("SELECT 1 FROM filao_halted WHERE queue = ? AND grp = ?", (row.id, group))
-        return halted.fetchone() is not None
-
-    def first(self, row: QueueRow, group: str, state: int) -> int | None:
-        found = self.db.execute(
-            """
-            SELECT min(id)
-            FROM filao_message INDEXED BY filao_grouped
-            WHERE queue = ? AND grp = ? AND state = ?
-            """,
-            (row.id, group, state),
-        ).fetchone()
-        number: int | None = found[0]
-        return number
-
-    def _at(self, number: int) -> int:
-        at: int = self.db.execute("SELECT at FROM filao_message WHERE id = ?", (number,)).fetchone()[0]
-        return at
-
-    def _set_state(self, row: QueueRow, number: int, was: int, state: int) -> None:
-        self.db.execute("UPDATE filao_message SET state = ? WHERE id = ?", (state, number))
-        self.count_move(row, was, state)
-
-    # --- deduplication -----------------------------------------------------------------------------------------------
-
-    def remembered(self, row: QueueRow, wanted: Iterable[tuple[int, str]]) -> str | None:
-        """Return the id of the message that came first under one of these keys; None when all are new."""
-        for kind, key in wanted:
-            found = self.db.execute(
-                """
-                SELECT message
-                FROM filao_dedup
-                WHERE queue = ? AND kind = ? AND key = ? AND (until IS NULL OR until > ?)
-                """,
-                (row.id, kind, key, self.now),
-            ).fetchone()
-            if found is not None:
-                name: str = found[0]
-                return name
-        return None
-
-    def remember(self, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
-        """Know these keys as long as their message is pending."""
-        for kind, key in wanted:
-            self.db.execute(
-                "INSERT OR REPLACE INTO filao_dedup (queue, kind, key, message) VALUES (?, ?, ?, ?)",
-                (row.id, kind, key, name),
-            )
-
-    def remember_again(self, row: QueueRow, dedup_key: str, name: str) -> None:
-        """Know the key of a message that came back from the dead, unless another message has taken it."""
-        self.db.execute(
-            """
-            INSERT INTO filao_dedup (queue, kind, key, message) VALUES (?, ?, ?, ?)
-            ON CONFLICT DO UPDATE SET message = excluded.message, until = NULL
-            WHERE message = excluded.message OR until <= ?
-            """,
-            (row.id, DEDUP_KEY, dedup_key, name, self.now),
-        )
-
-    def unlearn(self, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
-        """Forget the keys of a message at once."""
-        for kind, key in wanted:
-            self.db.execute(
-                "DELETE FROM filao_dedup WHERE queue = ? AND kind = ? AND key = ? AND message = ?",
-                (row.id, kind, key, name),
-            )
-
-    def start_window(self, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
-        """Let the keys of a message that has ended be forgotten after the queue's window."""
-        until = self.now + round(row.rules.dedup_window * 1000)
-        for kind, key in wanted:
-            self.db.execute(
-                "UPDATE filao_dedup SET until = ? WHERE queue = ? AND kind = ? AND key = ? AND message = ?",
-                (until, row.id, kind, key, name),
-            )
 
 
 def slices(rows: Sequence[R]) -> Iterator[Sequence[R]]:
@@ -386,12 +189,6 @@ def tokens(process: int) -> tuple[int, int]:
     """Return the first and the last token that the leases of a process can have."""
     first = TOKEN_MIN + process * TOKENS_PER_PROCESS
     return first, first + TOKENS_PER_PROCESS - 1
-
-
-def keys(dedup_key: str | None, message_id: str | None) -> list[tuple[int, str]]:
-    """Return the keys under which a message is remembered."""
-    pairs = ((DEDUP_KEY, dedup_key), (MESSAGE_ID, message_id))
-    return [(kind, key) for kind, key in pairs if key is not None]
 
 
 def oldest_ready(db: sqlite3.Connection, queue: int) -> int | None:

@@ -6,8 +6,10 @@ from datetime import datetime
 from filao.engine import Key, Memory, Parcel
 from filao.engines import parcels as carried
 from filao.engines.sqlite.books import DEAD, DEDUP_KEY, MESSAGE_ID, STATES, Books, QueueRow
-from filao.engines.sqlite.control import history, number_of
-from filao.engines.sqlite.verbs import make_due, send
+from filao.engines.sqlite.moves import arrange
+from filao.engines.sqlite.operators import history, number_of
+from filao.engines.sqlite.receive import make_due
+from filao.engines.sqlite.send import send
 
 _NEXT = f"""
     SELECT message_id, id, state, {carried.COLUMNS} FROM filao_message
@@ -61,7 +63,7 @@ def _amend(books: Books, row: QueueRow, parcel: Parcel) -> None:
         )
         books.count_move(row, entry.state, DEAD)
         if entry.group is not None:
-            books.arrange(row, entry.group)
+            arrange(books, row, entry.group)
 
 
 def memory(books: Books, row: QueueRow) -> Memory:
@@ -84,7 +86,7 @@ def remember(books: Books, row: QueueRow, memory: Memory) -> None:
     )
     for group in memory.halted:
         books.db.execute("INSERT OR IGNORE INTO filao_halted (queue, grp) VALUES (?, ?)", (row.id, group))
-        books.arrange(row, group)
+        arrange(books, row, group)
 
 
 def _milliseconds(moment: datetime) -> int:

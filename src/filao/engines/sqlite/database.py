@@ -12,12 +12,12 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filao.engines.sqlite import control, files
+from filao.engines.sqlite import files, processes
 from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books
+from filao.engines.sqlite.receive import Lessee
 from filao.engines.sqlite.turnstile import Turnstile
-from filao.engines.sqlite.verbs import Lessee
-from filao.engines.sqlite.waiting import Call, calls
+from filao.engines.sqlite.waitlist import Call, calls
 from filao.errors import EngineError, EngineUnavailable
 
 FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
@@ -244,7 +244,7 @@ class Database:
     def bury(self, process: int, bell: str) -> None:
         """Take over the leases of a process that died, and remove what it left."""
         with self.write(durable=False) as books:
-            control.bury(books, process)
+            processes.bury(books, process)
         if self._belfry is not None:
             self._belfry.take_down(bell)
 

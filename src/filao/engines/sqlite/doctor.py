@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filao.engine import Finding, process_finding
-from filao.engines.sqlite import control, files
+from filao.engines.sqlite import files, operators
 from filao.engines.sqlite.books import Books, tokens
 from filao.engines.sqlite.database import Database
 
@@ -77,7 +77,7 @@ def _modes(db: sqlite3.Connection) -> Iterator[Finding]:
 
 
 def _queues(books: Books) -> Iterator[Finding]:
-    for queue in control.stats(books.db, books.now):
+    for queue in operators.stats(books.db, books.now):
         subject = f"queue {queue.name}"
         stuck = books.db.execute(
             """

@@ -1,7 +1,7 @@
 """The SQLite engine: one file, no server, many processes.
 
 This is the side that lives on the event loop. It hands batches to the database thread, where each is one transaction
-(`database.py`) of the queue's verbs (`verbs.py`), and it wakes those who wait: at a ring of the bell, when something is
+(`database.py`) of the queue's verbs (`send.py`, `receive.py`, `settle.py`), and it wakes those who wait: at a ring of the bell, when something is
 due, and every now and then to see what no bell tells.
 
 A batch that only receives is not flushed to the disk. A power cut that undoes the lease also ends its holder, and the
@@ -42,11 +42,13 @@ from filao.engine import (
 )
 from filao.engines.line import Line, Place
 from filao.engines.parcels import LEAVING, RowPacking
-from filao.engines.sqlite import carriage, control, files, verbs, waiting
+from filao.engines.sqlite import carriage, files, operators, processes, verbs, waitlist
 from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.doctor import examine
 from filao.engines.sqlite.foreign import open_transaction
+from filao.engines.sqlite.receive import Lessee
+from filao.engines.sqlite.send import send
 from filao.engines.sqlite.thread import DatabaseThread
 from filao.engines.statements import check_statement
 from filao.errors import EngineUnavailable, FilaoError
@@ -58,7 +60,7 @@ POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and
 IDLE_BEFORE_TIDY = 1.0  # seconds without a write of ours after which free pages go back to the file system
 SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
 LEASES_RETURNED_MAX = 10_000  # that a closing engine gives back; should there be more, they run out
-_NOBODY = verbs.Lessee(0, "")
+_NOBODY = Lessee(0, "")
 
 
 class SqliteEngine:
@@ -141,7 +143,7 @@ class SqliteEngine:
         database = self._database
         with files.mapped(database.path):
             books = Books(open_transaction(connection, database.path), database.file, database.now())
-            receipts = verbs.send(books, operation)
+            receipts = send(books, operation)
             books.write_down()
         return receipts
 
@@ -217,7 +219,7 @@ class SqliteEngine:
             lessee = self._database.lessee
             if lessee is not None:
                 with self._database.write(durable=False) as books:
-                    waiting.leave(books, _row(books, queue), lessee.process)
+                    waitlist.leave(books, _row(books, queue), lessee.process)
                     _row(books, queue).fresh = True
 
         with suppress(FilaoError):
@@ -246,43 +248,43 @@ class SqliteEngine:
 
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""
-        await self._change(lambda books: control.declare(books, queue))
+        await self._change(lambda books: operators.declare(books, queue))
 
     async def queues(self) -> list[Queue]:
         """Return every declared queue with its rules, by name."""
-        return await self._look_up(lambda books: control.queues(books.db))
+        return await self._look_up(lambda books: operators.queues(books.db))
 
     async def delete(self, queue: str) -> int:
         """Delete a queue that holds no message."""
-        return await self._change(lambda books: control.delete(books, _row(books, queue)))
+        return await self._change(lambda books: operators.delete(books, _row(books, queue)))
 
     async def stats(self) -> list[QueueStats]:
         """Read the counters of every queue."""
-        return await self._look_up(lambda books: control.stats(books.db, books.now))
+        return await self._look_up(lambda books: operators.stats(books.db, books.now))
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
-        return await self._look_up(lambda books: control.peek(books, _row(books, queue), state, limit, after))
+        return await self._look_up(lambda books: operators.peek(books, _row(books, queue), state, limit, after))
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Give dead letters back, each to its old place."""
         return await self._in_slices(
-            queue, limit, lambda books, row, size: control.redrive(books, row, ids, size, edited)
+            queue, limit, lambda books, row, size: operators.redrive(books, row, ids, size, edited)
         )
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
         """Delete messages in these states."""
         return await self._in_slices(
-            queue, None, lambda books, row, size: control.remove(books, row, states, ids, size)
+            queue, None, lambda books, row, size: operators.remove(books, row, states, ids, size)
         )
 
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Stop or resume deliveries."""
-        await self._change(lambda books: control.pause(books, _row(books, queue), paused=paused))
+        await self._change(lambda books: operators.pause(books, _row(books, queue), paused=paused))
 
     async def resume_group(self, queue: str, group: str) -> None:
         """Let a halted group go on."""
-        await self._change(lambda books: control.resume_group(books, _row(books, queue), group))
+        await self._change(lambda books: operators.resume_group(books, _row(books, queue), group))
 
     def check(self, queue: Queue) -> None:
         """Accept every queue."""
@@ -389,7 +391,7 @@ class SqliteEngine:
     def _resign(self) -> None:
         if self._database.lessee is not None:
             with self._database.write(durable=False) as books:
-                control.resign(books, self._database.lessee.process, LEASES_RETURNED_MAX)
+                processes.resign(books, self._database.lessee.process, LEASES_RETURNED_MAX)
 
 
 class SqliteTransaction:

@@ -1,5 +1,5 @@
 -- The verbs of a queue, as functions, so that each is one round trip, and so that a send joins a user's transaction on
--- whatever connection holds it. How messages move from state to state is as in engines/sqlite/books.py.
+-- whatever connection holds it. How messages move from state to state is as in engines/sqlite/moves.py.
 --
 -- Many transactions do this at once (READ COMMITTED). What keeps them apart:
 --   * A lease is a row's token. Whoever settles or extends compares it in the statement that writes, and it is overwritten

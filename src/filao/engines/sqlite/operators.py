@@ -1,4 +1,4 @@
-"""What operators do, in SQL: declare, look, redrive, remove, pause; and what the engine does for the dead.
+"""What operators do, in SQL: declare, look, redrive, remove, pause. `postgresql/functions/operators.sql` is the same.
 
 Like the verbs, these run on the books of a transaction, so that the counters stay exact.
 """
@@ -11,17 +11,15 @@ import msgspec
 
 from filao.codec import JSON, decode_headers
 from filao.engine import Draft, Failure, QueueStats, State, StoredMessage, instant
+from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
     COUNTERS,
     STATES,
     Books,
     Entry,
     QueueRow,
-    keys,
     oldest_ready,
-    tokens,
 )
-from filao.engines.sqlite.verbs import lose_all, release
 from filao.errors import ConfigurationError
 from filao.queue import Queue, rules_from_json, rules_to_json
 
@@ -78,7 +76,7 @@ def _arrange_all(books: Books, row: QueueRow) -> None:
         (row.id,),
     )
     for (group,) in groups.fetchall():
-        books.arrange(row, group)
+        moves.arrange(books, row, group)
 
 
 def queues(db: sqlite3.Connection) -> list[Queue]:
@@ -221,8 +219,8 @@ def redrive(books: Books, row: QueueRow, ids: Sequence[str] | None, limit: int, 
                 (edited.kind, edited.content, edited.headers, entry.number),
             )
         if entry.dedup_key is not None:
-            books.remember_again(row, entry.dedup_key, books.name_of(entry.number, entry.message_id))
-        books.give_back(row, entry)
+            moves.remember_again(books, row, entry.dedup_key, books.name_of(entry.number, entry.message_id))
+        moves.give_back(books, row, entry)
     row.count["redriven"] += len(entries)
     return len(entries)
 
@@ -231,9 +229,11 @@ def remove(books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[s
     """Delete messages in these states; whoever holds one loses its lease."""
     entries = _chosen(books, row, states, ids, limit)
     for entry in entries:
-        books.delete(row, entry, "purged" if ids is None else "cancelled")
+        moves.delete(books, row, entry, "purged" if ids is None else "cancelled")
         if ids is None:  # a purge starts afresh: what it removed may be sent again at once
-            books.unlearn(row, keys(entry.dedup_key, entry.message_id), books.name_of(entry.number, entry.message_id))
+            moves.unlearn(
+                books, row, moves.keys(entry.dedup_key, entry.message_id), books.name_of(entry.number, entry.message_id)
+            )
     return len(entries)
 
 
@@ -261,32 +261,4 @@ def pause(books: Books, row: QueueRow, *, paused: bool) -> None:
 def resume_group(books: Books, row: QueueRow, group: str) -> None:
     """Let a halted group go on."""
     books.db.execute("DELETE FROM filao_halted WHERE queue = ? AND grp = ?", (row.id, group))
-    books.arrange(row, group)
-
-
-def bury(books: Books, process: int) -> None:
-    """Take over the leases of a process that died, and strike it off."""
-    for queue in queues(books.db):
-        row = books.queue(queue.name)
-        if row is not None and row.count["leased"]:
-            lose_all(books, row, "token BETWEEN ? AND ?", tokens(process), "crashed")
-    _strike_off(books, process)
-
-
-def _strike_off(books: Books, process: int) -> None:
-    books.db.execute("DELETE FROM filao_waiting WHERE process = ?", (process,))
-    books.db.execute("DELETE FROM filao_process WHERE id = ?", (process,))
-
-
-def resign(books: Books, process: int, limit: int) -> None:
-    """Give back the leases of a process that leaves, the attempts unused, and strike it off."""
-    for queue in queues(books.db):
-        row = books.queue(queue.name)
-        if row is None or not row.count["leased"]:
-            continue
-        for entry in books.entries(
-            "INDEXED BY filao_leased WHERE queue = ? AND state = 4 AND token BETWEEN ? AND ? LIMIT ?",
-            (row.id, *tokens(process), limit),
-        ):
-            release(books, row, entry)
-    _strike_off(books, process)
+    moves.arrange(books, row, group)

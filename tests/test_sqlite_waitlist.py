@@ -9,7 +9,7 @@ import pytest
 
 import filao
 from filao.engine import Draft, Receive, Received, Send
-from filao.engines.sqlite import control, verbs
+from filao.engines.sqlite import operators, verbs
 from filao.engines.sqlite.database import Database
 
 QUEUE = filao.Queue("claims", lease=1000)
@@ -23,7 +23,7 @@ class Process:
         self.database.open()
         self.lessee = self.database.register("a test")
         with self.database.write(durable=False) as books:
-            control.declare(books, QUEUE)
+            operators.declare(books, QUEUE)
 
     def send(self, count: int, delay: float = 0.0) -> None:
         with self.database.write(durable=False) as books:

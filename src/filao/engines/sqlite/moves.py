@@ -1,0 +1,245 @@
+"""How a message moves from state to state, and what that does to the counters, to its group and to those who wait.
+
+The verbs of the queue (`send.py`, `receive.py`, `settle.py`) and of its operators (`operators.py`) are written with these
+moves, on the books of one transaction. `postgresql/functions/moves.sql` is the same, in the same order.
+"""
+
+from collections.abc import Iterable
+
+from filao.engine import HISTORY_MAX
+from filao.engines.sqlite.books import (
+    BLOCKED,
+    DEAD,
+    DEDUP_KEY,
+    DELAYED,
+    ENTRY,
+    LEASED,
+    MESSAGE_ID,
+    NO_TOKEN,
+    READY,
+    STATES,
+    Books,
+    Entry,
+    QueueRow,
+)
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def first(books: Books, row: QueueRow, group: str, state: int) -> int | None:
+    found = books.db.execute(
+        """
+        SELECT min(id)
+        FROM filao_message INDEXED BY filao_grouped
+        WHERE queue = ? AND grp = ? AND state = ?
+        """,
+        (row.id, group, state),
+    ).fetchone()
+    number: int | None = found[0]
+    return number
+
+
+def _at(books: Books, number: int) -> int:
+    at: int = books.db.execute("SELECT at FROM filao_message WHERE id = ?", (number,)).fetchone()[0]
+    return at
+
+
+def _set_state(books: Books, row: QueueRow, number: int, was: int, state: int) -> None:
+    books.db.execute("UPDATE filao_message SET state = ? WHERE id = ?", (state, number))
+    books.count_move(row, was, state)
+
+
+def is_halted(books: Books, row: QueueRow, group: str) -> bool:
+    """Return whether a dead letter stopped this group."""
+    if row.rules.group_dead != "halt":
+        return False
+    halted = books.db.execute("SELECT 1 FROM filao_halted WHERE queue = ? AND grp = ?", (row.id, group))
+    return halted.fetchone() is not None
+
+
+def arrange(books: Books, row: QueueRow, group: str) -> None:
+    """Let the first message of a group through and hold back the others; nobody moves while one is leased."""
+    books.flush()
+    books.occupied.discard((row.id, group))
+    leased, ready, delayed, blocked = (first(books, row, group, s) for s in (LEASED, READY, DELAYED, BLOCKED))
+    if leased is not None:
+        return
+    if row.rules.group_failure == "skip":
+        delayed = None  # a failed or delayed message is overtaken, not waited for
+    head = min((n for n in (ready, delayed, blocked) if n is not None), default=None)
+    if is_halted(books, row, group):
+        head = None
+    if ready is not None and ready != head:
+        _set_state(books, row, ready, READY, BLOCKED)
+    if delayed is not None and delayed != head and head is not None:
+        _set_state(books, row, delayed, DELAYED, BLOCKED)
+    if head is not None and head == blocked:
+        due = _at(books, head) <= books.now
+        _set_state(books, row, head, BLOCKED, READY if due else DELAYED)
+        if not due and row.rules.group_failure == "skip":
+            arrange(books, row, group)
+
+
+# --- deduplication ----------------------------------------------------------------------------------------------------
+
+
+def keys(dedup_key: str | None, message_id: str | None) -> list[tuple[int, str]]:
+    """Return the keys under which a message is remembered."""
+    pairs = ((DEDUP_KEY, dedup_key), (MESSAGE_ID, message_id))
+    return [(kind, key) for kind, key in pairs if key is not None]
+
+
+def remembered(books: Books, row: QueueRow, wanted: Iterable[tuple[int, str]]) -> str | None:
+    """Return the id of the message that came first under one of these keys; None when all are new."""
+    for kind, key in wanted:
+        found = books.db.execute(
+            """
+            SELECT message
+            FROM filao_dedup
+            WHERE queue = ? AND kind = ? AND key = ? AND (until IS NULL OR until > ?)
+            """,
+            (row.id, kind, key, books.now),
+        ).fetchone()
+        if found is not None:
+            name: str = found[0]
+            return name
+    return None
+
+
+def remember(books: Books, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
+    """Know these keys as long as their message is pending."""
+    for kind, key in wanted:
+        books.db.execute(
+            "INSERT OR REPLACE INTO filao_dedup (queue, kind, key, message) VALUES (?, ?, ?, ?)",
+            (row.id, kind, key, name),
+        )
+
+
+def remember_again(books: Books, row: QueueRow, dedup_key: str, name: str) -> None:
+    """Know the key of a message that came back from the dead, unless another message has taken it."""
+    books.db.execute(
+        """
+        INSERT INTO filao_dedup (queue, kind, key, message) VALUES (?, ?, ?, ?)
+        ON CONFLICT DO UPDATE SET message = excluded.message, until = NULL
+        WHERE message = excluded.message OR until <= ?
+        """,
+        (row.id, DEDUP_KEY, dedup_key, name, books.now),
+    )
+
+
+def unlearn(books: Books, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
+    """Forget the keys of a message at once."""
+    for kind, key in wanted:
+        books.db.execute(
+            "DELETE FROM filao_dedup WHERE queue = ? AND kind = ? AND key = ? AND message = ?",
+            (row.id, kind, key, name),
+        )
+
+
+def start_window(books: Books, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
+    """Let the keys of a message that has ended be forgotten after the queue's window."""
+    until = books.now + round(row.rules.dedup_window * 1000)
+    for kind, key in wanted:
+        books.db.execute(
+            "UPDATE filao_dedup SET until = ? WHERE queue = ? AND kind = ? AND key = ? AND message = ?",
+            (until, row.id, kind, key, name),
+        )
+
+
+# --- moves ------------------------------------------------------------------------------------------------------------
+
+
+def _current(books: Books, entry: Entry) -> Entry:
+    """Return an entry as it is now: another move in its group may have let it through or held it back."""
+    if entry.group is None:
+        return entry
+    return Entry(*books.db.execute(f"SELECT {ENTRY} FROM filao_message WHERE id = ?", (entry.number,)).fetchone())
+
+
+def record(books: Books, entry: Entry, outcome: str, error: str, consumer: str) -> None:
+    """Put a failed attempt into the message's history, which keeps the last 20."""
+    books.db.execute(
+        "INSERT INTO filao_failure (message, attempt, at, outcome, error, consumer) VALUES (?, ?, ?, ?, ?, ?)",
+        (entry.number, entry.attempts, books.now, outcome, error, consumer),
+    )
+    books.db.execute("UPDATE filao_message SET failures = failures + 1 WHERE id = ?", (entry.number,))
+    books.db.execute(
+        """
+        DELETE FROM filao_failure
+        WHERE id IN (SELECT id FROM filao_failure WHERE message = ? ORDER BY id DESC LIMIT -1 OFFSET ?)
+        """,
+        (entry.number, HISTORY_MAX),
+    )
+
+
+def has_crashed(books: Books, number: int) -> bool:
+    """Return whether a message's last failure was the death of its consumer."""
+    found = books.db.execute(
+        "SELECT outcome FROM filao_failure WHERE message = ? ORDER BY id DESC LIMIT 1", (number,)
+    ).fetchone()
+    return found is not None and found[0] == "crashed"
+
+
+def give_back(books: Books, row: QueueRow, entry: Entry, *, at: int | None = None, token: int = NO_TOKEN) -> None:
+    """Let a message return to its old place, ready now or delayed until `at`, behind those of its group."""
+    entry = _current(books, entry)
+    state = READY if at is None else DELAYED
+    if entry.group is not None and state == READY:
+        state = BLOCKED  # `arrange` lets it through when it is its turn
+    books.db.execute(
+        "UPDATE filao_message SET state = ?, at = ?, token = ? WHERE id = ?",
+        (state, books.now if at is None else at, token, entry.number),
+    )
+    books.count_move(row, entry.state, state)
+    if entry.group is not None:
+        arrange(books, row, entry.group)
+
+
+def die(books: Books, row: QueueRow, entry: Entry, reason: str) -> None:
+    """Make a message a dead letter."""
+    entry = _current(books, entry)
+    books.db.execute(
+        "UPDATE filao_message SET state = 6, at = ?, token = ?, reason = ? WHERE id = ?",
+        (books.now, NO_TOKEN, reason, entry.number),
+    )
+    books.count_move(row, entry.state, DEAD)
+    row.count["died"] += 1
+    if entry.dedup_key is not None:  # its message_id stays known as long as the dead letter lies there
+        start_window(books, row, keys(entry.dedup_key, None), books.name_of(entry.number, entry.message_id))
+    if entry.group is not None:
+        if row.rules.group_dead == "halt":
+            books.db.execute("INSERT OR IGNORE INTO filao_halted (queue, grp) VALUES (?, ?)", (row.id, entry.group))
+        arrange(books, row, entry.group)
+
+
+def forget(books: Books, row: QueueRow, entry: Entry, *, had_failed: bool) -> None:
+    """Clear up behind a message that is gone."""
+    if had_failed:
+        books.db.execute("DELETE FROM filao_failure WHERE message = ?", (entry.number,))
+    if entry.dedup_key is not None or entry.message_id is not None:
+        name = books.name_of(entry.number, entry.message_id)
+        start_window(books, row, keys(entry.dedup_key, entry.message_id), name)
+    if entry.group is not None:
+        arrange(books, row, entry.group)
+
+
+def delete(books: Books, row: QueueRow, entry: Entry, counter: str) -> None:
+    """Remove a message for good, and count it under `counter`."""
+    entry = _current(books, entry)
+    books.db.execute("DELETE FROM filao_message WHERE id = ?", (entry.number,))
+    row.count[STATES[entry.state]] -= 1
+    row.count[counter] += 1
+    forget(books, row, entry, had_failed=True)
+
+
+def lose(books: Books, row: QueueRow, entry: Entry, token: int, outcome: str) -> None:
+    """End a lease whose consumer said nothing: the attempt is used; the next consumer, or death, takes the message.
+
+    The token stays until somebody receives the message, so that a late ack of work that was done still counts.
+    """
+    row.count["lost"] += 1
+    record(books, entry, outcome, "", books.consumer_of(token))
+    if entry.attempts >= row.rules.max_attempts:
+        die(books, row, entry, "max_attempts")
+    else:
+        give_back(books, row, entry, token=token)

@@ -1,0 +1,162 @@
+"""Receiving: what is due, the claim, those who wait. `postgresql/functions/receive.sql` is the same in SQL."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from filao.engine import Delivery, Receive, Received
+from filao.engines.line import deal
+from filao.engines.sqlite import moves, waitlist
+from filao.engines.sqlite.books import ENTRY, Books, Entry, QueueRow, tokens
+from filao.errors import FilaoError
+
+DUE_MAX = 5_000  # rows of a kind that one receive makes ready: about 50 ms of the write lock; the next one goes on
+
+_DELIVERED = "id, priority, attempts, grp, dedup_key, message_id, headers, kind, content, sent_at, failures"
+_LEASE = f"""
+    UPDATE filao_message
+    SET state = 4, at = ?, token = ?, attempts = attempts + 1
+    WHERE id IN (
+        SELECT id
+        FROM filao_message INDEXED BY filao_ready
+        WHERE queue = ? AND state = 2
+        ORDER BY priority DESC, id
+        LIMIT ?
+    )
+    RETURNING {_DELIVERED}
+"""
+
+
+@dataclass(slots=True)
+class Lessee:
+    """The process that receives: its leases carry its number, so that they can be found when it dies."""
+
+    process: int
+    name: str
+    leases: int = 0
+    waits: set[int] = field(default_factory=set[int])
+    """The queues on whose waiting lists it may stand."""
+
+    def next_token(self) -> int:
+        """Return a token that no other lease of this file ever had; those of one statement share it."""
+        self.leases += 1
+        return tokens(self.process)[0] + self.leases
+
+
+def receive(books: Books, asked: Sequence[Receive], lessee: Lessee) -> Sequence[Received | FilaoError]:
+    """Serve receives of the same terms with one statement, and deal what it finds like cards."""
+    row = books.queue(asked[0].queue)
+    if row is None:
+        return [books.not_found(asked[0].queue)] * len(asked)
+    found = [] if row.paused else _lease(books, row, asked, lessee)
+    hands = deal(found, [one.limit for one in asked])
+    missed = [len(hand) < max(one.waiting, 1) for hand, one in zip(hands, asked, strict=True)]
+    wanted = [
+        one.limit - len(hand) if one.waiting and miss else 0
+        for hand, one, miss in zip(hands, asked, missed, strict=True)
+    ]
+    _queue_up(books, row, lessee, sum(wanted), served=bool(found))
+    if not any(missed):
+        return [Received(hand) for hand in hands]
+    due_in = time_to_due(books, row)
+    return [Received(hand, due_in if miss else None) for hand, miss in zip(hands, missed, strict=True)]
+
+
+def _lease(books: Books, row: QueueRow, asked: Sequence[Receive], lessee: Lessee) -> list[Delivery]:
+    books.flush()
+    make_due(books, row)
+    limit = sum(one.limit for one in asked)
+    if row.count["ready"] and all(one.waiting for one in asked):
+        limit = min(limit, row.count["ready"] - waitlist.promised(books, row, lessee.process))
+    if not row.count["ready"] or limit <= 0:
+        return []
+    token = lessee.next_token()
+    until = books.now + round((asked[0].lease or row.rules.lease) * 1000)
+    found = books.db.execute(_LEASE, (until, token, row.id, limit)).fetchall()
+    row.count["ready"] -= len(found)
+    row.count["leased"] += len(found)
+    row.count["received"] += len(found)
+    row.fresh = True  # if any is left, it is for the next who waits
+    found.sort(key=lambda fields: (-fields[1], fields[0]))
+    return [_delivery(books, row.rules.name, token, fields) for fields in found]
+
+
+def _queue_up(books: Books, row: QueueRow, lessee: Lessee, wants: int, *, served: bool) -> None:
+    """Wait for so many messages; whoever was served does so behind the others."""
+    if served and row.id in lessee.waits:
+        waitlist.leave(books, row, lessee.process)
+        lessee.waits.discard(row.id)
+    if wants:
+        waitlist.wait(books, row, lessee.process, wants)
+        lessee.waits.add(row.id)
+
+
+def _delivery(books: Books, queue: str, token: int, fields: Sequence[Any]) -> Delivery:
+    number, priority, attempt, group, dedup_key, message_id, headers, kind, content, sent_at, failures = fields
+    name = books.name_of(number, message_id)
+    about = (priority, group, dedup_key, message_id, headers, kind, content, sent_at, failures)
+    return Delivery(queue, name, number, token, attempt, *about, bool(failures) and moves.has_crashed(books, number))
+
+
+def make_due(books: Books, row: QueueRow) -> None:
+    """Make ready what is due, delayed messages and those whose lease ran out; bury what outlived its ttl."""
+    if row.count["delayed"]:
+        for entry in books.entries(
+            f"INDEXED BY filao_delayed WHERE queue = ? AND state = 3 AND at <= ? ORDER BY at LIMIT {DUE_MAX}",
+            (row.id, books.now),
+        ):
+            moves.give_back(books, row, entry)
+    if row.count["leased"]:
+        lose_all(books, row, "at <= ?", (books.now,), "lease_expired")
+    _expire(books, row)
+
+
+def lose_all(books: Books, row: QueueRow, which: str, parameters: tuple[object, ...], outcome: str) -> None:
+    """End the leases of a queue that a clause finds, oldest first."""
+    found = books.db.execute(
+        f"""
+        SELECT token, {ENTRY}
+        FROM filao_message INDEXED BY filao_leased
+        WHERE queue = ? AND state = 4 AND {which}
+        ORDER BY at
+        LIMIT {DUE_MAX}
+        """,
+        (row.id, *parameters),
+    ).fetchall()
+    for token, *fields in found:
+        moves.lose(books, row, Entry(*fields), token, outcome)
+
+
+def _expire(books: Books, row: QueueRow) -> None:
+    for entry in books.entries(
+        f"""
+        INDEXED BY filao_expiring
+        WHERE queue = ? AND expires_at <= ? AND state IN (2, 3, 5)
+        LIMIT {DUE_MAX}
+        """,
+        (row.id, books.now),
+    ):
+        if row.rules.on_expiry == "drop":
+            moves.delete(books, row, entry, "dropped")
+        else:
+            moves.record(books, entry, "expired", "it outlived its ttl", "")
+            moves.die(books, row, entry, "expired")
+
+
+def time_to_due(books: Books, row: QueueRow) -> float | None:
+    """Return the seconds until the next delayed message or running lease is due, or what is promised to others is not."""
+    found = books.db.execute(
+        """
+        SELECT min(at)
+        FROM (
+            SELECT min(at) AS at FROM filao_message INDEXED BY filao_delayed WHERE queue = ?1 AND state = 3
+            UNION ALL
+            SELECT min(at) AS at FROM filao_message INDEXED BY filao_leased WHERE queue = ?1 AND state = 4
+        )
+        """,
+        (row.id,),
+    ).fetchone()
+    times = [] if found[0] is None else [max(0.0, (found[0] - books.now) / 1000)]
+    if row.count["ready"] and not row.paused:
+        times.append(waitlist.PROMISED_FOR / 1000)
+    return min(times, default=None)

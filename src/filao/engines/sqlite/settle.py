@@ -1,0 +1,199 @@
+"""Settling and extending. `postgresql/functions/settle.sql` is the same in SQL.
+
+A lease is a row's token. Every statement that settles or extends compares it, and it is overwritten only when somebody
+else receives the message: a settle that matches is therefore always safe, even late, and one that does not match
+changes nothing.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from filao.engine import Ack, Delivery, Extend, Nack, Operation, Reject, Settle
+from filao.engines.sqlite import moves
+from filao.engines.sqlite.books import (
+    BLOCKED,
+    ENTRY,
+    LEASED,
+    READY,
+    ROWS_AT_ONCE,
+    STATES,
+    Books,
+    Entry,
+    QueueRow,
+    slices,
+)
+from filao.engines.sqlite.receive import Lessee
+from filao.errors import FilaoError, LeaseLost
+from filao.queue import retry_delay
+
+_DELETES = {
+    rows: f"""
+    DELETE FROM filao_message
+    WHERE id IN ({", ".join("?" * rows)})
+      AND (id, token) IN (VALUES {", ".join(["(?, ?)"] * rows)})
+      AND state = 4 AND at > ?
+    """
+    for rows in ROWS_AT_ONCE
+}
+
+
+_EXTENDS = {
+    rows: f"""
+    UPDATE filao_message
+    SET at = ?
+    WHERE id IN ({", ".join("?" * rows)})
+      AND (id, token) IN (VALUES {", ".join(["(?, ?)"] * rows)})
+      AND state = 4 AND at > ?
+    """
+    for rows in ROWS_AT_ONCE
+}
+
+
+def settle(books: Books, operation: Settle, lessee: Lessee) -> FilaoError | None:
+    """End a lease as its outcome says, unless it is no longer the caller's."""
+    delivery, outcome = operation.delivery, operation.outcome
+    row = books.queue(delivery.queue)
+    if row is None:
+        return books.not_found(delivery.queue)
+    if isinstance(outcome, Ack) and _ack_in_time(books, delivery):
+        row.count["leased"] -= 1
+        row.count["acked"] += 1
+        moves.forget(books, row, _entry(delivery), had_failed=delivery.failures > 0)
+        return None
+    entry = _held(books, row, delivery)
+    if entry is None:
+        return _lease_lost(books, delivery)
+    match outcome:
+        case Ack():
+            moves.delete(books, row, entry, "acked")
+        case Nack(delay, error):
+            row.count["nacked"] += 1
+            moves.record(books, entry, "nacked", error, lessee.name)
+            _fail(books, row, entry, delay)
+        case Reject(error, malformed):
+            reason = "malformed" if malformed else "rejected"
+            moves.record(books, entry, reason, error, lessee.name)
+            moves.die(books, row, entry, reason)
+        case _:
+            release(books, row, entry)
+    return None
+
+
+def release(books: Books, row: QueueRow, entry: Entry) -> None:
+    """Give a leased message back as if it had not been delivered."""
+    row.count["released"] += 1
+    books.db.execute("UPDATE filao_message SET attempts = attempts - 1 WHERE id = ?", (entry.number,))
+    moves.give_back(books, row, entry)
+
+
+def _ack_in_time(books: Books, delivery: Delivery) -> bool:
+    """Delete a message whose lease is running: the whole of most acks."""
+    deleted = books.db.execute(
+        "DELETE FROM filao_message WHERE id = ? AND token = ? AND state = 4 AND at > ?",
+        (delivery.handle, delivery.token, books.now),
+    )
+    return deleted.rowcount == 1
+
+
+def _held(books: Books, row: QueueRow, delivery: Delivery) -> Entry | None:
+    """Return the message if this delivery's lease is still the last one; count it when its time had run out."""
+    found = books.db.execute(
+        f"SELECT at, {ENTRY} FROM filao_message WHERE id = ? AND token = ?",
+        (delivery.handle, delivery.token),
+    ).fetchone()
+    if found is None:
+        return None
+    at, *fields = found
+    entry = Entry(*fields)
+    row.count["late"] += entry.state != LEASED or at <= books.now
+    return entry
+
+
+def _fail(books: Books, row: QueueRow, entry: Entry, delay: float | None) -> None:
+    again = retry_delay(row.rules, entry.attempts, random.random())
+    if again is None:
+        moves.die(books, row, entry, "max_attempts")
+        return
+    wait = round((again if delay is None else delay) * 1000)
+    moves.give_back(books, row, entry, at=books.now + wait if wait else None)
+
+
+def extend(books: Books, operation: Extend) -> FilaoError | None:
+    """Let a lease end so many seconds from now; a lease that ran out but was not taken over runs again."""
+    delivery = operation.delivery
+    row = books.queue(delivery.queue)
+    if row is None:
+        return books.not_found(delivery.queue)
+    entry = _held(books, row, delivery)
+    if entry is None or entry.state == BLOCKED:  # blocked: its group went on without it
+        return _lease_lost(books, delivery)
+    books.db.execute(
+        "UPDATE filao_message SET state = 4, at = ? WHERE id = ? AND token = ?",
+        (books.now + round(operation.seconds * 1000), delivery.handle, delivery.token),
+    )
+    books.count_move(row, entry.state, LEASED)
+    return None
+
+
+def _entry(delivery: Delivery) -> Entry:
+    return Entry(delivery.handle, LEASED, delivery.attempt, delivery.group, delivery.dedup_key, delivery.message_id)
+
+
+def _lease_lost(books: Books, delivery: Delivery) -> LeaseLost:
+    found = books.db.execute("SELECT state, attempts FROM filao_message WHERE id = ?", (delivery.handle,)).fetchone()
+    if found is None:
+        now = "it is gone: somebody else finished it, or it was purged"
+    elif found[0] == LEASED:
+        now = f"another consumer holds it, as attempt {found[1]}"
+    else:
+        now = f"it is {STATES[found[0]]} again" if found[0] == READY else f"it is {STATES[found[0]]}"
+    return LeaseLost(
+        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost; {now}. "
+        f"Nothing was changed. Work that takes longer than the queue's lease must extend it."
+    )
+
+
+def is_plain_ack(operation: Operation) -> bool:
+    """Return whether it is an ack that has nothing to clear up but its message."""
+    if not isinstance(operation, Settle) or not isinstance(operation.outcome, Ack):
+        return False
+    about = operation.delivery
+    return about.group is None and about.dedup_key is None and about.message_id is None and not about.failures
+
+
+def ack_together(books: Books, acks: Sequence[Operation]) -> bool:
+    """Delete the messages of many acks with a few statements; if one of them is not in time, undo it and return False."""
+    deliveries = [ack.delivery for ack in acks if isinstance(ack, Settle)]
+    if not _all_in_time(books, _DELETES, (), deliveries):
+        return False
+    for delivery in deliveries:
+        row = books.queue(delivery.queue)
+        assert row is not None, "it held a message"
+        row.count["leased"] -= 1
+        row.count["acked"] += 1
+    return True
+
+
+def extend_together(books: Books, extends: Sequence[Extend]) -> bool:
+    """Extend many leases by the same time with a few statements, or none and return False."""
+    if len({extend.seconds for extend in extends}) != 1:
+        return False
+    until = books.now + round(extends[0].seconds * 1000)
+    return _all_in_time(books, _EXTENDS, (until,), [extend.delivery for extend in extends])
+
+
+def _all_in_time(
+    books: Books, statements: Mapping[int, str], first: tuple[int, ...], deliveries: Sequence[Delivery]
+) -> bool:
+    """Change many messages with a few statements; if one of their leases is not running, undo it and return False."""
+    if len(deliveries) < 2:
+        return False
+    books.db.execute("SAVEPOINT together")
+    changed = 0
+    for some in slices(deliveries):
+        pairs = [value for delivery in some for value in (delivery.handle, delivery.token)]
+        changed += books.db.execute(statements[len(some)], (*first, *pairs[::2], *pairs, books.now)).rowcount
+    if changed < len(deliveries):
+        books.db.execute("ROLLBACK TO together")
+    books.db.execute("RELEASE together")
+    return changed == len(deliveries)
