@@ -1,14 +1,17 @@
 """Group commit: who shares a batch with whom, and who learns of a failure."""
 
 import asyncio
+import threading
+from collections.abc import Awaitable
 
 import pytest
 
 from filao.batching import BATCH_MAX, Batcher
-from filao.engine import Batch, Receive, Result
+from filao.engine import Batch, Operation, Receive, Result
 from filao.errors import EngineError, EngineUnavailable, FilaoError, QueueFull
 
 pytestmark = pytest.mark.anyio
+PATIENCE = 20.0  # seconds after which a call that never returns fails its test
 
 
 class Commits:
@@ -155,3 +158,53 @@ async def test_an_engine_that_cannot_begin_fails_those_who_waited_for_it() -> No
     commits.away = None
     assert await batcher.submit(ask("c")) is None
     assert commits.batches == [["c"]]
+
+
+async def test_a_batch_may_be_taken_in_another_thread_before_the_loop_has_gone_on() -> None:
+    sizes: list[int] = []
+
+    async def done(results: list[Result]) -> list[Result]:
+        return results
+
+    def execute(batch: Batch) -> Awaitable[list[Result]]:
+        taken: list[Operation] = []
+        thread = threading.Thread(target=lambda: taken.extend(batch.take(lambda _: True)))
+        thread.start()
+        thread.join()
+        sizes.append(len(taken))
+        return done([None] * len(taken))
+
+    batcher = Batcher(execute, lambda _: None)
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.gather(*(batcher.submit(ask("a")) for _ in range(BATCH_MAX + 1)))
+    assert sizes == [BATCH_MAX, 1]
+
+
+async def test_an_engine_with_one_lane_is_never_given_two_batches_at_once() -> None:
+    at_once: list[int] = []
+    running = 0
+
+    async def execute(batch: Batch) -> list[Result]:
+        nonlocal running
+        running += 1
+        at_once.append(running)
+        taken = batch.take(lambda _: True)
+        await asyncio.sleep(0)
+        running -= 1
+        return [None] * len(taken)
+
+    def return_it(_: Result) -> None:
+        """Do as a broker does with what a cancelled caller received: something else is submitted while a batch ends."""
+        later.append(batcher.submit(ask("given back")))
+
+    later: list[asyncio.Future[Result]] = []
+    batcher = Batcher(execute, return_it)
+    first, second = batcher.submit(ask("a")), batcher.submit(ask("b"))
+    await asyncio.sleep(0)
+    others = [batcher.submit(ask("c")) for _ in range(BATCH_MAX)]
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(second, *others)
+    await asyncio.gather(*later)
+    assert later
+    assert max(at_once) == 1

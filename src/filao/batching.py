@@ -58,23 +58,28 @@ class Batcher:
         """Let the engine do what has gathered, or rest."""
         self._is_called = False
         waiting = self._suspects or self._gathered
+        if len(self._doing) >= self._lanes:
+            return  # the batch that ends will begin the next: here, somebody was called back while it ended
         if waiting:
             receives = sum(isinstance(operation, Receive) for operation, _ in waiting)
             taken: list[_Entry] = []
-            batch = Batch(receives > 0, receives < len(waiting), partial(self._take, taken))
-            doing = asyncio.ensure_future(self._execute(batch))
+            take = partial(self._take, asyncio.get_running_loop(), taken)
+            doing = asyncio.ensure_future(self._execute(Batch(receives > 0, receives < len(waiting), take)))
             self._doing.add(doing)
-            doing.add_done_callback(partial(self._finish, taken, len(waiting)))
+            doing.add_done_callback(partial(self._finish, taken))
         elif not self._doing:
             for idle in self._idle:
                 if not idle.done():
                     idle.set_result(None)
             self._idle.clear()
 
-    def _take(self, taken: list[_Entry], accept: Callable[[Operation], bool]) -> list[Operation]:
-        """Take the next batch, in order, up to what is not accepted; whoever was cancelled before is left out.
+    def _take(
+        self, loop: asyncio.AbstractEventLoop, taken: list[_Entry], accept: Callable[[Operation], bool]
+    ) -> list[Operation]:
+        """Take the next batch, in order, up to what is not accepted; those that were cancelled before are left out.
 
         The engine calls it, in whatever thread, once it can begin: what came while it waited for that comes along.
+        Nothing but the two queues is touched here, because the loop goes on meanwhile.
         """
         waiting = self._suspects or self._gathered
         size = 1 if self._suspects else BATCH_MAX
@@ -82,12 +87,11 @@ class Batcher:
             entry = waiting.popleft()
             if not entry[1].cancelled():
                 taken.append(entry)
-        if waiting and len(self._doing) < self._lanes and not self._is_called:  # the rest need not wait for this batch
-            self._is_called = True
-            asyncio.get_running_loop().call_soon(self._begin)
+        if waiting and self._lanes > 1:  # the rest need not wait for this batch
+            loop.call_soon_threadsafe(self._begin)
         return [operation for operation, _ in taken]
 
-    def _finish(self, entries: list[_Entry], planned: int, done: "asyncio.Future[list[Result]]") -> None:
+    def _finish(self, entries: list[_Entry], done: "asyncio.Future[list[Result]]") -> None:
         """Give each caller its result, and begin the next batch."""
         self._doing.discard(done)
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
@@ -103,15 +107,15 @@ class Batcher:
             self._suspects.extend(entries)
         else:
             # With the storage away all fail alike, and as it is in doubt what was stored, nothing is done twice.
-            for _, future in entries or self._never_begun(planned):
+            for _, future in entries or self._never_begun():
                 if not future.done():
                     future.set_exception(error)
         self._begin()
 
-    def _never_begun(self, planned: int) -> list[_Entry]:
-        """Take back those for whom the engine could not even begin."""
+    def _never_begun(self) -> list[_Entry]:
+        """Take back all for whom the engine could not even begin: so nobody waits for longer than it tries once."""
         waiting = self._suspects or self._gathered
-        return [waiting.popleft() for _ in range(min(planned, len(waiting)))]
+        return [waiting.popleft() for _ in range(len(waiting))]
 
 
 def look_away(future: "asyncio.Future[Result]") -> None:
