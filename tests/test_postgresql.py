@@ -435,6 +435,23 @@ _NO_CALL = """
 """
 
 
+async def test_whatever_anybody_notifies_the_listener_goes_on(url, monkeypatch) -> None:
+    monkeypatch.setattr(engine_module, "POLL_INTERVAL", 600.0)
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        assert await broker.receive_from_queue("claims", wait=0) is None
+        with psycopg.connect(url, autocommit=True) as stranger:
+            for payload in ("garbage", "", "-1", "9" * 4000, "٣", "1e3", "0x1"):
+                stranger.execute("SELECT pg_notify('filao_' || id, %s) FROM filao.process", (payload,))
+        waiting = asyncio.create_task(broker.receive_from_queue("claims"))
+        async with asyncio.timeout(20), filao.connect(url) as sender:
+            with psycopg.connect(url, autocommit=True) as operator:
+                while operator.execute("SELECT count(*) FROM filao.waiting").fetchone() != (1,):
+                    await asyncio.sleep(0.01)
+            await sender.send_to_queue("claims", 7)
+            assert (await waiting).body == 7
+
+
 async def test_a_process_that_was_struck_off_though_it_lives_registers_anew_and_listens_once(url, broker) -> None:
     await broker.send_to_queue("claims", 1)
     await (await broker.receive_from_queue("claims")).ack()

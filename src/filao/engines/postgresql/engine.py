@@ -45,6 +45,7 @@ from filao.engines.postgresql.schema import migrate
 from filao.engines.postgresql.server import Connection, Link, Pool, Server, in_time
 from filao.engines.statements import check_statement, for_psycopg
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
+from filao.guarded import for_ever
 from filao.queue import Queue, not_found, rules_from_json, rules_to_json
 
 R = TypeVar("R")
@@ -76,9 +77,9 @@ class PostgresqlEngine:
         self._server = Server(url, durable=durable)
         self._durable = durable
         self._clock = clock
-        self._main = Link(self._server)
-        self._pool = Pool(self._server, CONNECTIONS_MAX)
         self._listener = Listener(self._server, self._heard)
+        self._main = Link(self._server, self._listener.nudge)
+        self._pool = Pool(self._server, CONNECTIONS_MAX)
         self._database = ""
         self._lines: dict[str, Line] = {}
         self._numbers: dict[str, int] = {}
@@ -86,6 +87,7 @@ class PostgresqlEngine:
         self._missed: dict[int, float] = {}
         """Processes that showed no sign of life, and since when."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._tidied = self._vacuumed = time.monotonic()
         self._dead_rows = 0
         self._is_listening = False
         self._is_closing = False
@@ -100,7 +102,7 @@ class PostgresqlEngine:
         except BaseException:
             await self._main.close()
             raise
-        self._start(self._watch())
+        self._start(for_ever("the watch over PostgreSQL's queues", self._watch))
 
     def twin(self) -> "PostgresqlEngine":
         """Return an engine on the same database."""
@@ -312,21 +314,19 @@ class PostgresqlEngine:
 
     async def _watch(self) -> None:
         """As a process that receives, poll for what calls nobody, and look for deaths; every now and then, tidy up."""
-        tidied = vacuumed = time.monotonic()
-        while True:
-            await asyncio.sleep(POLL_INTERVAL)
-            with suppress(FilaoError):  # a server that fails says so to those who call it
-                if self._listener.process and not self._server.is_pooled:
-                    await self._look_for_deaths()
-                if time.monotonic() - tidied > TIDY_INTERVAL:
-                    tidied = time.monotonic()
-                    while await self._value("SELECT filao.tidy(%s)", self._moment()):
-                        pass
-                if time.monotonic() - vacuumed > VACUUM_INTERVAL:
-                    vacuumed = time.monotonic()
-                    await self._vacuum()
-                await self._pool.close(UNUSED_MAX)
-            self._heard(0)
+        await asyncio.sleep(POLL_INTERVAL)
+        with suppress(FilaoError):  # a server that fails says so to those who call it
+            if self._listener.process and not self._server.is_pooled:
+                await self._look_for_deaths()
+            if time.monotonic() - self._tidied > TIDY_INTERVAL:
+                self._tidied = time.monotonic()
+                while await self._value("SELECT filao.tidy(%s)", self._moment()):
+                    pass
+            if time.monotonic() - self._vacuumed > VACUUM_INTERVAL:
+                self._vacuumed = time.monotonic()
+                await self._vacuum()
+            await self._pool.close(UNUSED_MAX)
+        self._heard(0)
 
     async def _vacuum(self) -> None:
         """Let the room of what is gone be used again, unless another process is at it; of a table at rest, give it back."""

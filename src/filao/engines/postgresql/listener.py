@@ -7,7 +7,6 @@ another connection there can be neither, and polling and the leases' time must d
 
 import asyncio
 import os
-import random
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +14,7 @@ from contextlib import suppress
 import psycopg
 
 from filao.engines.postgresql.server import Connection, Server
-from filao.errors import FilaoError
+from filao.guarded import for_ever
 
 ALIVE = 0x46696C61  # "Fila", the first key of the advisory locks that processes hold
 RETRY_MAX = 5.0  # seconds between tries to reach the server again
@@ -42,6 +41,8 @@ class Listener:
         """The number of this process; 0 before it has received anything."""
         self._tokens = 0
         self._registered = asyncio.Event()
+        self._reachable = asyncio.Event()
+        """Set when the server answered on another connection."""
 
     def next_token(self) -> int:
         """Return a token that no other lease ever had."""
@@ -76,22 +77,26 @@ class Listener:
 
     async def run(self) -> None:
         """Hear calls for ever; when the session is lost, begin another."""
-        pause = 0.0
-        while True:
-            connection = self._connection
-            try:
-                if connection is None or connection.closed:
-                    await self._registered.wait()  # else the next receive registers us anew
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-                    pause = min(2 * pause or 0.1, RETRY_MAX)
-                    await self._listen(self.process)
-                    self._call(0)  # there may have been calls meanwhile
-                    continue
-                pause = 0.0
+        await for_ever("the PostgreSQL listener", self._hear, wake=self._reachable, pause_max=RETRY_MAX)
+
+    def nudge(self) -> None:
+        """Try again now to reach the server: it answered somebody else of this process."""
+        self._reachable.set()
+
+    async def _hear(self) -> None:
+        """Begin a session, or hear calls until it is lost."""
+        connection = self._connection
+        if connection is None or connection.closed:
+            await self._registered.wait()  # else the next receive registers us anew
+            await self._listen(self.process)
+            self._call(0)  # there may have been calls meanwhile
+            return
+        try:
+            with self._server.mapped():
                 async for notification in connection.notifies():
-                    self._call(int(notification.payload))
-            except (psycopg.Error, OSError, FilaoError):
-                await self._hang_up()
+                    self._call(_called(notification.payload))
+        finally:
+            await self._hang_up()
 
     async def close(self) -> None:
         """End the session."""
@@ -107,6 +112,11 @@ class Listener:
         """Forget the session in a child after a fork."""
         _ABANDONED.append(self._connection)
         self._connection = None
+
+
+def _called(payload: str) -> int:
+    """Return the number of the queue that a call names. Anybody may notify; what names none is a call to all queues."""
+    return int(payload) if payload.isascii() and payload.isdigit() and len(payload) < 10 else 0
 
 
 _ABANDONED: list[object] = []

@@ -3,7 +3,7 @@
 import asyncio
 import select
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -154,8 +154,10 @@ def in_time() -> asyncio.Timeout:
 class Link:
     """A connection that is opened when it is needed, and anew after it was lost."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, opened: Callable[[], None]) -> None:
         self._server = server
+        self._opened = opened
+        """Called when the server answers after it was lost."""
         self._connection: Connection | None = None
         self.lock = asyncio.Lock()
         """Held by whoever uses it."""
@@ -178,6 +180,7 @@ class Link:
         if connection is None or _is_lost(connection):
             await self.close()
             connection = self._connection = await self._server.connect()
+            self._opened()
         return connection
 
     async def close(self) -> None:

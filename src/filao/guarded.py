@@ -1,0 +1,63 @@
+"""Tasks in the background, which cannot die of what they are given: an error ends one turn, and the next one begins.
+
+A notification, a datagram or a row that nobody expected ends a turn at most, never the task: consumers would be woken
+late, or not at all, and nobody would hear why.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from filao.errors import FilaoError
+
+log = logging.getLogger("filao")
+
+PAUSE_MIN = 0.1  # seconds after a first turn that failed
+PAUSE_MAX = 5.0  # seconds at most after one of many that failed in a row
+
+
+async def for_ever(
+    what: str,
+    turn: Callable[[], Awaitable[object]],
+    *,
+    wake: asyncio.Event | None = None,
+    pause_max: float = PAUSE_MAX,
+) -> NoReturn:
+    """Take one turn after another until the task is cancelled.
+
+    A turn that failed is followed by a pause, which grows while turns fail, is drawn at random, so that many processes
+    do not come at once, and ends when `wake` is set. A `FilaoError` is the storage's, which says it to those who call
+    it, so it is logged for debugging only. Any other error was foreseen by nobody: it is logged with its traceback, but
+    once while it repeats itself.
+    """
+    pause, said = 0.0, ""
+    while True:
+        try:
+            await turn()
+            pause, said = 0.0, ""
+        except Exception as error:
+            said = _say(what, error, said)
+            pause = min(2 * pause or PAUSE_MIN, pause_max)
+            await _rest(pause * random.uniform(0.5, 1.0), wake)
+
+
+async def _rest(seconds: float, wake: asyncio.Event | None) -> None:
+    if wake is None:
+        await asyncio.sleep(seconds)
+        return
+    wake.clear()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await wake.wait()
+
+
+def _say(what: str, error: Exception, said_before: str) -> str:
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, FilaoError) or text == said_before:
+        log.debug("%s failed and goes on: %r", what, text)
+    else:
+        log.error("%s failed and goes on: %r", what, text, exc_info=error)
+    return text
