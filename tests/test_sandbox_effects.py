@@ -2,6 +2,7 @@
 
 import pytest
 
+from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.turnstile import Turnstile, is_passable
 from filao.sandbox.journal import Record, What
 from filao.sandbox.web.effects import Effects, Payment
@@ -103,9 +104,8 @@ def test_a_claim_that_an_operator_removed_is_not_lost() -> None:
 
 
 def test_one_gets_through_a_turnstile_in_which_nobody_stands(tmp_path) -> None:
-    path = tmp_path / "turnstile"
-    turnstile = Turnstile(path)
+    turnstile = Turnstile(Folder(tmp_path, tmp_path.stat()))
     with turnstile.turn():
-        assert not is_passable(path, 0.01)
-    assert is_passable(path, 0.01)
+        assert not is_passable(tmp_path, 0.01)
+    assert is_passable(tmp_path, 0.01)
     turnstile.close()

@@ -6,18 +6,26 @@ import select
 import pytest
 
 from filao.engines.sqlite.bell import Belfry, Bell
+from filao.engines.sqlite.folder import Folder
 
 
 @pytest.fixture
-def bell(tmp_path):
-    bell = Bell(tmp_path)
+def folder(tmp_path):
+    folder = Folder(tmp_path, tmp_path.stat())
+    yield folder
+    folder.close()
+
+
+@pytest.fixture
+def bell(folder):
+    bell = Bell(folder)
     yield bell
     bell.close()
 
 
 @pytest.fixture
-def belfry(tmp_path):
-    belfry = Belfry(tmp_path)
+def belfry(folder):
+    belfry = Belfry(folder)
     yield belfry
     belfry.close()
 
@@ -49,8 +57,8 @@ def test_an_owner_that_died_is_found_dead(bell, belfry) -> None:
     belfry.ring(bell.name, 7)  # for nobody, and no error
 
 
-def test_a_bell_that_was_taken_down_tells_nothing(belfry, tmp_path) -> None:
-    bell = Bell(tmp_path)
+def test_a_bell_that_is_not_there_belongs_to_the_dead(folder, belfry) -> None:
+    bell = Bell(folder)
     bell.close()
     belfry.ring(bell.name, 7)
-    assert belfry.is_alive(bell.name)  # a bell that is not there tells nothing about its owner
+    assert not belfry.is_alive(bell.name)

@@ -16,7 +16,13 @@ MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent.name != "p
 ORDER = [  # what stands above; a module imports only from here upwards
     *("errors", "guarded", "queue", "codec", "engine", "draft", "message", "connections"),
     *("engines.line", "engines.statements", "engines.parcels"),
-    *("engines.sqlite.turnstile", "engines.sqlite.bell", "engines.sqlite.files", "engines.sqlite.thread"),
+    *(
+        "engines.sqlite.folder",
+        "engines.sqlite.turnstile",
+        "engines.sqlite.bell",
+        "engines.sqlite.files",
+        "engines.sqlite.thread",
+    ),
     *(
         f"engines.sqlite.{name}"
         for name in (

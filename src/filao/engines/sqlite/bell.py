@@ -12,7 +12,8 @@ import secrets
 import struct
 import time
 from collections.abc import Collection
-from pathlib import Path
+
+from filao.engines.sqlite.folder import Folder
 
 _RING = struct.Struct("=q")
 _READ_MAX = 4096  # bytes: a FIFO's reader takes all rings that came together
@@ -23,13 +24,16 @@ _ENTERED_WITHIN = 60.0  # seconds from the hanging of a bell until its owner is 
 class Bell:
     """The bell of this process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.name = secrets.token_hex(8)
-        self._path = folder / self.name
-        os.mkfifo(self._path, 0o600)
-        self.reader = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        # A writer of our own: otherwise the reader would see "end of file" whenever nobody is ringing.
-        self._writer = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._folder = folder
+        self.reader, self._writer = folder.make_bell(self.name), -1
+        try:
+            # A writer of our own: otherwise the reader would see "end of file" whenever nobody is ringing.
+            self._writer = folder.open_bell(self.name)
+        except BaseException:
+            self.close()
+            raise
 
     def heard(self) -> set[int]:
         """Return the queues that were rung for since the last call."""
@@ -41,7 +45,7 @@ class Bell:
 
     def close(self) -> None:
         """Take the bell down."""
-        self._path.unlink(missing_ok=True)
+        self._folder.remove_bell(self.name)
         self.let_go()
 
     def let_go(self) -> None:
@@ -55,7 +59,7 @@ class Bell:
 class Belfry:
     """The bells of the other processes, as this one rings them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._ropes: dict[str, int] = {}
         """The writing ends that were opened: a process that was rung for once will be again."""
@@ -71,23 +75,27 @@ class Belfry:
             self._drop(name)  # it is dead, or we have no file descriptor left: whoever lives finds it by polling
 
     def is_alive(self, name: str) -> bool:
-        """Return whether the process that owns this bell lives; True whenever that cannot be told."""
+        """Return whether the process that owns this bell lives; True whenever that cannot be told.
+
+        Whoever lives has its bell here from before it was entered until after it was struck off; should it lose its
+        folder, it confirms nothing any more (see `ground.py`). So a bell that is not there belongs to the dead too.
+        """
         try:
-            os.close(self._open(name))
+            os.close(self._folder.open_bell(name))
         except OSError as error:
-            return error.errno != errno.ENXIO  # nobody has the reading end
+            return error.errno not in (errno.ENXIO, errno.ENOENT, errno.ELOOP)  # nobody reads it, or it is no bell
         return True
 
     def take_down(self, name: str) -> None:
         """Remove the bell of a process that died."""
         self._drop(name)
-        (self._folder / name).unlink(missing_ok=True)
+        self._folder.remove_bell(name)
 
     def forgotten(self, known: Collection[str]) -> list[str]:
         """Return the bells of processes that died before they were entered anywhere."""
         before = time.time() - _ENTERED_WITHIN
-        unknown = [path for path in self._folder.iterdir() if path.is_fifo() and path.name not in known]
-        return [path.name for path in unknown if path.lstat().st_mtime < before and not self.is_alive(path.name)]
+        unknown = [name for name, made_at in self._folder.bells() if made_at < before and name not in known]
+        return [name for name in unknown if not self.is_alive(name)]
 
     def close(self) -> None:
         """Let go of all the bells."""
@@ -97,13 +105,10 @@ class Belfry:
     def _take(self, name: str) -> int:
         if len(self._ropes) >= _ROPES_MAX:
             self._drop(next(iter(self._ropes)))
-        self._ropes[name] = rope = self._open(name)
+        self._ropes[name] = rope = self._folder.open_bell(name)
         return rope
 
     def _drop(self, name: str) -> None:
         rope = self._ropes.pop(name, -1)
         if rope >= 0:
             os.close(rope)
-
-    def _open(self, name: str) -> int:
-        return os.open(self._folder / name, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -15,6 +15,7 @@ from pathlib import Path
 from filao.engines.sqlite import files, processes
 from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books
+from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.receive import Lessee
 from filao.engines.sqlite.turnstile import Turnstile
 from filao.engines.sqlite.waitlist import Call, calls
@@ -33,8 +34,8 @@ class Database:
 
     def __init__(self, path: Path, *, durable: bool, clock: Callable[[], float], wake: Callable[[int], None]) -> None:
         self.path = path
-        self.folder: Path | None = None
-        """Where the turnstile and the bells are; None in memory."""
+        self.folder: Folder | None = None
+        """Where the turnstile and the bells are; None in memory and on Windows."""
         self.file = ""
         """The random name of the file, the first part of its message ids."""
         self.lessee: Lessee | None = None
@@ -63,11 +64,12 @@ class Database:
         with files.mapped(self.path):
             if self.path != files.MEMORY:
                 files.check_is_database(self.path)
-                self.folder = files.sidecar(self.path)
+                files.create(self.path)
                 self._wal = self.path.with_name(self.path.name + "-wal")
-                self.folder.mkdir(mode=0o700, exist_ok=True)
-                self._turnstile = Turnstile(self.folder / "turnstile")
-                self._belfry = Belfry(self.folder)
+                if os.name == "posix":  # elsewhere SQLite's own locks and polling must do
+                    self.folder = Folder(files.sidecar(self.path), self.path.stat())
+                    self._turnstile = Turnstile(self.folder)
+                    self._belfry = Belfry(self.folder)
             with self._turnstile.turn():
                 self._connect()
 
@@ -97,6 +99,8 @@ class Database:
         finally:
             self._db = None
             self._turnstile.close()
+            if self.folder is not None:
+                self.folder.close()
 
     def abandon(self) -> None:
         """Let go in a child after a fork. The connection stays open for ever: closing it could hurt the parent's file."""
@@ -104,6 +108,8 @@ class Database:
         self._turnstile.close()
         if self.bell is not None:
             self.bell.let_go()
+        if self.folder is not None:
+            self.folder.close()
 
     # --- transactions ------------------------------------------------------------------------------------------------
 
@@ -258,7 +264,7 @@ class Database:
 
     def may_have_moved(self) -> bool:
         """Return False when the WAL tells that nobody can have committed for a while; costs no more than a `stat`."""
-        if self.folder is None:
+        if self.path == files.MEMORY:
             return False
         try:
             changed = self._wal.stat().st_mtime

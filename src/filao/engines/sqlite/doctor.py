@@ -17,7 +17,7 @@ def examine(books: Books, database: Database) -> list[Finding]:
     """Look at everything, from the library to the last page."""
     return [
         _version(),
-        *([] if database.folder is None else _files(database.path)),
+        *([] if database.path == files.MEMORY else _files(database.path)),
         *_modes(books.db),
         *_queues(books),
         *_processes(books, database),

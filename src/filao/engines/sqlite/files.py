@@ -90,12 +90,18 @@ def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
     return kind
 
 
-def connect(path: Path, *, full: bool) -> sqlite3.Connection:
-    """Open the database with the settings that the promises rest on; call it within a turn of the turnstile."""
-    if path != MEMORY and not path.exists():
-        # Claims are personal data. This creates the file before any connection knows it, so closing it drops no locks.
+def create(path: Path) -> None:
+    """Make an empty file for a new database, for its owner alone: claims are personal data.
+
+    No connection knows the file yet, so closing it drops no locks.
+    """
+    if not path.exists():
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+
+
+def connect(path: Path, *, full: bool) -> sqlite3.Connection:
+    """Open the database with the settings that the promises rest on; call it within a turn of the turnstile."""
     db = sqlite3.connect(
         path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=256
     )

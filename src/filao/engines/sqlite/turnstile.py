@@ -14,6 +14,8 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
+from filao.engines.sqlite.folder import TURNSTILE, Folder
+
 if sys.platform != "win32":  # there SQLite's own locks must do
     from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
@@ -21,13 +23,13 @@ TRIED_EVERY = 0.002  # seconds, by who only wants to know whether he would get t
 
 
 class Turnstile:
-    """Lets one process at a time through; `None` as its path lets everybody through."""
+    """Lets one process at a time through; `None` as its folder lets everybody through."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, folder: Folder | None) -> None:
         self.is_held = False
         self._file = -1
-        if path is not None and sys.platform != "win32":
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if folder is not None and sys.platform != "win32":
+            self._file = folder.open_turnstile()
 
     @contextlib.contextmanager
     def turn(self) -> Generator[None]:
@@ -57,11 +59,11 @@ class Turnstile:
             self._file = -1
 
 
-def is_passable(path: Path, within: float) -> bool:
+def is_passable(folder: Path, within: float) -> bool:
     """Return whether one gets through `within` so many seconds: whether nobody stands still in it. For whoever stops others."""
     if sys.platform == "win32":
         return True
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    file = os.open(folder / TURNSTILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     until = time.monotonic() + within
     try:
         while True:

@@ -337,7 +337,7 @@ class Room:
         raise RoomError("too_busy", worker=number)
 
     def _others_can_write(self) -> bool:
-        return is_passable(self.file.with_name(f"{FILE}-filao") / "turnstile", PASSES_WITHIN)
+        return is_passable(self.file.with_name(f"{FILE}-filao"), PASSES_WITHIN)
 
     def go_on(self, number: int) -> None:
         """Let a worker that stands still go on (SIGCONT)."""
