@@ -5,6 +5,7 @@ from scratch each time. Time is in milliseconds, and, as in the engine, is looke
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,12 +23,23 @@ class Held:
     priority: int
     group: str | None
     dedup_key: str | None
+    message_id: str | None
     at: int
     expires_at: int | None
     state: Literal["pending", "leased", "dead"] = "pending"
     attempts: int = 0
     lease: int = 0
     reason: str = ""
+
+
+@dataclass
+class Terms:
+    """What the messages of one send have in common."""
+
+    priority: int
+    group: str | None
+    delay: int
+    ttl: int | None
 
 
 @dataclass
@@ -38,24 +50,38 @@ class Model:
     now: int
     messages: dict[int, Held] = field(default_factory=dict)
     keys: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    """Of a dedup_key as it is, and of a message_id behind a #: who has it, and until when; None: while it is pending."""
     halted: set[str] = field(default_factory=set)
     last: int = 0
     leases: int = 0
 
     def send(
-        self, body: int, *, priority: int, group: str | None, delay: int, ttl: int | None, dedup_key: str | None
-    ) -> int | None:
-        """Return the number of the message, or of the one it repeats; None when the queue is full."""
-        if dedup_key is not None and self._is_known(dedup_key):
-            return self.keys[dedup_key][0]
-        if self.queue.max_length is not None and len(self._in("pending", "leased")) >= self.queue.max_length:
+        self, bodies: Sequence[int], keys: Sequence[tuple[str | None, str | None]], terms: Terms
+    ) -> list[int] | None:
+        """Return the numbers of the messages, or of those that they repeat; None when the queue is full."""
+        before = dict(self.keys)
+        number = self.last
+        numbers: list[int] = []
+        new: list[tuple[int, int, str | None, str | None]] = []
+        for body, (dedup_key, message_id) in zip(bodies, keys, strict=True):
+            names = [name for name in (dedup_key, message_id and f"#{message_id}") if name is not None]
+            first = next((self.keys[name][0] for name in names if self._is_known(name)), None)
+            if first is None:
+                number += 1
+                new.append((number, body, dedup_key, message_id))
+                self.keys.update(dict.fromkeys(names, (number, None)))
+            numbers.append(number if first is None else first)
+        pending = len(self._in("pending", "leased"))
+        if new and self.queue.max_length is not None and pending + len(new) > self.queue.max_length:
+            self.keys = before
             return None
-        self.last += 1
-        expires_at = None if ttl is None else self.now + ttl
-        self.messages[self.last] = Held(self.last, body, priority, group, dedup_key, self.now + delay, expires_at)
-        if dedup_key is not None:
-            self.keys[dedup_key] = (self.last, None)
-        return self.last
+        for number, body, dedup_key, message_id in new:
+            expires_at = None if terms.ttl is None else self.now + terms.ttl
+            self.messages[number] = Held(
+                number, body, terms.priority, terms.group, dedup_key, message_id, self.now + terms.delay, expires_at
+            )
+        self.last = number
+        return numbers
 
     def receive(self, limit: int) -> list[tuple[int, int]]:
         """Return the numbers received and the lease of each."""
@@ -116,8 +142,7 @@ class Model:
         pending = self._in("pending")
         for held in pending:
             del self.messages[held.number]
-            if held.dedup_key is not None and self._has_its_key(held):
-                del self.keys[held.dedup_key]
+            self._forget(held, held.message_id)
         return len(pending)
 
     def count(self, state: Literal["pending", "leased", "dead"]) -> int:
@@ -134,12 +159,18 @@ class Model:
                     self._die(held, "max_attempts")
                 else:
                     held.state, held.at = "pending", self.now
+        self.let_expire()
+
+    def let_expire(self) -> None:
+        """End what outlived its ttl: from then on it counts for nothing."""
         for held in self._in("pending"):
             if held.expires_at is not None and held.expires_at <= self.now:
                 if self.queue.on_expiry == "drop":
                     self._end(held)
+                    self._forget(held, held.message_id)
                 else:
                     self._die(held, "expired")
+                self._forget(held, None)
 
     def _is_ready(self, held: Held) -> bool:
         if held.group is None:
@@ -160,13 +191,13 @@ class Model:
 
     def _die(self, held: Held, reason: str) -> None:
         held.state, held.reason, held.lease = "dead", reason, 0
-        self._start_window(held)
+        self._start_window(held, None)  # it lies there under its message_id, which stays known
         if held.group is not None and self.queue.group_dead == "halt":
             self.halted.add(held.group)
 
     def _end(self, held: Held) -> None:
         del self.messages[held.number]
-        self._start_window(held)
+        self._start_window(held, held.message_id)
 
     def _is_known(self, dedup_key: str) -> bool:
         _, until = self.keys.get(dedup_key, (0, 0))
@@ -175,9 +206,18 @@ class Model:
     def _has_its_key(self, held: Held) -> bool:
         return self.keys.get(held.dedup_key or "", (0, 0))[0] == held.number
 
-    def _start_window(self, held: Held) -> None:
-        if held.dedup_key is not None and self._has_its_key(held):
-            self.keys[held.dedup_key] = (held.number, self.now + round(self.queue.dedup_window * 1000))
+    def _names(self, held: Held, message_id: str | None) -> list[str]:
+        """Return those of its keys that are its own."""
+        names = [name for name in (held.dedup_key, message_id and f"#{message_id}") if name is not None]
+        return [name for name in names if self.keys.get(name, (0, 0))[0] == held.number]
+
+    def _start_window(self, held: Held, message_id: str | None) -> None:
+        for name in self._names(held, message_id):
+            self.keys[name] = (held.number, self.now + round(self.queue.dedup_window * 1000))
+
+    def _forget(self, held: Held, message_id: str | None) -> None:
+        for name in self._names(held, message_id):
+            del self.keys[name]
 
 
 class QuorumModel:

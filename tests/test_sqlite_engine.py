@@ -95,6 +95,43 @@ async def test_a_cancelled_transaction_is_undone_and_lets_others_write(tmp_path)
         await broker.send_to_queue("claims", 3)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    ["INSERT OR ROLLBACK INTO paid VALUES (7)", "INSERT INTO refused VALUES (7)", "INSERT INTO paid VALUES (8)"],
+)
+async def test_a_statement_that_ended_the_transaction_undoes_all_of_it(tmp_path, statement) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        async with broker.transaction() as tx:
+            await tx.execute("CREATE TABLE paid (claim INTEGER UNIQUE)")
+            await tx.execute("CREATE TABLE refused (claim INTEGER)")
+            await tx.execute("INSERT INTO paid VALUES (7)")
+            for table, condition in (("refused", "1"), ("paid", "new.claim = 8")):
+                await tx.execute(
+                    f"CREATE TRIGGER no_{table} BEFORE INSERT ON {table} WHEN {condition} "
+                    "BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
+                )
+        await broker.send_to_queue("claims", "work")
+        message = await broker.receive_from_queue("claims")
+        transaction = message.transaction()
+        tx = await transaction.__aenter__()
+        await tx.send_to_queue("claims", "answer")
+        await tx.execute("INSERT INTO paid VALUES (1)")
+        with pytest.raises(filao.ConfigurationError, match="ended this transaction"):
+            await tx.execute(statement)
+        for call in (tx.execute("INSERT INTO paid VALUES (2)"), tx.send_to_queue("claims", "answer")):
+            with pytest.raises(filao.ConfigurationError, match="nothing more"):
+                await call
+        with pytest.raises(filao.ConfigurationError, match="undone"):
+            await transaction.__aexit__(None, None, None)
+        assert not message.settled
+        stats = await broker.stats("claims")
+        assert (stats.sent, stats.leased) == (1, 1)
+        await message.ack()
+        async with broker.transaction() as tx:
+            assert await tx.execute("SELECT claim FROM paid") == [(7,)]
+
+
 async def test_a_transaction_cancelled_while_it_waits_for_its_turn_takes_none(tmp_path) -> None:
     async with filao.connect(tmp_path / "claims.db") as broker, filao.connect(tmp_path / "claims.db") as other:
         await broker.declare(filao.Queue("claims"))
@@ -138,6 +175,38 @@ async def test_a_purge_of_many_messages_lets_others_write_in_between(tmp_path, m
         assert await broker.redrive("claims", limit=12) == 12
         assert await broker.redrive("claims") == 23
         assert (await broker.stats("claims")).ready == 35
+
+
+async def test_a_redrive_takes_each_dead_letter_once_though_it_dies_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sqlite_engine, "SLICE", 5)
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", range(35))
+
+        async def reject_all() -> None:
+            async for message in broker.consume("claims"):
+                await message.reject("no")
+
+        rejecting = asyncio.ensure_future(reject_all())
+        async with asyncio.timeout(30):
+            while (await broker.stats("claims")).dead < 35:
+                pass
+            assert await broker.redrive("claims") == 35
+        rejecting.cancel()
+
+
+async def test_ids_that_were_given_before_there_were_salts_stay_valid(tmp_path) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", [1, 2, 3])
+        async with broker.transaction() as tx:
+            ((file,),) = await tx.execute("SELECT value FROM filao_meta WHERE name = 'file'")
+            await tx.execute("UPDATE filao_message SET salt = NULL WHERE id < 3")
+        assert [message.id for message in await broker.peek("claims")][:2] == [f"{file}-1", f"{file}-2"]
+        assert [message.body for message in await broker.peek("claims", after=f"{file}-1")] == [2, 3]
+        assert not await broker.cancel("claims", f"{file}-3")  # it has a salt of its own
+        assert await broker.cancel("claims", f"{file}-2")
 
 
 async def test_the_connection_is_replaced_after_the_disk_failed(tmp_path) -> None:

@@ -21,9 +21,11 @@ from hypothesis.stateful import (
 
 import filao
 import filao.sync
+from filao.codec import JSON
 from filao.conformance.stage import SOON, add_up
+from filao.engine import Draft
 from tests.conftest import Clock
-from tests.model import Model, QuorumModel
+from tests.model import Model, QuorumModel, Terms
 
 RULES = st.fixed_dictionaries(
     {
@@ -37,6 +39,8 @@ RULES = st.fixed_dictionaries(
         "group_dead": st.sampled_from(["continue", "halt"]),
     }
 )
+DEDUP_KEYS = st.sampled_from([None, None, "k", "l"])
+MESSAGE_IDS = st.sampled_from([None, None, "m", "n"])
 SETTLEMENTS = st.sampled_from(["ack", "ack", "nack", "reject", "release"])
 
 
@@ -67,28 +71,37 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(
         target=numbers,
+        keys=st.lists(st.tuples(DEDUP_KEYS, MESSAGE_IDS), min_size=1, max_size=4),
         priority=st.integers(-1, 1),
         group=st.sampled_from([None, "a", "a", "b"]),
         delay=st.sampled_from([0.0, 0.0, 2.0]),
         ttl=st.sampled_from([None, None, 4.0]),
-        dedup_key=st.sampled_from([None, None, "k", "l"]),
     )
-    def send(self, priority: int, group: str | None, delay: float, ttl: float | None, dedup_key: str | None):
-        self.bodies += 1
-        terms: dict[str, Any] = {"priority": priority, "group": group, "dedup_key": dedup_key}
+    def send(self, keys: list[Any], priority: int, group: str | None, delay: float, ttl: float | None):
+        bodies = [self.bodies + place for place in range(1, len(keys) + 1)]
+        self.bodies += len(keys)
         before = self.model.last
-        number = self.model.send(
-            self.bodies, delay=round(delay * 1000), ttl=None if ttl is None else round(ttl * 1000), **terms
-        )
+        terms = Terms(priority, group, round(delay * 1000), None if ttl is None else round(ttl * 1000))
+        numbers = self.model.send(bodies, keys, terms)
+        drafts = [
+            Draft(JSON, str(body).encode(), None, delay, priority, group, dedup_key, ttl, message_id)
+            for body, (dedup_key, message_id) in zip(bodies, keys, strict=True)
+        ]
+        assert self.broker._portal is not None
         try:
-            receipt = self.broker.send_to_queue(self.queue, self.bodies, delay=delay, ttl=ttl, **terms)
+            receipts = self.broker._portal.call(self.broker._broker.send_drafts, self.queue, drafts)
         except filao.QueueFull:
-            assert number is None
+            assert numbers is None
             return multiple()
-        assert receipt.duplicate == (self.model.last == before)
-        assert number is not None
-        assert self.numbered.setdefault(receipt.id, number) == number
-        return number
+        assert numbers is not None
+        new = before
+        for receipt, number in zip(receipts, numbers, strict=True):
+            assert receipt.duplicate == (number <= new)
+            new = max(new, number)
+            if not receipt.duplicate:
+                self.numbered[receipt.id] = number  # an id may come again once it is forgotten
+            assert self.numbered[receipt.id] == number
+        return multiple(*numbers)
 
     @rule(target=deliveries, limit=st.integers(1, 4))
     def receive(self, limit: int):
@@ -140,7 +153,9 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(number=numbers)
     def cancel(self, number: int) -> None:
-        name = next(name for name, one in self.numbered.items() if one == number)
+        name = next((name for name, one in self.numbered.items() if one == number), None)
+        if name is None:
+            return  # another message has its id by now
         assert self.broker.cancel(self.queue, name) == self.model.cancel(number)
 
     @rule()
@@ -154,6 +169,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def both_count_the_same(self) -> None:
+        self.model.let_expire()
         stats = self.broker.stats(self.queue)
         add_up(stats)
         assert stats.ready + stats.delayed + stats.blocked == self.model.count("pending")

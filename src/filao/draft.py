@@ -1,11 +1,12 @@
 """From what a user sends to a `Draft`: every argument is checked and the body encoded before any I/O."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from filao.codec import codec_for, encode_headers, shown
 from filao.engine import Draft, State
-from filao.errors import ConfigurationError, MessageTooLarge
+from filao.errors import ConfigurationError, MessageError, MessageTooLarge
 from filao.queue import Queue, check_duration
 
 SEND_MANY_MAX = 10_000  # messages that one atomic `send_many` takes: about 0.1 s of the write lock
@@ -13,6 +14,7 @@ RECEIVE_MANY_MAX = 10_000  # messages that one `receive_many` returns
 PEEK_MAX = 10_000  # messages that one look returns
 PRIORITY_MAX = 1_000_000  # either side of 0
 KEY_MAX = 256  # characters of a group, a dedup_key or a message_id
+GIVEN_ID = re.compile(r"[0-9a-f]{16}-[0-9]+")  # the ids that SQL engines give: a random salt and the message's number
 
 
 def draft(
@@ -41,6 +43,7 @@ def draft(
         _check_key(name, "dedup_key", dedup_key)
     if message_id is not None:
         _check_key(name, "message_id", message_id)
+        _check_own_id(name, message_id)
     written = None if headers is None else encode_headers(name, headers)
     kind, content = codec_for(queue.body).encode(name, body)
     if len(content) > queue.body_max:
@@ -115,6 +118,15 @@ def _check_key(queue: str, what: str, key: object) -> None:
     if not isinstance(key, str) or not 0 < len(key) <= KEY_MAX or not _is_text(key):
         raise ConfigurationError(
             f"queue {queue!r}: {what} is {shown(key)}; it must be a text of 1 to {KEY_MAX} characters"
+        )
+
+
+def _check_own_id(queue: str, message_id: str) -> None:
+    """Refuse an id of the shape that engines give: whoever could choose one could claim what is another's."""
+    if GIVEN_ID.fullmatch(message_id):
+        raise MessageError(
+            f"queue {queue!r}: message_id {message_id!r} has the shape of the ids that Filao gives, 16 hexadecimal digits "
+            f"and a number; put something before it, such as 'copy-{message_id}'. Nothing was sent."
         )
 
 

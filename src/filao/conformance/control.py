@@ -7,7 +7,7 @@ import socket
 
 from filao.conformance.stage import SOON, Stage, add_up, equal, needs, raises
 from filao.engine import Feature
-from filao.errors import ConfigurationError, QueueNotFound
+from filao.errors import ConfigurationError, LeaseLost, QueueNotFound
 
 
 @needs(Feature.PEEK, Feature.DELAY)
@@ -96,6 +96,48 @@ async def check_purge_deletes_what_waits(stage: Stage) -> None:
     await held.ack()
     stats = await stage.broker.stats(queue)
     equal((stats.purged, stats.acked, stats.ready, stats.delayed), (3, 1, 0, 0))
+
+
+@needs(Feature.ATOMIC, Feature.COUNTERS)
+async def check_a_purge_ends_though_others_send(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.broker.send_many(queue, range(5_000))
+    purging = asyncio.ensure_future(stage.broker.purge(queue))
+    sent = 0
+    async with stage.connect() as other:
+        while not purging.done() and sent < 100_000:
+            await other.send_many(queue.name, range(2_500))
+            sent += 2_500
+    purged = await purging
+    equal(purged <= 5_000 + 2 * 2_500, True)  # what was sent before it began, at most
+    await stage.counted(queue, ready=5_000 + sent - purged, purged=purged)
+
+
+@needs(Feature.DEAD_LETTERS)
+async def check_a_dead_letter_named_twice_is_redriven_once(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, 2)
+    for message in await stage.broker.receive_many(queue, 2, wait=0):
+        await message.reject("no")
+    first, second = [letter.id for letter in await stage.broker.dead_letters(queue)]
+    equal(await stage.broker.redrive(queue, ids=[first, first, second, "claim-9", first]), 2)
+    await stage.counted(queue, ready=2, dead=0, redriven=2)
+
+
+@needs(Feature.FENCING, Feature.LEASES)
+async def check_the_lease_of_a_message_whose_queue_was_deleted_is_lost(stage: Stage) -> None:
+    for declared_again in (False, True):
+        queue = await stage.queue()
+        await stage.send(queue, 1)
+        message = await stage.next(queue)
+        await stage.broker.delete_queue(queue, messages=True)
+        if declared_again:
+            await stage.broker.declare(queue)
+            await stage.send(queue, 2)
+        for settle in (message.ack(), message.nack(), message.extend(5)):
+            await raises(LeaseLost, settle, queue.name, message.id)
+        if declared_again:
+            await stage.counted(queue, ready=1, acked=0, late=0)
 
 
 @needs(Feature.DEDUPLICATION)

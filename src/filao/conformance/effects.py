@@ -41,6 +41,22 @@ async def check_a_transaction_that_fails_undoes_all_of_it(stage: Stage) -> None:
     await stage.nothing(queue)
 
 
+@needs(Feature.TRANSACTIONS)
+async def check_a_statement_that_would_end_the_transaction_is_refused(stage: Stage) -> None:
+    queue = await stage.queue()
+    try:
+        async with stage.broker.transaction() as tx:
+            await tx.send_to_queue(queue, "undone")
+            for word in ("COMMIT", "END", "ROLLBACK", "SAVEPOINT one"):
+                for before in ("", "/* done */ ", "-- done\n", " /* a */ -- b\n /* c */", "; ", "\ufeff"):
+                    await raises(ConfigurationError, tx.execute(before + word), word.split(maxsplit=1)[0])
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    await stage.nothing(queue)
+    equal((await stage.broker.stats(queue)).sent, 0)
+
+
 @needs(Feature.TRANSACTIONS, Feature.FENCING)
 async def check_a_transaction_cannot_ack_what_another_holds(stage: Stage) -> None:
     queue = await stage.queue(lease=5)

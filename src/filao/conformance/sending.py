@@ -8,8 +8,15 @@ from typing import Any
 
 from filao.broker import Broker
 from filao.conformance.stage import Stage, equal, needs, raises
-from filao.engine import Feature
-from filao.errors import ConfigurationError, MessageNotEncodable, MessageTooLarge, QueueFull, QueueNotFound
+from filao.engine import Draft, Feature, Receipt
+from filao.errors import (
+    ConfigurationError,
+    MessageError,
+    MessageNotEncodable,
+    MessageTooLarge,
+    QueueFull,
+    QueueNotFound,
+)
 from filao.queue import Queue
 
 
@@ -62,6 +69,116 @@ async def check_concurrent_duplicates_are_stored_once(stage: Stage) -> None:
         receipts = await asyncio.gather(*sends)
     equal(sum(not receipt.duplicate for receipt in receipts), 1)
     equal(len({receipt.id for receipt in receipts}), 1)
+
+
+def _named(*keys: tuple[str | None, str | None]) -> list[Draft]:
+    """Return a draft for each dedup_key and message_id."""
+    return [Draft(0, b"1", dedup_key=dedup_key, message_id=message_id) for dedup_key, message_id in keys]
+
+
+def _new(receipts: list[Receipt]) -> list[bool]:
+    return [not receipt.duplicate for receipt in receipts]
+
+
+@needs(Feature.DEDUPLICATION, Feature.ATOMIC)
+async def check_only_what_is_new_claims_its_keys_for_those_behind_it_in_one_send(stage: Stage) -> None:
+    queue = await stage.queue()
+    receipts = await stage.broker.send_drafts(queue.name, _named(("a", "1"), ("a", "2"), ("b", "2")))
+    equal((_new(receipts), [receipt.id for receipt in receipts]), ([True, False, True], ["1", "1", "2"]))
+    receipts = await stage.broker.send_drafts(queue.name, _named((None, "3"), ("c", "3"), ("c", None)))
+    equal((_new(receipts), receipts[1].id), ([True, False, True], "3"))
+    receipts = await stage.broker.send_drafts(queue.name, _named(("d", None), (None, "4"), ("d", "4"), ("a", "4")))
+    equal((_new(receipts), receipts[2].id, receipts[3].id), ([True, True, False, False], receipts[0].id, "1"))
+    equal((await stage.broker.stats(queue)).ready, 6)
+
+
+@needs(Feature.DEDUPLICATION, Feature.ATOMIC, Feature.MAX_LENGTH)
+async def check_a_full_queue_counts_of_a_send_what_would_be_stored(stage: Stage) -> None:
+    for named in (
+        _named(("a", "1"), ("a", "2"), ("b", "2")),
+        _named((None, "1"), ("c", "1"), ("c", None)),
+        _named(("a", None), (None, "1"), ("a", "1")),
+    ):
+        queue = await stage.queue(max_length=1)
+        await raises(QueueFull, stage.broker.send_drafts(queue.name, named), queue.name, "2")
+        equal((await stage.broker.stats(queue)).ready, 0)
+        queue = await stage.queue(max_length=2)
+        equal(sum(_new(await stage.broker.send_drafts(queue.name, named))), 2)
+        equal((await stage.broker.stats(queue)).ready, 2)
+        equal(_new(await stage.broker.send_drafts(queue.name, named[:2])).count(True), 0)
+
+
+@needs(Feature.DEDUPLICATION, Feature.ATOMIC, Feature.MAX_LENGTH, Feature.DEAD_LETTERS)
+async def check_what_is_dropped_to_make_room_frees_no_key_for_that_send(stage: Stage) -> None:
+    queue = await stage.queue(max_length=1, overflow="drop_oldest", dedup_window=0)
+    (first,) = await stage.broker.send_drafts(queue.name, _named(("a", None)))
+    receipts = await stage.broker.send_drafts(queue.name, _named((None, None), ("a", None)))
+    equal((_new(receipts), receipts[1].id), ([True, False], first.id))
+    stats = await stage.broker.stats(queue)
+    equal((stats.ready, stats.dead), (1, 1))
+
+
+@needs(Feature.ATOMIC)
+async def check_ids_can_neither_be_guessed_nor_claimed(stage: Stage) -> None:
+    queue = await stage.queue()
+    first, second = await stage.send(queue, 1, 2)
+    equal(first.rpartition("-")[0] == second.rpartition("-")[0], False)
+    for ours in (first, f"{first.rpartition('-')[0]}-999999", "0123456789abcdef-1"):
+        await raises(MessageError, stage.broker.send_to_queue(queue, 3, message_id=ours), queue.name, ours, "before it")
+    await stage.send(queue, 3, message_id=f"claim-{first}")
+    equal([message.id for message in await stage.broker.receive_many(queue, 9, wait=0)][:2], [first, second])
+
+
+@needs(Feature.DEDUPLICATION, Feature.TTL)
+async def check_the_key_of_what_expired_is_free_at_once(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, "old", dedup_key="k", ttl=5)
+    await stage.advance(6)
+    equal((await stage.broker.send_to_queue(queue, "new", dedup_key="k")).duplicate, False)
+    equal((await stage.broker.send_to_queue(queue, "newer", dedup_key="k")).duplicate, True)
+    equal(await stage.drain(queue), ["new"])
+    equal([letter.body for letter in await stage.broker.dead_letters(queue)], ["old"])
+
+
+@needs(Feature.DEDUPLICATION, Feature.TTL)
+async def check_an_expired_message_keeps_its_own_id_only_while_it_lies_there(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, "old", message_id="claim-7", ttl=5)
+    await stage.advance(6)
+    equal((await stage.broker.send_to_queue(queue, "new", message_id="claim-7")).duplicate, True)
+    equal([letter.id for letter in await stage.broker.dead_letters(queue)], ["claim-7"])
+
+
+@needs(Feature.DEDUPLICATION, Feature.TTL, Feature.DROP)
+async def check_what_was_dropped_frees_its_id(stage: Stage) -> None:
+    queue = await stage.queue(on_expiry="drop")
+    await stage.send(queue, "old", message_id="claim-7", ttl=5)
+    await stage.advance(6)
+    equal((await stage.broker.send_to_queue(queue, "new", message_id="claim-7")).duplicate, False)
+    equal(await stage.drain(queue), ["new"])
+
+
+@needs(Feature.MAX_LENGTH, Feature.TTL, Feature.COUNTERS)
+async def check_what_expired_makes_room(stage: Stage) -> None:
+    queue = await stage.queue(max_length=2)
+    await stage.send(queue, 1, 2, ttl=5)
+    await raises(QueueFull, stage.broker.send_to_queue(queue, 3), queue.name)
+    await stage.advance(6)
+    await stage.send(queue, 3, 4)
+    await raises(QueueFull, stage.broker.send_to_queue(queue, 5), queue.name)
+    equal(await stage.drain(queue), [3, 4])
+
+
+@needs(Feature.TTL, Feature.COUNTERS, Feature.PEEK)
+async def check_what_expired_is_seen_among_the_dead_though_nobody_receives(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, ttl=5)
+    await stage.send(queue, 2)
+    await stage.advance(6)
+    stats = await stage.broker.stats(queue)
+    equal((stats.ready, stats.dead, stats.died), (1, 1, 1))
+    equal([message.body for message in await stage.broker.peek(queue)], [2])
+    equal([(letter.body, letter.reason) for letter in await stage.broker.dead_letters(queue)], [(1, "expired")])
 
 
 @needs()
@@ -172,6 +289,17 @@ async def check_a_full_queue_may_drop_the_oldest_to_the_dead_letters(stage: Stag
     dead = await stage.broker.dead_letters(queue)
     equal([(letter.body, letter.reason) for letter in dead], [(1, "overflow")])
     equal(await stage.drain(queue), [2, 3])
+
+
+@needs(Feature.MAX_LENGTH, Feature.DEAD_LETTERS, Feature.ATOMIC)
+async def check_a_send_that_is_refused_drops_nothing(stage: Stage) -> None:
+    queue = await stage.queue(max_length=3, overflow="drop_oldest")
+    await stage.send(queue, 1, 2, 3)
+    held = await stage.broker.receive_many(queue, 2, wait=0)
+    await raises(QueueFull, stage.broker.send_many(queue, [4, 5]), queue.name, "Nothing was stored")
+    stats = await stage.broker.stats(queue)
+    equal((stats.ready, stats.leased, stats.dead, stats.died), (1, len(held), 0, 0))
+    equal(await stage.drain(queue), [3])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ from filao.errors import ConfigurationError
 _NOT_IN_TRANSACTIONS = frozenset(
     {"ABORT", "ATTACH", "BEGIN", "COMMIT", "DETACH", "END", "RELEASE", "ROLLBACK", "SAVEPOINT", "START", "VACUUM"}
 )
+# What an engine skips before a statement: spaces, empty statements, a byte order mark, comments, but none in another one.
+_FIRST_WORD = re.compile(r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*(?:(?!/\*).)*?\*/)*(/\*|[A-Za-z]*)", re.DOTALL)
 _PARTS = re.compile(
     r"""
     (?P<other> '(?:[^']|'')*' | "[^"]*" | --[^\n]* | /\*.*?\*/ | \$(\w*)\$.*?\$\2\$ | :: )
@@ -22,10 +24,15 @@ _PARTS = re.compile(
 
 def check_statement(sql: str) -> None:
     """Raise `ConfigurationError` for a statement that would end the transaction which it is in."""
-    words = sql.split(None, 1)
-    if words and words[0].upper().rstrip(";") in _NOT_IN_TRANSACTIONS:
+    found = _FIRST_WORD.match(sql)
+    word = found[1].upper() if found else ""
+    if word == "/*":  # PostgreSQL ends it elsewhere than SQLite: what is the statement's first word?
         raise ConfigurationError(
-            f"{words[0].upper()} inside a transaction: leaving the block commits it, an exception rolls it back"
+            "a comment within a comment before a statement: end it, or leave it out. Nothing was done"
+        )
+    if word in _NOT_IN_TRANSACTIONS:
+        raise ConfigurationError(
+            f"{word} inside a transaction: leaving the block commits it, an exception rolls it back. Nothing was done"
         )
 
 

@@ -4,11 +4,13 @@ What moves a message from state to state stands in `moves.py`. Books live as lon
 whose opening and commit are the caller's.
 """
 
+import re
+import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from filao.errors import QueueNotFound
 from filao.queue import Queue, not_found, rules_from_json
@@ -19,6 +21,7 @@ NO_TOKEN = -(2**62)  # 8 bytes, as every token, so that a lease is written in pl
 TOKEN_MIN = 2**62  # and so is a lease's
 TOKENS_PER_PROCESS = 2**32
 DEDUP_KEY, MESSAGE_ID = 0, 1
+_GIVEN_ID = re.compile(r"([0-9a-f]{16})-([0-9]{1,18})")
 
 R = TypeVar("R")
 COUNTERS = (
@@ -34,8 +37,8 @@ ROWS_AT_ONCE = (256, 64, 16, 4, 1)
 _INSERTS = {
     rows: f"""
     INSERT INTO filao_message (id, queue, state, priority, at, token, attempts, failures, sent_at, expires_at,
-                               grp, dedup_key, message_id, headers, kind, content)
-    VALUES {", ".join(["(?, ?, ?, ?, ?, ?, 0, 0, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows)}
+                               grp, dedup_key, message_id, headers, kind, content, salt)
+    VALUES {", ".join(["(?, ?, ?, ?, ?, ?, 0, 0, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows)}
     """
     for rows in ROWS_AT_ONCE
 }
@@ -50,9 +53,11 @@ class Entry(NamedTuple):
     group: str | None
     dedup_key: str | None
     message_id: str | None
+    name: str
+    """Its public id."""
 
 
-ENTRY = "id, state, attempts, grp, dedup_key, message_id"
+ENTRY = "id, state, attempts, grp, dedup_key, message_id, salt"
 
 
 class QueueRow:
@@ -120,9 +125,30 @@ class Books:
         """Return the error for a queue that is not declared."""
         return not_found(name, (row[0] for row in self.db.execute("SELECT name FROM filao_queue")))
 
-    def name_of(self, number: int, message_id: str | None) -> str:
-        """Return a message's public id."""
-        return message_id if message_id is not None else f"{self.file}-{number}"
+    @cached_property
+    def salt(self) -> int:
+        """Return the random part of the ids that this transaction gives: nobody can guess it, and no copy repeats it."""
+        return secrets.randbits(64) - 2**63
+
+    def name_of(self, number: int, message_id: str | None, salt: int | None) -> str:
+        """Return a message's public id; those of old files carry the file's name in place of a salt."""
+        if message_id is not None:
+            return message_id
+        return f"{self.file if salt is None else _hexadecimal(salt)}-{number}"
+
+    def number_of(self, row: QueueRow, name: str) -> int | None:
+        """Return the number of the message with this public id; None when no message of the queue can have it."""
+        found = self.db.execute(
+            "SELECT id FROM filao_message INDEXED BY filao_named WHERE queue = ? AND message_id = ?", (row.id, name)
+        ).fetchone()
+        if found is not None:
+            return int(found[0])
+        given = _GIVEN_ID.fullmatch(name)
+        if given is None:
+            return None
+        number = int(given[2])
+        stored = self.db.execute("SELECT message_id, salt FROM filao_message WHERE id = ?", (number,)).fetchone()
+        return number if stored is None or self.name_of(number, *stored) == name else None
 
     def next_number(self) -> int:
         """Return the next place in the order of sending."""
@@ -161,7 +187,15 @@ class Books:
 
     def entries(self, where: str, parameters: Sequence[object]) -> list[Entry]:
         """Return the stored messages that a clause (`INDEXED BY … WHERE …`) finds."""
-        return [Entry(*fields) for fields in self.db.execute(f"SELECT {ENTRY} FROM filao_message {where}", parameters)]
+        return [
+            self.entry(fields) for fields in self.db.execute(f"SELECT {ENTRY} FROM filao_message {where}", parameters)
+        ]
+
+    def entry(self, fields: Sequence[Any]) -> Entry:
+        """Return what the columns `ENTRY` say."""
+        number, state, attempts, group, dedup_key, message_id, salt = fields
+        name = self.name_of(number, message_id, salt)
+        return Entry(number, state, attempts, group, dedup_key, message_id, name)
 
     def count_move(self, row: QueueRow, was: int, state: int) -> None:
         """Count a message that went from one state to another."""
@@ -183,6 +217,10 @@ def slices(rows: Sequence[R]) -> Iterator[Sequence[R]]:
         while len(rows) - first >= size:
             yield rows[first : first + size]
             first += size
+
+
+def _hexadecimal(salt: int) -> str:
+    return f"{salt + 2**63:016x}"
 
 
 def tokens(process: int) -> tuple[int, int]:

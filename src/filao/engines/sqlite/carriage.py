@@ -7,12 +7,12 @@ from filao.engine import Key, Memory, Parcel
 from filao.engines import parcels as carried
 from filao.engines.sqlite.books import DEAD, DEDUP_KEY, MESSAGE_ID, STATES, Books, QueueRow
 from filao.engines.sqlite.moves import arrange
-from filao.engines.sqlite.operators import history, number_of
+from filao.engines.sqlite.operators import history
 from filao.engines.sqlite.receive import make_due
 from filao.engines.sqlite.send import send
 
 _NEXT = f"""
-    SELECT message_id, id, state, {carried.COLUMNS} FROM filao_message
+    SELECT message_id, salt, id, state, {carried.COLUMNS} FROM filao_message
     WHERE id > ? AND queue = ? AND state <> 4 ORDER BY id LIMIT ?
 """
 
@@ -22,8 +22,8 @@ def pack(books: Books, row: QueueRow, after: int, limit: int) -> list[Parcel]:
     make_due(books, row)  # else a lease that has run out would be held by nobody, and stay
     books.flush()
     packed: list[Parcel] = []
-    for message_id, number, state, *fields in books.db.execute(_NEXT, (after, row.id, limit)).fetchall():
-        name = books.name_of(number, message_id)
+    for message_id, salt, number, state, *fields in books.db.execute(_NEXT, (after, row.id, limit)).fetchall():
+        name = books.name_of(number, message_id, salt)
         packed.append(carried.parcel((number, STATES[state], *fields), name, history(books.db, number), books.now))
     return packed
 
@@ -42,7 +42,7 @@ def unpack(books: Books, row: QueueRow, parcels: Sequence[Parcel]) -> None:
 def _amend(books: Books, row: QueueRow, parcel: Parcel) -> None:
     """Give a message that was just stored its past."""
     books.flush()
-    number = number_of(books, row, parcel.id)
+    number = books.number_of(row, parcel.id)
     assert number is not None
     books.db.execute(
         "UPDATE filao_message SET attempts = ?, failures = ?, sent_at = ?, expires_at = ? WHERE id = ?",

@@ -19,7 +19,7 @@ from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.receive import Lessee
 from filao.engines.sqlite.turnstile import Turnstile
 from filao.engines.sqlite.waitlist import Call, calls
-from filao.errors import EngineError, EngineUnavailable
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
 TIDY_PAGES = 500  # pages given back to the file system in one turn: a few milliseconds of the write lock
@@ -150,6 +150,7 @@ class Database:
     def commit(self, books: Books) -> None:
         """Make it so, durably when the transaction was begun so."""
         try:
+            check_stands(books)
             books.write_down()
             self._call(calls(books))
             books.db.execute("COMMIT")
@@ -311,3 +312,12 @@ class Database:
         with files.mapped(self.path), self._turnstile.turn():
             if self._db is not None:
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def check_stands(books: Books) -> None:
+    """Raise `ConfigurationError` when a statement of the user's has ended the transaction that the books belong to."""
+    if not books.db.in_transaction:
+        raise ConfigurationError(
+            "a statement ended this transaction, as OR ROLLBACK and a trigger's RAISE(ROLLBACK) do: all that was done in "
+            "it is undone, and nothing more can be. Leave the block; OR ABORT and RAISE(ABORT) undo one statement"
+        )

@@ -42,9 +42,9 @@ from filao.engine import (
 )
 from filao.engines.line import Line, Place
 from filao.engines.parcels import LEAVING, RowPacking
-from filao.engines.sqlite import carriage, files, operators, processes, verbs, waitlist
+from filao.engines.sqlite import carriage, files, moves, operators, processes, verbs, waitlist
 from filao.engines.sqlite.books import Books, QueueRow
-from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.database import Database, check_stands
 from filao.engines.sqlite.doctor import examine
 from filao.engines.sqlite.foreign import open_transaction
 from filao.engines.sqlite.receive import Lessee
@@ -60,6 +60,8 @@ POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and
 IDLE_BEFORE_TIDY = 1.0  # seconds without a write of ours after which free pages go back to the file system
 SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
 LEASES_RETURNED_MAX = 10_000  # that a closing engine gives back; should there be more, they run out
+EXPIRED_SLICES_MAX = 20  # of 5,000 expired messages, that end before an operator's look: a second; the rest end later
+ALL = 2**62
 _NOBODY = Lessee(0, "")
 
 
@@ -260,22 +262,27 @@ class SqliteEngine:
 
     async def stats(self) -> list[QueueStats]:
         """Read the counters of every queue."""
+        await self._let_expire()
         return await self._look_up(lambda books: operators.stats(books.db, books.now))
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
+        await self._let_expire()
         return await self._look_up(lambda books: operators.peek(books, _row(books, queue), state, limit, after))
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Give dead letters back, each to its old place."""
+        numbers = await self._chosen(queue, (State.DEAD,), ids, limit)
         return await self._in_slices(
-            queue, limit, lambda books, row, size: operators.redrive(books, row, ids, size, edited)
+            queue, numbers, lambda books, row, some: operators.redrive(books, row, some, edited)
         )
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
         """Delete messages in these states."""
+        numbers = await self._chosen(queue, states, ids, None)
+        purges = ids is None
         return await self._in_slices(
-            queue, None, lambda books, row, size: operators.remove(books, row, states, ids, size)
+            queue, numbers, lambda books, row, some: operators.remove(books, row, some, states, purges=purges)
         )
 
     async def pause(self, queue: str, *, paused: bool) -> None:
@@ -336,15 +343,33 @@ class SqliteEngine:
         """Examine the file and say what an operator should know."""
         return await self._look_up(lambda books: examine(books, self._database))
 
-    async def _in_slices(self, queue: str, limit: int | None, work: Callable[[Books, QueueRow, int], int]) -> int:
+    async def _chosen(
+        self, queue: str, states: Sequence[State], ids: Sequence[str] | None, limit: int | None
+    ) -> Sequence[int]:
+        """Return the numbers of the messages that a command is about: fixed when it begins, or it might never end."""
+        await self._let_expire()
+        most = ALL if limit is None else limit
+        return await self._look_up(lambda books: operators.chosen(books, _row(books, queue), states, ids, most))
+
+    async def _in_slices(
+        self, queue: str, numbers: Sequence[int], work: Callable[[Books, QueueRow, Sequence[int]], int]
+    ) -> int:
         """Change many messages in transactions of a bounded size: others get their turns in between."""
         total = 0
-        while True:
-            size = SLICE if limit is None else min(SLICE, limit - total)
-            done = await self._change(partial(_sized, work, queue, size))
-            total += done
-            if done < SLICE or total == limit:
-                return total
+        for first in range(0, len(numbers), SLICE):
+            some = numbers[first : first + SLICE]
+            total += await self._change(partial(_on_row, queue, partial(_given, work, some)))
+        return total
+
+    async def _let_expire(self) -> None:
+        """Let what is expired go where nobody received and saw to it; should the file be locked, whoever asks sees it."""
+        slices = EXPIRED_SLICES_MAX
+        with suppress(EngineUnavailable):
+            for queue in await self._look_up(operators.outlived):
+                while await self._change(partial(_on_row, queue, moves.let_expire)):
+                    slices -= 1
+                    if not slices:
+                        return
 
     async def _change(self, work: Callable[[Books], R]) -> R:
         def job() -> R:
@@ -414,13 +439,23 @@ class SqliteTransaction:
     async def _do(self, job: Callable[[], R]) -> R:
         def mapped() -> R:
             with files.mapped(self._database.path):
-                return job()
+                check_stands(self._books)
+                try:
+                    return job()
+                finally:
+                    check_stands(self._books)  # or what follows would be stored without what came before
 
         return await self._thread.submit(mapped)
 
 
-def _sized(work: Callable[[Books, QueueRow, int], int], queue: str, size: int, books: Books) -> int:
-    return work(books, _row(books, queue), size)
+def _on_row(queue: str, work: Callable[[Books, QueueRow], R], books: Books) -> R:
+    return work(books, _row(books, queue))
+
+
+def _given(
+    work: Callable[[Books, QueueRow, Sequence[int]], int], some: Sequence[int], books: Books, row: QueueRow
+) -> int:
+    return work(books, row, some)
 
 
 def _row(books: Books, queue: str) -> QueueRow:

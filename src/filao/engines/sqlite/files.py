@@ -141,7 +141,12 @@ def _add_reports(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE filao_process ADD COLUMN reported_at INTEGER NOT NULL DEFAULT 0")
 
 
-MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports)
+def _salt_ids(db: sqlite3.Connection) -> None:
+    """Let each transaction begin its ids with 64 random bits; NULL: the file's name, as before, or an id of the sender's."""
+    db.execute("ALTER TABLE filao_message ADD COLUMN salt INTEGER")
+
+
+MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports, _salt_ids)
 """Step n brings a file from version n to n + 1. A released step is never edited; a change of the tables is a new step."""
 
 

@@ -3,7 +3,9 @@
 Like the verbs, these run on the books of a transaction, so that the counters stay exact.
 """
 
+import json
 import sqlite3
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +37,8 @@ _WHERE = {
 }
 _ORDER = {"ready": "priority DESC, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
 _SEEN = (
-    "id, message_id, state, kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason, "
-    "token"
+    "id, message_id, salt, state, kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, "
+    "reason, token"
 )
 
 
@@ -106,6 +108,34 @@ def _oldest_age(db: sqlite3.Connection, queue: int, now: int) -> float | None:
     return max(0.0, (now - sent_at) / 1000)
 
 
+def outlived(books: Books) -> list[str]:
+    """Return the queues that hold what outlived its ttl and has not been seen to: one look-up for each that may."""
+    found = books.db.execute(
+        """
+        WITH RECURSIVE expiring (queue) AS (
+            SELECT min(queue) FROM filao_message INDEXED BY filao_expiring
+            WHERE expires_at IS NOT NULL AND state IN (2, 3, 5)
+            UNION ALL
+            SELECT (
+                SELECT min(queue) FROM filao_message INDEXED BY filao_expiring
+                WHERE queue > expiring.queue AND expires_at IS NOT NULL AND state IN (2, 3, 5)
+            )
+            FROM expiring
+            WHERE expiring.queue IS NOT NULL
+        )
+        SELECT name
+        FROM expiring
+        JOIN filao_queue ON filao_queue.id = expiring.queue
+        WHERE EXISTS (
+            SELECT 1 FROM filao_message INDEXED BY filao_expiring
+            WHERE queue = expiring.queue AND expires_at <= ? AND state IN (2, 3, 5)
+        )
+        """,
+        (books.now,),
+    )
+    return [name for (name,) in found]
+
+
 def peek(books: Books, row: QueueRow, state: State, limit: int, after: str | None) -> list[StoredMessage]:
     """Return messages of one state in its order; `after` is the id of the last one seen."""
     skipped, parameters = _behind(books, row, state, after)
@@ -125,7 +155,7 @@ def peek(books: Books, row: QueueRow, state: State, limit: int, after: str | Non
 def _behind(books: Books, row: QueueRow, state: State, after: str | None) -> tuple[str, tuple[object, ...]]:
     if after is None:
         return "", ()
-    number = number_of(books, row, after)
+    number = books.number_of(row, after)
     if number is None:
         raise _no_place(row, after)
     last = books.db.execute("SELECT priority, at, grp FROM filao_message WHERE id = ?", (number,)).fetchone()
@@ -153,10 +183,10 @@ def _no_place(row: QueueRow, after: str) -> ConfigurationError:
 
 
 def _stored(books: Books, row: QueueRow, fields: Sequence[Any]) -> StoredMessage:
-    number, message_id, state, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, *rest = fields
-    expires_at, reason, token = rest
+    number, message_id, salt, state, kind, content, headers, attempts, priority, group, dedup_key, *rest = fields
+    sent_at, at, expires_at, reason, token = rest
     return StoredMessage(
-        id=books.name_of(number, message_id),
+        id=books.name_of(number, message_id, salt),
         queue=row.rules.name,
         state=State(STATES[state]),
         body=_shown_body(kind, content),
@@ -193,22 +223,41 @@ def history(db: sqlite3.Connection, number: int) -> tuple[Failure, ...]:
     )
 
 
-def number_of(books: Books, row: QueueRow, name: str) -> int | None:
-    """Return the number of the message with this public id; None when there is none in the queue."""
-    found = books.db.execute(
-        "SELECT id FROM filao_message INDEXED BY filao_named WHERE queue = ? AND message_id = ?", (row.id, name)
-    ).fetchone()
-    if found is not None:
-        return int(found[0])
-    file, _, number = name.rpartition("-")
-    if file != books.file or not number.isascii() or not number.isdigit():
-        return None
-    return int(number) if len(number) < 19 else None
+def chosen(
+    books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int
+) -> Sequence[int]:
+    """Return the numbers of the messages that a command is about, each once: what comes later is none of its business."""
+    if ids is not None:
+        numbers = [number for name in ids if (number := books.number_of(row, name)) is not None]
+        return list(dict.fromkeys(numbers))[:limit]
+    found = array("q")
+    for state in states:
+        rows = books.db.execute(
+            f"""
+            SELECT id
+            FROM filao_message INDEXED BY filao_{_INDEXES[state]}
+            WHERE queue = ? AND {_WHERE[state]}
+            ORDER BY {_ORDER[state]}
+            LIMIT ?
+            """,
+            (row.id, limit - len(found)),
+        )
+        found.extend(number for (number,) in rows)
+    return found
 
 
-def redrive(books: Books, row: QueueRow, ids: Sequence[str] | None, limit: int, edited: Draft | None) -> int:
+def _still(books: Books, row: QueueRow, numbers: Sequence[int], states: Sequence[State]) -> list[Entry]:
+    """Return those of the chosen messages that are still in one of these states, in the order of sending."""
+    allowed = ", ".join(str(NUMBERS[state]) for state in states)
+    return books.entries(
+        f"WHERE id IN (SELECT value FROM json_each(?)) AND queue = ? AND state IN ({allowed}) ORDER BY id",
+        (json.dumps(list(numbers)), row.id),
+    )
+
+
+def redrive(books: Books, row: QueueRow, numbers: Sequence[int], edited: Draft | None) -> int:
     """Give dead letters back with fresh attempts, each to its old place."""
-    entries = _chosen(books, row, [State.DEAD], ids, limit)
+    entries = _still(books, row, numbers, [State.DEAD])
     for entry in entries:
         books.db.execute(
             "UPDATE filao_message SET attempts = 0, reason = NULL, expires_at = NULL WHERE id = ?", (entry.number,)
@@ -219,35 +268,20 @@ def redrive(books: Books, row: QueueRow, ids: Sequence[str] | None, limit: int, 
                 (edited.kind, edited.content, edited.headers, entry.number),
             )
         if entry.dedup_key is not None:
-            moves.remember_again(books, row, entry.dedup_key, books.name_of(entry.number, entry.message_id))
+            moves.remember_again(books, row, entry.dedup_key, entry.name)
         moves.give_back(books, row, entry)
     row.count["redriven"] += len(entries)
     return len(entries)
 
 
-def remove(books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int) -> int:
+def remove(books: Books, row: QueueRow, numbers: Sequence[int], states: Sequence[State], *, purges: bool) -> int:
     """Delete messages in these states; whoever holds one loses its lease."""
-    entries = _chosen(books, row, states, ids, limit)
+    entries = _still(books, row, numbers, states)
     for entry in entries:
-        moves.delete(books, row, entry, "purged" if ids is None else "cancelled")
-        if ids is None:  # a purge starts afresh: what it removed may be sent again at once
-            moves.unlearn(
-                books, row, moves.keys(entry.dedup_key, entry.message_id), books.name_of(entry.number, entry.message_id)
-            )
+        moves.delete(books, row, entry, "purged" if purges else "cancelled")
+        if purges:  # it starts afresh: what it removed may be sent again at once
+            moves.unlearn(books, row, moves.keys(entry.dedup_key, entry.message_id), entry.name)
     return len(entries)
-
-
-def _chosen(books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int) -> list[Entry]:
-    if ids is not None:
-        numbers = [number for name in ids if (number := number_of(books, row, name)) is not None]
-        allowed = {NUMBERS[state] for state in states}
-        named = [entry for number in numbers for entry in books.entries("WHERE id = ? AND queue = ?", (number, row.id))]
-        return [entry for entry in named if entry.state in allowed][:limit]
-    found: list[Entry] = []
-    for state in states:
-        clause = f"INDEXED BY filao_{_INDEXES[state]} WHERE queue = ? AND {_WHERE[state]} ORDER BY {_ORDER[state]}"
-        found += books.entries(f"{clause} LIMIT ?", (row.id, limit - len(found)))
-    return found
 
 
 def pause(books: Books, row: QueueRow, *, paused: bool) -> None:

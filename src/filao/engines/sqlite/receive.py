@@ -7,12 +7,10 @@ from typing import Any
 from filao.engine import Delivery, Receive, Received
 from filao.engines.line import deal
 from filao.engines.sqlite import moves, waitlist
-from filao.engines.sqlite.books import ENTRY, Books, Entry, QueueRow, tokens
+from filao.engines.sqlite.books import ENTRY, Books, QueueRow, tokens
 from filao.errors import FilaoError
 
-DUE_MAX = 5_000  # rows of a kind that one receive makes ready: about 50 ms of the write lock; the next one goes on
-
-_DELIVERED = "id, priority, attempts, grp, dedup_key, message_id, headers, kind, content, sent_at, failures"
+_DELIVERED = "id, priority, attempts, grp, dedup_key, message_id, headers, kind, content, sent_at, failures, salt"
 _LEASE = f"""
     UPDATE filao_message
     SET state = 4, at = ?, token = ?, attempts = attempts + 1
@@ -92,8 +90,8 @@ def _queue_up(books: Books, row: QueueRow, lessee: Lessee, wants: int, *, served
 
 
 def _delivery(books: Books, queue: str, token: int, fields: Sequence[Any]) -> Delivery:
-    number, priority, attempt, group, dedup_key, message_id, headers, kind, content, sent_at, failures = fields
-    name = books.name_of(number, message_id)
+    number, priority, attempt, group, dedup_key, message_id, headers, kind, content, sent_at, failures, salt = fields
+    name = books.name_of(number, message_id, salt)
     about = (priority, group, dedup_key, message_id, headers, kind, content, sent_at, failures)
     return Delivery(queue, name, number, token, attempt, *about, bool(failures) and moves.has_crashed(books, number))
 
@@ -102,13 +100,13 @@ def make_due(books: Books, row: QueueRow) -> None:
     """Make ready what is due, delayed messages and those whose lease ran out; bury what outlived its ttl."""
     if row.count["delayed"]:
         for entry in books.entries(
-            f"INDEXED BY filao_delayed WHERE queue = ? AND state = 3 AND at <= ? ORDER BY at LIMIT {DUE_MAX}",
+            f"INDEXED BY filao_delayed WHERE queue = ? AND state = 3 AND at <= ? ORDER BY at LIMIT {moves.DUE_MAX}",
             (row.id, books.now),
         ):
             moves.give_back(books, row, entry)
     if row.count["leased"]:
         lose_all(books, row, "at <= ?", (books.now,), "lease_expired")
-    _expire(books, row)
+    moves.let_expire(books, row)
 
 
 def lose_all(books: Books, row: QueueRow, which: str, parameters: tuple[object, ...], outcome: str) -> None:
@@ -119,28 +117,12 @@ def lose_all(books: Books, row: QueueRow, which: str, parameters: tuple[object, 
         FROM filao_message INDEXED BY filao_leased
         WHERE queue = ? AND state = 4 AND {which}
         ORDER BY at
-        LIMIT {DUE_MAX}
+        LIMIT {moves.DUE_MAX}
         """,
         (row.id, *parameters),
     ).fetchall()
     for token, *fields in found:
-        moves.lose(books, row, Entry(*fields), token, outcome)
-
-
-def _expire(books: Books, row: QueueRow) -> None:
-    for entry in books.entries(
-        f"""
-        INDEXED BY filao_expiring
-        WHERE queue = ? AND expires_at <= ? AND state IN (2, 3, 5)
-        LIMIT {DUE_MAX}
-        """,
-        (row.id, books.now),
-    ):
-        if row.rules.on_expiry == "drop":
-            moves.delete(books, row, entry, "dropped")
-        else:
-            moves.record(books, entry, "expired", "it outlived its ttl", "")
-            moves.die(books, row, entry, "expired")
+        moves.lose(books, row, books.entry(fields), token, outcome)
 
 
 def time_to_due(books: Books, row: QueueRow) -> float | None:

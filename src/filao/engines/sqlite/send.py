@@ -14,18 +14,48 @@ def send(books: Books, operation: Send) -> list[Receipt] | FilaoError:
     row = books.queue(operation.queue)
     if row is None:
         return books.not_found(operation.queue)
-    refusal = _refusal(books, row, operation.drafts)
-    if refusal is not None:
-        return refusal
-    return [_send_one(books, row, draft) for draft in operation.drafts]
+    drafts = operation.drafts
+    for draft in drafts:
+        if len(draft.content) > row.rules.body_max:
+            return too_large(row.rules.name, len(draft.content), row.rules.body_max)
+    came_first = _came_first(books, row, drafts)
+    new = came_first.count(None)
+    if row.rules.max_length is not None and new and not _has_room(books, row, new, row.rules.max_length):
+        row.count["refused"] += len(drafts)
+        return _full(row, new)
+    receipts: list[Receipt] = []
+    for draft, first in zip(drafts, came_first, strict=True):
+        if first is None:
+            receipts.append(_store(books, row, draft))
+        else:
+            row.count["duplicates"] += 1
+            receipts.append(Receipt(first if isinstance(first, str) else receipts[first].id, True))
+    return receipts
 
 
-def _send_one(books: Books, row: QueueRow, draft: Draft) -> Receipt:
-    known = moves.keys(draft.dedup_key, draft.message_id)
-    first = moves.remembered(books, row, known) if known else None
-    if first is not None:
-        row.count["duplicates"] += 1
-        return Receipt(first, True)
+def _came_first(books: Books, row: QueueRow, drafts: Sequence[Draft]) -> list[str | int | None]:
+    """Say of each draft what came first: the id of a message, or the place of another draft; None when it is new.
+
+    Draft by draft: only what is new claims its keys, for those behind it in the same send. This is decided before room is
+    made, so what is dropped to make room frees no key for this send, and what is counted as new is what is stored.
+    """
+    claimed: dict[tuple[int, str], int] = {}
+    found: list[str | int | None] = []
+    for place, draft in enumerate(drafts):
+        first: str | int | None = None
+        if draft.dedup_key is not None or draft.message_id is not None:
+            known = moves.keys(draft.dedup_key, draft.message_id)
+            for key in known:
+                first = claimed[key] if key in claimed else moves.remembered(books, row, *key)
+                if first is not None:
+                    break
+            else:
+                claimed.update(dict.fromkeys(known, place))
+        found.append(first)
+    return found
+
+
+def _store(books: Books, row: QueueRow, draft: Draft) -> Receipt:
     number = books.next_number()
     now = books.now
     at = now + round(draft.delay * 1000) if draft.delay else now
@@ -34,11 +64,13 @@ def _send_one(books: Books, row: QueueRow, draft: Draft) -> Receipt:
         state = _state_in_group(books, row, draft.group, state)
     ttl = row.rules.ttl if draft.ttl is None else draft.ttl
     expires_at = None if ttl is None else now + round(ttl * 1000)
+    salt = books.salt if draft.message_id is None else None
     place = (number, row.id, state, draft.priority, at, NO_TOKEN, now, expires_at, draft.group)
-    books.insert(row, state, (*place, draft.dedup_key, draft.message_id, draft.headers, draft.kind, draft.content))
-    name = books.name_of(number, draft.message_id)
-    if known:
-        moves.remember(books, row, known, name)
+    content = (draft.dedup_key, draft.message_id, draft.headers, draft.kind, draft.content, salt)
+    books.insert(row, state, (*place, *content))
+    name = books.name_of(number, draft.message_id, salt)
+    if draft.dedup_key is not None or draft.message_id is not None:
+        moves.remember(books, row, moves.keys(draft.dedup_key, draft.message_id), name)
     return Receipt(name)
 
 
@@ -58,48 +90,37 @@ def _is_occupied(books: Books, row: QueueRow, group: str) -> bool:
     return any(moves.first(books, row, group, state) is not None for state in states)
 
 
-def _refusal(books: Books, row: QueueRow, drafts: Sequence[Draft]) -> FilaoError | None:
-    rules = row.rules
-    for draft in drafts:
-        if len(draft.content) > rules.body_max:
-            return too_large(rules.name, len(draft.content), rules.body_max)
-    if rules.max_length is None:
-        return None
-    new = _count_new(books, row, drafts)
-    if not new:
-        return None
-    surplus = row.pending() + new - rules.max_length
-    if rules.overflow == "drop_oldest" and new <= rules.max_length:
-        surplus -= _drop_oldest(books, row, surplus)
-    if surplus <= 0:
-        return None
-    row.count["refused"] += len(drafts)
+def _has_room(books: Books, row: QueueRow, new: int, most: int) -> bool:
+    """Make room for so many new messages, or return False: what is expired goes first, then what may be dropped."""
+    while row.pending() + new > most and moves.let_expire(books, row):
+        pass
+    surplus = row.pending() + new - most
+    drops = row.rules.overflow == "drop_oldest" and new <= most
+    return surplus <= 0 or (drops and _drop_oldest(books, row, surplus))
+
+
+def _full(row: QueueRow, new: int) -> QueueFull:
     return QueueFull(
-        f"queue {rules.name!r} is full: {row.pending():,} messages wait or are being worked on, its max_length is "
-        f"{rules.max_length:,}, and {new:,} more were sent. Nothing was stored. Add consumers, or send later."
+        f"queue {row.rules.name!r} is full: {row.pending():,} messages wait or are being worked on, its max_length is "
+        f"{row.rules.max_length:,}, and {new:,} more were sent. Nothing was stored. Add consumers, or send later."
     )
 
 
-def _count_new(books: Books, row: QueueRow, drafts: Sequence[Draft]) -> int:
-    seen: set[tuple[int, str]] = set()
-    new = 0
-    for draft in drafts:
-        known = moves.keys(draft.dedup_key, draft.message_id)
-        new += not seen.intersection(known) and moves.remembered(books, row, known) is None
-        seen.update(known)
-    return new
-
-
-def _drop_oldest(books: Books, row: QueueRow, surplus: int) -> int:
-    """Make up to `surplus` waiting messages dead letters, the oldest first, and return how many there were."""
+def _drop_oldest(books: Books, row: QueueRow, surplus: int) -> bool:
+    """Make so many waiting messages dead letters, the oldest first; or none, and return False, when they are too few."""
     books.flush()
-    for dropped in range(surplus):
+    counted = dict(row.count)
+    books.db.execute("SAVEPOINT room")
+    for _ in range(surplus):
         oldest = _oldest_waiting(books, row)
         if oldest is None:
-            return dropped
+            books.db.execute("ROLLBACK TO room")
+            row.count = counted
+            break
         moves.record(books, oldest, "overflow", "the queue was full and its rule is to drop the oldest", "")
         moves.die(books, row, oldest, "overflow")
-    return max(surplus, 0)
+    books.db.execute("RELEASE room")
+    return row.count is not counted
 
 
 def _oldest_waiting(books: Books, row: QueueRow) -> Entry | None:

@@ -54,7 +54,7 @@ def settle(books: Books, operation: Settle, lessee: Lessee) -> FilaoError | None
     delivery, outcome = operation.delivery, operation.outcome
     row = books.queue(delivery.queue)
     if row is None:
-        return books.not_found(delivery.queue)
+        return _lease_lost(books, delivery, "its queue was deleted, and the message with it")
     if isinstance(outcome, Ack) and _ack_in_time(books, delivery):
         row.count["leased"] -= 1
         row.count["acked"] += 1
@@ -104,7 +104,7 @@ def _held(books: Books, row: QueueRow, delivery: Delivery) -> Entry | None:
     if found is None:
         return None
     at, *fields = found
-    entry = Entry(*fields)
+    entry = books.entry(fields)
     row.count["late"] += entry.state != LEASED or at <= books.now
     return entry
 
@@ -123,7 +123,7 @@ def extend(books: Books, operation: Extend) -> FilaoError | None:
     delivery = operation.delivery
     row = books.queue(delivery.queue)
     if row is None:
-        return books.not_found(delivery.queue)
+        return _lease_lost(books, delivery, "its queue was deleted, and the message with it")
     entry = _held(books, row, delivery)
     if entry is None or entry.state == BLOCKED:  # blocked: its group went on without it
         return _lease_lost(books, delivery)
@@ -136,12 +136,15 @@ def extend(books: Books, operation: Extend) -> FilaoError | None:
 
 
 def _entry(delivery: Delivery) -> Entry:
-    return Entry(delivery.handle, LEASED, delivery.attempt, delivery.group, delivery.dedup_key, delivery.message_id)
+    about = (delivery.group, delivery.dedup_key, delivery.message_id, delivery.id)
+    return Entry(delivery.handle, LEASED, delivery.attempt, *about)
 
 
-def _lease_lost(books: Books, delivery: Delivery) -> LeaseLost:
+def _lease_lost(books: Books, delivery: Delivery, now: str = "") -> LeaseLost:
     found = books.db.execute("SELECT state, attempts FROM filao_message WHERE id = ?", (delivery.handle,)).fetchone()
-    if found is None:
+    if now:
+        pass
+    elif found is None:
         now = "it is gone: somebody else finished it, or it was purged"
     elif found[0] == LEASED:
         now = f"another consumer holds it, as attempt {found[1]}"
