@@ -38,6 +38,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
     *(
         f"engines.rabbitmq.{name}"
         for name in (
+            "wire",
             "server",
             "topology",
             "refusals",
@@ -47,6 +48,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "carriage",
             "publisher",
             "control",
+            "doctor",
             "engine",
         )
     ),

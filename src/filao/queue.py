@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import islice
 from typing import Any, Generic, Literal
 
 import msgspec
@@ -147,10 +148,13 @@ def rules_to_json(queue: "Queue[Any]") -> str:
 
 def rules_from_json(name: str, rules: str) -> "Queue[Any]":
     """Read back what `rules_to_json` wrote; a rule that a newer version added and this one does not know is passed over."""
-    stored = msgspec.json.decode(rules)
-    known = {rule: stored[rule] for rule in _RULES if rule in stored and rule not in ("backoff", "emulate")}
-    emulate = tuple(what for what in stored.get("emulate", ()) if what in EMULATED)
-    return Queue(name, backoff=Backoff(**stored.get("backoff", {})), emulate=emulate, **known)
+    try:
+        stored = msgspec.json.decode(rules, type=dict[str, Any])
+        known = {rule: stored[rule] for rule in _RULES if rule in stored and rule not in ("backoff", "emulate")}
+        emulate = tuple(what for what in stored.get("emulate", ()) if what in EMULATED)
+        return Queue(name, backoff=Backoff(**stored.get("backoff", {})), emulate=emulate, **known)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigurationError(f"queue {name!r}: its stored rules are none: {error}") from error
 
 
 def retry_delay(queue: "Queue[Any]", attempt: int, chance: float) -> float | None:
@@ -158,9 +162,12 @@ def retry_delay(queue: "Queue[Any]", attempt: int, chance: float) -> float | Non
     return None if attempt >= queue.max_attempts else queue.backoff.delay(attempt, chance)
 
 
+COMPARED_MAX = 500  # names that a name which is none is compared with: 30 ms, for the event loop waits
+
+
 def not_found(name: str, known: Iterable[str]) -> QueueNotFound:
     """Return the error for a queue that nobody declared, naming those that its caller may have meant."""
-    names = sorted(known)
+    names = sorted(islice(known, COMPARED_MAX))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "No queue is declared here yet."
     return QueueNotFound(f"queue {name!r} is not declared. {hint} Declare it with broker.declare(Queue({name!r})).")

@@ -5,18 +5,16 @@ A dead letter is looked at by receiving it and giving it back, so that for a mom
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from filao.engine import Draft, Finding, QueueStats, StoredMessage
+from filao.engine import Draft, QueueStats, StoredMessage
 from filao.engines.rabbitmq import envelope, topology
-from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Session
 from filao.engines.rabbitmq.topology import UNDELIVERED, dead_name, ladder
 from filao.errors import ConfigurationError
-from filao.queue import Queue
 
 
 async def depth(session: Session, queue: str) -> int | None:
@@ -129,30 +127,3 @@ async def _dead(session: Session, queue: str) -> AsyncGenerator[tuple[Channel, A
 async def _each(channel: Channel, queue: str) -> AsyncGenerator[DeliveredMessage]:
     while (message := await channel.basic_get(queue, timeout=ANSWERS_WITHIN)).delivery_tag is not None:
         yield message
-
-
-async def examine(session: Session, server: Server, queues: Sequence[Queue[Any]]) -> list[Finding]:
-    """Return what an operator should know of the server and its queues."""
-    findings = [Finding("server", "ok", f"{server.name}, version {session.version}")]
-    for queue in queues:
-        ready, dead = await depth(session, queue.name), await depth(session, dead_name(queue.name))
-        if ready is None or dead is None:
-            missing = queue.name if ready is None else dead_name(queue.name)
-            findings.append(_finding(queue, "error", f"{missing!r} was deleted on the server: declare the queue again"))
-        else:
-            findings.append(_finding(queue, "note" if dead else "ok", f"{ready:,} ready, {dead:,} dead letters"))
-    undelivered = await depth(session, UNDELIVERED)
-    if undelivered:
-        text = f"{undelivered:,} messages were delayed for queues that have been deleted meanwhile: they are in {UNDELIVERED!r}"
-        findings.append(Finding("delays", "warning", text))
-    return [*findings, Finding("leases", "note", _CONSUMER_TIMEOUT)]
-
-
-def _finding(queue: Queue[Any], level: str, text: str) -> Finding:
-    return Finding(f"queue {queue.name}", level, text)
-
-
-_CONSUMER_TIMEOUT = (
-    "a lease ends with its connection, and after the server's consumer_timeout (30 minutes unless rabbitmq.conf says "
-    "otherwise): raise it where handlers take longer"
-)

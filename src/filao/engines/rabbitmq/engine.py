@@ -7,6 +7,7 @@ between the two doubles it, and nothing is lost.
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -48,7 +49,7 @@ from filao.engine import (
     Submit,
 )
 from filao.engines.line import Line, Place
-from filao.engines.rabbitmq import control, envelope, register, topology
+from filao.engines.rabbitmq import control, doctor, envelope, register, topology, wire
 from filao.engines.rabbitmq.carriage import QueuePacking
 from filao.engines.rabbitmq.consumer import Consumer
 from filao.engines.rabbitmq.publisher import Publisher, deleted
@@ -56,6 +57,8 @@ from filao.engines.rabbitmq.refusals import check_delay, check_draft, check_rule
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Link, Server, Session
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost, UnsupportedFeature
 from filao.queue import Queue, not_found, retry_delay
+
+log = logging.getLogger("filao.rabbitmq")
 
 TIDY_INTERVAL = 0.5  # seconds between looks for messages that were pushed for nobody
 LEARN_INTERVAL = 30.0  # seconds after which the rules of the queues are read again
@@ -77,6 +80,8 @@ class RabbitmqEngine:
         self._receiving = Link(self._server, self._call_all)
         self._publisher = Publisher(self._sending)
         self._rules: dict[str, Queue] = {}
+        self._strange: list[str] = []
+        """What of the register cannot be read, in words."""
         self._learnt_at = 0.0
         self._consumers: dict[str, Consumer] = {}
         self._opening = asyncio.Lock()
@@ -194,9 +199,12 @@ class RabbitmqEngine:
                 return Received(deliveries)
 
     async def _is_alive(self, queue: Queue, delivery: Delivery, message: DeliveredMessage, consumer: Consumer) -> bool:
-        """Return whether a message may be handed over; one that is spent or expired becomes a dead letter."""
+        """Return whether a message may be handed over; one that is unreadable, spent or expired becomes a dead letter."""
         used = delivery.attempt - 1
-        if used >= queue.max_attempts:
+        unreadable = wire.trouble(message.header.properties)
+        if unreadable:
+            reason, error = "malformed", unreadable
+        elif used >= queue.max_attempts:
             reason, error = "max_attempts", "every consumer that had it vanished or gave it back"
         elif envelope.is_expired(message.header.properties, envelope.now()):
             reason, error = "expired", ""
@@ -320,7 +328,11 @@ class RabbitmqEngine:
     async def queues(self) -> list[Queue]:
         """Return every declared queue with its rules, by name."""
         async with self._apart() as session:
-            self._rules = await register.queues(session, self._server)
+            self._rules, strange = await register.queues(session, self._server)
+        for what in strange:
+            if what not in self._strange:
+                log.warning("%s: the register %r holds %s", self._server.name, topology.REGISTER, what)
+        self._strange = strange
         self._learnt_at = asyncio.get_running_loop().time()
         return list(self._rules.values())
 
@@ -388,7 +400,7 @@ class RabbitmqEngine:
         """Examine the server and its queues and say what an operator should know."""
         queues = await self.queues()
         async with self._apart() as session:
-            return await control.examine(session, self._server, queues)
+            return await doctor.examine(session, self._server, queues, self._strange)
 
     def check(self, queue: Queue) -> None:
         """Raise `UnsupportedFeature` for a queue that cannot be declared here."""

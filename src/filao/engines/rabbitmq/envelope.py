@@ -7,7 +7,7 @@ has them; what is Filao's own is in headers that begin with `x-filao-`.
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from aiormq.abc import DeliveredMessage
@@ -15,7 +15,8 @@ from pamqp.commands import Basic
 
 from filao.codec import BYTES, JSON, decode_headers
 from filao.engine import Delivery, Draft, Failure, State, StoredMessage, instant
-from filao.errors import MessageTooLarge
+from filao.engines.rabbitmq.wire import carried, text
+from filao.errors import MessageNotEncodable, MessageTooLarge
 
 Properties = Basic.Properties
 
@@ -32,7 +33,9 @@ REASON, ERROR, DIED_AT, SPENT = "x-filao-reason", "x-filao-error", "x-filao-died
 NUMBER_MAX = 253_402_300_799_000  # milliseconds until the end of the year 9999; attempts are far fewer
 SHORT_MAX = 255  # bytes of AMQP's short strings: its ids and the names of headers
 _RETURNS = "x-delivery-count"  # the server's, of a quorum queue
-_OTHERS = ("x-death", "x-first-death-", "x-last-death-", "x-filao-", _RETURNS, "x-acquired-count", "x-stream-offset")
+_SERVERS = ("x-death", "x-first-death-", "x-last-death-", _RETURNS, "x-acquired-count", "x-stream-offset")
+_COPIES = frozenset({"CC", "BCC"})  # where else the server delivers a message, each time that it is published
+_OTHERS = (*_SERVERS, "x-filao-")
 _TYPES = {JSON: "application/json", BYTES: "application/octet-stream"}
 _REASONS = {"expired": "expired", "rejected": "rejected", "delivery_limit": "max_attempts", "maxlen": "overflow"}
 
@@ -46,6 +49,10 @@ def written(queue: str, draft: Draft, name: str, ttl: float | None, moment: int)
     """Return the properties that a message is published with; raise `MessageTooLarge` for what AMQP cannot hold."""
     headers: dict[str, Any] = dict(decode_headers(draft.headers))
     for header in headers:
+        if header.startswith(_OTHERS) or header in _COPIES:
+            raise MessageNotEncodable(
+                f"queue {queue!r}: header {header!r}: RabbitMQ or Filao acts upon headers of this name. Nothing was sent. Choose another name."
+            )
         if len(header.encode()) > SHORT_MAX:
             raise MessageTooLarge(
                 f"queue {queue!r}: the name of header {header[:40]!r}… takes more than {SHORT_MAX} bytes, which AMQP "
@@ -150,9 +157,8 @@ def stored(queue: str, message: DeliveredMessage) -> StoredMessage:
     headers = properties.headers or {}
     delivery = read(queue, message, 0, str)
     reason, died_at = text(headers.get(REASON, "")), instant(_number(headers.get(DIED_AT)))
-    deaths: Any = headers.get("x-death")
-    if deaths and not reason:  # the server's own record, the latest death first
-        reason, died_at = _REASONS.get(deaths[0]["reason"], "rejected"), deaths[0]["time"]
+    if not reason:
+        reason, died_at = _servers_record(headers.get("x-death"))
     spent = _number(headers.get(SPENT)) or _number(headers.get(ATTEMPT))
     error = text(headers.get(ERROR, ""))
     failed = Failure(spent, died_at, "nacked" if reason == "max_attempts" else reason, error, consumer="")
@@ -174,9 +180,15 @@ def stored(queue: str, message: DeliveredMessage) -> StoredMessage:
     )
 
 
-def text(value: object) -> str:
-    """Return a header's value as the string that Filao's headers are."""
-    return value.decode(errors="replace") if isinstance(value, bytes | bytearray) else str(value)
+def _servers_record(deaths: object) -> tuple[str, datetime]:
+    """Return why and when a message died, as the server has it, the latest death first; a stranger may have forged it."""
+    latest = cast("list[object]", deaths)[0] if isinstance(deaths, list) and deaths else None
+    record = cast("dict[str, object]", latest) if isinstance(latest, dict) else {}
+    reason, died_at = record.get("reason"), record.get("time")
+    return (
+        _REASONS.get(reason, "rejected") if isinstance(reason, str) else "rejected",
+        died_at if isinstance(died_at, datetime) else instant(0),
+    )
 
 
 def name_of(properties: Properties) -> str:
@@ -215,15 +227,17 @@ def _number(value: object) -> int:
     """Return the number that a stranger may have written into a header; 0 for what can be none of ours."""
     try:
         number = int(value)  # type: ignore[call-overload]  # whatever it is
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0
     return number if 0 <= number <= NUMBER_MAX else 0
 
 
 def _cleaned(properties: Properties) -> dict[str, Any]:
-    """Return the headers without the server's own: it would take a message that died before for one that goes in circles."""
-    servers = tuple(name for name in _OTHERS if name != "x-filao-")
-    return {name: value for name, value in (properties.headers or {}).items() if not name.startswith(servers)}
+    """Return the headers without those that the server acts upon, such as deaths, by which it finds what goes in circles."""
+    headers = properties.headers or {}
+    return carried(
+        {name: value for name, value in headers.items() if not name.startswith(_SERVERS) and name not in _COPIES}
+    )
 
 
 def _copy(properties: Properties, headers: dict[str, Any]) -> Properties:

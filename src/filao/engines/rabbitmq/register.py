@@ -3,11 +3,15 @@
 RabbitMQ tells its clients neither which queues there are nor what they were declared with, so Filao keeps a register.
 It is read by taking the message and giving it back, within a millisecond; to change it, a new one is published before
 the old one is acknowledged. Should two be there, after a crash between the two, they are merged.
+
+A producer who may write to the default exchange may put anything into that queue. What is no register is left where it
+is, a rule that cannot be has its default, and both are reported: nobody's queues stop because of it.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -16,12 +20,15 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelNotFoundEntity
 from pamqp.commands import Basic
 
+from filao.codec import shown
 from filao.engines.rabbitmq.refusals import has_delay
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
 from filao.engines.rabbitmq.topology import QUORUM, REGISTER
-from filao.errors import EngineUnavailable
-from filao.queue import Queue, rules_from_json, rules_to_json
+from filao.errors import ConfigurationError, EngineUnavailable
+from filao.queue import Backoff, Queue, check_name, rules_from_json, rules_to_json
 
+LOOKED_AT_MAX = 100  # messages of the register's queue: two after a crash, and what strangers may have put there
+VERSION_MAX = 2**53  # of a page: it is written once for each change of a rule
 HELD_MAX = 10.0  # seconds that somebody else may hold the register: a process that was paused in the middle
 LOOK_AGAIN = 0.005  # seconds
 
@@ -36,56 +43,70 @@ class Page(msgspec.Struct, frozen=True):
 Pages = dict[str, Page]
 
 
-async def queues(session: Session, server: Server) -> dict[str, Queue]:
-    """Return every declared queue."""
-    async with _held(session, server) as (_, _, pages):
-        return {name: rules_from_json(name, bytes(page.rules).decode()) for name, page in sorted(pages.items())}
+@dataclass(slots=True)
+class _Hold:
+    """The register, while it is held."""
+
+    channel: Channel
+    messages: list[DeliveredMessage]
+    """What it is read from: one message, as a rule."""
+    pages: Pages
+    strange: list[str]
+    """What is in its queue and cannot be read, in words."""
+
+
+async def queues(session: Session, server: Server) -> tuple[dict[str, Queue], list[str]]:
+    """Return every declared queue, and in words what of the register cannot be read."""
+    async with _held(session, server) as hold:
+        found = {name: _queue(name, page, hold.strange) for name, page in sorted(hold.pages.items())}
+        return found, hold.strange
 
 
 async def enter(session: Session, server: Server, queue: Queue[Any]) -> None:
     """Write down a queue's rules."""
     rules = rules_to_json(queue).encode()
-    async with _held(session, server) as (channel, messages, pages):
-        page = pages.get(queue.name)
+    async with _held(session, server) as hold:
+        page = hold.pages.get(queue.name)
         if page is None or bytes(page.rules) != rules:
-            pages[queue.name] = Page(page.version + 1 if page else 1, msgspec.Raw(rules))
-            await _replace(channel, messages, pages)
+            hold.pages[queue.name] = Page(page.version + 1 if page else 1, msgspec.Raw(rules))
+            await _replace(hold)
 
 
 async def strike_out(session: Session, server: Server, queue: str, last: Callable[[], Awaitable[None]]) -> None:
     """Forget a queue; `last` is done, while nobody can declare any, if it was the last that asked for delays."""
-    async with _held(session, server) as (channel, messages, pages):
-        if pages.pop(queue, None) is None:
+    async with _held(session, server) as hold:
+        if hold.pages.pop(queue, None) is None:
             return
-        await _replace(channel, messages, pages)
-        left = [rules_from_json(name, bytes(page.rules).decode()) for name, page in pages.items()]
+        await _replace(hold)
+        left = [_queue(name, page, []) for name, page in hold.pages.items()]
         if not any(map(has_delay, left)):
             await last()
 
 
 @asynccontextmanager
-async def _held(session: Session, server: Server) -> AsyncGenerator[tuple[Channel, list[DeliveredMessage], Pages]]:
+async def _held(session: Session, server: Server) -> AsyncGenerator[_Hold]:
     """Hold the register; it goes back by itself when the channel ends, as it does in a process that dies."""
     await _create(session)
     async with session.aside(confirms=True) as channel:
         until = asyncio.get_running_loop().time() + HELD_MAX
-        while not (messages := await _take(channel)):
+        while not (hold := await _take(channel)).messages:
             if asyncio.get_running_loop().time() > until:
-                raise EngineUnavailable(
-                    f"{server.name}: the register, the one message of the queue {REGISTER!r}, has not been there for "
-                    f"{HELD_MAX:g} s. Nothing was done. Either another process holds it: end one that is paused, or try "
-                    f"again in a minute. Or somebody has purged that queue: then delete the exchange {REGISTER!r}, and "
-                    f"declare your queues again; their messages are not touched."
-                )
+                raise EngineUnavailable(_missing(server, hold))
+            await channel.basic_nack(0, multiple=True, requeue=True, wait=False)
             await asyncio.sleep(LOOK_AGAIN)
-        pages: Pages = {}
-        for message in messages:
-            for name, page in msgspec.json.decode(message.body, type=Pages).items():
-                if name not in pages or pages[name].version < page.version:
-                    pages[name] = page
-        if len(messages) > 1:
-            await _replace(channel, messages, pages)
-        yield channel, messages, pages
+        if len(hold.messages) > 1:
+            await _replace(hold)
+        yield hold
+
+
+def _missing(server: Server, hold: _Hold) -> str:
+    others = f" What lies there instead: {'; '.join(hold.strange[:3])}." if hold.strange else ""
+    return (
+        f"{server.name}: the register, the one message of the queue {REGISTER!r}, has not been there for {HELD_MAX:g} s. "
+        f"Nothing was done.{others} Either another process holds it: end one that is paused, or try again in a minute. Or "
+        f"somebody has purged that queue, or filled it: then purge it, delete the exchange {REGISTER!r}, and declare your "
+        f"queues again; their messages are not touched."
+    )
 
 
 async def _create(session: Session) -> None:
@@ -100,18 +121,66 @@ async def _create(session: Session) -> None:
             await channel.exchange_declare(REGISTER, exchange_type="fanout", durable=True)
 
 
-async def _take(channel: Channel) -> list[DeliveredMessage]:
-    messages: list[DeliveredMessage] = []
-    while (message := await channel.basic_get(REGISTER, timeout=ANSWERS_WITHIN)).delivery_tag is not None:
-        messages.append(message)
-    return messages
+async def _take(channel: Channel) -> _Hold:
+    """Receive what is in the queue, and read it."""
+    hold = _Hold(channel, [], {}, [])
+    for _ in range(LOOKED_AT_MAX):
+        message = await channel.basic_get(REGISTER, timeout=ANSWERS_WITHIN)
+        if message.delivery_tag is None:
+            break
+        _read(message, hold)
+    return hold
 
 
-async def _replace(channel: Channel, messages: list[DeliveredMessage], pages: Pages) -> None:
-    await _publish(channel, pages)
-    for message in messages:
-        await channel.basic_ack(message.delivery_tag or 0)
-    messages.clear()
+def _read(message: DeliveredMessage, hold: _Hold) -> None:
+    """Enter a message's pages, the newest of each queue; one that holds none that can be read is no register."""
+    try:
+        entries = msgspec.json.decode(message.body, type=dict[str, msgspec.Raw])
+    except (ValueError, RecursionError):
+        hold.strange.append(f"a message of {len(message.body):,} bytes that is no register: {message.body[:40]!r}")
+        return
+    pages: Pages = {}
+    for name, entry in entries.items():
+        try:
+            check_name(name)
+            pages[name] = _page(entry)
+        except (ConfigurationError, ValueError, RecursionError):
+            hold.strange.append(f"an entry that is none: {shown(name)}")
+    if entries and not pages:
+        return
+    hold.messages.append(message)
+    for name, page in pages.items():
+        if name not in hold.pages or hold.pages[name].version < page.version:
+            hold.pages[name] = page
+
+
+def _page(entry: msgspec.Raw) -> Page:
+    page = msgspec.json.decode(entry, type=Page)
+    msgspec.json.decode(page.rules, type=dict[str, msgspec.Raw])
+    if not 0 <= page.version < VERSION_MAX:
+        raise ValueError(page.version)
+    return page
+
+
+def _queue(name: str, page: Page, strange: list[str]) -> Queue[Any]:
+    """Return a queue with its rules; one that cannot be, here or anywhere, has its default, and is told of."""
+    kept: dict[str, msgspec.Raw] = {}
+    for rule, value in msgspec.json.decode(page.rules, type=dict[str, msgspec.Raw]).items():
+        try:
+            rules_from_json(name, msgspec.json.encode({rule: value}).decode())
+        except ConfigurationError as error:
+            strange.append(f"a rule that cannot be: {error}")
+        else:
+            kept[rule] = value
+    queue = rules_from_json(name, msgspec.json.encode(kept).decode())
+    return queue if has_delay(queue) or not queue.backoff.first else replace(queue, backoff=Backoff(first=0))
+
+
+async def _replace(hold: _Hold) -> None:
+    await _publish(hold.channel, hold.pages)
+    for message in hold.messages:
+        await hold.channel.basic_ack(message.delivery_tag or 0)
+    hold.messages.clear()
 
 
 async def _publish(channel: Channel, pages: Pages) -> None:

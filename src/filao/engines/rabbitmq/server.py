@@ -6,12 +6,10 @@ import random
 import re
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from datetime import UTC, datetime
 from typing import cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aio_pika
-import pamqp.decode
 from aiormq import Channel
 from aiormq.exceptions import (
     AMQPError,
@@ -25,9 +23,12 @@ from aiormq.exceptions import (
     ProbableAuthenticationError,
 )
 
+from filao.engines.rabbitmq import wire
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 AWAY = (AMQPError, ChannelInvalidStateError, TimeoutError, OSError)  # what the client raises when something has ended
+
+log = logging.getLogger("filao.rabbitmq")
 
 for _name in (
     "aiormq",
@@ -35,28 +36,13 @@ for _name in (
 ):  # what they have to say is raised here too; without a logging setup it is not said twice
     logging.getLogger(_name).addHandler(logging.NullHandler())
 
-_timestamp = pamqp.decode.timestamp
-
-
-def _any_timestamp(value: bytes) -> tuple[int, datetime]:
-    """Read a timestamp; one that is no date, because its sender counts milliseconds or less, as the first instant there is.
-
-    pamqp raises, which ends the connection, and with it all leases, again and again: the message stays in its queue.
-    """
-    try:
-        return _timestamp(value)
-    except (ValueError, OverflowError, OSError):
-        return 8, NO_DATE
-
-
-NO_DATE = datetime(1970, 1, 1, tzinfo=UTC)
-pamqp.decode.METHODS["timestamp"] = _any_timestamp
-pamqp.decode.TABLE_MAPPING[b"T"] = _any_timestamp
+wire.install()
 
 VERSION_MIN = (3, 10)  # where quorum queues got message TTLs, and dead letters that cannot be lost on their way
 CONNECTED_WITHIN = 10.0  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for a reply or a confirm; a server that takes longer is as good as away
 STEADY_AFTER = 10.0  # seconds of life after which the end of a session is no sign that the next will be short as well
+LOST_OFTEN = 5  # short sessions one after the other of which we tell
 PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between sessions that were short
 HEARTBEAT = 30  # seconds; a connection without a sign of life for two of them is lost, and its messages are given back
 
@@ -163,6 +149,8 @@ class Session:
         self.version = str(properties.get("version", "0"))
         self.cluster = str(properties.get("cluster_name", ""))
         self.opened_at = asyncio.get_running_loop().time()
+        self.ended_by = ""
+        """The error that it ended with."""
 
     @property
     def is_open(self) -> bool:
@@ -213,8 +201,9 @@ class Session:
                 await self._connection.close()
         self._end()
 
-    def _end(self, *_: object) -> None:
+    def _end(self, *why: object) -> None:
         if not self._ended.done():
+            self.ended_by = next((_said(error) for error in why if isinstance(error, BaseException)), "")
             self._ended.set_result(None)
 
 
@@ -227,6 +216,8 @@ class Link:
         self._session: Session | None = None
         self._lock = asyncio.Lock()
         self._pause = 0.0
+        self._short = 0
+        """How many sessions one after the other were short."""
 
     async def session(self) -> Session:
         """Return a session that is open; when one has ended soon after it was opened, after a pause."""
@@ -241,8 +232,15 @@ class Link:
         """Pause, longer each time, if the last session was short: what ended it may still be there."""
         now = asyncio.get_running_loop().time()
         if self._session is None or now - self._session.opened_at > STEADY_AFTER:
-            self._pause = 0.0
+            self._pause, self._short = 0.0, 0
             return
+        self._short += 1
+        if self._short % LOST_OFTEN == 0:
+            log.warning(
+                "%s: the connection was lost %d times, each time soon after it was opened, the last time by: %s. If a "
+                "message that cannot be read does it, it lies at the head of its queue: look at it with another client",
+                *(self._server.name, self._short, self._session.ended_by or "no error"),
+            )
         await asyncio.sleep(self._pause * random.uniform(0.5, 1.5))
         self._pause = min(2 * self._pause or PAUSE_FIRST, PAUSE_MAX)
 

@@ -24,9 +24,10 @@ DEAD = ".dead"
 DELAY = "filao.delay"
 UNDELIVERED = "filao.undelivered"  # what came down the ladder for a queue that had been deleted
 REGISTER = "filao.queues"
+PROBE = "filao.probe."  # queues of the doctor, who looks whether the server passes on what expires
 
 QUORUM: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": RETURNS_MAX}
-_SAFE_DEATH = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+SAFE_DEATH = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
 
 
 def dead_name(queue: str) -> str:
@@ -46,7 +47,7 @@ def route(queue: str, delay: float) -> tuple[str, str]:
 async def declare_queue(channel: Channel, queue: Queue[Any]) -> None:
     """Create a queue and the one for its dead letters; if they are there with other arguments, the server says so."""
     death = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead_name(queue.name)}
-    for name, arguments in ((queue.name, QUORUM | _SAFE_DEATH | death), (dead_name(queue.name), QUORUM)):
+    for name, arguments in ((queue.name, QUORUM | SAFE_DEATH | death), (dead_name(queue.name), QUORUM)):
         try:
             await channel.queue_declare(name, durable=True, arguments=dict(arguments))
         except ChannelPreconditionFailed as error:
@@ -66,7 +67,7 @@ async def declare_ladder(channel: Channel) -> None:
     for step in range(STEPS):
         name, below = _step(step), _step(step - 1)
         await channel.exchange_declare(name, exchange_type="topic", durable=True)
-        arguments = QUORUM | _SAFE_DEATH | {"x-dead-letter-exchange": below, "x-message-ttl": _milliseconds(step)}
+        arguments = QUORUM | SAFE_DEATH | {"x-dead-letter-exchange": below, "x-message-ttl": _milliseconds(step)}
         await channel.queue_declare(name, durable=True, arguments=arguments)
         higher = "*." * (STEPS - 1 - step)
         await channel.queue_bind(name, name, f"{higher}1.#")

@@ -1,0 +1,250 @@
+"""RabbitMQ: what strangers may publish to a queue, its dead letters and the register, and what must not come of it."""
+
+import asyncio
+import json
+import struct
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import closing
+from itertools import count
+from typing import Any
+
+import pika
+import pika.data
+import pytest
+
+import filao
+from filao.engines.rabbitmq import topology
+from tests.conftest import engine_of
+from tests.proxy import Proxy
+from tests.servers import Rabbitmq, rabbitmq_server
+
+pytestmark = pytest.mark.anyio
+
+_names = count()
+
+
+@pytest.fixture
+def queue() -> filao.Queue:
+    return filao.Queue(f"strange{next(_names)}", backoff=filao.Backoff(first=0))
+
+
+@pytest.fixture
+async def broker(rabbitmq: Rabbitmq, queue) -> AsyncGenerator[filao.Broker]:
+    async with filao.connect(rabbitmq.url()) as broker:
+        await broker.declare(queue)
+        yield broker
+
+
+@pytest.fixture
+def foreign(rabbitmq: Rabbitmq) -> Iterator[Any]:
+    """Return the channel of a program that knows no Filao."""
+    with closing(pika.BlockingConnection(pika.URLParameters(rabbitmq.url()))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        yield channel
+
+
+class Raw(pika.BasicProperties):  # type: ignore[misc]  # pika has no types
+    """Properties whose bytes are written as they are given."""
+
+    def __init__(self, flags: int, content: bytes) -> None:
+        super().__init__()
+        self._given = [struct.pack(">H", flags), content]
+
+    def encode(self) -> list[bytes]:
+        return list(self._given)  # to which pika adds
+
+
+HEADERS, MESSAGE_ID, CONTENT_TYPE = 1 << 13, 1 << 7, 1 << 15
+
+
+def short(text: bytes) -> bytes:
+    return bytes([len(text)]) + text
+
+
+def table(content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + content
+
+
+def nested(depth: int, kind: bytes = b"F") -> bytes:
+    content = b""
+    for _ in range(depth):
+        content = (short(b"a") if kind == b"F" else b"") + kind + table(content)
+    return table(content if kind == b"F" else short(b"a") + content)
+
+
+UNREADABLE = {
+    "an id that is not UTF-8": Raw(MESSAGE_ID, short(b"claim-\xff")),
+    "a content type that is not UTF-8": Raw(CONTENT_TYPE, short(b"\xe9")),
+    "a header's name that is not UTF-8": Raw(HEADERS, table(short(b"caf\xe9") + b"S" + table(b"au lait"))),
+    "tables within tables": Raw(HEADERS, nested(5_000)),
+    "arrays within arrays": Raw(HEADERS, nested(5_000, b"A")),
+    "arrays within arrays to the limit of a frame": Raw(HEADERS, nested(20_000, b"A")),
+}
+
+
+@pytest.mark.parametrize("properties", UNREADABLE.values(), ids=UNREADABLE)
+async def test_what_cannot_be_read_is_a_malformed_dead_letter_and_stops_nobody(
+    broker, foreign, queue, properties
+) -> None:
+    foreign.basic_publish("", queue.name, b'"strange"', properties)
+    await broker.send_to_queue(queue, "ours")
+    message = await broker.receive_from_queue(queue, wait=10)
+    assert message is not None
+    assert message.body == "ours"
+    (letter,) = await broker.dead_letters(queue)
+    assert letter.body in ("strange", b'"strange"')
+    assert letter.reason == "malformed"
+    assert letter.error
+    await message.ack()
+    assert await broker.redrive(queue) == 1  # an operator who has looked at it may send it back
+    again = await broker.receive_from_queue(queue, wait=10)
+    assert again is not None
+    assert again.body == letter.body
+    await again.ack()
+
+
+async def test_a_routing_key_that_is_not_utf_8_is_no_matter(rabbitmq, broker, foreign, queue) -> None:
+    foreign.exchange_declare(f"{queue.name}.all", exchange_type="fanout")
+    foreign.queue_bind(queue.name, f"{queue.name}.all")
+
+    class Key(str):
+        __slots__ = ()
+
+        def encode(self, *_: str) -> bytes:
+            return b"caf\xe9"
+
+    foreign.basic_publish(f"{queue.name}.all", Key("x"), b"7")
+    message = await broker.receive_from_queue(queue, wait=10)
+    assert message is not None
+    assert message.body == 7
+    await message.ack()
+
+
+async def test_headers_that_cannot_be_written_again_do_not_keep_a_message_from_dying(broker, foreign, queue) -> None:
+    headers = {"bytes": b"\xff" * 10, "deep": json.loads("[" * 60 + "]" * 60)}
+    large = {f"large{number}": "x" * 20_000 for number in range(6)}  # in all, what one frame holds
+    foreign.basic_publish("", queue.name, b"1", pika.BasicProperties(headers=headers | large))
+    message = await broker.receive_from_queue(queue, wait=10)
+    assert message is not None
+    assert message.headers["large0"] == "x" * 20_000
+    await message.reject("no " * 3_000)
+    (letter,) = await broker.dead_letters(queue)
+    assert letter.reason == "rejected"
+    assert {"bytes", "deep"} <= letter.headers.keys()
+    assert await broker.redrive(queue) == 1
+
+
+async def test_the_copies_of_a_message_are_not_delivered_again(broker, foreign, queue) -> None:
+    foreign.queue_declare(f"{queue.name}.copies")
+    properties = pika.BasicProperties(headers={"CC": [f"{queue.name}.copies"]})
+    foreign.basic_publish("", queue.name, b"1", properties)
+    message = await broker.receive_from_queue(queue, wait=10)
+    assert message is not None
+    await message.reject()
+    await broker.redrive(queue)
+    assert foreign.queue_declare(f"{queue.name}.copies", passive=True).method.message_count == 1
+
+
+@pytest.mark.parametrize("name", ["CC", "BCC", "x-death", "x-delivery-count", "x-filao-attempt"])
+async def test_a_header_that_the_server_acts_upon_is_refused(broker, queue, name) -> None:
+    with pytest.raises(filao.MessageError, match=name):
+        await broker.send_to_queue(queue, 1, headers={name: "x"})
+    await broker.send_to_queue(queue, 1, headers={f"y-{name}": "x", "CCs": "x"})
+
+
+async def test_a_connection_that_is_lost_again_and_again_is_told_of(rabbitmq, queue, caplog) -> None:
+    def told() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "connection was lost" in record.getMessage()]
+
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as broker:
+            await broker.declare(queue)
+            async with asyncio.timeout(60):
+                while not told():
+                    assert await broker.receive_from_queue(queue, wait=0) is None  # opens what was lost
+                    ended = asyncio.Event()
+                    engine_of(broker)._receiving._session.when_ended(ended.set)
+                    proxy.reset()
+                    await ended.wait()
+            assert "head of its queue" in told()[0]
+            await broker.send_to_queue(queue, 1)
+
+
+# --- dead letters ----------------------------------------------------------------------------------------------------
+
+STRANGE_DEATHS: list[Any] = [7, "text", [[1, 2], [3]], [{}], [{"reason": ["a"], "time": "b"}], {"reason": 1}, []]
+
+
+async def test_dead_letters_with_strange_records_of_deaths_are_shown_with_the_others(broker, foreign, queue) -> None:
+    await broker.send_to_queue(queue, "ours")
+    message = await broker.receive_from_queue(queue, wait=10)
+    assert message is not None
+    await message.reject("looked at")
+    for number, deaths in enumerate(STRANGE_DEATHS):
+        properties = pika.BasicProperties(headers={"x-death": deaths, "x-filao-died-at": "1" * 5_000})
+        foreign.basic_publish("", topology.dead_name(queue.name), str(number).encode(), properties)
+    foreign.basic_publish("", topology.dead_name(queue.name), b"8", UNREADABLE["tables within tables"])
+    foreign.basic_publish("", topology.dead_name(queue.name), b"9")
+    letters = await broker.dead_letters(queue)
+    assert [letter.body for letter in letters] == ["ours", *range(len(STRANGE_DEATHS)), 8, 9]
+    assert {letter.reason for letter in letters} == {"rejected"}
+    assert await broker.redrive(queue) == len(letters)
+
+
+async def test_the_doctor_tells_when_the_server_passes_on_nothing_that_expires(tmp_path_factory, queue) -> None:
+    """On 3.10 one message ends the server's own worker."""
+    with rabbitmq_server(tmp_path_factory.mktemp("expiry") / "server") as node:
+        async with filao.connect(node.url()) as broker:
+            await broker.declare(queue)
+            assert {finding.subject: finding.level for finding in await broker.doctor()}["expiry"] == "ok"
+            if not engine_of(broker)._server.version.startswith("3.10."):
+                pytest.skip("this version bears it")
+            with closing(pika.BlockingConnection(pika.URLParameters(node.url()))) as connection:
+                channel = connection.channel()
+                channel.confirm_delivery()
+                properties = pika.BasicProperties(expiration="1", headers={"x-death": [[1]]})
+                channel.basic_publish("", queue.name, b"1", properties)
+            async with asyncio.timeout(60):
+                while True:
+                    findings = {finding.subject: finding for finding in await broker.doctor()}
+                    if findings["expiry"].level != "ok":
+                        break
+            assert "x-death" in findings["expiry"].text
+
+
+# --- the register ----------------------------------------------------------------------------------------------------
+
+
+def rules(**changed: Any) -> dict[str, Any]:
+    return {"version": 10**6, "rules": {"backoff": {"first": 0}, **changed}}
+
+
+STRANGE_REGISTERS: dict[str, Any] = {
+    "no JSON": b"not json",
+    "another type": b"[1, 2]",
+    "deep": b"[" * 100_000,
+    "a name that is none": json.dumps({"no name!\n": rules()}).encode(),
+    "rules that are none": json.dumps({"other": {"version": 1, "rules": 7}, "third": 7}).encode(),
+    "a version that is none": b'{"other": {"version": 1e400, "rules": {}}}',
+}
+
+
+@pytest.mark.parametrize("content", STRANGE_REGISTERS.values(), ids=STRANGE_REGISTERS)
+async def test_a_strange_register_is_passed_over_and_the_doctor_says_so(
+    rabbitmq, broker, foreign, queue, content
+) -> None:
+    foreign.basic_publish("", topology.REGISTER, content)
+    try:
+        async with filao.connect(rabbitmq.url()) as other:
+            await other.declare(filao.Queue(f"{queue.name}.new", backoff=filao.Backoff(first=0)))
+            names = {known.name for known in await other.queues()}
+            assert {queue.name, f"{queue.name}.new"} <= names
+            assert "no name!\n" not in names
+            assert queue.name in {stats.name for stats in await other.stats()}
+            findings = {finding.subject: finding for finding in await other.doctor()}
+            assert findings["register"].level == "warning"
+            assert "filao.queues" in findings["register"].text
+    finally:
+        foreign.queue_purge(topology.REGISTER)
+        foreign.exchange_delete(topology.REGISTER)
