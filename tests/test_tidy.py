@@ -18,6 +18,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
     *("engines.line", "engines.statements", "engines.parcels"),
     *(
         "engines.sqlite.folder",
+        "engines.sqlite.ground",
         "engines.sqlite.turnstile",
         "engines.sqlite.bell",
         "engines.sqlite.files",

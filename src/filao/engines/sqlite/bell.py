@@ -18,6 +18,7 @@ from filao.engines.sqlite.folder import Folder
 _RING = struct.Struct("=q")
 _READ_MAX = 4096  # bytes: a FIFO's reader takes all rings that came together
 _ROPES_MAX = 256  # writing ends that are kept open
+MISSED_FOR = 1.0  # seconds that a bell must be gone: by then its owner, if it lives, has noticed and works no more
 _ENTERED_WITHIN = 60.0  # seconds from the hanging of a bell until its owner is entered, at most
 
 
@@ -63,6 +64,8 @@ class Belfry:
         self._folder = folder
         self._ropes: dict[str, int] = {}
         """The writing ends that were opened: a process that was rung for once will be again."""
+        self._missed: dict[str, float] = {}
+        """The bells that are not where they should be, and since when (`time.monotonic`)."""
 
     def ring(self, name: str, queue: int) -> None:
         """Wake the owner of a bell. Never fails: a ring is a hint, and a commit must not depend on it."""
@@ -77,18 +80,22 @@ class Belfry:
     def is_alive(self, name: str) -> bool:
         """Return whether the process that owns this bell lives; True whenever that cannot be told.
 
-        Whoever lives has its bell here from before it was entered until after it was struck off; should it lose its
-        folder, it confirms nothing any more (see `ground.py`). So a bell that is not there belongs to the dead too.
+        Whoever lives has its bell here from before it was entered until after it was struck off, and whoever loses it
+        stops to work (see `ground.py`). So a bell that is gone for a while belongs to the dead too.
         """
         try:
             os.close(self._folder.open_bell(name))
+        except FileNotFoundError:
+            return time.monotonic() - self._missed.setdefault(name, time.monotonic()) < MISSED_FOR
         except OSError as error:
-            return error.errno not in (errno.ENXIO, errno.ENOENT, errno.ELOOP)  # nobody reads it, or it is no bell
+            return error.errno not in (errno.ENXIO, errno.EINVAL, errno.ELOOP)  # nobody reads it, or it is no bell
+        self._missed.pop(name, None)
         return True
 
     def take_down(self, name: str) -> None:
         """Remove the bell of a process that died."""
         self._drop(name)
+        self._missed.pop(name, None)
         self._folder.remove_bell(name)
 
     def forgotten(self, known: Collection[str]) -> list[str]:

@@ -16,6 +16,7 @@ from filao.engines.sqlite import files, processes
 from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.folder import Folder
+from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
 from filao.engines.sqlite.receive import Lessee
 from filao.engines.sqlite.turnstile import Turnstile
 from filao.engines.sqlite.waitlist import Call, calls
@@ -47,6 +48,11 @@ class Database:
         self._clock = clock
         self._wake = wake
         self._wal = path
+        self._given = path
+        self._ground: Ground | None = None
+        self._lost: Loss | None = None
+        self._looked_at = 0.0
+        self._is_suspicious = False
         self._turnstile = Turnstile(None)
         self._belfry: Belfry | None = None
         self._db: sqlite3.Connection | None = None
@@ -59,7 +65,8 @@ class Database:
     def open(self) -> None:
         """Open the file, and create or migrate its tables."""
         if self.path != files.MEMORY:
-            self.path = self.path.resolve()  # one file, one turnstile, by whatever path it is called
+            self._given = self.path.absolute()
+            self.path = files.resolved(self.path)  # one file, one turnstile, by whatever path it is called
             files.check_path(self.path)
         with files.mapped(self.path):
             if self.path != files.MEMORY:
@@ -74,10 +81,16 @@ class Database:
                 self._connect()
 
     def _connect(self) -> sqlite3.Connection:
-        db = files.connect(self.path, full=self._durable)
+        db = files.connect(self.path, full=self._durable, cookie=self._turnstile.noted())
         try:
-            files.migrate(db, self.path)
+            if files.migrate(db, self.path):
+                db.execute(
+                    "PRAGMA wal_checkpoint(PASSIVE)"
+                ).fetchall()  # so that the file itself can be told from others
             self.file = db.execute("SELECT value FROM filao_meta WHERE name = 'file'").fetchone()[0]
+            if self.path != files.MEMORY:
+                self._ground = Ground(self.path, self._given, self.folder.path if self.folder is not None else None)
+                self._turnstile.note(self._ground.cookie)
         except BaseException:
             db.close()
             raise
@@ -95,7 +108,7 @@ class Database:
         try:
             with files.mapped(self.path), self._turnstile.turn():
                 if self._db is not None:
-                    self._db.close()
+                    self._let_go(self._db)
         finally:
             self._db = None
             self._turnstile.close()
@@ -122,7 +135,7 @@ class Database:
         except BaseException as error:
             self.roll_back(error)
             if isinstance(error, sqlite3.Error):
-                raise files.engine_error(self.path, error) from error
+                raise self._error(error) from error
             raise
         self.commit(books)
 
@@ -133,6 +146,7 @@ class Database:
                 files.set_durable(self._db, durable=not self._flushes)
             self._flushes = not self._flushes
         assert not self._turnstile.is_held, "a transaction inside a transaction"
+        self._check_lost()
         self._turnstile.enter()
         try:
             if self.ticket is not None and not self.ticket.acquire(blocking=False):
@@ -140,11 +154,13 @@ class Database:
             self.ticket = None
             db = self._db or self._reopen()
             db.execute("BEGIN IMMEDIATE")
+            if self._is_suspicious or time.monotonic() - self._looked_at > LOOKED_WITHIN:
+                self.look()
             return Books(db, self.file, self.now())
         except BaseException as error:
-            self._turnstile.leave()
+            self.roll_back(error)
             if isinstance(error, sqlite3.Error):
-                raise files.engine_error(self.path, error) from error
+                raise self._error(error) from error
             raise
 
     def commit(self, books: Books) -> None:
@@ -154,10 +170,11 @@ class Database:
             books.write_down()
             self._call(calls(books))
             books.db.execute("COMMIT")
+            self.look()  # before anything is confirmed
         except BaseException as error:
             self.roll_back(error)
             if isinstance(error, sqlite3.Error):
-                raise files.engine_error(self.path, error) from error
+                raise self._error(error) from error
             raise
         self._turnstile.leave()
 
@@ -174,18 +191,60 @@ class Database:
                 if isinstance(error, sqlite3.Error) and files.is_broken(error):
                     self._db = None
                     with suppress(sqlite3.Error):
-                        db.close()
+                        self._let_go(db)
         finally:
             self._turnstile.leave()
 
     def read(self) -> Books:
         """Return books for looking only: each statement sees what is committed, and nothing is written down."""
+        self.look()
         with files.mapped(self.path):
             return Books(self._db or self._reopen(), self.file, self.now())
 
     def now(self) -> int:
         """Return the engine's time in milliseconds."""
         return round(self._clock() * 1000)
+
+    # --- the ground --------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Raise `EngineError` when the file is no longer what was opened; what is confirmed after this is in it."""
+        self._check_lost()
+        if self._ground is not None and self._db is not None:
+            self._lost = self._ground.look() or (self._ground.missing() if self._is_suspicious else None)
+            self._is_suspicious = False
+            self._looked_at = time.monotonic()
+            self._check_lost()
+
+    def may_be_lost(self) -> bool:
+        """Return whether those who wait should look; costs no more than a few `stat`s, in any thread."""
+        if self._ground is not None and self._db is not None and self._lost is None:
+            self._is_suspicious = self._ground.missing() is not None
+            return self._is_suspicious or self._ground.has_changed()
+        return self._lost is not None
+
+    def _check_lost(self) -> None:
+        if self._lost is not None:
+            raise EngineError(
+                f"{self.path} {self._lost.what}. This call is not confirmed, and nothing more is done with the file that was "
+                f"opened. What to do: stop the processes that use it, then {self._lost.remedy}."
+            )
+
+    def _error(self, error: sqlite3.Error) -> EngineError:
+        """Return our error for one of SQLite's, which may come of a file that is no longer what was opened."""
+        try:
+            self.look()
+        except EngineError as lost:
+            return lost
+        return files.engine_error(self.path, error)
+
+    def _let_go(self, db: sqlite3.Connection) -> None:
+        """Close a connection, without writing its WAL into what may lie there now."""
+        self._lost = self._lost or (self._ground.look() if self._ground is not None else None)
+        if self._lost is not None and self._ground is not None:
+            self._ground.let_go(db, self._lost)
+        else:
+            db.close()
 
     def _reopen(self) -> sqlite3.Connection:
         """Open the file afresh after the disk failed, and look whether it is whole before going on.
@@ -195,6 +254,9 @@ class Database:
         if not self._turnstile.is_held:
             with self._turnstile.turn():
                 return self._reopen()
+        if self._ground is not None and not self._ground.is_file_there():
+            self._lost = self._ground.missing()
+            self._check_lost()
         db = self._connect()
         try:
             verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -234,6 +296,9 @@ class Database:
                     bell.close()
                 raise
             self.bell = bell
+            if bell is not None and self._ground is not None and self.folder is not None:
+                with files.mapped(self.path):
+                    self._ground.watch(self.folder.path / bell.name)
             self.lessee = Lessee(entered[0], name)
             if self._belfry is not None:
                 for forgotten in self._belfry.forgotten(known):
@@ -311,7 +376,9 @@ class Database:
         """Copy the WAL into the file, so that what was given back leaves the disk."""
         with files.mapped(self.path), self._turnstile.turn():
             if self._db is not None:
+                self.look()
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                self.look()
 
 
 def check_stands(books: Books) -> None:

@@ -143,6 +143,7 @@ class SqliteEngine:
     def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
         """Send on the user's own connection, in the user's own transaction; waiting processes find it by polling."""
         database = self._database
+        database.look()
         with files.mapped(database.path):
             books = Books(open_transaction(connection, database.path), database.file, database.now())
             receipts = send(books, operation)
@@ -231,6 +232,9 @@ class SqliteEngine:
         """As a process that receives, look for deaths, and for commits that rang no bell."""
         while True:
             await asyncio.sleep(POLL_INTERVAL)
+            if self._database.may_be_lost() and await self._is_lost():
+                for line in self._lines.values():
+                    line.call()  # who waits must hear of it
             if self._database.lessee is None:
                 continue
             if self._database.may_have_moved() or self._database.dead_processes():
@@ -238,6 +242,13 @@ class SqliteEngine:
                     if await self._alone(self._look):
                         for line in self._lines.values():
                             line.call()
+
+    async def _is_lost(self) -> bool:
+        try:
+            await self._alone(self._database.look)
+        except FilaoError:
+            return True
+        return False
 
     def _look(self) -> bool:
         moved = self._database.has_moved()

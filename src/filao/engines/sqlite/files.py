@@ -6,12 +6,15 @@ locks that this process holds there. (https://www.sqlite.org/howtocorrupt.html, 
 
 import contextlib
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Callable, Generator, Iterator
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
+from filao.engines.sqlite import ground
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 MEMORY = Path(":memory:")
@@ -20,10 +23,28 @@ BUSY_TIMEOUT = 30.0  # seconds that a write waits for a foreign writer before it
 PAGES_CACHED_MAX = 4 * 1024  # KiB for each process: a queue is read and written at its two ends
 WAL_KEPT_MAX = 16 * 1024 * 1024  # bytes that the WAL may keep on disk once it was written back
 NETWORK_FILE_SYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "fuse.glusterfs", "lustre"}
-    | {"fuse.sshfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "beegfs", "gfs2", "ocfs2", "davfs", "fuse.davfs2"}
+    {
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb2",
+        "smb3",
+        "smbfs",
+        "afs",
+        "9p",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "beegfs",
+        "gfs2",
+        "ocfs2",
+    }
+    | {"davfs", "coda", "gpfs", "orangefs", "panfs", "pvfs2", "wekafs"}
+    | {f"fuse.{name}" for name in ("glusterfs", "ceph", "sshfs", "s3fs", "rclone", "gcsfuse", "davfs2", "juicefs")}
+    | {f"fuse.{name}" for name in ("mfs", "lizardfs", "seaweedfs", "goofys", "mount-s3", "smbnetfs", "curlftpfs")}
 )
 _MOUNTS = Path("/proc/self/mountinfo")
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 Migration = Callable[[sqlite3.Connection], None]
 
@@ -33,11 +54,23 @@ def sidecar(path: Path) -> Path:
     return path.with_name(path.name + "-filao")
 
 
+def resolved(path: Path) -> Path:
+    """Return the one path of a file. Raises `ConfigurationError` when links lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: before Python 3.13
+        raise ConfigurationError(f"{path} leads nowhere: {error}") from error
+
+
 def check_path(path: Path) -> None:
     """Raise `ConfigurationError` when no Filao file can live at this path."""
     if sqlite3.sqlite_version_info < SQLITE_MIN:
         raise ConfigurationError(
             f"this Python carries SQLite {sqlite3.sqlite_version}; Filao needs {'.'.join(map(str, SQLITE_MIN))} or newer"
+        )
+    if ground.is_abandoned(path):
+        raise EngineError(
+            f"{path} was overwritten while this process had it open: only another process can open it now"
         )
     if path.is_dir():
         raise ConfigurationError(f"{path} is a folder; give the path of a file in it, such as {path / 'filao.db'}")
@@ -47,11 +80,27 @@ def check_path(path: Path) -> None:
         raise ConfigurationError(f"{path} is read-only for this user; a queue writes even when it receives")
     if not _may(path.parent, os.W_OK | os.X_OK):
         raise ConfigurationError(f"{path}: this user may not write in {path.parent}, where SQLite keeps its WAL")
+    _check_one_name(path)
     kind = file_system(path)
     if kind in NETWORK_FILE_SYSTEMS:
         raise ConfigurationError(
             f"{path} lies on a network file system ({kind}), whose locks and shared memory SQLite's WAL cannot rely on. "
             f"Use a local disk, or a postgresql:// URL for several machines."
+        )
+
+
+def _check_one_name(path: Path) -> None:
+    """Raise `ConfigurationError` when the file may be opened by another name, beside which its WAL would be another's."""
+    for name in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-filao"))):
+        if is_mounted(name):
+            raise ConfigurationError(
+                f"{name} is mounted by itself, so the file may be open elsewhere with a WAL of its own, and what either writes "
+                f"would be lost. Mount the folder that holds it instead: -v ./data:{path.parent}"
+            )
+    if path.exists() and path.stat().st_nlink > 1:
+        raise ConfigurationError(
+            f"{path} has {path.stat().st_nlink} names (hard links), so it may be open by another one with a WAL of its own, and "
+            f"what either writes would be lost. Find the others with: find DIRECTORY -samefile {path}; and remove them"
         )
 
 
@@ -77,17 +126,43 @@ def check_is_database(path: Path) -> None:
 
 def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
     """Return the type of the file system that holds `path`; empty where the system does not tell."""
+    found = list(_mounted(mounts))
+    with contextlib.suppress(OSError):
+        there = path if path.exists() else path.parent
+        device = there.stat().st_dev
+        found = [mount for mount in found if mount.device == device] or found
+    best = _Mount(0, Path(), "")
+    for mount in found:
+        if path.is_relative_to(mount.point) and len(mount.point.parts) >= len(best.point.parts):
+            best = mount
+    return best.kind
+
+
+def is_mounted(path: Path, mounts: Path = _MOUNTS) -> bool:
+    """Return whether a mount ends at `path` itself."""
+    return any(mount.point == path for mount in _mounted(mounts))
+
+
+class _Mount(NamedTuple):
+    """One line of mountinfo."""
+
+    device: int
+    point: Path
+    kind: str
+
+
+def _mounted(mounts: Path) -> Iterator[_Mount]:
+    """Yield the mounts that this process sees. (https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html)"""
     try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = mounts.read_bytes().splitlines()
     except OSError:
-        return ""
-    best, kind = "", ""
+        return  # not Linux
     for line in lines:
-        before, _, after = line.partition(" - ")
-        point = before.split()[4].encode().decode("unicode_escape")
-        if path.is_relative_to(point) and len(point) >= len(best):
-            best, kind = point, after.split()[0]
-    return kind
+        before, _, after = line.partition(b" - ")
+        fields = before.split(b" ")
+        major, _, minor = fields[2].partition(b":")
+        point = _ESCAPED.sub(lambda octal: bytes([int(octal[1], 8)]), fields[4])
+        yield _Mount(os.makedev(int(major), int(minor)), Path(os.fsdecode(point)), after.split(b" ")[0].decode())
 
 
 def create(path: Path) -> None:
@@ -100,12 +175,18 @@ def create(path: Path) -> None:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
 
-def connect(path: Path, *, full: bool) -> sqlite3.Connection:
-    """Open the database with the settings that the promises rest on; call it within a turn of the turnstile."""
+def connect(path: Path, *, full: bool, cookie: int = 0) -> sqlite3.Connection:
+    """Open the database with the settings that the promises rest on; call it within a turn of the turnstile.
+
+    `cookie` is what was last noted of its schema: a file that has gone back behind it is not the one that its WAL belongs to.
+    """
     db = sqlite3.connect(
         path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=256
     )
     try:
+        loss = None if path == MEMORY else ground.left_over(path, cookie)
+        if loss is not None:
+            raise EngineError(f"{path} {loss.what}. Nothing was changed. What to do: {loss.remedy}.")
         _set_up(db, full=full)
     except BaseException:
         db.close()
@@ -150,11 +231,11 @@ MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports, _salt_ids)
 """Step n brings a file from version n to n + 1. A released step is never edited; a change of the tables is a new step."""
 
 
-def migrate(db: sqlite3.Connection, path: Path, steps: tuple[Migration, ...] = MIGRATIONS) -> None:
-    """Bring the tables to this version's shape, in one transaction; whoever comes second finds it done."""
+def migrate(db: sqlite3.Connection, path: Path, steps: tuple[Migration, ...] = MIGRATIONS) -> bool:
+    """Bring the tables to this version's shape, in one transaction; return False when there was nothing to do."""
     version = schema_version(db)
     if version == len(steps):
-        return
+        return False
     db.execute("BEGIN IMMEDIATE")
     try:
         version = schema_version(db)
@@ -171,6 +252,7 @@ def migrate(db: sqlite3.Connection, path: Path, steps: tuple[Migration, ...] = M
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+    return True
 
 
 def schema_version(db: sqlite3.Connection) -> int:

@@ -132,17 +132,17 @@ class Folder:
         return fd
 
     def open_bell(self, name: str) -> int:
-        """Return the writing end of a bell. Raises `OSError`: ENXIO without a reader, ENOENT for what is no bell."""
+        """Return the writing end of a bell. Raises `OSError`: ENXIO without a reader, EINVAL for what is no bell."""
         return self._open_bell(name, os.O_WRONLY)
 
     def _open_bell(self, name: str, end: int) -> int:
         if not BELL.fullmatch(name):
-            raise FileNotFoundError(errno.ENOENT, "is not how a bell is called", name)
+            raise OSError(errno.EINVAL, "is not how a bell is called", name)
         fd = os.open(name, end | _ENDS, dir_fd=self._fd)
         about = os.fstat(fd)
         if not stat.S_ISFIFO(about.st_mode) or not self.trusts(about):
             os.close(fd)
-            raise FileNotFoundError(errno.ENOENT, "is no bell", name)
+            raise OSError(errno.EINVAL, "is no bell", name)
         return fd
 
     def remove_bell(self, name: str) -> None:

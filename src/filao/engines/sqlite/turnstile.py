@@ -19,6 +19,7 @@ from filao.engines.sqlite.folder import TURNSTILE, Folder
 if sys.platform != "win32":  # there SQLite's own locks must do
     from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
+_NOTE = 8  # bytes
 TRIED_EVERY = 0.002  # seconds, by who only wants to know whether he would get through
 
 
@@ -51,6 +52,15 @@ class Turnstile:
         self.is_held = False
         if sys.platform != "win32" and self._file >= 0:
             flock(self._file, LOCK_UN)
+
+    def note(self, number: int) -> None:
+        """Leave a number here for those who come later."""
+        if self._file >= 0:
+            os.pwrite(self._file, number.to_bytes(_NOTE, "little"), 0)
+
+    def noted(self) -> int:
+        """Return the number that was left here; 0 when there is none."""
+        return int.from_bytes(os.pread(self._file, _NOTE, 0), "little") if self._file >= 0 else 0
 
     def close(self) -> None:
         """Forget the file; it stays where it is, because another process may be waiting at it."""

@@ -1,0 +1,248 @@
+"""What an open connection stands on: the file, its WAL and its shared memory, each under the name by which it was opened.
+
+SQLite keeps on writing into a file that was deleted, moved or replaced, and replays a WAL onto whatever lies under the
+name beside it. So before anything is confirmed we look whether the names still lead to what was opened.
+
+A file that was overwritten in place, as `cp` does it, is still the same file. Only checkpoints write to a database in WAL
+mode, and each says in the shared memory first that it begins, and how far it has come. So a file that changed without
+one was overwritten. (https://www.sqlite.org/walformat.html, "The WAL-Index File Format"; https://www.sqlite.org/fileformat.html)
+What is read for that is read through SQLite's own descriptors: closing one of ours would drop this process's locks.
+"""
+
+import ctypes
+import os
+import sqlite3
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from filao.engines.sqlite.folder import TURNSTILE
+
+LOOKED_WITHIN = 0.02  # seconds: a transaction that begins so soon after the last look need not look again
+_DESCRIPTORS = Path("/dev/fd")
+HEADER = 100  # bytes
+_WAL_MODE = b"\2\2"
+_INDEX = 132  # bytes: two copies of the WAL-index header, and how far a checkpoint has come
+_MAGIC = b"SQLite format 3\0"
+
+_Identity = tuple[int, int]
+
+_ABANDONED: set[_Identity] = set()
+"""Files that this process holds open for ever, because closing them would write into what somebody else put there."""
+
+
+class Loss(NamedTuple):
+    """How the ground was lost: what happened, after the file's name, and what to do."""
+
+    what: str
+    remedy: str
+
+
+_REPLACED = Loss("was replaced by another file while it was open", "open it again to work with what lies there now")
+_LINKED = Loss("was given a second name (a hard link) while it was open", "remove the other name")
+_OVERWRITTEN = Loss(
+    "was overwritten in place while it was open, as cp and rsync do it",
+    "put a backup in its place with filao restore, because what lies there now does not fit its WAL",
+)
+
+
+class Ground:
+    """What one connection stands on; made right after it has read the file for the first time, within a turn."""
+
+    def __init__(self, path: Path, given: Path, folder: Path | None) -> None:
+        """Look at what was opened; `given` is the path that the user gave, and may lead here through links."""
+        self._main = path
+        self._wal, self._shm = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
+        about = self._main.stat()
+        self._identity = _identity(about)
+        self._journal = {name: _identity(name.stat()) for name in (self._wal, self._shm)}
+        others = [given] * (given != path) + ([folder / TURNSTILE] if folder is not None else [])
+        self._others = {name: _identity(name.stat()) for name in others}
+        self._base = (about.st_mtime_ns, about.st_size)
+        self._fds: dict[_Identity, int] = {}
+        self._checkpoint = self._read_checkpoint()
+        self.cookie = schema_cookie(self._read(self._identity, HEADER))
+        """The count of changes of the schema in the file itself: it never goes back, and a copy's begins anew."""
+
+    def look(self) -> Loss | None:
+        """Return what happened to the file, if anything did. Three `stat`s and a read of memory; one thread at a time."""
+        begun = self._read_checkpoint()  # before the file: what it explains must not have been seen before it
+        try:
+            about = self._main.stat()
+        except OSError:
+            return self._without_file()
+        loss = self._missing(about, self._journal)
+        base = (about.st_mtime_ns, about.st_size)
+        if loss is None and base != self._base and self._was_overwritten():
+            loss = _OVERWRITTEN
+        if loss is None:
+            self._base, self._checkpoint = base, begun
+        return loss
+
+    def has_changed(self) -> bool:
+        """Return whether the file itself was written since the last look, so that another is due."""
+        try:
+            about = self._main.stat()
+        except OSError:
+            return True
+        return (about.st_mtime_ns, about.st_size) != self._base
+
+    def watch(self, name: Path) -> None:
+        """Look after one more name."""
+        self._others = {**self._others, name: _identity(name.stat())}  # another thread may be reading the old one
+
+    def missing(self) -> Loss | None:
+        """Return which name leads elsewhere by now, with those beside the file; at any time, in any thread."""
+        try:
+            about = self._main.stat()
+        except OSError:
+            return self._without_file()
+        return self._missing(about, self._journal) or self._missing(about, self._others)
+
+    def is_file_there(self) -> bool:
+        """Return whether the file itself is where it was: its WAL may be another's, when we had let go of it."""
+        try:
+            return _identity(self._main.stat()) == self._identity
+        except OSError:
+            return False
+
+    def _missing(self, about: os.stat_result, names: dict[Path, _Identity]) -> Loss | None:
+        if _identity(about) != self._identity:
+            return _REPLACED
+        if about.st_nlink > 1:
+            return _LINKED
+        for name, known in names.items():
+            try:
+                same = _identity(name.stat()) == known
+            except OSError:
+                same = False
+            if not same:
+                return Loss(
+                    f"lost {name}, which was deleted or replaced while it was open",
+                    "look at it with filao doctor, and put a backup in its place with filao restore if messages are missing",
+                )
+        return None
+
+    def _without_file(self) -> Loss:
+        """Say where the file is, as far as the system tells."""
+        fd = self._fds.get(self._identity, -1)
+        try:
+            about = os.fstat(fd)
+            if _identity(about) == self._identity and about.st_nlink:
+                where = Path(f"/proc/self/fd/{fd}").readlink()
+                return Loss(f"was moved to {where} while it was open", f"move it back, beside {self._wal}")
+        except OSError:
+            pass
+        return Loss(
+            "was deleted or moved while it was open", "move it back, or put a backup in its place: filao restore"
+        )
+
+    # --- overwritten? ------------------------------------------------------------------------------------------------
+
+    def _was_overwritten(self) -> bool:
+        """Return whether a file that has changed was written by anything but a checkpoint."""
+        header = self._read(self._identity, HEADER)
+        if header is None:
+            return False  # this system does not let us look
+        if not header.startswith(_MAGIC) or header[18:20] != _WAL_MODE or schema_cookie(header) < self.cookie:
+            return True
+        self.cookie = schema_cookie(header)
+        checkpoint = self._read_checkpoint()
+        return checkpoint is not None and checkpoint == self._checkpoint and not checkpoint.is_under_way()
+
+    def _read_checkpoint(self) -> "_Checkpoint | None":
+        """Return how far the last checkpoint has come; None where we may not look."""
+        index = self._read(self._journal[self._shm], _INDEX)
+        if index is None or len(index) < _INDEX:
+            return None
+        return _Checkpoint(*(int.from_bytes(index[at : at + 4], sys.byteorder) for at in (96, 128, 32, 36)))
+
+    def _read(self, file: _Identity, size: int) -> bytes | None:
+        """Read a file's beginning through the descriptor by which SQLite has it open."""
+        fd = self._fds.get(file, -1)
+        try:
+            if fd < 0 or _identity(os.fstat(fd)) != file:
+                fd = self._fds[file] = _find(file)
+            return os.pread(fd, size, 0) if fd >= 0 else None
+        except OSError:
+            self._fds.pop(file, None)
+            return None
+
+    # --- letting go --------------------------------------------------------------------------------------------------
+
+    def let_go(self, db: sqlite3.Connection, loss: Loss) -> None:
+        """Close a connection that has lost its ground, without writing its WAL into what lies there now.
+
+        SQLite leaves a file alone that is another by now. Before Python 3.12 it cannot be told to leave one alone that
+        was overwritten, or whose WAL is another's by now, so that such a connection stays open until the process ends.
+        A WAL that has no successor belongs to the file, though its name is gone: writing it back saves what it holds.
+        """
+        keeps = loss is not _OVERWRITTEN and not self._wal.exists()
+        if keeps or not self.is_file_there() or loss is _LINKED:
+            db.close()
+        elif sys.version_info >= (3, 12):
+            db.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
+            db.close()
+        else:
+            _ABANDONED.add(self._identity)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
+
+
+class _Checkpoint(NamedTuple):
+    """Pages written back, pages that are to be, and the salts of their WAL."""
+
+    done: int
+    begun: int
+    salt: int
+    pepper: int
+
+    def is_under_way(self) -> bool:
+        """Return whether somebody is writing back, or died of it."""
+        return self.done != self.begun
+
+
+def left_over(path: Path, cookie: int) -> Loss | None:
+    """Return why a file does not fit the WAL that lies beside it, judged by its header and the schema that it had here.
+
+    Call it between opening a connection and its first statement, which would replay the WAL.
+    """
+    wal = Path(f"{path}-wal")
+    if not wal.exists() or wal.stat().st_size == 0:
+        return None
+    fd = _find(_identity(path.stat()))
+    header = os.pread(fd, HEADER, 0) if fd >= 0 else b""
+    if header.startswith(_MAGIC) and (header[18:20] != _WAL_MODE or schema_cookie(header) < cookie):
+        return Loss(
+            f"is not the file to which {wal} belongs: it was overwritten or replaced",
+            f"to keep the file as it is, move {wal} and {path}-shm away; to put a backup in its place, use filao restore",
+        )
+    return None
+
+
+def schema_cookie(header: bytes | None) -> int:
+    """Return the count of changes of the schema that a file's header tells."""
+    return int.from_bytes(header[40:44], "big") if header else 0
+
+
+def is_abandoned(path: Path) -> bool:
+    """Return whether this process has lost its hold on this file, so that only another process can open it."""
+    return bool(_ABANDONED) and path.exists() and _identity(path.stat()) in _ABANDONED
+
+
+def _find(file: _Identity) -> int:
+    """Return a descriptor of this process by which a file is open; -1 when there is none, or none is told."""
+    try:
+        names = [int(name.name) for name in _DESCRIPTORS.iterdir()]
+    except OSError:
+        return -1
+    for name in names:
+        try:
+            if _identity(os.fstat(name)) == file:
+                return name
+        except OSError:
+            continue  # the one by which we listed them
+    return -1
+
+
+def _identity(about: os.stat_result) -> _Identity:
+    return about.st_dev, about.st_ino
