@@ -57,6 +57,20 @@ class Postgres:
         with (self._data / "postgresql.conf").open("a", encoding="utf-8") as file:
             file.write(settings)
 
+    def follow(self, primary: "Postgres") -> None:
+        """Make its data folder a copy of a primary that runs, as its standby."""
+        self._folder.mkdir(parents=True)
+        if os.geteuid() == 0:
+            shutil.chown(self._folder, _UNPRIVILEGED)
+        about = ("-h", "127.0.0.1", "-p", str(primary.port), "-U", "filao")
+        self._run("pg_basebackup", *about, "-D", str(self._data), "-R", "-X", "stream", "-c", "fast", "--no-sync")
+        with (self._data / "postgresql.conf").open("a", encoding="utf-8") as file:
+            file.write(f"\nport = {self.port}\n")
+
+    def promote(self) -> None:
+        """Make a standby the primary."""
+        self._run("pg_ctl", "-D", str(self._data), "-w", "-t", "60", "promote")
+
     def start(self) -> None:
         """Start it, and wait until it answers."""
         self._run("pg_ctl", "-D", str(self._data), "-l", str(self._folder / "log"), "-w", "-t", "60", "start")
@@ -97,6 +111,18 @@ def postgres_server(folder: Path) -> Generator[Postgres]:
         yield server
     finally:
         server.stop("immediate")
+
+
+@contextmanager
+def postgres_standby(folder: Path, primary: Postgres) -> Generator[Postgres]:
+    """Run a standby that follows a primary, with its data in `folder`."""
+    standby = Postgres(folder, free_port())
+    standby.follow(primary)
+    standby.start()
+    try:
+        yield standby
+    finally:
+        standby.stop("immediate")
 
 
 def has_pgbouncer() -> bool:

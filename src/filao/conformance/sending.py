@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Awaitable
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from filao.broker import Broker
@@ -179,6 +180,46 @@ async def check_what_expired_is_seen_among_the_dead_though_nobody_receives(stage
     equal((stats.ready, stats.dead, stats.died), (1, 1, 1))
     equal([message.body for message in await stage.broker.peek(queue)], [2])
     equal([(letter.body, letter.reason) for letter in await stage.broker.dead_letters(queue)], [(1, "expired")])
+
+
+@needs(Feature.DEDUPLICATION)
+async def check_concurrent_sends_of_one_message_id_are_stored_once(stage: Stage) -> None:
+    queue = await stage.queue()
+    async with stage.connect() as other:
+        for number in range(10):
+            sends = [broker.send_to_queue(queue.name, 1, message_id=f"m{number}") for broker in (stage.broker, other)]
+            receipts = await asyncio.gather(*sends)
+            equal(sorted(receipt.duplicate for receipt in receipts), [False, True])
+            equal({receipt.id for receipt in receipts}, {f"m{number}"})
+    await stage.counted(queue, ready=10, sent=10, duplicates=10)
+
+
+@needs(Feature.DEDUPLICATION, Feature.TRANSACTIONS)
+async def check_a_send_waits_for_the_transaction_that_has_sent_the_same(stage: Stage) -> None:
+    for commits in (True, False):
+        for names in (["message_id"], ["dedup_key"], ["message_id", "dedup_key"]):
+            terms: dict[str, Any] = dict.fromkeys(names, "k")
+            await _send_beside_a_transaction(stage, terms, commits=commits)
+
+
+async def _send_beside_a_transaction(stage: Stage, terms: dict[str, Any], *, commits: bool) -> None:
+    queue = await stage.queue()
+    async with stage.connect() as other, AsyncExitStack() as stack:
+        tx = await stack.enter_async_context(stage.broker.transaction())
+        first = await tx.send_to_queue(queue.name, 1, **terms)
+        waiting = asyncio.ensure_future(other.send_to_queue(queue.name, 2, **terms))
+        await asyncio.wait([waiting], timeout=0.1)  # time enough to get to where it has to wait
+        equal(waiting.done(), False)
+        if commits:
+            await stack.aclose()
+        else:
+            with suppress(ZeroDivisionError):
+                await stack.__aexit__(ZeroDivisionError, ZeroDivisionError(), None)
+        second = await waiting
+    equal(second.duplicate, commits)
+    if commits:
+        equal(second.id, first.id)
+    equal(await stage.drain(queue), [1] if commits else [2])
 
 
 @needs()

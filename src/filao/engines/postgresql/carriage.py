@@ -5,12 +5,13 @@ from datetime import datetime
 
 from filao.engine import Key, Memory, Parcel
 from filao.engines import parcels as carried
-from filao.engines.postgresql.control import history
+from filao.engines.postgresql.control import HISTORY, history
 from filao.engines.postgresql.server import Connection
 
 _NEXT = f"""
-    SELECT coalesce(%s, filao.clock()), filao.name_of(id, message_id), id, state::text, {carried.COLUMNS}
-    FROM filao.message WHERE id > %s AND queue = %s AND state <> 'leased' ORDER BY id LIMIT %s
+    SELECT coalesce(%s, filao.clock()), filao.name_of(m), {HISTORY}, id, state::text, {carried.COLUMNS}
+    FROM filao.message m
+    WHERE id > %s AND queue = %s AND state OPERATOR(pg_catalog.<>) 'leased' ORDER BY id LIMIT %s
 """
 _NUMBERS = "SELECT message_id, id FROM filao.message WHERE queue = %s AND message_id = ANY(%s)"
 _FAILURE = """
@@ -29,10 +30,7 @@ async def pack(connection: Connection, queue: int, moment: int | None, after: in
     """Return the messages behind a place in the order of sending, but for those that consumers hold."""
     await connection.execute("SELECT filao.make_due(%s, coalesce(%s, filao.clock()))", (queue, moment))
     rows = await (await connection.execute(_NEXT, (moment, after, queue, limit))).fetchall()
-    return [
-        carried.parcel((number, *fields), name, await history(connection, number), now)
-        for now, name, number, *fields in rows
-    ]
+    return [carried.parcel(fields, name, history(failures), now) for now, name, failures, *fields in rows]
 
 
 async def amend(connection: Connection, queue: int, moment: int | None, parcels: Sequence[Parcel]) -> None:

@@ -18,11 +18,12 @@ _STATS = """
            coalesce(%s, filao.clock()) - (
              WITH RECURSIVE heads AS (  -- the first of each priority: one look-up for each that is in use
                (SELECT id, priority FROM filao.message
-                WHERE queue = q.id AND state = 'ready' ORDER BY priority DESC, id LIMIT 1)
+                WHERE queue = q.id AND state OPERATOR(pg_catalog.=) 'ready' ORDER BY priority DESC, id LIMIT 1)
                UNION ALL
                SELECT below.* FROM heads, LATERAL (
                  SELECT id, priority FROM filao.message
-                 WHERE queue = q.id AND state = 'ready' AND priority < heads.priority ORDER BY priority DESC, id LIMIT 1
+                 WHERE queue = q.id AND state OPERATOR(pg_catalog.=) 'ready' AND priority < heads.priority
+                 ORDER BY priority DESC, id LIMIT 1
                ) AS below
              )
              SELECT sent_at FROM filao.message WHERE id = (SELECT min(id) FROM heads)
@@ -32,11 +33,15 @@ _STATS = """
 """
 _ORDER = {"ready": "-priority, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
 _SORT = _ORDER | {"ready": "priority DESC, id"}
-_SEEN = """
-    id, filao.name_of(id, message_id), kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at,
-    reason, coalesce((SELECT name FROM filao.process WHERE id = token >> 32), '')
+HISTORY = """
+    (SELECT coalesce(json_agg(json_build_array(f.attempt, f.at, f.outcome, f.error, f.consumer) ORDER BY f.id), '[]')
+     FROM filao.failure f WHERE f.message = m.id)
 """
-_HISTORY = "SELECT attempt, at, outcome, error, consumer FROM filao.failure WHERE message = %s ORDER BY id"
+"""The failed attempts of message `m`, the oldest first, as `history` reads them."""
+_SEEN = f"""
+    filao.name_of(m), m.kind, m.content, m.headers, m.attempts, m.priority, m.grp, m.dedup_key, m.sent_at, m.at,
+    m.expires_at, m.reason, coalesce((SELECT name FROM filao.process WHERE id = m.token >> 32), ''), {HISTORY}
+"""
 
 
 async def queues(connection: Connection) -> dict[str, tuple[int, Queue]]:
@@ -66,13 +71,13 @@ async def peek(
     grouped = "AND grp IS NOT NULL" if state == State.BLOCKED else ""
     found = await connection.execute(
         f"""
-        SELECT {_SEEN} FROM filao.message
-        WHERE queue = %s AND state = '{State(state)}' {grouped} {behind}
+        SELECT {_SEEN} FROM filao.message m
+        WHERE queue = %s AND state OPERATOR(pg_catalog.=) '{State(state)}' {grouped} {behind}
         ORDER BY {_SORT[state]} LIMIT %s
         """.encode(),
         (number, *last, limit),
     )
-    return [await _stored(connection, name, state, fields) for fields in await found.fetchall()]
+    return [_stored(name, state, fields) for fields in await found.fetchall()]
 
 
 async def _behind(
@@ -96,9 +101,9 @@ async def _behind(
     return f"AND ({_ORDER[state]}) > ({marks})", row[1:]
 
 
-async def _stored(connection: Connection, queue: str, state: State, fields: Sequence[Any]) -> StoredMessage:
-    number, name, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, *rest = fields
-    expires_at, reason, consumer = rest
+def _stored(queue: str, state: State, fields: Sequence[Any]) -> StoredMessage:
+    name, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, *rest = fields
+    expires_at, reason, consumer, failures = rest
     return StoredMessage(
         id=name,
         queue=queue,
@@ -113,17 +118,15 @@ async def _stored(connection: Connection, queue: str, state: State, fields: Sequ
         at=instant(at),
         expires_at=None if expires_at is None else instant(expires_at),
         reason=reason,
-        history=await history(connection, number),
+        history=history(failures),
         consumer=consumer if state == State.LEASED else "",
     )
 
 
-async def history(connection: Connection, number: int) -> tuple[Failure, ...]:
-    """Return the failed attempts of a message, the oldest first."""
-    found = await connection.execute(_HISTORY, (number,))
+def history(failures: Sequence[Sequence[Any]]) -> tuple[Failure, ...]:
+    """Return the failed attempts of a message from what `HISTORY` found."""
     return tuple(
-        Failure(attempt, instant(at), outcome, error, consumer)
-        for attempt, at, outcome, error, consumer in await found.fetchall()
+        Failure(attempt, instant(at), outcome, error, consumer) for attempt, at, outcome, error, consumer in failures
     )
 
 

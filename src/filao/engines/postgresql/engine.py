@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
-from psycopg.errors import DeadlockDetected, NoDataFound, SerializationFailure
+from psycopg.errors import DeadlockDetected, NoDataFound, SerializationFailure, UniqueViolation
 
 from filao.connections import connection_of
 from filao.engine import (
@@ -42,7 +42,7 @@ from filao.engines.postgresql import carriage, control, verbs
 from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import ALIVE, DEAD, Listener
 from filao.engines.postgresql.schema import migrate
-from filao.engines.postgresql.server import Connection, Link, Pool, Server, in_time
+from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Pool, Server, in_time
 from filao.engines.statements import check_statement, for_psycopg
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
 from filao.guarded import for_ever
@@ -62,6 +62,7 @@ SLICE = 2_000  # messages that operators change in one transaction
 CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
 UNUSED_MAX = 60.0  # seconds after which one that nobody used is closed
+UNLOCKED_POLL = 0.05  # seconds between looks whether the senders of a queue that is to be deleted are done
 TRIES = 5  # of a transaction that met another and lost: nothing of it was done
 
 
@@ -157,8 +158,16 @@ class PostgresqlEngine:
         if not done.unknown:
             return results
         rest = iter(results)
-        queues = [verbs.queue_of(operation) for operation in operations]
-        return [not_found(queue, self._rules) if queue in done.unknown else next(rest) for queue in queues]
+        return [
+            self._not_found(operation) if verbs.queue_of(operation) in done.unknown else next(rest)
+            for operation in operations
+        ]
+
+    def _not_found(self, operation: Operation) -> FilaoError:
+        """Return the error of an operation on a queue that nobody declared, or that was deleted with what was leased."""
+        if isinstance(operation, Send | Receive):
+            return not_found(operation.queue, self._rules)
+        return verbs.lease_lost(operation.delivery, None)
 
     async def _do(self, connection: Connection, operations: Sequence[Operation]) -> "_Done":
         unknown = await self._learn(connection, operations)
@@ -242,9 +251,10 @@ class PostgresqlEngine:
             number, rules, _ = about
             if number is None:
                 return not_found(operation.queue, self._rules)
-            parameters = verbs.send_parameters([operation], number, self._moment(), later=True)
+            salt = verbs.new_salt()
+            parameters = verbs.send_parameters([operation], number, self._moment(), salt, later=True)
             rows = given.execute(verbs.SEND.replace("%s", "?"), parameters).fetchall()
-        return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules), self._database)[0]
+        return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules), salt)[0]
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator["PostgresqlTransaction"]:
@@ -279,7 +289,7 @@ class PostgresqlEngine:
         """Do operations in a transaction that is open on a connection."""
         unknown = await self._learn(connection, operations)
         if unknown:
-            return [not_found(verbs.queue_of(operation), self._rules) for operation in operations]
+            return [self._not_found(operation) for operation in operations]
         calls = verbs.calls(operations, self._setting(later=True))
         rows = [await (await connection.execute(call.sql.encode(), call.parameters)).fetchall() for call in calls]
         return await self._results(connection, operations, calls, rows)
@@ -365,18 +375,28 @@ class PostgresqlEngine:
 
     async def delete(self, queue: str) -> int:
         """Delete a queue that holds no message."""
-        held = int(await self._value("SELECT filao.delete(%s)", await self._number(queue)))
-        self._numbers.clear()
-        return held
+        number = await self._number(queue)
+        for _ in range(round(LOCKED_FOR / UNLOCKED_POLL)):
+            held = await self._value("SELECT filao.delete(%s)", number)
+            if held is not None:
+                self._numbers.clear()
+                return int(held)
+            await asyncio.sleep(UNLOCKED_POLL)
+        raise EngineError(
+            f"{self._server.name}: queue {queue!r} was not deleted: transactions that have sent to it have been open for "
+            f"{LOCKED_FOR:g} s. Nothing was done; delete it when its senders have stopped."
+        )
 
     async def stats(self) -> list[QueueStats]:
         """Read the counters of every queue."""
+        await self._value("SELECT filao.expire_all(%s)", self._moment())
         async with self._main.use() as connection:
             return await control.stats(connection, self._moment())
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
         number = await self._number(queue)
+        await self._value("SELECT filao.expire_all(%s)", self._moment())
         async with self._main.use() as connection:
             return await control.peek(connection, (number, queue), state, limit=limit, after=after)
 
@@ -385,25 +405,29 @@ class PostgresqlEngine:
         number, chosen = await self._number(queue), None if ids is None else list(ids)
         new = (None, None, None) if edited is None else (edited.kind, edited.content, edited.headers)
 
-        async def some(size: int) -> int:
-            sql = "SELECT filao.redrive(%s, %s, %s::text[], %s, %s::smallint, %s::bytea, %s)"
-            return int(await self._value(sql, number, self._moment(), chosen, size, *new))
-
-        done = await _in_slices(some, limit)
+        sql = "SELECT * FROM filao.redrive(%s, %s, %s::text[], %s, %s, %s, %s::smallint, %s::bytea, %s)"
+        done = await self._in_slices(sql, (number, self._moment(), chosen), new, limit)
         await self._wake(number, done)
         return done
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
         """Delete messages in these states."""
         number, chosen = await self._number(queue), None if ids is None else list(ids)
-
-        async def some(size: int) -> int:
-            sql = "SELECT filao.remove(%s, %s, %s::filao.state[], %s::text[], %s)"
-            return int(await self._value(sql, number, self._moment(), list(map(str, states)), chosen, size))
-
-        done = await _in_slices(some, None)
+        sql = "SELECT * FROM filao.remove(%s, %s, %s::filao.state[], %s::text[], %s, %s, %s)"
+        done = await self._in_slices(sql, (number, self._moment(), list(map(str, states)), chosen), (), None)
         await self._wake(number, done)
         return done
+
+    async def _in_slices(self, sql: str, first: tuple[Any, ...], last: tuple[Any, ...], limit: int | None) -> int:
+        """Change many messages in transactions of a bounded size: none that was sent, or died, after this began."""
+        mark, after, total = await self._value("SELECT filao.mark()"), 0, 0
+        while limit is None or total < limit:
+            size = SLICE if limit is None else min(SLICE, limit - total)
+            done, after = await self._row(sql, *first, after, mark, size, *last)
+            if not done:
+                break
+            total += done
+        return total
 
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Stop or resume deliveries."""
@@ -476,13 +500,12 @@ class PostgresqlEngine:
             return await examine(connection, self._server)
 
     async def _number(self, queue: str) -> int:
-        if queue not in self._numbers:
-            async with self._main.use() as connection:
-                for name, (number, rules) in (await control.queues(connection)).items():
-                    self._numbers[name], self._rules[name] = number, rules
-        if queue not in self._numbers:
-            raise not_found(queue, self._numbers)
-        return self._numbers[queue]
+        """Look a queue's number up: an operator's command must not meet another queue, nor what was deleted."""
+        async with self._main.use() as connection:
+            found = await control.queues(connection)
+        if queue not in found:
+            raise not_found(queue, found)
+        return found[queue][0]
 
     async def _wake(self, number: int, count: int) -> None:
         if count:
@@ -490,11 +513,15 @@ class PostgresqlEngine:
 
     async def _value(self, sql: str, *parameters: Any) -> Any:
         """Run a statement that is a transaction, and return its first value."""
+        return (await self._row(sql, *parameters))[0]
+
+    async def _row(self, sql: str, *parameters: Any) -> tuple[Any, ...]:
+        """Run a statement that is a transaction, and return its first row."""
         async with self._main.use() as connection:
 
-            async def run() -> Any:
+            async def run() -> tuple[Any, ...]:
                 row = await (await connection.execute(sql.encode(), parameters)).fetchone()
-                return None if row is None else row[0]
+                return (None,) if row is None else row
 
             return await _retried(connection, run)
 
@@ -547,25 +574,17 @@ _ABOUT = """
 """
 
 
-async def _in_slices(some: Callable[[int], Awaitable[int]], limit: int | None) -> int:
-    """Change many messages in transactions of a bounded size."""
-    total = 0
-    while True:
-        size = SLICE if limit is None else min(SLICE, limit - total)
-        done = await some(size)
-        total += done
-        if done < SLICE or total == limit:
-            return total
-
-
 async def _retried(
     connection: Connection, work: Callable[[], Awaitable[R]], forget: Callable[[], None] = lambda: None
 ) -> R:
-    """Do the work of a transaction again when it met another and lost, or when a queue it knew was deleted."""
+    """Do the work of a transaction again when it met another and lost, or when a queue it knew was deleted.
+
+    A violation is that of a number which was drawn at random and is taken.
+    """
     for _ in range(TRIES - 1):
         try:
             return await work()
-        except (DeadlockDetected, SerializationFailure, NoDataFound) as error:
+        except (DeadlockDetected, SerializationFailure, UniqueViolation, NoDataFound) as error:
             if isinstance(error, NoDataFound):
                 forget()
             if connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:

@@ -1,6 +1,7 @@
 """The schema: created or migrated by whichever process comes first, while the others wait."""
 
 import secrets
+from collections.abc import Sequence
 from importlib import resources
 
 from psycopg.errors import InvalidSchemaName, UndefinedTable
@@ -8,15 +9,27 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 1
+VERSION = 2
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
-STEPS: dict[int, str] = {}
-"""What brings the tables from version n - 1 to n; the functions are all replaced."""
+STEPS: dict[int, str] = {
+    2: """
+        ALTER TABLE filao.message ADD COLUMN salt bigint;
+        ALTER TABLE filao.queue ALTER id DROP IDENTITY,
+          ALTER id SET DEFAULT floor(random() * 2147483646.0::float8)::integer + 1;
+        ALTER TABLE filao.process ALTER id DROP IDENTITY,
+          ALTER id SET DEFAULT floor(random() * 2147483646.0::float8)::integer + 1;
+        TRUNCATE filao.waiting;
+        ALTER TABLE filao.waiting ALTER since DROP IDENTITY;
+        ALTER TABLE filao.waiting ALTER since TYPE timestamptz USING clock_timestamp(),
+          ALTER since SET DEFAULT clock_timestamp();
+    """,
+}
+"""What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """
     SELECT (SELECT value FROM filao.meta WHERE name = 'version'), (SELECT value FROM filao.meta WHERE name = 'database')
 """
-FUNCTIONS = ("moves", "send", "receive", "settle", "operators", "processes")
-"""The files of the functions, in the order in which they are made: one calls only what stands before it."""
+FUNCTIONS = ("moves", "send", "receive", "settle", "operators", "processes", "doors")
+"""The files of the functions, in the order in which they are made; the last says who may call them."""
 LOCK = 0x46696C616F  # "Filao", as the key of an advisory lock
 
 
@@ -51,6 +64,7 @@ async def _look(connection: Connection) -> tuple[int, str]:
 
 async def _build(connection: Connection, version: int) -> None:
     folder = resources.files("filao.engines.postgresql")
+    await connection.execute(_AS_WRITTEN)
     if version == 0:
         found = await connection.execute("SELECT FROM pg_namespace WHERE nspname = 'filao'")
         if found.rowcount == 0:  # IF NOT EXISTS would ask for the right to create one though there is one
@@ -59,8 +73,43 @@ async def _build(connection: Connection, version: int) -> None:
         await connection.execute(
             "INSERT INTO filao.meta VALUES ('database', %s), ('version', %s)", (secrets.token_hex(8), str(VERSION))
         )
-    for step in range(max(version, 1), VERSION):
+    for step in range(version or VERSION, VERSION):
         await connection.execute(STEPS[step + 1].encode())
+    granted = await (await connection.execute(_GRANTED)).fetchall()
+    await connection.execute(_DROP)
     for name in FUNCTIONS:
         await connection.execute(folder.joinpath("functions", f"{name}.sql").read_bytes())
+    await _grant_again(connection, granted)
     await connection.execute("UPDATE filao.meta SET value = %s WHERE name = 'version'", (str(VERSION),))
+
+
+async def _grant_again(connection: Connection, granted: Sequence[tuple[str, str]]) -> None:
+    """Let roles call what they could call before, as far as there is a function of that name."""
+    found = await connection.execute("SELECT proname FROM pg_proc WHERE pronamespace = 'filao'::regnamespace")
+    names = {name for (name,) in await found.fetchall()}
+    for name, role in granted:
+        if name in names:
+            await connection.execute(f"GRANT EXECUTE ON FUNCTION filao.{name} TO {role}".encode())
+
+
+_AS_WRITTEN = """
+    SELECT set_config('search_path', 'pg_catalog, pg_temp', true), set_config('plpgsql.extra_errors', 'none', true),
+           set_config('plpgsql.extra_warnings', 'none', true), set_config('check_function_bodies', 'on', true)
+"""
+"""Whatever this database sets: the functions mean what they say, and what some call bad style is no error."""
+_GRANTED = """
+    SELECT p.proname::text, a.grantee::regrole::text
+    FROM pg_proc p, aclexplode(p.proacl) AS a
+    WHERE p.pronamespace = 'filao'::regnamespace AND a.grantee <> p.proowner AND a.grantee <> 0
+"""
+_DROP = """
+    DO $$
+    DECLARE
+      f regprocedure;
+    BEGIN
+      FOR f IN SELECT oid FROM pg_proc WHERE pronamespace = 'filao'::regnamespace LOOP
+        EXECUTE format('DROP FUNCTION %s', f);
+      END LOOP;
+    END
+    $$
+"""

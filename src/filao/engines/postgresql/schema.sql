@@ -7,13 +7,15 @@ CREATE TABLE filao.meta (
   name  text PRIMARY KEY,
   value text NOT NULL
 );
--- 'database': random, the first part of every message id, so that ids are unique across databases
+-- 'database': random; also the first part of the ids of messages that were sent before version 2
 -- 'version':  of this schema, see schema.py
 
 CREATE TYPE filao.state AS ENUM ('ready', 'delayed', 'leased', 'blocked', 'dead');
 
+-- The numbers of queues and of processes are drawn at random: a process that knew one before a failover, a restore or a
+-- schema that was made anew must not meet it under another name afterwards.
 CREATE TABLE filao.queue (
-  id     integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  id     integer PRIMARY KEY DEFAULT floor(random() * 2147483646.0::float8)::integer + 1,
   name   text    NOT NULL UNIQUE,
   rules  jsonb   NOT NULL,               -- see filao.queue.rules_to_json; below, what the functions read of them
   paused boolean NOT NULL DEFAULT false, -- nothing is delivered
@@ -51,10 +53,11 @@ CREATE TABLE filao.message (
   expires_at bigint,                     -- the end of its time to live
   grp        text,                       -- its group
   dedup_key  text,
-  message_id text,                       -- the identity its sender gave; without one it is meta.database and the number
+  message_id text,                       -- the identity its sender gave; without one it is the salt and the number
   headers    text,                       -- JSON
   reason     text,                       -- why it is dead
-  content    bytea       NOT NULL
+  content    bytea       NOT NULL,
+  salt       bigint                      -- the first part of its id; NULL: meta.database, as before version 2
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000,
         autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 100000,
         autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 100000,
@@ -115,7 +118,7 @@ CREATE TABLE filao.counter (
         autovacuum_vacuum_cost_delay = 0);
 
 CREATE TABLE filao.process (   -- every process that receives here; tokens carry its id, so the id is never reused
-  id         integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  id         integer PRIMARY KEY DEFAULT floor(random() * 2147483646.0::float8)::integer + 1,
   name       text   NOT NULL,  -- host and process, for people
   started_at bigint NOT NULL,
   has_session boolean NOT NULL, -- it holds an advisory lock while it lives
@@ -123,11 +126,12 @@ CREATE TABLE filao.process (   -- every process that receives here; tokens carry
   reported_at bigint NOT NULL DEFAULT 0
 );
 
--- Processes to call when a queue gets something. A crash of the server ends their sessions, so this needs no WAL.
+-- Processes to call when a queue gets something. A crash of the server ends their sessions, so this needs no WAL. It has no
+-- sequence: that of an unlogged table is damaged on a standby that was promoted.
 CREATE UNLOGGED TABLE filao.waiting (
   queue   integer NOT NULL,
   process integer NOT NULL,
   wants   integer NOT NULL,    -- how many messages it waits for
-  since   bigint GENERATED ALWAYS AS IDENTITY, -- those that have waited longest are called first
+  since   timestamptz NOT NULL DEFAULT clock_timestamp(), -- those that have waited longest are called first
   PRIMARY KEY (queue, process)
 );

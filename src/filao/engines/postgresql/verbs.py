@@ -4,6 +4,7 @@ Operations of one kind on one queue are one call, whose arguments are arrays. An
 defaults is NULL, because most are, and writing them costs more than the rest of a message.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from filao.engine import (
     Settle,
 )
 from filao.engines.line import deal
-from filao.errors import FilaoError, LeaseLost, QueueFull
+from filao.errors import ConfigurationError, FilaoError, LeaseLost, QueueFull
 from filao.queue import Queue
 
 Rows = Sequence[tuple[Any, ...]]
@@ -35,7 +36,7 @@ V = TypeVar("V")
 O = TypeVar("O", bound=Operation)  # noqa: E741  # an operation
 
 SEND = """
-    SELECT * FROM filao.send(%s, %s, %s, %s::integer[], %s::smallint[], filao.split(%s, %s::integer[]), %s::text[],
+    SELECT * FROM filao.send(%s, %s, %s, %s, %s::integer[], %s::smallint[], filao.split(%s, %s::integer[]), %s::text[],
                              %s::bigint[], %s::integer[], %s::text[], %s::text[], %s::bigint[], %s::text[])
     ORDER BY place
 """
@@ -65,7 +66,7 @@ class Setting(NamedTuple):
     numbers: Mapping[str, int]
     """The queues' numbers in the database."""
     database: str
-    """The first part of its ids."""
+    """The first part of ids from before version 2 of the schema."""
     process: int
     consumer: str
     token: Callable[[], int]
@@ -149,20 +150,32 @@ def _nothing(rows: Rows) -> dict[int, Result]:
 
 def _send(queue: str, placed: Sequence[tuple[int, Send]], setting: Setting) -> Call:
     places, sends = [place for place, _ in placed], [send for _, send in placed]
-    parameters = send_parameters(sends, setting.numbers[queue], setting.moment, later=setting.later)
-    return Call(SEND, parameters, partial(_sent, places, sends, setting.queues[queue], setting.database))
+    salt = new_salt()
+    parameters = send_parameters(sends, setting.numbers[queue], setting.moment, salt, later=setting.later)
+    return Call(SEND, parameters, partial(_sent, places, sends, setting.queues[queue], salt))
 
 
-def _sent(places: Sequence[int], sends: Sequence[Send], rules: Queue, database: str, rows: Rows) -> dict[int, Result]:
-    return dict(zip(places, receipts(rows, sends, rules, database), strict=True))
+def _sent(places: Sequence[int], sends: Sequence[Send], rules: Queue, salt: int, rows: Rows) -> dict[int, Result]:
+    return dict(zip(places, receipts(rows, sends, rules, salt), strict=True))
 
 
-def send_parameters(sends: Sequence[Send], number: int, moment: int | None, *, later: bool) -> tuple[Any, ...]:
+def new_salt() -> int:
+    """Draw the first part of the ids of what is sent together, as a bigint."""
+    return int.from_bytes(os.urandom(8), "big", signed=True)
+
+
+def _prefix(salt: int) -> str:
+    return f"{salt & 0xFFFF_FFFF_FFFF_FFFF:016x}"
+
+
+def send_parameters(
+    sends: Sequence[Send], number: int, moment: int | None, salt: int, *, later: bool
+) -> tuple[Any, ...]:
     """Return the arguments of `filao.send`."""
     drafts = [draft for send in sends for draft in send.drafts]
     ops = [op for op, send in enumerate(sends) for _ in send.drafts]
     return (
-        *(number, moment, later, _numbers(ops), _numbers([draft.kind for draft in drafts])),
+        *(number, moment, later, salt, _numbers(ops), _numbers([draft.kind for draft in drafts])),
         *(b"".join([draft.content for draft in drafts]), _numbers([len(draft.content) for draft in drafts])),
         _column(drafts, lambda draft: draft.headers),
         _column(drafts, lambda draft: _milliseconds(draft.delay) or None),
@@ -174,28 +187,35 @@ def send_parameters(sends: Sequence[Send], number: int, moment: int | None, *, l
     )
 
 
-def receipts(rows: Rows, sends: Sequence[Send], rules: Queue, database: str) -> list[list[Receipt] | FilaoError]:
-    """Return the result of each send, from the rows of `filao.send`; `database` is the first part of ids."""
+def receipts(rows: Rows, sends: Sequence[Send], rules: Queue, salt: int) -> list[list[Receipt] | FilaoError]:
+    """Return the result of each send, from the rows of `filao.send`."""
+    prefix = _prefix(salt)
     drafts = [draft for send in sends for draft in send.drafts]
     stored: list[list[Receipt]] = [[] for _ in sends]
     refused: dict[int, FilaoError] = {}
     for place, which, number, came_first, problem, detail in rows:
         op = int(which)
         if problem is not None:
-            refused[op] = _refusal(rules, sends[op], problem, detail)
+            refused[op] = _refusal(rules, problem, number, detail)
         elif came_first is not None:
             stored[op].append(Receipt(came_first, True))
         else:
-            stored[op].append(Receipt(drafts[int(place) - 1].message_id or f"{database}-{number}"))
+            stored[op].append(Receipt(drafts[int(place) - 1].message_id or f"{prefix}-{number}"))
     return [refused.get(op, found) for op, found in enumerate(stored)]
 
 
-def _refusal(rules: Queue, send: Send, problem: str, detail: int) -> FilaoError:
+def _refusal(rules: Queue, problem: str, new: int, detail: int) -> FilaoError:
     if problem == "too large":
         return too_large(rules.name, detail, rules.body_max)
+    if problem == "isolated":
+        return ConfigurationError(
+            f"queue {rules.name!r} has a max_length, which cannot be exact in a transaction that is REPEATABLE READ or "
+            f"SERIALIZABLE: it does not see what others have sent since it began. Nothing was sent. Send within= a "
+            f"READ COMMITTED transaction, or by an outbox."
+        )
     return QueueFull(
         f"queue {rules.name!r} is full: {detail:,} messages wait or are being worked on, its max_length is "
-        f"{rules.max_length or 0:,}, and {len(send.drafts):,} more were sent. Nothing was stored. Add consumers, or send later."
+        f"{rules.max_length or 0:,}, and {new:,} more were sent. Nothing was stored. Add consumers, or send later."
     )
 
 
@@ -300,6 +320,8 @@ def _received(receives: Sequence[tuple[int, Receive]], token: int, database: str
 
 
 def _delivery(queue: str, token: int, database: str, row: tuple[Any, ...]) -> Delivery:
-    number, priority, attempt, group, dedup_key, message_id, headers, kind, content, sent_at, failures, crashed, _ = row
+    number, priority, attempt, group, dedup_key, message_id, headers, kind, content, sent_at, *rest = row
+    failures, crashed, salt, _ = rest
     about = (priority, group, dedup_key, message_id, headers, kind, content, sent_at, failures)
-    return Delivery(queue, message_id or f"{database}-{number}", number, token, attempt, *about, bool(crashed))
+    name = message_id or f"{database if salt is None else _prefix(salt)}-{number}"
+    return Delivery(queue, name, number, token, attempt, *about, bool(crashed))

@@ -15,7 +15,7 @@
 
 -- The time, in milliseconds since 1970.
 CREATE OR REPLACE FUNCTION filao.clock() RETURNS bigint LANGUAGE sql VOLATILE AS $$
-  SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint
+  SELECT floor(extract(epoch FROM clock_timestamp()) * 1000::numeric)::bigint
 $$;
 
 -- Add to the counters of a queue.
@@ -32,9 +32,28 @@ LANGUAGE sql AS $$
   SELECT filao.count(q, ARRAY[was::text, becomes::text], ARRAY[-1, 1]) WHERE was <> becomes
 $$;
 
--- A message's public id.
-CREATE OR REPLACE FUNCTION filao.name_of(number bigint, message_id text) RETURNS text LANGUAGE sql STABLE AS $$
-  SELECT coalesce(message_id, (SELECT value FROM filao.meta WHERE name = 'database') || '-' || number)
+-- The first part of ids: random, drawn for each send, so that an id cannot be guessed, and after a restore or a failover is
+-- never given again.
+CREATE OR REPLACE FUNCTION filao.prefix(salt bigint) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+  SELECT lpad(to_hex(salt), 16, '0') || '-'
+$$;
+
+-- A message's public id. One from before version 2 has no salt: its first part is the database's name.
+CREATE OR REPLACE FUNCTION filao.name_of(m filao.message) RETURNS text LANGUAGE sql STABLE AS $$
+  SELECT coalesce(
+    m.message_id,
+    coalesce(filao.prefix(m.salt), (SELECT value || '-' FROM filao.meta WHERE name = 'database')) || m.id::text
+  )
+$$;
+
+-- The number of the message with this public id; of one that is gone, the number that it had.
+CREATE OR REPLACE FUNCTION filao.number_of(q integer, wanted text) RETURNS bigint LANGUAGE sql VOLATILE AS $$
+  SELECT coalesce(
+    (SELECT m.id FROM filao.message m WHERE m.queue = q AND m.message_id = wanted ORDER BY m.id LIMIT 1),
+    (SELECT given.number
+     FROM (SELECT substring(wanted, '^[0-9a-f]{16}-([0-9]{1,18})$')::bigint AS number) AS given
+     WHERE NOT EXISTS (SELECT FROM filao.message m WHERE m.id = given.number AND filao.name_of(m) <> wanted))
+  )
 $$;
 
 -- Many contents as one value and their lengths, which is written faster than an array of them.
@@ -147,30 +166,50 @@ LANGUAGE sql VOLATILE AS $$
   LIMIT 1
 $$;
 
--- Know a key as long as its message is pending; false when another message has it.
+-- Know a new message's key as long as it is pending; false when another message has it, whatever that one is called: two
+-- that were sent at the same time under one message_id have the same name.
 CREATE OR REPLACE FUNCTION filao.remember(q integer, k "char", wanted text, name text, now bigint) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
   INSERT INTO filao.dedup AS d (queue, kind, key, message) VALUES (q, k, wanted, name)
   ON CONFLICT (queue, kind, key) DO UPDATE SET message = excluded.message, until = NULL
-  WHERE d.until <= now OR d.message = excluded.message;
+  WHERE d.until <= now;
   RETURN FOUND;
 END
 $$;
 
+-- Know the key of a message that comes back, if no other message has it by now.
+CREATE OR REPLACE FUNCTION filao.remember_again(q integer, wanted text, name text, now bigint) RETURNS void
+LANGUAGE sql AS $$
+  INSERT INTO filao.dedup AS d (queue, kind, key, message) VALUES (q, 'k', wanted, name)
+  ON CONFLICT (queue, kind, key) DO UPDATE SET message = excluded.message, until = NULL
+  WHERE d.until <= now OR d.message = excluded.message
+$$;
+
+-- Forget the keys of a message at once.
+CREATE OR REPLACE FUNCTION filao.forget_keys(q integer, dedup_key text, message_id text, name text) RETURNS void
+LANGUAGE sql AS $$
+  DELETE FROM filao.dedup d
+  WHERE d.queue = q AND d.message = name
+    AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id))
+$$;
+
 -- Know the keys of a new message, or return the id of the one that came first. Whoever sends the same at the same time
--- waits here until the other has committed.
-CREATE OR REPLACE FUNCTION filao.claim_keys(q integer, dedup_key text, message_id text, name text, now bigint)
-RETURNS text LANGUAGE plpgsql AS $$
+-- waits here until the other has committed. A message that outlived its time to live has no key, whether or not anybody
+-- has looked at it since.
+CREATE OR REPLACE FUNCTION filao.claim_keys(
+  q integer, dedup_key text, message_id text, name text, now bigint, later boolean
+) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
   came_first text;
 BEGIN
   LOOP
     came_first := filao.remembered(q, dedup_key, message_id, now);
+    CONTINUE WHEN came_first IS NOT NULL AND filao.expire_named(q, came_first, now, later);
     EXIT WHEN came_first IS NOT NULL;
     IF dedup_key IS NULL OR filao.remember(q, 'k', dedup_key, name, now) THEN
       EXIT WHEN message_id IS NULL OR filao.remember(q, 'm', message_id, name, now);
-      DELETE FROM filao.dedup d WHERE d.queue = q AND d.kind = 'k' AND d.key = dedup_key AND d.message = name;
+      PERFORM filao.forget_keys(q, dedup_key, NULL, name);
     END IF;
   END LOOP;
   RETURN came_first;
@@ -222,7 +261,7 @@ BEGIN
   PERFORM filao.count_move(m.queue, m.state, 'dead');
   PERFORM filao.count(m.queue, ARRAY['died'], ARRAY[1]);
   IF m.dedup_key IS NOT NULL THEN  -- its message_id stays known as long as the dead letter lies there
-    PERFORM filao.start_window(m.queue, m.dedup_key, NULL, filao.name_of(m.id, m.message_id), now);
+    PERFORM filao.start_window(m.queue, m.dedup_key, NULL, filao.name_of(m), now);
   END IF;
   IF m.grp IS NOT NULL AND (SELECT halts_dead FROM filao.queue WHERE id = m.queue) THEN
     INSERT INTO filao.halted (queue, grp) VALUES (m.queue, m.grp) ON CONFLICT DO NOTHING;
@@ -238,18 +277,87 @@ BEGIN
     DELETE FROM filao.failure WHERE message = m.id;
   END IF;
   IF m.dedup_key IS NOT NULL OR m.message_id IS NOT NULL THEN
-    PERFORM filao.start_window(m.queue, m.dedup_key, m.message_id, filao.name_of(m.id, m.message_id), now);
+    PERFORM filao.start_window(m.queue, m.dedup_key, m.message_id, filao.name_of(m), now);
   END IF;
   PERFORM filao.arrange(m.queue, m.grp, now, later);
 END
 $$;
 
 -- Remove a message for good, and count it under `counter`.
-CREATE OR REPLACE FUNCTION filao.discard(m filao.message, counter text, now bigint) RETURNS void LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION filao.discard(m filao.message, counter text, now bigint, later boolean) RETURNS void
+LANGUAGE plpgsql AS $$
 BEGIN
   DELETE FROM filao.message WHERE id = m.id;
   PERFORM filao.count(m.queue, ARRAY[m.state::text, counter], ARRAY[-1, 1]);
-  PERFORM filao.forget(m, now, false);
+  PERFORM filao.forget(m, now, later);
+END
+$$;
+
+-- Bury a message that outlived its time to live, or drop it if the queue says so. It holds no key any more, but that of a
+-- dead letter, which keeps its message_id because that is its name.
+CREATE OR REPLACE FUNCTION filao.expire(m filao.message, now bigint, later boolean) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  dropped boolean := (SELECT drops_old FROM filao.queue WHERE id = m.queue);
+BEGIN
+  IF m.dedup_key IS NOT NULL OR (dropped AND m.message_id IS NOT NULL) THEN
+    PERFORM filao.forget_keys(m.queue, m.dedup_key, CASE WHEN dropped THEN m.message_id END, filao.name_of(m));
+  END IF;
+  IF dropped THEN
+    PERFORM filao.discard(m, 'dropped', now, later);
+  ELSE
+    PERFORM filao.record(m, 'expired', 'it outlived its ttl', '', now);
+    PERFORM filao.die(m, 'expired', now, later);
+  END IF;
+END
+$$;
+
+-- Expire so many messages at most, and return how many there were. What somebody else has locked is left to him.
+CREATE OR REPLACE FUNCTION filao.expire_some(q integer, most bigint, now bigint, later boolean) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+  m    filao.message;
+  done bigint := 0;
+BEGIN
+  FOR m IN
+    SELECT * FROM filao.message
+    WHERE queue = q AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked')
+    ORDER BY expires_at LIMIT most FOR UPDATE SKIP LOCKED
+  LOOP
+    CONTINUE WHEN NOT later AND m.grp IS NOT NULL AND NOT pg_try_advisory_xact_lock(filao.group_key(q, m.grp));
+    SELECT * INTO m FROM filao.message WHERE id = m.id;  -- another of its group may have moved it in this loop
+    PERFORM filao.expire(m, now, later);
+    done := done + 1;
+  END LOOP;
+  RETURN done;
+END
+$$;
+
+-- Expire what outlived its time to live, so that an operator sees it where it is.
+CREATE OR REPLACE FUNCTION filao.expire_all(moment bigint) RETURNS void
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+  q integer;
+BEGIN
+  FOR q IN SELECT id FROM filao.queue ORDER BY id LOOP
+    PERFORM filao.expire_some(q, 5000, coalesce(moment, filao.clock()), false);
+  END LOOP;
+END
+$$;
+
+-- Expire the message of this name; false when it has not outlived its time to live, or is a dead letter, which keeps its
+-- message_id.
+CREATE OR REPLACE FUNCTION filao.expire_named(q integer, name text, now bigint, later boolean) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+  m filao.message;
+BEGIN
+  SELECT * INTO m FROM filao.message
+  WHERE id = filao.number_of(q, name) AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked') FOR UPDATE;
+  IF NOT FOUND THEN
+    RETURN false;
+  END IF;
+  PERFORM filao.expire(m, now, later);
+  RETURN true;
 END
 $$;
 

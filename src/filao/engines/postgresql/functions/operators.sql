@@ -1,16 +1,15 @@
 -- What operators do.
 
--- The number of the message with this public id.
-CREATE OR REPLACE FUNCTION filao.number_of(q integer, wanted text) RETURNS bigint LANGUAGE sql VOLATILE AS $$
-  SELECT coalesce(
-    (SELECT m.id FROM filao.message m WHERE m.queue = q AND m.message_id = wanted),
-    (SELECT (regexp_match(wanted, '^' || value || '-([0-9]{1,18})$'))[1]::bigint FROM filao.meta WHERE name = 'database')
-  )
+-- The last number that was given. What an operator's command touches is fixed when it begins: no message above it.
+CREATE OR REPLACE FUNCTION filao.mark() RETURNS bigint LANGUAGE sql VOLATILE AS $$
+  SELECT last_value FROM filao.number
 $$;
 
--- The next messages in these states, or of these ids, that an operator's command is about: locked; dead ones in order.
-CREATE OR REPLACE FUNCTION filao.chosen(q integer, states filao.state[], ids text[], most integer)
-RETURNS SETOF filao.message LANGUAGE plpgsql AS $$
+-- The next messages in these states, or of these ids, that an operator's command is about: locked; up to its mark; dead ones
+-- in order, behind those that it has seen.
+CREATE OR REPLACE FUNCTION filao.chosen(
+  q integer, states filao.state[], ids text[], after bigint, mark bigint, most integer
+) RETURNS SETOF filao.message LANGUAGE plpgsql AS $$
 DECLARE
   s     filao.state;
   found integer;
@@ -19,67 +18,68 @@ BEGIN
     RETURN QUERY
       SELECT m.* FROM filao.message m
       WHERE m.id IN (SELECT filao.number_of(q, name) FROM unnest(ids) AS name) AND m.queue = q AND m.state = ANY (states)
+        AND m.id > after AND m.id <= mark
       ORDER BY m.id LIMIT most FOR UPDATE;
     RETURN;
   END IF;
   FOREACH s IN ARRAY states LOOP  -- one by one, so that each is found through its own index
     RETURN QUERY EXECUTE format(
-      'SELECT * FROM filao.message WHERE queue = $1 AND state = %L %s LIMIT $2 FOR UPDATE',
-      s, CASE s WHEN 'dead' THEN 'ORDER BY id' WHEN 'blocked' THEN 'AND grp IS NOT NULL' END
-    ) USING q, most;
+      'SELECT * FROM filao.message WHERE queue = $1 AND state = %L AND id <= $2 %s LIMIT $4 FOR UPDATE',
+      s, CASE s WHEN 'dead' THEN 'AND id > $3 ORDER BY id' WHEN 'blocked' THEN 'AND grp IS NOT NULL' END
+    ) USING q, mark, after, most;
     GET DIAGNOSTICS found = ROW_COUNT;
     most := most - found;
   END LOOP;
 END
 $$;
 
--- Give dead letters back with fresh attempts, each to its old place, and return how many there were.
+-- Give the next dead letters back with fresh attempts, each to its old place; return how many there were, and the last.
 CREATE OR REPLACE FUNCTION filao.redrive(
-  q integer, moment bigint, ids text[], most integer, new_kind smallint, new_content bytea, new_headers text
-) RETURNS integer
-LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+  q integer, moment bigint, ids text[], after bigint, mark bigint, most integer, new_kind smallint, new_content bytea,
+  new_headers text, OUT done integer, OUT last bigint
+) LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now  bigint := coalesce(moment, filao.clock());
-  m    filao.message;
-  done integer := 0;
+  now bigint := coalesce(moment, filao.clock());
+  m   filao.message;
 BEGIN
-  FOR m IN SELECT * FROM filao.chosen(q, '{dead}', ids, most) LOOP
+  done := 0;
+  last := after;
+  FOR m IN SELECT * FROM filao.chosen(q, '{dead}', ids, after, mark, most) LOOP
     UPDATE filao.message
     SET attempts = 0, reason = NULL, expires_at = NULL, kind = coalesce(new_kind, kind),
         content = coalesce(new_content, content), headers = coalesce(new_headers, headers)
     WHERE id = m.id;
     IF m.dedup_key IS NOT NULL THEN
-      PERFORM filao.remember(q, 'k', m.dedup_key, filao.name_of(m.id, m.message_id), now);
+      PERFORM filao.remember_again(q, m.dedup_key, filao.name_of(m), now);
     END IF;
     PERFORM filao.give_back(m, NULL, 0, now, false);
     done := done + 1;
+    last := m.id;
   END LOOP;
   PERFORM filao.count(q, ARRAY['redriven'], ARRAY[done]);
-  RETURN done;
 END
 $$;
 
--- Delete messages in these states; whoever holds one loses its lease. A purge starts afresh: what it removed may be sent
--- again at once.
-CREATE OR REPLACE FUNCTION filao.remove(q integer, moment bigint, states filao.state[], ids text[], most integer)
-RETURNS integer
-LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+-- Delete the next messages in these states; whoever holds one loses its lease. A purge starts afresh: what it removed may be
+-- sent again at once.
+CREATE OR REPLACE FUNCTION filao.remove(
+  q integer, moment bigint, states filao.state[], ids text[], after bigint, mark bigint, most integer,
+  OUT done integer, OUT last bigint
+) LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now  bigint := coalesce(moment, filao.clock());
-  m    filao.message;
-  done integer := 0;
+  now bigint := coalesce(moment, filao.clock());
+  m   filao.message;
 BEGIN
-  FOR m IN SELECT * FROM filao.chosen(q, states, ids, most) LOOP
+  done := 0;
+  last := after;  -- what was removed cannot be seen again
+  FOR m IN SELECT * FROM filao.chosen(q, states, ids, after, mark, most) LOOP
     SELECT * INTO m FROM filao.message WHERE id = m.id;  -- another of its group may have moved it in this loop
-    PERFORM filao.discard(m, CASE WHEN ids IS NULL THEN 'purged' ELSE 'cancelled' END, now);
+    PERFORM filao.discard(m, CASE WHEN ids IS NULL THEN 'purged' ELSE 'cancelled' END, now, false);
     IF ids IS NULL AND (m.dedup_key IS NOT NULL OR m.message_id IS NOT NULL) THEN
-      DELETE FROM filao.dedup d
-      WHERE d.queue = q AND d.message = filao.name_of(m.id, m.message_id)
-        AND ((d.kind = 'k' AND d.key = m.dedup_key) OR (d.kind = 'm' AND d.key = m.message_id));
+      PERFORM filao.forget_keys(q, m.dedup_key, m.message_id, filao.name_of(m));
     END IF;
     done := done + 1;
   END LOOP;
-  RETURN done;
 END
 $$;
 
@@ -107,15 +107,34 @@ BEGIN
 END
 $$;
 
--- Delete a queue that holds no message, with all that is remembered of it; returns how many it holds. The lock waits for
--- those who have read the queue's rules and are about to store something.
+-- How many messages a queue holds: none only if there is none, whatever the counters say.
+CREATE OR REPLACE FUNCTION filao.held(q integer) RETURNS bigint LANGUAGE sql VOLATILE AS $$
+  SELECT CASE WHEN EXISTS (SELECT FROM filao.message WHERE queue = q AND state = 'ready')
+                OR EXISTS (SELECT FROM filao.message WHERE queue = q AND state = 'delayed')
+                OR EXISTS (SELECT FROM filao.message WHERE queue = q AND state = 'leased')
+                OR EXISTS (SELECT FROM filao.message WHERE queue = q AND state = 'dead')
+                OR EXISTS (SELECT FROM filao.message WHERE queue = q AND state = 'blocked' AND grp IS NOT NULL)
+    THEN greatest(1, (
+      SELECT sum(value)::bigint FROM filao.counter
+      WHERE queue = q AND name IN ('ready', 'delayed', 'leased', 'blocked', 'dead')
+    )) ELSE 0 END
+$$;
+
+-- Delete a queue that holds no message, with all that is remembered of it; returns how many it holds, or NULL while a
+-- transaction that has sent to it is open: each holds a lock that all senders of a queue share. Nobody waits here, so that
+-- nobody waits for a deletion.
 CREATE OR REPLACE FUNCTION filao.delete(q integer) RETURNS bigint
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   held bigint;
 BEGIN
-  LOCK TABLE filao.queue IN ACCESS EXCLUSIVE MODE;
-  SELECT count(*) INTO held FROM filao.message WHERE queue = q;
+  held := filao.held(q);
+  IF held > 0 THEN
+    RETURN held;
+  ELSIF NOT pg_try_advisory_xact_lock(1718184290, q) THEN
+    RETURN NULL;
+  END IF;
+  held := filao.held(q);
   IF held = 0 THEN
     DELETE FROM filao.dedup WHERE queue = q;
     DELETE FROM filao.halted WHERE queue = q;

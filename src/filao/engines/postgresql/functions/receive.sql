@@ -1,6 +1,6 @@
 -- Receiving: what is due, the claim, those who wait.
 
--- Make ready what is due: delayed messages, and those whose lease ran out; bury what outlived its time to live. Whatever
+-- Make ready what is due: delayed messages, and those whose lease ran out; expire what outlived its time to live. Whatever
 -- somebody else has locked is left to him.
 CREATE OR REPLACE FUNCTION filao.make_due(q integer, now bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -37,20 +37,7 @@ BEGIN
       PERFORM filao.lose(m, 'lease_expired', now);
     END IF;
   END LOOP;
-  FOR m IN
-    SELECT * FROM filao.message
-    WHERE queue = q AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked')
-    LIMIT 1000 FOR UPDATE SKIP LOCKED
-  LOOP
-    CONTINUE WHEN m.grp IS NOT NULL AND NOT pg_try_advisory_xact_lock(filao.group_key(q, m.grp));
-    SELECT * INTO m FROM filao.message WHERE id = m.id;
-    IF (SELECT drops_old FROM filao.queue WHERE id = q) THEN
-      PERFORM filao.discard(m, 'dropped', now);
-    ELSE
-      PERFORM filao.record(m, 'expired', 'it outlived its ttl', '', now);
-      PERFORM filao.die(m, 'expired', now, false);
-    END IF;
-  END LOOP;
+  PERFORM filao.expire_some(q, 1000, now, false);
   IF EXISTS (SELECT FROM filao.unarranged WHERE queue = q) THEN
     PERFORM filao.arrange_noted(q, now);
   END IF;
@@ -64,7 +51,7 @@ CREATE OR REPLACE FUNCTION filao.receive(
   q integer, moment bigint, process integer, lease bigint, token bigint, most integer, waiting integer
 ) RETURNS TABLE (
   id bigint, priority integer, attempts integer, grp text, dedup_key text, message_id text, headers text, kind smallint,
-  content bytea, sent_at bigint, failures integer, crashed boolean, due_in bigint
+  content bytea, sent_at bigint, failures integer, crashed boolean, salt bigint, due_in bigint
 )
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_column
@@ -95,7 +82,7 @@ BEGIN
              l.failures > 0 AND 'crashed' = (
                SELECT f.outcome FROM filao.failure f WHERE f.message = l.id ORDER BY f.id DESC LIMIT 1
              ),
-             NULL::bigint
+             l.salt, NULL::bigint
       FROM leased l
       ORDER BY l.priority DESC, l.id;
     GET DIAGNOSTICS found = ROW_COUNT;

@@ -7,6 +7,11 @@ CREATE OR REPLACE FUNCTION filao.pending(q integer) RETURNS bigint LANGUAGE sql 
   WHERE queue = q AND name IN ('ready', 'delayed', 'leased', 'blocked')
 $$;
 
+-- How many messages of a queue could be dropped: the ready and the delayed.
+CREATE OR REPLACE FUNCTION filao.waiting(q integer) RETURNS bigint LANGUAGE sql VOLATILE AS $$
+  SELECT coalesce(sum(value), 0)::bigint FROM filao.counter WHERE queue = q AND name IN ('ready', 'delayed')
+$$;
+
 -- Make the oldest waiting message a dead letter; false when there is none.
 CREATE OR REPLACE FUNCTION filao.drop_oldest(q integer, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
@@ -35,56 +40,74 @@ BEGIN
 END
 $$;
 
--- Make room for so many new messages, or return false.
-CREATE OR REPLACE FUNCTION filao.has_room(rules filao.queue, new bigint, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
+-- Make room for so many new messages, or return false, and nothing was dropped. What has expired takes no room.
+CREATE OR REPLACE FUNCTION filao.has_room(rules filao.queue, new bigint, now bigint, later boolean) RETURNS boolean
+LANGUAGE plpgsql AS $$
 DECLARE
   surplus bigint := filao.pending(rules.id) + new - rules.max_length;
 BEGIN
-  WHILE new > 0 AND surplus > 0 LOOP
-    IF NOT rules.drops_oldest OR new > rules.max_length OR NOT filao.drop_oldest(rules.id, now) THEN
+  IF new = 0 OR surplus <= 0 THEN
+    RETURN true;
+  END IF;
+  surplus := surplus - filao.expire_some(rules.id, surplus, now, later);
+  IF surplus <= 0 THEN
+    RETURN true;
+  ELSIF NOT rules.drops_oldest OR new > rules.max_length OR surplus > filao.waiting(rules.id) THEN
+    RETURN false;
+  END IF;
+  FOR i IN 1 .. surplus LOOP
+    IF NOT filao.drop_oldest(rules.id, now) THEN
       RETURN false;
     END IF;
-    surplus := surplus - 1;
   END LOOP;
   RETURN true;
 END
 $$;
 
--- Store the drafts of some sends, but for duplicates, and return a row for each.
-CREATE OR REPLACE FUNCTION filao.store(
-  rules filao.queue, now bigint, later boolean, chosen integer[], ops integer[], kinds smallint[], contents bytea[],
-  headers text[], delays bigint[], priorities integer[], groups text[], dedup_keys text[], ttls bigint[],
+-- Claim the keys of some sends' drafts, in order, and return the places of those that are duplicates.
+CREATE OR REPLACE FUNCTION filao.claim(
+  q integer, now bigint, later boolean, salt bigint, numbers bigint[], chosen integer[], ops integer[], dedup_keys text[],
   message_ids text[]
-) RETURNS TABLE (place integer, op integer, number bigint, came_first text) LANGUAGE plpgsql AS $$
+) RETURNS TABLE (place integer, came_first text) LANGUAGE plpgsql AS $$
+DECLARE
+  prefix text := filao.prefix(salt);
+  n      integer;
+BEGIN
+  IF dedup_keys IS NULL AND message_ids IS NULL THEN
+    RETURN;
+  END IF;
+  FOR n IN 1 .. cardinality(ops) LOOP
+    CONTINUE WHEN ops[n] <> ALL (chosen);
+    came_first := filao.claim_keys(
+      q, dedup_keys[n], message_ids[n], coalesce(message_ids[n], prefix || numbers[n]::text), now, later
+    );
+    IF came_first IS NOT NULL THEN
+      place := n;
+      RETURN NEXT;
+    END IF;
+  END LOOP;
+END
+$$;
+
+-- Store the drafts of some sends, but for duplicates, and return the places.
+CREATE OR REPLACE FUNCTION filao.store(
+  rules filao.queue, now bigint, later boolean, salt bigint, numbers bigint[], chosen integer[], twice integer[],
+  ops integer[], kinds smallint[], contents bytea[], headers text[], delays bigint[], priorities integer[], groups text[],
+  dedup_keys text[], ttls bigint[], message_ids text[]
+) RETURNS SETOF integer LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
-  prefix  text;
-  numbers bigint[] := ARRAY(SELECT nextval('filao.number') FROM generate_series(1, cardinality(contents)));
-  twice   integer[] := '{}';
-  states  bigint[];
-  i       integer;
-  g       text;
+  states bigint[];
+  g      text;
 BEGIN
-  IF dedup_keys IS NOT NULL OR message_ids IS NOT NULL THEN
-    SELECT value || '-' INTO prefix FROM filao.meta WHERE name = 'database';
-    FOR i IN 1 .. cardinality(contents) LOOP
-      CONTINUE WHEN ops[i] <> ALL (chosen);
-      came_first := filao.claim_keys(rules.id, dedup_keys[i], message_ids[i], coalesce(message_ids[i], prefix || numbers[i]), now);
-      IF came_first IS NOT NULL THEN
-        twice := twice || i;
-        place := i; op := ops[i];
-        RETURN NEXT;
-      END IF;
-    END LOOP;
-  END IF;
   WITH stored AS (
     INSERT INTO filao.message (id, queue, state, kind, priority, at, sent_at, expires_at, grp, dedup_key, message_id,
-                               headers, content)
+                               headers, content, salt)
     SELECT numbers[n], rules.id,
            CASE WHEN coalesce(delays[n], 0) > 0 AND (groups[n] IS NULL OR rules.skips_failed) THEN 'delayed'
                 WHEN groups[n] IS NULL THEN 'ready' ELSE 'blocked' END::filao.state,
            kinds[n], coalesce(priorities[n], 0), now + coalesce(delays[n], 0), now, now + coalesce(ttls[n], rules.ttl),
-           groups[n], dedup_keys[n], message_ids[n], headers[n], content
+           groups[n], dedup_keys[n], message_ids[n], headers[n], content, store.salt
     FROM unnest(contents) WITH ORDINALITY AS given (content, n)
     WHERE ops[n] = ANY (chosen) AND n <> ALL (twice)
     ORDER BY n
@@ -95,9 +118,7 @@ BEGIN
   INTO states FROM stored;
   PERFORM filao.count(rules.id, ARRAY['sent', 'ready', 'delayed', 'blocked', 'duplicates'], states);
   RETURN QUERY
-    SELECT n::integer, ops[n], numbers[n], NULL::text
-    FROM generate_series(1, cardinality(contents)) AS n
-    WHERE ops[n] = ANY (chosen) AND n <> ALL (twice);
+    SELECT n FROM generate_series(1, cardinality(contents)) AS n WHERE ops[n] = ANY (chosen) AND n <> ALL (twice);
   IF groups IS NOT NULL THEN
     FOR g IN
       SELECT DISTINCT given.g FROM unnest(groups, ops) AS given (g, op) WHERE given.g IS NOT NULL AND given.op = ANY (chosen)
@@ -110,21 +131,32 @@ $$;
 
 -- Store drafts. `ops` tells which belong to one send: all of its drafts are stored, or none. An array that holds nothing but
 -- defaults may be NULL. Durations are milliseconds. Returns a row for each draft: its number, or the id of the message that
--- came first; or one row with a `problem` for a whole send.
+-- came first; or one row with a `problem` for a whole send: its `number` is then how many of its drafts are new.
+--
+-- The keys are claimed before the messages are counted, so that a queue's limit counts what is new, whatever keys the drafts
+-- of one send share with each other or with what is there; those of a send that is refused are given up again.
 CREATE OR REPLACE FUNCTION filao.send(
-  q integer, moment bigint, later boolean, ops integer[], kinds smallint[], contents bytea[], headers text[],
+  q integer, moment bigint, later boolean, salt bigint, ops integer[], kinds smallint[], contents bytea[], headers text[],
   delays bigint[], priorities integer[], groups text[], dedup_keys text[], ttls bigint[], message_ids text[]
 ) RETURNS TABLE (place integer, op integer, number bigint, came_first text, problem text, detail bigint)
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-  now    bigint := coalesce(moment, filao.clock());
-  rules  filao.queue;
-  chosen integer[];
-  this   integer;
-  new    bigint;
+  now      bigint := coalesce(moment, filao.clock());
+  isolated boolean := current_setting('transaction_isolation') <> 'read committed';
+  numbers  bigint[] := ARRAY(SELECT nextval('filao.number') FROM generate_series(1, cardinality(contents)));
+  rules    filao.queue;
+  chosen   integer[];
+  parts    integer[];  -- the sends that are stored together
+  twice    integer[];
+  new      bigint;  -- how many messages, for a queue that has a limit
+  i        integer;
 BEGIN
+  PERFORM pg_advisory_xact_lock_shared(1718184290, q);  -- see filao.delete
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
+  IF isolated THEN  -- its snapshot may be older than a deletion, which this then finds
+    PERFORM FROM filao.queue WHERE id = q FOR KEY SHARE;
+  END IF;
   RETURN QUERY
     SELECT 0, ops[n], NULL::bigint, NULL::text, 'too large', max(length(content))::bigint
     FROM unnest(contents) WITH ORDINALITY AS given (content, n)
@@ -134,26 +166,37 @@ BEGIN
     SELECT ops[n] FROM unnest(contents) WITH ORDINALITY AS given (content, n)
     GROUP BY 1 HAVING max(length(content)) <= rules.body_max ORDER BY 1
   );
-  IF rules.max_length IS NULL THEN
-    RETURN QUERY
-      SELECT *, NULL::text, NULL::bigint
-      FROM filao.store(rules, now, later, chosen, ops, kinds, contents, headers, delays, priorities, groups, dedup_keys,
-                       ttls, message_ids);
+  IF rules.max_length IS NOT NULL AND isolated THEN  -- it does not see what others have sent since it began
+    RETURN QUERY SELECT 0, this, NULL::bigint, NULL::text, 'isolated', NULL::bigint FROM unnest(chosen) AS this;
     RETURN;
+  ELSIF rules.max_length IS NOT NULL THEN
+    PERFORM FROM filao.queue WHERE id = q FOR NO KEY UPDATE;  -- one sender at a time, so that the limit is exact
   END IF;
-  PERFORM FROM filao.queue WHERE id = q FOR NO KEY UPDATE;  -- one sender at a time, so that the limit is exact
-  FOREACH this IN ARRAY chosen LOOP
-    SELECT count(DISTINCT coalesce(dedup_keys[n], message_ids[n], n::text)) INTO new
-    FROM generate_series(1, cardinality(ops)) AS n
-    WHERE ops[n] = this AND filao.remembered(q, dedup_keys[n], message_ids[n], now) IS NULL;
-    IF filao.has_room(rules, new, now) THEN
+  FOR this IN 1 .. CASE WHEN rules.max_length IS NULL THEN 1 ELSE cardinality(chosen) END LOOP
+    parts := CASE WHEN rules.max_length IS NULL THEN chosen ELSE chosen[this:this] END;
+    twice := '{}';
+    FOR place, came_first IN
+      SELECT c.place, c.came_first FROM filao.claim(q, now, later, salt, numbers, parts, ops, dedup_keys, message_ids) AS c
+    LOOP
+      twice := twice || place;
+      op := ops[place]; number := NULL; problem := NULL; detail := NULL;
+      RETURN NEXT;
+    END LOOP;
+    new := cardinality(array_positions(ops, parts[1])) - cardinality(twice);
+    IF rules.max_length IS NULL OR filao.has_room(rules, new, now, later) THEN
       RETURN QUERY
-        SELECT *, NULL::text, NULL::bigint
-        FROM filao.store(rules, now, later, ARRAY[this], ops, kinds, contents, headers, delays, priorities, groups,
-                         dedup_keys, ttls, message_ids);
+        SELECT n, ops[n], numbers[n], NULL::text, NULL::text, NULL::bigint
+        FROM filao.store(rules, now, later, salt, numbers, parts, twice, ops, kinds, contents, headers, delays, priorities,
+                         groups, dedup_keys, ttls, message_ids) AS n;
     ELSE
-      PERFORM filao.count(q, ARRAY['refused'], ARRAY[cardinality(array_positions(ops, this))]);
-      place := 0; op := this; number := NULL; came_first := NULL; problem := 'full'; detail := filao.pending(q);
+      FOREACH i IN ARRAY array_positions(ops, parts[1]) LOOP
+        CONTINUE WHEN i = ANY (twice);
+        PERFORM filao.forget_keys(
+          q, dedup_keys[i], message_ids[i], coalesce(message_ids[i], filao.prefix(salt) || numbers[i]::text)
+        );
+      END LOOP;
+      PERFORM filao.count(q, ARRAY['refused'], ARRAY[cardinality(array_positions(ops, parts[1]))]);
+      place := 0; op := parts[1]; number := new; came_first := NULL; problem := 'full'; detail := filao.pending(q);
       RETURN NEXT;
     END IF;
   END LOOP;

@@ -1,0 +1,91 @@
+"""PostgreSQL when its server changes under us: promoted, restored, made anew, read-only, or back after a while."""
+
+import asyncio
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import filao
+from tests.conftest import let_pass
+from tests.servers import Postgres, postgres_server, postgres_standby
+
+pytestmark = pytest.mark.anyio
+
+_names = count()
+
+
+@pytest.fixture
+def url(postgres: Postgres) -> str:
+    """Return the URL of an empty database."""
+    return postgres.create(f"failover{next(_names)}")
+
+
+@pytest.fixture
+def folder(tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("failover")
+    let_pass(folder)
+    return folder
+
+
+@pytest.fixture
+def primary(folder, postgres) -> Iterator[Postgres]:
+    """Return a server of this test's own; `postgres` is here for whoever has none installed."""
+    with postgres_server(folder / "primary") as server:
+        yield server
+
+
+async def test_a_standby_that_was_promoted_serves_those_who_wait(folder, primary) -> None:
+    """Nothing of ours may need a restartpoint, which the standby has not had since the schema was made."""
+    with postgres_standby(folder / "standby", primary) as standby:
+        async with filao.connect(primary.url()) as broker:
+            await broker.declare(filao.Queue("claims"))
+            assert await broker.receive_from_queue("claims", wait=0.1) is None
+            first = await broker.send_to_queue("claims", 1)
+        with psycopg.connect(primary.url(), autocommit=True) as operator:
+            (written,) = operator.execute("SELECT pg_current_wal_lsn()::text").fetchone() or ("",)
+        with psycopg.connect(standby.url(), autocommit=True) as reader:
+            async with asyncio.timeout(30):
+                while reader.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", (written,)).fetchone() != (True,):
+                    await asyncio.sleep(0.01)
+        primary.stop("immediate")
+        standby.promote()
+        async with filao.connect(standby.url()) as broker, filao.connect(standby.url()) as sender:
+            message = await broker.receive_from_queue("claims", wait=0)
+            assert message is not None
+            assert message.id == first.id
+            await message.ack()
+            waiting = asyncio.create_task(broker.receive_from_queue("claims"))
+            with psycopg.connect(standby.url(), autocommit=True) as operator:
+                async with asyncio.timeout(10):
+                    while operator.execute("SELECT count(*) FROM filao.waiting").fetchone() != (1,):
+                        await asyncio.sleep(0.01)
+                    await sender.send_to_queue("claims", 2)
+                    assert (await waiting).body == 2
+        primary.start()  # for the fixture to stop
+
+
+async def test_a_process_takes_no_queue_of_a_schema_made_anew_for_the_one_it_knew(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        held = await broker.receive_from_queue("claims")
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute("DROP SCHEMA filao CASCADE")
+        async with filao.connect(url) as other:
+            for name in ("letters", "bills"):
+                await other.declare(filao.Queue(name))
+            await other.send_to_queue("letters", "first")
+            letter = await other.receive_from_queue("letters")
+            with pytest.raises(filao.QueueNotFound, match="claims"):
+                await broker.send_to_queue("claims", 2)
+            with pytest.raises(filao.LeaseLost):
+                await held.ack()
+            assert (await other.stats("letters")).leased == 1
+            await letter.ack()
+            await other.declare(filao.Queue("claims"))
+            await broker.send_to_queue("claims", 3)
+            (message,) = await other.receive_many("claims", 1, wait=5)
+            assert message.body == 3
