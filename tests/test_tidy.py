@@ -31,7 +31,13 @@ ORDER = [  # what stands above; a module imports only from here upwards
             *("carriage", "foreign"),
         )
     ),
-    *("engines.sqlite.database", "engines.sqlite.doctor", "engines.sqlite.engine", "engines.sqlite"),
+    *(
+        "engines.sqlite.database",
+        "engines.sqlite.backup",
+        "engines.sqlite.doctor",
+        "engines.sqlite.engine",
+        "engines.sqlite",
+    ),
     *(
         f"engines.postgresql.{name}"
         for name in ("server", "schema", "verbs", "control", "carriage", "listener", "doctor", "engine")

@@ -17,6 +17,7 @@ if not (find_spec("click") and find_spec("rich")):
 
 import click
 
+from filao.cli.backup import backup, restore
 from filao.cli.contract import verify_command
 from filao.cli.control import dead, peek, purge, redrive
 from filao.cli.moving import move_command
@@ -93,6 +94,6 @@ def commands() -> None:
 
 for command in (
     *(declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, move_command, work),
-    sandbox_command,
+    *(backup, restore, sandbox_command),
 ):
     commands.add_command(command)

@@ -50,7 +50,7 @@ def usage(text: str) -> click.UsageError:
 @contextmanager
 def broker_at(url: str, *, create: bool = False) -> Generator[Broker]:
     """Open the broker; a file that does not exist is created by `declare` alone, so that no typing error creates one."""
-    file = _file_of(url)
+    file = file_of(url)
     if file is not None:
         if str(file) == ":memory:":
             raise ConfigurationError(
@@ -67,7 +67,7 @@ def broker_at(url: str, *, create: bool = False) -> Generator[Broker]:
         raise QueueNotFound(f"{error} In a shell: filao declare {url} QUEUE.{hint}") from error
 
 
-def _file_of(url: str) -> Path | None:
+def file_of(url: str) -> Path | None:
     """Return the file that a URL names; None for the URL of a server."""
     return sqlite_path(url) if "://" not in url or url.startswith("sqlite://") else None
 

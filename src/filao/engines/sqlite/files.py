@@ -74,13 +74,23 @@ def check_path(path: Path) -> None:
         )
     if path.is_dir():
         raise ConfigurationError(f"{path} is a folder; give the path of a file in it, such as {path / 'filao.db'}")
-    if not path.parent.is_dir():
-        raise ConfigurationError(f"{path}: the folder {path.parent} does not exist; create it first")
     if path.exists() and not _may(path, os.W_OK):
         raise ConfigurationError(f"{path} is read-only for this user; a queue writes even when it receives")
+    check_folder(path)
+    if path.exists() and path.stat().st_nlink > 1:
+        raise ConfigurationError(
+            f"{path} has {path.stat().st_nlink} names (hard links), so it may be open by another one with a WAL of its own, and "
+            f"what either writes would be lost. Find the others with: find DIRECTORY -samefile {path}; and remove them"
+        )
+
+
+def check_folder(path: Path) -> None:
+    """Raise `ConfigurationError` when a Filao file may not lie where `path` leads, whatever lies there now."""
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"{path}: the folder {path.parent} does not exist; create it first")
     if not _may(path.parent, os.W_OK | os.X_OK):
         raise ConfigurationError(f"{path}: this user may not write in {path.parent}, where SQLite keeps its WAL")
-    _check_one_name(path)
+    _check_mounts(path)
     kind = file_system(path)
     if kind in NETWORK_FILE_SYSTEMS:
         raise ConfigurationError(
@@ -89,19 +99,14 @@ def check_path(path: Path) -> None:
         )
 
 
-def _check_one_name(path: Path) -> None:
-    """Raise `ConfigurationError` when the file may be opened by another name, beside which its WAL would be another's."""
+def _check_mounts(path: Path) -> None:
+    """Raise `ConfigurationError` when the file, or what lies beside it, may be another's too, by another name."""
     for name in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-filao"))):
         if is_mounted(name):
             raise ConfigurationError(
                 f"{name} is mounted by itself, so the file may be open elsewhere with a WAL of its own, and what either writes "
                 f"would be lost. Mount the folder that holds it instead: -v ./data:{path.parent}"
             )
-    if path.exists() and path.stat().st_nlink > 1:
-        raise ConfigurationError(
-            f"{path} has {path.stat().st_nlink} names (hard links), so it may be open by another one with a WAL of its own, and "
-            f"what either writes would be lost. Find the others with: find DIRECTORY -samefile {path}; and remove them"
-        )
 
 
 def _may(path: Path, mode: int) -> bool:

@@ -211,6 +211,10 @@ def left_over(path: Path, cookie: int) -> Loss | None:
         return None
     fd = _find(_identity(path.stat()))
     header = os.pread(fd, HEADER, 0) if fd >= 0 else b""
+    if fd >= 0 and not header:
+        return Loss(
+            f"is empty, while {wal} is not, so the file itself was lost", "put a backup in its place with filao restore"
+        )
     if header.startswith(_MAGIC) and (header[18:20] != _WAL_MODE or schema_cookie(header) < cookie):
         return Loss(
             f"is not the file to which {wal} belongs: it was overwritten or replaced",

@@ -1,0 +1,207 @@
+"""Backups of a queue that is used meanwhile, and putting them back."""
+
+import asyncio
+import json
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import filao
+from filao.engines.sqlite import backup, files
+from tests.conftest import let_pass
+
+pytestmark = pytest.mark.anyio
+
+CLAIMS: filao.Queue = filao.Queue("claims")
+PATIENCE = 60.0  # seconds after which a command that hangs is killed
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "claims.db"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return tmp_path / "claims.backup"
+
+
+def command(*arguments: str | Path, url: Path | str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "FILAO_URL": str(url)}
+    return subprocess.run(
+        [sys.executable, "-m", "filao", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=environment,
+        check=False,
+    )
+
+
+async def filled(db: Path, *bodies: str) -> None:
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_many(CLAIMS, bodies)
+
+
+async def waiting(db: Path) -> list[object]:
+    async with filao.connect(db) as broker:
+        return [message.body for message in await broker.peek(CLAIMS, limit=1000)]
+
+
+async def test_a_backup_is_made_while_the_queue_is_used_and_is_of_one_moment(db, copy) -> None:
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        stop = asyncio.Event()
+
+        async def use() -> None:
+            while not stop.is_set():
+                await broker.send_many(CLAIMS, [0, 1, 2])
+                messages = await broker.receive_many(CLAIMS, 2, wait=0)
+                async with broker.transaction() as transaction:
+                    for message in messages:
+                        await transaction.ack(message)
+
+        using = asyncio.create_task(use())
+        sizes = [await asyncio.to_thread(backup.back_up, db, copy.with_name(f"copy{n}")) for n in range(5)]
+        stop.set()
+        await using
+    for number, size in enumerate(sizes):
+        with closing(sqlite3.connect(copy.with_name(f"copy{number}"))) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            (counted,) = connection.execute("SELECT ready + leased FROM filao_queue").fetchone()
+            (there,) = connection.execute("SELECT count(*) FROM filao_message").fetchone()
+            assert counted == there
+        assert copy.with_name(f"copy{number}").stat().st_size == size
+    assert not list(db.parent.glob("*partial*"))
+
+
+async def test_a_backup_is_one_file_for_its_owner_alone(db, copy) -> None:
+    await filled(db, "kept")
+    backup.back_up(db, copy)
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert {path.name for path in db.parent.iterdir()} == {"claims.db", "claims.db-filao", "claims.backup"}
+
+
+async def test_a_backup_overwrites_nothing(db, copy) -> None:
+    await filled(db, "kept")
+    copy.write_text("precious")
+    ran = command("backup", db, copy)
+    assert (ran.returncode, copy.read_text()) == (3, "precious")
+    assert "overwrites nothing" in ran.stderr
+
+
+async def test_a_backup_brings_back_leases_and_dead_letters(db, copy) -> None:
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_many(CLAIMS, ["dead", "leased", "ready"])
+        dead, leased = await broker.receive_many(CLAIMS, 2, lease=3600)
+        await dead.reject("no")
+        assert json.loads(command("backup", db, copy).stdout)["backup"] == str(copy)
+        await leased.ack()
+        await broker.purge(CLAIMS)
+    ran = command("restore", db, copy, "--replace")
+    assert ran.returncode == 0, ran.stderr
+    async with filao.connect(db) as broker:
+        stats = await broker.stats(CLAIMS)
+        assert (stats.dead, stats.leased, stats.ready) == (1, 1, 1)
+        # Its holder is gone, so that nobody waits an hour for the end of its lease.
+        bodies = {(await broker.receive_from_queue(CLAIMS, wait=20)).body for _ in range(2)}  # type: ignore[union-attr]
+    assert bodies == {"leased", "ready"}
+
+
+async def test_running_processes_notice_that_a_backup_was_put_back(db, copy) -> None:
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_to_queue(CLAIMS, "kept")
+        await asyncio.to_thread(backup.back_up, db, copy)
+        await broker.send_to_queue(CLAIMS, "sent later")
+        kept = await asyncio.to_thread(backup.restore, copy, db)
+        with pytest.raises(filao.EngineError, match="was replaced by another file"):
+            await broker.send_to_queue(CLAIMS, "lost")
+    assert await waiting(db) == ["kept"]
+    assert kept is not None
+    assert await waiting(kept) == ["kept", "sent later"]
+
+
+async def test_a_backup_is_put_back_after_the_file_was_lost_and_its_wal_left(db, copy) -> None:
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_to_queue(CLAIMS, "kept")
+        await asyncio.to_thread(backup.back_up, db, copy)
+        db.unlink()
+    assert db.with_name("claims.db-wal").exists()
+    with pytest.raises(filao.EngineError, match=r"is empty, while .*-wal is not"):
+        await filao.connect(db).open()
+    db.unlink()
+    assert command("restore", copy, url=db).returncode == 0
+    assert await waiting(db) == ["kept"]
+
+
+async def test_a_backup_is_put_back_after_the_file_was_overwritten(db, copy) -> None:
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_to_queue(CLAIMS, "kept")
+        await asyncio.to_thread(backup.back_up, db, copy)
+        shutil.copyfile(copy, db)
+        with pytest.raises(filao.EngineError, match="filao restore"):
+            await broker.send_to_queue(CLAIMS, "lost")
+        await asyncio.to_thread(backup.restore, copy, db)
+    assert await waiting(db) == ["kept"]
+    shutil.copyfile(copy, db)  # a file that was restored is told from its backup, too
+    async with filao.connect(db) as broker:
+        await broker.send_to_queue(CLAIMS, "new")
+        shutil.copyfile(copy, db)
+        with pytest.raises(filao.EngineError, match="was overwritten"):
+            await broker.send_to_queue(CLAIMS, "lost")
+
+
+async def test_a_file_that_is_there_is_replaced_only_when_that_is_said(db, copy) -> None:
+    await filled(db, "kept")
+    backup.back_up(db, copy)
+    ran = command("restore", db, copy)
+    assert ran.returncode == 3
+    assert "--replace" in ran.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"no database" * 100])
+async def test_what_is_no_backup_is_not_put_in_place(db, copy, content) -> None:
+    await filled(db, "kept")
+    copy.write_bytes(content)
+    ran = command("restore", db, copy, "--replace")
+    assert ran.returncode in (3, 4)
+    assert str(copy) in ran.stderr
+    assert await waiting(db) == ["kept"]
+    assert not list(db.parent.glob("*restoring*"))
+
+
+async def test_a_queue_is_not_restored_from_its_own_file(db) -> None:
+    await filled(db, "kept")
+    assert "own file" in command("restore", db, db, "--replace").stderr
+    assert await waiting(db) == ["kept"]
+
+
+@pytest.mark.parametrize("url", ["postgresql://localhost/claims", "amqp://localhost/"])
+def test_servers_have_their_own_ways(url, copy) -> None:
+    for verb in ("backup", "restore"):
+        ran = command(verb, url, copy)
+        assert ran.returncode == 3
+        assert "pg_dump" in ran.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+async def test_root_restores_for_the_service(db, copy) -> None:
+    await filled(db, "kept")
+    let_pass(db.parent)
+    for path in [db.parent, db, files.sidecar(db), *files.sidecar(db).iterdir()]:
+        os.chown(path, 65534, 65534)
+    backup.back_up(db, copy)
+    backup.restore(copy, db)
+    assert {path.stat().st_uid for path in db.parent.rglob("claims.db*")} == {65534}
