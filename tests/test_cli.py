@@ -87,6 +87,12 @@ def line_of(process: "subprocess.Popen[bytes]") -> bytes:
 
 def on_terminal(*arguments: str | Path, types: bytes = b"", when: bytes = b"") -> tuple[int, str]:
     """Run it on a terminal of its own, type something `when` that is shown, and return its exit code and the screen."""
+    code, screen = sent_to_terminal(*arguments, types=types, when=when)
+    return code, COLOURS_AND_MOVES.sub("", screen)
+
+
+def sent_to_terminal(*arguments: str | Path, types: bytes = b"", when: bytes = b"") -> tuple[int, str]:
+    """Return all that a terminal gets."""
     terminal, inside = pty.openpty()
     screen = b""
     program = [sys.executable, "-S", "-c", AS_SHELLS_DO, *FILAO]  # so that Ctrl-C reaches it
@@ -106,7 +112,7 @@ def on_terminal(*arguments: str | Path, types: bytes = b"", when: bytes = b"") -
                 types = b""
         code = process.wait(PATIENCE)
     os.close(terminal)
-    return code, COLOURS_AND_MOVES.sub("", screen.decode())
+    return code, screen.decode()
 
 
 def run_each(commands: Iterable[Sequence[str | Path]], **more: Any) -> list[Ran]:

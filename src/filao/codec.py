@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import msgspec
 
 from filao.errors import ConfigurationError, MessageNotEncodable, MessageTooLarge
+from filao.urls import shown_url
 
 JSON = 0
 """The content is a JSON text in UTF-8."""
@@ -132,7 +133,7 @@ def type_name(body: object) -> str:
 def shown(value: object) -> str:
     """Return a value as an error text repeats it: short, whatever it is."""
     try:
-        text = repr(value)
+        text = repr(shown_url(value) if isinstance(value, str) and "://" in value else value)
     except Exception as error:
         text = f"<{type(value).__qualname__}, whose repr raised {type(error).__qualname__}>"
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"

@@ -15,6 +15,7 @@ import msgspec
 from typing_extensions import TypeVar
 
 from filao.errors import ConfigurationError, QueueNotFound
+from filao.urls import shown_url
 
 T = TypeVar("T", default=Any)  # a queue without a body type carries plain JSON: dicts, lists, strings, numbers
 
@@ -176,7 +177,8 @@ def not_found(name: str, known: Iterable[str]) -> QueueNotFound:
 def check_name(name: object) -> None:
     """Raise `ConfigurationError` unless `name` may name a queue."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        shown = repr(name) if len(repr(name)) <= 200 else repr(name)[:200] + "…"
+        shown = repr(shown_url(name) if isinstance(name, str) else name)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
         raise ConfigurationError(f"queue name {shown}: a name is 1 to 128 characters of A-Z a-z 0-9 . _ -")
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from filao.broker import Broker
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, QueueFull
 from filao.outbox import Outbox, Recorded
+from filao.printable import printable
 
 log = logging.getLogger("filao.relay")
 
@@ -59,7 +60,12 @@ class Relay:
                 except asyncio.CancelledError:
                     raise
                 except Exception as error:
-                    log.warning("relay of %s: trying again: %s: %s", self._outbox.table, type(error).__name__, error)
+                    log.warning(
+                        "relay of %s: trying again: %s: %s",
+                        self._outbox.table,
+                        type(error).__name__,
+                        printable(str(error)),
+                    )
                     await self._drop_connection()
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                     pause = min(2 * pause, PAUSE_MAX)
@@ -116,7 +122,7 @@ class Relay:
                     size //= 2
                     continue
                 left = len(recorded) - len(sent)
-                log.warning("relay of %s: %d messages stay in it: %s", self._outbox.table, left, error)
+                log.warning("relay of %s: %d messages stay in it: %s", self._outbox.table, left, printable(str(error)))
                 self._refused[queue] = time.monotonic() + REFUSED_FOR
                 break
             sent += [one.number for one in some]

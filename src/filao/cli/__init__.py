@@ -26,7 +26,7 @@ from filao.cli.report import doctor, stats
 from filao.cli.rules import declare
 from filao.cli.sandbox import sandbox_command
 from filao.cli.sending import send
-from filao.cli.shell import OutputClosedError, note
+from filao.cli.shell import OutputClosedError, note, safe
 from filao.cli.working import work
 from filao.errors import EngineError, FilaoError
 
@@ -48,7 +48,7 @@ def _run() -> int:
     except OutputClosedError:
         return OUTPUT_CLOSED
     except click.ClickException as error:
-        error.show()
+        click.UsageError(safe(error.format_message()), getattr(error, "ctx", None)).show()
         return error.exit_code
     except FilaoError as error:
         note(str(error))

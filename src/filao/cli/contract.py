@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from filao.broker import connect
 from filao.cli.report import draw
-from filao.cli.shell import addressed, as_json, is_terminal, print_lines
+from filao.cli.shell import addressed, as_json, is_terminal, note, print_lines
 from filao.conformance import Verdict, verify
 from filao.engine import Feature
 
@@ -38,8 +38,8 @@ def verify_command(*, arguments: tuple[str, ...], wants_json: bool) -> int:
         engine = connect(url)
         draw(("feature", "here", "checks"), table(engine.features, engine.emulated, verdicts), figures=False)
     for verdict in failed:
-        click.echo(f"filao: FAILED: {verdict.check}: {verdict.error}", err=True)
-    click.echo(f"filao: {len(verdicts) - len(failed)} of {len(verdicts)} checks passed", err=True)
+        note(f"FAILED: {verdict.check}: {verdict.error}")
+    note(f"{len(verdicts) - len(failed)} of {len(verdicts)} checks passed")
     return 1 if failed else 0
 
 

@@ -6,6 +6,7 @@ import sys
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from filao.cli.report import draw
@@ -13,6 +14,8 @@ from filao.cli.shell import as_json, is_terminal, note, print_lines
 from filao.engine import Engine
 from filao.engines import engine_for
 from filao.moving import Moved, move, plan
+from filao.printable import printable
+from filao.urls import shown_url
 
 _FIELDS = msgspec.structs.fields(Moved)
 
@@ -38,7 +41,7 @@ def move_command(*, source: str, target: str, queues: tuple[str, ...], dry_run: 
     held = sum(queue.held for queue in moved)
     if held:
         note(
-            f"{held:,} messages stay at {_shown(source)}: consumers hold them, or they wait on a ladder of delays. Move "
+            f"{held:,} messages stay at {shown_url(source)}: consumers hold them, or they wait on a ladder of delays. Move "
             f"again once they are done"
         )
     return 1 if held else 0
@@ -61,16 +64,12 @@ async def _run(source: str, target: str, queues: tuple[str, ...], *, dry_run: bo
 async def _watched(here: Engine, there: Engine, queues: tuple[str, ...], planned: list[Moved]) -> list[Moved]:
     """Move, and draw how far it has come for whoever sits at the terminal."""
     with Progress(console=Console(stderr=True), disable=not is_terminal(sys.stderr)) as progress:
-        tasks = {queue.queue: progress.add_task(queue.queue, total=queue.waiting + queue.dead) for queue in planned}
+        tasks = {
+            queue.queue: progress.add_task(escape(printable(queue.queue)), total=queue.waiting + queue.dead)
+            for queue in planned
+        }
 
         def told(moved: Moved) -> None:
             progress.update(tasks[moved.queue], completed=moved.waiting + moved.dead)
 
         return await move(here, there, queues, told)
-
-
-def _shown(url: str) -> str:
-    """Return a URL without its password."""
-    scheme, separator, rest = url.partition("://")
-    user, at, place = rest.rpartition("@")
-    return f"{scheme}{separator}{user.partition(':')[0]}{at}{place}" if at else url

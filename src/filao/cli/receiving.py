@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from filao.cli.shell import addressed, as_json, broker_at, note, print_lines, shown_body, usage
+from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines, shown_body, usage
 from filao.errors import LeaseLost
+from filao.printable import printable
 from filao.sync import Broker, Message
 
 PREFETCH = 100  # messages leased at once: their acks share a flush of the disk
@@ -24,7 +25,9 @@ SLOW_AFTER = 0.5  # seconds of a slow reader after which what it has not yet tak
     "--wait", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait so long whenever there is none. Default 0."
 )
 @click.option("--follow", is_flag=True, help="Wait for ever for the next one; without --limit, never end.")
-@click.option("--raw", is_flag=True, help="Print bodies only: JSON as a line, bytes untouched and a newline.")
+@click.option(
+    "--raw", is_flag=True, help="Print bodies only: JSON as a line, bytes untouched (but on a terminal) and a newline."
+)
 @click.option("--at-most-once", is_flag=True, help="Delete each message before it is printed, not after.")
 def receive(
     *,
@@ -108,4 +111,6 @@ def _received(message: Message[Any]) -> dict[str, object]:
 
 
 def _body_alone(body: object) -> bytes:
-    return body if isinstance(body, bytes) else as_json(body)
+    if not isinstance(body, bytes):
+        return as_json(body)
+    return printable(body.decode(errors="backslashreplace")).encode() if is_terminal(sys.stdout) else body

@@ -1,14 +1,16 @@
 """`filao stats` and `filao doctor`: tables for whoever sits at a terminal, JSON lines for everything else."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import click
 import msgspec
 import rich
 
 from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines
-from filao.engine import Finding, QueueStats
+from filao.engine import QueueStats
+from filao.printable import printable
+from filao.urls import shown_url
 
 _json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
 _COLUMNS = ("ready", "delayed", "blocked", "leased", "dead", "sent", "acked")
@@ -33,7 +35,7 @@ def stats(*, arguments: tuple[str, ...], wants_json: bool) -> int:
     else:
         draw(("queue", *_COLUMNS, "oldest"), [_row(queue) for queue in found], figures=True)
     if not found:
-        note(f"no queue is declared here. In a shell: filao declare {url} QUEUE")
+        note(f"no queue is declared here. In a shell: filao declare {shown_url(url)} QUEUE")
     return 0 if found else 1
 
 
@@ -74,26 +76,32 @@ def doctor(*, arguments: tuple[str, ...], wants_json: bool) -> int:
     if wants_json or not is_terminal(sys.stdout):
         print_lines(as_json(finding) for finding in findings)
     else:
-        draw(("level", "subject", "finding"), [_finding_row(finding) for finding in findings], figures=False)
+        draw(
+            ("level", "subject", "finding"),
+            [(one.level, one.subject, one.text) for one in findings],
+            figures=False,
+            styles=_STYLES,
+        )
     return 1 if any(finding.level == "error" for finding in findings) else 0
 
 
-def _finding_row(finding: Finding) -> tuple[str, ...]:
-    from rich.markup import escape
+def draw(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool, styles: Mapping[str, str] | None = None
+) -> None:
+    """Draw a table on the terminal; `figures`, to the right of the first column, are never broken.
 
-    style = _STYLES.get(finding.level, "none")
-    return f"[{style}]{finding.level}[/]", escape(finding.subject), escape(finding.text)
-
-
-def draw(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool) -> None:
-    """Draw a table for whoever sits at the terminal; `figures`, to the right of the first column, are never broken."""
+    `styles` are those of words in the first column. Text from others is never read as markup.
+    """
     from rich.box import SIMPLE
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(head):
         figure = figures and number > 0
-        table.add_column(name, justify="right" if figure else "left", no_wrap=figure, overflow="fold")
+        table.add_column(Text(printable(name)), justify="right" if figure else "left", no_wrap=figure, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        cells = [Text(printable(cell)) for cell in row]
+        cells[0].stylize((styles or {}).get(row[0], "none"))
+        table.add_row(*cells)
     rich.print(table)

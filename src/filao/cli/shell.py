@@ -13,7 +13,9 @@ import msgspec
 
 from filao.engines import sqlite_path
 from filao.errors import ConfigurationError, QueueNotFound
+from filao.printable import printable, printable_json
 from filao.sync import Broker, connect
+from filao.urls import has_scheme, shown_url
 
 
 class OutputClosedError(Exception):
@@ -54,27 +56,33 @@ def broker_at(url: str, *, create: bool = False) -> Generator[Broker]:
     if file is not None:
         if str(file) == ":memory:":
             raise ConfigurationError(
-                f"{url} would end with this command, and all that is in it: give the path of a file"
+                f"{shown_url(url)} would end with this command, and all that is in it: give the path of a file"
             )
         if not create and not file.exists():
-            raise ConfigurationError(f"no such file: {file}. Declare a queue first: filao declare {url} QUEUE")
+            raise ConfigurationError(
+                f"no such file: {file}. Declare a queue first: filao declare {shown_url(url)} QUEUE"
+            )
     try:
         with connect(url) as broker:
             yield broker
     except QueueNotFound as error:
         default = os.environ.get("FILAO_URL", "")
-        hint = f" FILAO_URL is {default}; a path in its place holds a slash, as ./claims.db does." if default else ""
-        raise QueueNotFound(f"{error} In a shell: filao declare {url} QUEUE.{hint}") from error
+        hint = (
+            f" FILAO_URL is {shown_url(default)}; a path in its place holds a slash, as ./claims.db does."
+            if default
+            else ""
+        )
+        raise QueueNotFound(f"{error} In a shell: filao declare {shown_url(url)} QUEUE.{hint}") from error
 
 
 def file_of(url: str) -> Path | None:
     """Return the file that a URL names; None for the URL of a server."""
-    return sqlite_path(url) if "://" not in url or url.startswith("sqlite://") else None
+    return sqlite_path(url) if not has_scheme(url) or url.lower().startswith("sqlite://") else None
 
 
 def as_json(value: object) -> bytes:
     """Return a line of output."""
-    return msgspec.json.encode(value)
+    return printable_json(msgspec.json.encode(value))
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -105,7 +113,16 @@ def print_lines(lines: Iterable[bytes]) -> None:
 
 def note(text: str) -> None:
     """Say something to whoever runs this."""
-    click.echo(f"filao: {text}", err=True)
+    click.echo(f"filao: {safe(text)}", err=True)
+
+
+def safe(text: str) -> str:
+    """Return a text as stderr may show it: what came from others can do nothing there, and no argument shows a password."""
+    for given in [*sys.argv[1:], os.environ.get("FILAO_URL", "")]:
+        shown = shown_url(given)
+        if shown != given:
+            text = text.replace(given, shown).replace(repr(given)[1:-1], shown)
+    return printable(text)
 
 
 def shown_body(body: object) -> dict[str, object]:

@@ -4,11 +4,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from filao.engine import Engine
 from filao.engines.sqlite import SqliteEngine
 from filao.errors import ConfigurationError
+from filao.urls import has_scheme, is_bare, shown_url
 
 Durability = Literal["full", "relaxed"]
 
@@ -18,11 +19,18 @@ def engine_for(url: str | Path, *, durability: Durability = "full", clock: Calla
     if durability not in ("full", "relaxed"):
         raise ConfigurationError(f'durability is {durability!r}; it must be "full" or "relaxed"')
     durable = durability == "full"
-    if isinstance(url, str) and url.startswith(("postgresql://", "postgres://")):
-        return _postgresql(url, durable=durable, clock=clock)
-    if isinstance(url, str) and url.startswith(("amqp://", "amqps://")):
-        return _rabbitmq(url, clock=clock)
+    scheme = url.partition("://")[0].lower() if isinstance(url, str) and has_scheme(url) else ""
+    if isinstance(url, str) and scheme in ("postgresql", "postgres"):
+        return _postgresql(_lower(url), durable=durable, clock=clock)
+    if isinstance(url, str) and scheme in ("amqp", "amqps"):
+        return _rabbitmq(_lower(url), clock=clock)
     return SqliteEngine(sqlite_path(url), durable=durable, clock=clock)
+
+
+def _lower(url: str) -> str:
+    """Return a URL with its scheme as libraries want it."""
+    scheme, mark, rest = url.partition("://")
+    return scheme.lower() + mark + rest
 
 
 def _postgresql(url: str, *, durable: bool, clock: Callable[[], float]) -> Engine:
@@ -50,15 +58,19 @@ def sqlite_path(url: str | Path) -> Path:
     if not url:
         raise ConfigurationError('the URL is empty; give a path such as "claims.db", or sqlite://:memory:')
     if "\0" in url:
-        raise ConfigurationError(f"{url!r} is no path: it holds a NUL character")
-    if "://" not in url:
+        raise ConfigurationError(f"{shown_url(url)!r} is no path: it holds a NUL character")
+    if not has_scheme(url):
+        if is_bare(url):  # not the name of a file: errors would show its password
+            raise ConfigurationError(
+                f"{shown_url(url)!r} looks like a URL without its scheme; give postgresql://… or amqp://…, or ./ before a path"
+            )
         return Path(url)
     if url in ("sqlite://:memory:", "sqlite:///:memory:"):
         return Path(":memory:")
-    parts = urlsplit(url)
-    if parts.scheme != "sqlite" or parts.netloc or parts.query or not parts.path[1:]:
+    scheme, _, path = url.partition("://")
+    if scheme.lower() != "sqlite" or not path.startswith("/") or not path[1:] or "?" in path:
         raise ConfigurationError(
-            f"{url!r} is no URL that Filao knows; give a path, sqlite:///relative.db, sqlite:////absolute.db, "
+            f"{shown_url(url)!r} is no URL that Filao knows; give a path, sqlite:///relative.db, sqlite:////absolute.db, "
             f"sqlite://:memory:, postgresql://user@host/database or amqp://user@host/vhost"
         )
-    return Path(unquote(parts.path[1:]))
+    return Path(unquote(path[1:]))

@@ -12,6 +12,7 @@ from psycopg import conninfo, errors
 from psycopg.rows import tuple_row
 
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
+from filao.urls import checked, shown_url
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 _STATUS = psycopg.pq.TransactionStatus
@@ -41,14 +42,25 @@ _REFUSALS = (
 )
 
 
+def _about(url: str) -> dict[str, Any] | None:
+    """Return what a URL says, None where psycopg cannot read it: its message may hold the password, and is dropped."""
+    try:
+        return dict(conninfo.conninfo_to_dict(url))
+    except psycopg.Error:
+        return None
+
+
 class Server:
     """A PostgreSQL database, by its URL."""
 
     def __init__(self, url: str, *, durable: bool) -> None:
-        try:
-            about = conninfo.conninfo_to_dict(url)
-        except psycopg.ProgrammingError as error:
-            raise ConfigurationError(f"the PostgreSQL URL cannot be read: {str(error).strip()}") from None
+        checked(url)
+        about = _about(url)
+        if about is None:
+            raise ConfigurationError(
+                f"the URL {shown_url(url)} cannot be read: a % in it begins no escape, or a setting behind its ? is none "
+                f"of PostgreSQL's. Write % as %25"
+            )
         self.url = url
         self.durable = durable
         host, port = about.get("host") or "localhost", about.get("port") or 5432

@@ -25,6 +25,8 @@ from aiormq.exceptions import (
 
 from filao.engines.rabbitmq import wire
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
+from filao.printable import printable
+from filao.urls import checked, hosts, is_bare, shown_url
 
 AWAY = (AMQPError, ChannelInvalidStateError, TimeoutError, OSError)  # what the client raises when something has ended
 
@@ -56,14 +58,15 @@ class Server:
     """A RabbitMQ, by its URL: one host, or the nodes of a cluster."""
 
     def __init__(self, url: str) -> None:
-        try:
-            parts = urlsplit(url)
-            user, _, hosts = parts.netloc.rpartition("@")
-            nodes = [node for node in hosts.split(",") if node]
-            ports = [urlsplit(f"//{node}").port for node in nodes]
-            vhost = unquote(parts.path[1:]) or "/"
-        except ValueError as error:
-            raise ConfigurationError(f"the RabbitMQ URL cannot be read: {error}") from None
+        parts = checked(url)
+        if is_bare(parts.query):  # which the client library would write into its log
+            raise ConfigurationError(
+                f"the URL {shown_url(url)} cannot be read: RabbitMQ takes the password before the host, amqp://user:password@host"
+            )
+        user = parts.netloc.rpartition("@")[0]
+        nodes = hosts(parts)
+        ports = [urlsplit(f"//{node}").port for node in nodes]
+        vhost = unquote(parts.path[1:]) or "/"
         if not nodes or not all(urlsplit(f"//{node}").hostname for node in nodes):
             raise ConfigurationError("the RabbitMQ URL names no host; give amqp://user:password@host:5672/vhost")
         query = parts.query if "heartbeat=" in parts.query else f"{parts.query}&heartbeat={HEARTBEAT}".lstrip("&")
@@ -79,12 +82,16 @@ class Server:
     async def connect(self) -> "Session":
         """Open a connection to the first node that answers; the next time, that one is asked first."""
         failed: EngineUnavailable | None = None
+        refused = False
         for url in list(self._urls):
             try:
                 with self.mapped():
                     connection = await aio_pika.connect(
                         url, timeout=CONNECTED_WITHIN, client_properties={"connection_name": "filao"}
                     )
+            except ValueError:  # whose text may hold the password
+                refused = True
+                break
             except EngineUnavailable as error:
                 failed = error
                 self._urls.append(self._urls.pop(0))
@@ -97,6 +104,8 @@ class Server:
                     f"{self.name} is version {self.version}; Filao needs {'.'.join(map(str, VERSION_MIN))} or newer"
                 )
             return session
+        if refused:
+            raise ConfigurationError(f"the URL of {self.name} cannot be read: a setting behind its ? is wrong")
         raise failed or EngineUnavailable(f"{self.name} cannot be reached")
 
     @contextmanager
@@ -239,7 +248,7 @@ class Link:
             log.warning(
                 "%s: the connection was lost %d times, each time soon after it was opened, the last time by: %s. If a "
                 "message that cannot be read does it, it lies at the head of its queue: look at it with another client",
-                *(self._server.name, self._short, self._session.ended_by or "no error"),
+                *(self._server.name, self._short, printable(self._session.ended_by) or "no error"),
             )
         await asyncio.sleep(self._pause * random.uniform(0.5, 1.5))
         self._pause = min(2 * self._pause or PAUSE_FIRST, PAUSE_MAX)
