@@ -61,8 +61,9 @@ ORDER = [  # what stands above; a module imports only from here upwards
     ),
     *("engines.postgresql", "engines.rabbitmq", "engines"),
     *("moving", "outbox", "deferred", "batching", "broker", "relay", "sync"),
-    *(f"worker.{name}" for name in ("outcomes", "handlers", "threads", "turns", "keeper", "leaks", "run", "pool")),
-    *("worker.worker", "worker", "worker.supervisor", "worker.health", "conformance.stage"),
+    *(f"worker.{name}" for name in ("signals", "outage", "outcomes", "handlers", "threads", "pulse", "keeper")),
+    *(f"worker.{name}" for name in ("strays", "run", "pool", "shift", "worker")),
+    *("worker", "worker.supervisor", "conformance.stage"),
     *(f"conformance.{name}" for name in ("control", "delivery", "effects", "failure", "ordering", "sending")),
     *("conformance.verification", "conformance", "sandbox", "cli", "__main__"),
 ]

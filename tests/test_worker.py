@@ -15,7 +15,8 @@ import pytest
 import filao
 import filao.sync
 from filao.worker import run as run_module
-from filao.worker import worker as worker_module
+from filao.worker import shift as shift_module
+from filao.worker.shift import Shift
 from filao.worker.worker import Worker
 from tests.conftest import engine_of
 
@@ -52,6 +53,12 @@ async def until_stats(broker: filao.Broker, queue: str = "claims", **wanted: int
             if all(getattr(stats, name) == count for name, count in wanted.items()):
                 return stats
             await asyncio.sleep(0.005)
+
+
+def shift_of(worker: Worker) -> Shift:
+    """Look inside: return what a worker is doing."""
+    assert worker._shift is not None
+    return worker._shift
 
 
 @asynccontextmanager
@@ -396,7 +403,7 @@ async def test_a_handler_that_does_not_end_is_settled_without_it(url, broker, mo
         await until_stats(broker, delayed=1, nacked=1)
         end.set()
         await until(lambda: worker.handled)
-    assert "still runs; the message is settled without it" in caplog.text
+    assert "still runs; the message was settled without it" in caplog.text
     assert (await broker.stats("claims")).nacked == 1
 
 
@@ -805,14 +812,14 @@ async def test_a_consumer_that_cannot_poll_is_unhealthy(url, broker, monkeypatch
     assert not worker.status().ready
     async with running(worker):
         assert worker.status().healthy
-        worker._pools[0].polled_at -= 31
+        shift_of(worker).pools[0].polled_at -= 31
         status = worker.status()
         assert (status.ready, status.healthy) == (True, False)
         assert "'claims' has not managed to poll for 31 s" in status.problems[0]
 
 
 async def test_a_consumer_that_had_no_room_to_look_is_healthy(url, broker, monkeypatch) -> None:
-    monkeypatch.setattr(worker_module, "SILENT_AFTER", 0.2)
+    monkeypatch.setattr(shift_module, "SILENT_AFTER", 0.2)
     worker, end = filao.Worker(broker), asyncio.Event()
 
     @worker.consumer(CLAIMS)
@@ -822,7 +829,7 @@ async def test_a_consumer_that_had_no_room_to_look_is_healthy(url, broker, monke
     await broker.send_to_queue("claims", 1)
     async with running(worker):
         await until(lambda: worker.status().running["claims"])
-        pool = worker._pools[0]
+        pool = shift_of(worker).pools[0]
         pool.polled_at -= 60
         assert worker.status().healthy
         end.set()

@@ -38,7 +38,7 @@ from filao.message import Message, Transaction
 from filao.outbox import Inbox, Outbox
 from filao.queue import Backoff, Queue
 from filao.relay import Relay
-from filao.worker import Handled, Reject, Release, Retry, Worker
+from filao.worker import Handled, Outcomes, Reject, Release, Retry, Status, Worker, WorkerGuarantee
 
 __all__ = [
     "Backoff",
@@ -59,6 +59,7 @@ __all__ = [
     "MessageNotEncodable",
     "MessageTooLarge",
     "Outbox",
+    "Outcomes",
     "Queue",
     "QueueFull",
     "QueueNotFound",
@@ -69,9 +70,11 @@ __all__ = [
     "Release",
     "Retry",
     "State",
+    "Status",
     "StoredMessage",
     "Transaction",
     "UnsupportedFeature",
     "Worker",
+    "WorkerGuarantee",
     "connect",
 ]

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, get_args, overload
 
 from msgspec import UNSET, UnsetType
@@ -36,6 +35,7 @@ from filao.engine import (
     Received,
     Reject,
     Release,
+    Result,
     Send,
     Settle,
     State,
@@ -83,9 +83,7 @@ class Broker:
         await self.open()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     async def open(self) -> None:
@@ -422,7 +420,7 @@ class Broker:
             if error is None:
                 message.mark_settled(AT_MOST_ONCE)
                 acked.append(message)
-            elif not isinstance(error, LeaseLost):
+            elif isinstance(error, BaseException) and not isinstance(error, LeaseLost):
                 raise error
         return acked
 
@@ -438,10 +436,10 @@ class Broker:
 
     # --- what messages need of their broker: see `filao.message.Settler` ---------------------------------------------
 
-    async def settle(self, delivery: Delivery, outcome: Outcome) -> None:
-        """End a lease; for messages, which call it when they are settled."""
+    def settle(self, delivery: Delivery, outcome: Outcome) -> "asyncio.Future[Result]":
+        """End a lease; for messages and workers."""
         self.check_usable()
-        await self._batcher.submit(Settle(delivery, outcome))
+        return self._batcher.submit(Settle(delivery, outcome))
 
     async def extend(self, delivery: Delivery, seconds: float) -> None:
         """Let a lease end `seconds` from now; for messages."""

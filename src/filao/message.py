@@ -5,7 +5,7 @@ settled once: `ack`, `nack`, `reject` or `release`. Until then its consumer hold
 """
 
 import traceback
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -43,8 +43,9 @@ class Settler(Protocol):
     def check_open(self) -> None:
         """Raise `ConfigurationError` when the broker is closed or was inherited through a fork."""
 
-    async def settle(self, delivery: Delivery, outcome: Outcome) -> None:
+    def settle(self, delivery: Delivery, outcome: Outcome) -> Awaitable[object]:
         """End a lease."""
+        ...
 
     async def extend(self, delivery: Delivery, seconds: float) -> None:
         """Let a lease end `seconds` from now."""
@@ -277,11 +278,13 @@ def inside(transaction: Transaction) -> Generator[None]:
         current_transaction.set(outer)
 
 
-def error_text(reason: str | BaseException) -> str:
+def error_text(reason: object) -> str:
     """Return what is kept of an error: an exception with its traceback, the end of it when it is long."""
-    if isinstance(reason, BaseException):
-        reason = "".join(traceback.format_exception(reason))
-    kept = reason.encode(errors="backslashreplace")
+    try:
+        text = "".join(traceback.format_exception(reason)) if isinstance(reason, BaseException) else str(reason)
+    except Exception:
+        text = f"a {type(reason).__name__} that cannot be printed"
+    kept = text.encode(errors="backslashreplace")
     if len(kept) > ERROR_MAX:
         kept = "…".encode() + kept[-(ERROR_MAX - 3) :]
     return kept.decode(errors="ignore")

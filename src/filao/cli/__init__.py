@@ -8,8 +8,6 @@ it raises becomes one here. click reads the arguments and rich draws, both from 
 import signal
 import sys
 from importlib.util import find_spec
-from types import FrameType
-from typing import NoReturn
 
 if not (find_spec("click") and find_spec("rich")):
     sys.stderr.write("filao: the command line needs click and rich: pip install 'filao[cli]'\n")
@@ -29,13 +27,14 @@ from filao.cli.sending import send
 from filao.cli.shell import OutputClosedError, note, safe
 from filao.cli.working import work
 from filao.errors import EngineError, FilaoError
+from filao.worker.signals import terminate
 
-REFUSED, UNAVAILABLE, OUTPUT_CLOSED, INTERRUPTED, TERMINATED = 3, 4, 141, 130, 143
+REFUSED, UNAVAILABLE, OUTPUT_CLOSED, INTERRUPTED = 3, 4, 141, 130
 
 
 def main() -> None:
     """Run the command line and exit with one of the codes that `filao --help` lists."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(_run())
 
 
@@ -57,11 +56,6 @@ def _run() -> int:
         note(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return UNAVAILABLE
     return code if isinstance(code, int) else 0
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """End as an exception does, so that what is leased goes back with its attempt unused."""
-    raise SystemExit(TERMINATED)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

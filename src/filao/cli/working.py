@@ -15,9 +15,9 @@ from pathlib import Path
 
 import click
 
+from filao.cli.health import health_check
 from filao.cli.shell import note, usage
 from filao.errors import FilaoError
-from filao.worker.health import health_check
 from filao.worker.supervisor import Supervisor, report
 from filao.worker.worker import Worker
 

@@ -6,6 +6,7 @@ A coroutine function runs on the event loop and gets `filao.Message`; a plain on
 
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def _first_parameter(
     function: Callable[..., Any], name: str, wanted: tuple[str, ...], *, is_async: bool
 ) -> inspect.Parameter:
     try:
-        signature = inspect.signature(function)
+        signature = _signature(function)
         signature.bind(*wanted)
     except (TypeError, ValueError) as error:
         form = f"{'async ' * is_async}def {name.rsplit('.', 1)[-1]}({', '.join(wanted)})"
@@ -58,9 +59,11 @@ def _body_of(function: Callable[..., Any], first: inspect.Parameter, name: str, 
     if first.annotation is inspect.Parameter.empty or first.kind is inspect.Parameter.VAR_POSITIONAL:
         return None
     try:
-        annotation = typing.get_type_hints(_annotated(function)).get(first.name)
-    except (NameError, TypeError) as error:
-        raise ConfigurationError(f"the handler {name} has an annotation that cannot be read: {error}") from error
+        annotation = _read(first, _annotated(function))
+    except (NameError, TypeError, AttributeError, SyntaxError) as error:
+        raise ConfigurationError(
+            f"the handler {name} has an annotation that cannot be read, {first.name}: {first.annotation}: {error}"
+        ) from error
     kind = get_origin(annotation) or annotation
     ours, theirs = (Message, sync.Message) if is_async else (sync.Message, Message)
     if kind is theirs:
@@ -79,3 +82,23 @@ def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial):
         function = function.func
     return function if inspect.isroutine(function) else type(function).__call__
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return it without reading annotations that only a type checker can read."""
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format  # which only newer ones have
+
+        return inspect.signature(function, annotation_format=Format.FORWARDREF)
+    return inspect.signature(function)
+
+
+def _read(parameter: inspect.Parameter, bearer: Callable[..., Any]) -> Any:
+    """Return the type that an annotation means; those of other parameters, and of the result, are none of our business."""
+
+    def only() -> None: ...
+
+    only.__annotations__ = {parameter.name: parameter.annotation}
+    names = getattr(inspect.unwrap(bearer), "__globals__", {})
+    types = {kind.__name__: kind for kind in getattr(bearer, "__type_params__", ())}
+    return typing.get_type_hints(only, names, types)[parameter.name]

@@ -1,31 +1,35 @@
 """The keeper: it extends the leases of a worker's messages from a thread, a loop and a connection of its own.
 
-So neither a handler that blocks the event loop nor one that keeps the interpreter busy loses its lease. All that are
-due are extended by one statement, when a third of their time has passed. The keeper also sees from outside whether the
-worker's loop still turns, and reports to the doctor. On an engine in memory, of which there can be no second connection, it runs on that loop.
+Invariant: it extends only what it was given and what was not let go; a run is let go when its task ends, however that
+comes about. So neither a handler that blocks the event loop nor one that keeps the interpreter busy loses its lease, and
+no message is kept that nobody works on.
+
+All that are due are extended by one statement, when a third of their time has passed. It also reports to the doctor, in
+a task of its own: a storage that makes one of the two wait does not hold up the other. On an engine of which there can
+be no second connection it runs on the worker's loop.
 """
 
 import asyncio
 import logging
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from filao.broker import Broker
 from filao.engine import Delivery
 from filao.errors import FilaoError, LeaseLost
+from filao.worker.outage import Outages, pauses
 
 log = logging.getLogger("filao.worker")
 
 TICKS_PER_LEASE = 6  # looks while the shortest lease runs: the first extension has four thirds of a try to spare
-TICK_MAX = 1.0  # seconds between looks, and between signs of life of the loop
+TICK_MAX = 1.0  # seconds between looks
 REPORT_EVERY = 5.0  # seconds between reports for the doctor
-BLOCKED_AFTER = 10.0  # seconds without a turn of the loop after which its stack is logged
+OPENS_WITHIN = 5.0  # seconds for which a worker that starts waits for the keeper's connection; it may come later
+STOPS_WITHIN = 5.0  # seconds for the thread to end; one that a storage keeps waiting is left to itself
 
 
 class Kept(Protocol):
@@ -40,7 +44,7 @@ class Kept(Protocol):
     """Monotonic time after which it must not be kept: its handler should have ended."""
 
     def lose(self) -> None:
-        """Learn, on the worker's loop, that the lease is another's."""
+        """Learn, on the worker's loop, that the lease is not held any more."""
 
 
 class Keeper:
@@ -48,40 +52,36 @@ class Keeper:
 
     def __init__(self, broker: Broker, lease_min: float, state: Callable[[], str]) -> None:
         self._state = state
-        self._reported_at = 0.0
         self._tick = max(0.02, min(TICK_MAX, lease_min / TICKS_PER_LEASE))
         self._worker_loop = asyncio.get_running_loop()
-        self._worker_thread = threading.get_ident()
-        self._here = broker
-        self._twin = broker.twin()
+        self._broker = broker
         self._kept: dict[int, Kept] = {}
-        self._stopped = asyncio.Event()
-        self._thread: threading.Thread | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._turned_at = time.monotonic()
-        self._was_blocked = False
+        self._outages = Outages()
+        self._stopped = threading.Event()
+        self._stop: Callable[[], None] = self._stopped.set
+        self._ended: asyncio.Future[None] = self._worker_loop.create_future()
 
     # --- on the worker's loop ----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start the thread and connect it, now: while a handler keeps the interpreter busy, that would take too long."""
-        if self._twin is None:
-            self._task = asyncio.create_task(self._keep_all(self._here))
+        twin = self._broker.twin()
+        if twin is None:
+            keeping = asyncio.create_task(self._keep_and_report(self._broker))
+            keeping.add_done_callback(lambda _: self._end())
+            self._stop = keeping.cancel  # type: ignore[assignment]  # which returns what nobody asks for
             return
         ready: Future[None] = Future()
-        main = self._main(self._twin, ready)
-        self._thread = threading.Thread(target=asyncio.run, args=(main,), name="filao keeper", daemon=True)
-        self._thread.start()
-        await asyncio.wrap_future(ready)
+        main = self._main(twin, ready)
+        threading.Thread(target=self._run, args=(main,), name="filao keeper", daemon=True).start()
+        await asyncio.wait([asyncio.wrap_future(ready)], timeout=OPENS_WITHIN)
 
     async def stop(self) -> None:
-        """End the thread; what it still keeps is no longer kept."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        if self._thread is not None:
-            self._own_loop.call_soon_threadsafe(self._stopped.set)
-            await asyncio.to_thread(self._thread.join)
+        """Keep nothing any more, and let the thread end."""
+        self._kept.clear()
+        self._stopped.set()
+        self._stop()
+        await asyncio.wait([self._ended], timeout=STOPS_WITHIN)
 
     def keep(self, kept: Kept) -> None:
         """Extend its lease from now on."""
@@ -91,45 +91,63 @@ class Keeper:
         """Leave its lease alone from now on."""
         self._kept.pop(id(kept), None)
 
-    def blocked_for(self) -> float:
-        """Return for how many seconds the worker's loop has not turned."""
-        return max(0.0, time.monotonic() - self._turned_at - self._tick)
-
-    def _turn(self) -> None:
-        self._turned_at = time.monotonic()
+    def _end(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
-    async def _main(self, twin: Broker, ready: "Future[None]") -> None:
-        self._own_loop = asyncio.get_running_loop()
+    def _run(self, main: Coroutine[Any, Any, None]) -> None:
         try:
-            await twin.open()
-        except BaseException as error:
-            ready.set_exception(error)
-            return
-        ready.set_result(None)
-        keeping = asyncio.create_task(self._keep_all(twin))
-        await self._stopped.wait()
-        keeping.cancel()
-        await asyncio.wait([keeping])
+            asyncio.run(main)
+        finally:
+            _tell(self._worker_loop, self._end)
+
+    async def _main(self, twin: Broker, ready: "Future[None]") -> None:
+        work = asyncio.create_task(self._work(twin, ready))
+        loop = asyncio.get_running_loop()
+        self._stop = lambda: _tell(loop, work.cancel)
+        if self._stopped.is_set():
+            work.cancel()
+        await asyncio.wait([work])
         with suppress(FilaoError):
             await twin.close()
 
-    async def _keep_all(self, broker: Broker) -> None:
-        while True:
+    async def _work(self, twin: Broker, ready: "Future[None]") -> None:
+        for pause in pauses():
+            try:
+                await twin.open()
+                break
+            except Exception as error:
+                self._outages.fails("connecting to extend leases", error)
+            await asyncio.sleep(pause)
+        self._outages.is_over("connecting to extend leases")
+        ready.set_result(None)
+        await self._keep_and_report(twin)
+
+    async def _keep_and_report(self, broker: Broker) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep(broker))
+            tasks.create_task(self._report(broker))
+
+    async def _keep(self, broker: Broker) -> None:
+        while not self._worker_loop.is_closed():  # for then nobody works any more
             await asyncio.sleep(self._tick)
-            if self._thread is not None:
-                self._watch_loop()
             due = self._due(time.monotonic())
-            if due:
-                try:
-                    await self._extend(broker, due)
-                except FilaoError as error:
-                    log.warning("leases could not be extended; trying again: %s", error)
-            if time.monotonic() - self._reported_at > REPORT_EVERY:
-                self._reported_at = time.monotonic()
-                with suppress(FilaoError):  # whoever works says so
-                    await broker.report(self._state())
+            if not due:
+                continue
+            try:
+                await self._extend(broker, due)
+            except Exception as error:
+                self._outages.fails("extending leases", error)
+            else:
+                self._outages.is_over("extending leases")
+
+    async def _report(self, broker: Broker) -> None:
+        while not self._worker_loop.is_closed():
+            with suppress(Exception):  # who works says so
+                await broker.report(self._state())
+            await asyncio.sleep(REPORT_EVERY)
 
     def _due(self, now: float) -> list[Kept]:
         """Return those of whose lease a third has passed, and with them all that will be at the next look."""
@@ -139,32 +157,23 @@ class Keeper:
 
     async def _extend(self, broker: Broker, due: Sequence[Kept]) -> None:
         now = time.monotonic()
+        failed: BaseException | None = None
         extensions = [broker.extend(one.delivery, one.lease) for one in due]
         for one, error in zip(due, await asyncio.gather(*extensions, return_exceptions=True), strict=True):
             if error is None:
                 one.extended_at = now
             elif isinstance(error, LeaseLost):
                 self._lose(one)
-            elif isinstance(error, FilaoError):
-                raise error
+            else:
+                failed = error
+        if failed is not None:
+            raise failed
 
     def _lose(self, kept: Kept) -> None:
         if self._kept.pop(id(kept), None) is not None:  # else it was settled meanwhile
-            self._tell_worker(kept.lose)
+            _tell(self._worker_loop, kept.lose)
 
-    def _watch_loop(self) -> None:
-        blocked = self.blocked_for()
-        if blocked < BLOCKED_AFTER:
-            self._was_blocked = False
-        elif not self._was_blocked:
-            self._was_blocked = True
-            frame = sys._current_frames().get(self._worker_thread)  # noqa: SLF001  # the documented way to see a stack
-            where = "".join(traceback.format_stack(frame)) if frame else ""
-            log.error(
-                "the worker's event loop has been blocked for %.0f s; it receives nothing, here:\n%s", blocked, where
-            )
-        self._tell_worker(self._turn)
 
-    def _tell_worker(self, callback: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # it was closed: nobody works there any more
-            self._worker_loop.call_soon_threadsafe(callback)
+def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # it was closed
+        loop.call_soon_threadsafe(callback)

@@ -8,6 +8,7 @@ Release()                   back to its place at once, the attempt not counted
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from filao import engine
@@ -15,11 +16,13 @@ from filao.errors import ConfigurationError
 from filao.message import error_text
 from filao.queue import check_duration
 
+_OURS = str(Path(__file__).parent)
+
 
 class Retry(Exception):
     """This attempt failed: again after `delay` seconds, or after the queue's backoff. Raise it or return it."""
 
-    def __init__(self, reason: str | BaseException = "", *, delay: float | None = None) -> None:
+    def __init__(self, reason: object = "", *, delay: float | None = None) -> None:
         super().__init__(reason)
         if delay is not None:
             check_duration("Retry", "delay", delay)
@@ -30,7 +33,7 @@ class Retry(Exception):
 class Reject(Exception):
     """No attempt can succeed: the message becomes a dead letter. Raise it or return it."""
 
-    def __init__(self, reason: str | BaseException = "") -> None:
+    def __init__(self, reason: object = "") -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -51,11 +54,21 @@ def of_value(value: object) -> engine.Outcome:
 
 def of_error(error: BaseException, mapped: Outcomes) -> engine.Outcome:
     """Return the outcome of a handler that raised: what it says itself, what its consumer maps it to, or a nack."""
-    steer = _steer(error)
-    if steer is None:
-        nearest = next((kind for kind in type(error).__mro__ if kind in mapped), None)
-        steer = _steer(mapped[nearest]) if nearest is not None else None
+    steer = _meant(error, mapped)
     return engine.Nack(error=error_text(error)) if steer is None else _outcome(steer, error)
+
+
+def is_decision(error: BaseException, mapped: Outcomes) -> bool:
+    """Return whether a handler that raised this has decided what follows, and not failed."""
+    return _meant(error, mapped) is not None
+
+
+def without_our_frames(error: BaseException) -> BaseException:
+    """Return an error whose traceback begins in the handler."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OURS):
+        trace = trace.tb_next
+    return error.with_traceback(trace)
 
 
 def check_outcomes(outcomes: Mapping[Any, Any]) -> None:
@@ -65,6 +78,14 @@ def check_outcomes(outcomes: Mapping[Any, Any]) -> None:
             raise ConfigurationError(
                 f"outcomes maps {kind!r} to {steer!r}; map exception classes to filao.Retry, filao.Reject or filao.Release"
             )
+
+
+def _meant(error: BaseException, mapped: Outcomes) -> Steer | None:
+    steer = _steer(error)
+    if steer is None:
+        nearest = next((kind for kind in type(error).__mro__ if kind in mapped), None)
+        steer = _steer(mapped[nearest]) if nearest is not None else None
+    return steer
 
 
 def _steer(value: object) -> Steer | None:
@@ -77,7 +98,8 @@ def _outcome(steer: Steer, error: BaseException) -> engine.Outcome:
     """`error` is what is kept when the steer itself says nothing: the exception that was mapped to it."""
     if isinstance(steer, Release):
         return engine.Release()
-    told = steer.reason or ("" if error is steer else error)
+    says_nothing = isinstance(steer.reason, str) and not steer.reason
+    told = steer.reason if not says_nothing or error is steer else error
     if isinstance(steer, Reject):
         return engine.Reject(error_text(told))
     return engine.Nack(steer.delay, error_text(told))

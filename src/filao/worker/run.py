@@ -1,38 +1,47 @@
 """One attempt at one message: its handler runs while the lease is kept, and it ends in one settle.
 
+Invariant: the handler has a task (and a plain function a thread) of its own, and the run waits beside it. So nothing
+that a handler does, raises or swallows keeps the run from its end: a settle, with the transaction undone where there is
+one and the handler did not say that its work is done.
+
 Two clocks run. The lease says that the worker lives: the keeper extends it. The timeout says how long the handler may
-take. Whoever ends a run early (its timeout, a lost lease, a worker that stops) says why, and the handler is cancelled:
-a coroutine at its next await, a thread at its next bytecode. One that will not end is settled without it.
+take. Who ends a run early (its timeout, a lost lease, a worker that stops) says why, and the handler is cancelled: a
+coroutine at its next await, a thread at its next bytecode. One that does not end then is settled without it.
 """
 
 import asyncio
 import inspect
 import logging
-import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial, wraps
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+import msgspec
 
 from filao import engine, sync
 from filao.broker import Broker
-from filao.errors import EngineUnavailable, FilaoError, LeaseLost
-from filao.message import AT_MOST_ONCE, Message
+from filao.errors import EngineError, EngineUnavailable, LeaseLost
+from filao.message import AT_MOST_ONCE, Message, error_text
 from filao.queue import Queue, retry_delay
 from filao.worker.handlers import Handler
 from filao.worker.keeper import Keeper
-from filao.worker.leaks import Leaks
-from filao.worker.outcomes import Outcomes, of_error, of_value
+from filao.worker.outage import Outages, pauses
+from filao.worker.outcomes import Outcomes, is_decision, of_error, of_value, without_our_frames
+from filao.worker.strays import Children, Strays
 from filao.worker.threads import Call, Threads
 
 log = logging.getLogger("filao.worker")
 
+P = ParamSpec("P")
+R = TypeVar("R")
 WorkerGuarantee = Literal["at-most-once", "at-least-once", "exactly-once"]
 Why = Literal["timeout", "lost", "stopped"]
 How = Literal["acked", "retried", "dead", "released", "lost", "failed", "settled"]
 
 ENDS_WITHIN = 5.0  # seconds that a cancelled handler may take to end before its message is settled without it
-RETRY_MAX = 5.0  # seconds between two tries while the engine is away
+ANSWERED_WITHIN = 0.1  # seconds in which a settle by the handler itself is answered after the lease has ended with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +65,15 @@ class Handled:
     id: str
     attempt: int
     how: How
-    """acked, retried (it comes again), dead (it does not), released, lost (another consumer has it now), failed (it was
-    received at most once, and is gone), settled (its handler did it by itself)."""
+    """acked, retried (it comes again), dead (it does not), released, lost (this worker does not hold it any more), failed
+    (it was received at most once, and is gone), settled (its handler did it by itself)."""
     error: str
     """What the handler raised, with its traceback; empty when it did not."""
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class Shared:
     """What all runs of a worker share."""
 
     broker: Broker
@@ -72,235 +81,382 @@ class Ground:
     to_blocking: Callable[[Any], sync.Transaction]
     keeper: Keeper
     threads: Threads
-    leaks: Leaks
+    strays: Strays
+    outages: Outages
+
+
+class _Raised:
+    """What a handler raised, as a value: whatever it is, it must not end the task, the transaction or the loop."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
 class _Undone(Exception):
-    """Leaves a transaction that a handler steered away from."""
+    """Leaves a transaction that is not to be committed."""
 
-    def __init__(self, outcome: engine.Outcome) -> None:
-        self.outcome = outcome
+
+_NEVER_ENDED = object()
+"""In place of what a handler returned: it was told to end, and did not."""
+
+
+def _whatever_happens(step: Callable[Concatenate["Run", P], None]) -> Callable[Concatenate["Run", P], None]:
+    """Let a step of a run end it when it fails itself: a message must not be kept that nobody works on."""
+
+    @wraps(step)
+    def guarded(run: "Run", /, *arguments: P.args, **options: P.kwargs) -> None:
+        try:
+            step(run, *arguments, **options)
+        except Exception:
+            log.exception("%s: an error of the worker's own; its lease runs out", run.about())
+            run.abandon()
+
+    return guarded
 
 
 class Run:
-    """Runs a message's handler once; see `filao.worker.keeper.Kept` for what the keeper sees of it."""
+    """Runs a message's handler once; see `filao.worker.keeper.Kept` for what the keeper sees of it.
+
+    It is written with callbacks: a message costs one task, the handler's. `freed` is called when its place is another's,
+    `ended` when it has ended, in any case.
+    """
 
     __slots__ = (
         *(
-            "_abandoning",
             "_began",
             "_call",
             "_consumer",
-            "_given_up",
-            "_ground",
+            "_ended",
+            "_freed",
+            "_has_made_room",
             "_message",
+            "_shared",
+            "_side",
             "_task",
-            "_why",
-            "delivery",
-            "extended_at",
+            "_then",
         ),
-        *("keep_until", "lease", "settling"),
+        *("_timers", "_why", "children", "delivery", "extended_at", "is_over", "keep_until", "lease"),
     )
 
     def __init__(
-        self, ground: Ground, consumer: Consumer, message: Message[Any], given_up: Callable[[], None] = lambda: None
+        self,
+        shared: Shared,
+        consumer: Consumer,
+        message: Message[Any],
+        freed: Callable[["Run"], None],
+        ended: Callable[["Run", Handled], None],
     ) -> None:
-        self._ground = ground
-        self._given_up = given_up
+        self._shared = shared
         self._consumer = consumer
         self._message = message
-        self._task: asyncio.Task[Any] | None = None
+        self._freed = freed
+        self._ended = ended
+        self._task: asyncio.Task[object] | None = None
+        """The handler's."""
         self._call: Call | None = None
+        """Of a plain handler, in its thread."""
+        self._side: asyncio.Task[Any] | None = None
+        """What is done beside the handler: its transaction, or a settle that must be tried again."""
+        self._then: Callable[[object], None] | None = None
+        """What to do with that to which the handler came; None when it has been done, or there is none yet."""
         self._why: Why | None = None
-        self._abandoning: asyncio.TimerHandle | None = None
+        self._timers: list[asyncio.TimerHandle] = []
         self._began = 0.0
-        self.settling: asyncio.Task[How] | None = None
-        """Settles the message without its handler, which does not end."""
+        self.children: Children = {}
+        """Tasks that the handler has started."""
+        self.is_over = False
+        self._has_made_room = False
         self.delivery = message.delivery
         self.lease = consumer.queue.lease
         self.extended_at = time.monotonic()
         self.keep_until: float | None = None
+        if consumer.guarantee != "at-most-once":  # which has no lease while its handler runs
+            shared.keeper.keep(self)  # from now on: before it begins, another handler may block the loop
 
     @property
     def queue(self) -> str:
         """The name of the queue."""
         return self._consumer.queue.name
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it was started, or given back."""
+        return self._began > 0.0
+
+    @property
+    def has_hung(self) -> bool:
+        """Whether its handler runs though nobody waits for it any more."""
+        return self._task is not None and self._then is None and not self._task.done()
+
+    def when_handler_ends(self, callback: Callable[[], None]) -> None:
+        """Call it when a handler that has hung ends after all."""
+        if self._task is not None:
+            self._task.add_done_callback(lambda _: callback())
+
     def about(self) -> str:
         """Return the words for it in the log."""
         return f"message {self.delivery.id} of {self.queue!r}, attempt {self.delivery.attempt}"
 
-    def keep(self) -> None:
-        """Let its lease be extended until the run ends."""
-        if self._consumer.guarantee != "at-most-once":  # which has none while its handler runs
-            self._ground.keeper.keep(self)
+    # --- its beginning -----------------------------------------------------------------------------------------------
 
-    async def work(self) -> engine.Outcome | None:
-        """Run the handler to its end, and return what shall become of the message; None when that has happened."""
+    @_whatever_happens
+    def begin(self) -> None:
+        """Start the handler, and what it needs around it."""
         self._began = time.monotonic()
-        self._task = asyncio.current_task()
-        timer = None
-        timeout = self._consumer.timeout
-        children = self._ground.leaks.begin()
-        if timeout is not None:
-            self.keep_until = self._began + timeout + ENDS_WITHIN
-            timer = asyncio.get_running_loop().call_later(timeout, self.end, "timeout")
-        try:
-            if self._consumer.guarantee == "at-most-once" and not await self._consume():
-                return None
-            return await self._handle()
-        except BaseException as raised:
-            if self._is_cancelled_from_outside(raised):
-                raise
-            return await self._outcome_of(raised)
-        finally:
-            self._task = None
-            if children:
-                self._ground.leaks.report(self._consumer.handler.name, children)
-            for handle in (timer, self._abandoning):
-                if handle is not None:
-                    handle.cancel()
-
-    async def settle(self, outcome: engine.Outcome | None) -> Handled:
-        """End the lease as the handler decided."""
-        self.keep_until = None
-        error = outcome.error if isinstance(outcome, (engine.Nack, engine.Reject)) else ""
-        seconds = time.monotonic() - self._began if self._began else 0.0
-        try:
-            how = await (self.settling or self._settle(outcome))
-        finally:
-            self._ground.keeper.let_go(self)
-        return Handled(self.queue, self.delivery.id, self.delivery.attempt, how, error, seconds)
-
-    def end(self, why: Why) -> None:
-        """End the handler early; harmless when it has ended."""
-        if self._task is None or self._why is not None:
-            return
-        self._why = why
-        self._abandoning = asyncio.get_running_loop().call_later(ENDS_WITHIN, self._give_up)
-        if self._call is not None:
-            self._call.interrupt()
+        if self._consumer.guarantee == "at-least-once":
+            self._start(self._conclude)
+        elif self._consumer.guarantee == "at-most-once":
+            self._beside(self._work_once_at_most(), self._settle)
         else:
-            self._task.cancel()
+            self._beside(self._work_in_transaction(), self._settle)
 
-    def lose(self) -> None:
-        """End the handler because another consumer has the message."""
-        self.end("lost")
+    def release(self) -> None:
+        """Give the message back without its handler."""
+        self._began = time.monotonic()
+        self._settle(engine.Release())
 
-    async def _consume(self) -> bool:
-        """Delete the message before its handler runs; return whether that is done, so that it may."""
+    def _beside(self, work: Coroutine[Any, Any, R], then: Callable[[R], None]) -> None:
+        """Do what takes more than one step, and then go on with what came of it."""
+        side = self._side = asyncio.get_running_loop().create_task(work)
+
+        def done(task: asyncio.Task[R]) -> None:
+            if task.cancelled():
+                self._end("lost", None)
+            elif (error := task.exception()) is not None:
+                log.error("%s: an error of the worker's own; its lease runs out", self.about(), exc_info=error)
+                self._end("lost", None)
+            else:
+                then(task.result())
+
+        side.add_done_callback(done)
+
+    async def _work_once_at_most(self) -> engine.Outcome | None:
+        """Delete the message before its handler runs; when that fails, the handler does not run."""
         try:
-            await self._ground.broker.settle(self.delivery, engine.Ack(before_work=True))
+            await self._shared.broker.settle(self.delivery, engine.Ack(before_work=True))
         except LeaseLost as error:
             log.warning("%s", error)
-            return False
-        except EngineUnavailable as error:
-            log.warning("%s: it is open whether it was deleted, so its handler does not run: %s", self.about(), error)
-            return False
+            return None
+        except EngineError as error:
+            log.warning("%s: its handler does not run, as it could not be deleted before: %s", self.about(), error)
+            return engine.Release()
         self._message.mark_settled(AT_MOST_ONCE)
-        return True
+        return self._decided(await self._handled())
+
+    async def _work_in_transaction(self) -> engine.Outcome | None:
+        """Commit the handler's work and the ack together, or undo it, also when the handler never ends."""
+        outcome: engine.Outcome | None = None
+        try:
+            async with self._shared.broker.deferred_transaction_for(self._message) as transaction:
+                outcome = self._decided(await self._handled(transaction))
+                if not isinstance(outcome, engine.Ack):
+                    raise _Undone
+        except _Undone:
+            return outcome
+        except LeaseLost as error:
+            log.warning("%s The work of its handler is undone.", error)
+            return None
+        except Exception as error:
+            if not isinstance(outcome, engine.Ack):  # the engine undoes it by itself
+                log.warning("%s: its transaction could not be ended properly: %s", self.about(), error)
+                return outcome
+            log.warning("%s: its work could not be committed: %s: %s", self.about(), type(error).__name__, error)
+            return engine.Nack(error=error_text(error))
+        return None
 
     # --- the handler -------------------------------------------------------------------------------------------------
 
-    async def _handle(self) -> engine.Outcome | None:
-        """Return what the handler decided; None when that has happened already."""
-        if self._consumer.guarantee != "exactly-once":
-            return of_value(await self._invoke())
+    async def _handled(self, *transaction: Any) -> object:
+        """Start the handler, and return what it came to, or that nobody waits for it any more."""
+        over: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self._start(lambda ending: None if over.done() else over.set_result(ending), *transaction)
+        return await over
+
+    def _start(self, then: Callable[[object], None], *transaction: Any) -> None:
+        loop, timeout = asyncio.get_running_loop(), self._consumer.timeout
+        self._then = then
+        if timeout is not None:
+            self.keep_until = self._began + timeout + ENDS_WITHIN
+            self._timers.append(loop.call_later(timeout, self.end, "timeout"))
+        self._task = loop.create_task(self._invoke(*transaction), context=self._shared.strays.context(self.children))
+        self._task.add_done_callback(self._handler_ended)
+
+    async def _invoke(self, *transaction: Any) -> object:
+        """Return what the handler returned, or what it raised."""
+        handler = self._consumer.handler
         try:
-            async with self._ground.broker.deferred_transaction_for(self._message) as transaction:
-                outcome = of_value(await self._invoke(transaction))
-                if not isinstance(outcome, engine.Ack):
-                    raise _Undone(outcome)
-        except _Undone as undone:
-            return undone.outcome
-        return None
+            if handler.is_async:
+                return _result(handler, await handler.function(self._message, *transaction))
+            blocking = [self._shared.to_blocking(one) for one in transaction]
+            message = sync.Message(self._shared.blocking, self._message)
+            self._call = self._shared.threads.start(handler.function, message, *blocking)
+            return _result(handler, await self._call.future)
+        except BaseException as raised:
+            return _Raised(raised)
 
-    async def _invoke(self, *transaction: Any) -> Any:
-        function = self._consumer.handler.function
-        if self._consumer.handler.is_async:
-            return await function(self._message, *transaction)
-        blocking = [self._ground.to_blocking(one) for one in transaction]
-        self._call = self._ground.threads.start(function, sync.Message(self._ground.blocking, self._message), *blocking)
-        result = await self._call.future
-        if inspect.iscoroutine(result):  # a plain wrapper around a coroutine function: nothing has run
-            result.close()
-            raise TypeError(
-                f"the handler {self._consumer.handler.name} is a plain function, and returned a coroutine that nobody runs: "
-                f"make it `async def`, and await in it"
-            )
-        return result
+    def _handler_ended(self, task: "asyncio.Task[object]") -> None:
+        self._come_to(_Raised(asyncio.CancelledError()) if task.cancelled() else task.result())
 
-    def _is_cancelled_from_outside(self, raised: BaseException) -> bool:
-        """Return whether the task itself is to end; a handler may also let a cancellation of its own escape."""
-        if isinstance(raised, KeyboardInterrupt):
-            return True
-        return isinstance(raised, asyncio.CancelledError) and self._why is None and bool(_current().cancelling())
+    def give_up(self) -> None:
+        """Wait no longer for the handler; harmless when it has ended."""
+        self._come_to(_NEVER_ENDED)
 
-    async def _outcome_of(self, raised: BaseException) -> engine.Outcome | None:
-        """Return what becomes of the message when its handler raised."""
-        if self._why is None:
-            self._log_failure(raised)
-            return of_error(raised, self._consumer.outcomes)
-        while _current().cancelling():
-            _current().uncancel()
-        if self._why == "lost":
-            log.warning("%s: its lease was lost, so its handler was cancelled; another consumer has it", self.about())
-        return self._outcome_of_end()
+    @_whatever_happens
+    def _come_to(self, ending: object) -> None:
+        """Go on with what the handler came to, or without it; once."""
+        if (then := self._then) is None:
+            return
+        self._then = None
+        for timer in self._timers:
+            timer.cancel()
+        if self.children:
+            self._shared.strays.report(self._consumer.handler.name, self.children)
+        then(ending)
 
-    def _outcome_of_end(self) -> engine.Outcome | None:
+    @_whatever_happens
+    def _conclude(self, ending: object) -> None:
+        self._settle(self._decided(ending))
+
+    # --- its early end -----------------------------------------------------------------------------------------------
+
+    def end(self, why: Why) -> None:
+        """Tell the handler to end; harmless when it has ended, or was told before."""
+        if self._then is None or self._why is not None:
+            return
+        self._why = why
+        self._timers.append(asyncio.get_running_loop().call_later(ENDS_WITHIN, self.give_up))
+        self._cancel()
+
+    def lose(self) -> None:
+        """End the handler because its lease is another's, unless a settle of the handler's own has ended the lease."""
+        if self._then is not None:
+            self._timers.append(asyncio.get_running_loop().call_later(ANSWERED_WITHIN, self._lost))
+
+    def abandon(self) -> None:
+        """Leave everything as it is; its lease runs out, or goes back when the broker is closed."""
+        if self._side is not None:
+            self._side.cancel()
+        if self._then is not None and self._why is None:
+            self._cancel()
+        self._then = None
+        self._end("lost", None)
+
+    def _lost(self) -> None:
+        if not self._message.settled:
+            self.end("lost")
+
+    def _cancel(self) -> None:
+        if self._call is not None:
+            self._call.interrupt()
+        elif self._task is not None:
+            self._task.cancel()
+
+    # --- the outcome -------------------------------------------------------------------------------------------------
+
+    def _decided(self, ending: object) -> engine.Outcome | None:
+        """Return what becomes of the message; None when its lease is another's."""
+        if not isinstance(ending, _Raised) and ending is not _NEVER_ENDED:
+            return self._outcome(lambda: of_value(ending))
         if self._why == "timeout":
             text = f"TimeoutError: the handler ran longer than its timeout of {self._consumer.timeout:g} s"
             log.warning("%s: %s", self.about(), text)
             return engine.Nack(error=text)
-        return engine.Release() if self._why == "stopped" else None
-
-    def _log_failure(self, raised: BaseException) -> None:
-        if of_error(raised, self._consumer.outcomes) != engine.Release():
+        if self._why == "lost":
+            log.warning("%s: its lease was lost, so its handler was told to end", self.about())
+            return None
+        if not isinstance(ending, _Raised) or self._why == "stopped":
+            return engine.Release()
+        raised = without_our_frames(ending.error)
+        if not is_decision(raised, self._consumer.outcomes):
             trace = (type(raised), raised, raised.__traceback__)
-            log.warning("%s failed: %s: %s", self.about(), type(raised).__name__, raised, exc_info=trace)
+            log.warning("%s failed: %s", self.about(), last_line(raised), exc_info=trace)
+        return self._outcome(lambda: of_error(raised, self._consumer.outcomes))
 
-    # --- the end -----------------------------------------------------------------------------------------------------
+    def _outcome(self, decide: Callable[[], engine.Outcome]) -> engine.Outcome:
+        try:
+            return decide()
+        except Exception as error:  # what the handler gave cannot be read: that is its failure
+            log.warning("%s: what its handler decided cannot be read", self.about(), exc_info=True)
+            return engine.Nack(error=error_text(error))
 
-    def _give_up(self) -> None:
-        log.error(
-            "%s: its handler %s was cancelled %g s ago and still runs; the message is settled without it",
-            *(self.about(), self._consumer.handler.name, ENDS_WITHIN),
-        )
-        self.abandon()
-        self._given_up()
+    # --- the settle --------------------------------------------------------------------------------------------------
 
-    def abandon(self) -> "asyncio.Task[How]":
-        """Settle without the handler, which was cancelled and does not end."""
-        if self.settling is None:
-            self._ground.keeper.let_go(self)
-            self.settling = asyncio.get_running_loop().create_task(self._settle(self._outcome_of_end()))
-        return self.settling
-
-    async def _settle(self, outcome: engine.Outcome | None) -> How:
-        """End the lease, however long the engine is away; whoever has lost it meanwhile has nothing to end."""
+    @_whatever_happens
+    def _settle(self, outcome: engine.Outcome | None) -> None:
+        """End the lease as the handler decided, and the run with it. The place is another's before that, so that the next
+        receive travels in the settle's transaction.
+        """
+        self.keep_until = None
+        self._make_room()
         if self._message.settled:
-            if self._consumer.guarantee == "at-most-once":
-                return "acked" if isinstance(outcome, engine.Ack) else "failed"
-            return "acked" if outcome is None else "settled"
-        if outcome is None:
-            return "lost"
-        pause = 0.1
-        while True:
-            try:
-                await self._ground.broker.settle(self.delivery, outcome)
-            except LeaseLost as error:
+            self._end(self._settled_before(outcome), outcome)
+        elif outcome is None:
+            self._end("lost", None)
+        else:
+            self._shared.broker.settle(self.delivery, outcome).add_done_callback(partial(self._answered, outcome))
+
+    @_whatever_happens
+    def _answered(self, outcome: engine.Outcome, answer: "asyncio.Future[Any]") -> None:
+        if answer.cancelled() or answer.exception() is not None:
+            error = EngineUnavailable("cancelled") if answer.cancelled() else answer.exception()
+            self._beside(self._settle_again(outcome, error), lambda how: self._end(how, outcome))
+        else:
+            self._message.mark_settled("settled by its worker")
+            self._end(self._how(outcome), outcome)
+
+    async def _settle_again(self, outcome: engine.Outcome, error: BaseException | None) -> How:
+        """Settle until it is done. An engine that refuses a text as it is gets it in plain characters."""
+        plain = _in_plain_characters(outcome)
+        for pause in pauses():
+            if isinstance(error, LeaseLost):
                 log.warning("%s", error)
                 return "lost"
-            except EngineUnavailable as error:
-                log.warning("%s could not be settled; trying again: %s", self.about(), error)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-                pause = min(2 * pause, RETRY_MAX)
-            except FilaoError:
-                log.exception("%s could not be settled", self.about())
-                return "lost"
-            else:
-                self._message.mark_settled("settled by its worker")
-                return self._how(outcome)
+            if error is None:
+                break
+            if not isinstance(error, EngineUnavailable):
+                if outcome is plain and not isinstance(error, EngineError):
+                    log.error("%s could not be settled: its lease runs out", self.about(), exc_info=error)
+                    return "lost"
+                outcome = plain
+            self._shared.outages.fails("settling", error)
+            await asyncio.sleep(pause)
+            try:
+                await self._shared.broker.settle(self.delivery, outcome)
+                error = None
+            except Exception as raised:
+                error = raised
+        self._shared.outages.is_over("settling")
+        self._message.mark_settled("settled by its worker")
+        return self._how(outcome)
+
+    def _make_room(self) -> None:
+        if not self._has_made_room:
+            self._has_made_room = True
+            self._freed(self)
+
+    def _end(self, how: How, outcome: engine.Outcome | None) -> None:
+        """Let go of the lease, and tell what happened; once."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._shared.keeper.let_go(self)
+        self._make_room()
+        if self.has_hung:
+            log.error(
+                "%s: its handler %s was told to end and still runs; the message was settled without it (%s)",
+                *(self.about(), self._consumer.handler.name, how),
+            )
+        self._tell(how, outcome)
+        error = outcome.error if isinstance(outcome, (engine.Nack, engine.Reject)) else ""
+        seconds = time.monotonic() - self._began if self._task is not None else 0.0
+        self._ended(self, Handled(self.queue, self.delivery.id, self.delivery.attempt, how, error, seconds))
+
+    def _settled_before(self, outcome: engine.Outcome | None) -> How:
+        if self._consumer.guarantee == "at-most-once":
+            return "acked" if isinstance(outcome, engine.Ack) else "failed"
+        return "acked" if outcome is None else "settled"
 
     def _how(self, outcome: engine.Outcome) -> How:
         if isinstance(outcome, engine.Nack):
@@ -309,8 +465,41 @@ class Run:
             return "acked"
         return "released" if isinstance(outcome, engine.Release) else "dead"
 
+    def _tell(self, how: How, outcome: engine.Outcome | None) -> None:
+        """Say in one line what follows."""
+        if how in ("acked", "settled"):
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s: %s", self.about(), how)
+            return
+        text = outcome.error.strip().rpartition("\n")[2] if isinstance(outcome, (engine.Nack, engine.Reject)) else ""
+        follows: str = how
+        if how == "retried" and isinstance(outcome, engine.Nack):
+            tries = self._consumer.queue.max_attempts
+            delay = retry_delay(self._consumer.queue, self.delivery.attempt, 0.0) if outcome.delay is None else None
+            when = f"{outcome.delay:g} s" if delay is None else f"about {delay:g} s"
+            follows = f"again in {when}, attempt {self.delivery.attempt + 1} of {tries}"
+        elif how == "dead":
+            follows = "a dead letter"
+        log.info("%s: %s%s", self.about(), follows, f": {text}" if text else "")
 
-def _current() -> "asyncio.Task[Any]":
-    task = asyncio.current_task()
-    assert task is not None
-    return task
+
+def _result(handler: Handler, result: object) -> object:
+    """Refuse what a wrapper returned in place of running it: acknowledged, it would be lost."""
+    if not inspect.isawaitable(result) and not inspect.isgenerator(result) and not inspect.isasyncgen(result):
+        return result
+    if inspect.iscoroutine(result):
+        result.close()  # or Python warns that nobody awaited it
+    advice = "await it" if handler.is_async else "make the handler `async def`, and await in it"
+    raise TypeError(f"the handler {handler.name} returned a {type(result).__name__} that nobody runs: {advice}")
+
+
+def last_line(error: BaseException) -> str:
+    """Return an error's own words, without its traceback."""
+    return error_text(error).strip().rpartition("\n")[2]
+
+
+def _in_plain_characters(outcome: engine.Outcome) -> engine.Outcome:
+    if isinstance(outcome, (engine.Nack, engine.Reject)):
+        plain = outcome.error.encode("ascii", "backslashreplace").decode().replace("\0", "\\0")
+        return msgspec.structs.replace(outcome, error=plain)
+    return outcome

@@ -8,6 +8,7 @@ from a thread, so that it does so even while its event loop is blocked.
 import asyncio
 import logging
 import os
+import random
 import signal
 import threading
 import time
@@ -16,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-import anyio
 import msgspec
 
+from filao.worker.signals import told_by_signals
 from filao.worker.worker import Status, Worker
 
 log = logging.getLogger("filao.worker")
@@ -30,6 +31,7 @@ REPORT_EVERY = 1.0  # seconds
 SILENT_AFTER = 15.0  # seconds without a report after which a process is unhealthy
 KILLED_AFTER = 15.0  # seconds beyond a worker's grace after which a process that was told to stop is killed
 LAST_WORDS_WITHIN = 1.0  # seconds in which the pipe of a process that has ended is read to its end
+CANNOT_START = 71  # EX_OSERR: the code of a process that could not be made
 SHORT = 0.5  # seconds of life so short that the next process waits, though this one ended as it should
 
 
@@ -51,6 +53,8 @@ class Slot:
     report: Report | None = None
     reported_at: float = field(default_factory=time.monotonic)
     restarts: int = 0
+    is_refused: bool = False
+    """The last one said that it can never start."""
 
     def state(self) -> dict[str, object]:
         """Return how it is doing, as the health check tells it."""
@@ -79,6 +83,8 @@ class Supervisor:
         self._command = command
         self._slots = [Slot(number) for number in range(1, count + 1)]
         self._stops = 0
+        self._has_run = False
+        """Whether one of them has ever received: what they are told to do can be right then."""
         self._stopping = asyncio.Event()
 
     def state(self) -> dict[str, object]:
@@ -89,17 +95,8 @@ class Supervisor:
 
     async def run(self) -> int:
         """Run them until SIGTERM or SIGINT, the first graceful, the second at once; return the exit code."""
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-            listening = asyncio.create_task(self._listen(received))
-            try:
-                codes = await asyncio.gather(*(self._keep(slot) for slot in self._slots))
-            finally:
-                listening.cancel()
-        return max(codes)
-
-    async def _listen(self, signals: object) -> None:
-        async for _ in signals:  # type: ignore[attr-defined]  # anyio types its receiver as a context manager
-            self._stop()
+        with told_by_signals(self._stop):
+            return max(await asyncio.gather(*(self._keep(slot) for slot in self._slots)))
 
     def _stop(self) -> None:
         """Pass it on: the first signal stops them gracefully, the second at once, the third kills."""
@@ -112,14 +109,18 @@ class Supervisor:
                 asyncio.get_running_loop().call_later(grace + KILLED_AFTER, _signal, slot.process, signal.SIGKILL)
 
     async def _keep(self, slot: Slot) -> int:
-        """Start a process again and again, and return the code with which the last one ended."""
+        """Start a process again and again, and return the code with which the last one ended.
+
+        Only when not one of them could ever start, all stop: after that, what prevents a start is waited out.
+        """
         pause = PAUSE_FIRST
         while True:
             began = time.monotonic()
             code = await self._run_once(slot)
+            slot.is_refused = slot.report is not None and slot.report.refused
             if self._stopping.is_set():
-                return 0
-            if slot.report is not None and slot.report.refused:
+                return code if slot.is_refused else 0
+            if not self._has_run and all(one.is_refused for one in self._slots):
                 self._stop()
                 return code
             lived = time.monotonic() - began
@@ -129,14 +130,22 @@ class Supervisor:
             if lived > STEADY_AFTER:
                 pause = PAUSE_FIRST
             slot.restarts += 1
-            log.error("worker process %d %s; starting it again in %.1f s", slot.number, _ended(code), pause)
+            spread = pause * random.uniform(0.5, 1.5)  # or all come back in one moment
+            log.error("worker process %d %s; starting it again in %.1f s", slot.number, _ended(code), spread)
             with suppress(TimeoutError):
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(spread):
                     await self._stopping.wait()
-                return 0
+                return code if slot.is_refused else 0
             pause = min(2 * pause, PAUSE_MAX)
 
     async def _run_once(self, slot: Slot) -> int:
+        try:
+            return await self._start(slot)
+        except OSError:  # no descriptors, no memory, no processes left
+            log.exception("worker process %d cannot be started", slot.number)
+            return CANNOT_START
+
+    async def _start(self, slot: Slot) -> int:
         reading, writing = os.pipe()
         try:
             slot.process = await asyncio.create_subprocess_exec(
@@ -147,6 +156,9 @@ class Supervisor:
                 pass_fds=[writing],
                 start_new_session=True,  # a Ctrl-C is for the supervisor, which passes it on
             )
+        except BaseException:
+            os.close(reading)
+            raise
         finally:
             os.close(writing)
         slot.report, slot.reported_at = None, time.monotonic()
@@ -156,9 +168,7 @@ class Supervisor:
         try:
             return await slot.process.wait()
         finally:
-            with suppress(TimeoutError):  # its last words may be on their way
-                async with asyncio.timeout(LAST_WORDS_WITHIN):
-                    await asyncio.shield(reports)
+            await asyncio.wait([reports], timeout=LAST_WORDS_WITHIN)  # its last words may be on their way
             reports.cancel()
             await asyncio.wait([reports])
 
@@ -170,7 +180,9 @@ class Supervisor:
         )
         try:
             async for line in reader:
-                slot.report, slot.reported_at = msgspec.json.decode(line, type=Report), time.monotonic()
+                with suppress(msgspec.DecodeError):  # something else was written there, by a handler say
+                    slot.report, slot.reported_at = msgspec.json.decode(line, type=Report), time.monotonic()
+                    self._has_run |= slot.report.status.ready
         finally:
             transport.close()
 

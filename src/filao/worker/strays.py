@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Generator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _children: "ContextVar[Children | None]" = ContextVar("filao_handler_tasks", def
 _OURS = str(Path(__file__).parent.parent)
 
 
-class Leaks:
+class Strays:
     """Sees the tasks that handlers start, and reports those that outlive them."""
 
     def __init__(self) -> None:
@@ -48,11 +48,11 @@ class Leaks:
         finally:
             loop.set_task_factory(outer)
 
-    def begin(self) -> "Children":
-        """Let the running task be a handler's, and return those that it starts."""
-        children: Children = {}
-        _children.set(children)
-        return children
+    def context(self, children: "Children") -> Context:
+        """Return a context for a handler, in which the tasks that it starts are entered among its children."""
+        context = copy_context()
+        context.run(_children.set, children)
+        return context
 
     def report(self, handler: str, children: "Children") -> None:
         """Say which tasks a handler that has ended left behind."""
@@ -72,11 +72,11 @@ class Leaks:
 
 
 async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Let a task that would end the process fail instead: asyncio passes SystemExit on to whoever runs the loop."""
+    """Let a task that would end the loop fail instead: asyncio passes these two on to whoever runs it."""
     try:
         return await coroutine
-    except SystemExit as error:
-        raise RuntimeError(f"a task of the handler called sys.exit({error.code!r})") from error
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"a task of the handler raised {error!r}") from error
 
 
 def _is_ours(coroutine: object) -> bool:

@@ -1,0 +1,331 @@
+"""One run of a worker: it receives what it can start now, starts it, and brings all of it to an end.
+
+A shift is made when the engine has been reached, and dropped when it ends. While the storage fails it waits, for as long
+as that takes: only a broker that was closed under it ends it, as that is its program's own doing.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from filao.engine import Release
+from filao.errors import EngineUnavailable, QueueNotFound
+from filao.message import Message
+from filao.worker.outage import pauses
+from filao.worker.pool import Pool
+from filao.worker.run import ENDS_WITHIN, Consumer, Handled, Run, Shared
+
+log = logging.getLogger("filao.worker")
+
+POLL = 5.0  # seconds after which a wait for messages begins anew, which shows that the queue can still be reached
+SILENT_AFTER = 30.0  # seconds without a successful look, with room to start something, after which a pool is unhealthy
+HUNG_MAX = 10  # handlers that do not end: with more, so much of the process is lost that it is unhealthy
+AT_ONCE = 0.5  # seconds in which the messages of handlers that did not end are given back
+
+
+class Stop:
+    """What a worker was told: nothing, to stop gracefully, or to stop at once. For its own loop."""
+
+    def __init__(self) -> None:
+        self.told = asyncio.Event()
+        self.at_once = asyncio.Event()
+
+    def tell(self) -> None:
+        """Tell it to stop gracefully; the second time, at once."""
+        (self.at_once if self.told.is_set() else self.told).set()
+
+
+class Shift:
+    """Feeds messages to runs, from the moment it is made until `finish`."""
+
+    def __init__(
+        self, shared: Shared, pools: Sequence[Pool], stop: Stop, on_handled: Callable[[Handled], None], *, patient: bool
+    ) -> None:
+        self._shared = shared
+        self._stop = stop
+        self._on_handled = on_handled
+        self._patient = patient
+        """Whether it waits while the engine is away; a test wants the error."""
+        self.pools = pools
+        self.hung: set[Run] = set()
+        """Those whose handlers were told to end, did not, and whose messages were settled without them."""
+        self._runs: dict[Run, Pool] = {}
+        self._receiving: set[asyncio.Task[list[Message[Any]]]] = set()
+        self._suspects: set[Run] = set()
+        """One at most: the message that is to be handled alone."""
+        self._moved = asyncio.Event()
+        self._is_ending = False
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Has what `on_handled` raised."""
+        self._later: dict[str, tuple[float, Iterator[float]]] = {}
+        """Queues that failed: the monotonic time of the next look, and the pauses to come."""
+
+    async def work(self, grace: float) -> None:
+        """Start messages until told to stop; then finish."""
+        work = [asyncio.create_task(self._feed(pool)) for pool in self.pools]
+        work.append(asyncio.create_task(self._watch()))
+        told = asyncio.create_task(self._stop.told.wait())
+        try:
+            ends: list[asyncio.Future[Any]] = [told, self._failed, *work]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._stop.told.set()
+            await cancel(told, *work)
+            await self.finish(grace)
+        for task in work:
+            if not task.cancelled():
+                task.result()
+        if self._failed.done():
+            self._failed.result()
+
+    async def drain(self, limit: int) -> None:
+        """Start what is ready, and what becomes ready meanwhile, `limit` messages at most."""
+        started = 0
+        while started < limit:
+            took = 0
+            for pool in self.pools:
+                took += await self._sweep(pool, limit - started - took)
+            started += took
+            if self._runs:
+                await self._next_move()
+            elif not took:
+                break
+        while self._runs:
+            await self._next_move()
+        await self.finish(0.0)
+        if self._failed.done():
+            self._failed.result()
+
+    def problems(self) -> list[str]:
+        """Say what is wrong; safe from any thread."""
+        now = time.monotonic()
+        looking = [] if self._suspects else [pool for pool in self.pools if not pool.is_full()]
+        problems = [
+            f"the consumer of {' and '.join(map(repr, pool.consumers))} has not managed to poll for "
+            f"{now - pool.polled_at:.0f} s"
+            for pool in looking
+            if now - pool.polled_at > SILENT_AFTER
+        ]
+        if len(self.hung) > HUNG_MAX:
+            problems.append(f"{len(self.hung)} handlers have not ended though they were told to: replace this process")
+        return problems
+
+    # --- feeding -----------------------------------------------------------------------------------------------------
+
+    async def _feed(self, pool: Pool) -> None:
+        """Start messages whenever there is room for them, for ever."""
+        while True:
+            await pool.has_room()
+            while self._suspects:
+                await self._next_move()
+                pool.polled_at = time.monotonic()  # it was not allowed to look
+            if len(pool.consumers) == 1:
+                (name,) = pool.consumers
+                self._start_all(pool, name, await self._receive(pool, name, pool.room(name), POLL))
+            elif not await self._sweep(pool, pool.room()):
+                await self._first_of(pool)
+
+    async def _sweep(self, pool: Pool, limit: int) -> int:
+        """Look into each queue in its turn, without waiting, and return how many messages were started."""
+        started = 0
+        for name in pool.turns.order():
+            room = min(pool.room(name), limit - started)
+            if room <= 0:
+                continue
+            messages = await self._receive(pool, name, pool.turns.share(name, room), 0.0)
+            self._start_all(pool, name, messages)
+            started += len(messages)
+            if messages:
+                pool.turns.took(name, len(messages))
+            else:
+                pool.turns.had_nothing(name)
+        return started
+
+    async def _first_of(self, pool: Pool) -> None:
+        """Wait for the first message of any queue; should others come in the same moment, they go back."""
+        names = [name for name in pool.turns.order() if pool.room(name) > 0]
+        waits = {name: asyncio.create_task(self._receive(pool, name, 1, POLL)) for name in names}
+        try:
+            await asyncio.wait(waits.values(), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for name, wait in waits.items():
+                await cancel(wait)
+                if wait.cancelled() or wait.exception() is not None:
+                    continue
+                for message in wait.result():
+                    if pool.room(name) > 0:
+                        self._start(pool, pool.consumers[name], message)
+                        pool.turns.took(name, 1)
+                    else:
+                        await self._shared.broker.settle(message.delivery, Release())
+        for wait in waits.values():
+            if not wait.cancelled():
+                wait.result()
+
+    async def _receive(self, pool: Pool, name: str, limit: int, wait: float) -> list[Message[Any]]:
+        """Receive, unless a suspect is here or comes meanwhile; a queue that fails is looked into again later."""
+        at, _ = self._later.get(name, (0.0, None))
+        if (left := at - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, wait))
+            return []
+        if self._suspects:
+            return []
+        try:
+            messages = await self._received(pool.consumers[name], limit, wait)
+        except Exception as error:
+            self._shared.broker.check_open()
+            if not self._patient:
+                raise
+            self._fails(pool, name, error)
+            return []
+        if self._later.pop(name, None) is not None:
+            self._shared.outages.is_over(f"receiving from {name!r}")
+        self._shared.outages.is_over("receiving")
+        pool.polled_at = time.monotonic()
+        return messages
+
+    def _fails(self, pool: Pool, name: str, error: Exception) -> None:
+        if isinstance(error, QueueNotFound):  # the engine answers: this queue alone is gone
+            pool.polled_at = time.monotonic()
+        what = "receiving" if isinstance(error, EngineUnavailable) else f"receiving from {name!r}"
+        self._shared.outages.fails(what, error)
+        _, still = self._later.get(name, (0.0, pauses()))
+        self._later[name] = time.monotonic() + next(still), still
+
+    async def _received(self, consumer: Consumer, limit: int, wait: float) -> list[Message[Any]]:
+        receive = self._shared.broker.receive_many(consumer.queue, limit, wait=wait)
+        receiving = asyncio.get_running_loop().create_task(receive)
+        self._receiving.add(receiving)
+        try:
+            return await receiving
+        except asyncio.CancelledError:
+            if receiving.cancelled() and not current().cancelling():
+                return []  # by a suspect
+            for message in _came(receiving):
+                await self._shared.broker.settle(message.delivery, Release())
+            raise
+        finally:
+            self._receiving.discard(receiving)
+            self._move()
+
+    def _move(self) -> None:
+        """Let those look who wait for something to end."""
+        self._moved.set()
+        if self._suspects:
+            self._try_suspect()
+
+    async def _next_move(self) -> None:
+        self._moved.clear()
+        await self._moved.wait()
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def _start_all(self, pool: Pool, name: str, messages: Sequence[Message[Any]]) -> None:
+        for message in messages:
+            self._start(pool, pool.consumers[name], message)
+
+    def _start(self, pool: Pool, consumer: Consumer, message: Message[Any]) -> None:
+        run = Run(self._shared, consumer, message, self._make_room, self._ended)
+        pool.began(run.queue)
+        self._runs[run] = pool
+        if not message.delivery.crashed:
+            run.begin()
+        elif self._suspects:
+            run.release()  # one at a time: another process may have room for it
+        else:
+            self._suspects.add(run)
+            for receiving in self._receiving:
+                receiving.cancel()
+            log.warning("%s: its last consumer's process died; it is handled alone, in case it dies of it", run.about())
+            self._try_suspect()
+
+    def _try_suspect(self) -> None:
+        """Begin a suspect when this process holds no other message, nor asks for any: should it die, only that was there."""
+        for run in list(self._suspects):
+            if run.has_begun:
+                continue
+            if self._is_ending:
+                run.release()
+            elif not self._receiving and len(self._runs) == 1:
+                run.begin()
+
+    def _make_room(self, run: Run) -> None:
+        """Let another message have the place."""
+        self._runs[run].ended(run.queue)
+
+    def _ended(self, run: Run, handled: Handled) -> None:
+        del self._runs[run]
+        self._suspects.discard(run)
+        if run.has_hung:
+            self.hung.add(run)
+            run.when_handler_ends(partial(self.hung.discard, run))
+        self._move()
+        try:
+            self._on_handled(handled)
+        except Exception as raised:
+            if not self._failed.done():
+                self._failed.set_exception(raised)
+
+    # --- stopping ----------------------------------------------------------------------------------------------------
+
+    async def finish(self, grace: float) -> None:
+        """Give back what has not begun, let the rest finish for a while, and end what does not.
+
+        It ends within `grace`, `ENDS_WITHIN` and twice `AT_ONCE` seconds; told to stop at once, without the first two.
+        """
+        self._is_ending = True
+        self._move()
+        at_once = asyncio.create_task(self._stop.at_once.wait())
+        at_once.add_done_callback(lambda _: self._moved.set())
+        try:
+            await self._wait_for_runs(grace, at_once)
+            for run in list(self._runs):
+                run.end("stopped")
+            await self._wait_for_runs(ENDS_WITHIN, at_once)
+            await self._wait_for_runs(AT_ONCE)
+            for run in list(self._runs):
+                run.give_up()
+            await self._wait_for_runs(AT_ONCE)
+        finally:
+            await cancel(at_once)
+            for run in list(self._runs):
+                run.abandon()
+
+    async def _wait_for_runs(self, seconds: float, *until: "asyncio.Task[Any]") -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._runs and not any(task.done() for task in until):
+                    await self._next_move()
+
+    async def _watch(self) -> None:
+        """Report consumers that have not managed to poll."""
+        while True:
+            await asyncio.sleep(SILENT_AFTER / 2)
+            for problem in self.problems():
+                log.error("%s", problem)
+
+
+async def cancel(*tasks: "asyncio.Task[Any]") -> None:
+    """Cancel tasks and wait for their ends."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+def _came(receiving: "asyncio.Task[list[Message[Any]]]") -> list[Message[Any]]:
+    """Return what came in the very moment in which who asked for it was cancelled."""
+    if not receiving.done() or receiving.cancelled() or receiving.exception() is not None:
+        return []
+    return receiving.result()
+
+
+def current() -> "asyncio.Task[Any]":
+    """Return the running task."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task
