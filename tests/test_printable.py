@@ -2,6 +2,7 @@
 
 import sys
 import unicodedata
+from typing import Any
 
 import msgspec
 import pytest
@@ -36,7 +37,7 @@ def file(tmp_path):
     with filao.sync.connect(path) as broker:
         broker.declare(filao.Queue("claims", max_attempts=1), filao.Queue("letters", max_attempts=1))
         for text in (ACTING, *(EVERYTHING[start : start + 200] for start in range(0, len(EVERYTHING), 200))):
-            terms = {"headers": {text: text}, "group": text}
+            terms: dict[str, Any] = {"headers": {text: text}, "group": text}
             for queue in ("claims", "letters"):
                 broker.send_to_queue(queue, {text: text}, message_id=f"{queue}{text}", **terms)
                 broker.send_to_queue(queue, text.encode(), **terms)
