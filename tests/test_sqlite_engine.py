@@ -9,6 +9,7 @@ import pytest
 import filao
 from filao.engines.sqlite import engine as sqlite_engine
 from filao.engines.sqlite import files
+from filao.engines.sqlite import processes as processes_module
 from tests.conftest import engine_of
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +34,7 @@ def processes(path) -> int:
 
 async def test_housekeeping_waits_for_a_transaction_of_the_users(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 0.001)
-    monkeypatch.setattr(sqlite_engine, "IDLE_BEFORE_TIDY", 0.001)
+    monkeypatch.setattr(sqlite_engine, "TIDY_EVERY", 0.001)
     path = tmp_path / "claims.db"
     async with filao.connect(path) as broker:
         await broker.declare(filao.Queue("claims"))
@@ -207,6 +208,118 @@ async def test_ids_that_were_given_before_there_were_salts_stay_valid(tmp_path) 
         assert [message.body for message in await broker.peek("claims", after=f"{file}-1")] == [2, 3]
         assert not await broker.cancel("claims", f"{file}-3")  # it has a salt of its own
         assert await broker.cancel("claims", f"{file}-2")
+
+
+async def test_a_closing_process_gives_back_all_that_it_holds(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(processes_module, "LEASES_AT_ONCE", 10)
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", range(35))
+        assert len(await broker.receive_many("claims", 35)) == 35
+    async with filao.connect(path) as broker:
+        assert [message.attempt for message in await broker.receive_many("claims", 40, wait=0)] == [1] * 35
+
+
+async def test_a_report_is_about_the_process_that_makes_it(tmp_path) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as one, filao.connect(path) as other:  # of one host and pid, as in two containers
+        await one.declare(filao.Queue("claims"))
+        for broker in (one, other):
+            await broker.receive_from_queue("claims", wait=0)
+        twin = one.twin()
+        assert twin is not None
+        async with twin:
+            await twin.report("ready and healthy")
+        async with one.transaction() as tx:
+            states = await tx.execute("SELECT state FROM filao_process ORDER BY id")
+        assert states == [("ready and healthy",), ("",)]
+
+
+async def test_those_who_wait_write_nothing_while_others_send(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 0.001)
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker, filao.connect(path) as other:
+        names = [f"claims.{number}" for number in range(20)]
+        await broker.declare(*(filao.Queue(name) for name in [*names, "busy"]))
+        waiting = [asyncio.ensure_future(broker.receive_from_queue(name)) for name in names]
+        await until_waiting(path, 20)
+        begun: list[str] = []
+        looked: list[str] = []
+
+        def trace(sql: str) -> None:
+            begun.extend([sql] * sql.startswith("BEGIN"))
+            looked.extend([sql] * ("data_version" in sql))
+
+        engine_of(broker)._database._db.set_trace_callback(trace)
+        async with asyncio.timeout(30):
+            while len(looked) < 10:
+                await other.send_to_queue("busy", 1)
+        assert begun == []
+        await other.send_to_queue("claims.7", "seven", delay=0.01)
+        async with asyncio.timeout(30):
+            assert (await waiting[7]).body == "seven"
+        for one in waiting:
+            one.cancel()
+
+
+async def test_a_message_whose_lease_was_extended_late_leaves_no_failure_behind(tmp_path, clock) -> None:
+    async with filao.connect(tmp_path / "claims.db", clock=clock) as broker:
+        await broker.declare(filao.Queue("claims", lease=5))
+        await broker.send_many("claims", [1, 2, 3])
+        messages = await broker.receive_many("claims", 3)
+        await broker.pause("claims")
+        clock.advance(6)
+        await broker.resume("claims")
+        await broker.send_to_queue("claims", "first", priority=1)
+        assert (await broker.receive_from_queue("claims")).body == "first"  # the others were looked over
+        await asyncio.gather(*(message.extend(5) for message in messages))
+        await messages[0].ack()
+        await asyncio.gather(*(message.ack() for message in messages[1:]))
+        async with broker.transaction() as tx:
+            assert await tx.execute("SELECT count(*) FROM filao_failure") == [(0,)]
+        assert (await broker.stats("claims")).acked == 3
+
+
+async def test_housekeeping_comes_under_steady_traffic(tmp_path, monkeypatch, clock) -> None:
+    monkeypatch.setattr(sqlite_engine, "TIDY_EVERY", 0.001)
+    async with filao.connect(tmp_path / "claims.db", clock=clock) as broker:
+        await broker.declare(filao.Queue("claims", dedup_window=5))
+        for number in range(5):
+            await broker.send_to_queue("claims", number, dedup_key=f"key {number}", ttl=20)
+        assert len(await broker.receive_many("claims", 2)) == 2
+        for message in await broker.receive_many("claims", 2):
+            await message.ack()
+        clock.advance(21)
+
+        async def left() -> tuple[int, int]:
+            async with broker.transaction() as tx:
+                ((keys,),) = await tx.execute("SELECT count(*) FROM filao_dedup")
+                ((expired,),) = await tx.execute("SELECT count(*) FROM filao_message WHERE expires_at < 1700000021000")
+            return keys, expired
+
+        async with asyncio.timeout(30):
+            while (await left())[0] > 2:  # those of the leased
+                await broker.send_to_queue("claims", "more")
+
+
+async def test_the_age_of_a_queue_costs_the_same_whatever_its_priorities(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        steps: list[int] = []
+        for queue, priorities in (("some", 1_000), ("many", 3_000)):
+            await broker.declare(filao.Queue(queue))
+            await asyncio.gather(*(broker.send_to_queue(queue, 1, priority=priority) for priority in range(priorities)))
+            count = [0]
+
+            def step(count=count) -> None:
+                count[0] += 1
+
+            engine_of(broker)._database._db.set_progress_handler(step, 1)
+            assert (await broker.stats(queue)).oldest_ready_age is not None
+            engine_of(broker)._database._db.set_progress_handler(None, 1)
+            steps.append(count[0])
+            await broker.purge(queue)
+        assert steps[1] < steps[0] * 1.2
 
 
 async def test_the_connection_is_replaced_after_the_disk_failed(tmp_path) -> None:

@@ -3,6 +3,8 @@
 import os
 import sqlite3
 import stat
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -191,9 +193,14 @@ async def test_a_drained_backlog_leaves_the_disk(tmp_path) -> None:
                     await transaction.ack(message)
         full = path.stat().st_size + (tmp_path / "claims.db-wal").stat().st_size
         thread, database = engine_of(broker)._thread, engine_of(broker)._database
-        while await thread.submit(database.tidy):
+        while await thread.submit(partial(database.tidy, idle=True)):
             pass
-        await thread.submit(database.write_back)
+        with closing(sqlite3.connect(path)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM filao_queue").fetchall()
+            await broker.send_to_queue("claims", "behind the reader")
+            assert not await thread.submit(database.write_back)  # at once: others would wait for us
+        assert await thread.submit(database.write_back)
         assert full > 10_000_000
         assert path.stat().st_size + (tmp_path / "claims.db-wal").stat().st_size < 2_000_000
 

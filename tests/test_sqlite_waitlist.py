@@ -10,6 +10,7 @@ import pytest
 import filao
 from filao.engine import Draft, Receive, Received, Send
 from filao.engines.sqlite import operators, verbs
+from filao.engines.sqlite import processes as processes_module
 from filao.engines.sqlite.database import Database
 
 QUEUE = filao.Queue("claims", lease=1000)
@@ -115,6 +116,79 @@ def test_a_promise_does_not_outlive_a_jump_of_the_clock(processes, clock, jump) 
     sender.send(1)
     clock.advance(jump)
     assert busy.look()[0] == 1
+
+
+def test_who_does_not_come_is_not_waited_for_again_until_it_shows_up(processes, clock) -> None:
+    stopped, busy, _, sender = processes
+    stopped.look()
+    sender.send(1)
+    clock.advance(0.101)
+    assert busy.look()[0] == 1
+    assert called([stopped, busy]) == [True, False]
+    for _ in range(3):
+        busy.look()
+        sender.send(1)
+        assert called([stopped, busy]) == [False, True]
+        assert busy.look()[0] == 1
+    assert stopped.look()[0] == 0
+    sender.send(1)
+    assert called([stopped, busy]) == [True, False]
+    assert busy.look()[0] == 0
+
+
+def test_a_look_in_vain_writes_nothing(processes) -> None:
+    waiting, other, *_ = processes
+    waiting.look()
+    before = other.database.has_moved(), other.database.has_moved()
+    for _ in range(3):
+        assert waiting.look() == (0, None)
+    assert (before, other.database.has_moved()) == ((True, False), False)
+    waiting.look(limit=2)
+    assert other.database.has_moved()
+
+
+def test_what_is_due_in_a_paused_queue_wakes_nobody_up(processes, clock) -> None:
+    waiting, _, _, sender = processes
+    sender.send(1, delay=5)
+    with sender.database.write(durable=False) as books:
+        operators.pause(books, books.queue("claims"), paused=True)
+    clock.advance(6)
+    assert waiting.look() == (0, None)
+    with sender.database.write(durable=False) as books:
+        operators.pause(books, books.queue("claims"), paused=False)
+    assert called([waiting]) == [True]
+    assert waiting.look()[0] == 1
+
+
+def test_a_process_watches_three_others_and_goes_on_behind_the_dead(processes, clock, tmp_path) -> None:
+    with ExitStack() as stack:
+        more = [stack.enter_context(closing(Process(tmp_path / "claims.db", clock))) for _ in range(4)]
+        everyone = [*processes, *more]
+        watcher = everyone[5]
+        assert watcher.database.has_moved()
+        assert [process for process, _ in watcher.database._others] == [7, 8, 1]
+        for dead in (everyone[6], everyone[7], everyone[0], everyone[1]):
+            assert dead.database.bell is not None
+            dead.database.bell.let_go()
+        for _ in range(4):
+            watcher.database.bury_some()
+        assert [process for process, _ in watcher.database._others] == [3, 4, 5]
+
+
+def test_the_leases_of_a_dead_process_are_taken_over_in_slices(processes, monkeypatch) -> None:
+    monkeypatch.setattr(processes_module, "LEASES_AT_ONCE", 10)
+    dead, watcher, *_, sender = processes
+    sender.send(35)
+    assert dead.look(limit=35)[0] == 35
+    assert dead.database.bell is not None
+    dead.database.bell.let_go()
+    watcher.database.has_moved()
+    slices = 0
+    while watcher.database.dead_processes():
+        watcher.database.bury_some()
+        slices += 1
+    assert slices == 4
+    assert watcher.look(limit=40)[0] == 35
 
 
 def test_whoever_was_called_in_vain_keeps_its_place(processes) -> None:

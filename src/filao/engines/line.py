@@ -50,7 +50,7 @@ class Line:
         if timeout is not None:
             timer = loop.call_later(timeout, self._time_out, future)
             future.add_done_callback(lambda _: timer.cancel())
-        self._look_in(due_in)
+        self.look_in(due_in)
         if place.calls != self._calls:
             self._look()
         return future
@@ -108,12 +108,12 @@ class Line:
             if hand or future not in self._waiting:
                 future.set_result(Received(hand))
         self._abandoned(Received(received.deliveries[sum(map(len, hands)) :]))
-        self._look_in(received.due_in)
+        self.look_in(received.due_in)
         if others or calls != self._calls:
             self._look()
 
-    def _look_in(self, seconds: float | None) -> None:
-        """Let those in line look when the next message is due, unless they will before."""
+    def look_in(self, seconds: float | None) -> None:
+        """Let those in line look in so many seconds, when the next message is due, unless they will before."""
         if seconds is None:
             return
         loop = asyncio.get_running_loop()

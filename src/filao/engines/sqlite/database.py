@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filao.engines.sqlite import files, processes
+from filao.engines.sqlite import files, moves, operators, processes
 from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.folder import Folder
@@ -23,9 +23,10 @@ from filao.engines.sqlite.waitlist import Call, calls
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
+FREE_PAGES_BUSY = 2_560  # 10 MiB that stay free under traffic
 TIDY_PAGES = 500  # pages given back to the file system in one turn: a few milliseconds of the write lock
 WAL_SETTLED = 1.0  # seconds after the last change of the WAL during which each look goes into the database
-TIDY_KEYS = 1_000  # forgotten deduplication keys deleted in one turn
+TIDY_EXPIRED = 500  # messages that outlived their ttl and are ended in one turn: some 10 ms of the write lock
 
 _ABANDONED: list[object] = []  # what a child process inherited and must never close
 
@@ -286,10 +287,7 @@ class Database:
             bell = self._hang_bell()
             try:
                 with self.write(durable=False) as books:
-                    entered = books.db.execute(
-                        "INSERT INTO filao_process (bell, name, started_at) VALUES (?, ?, ?) RETURNING id",
-                        (bell.name if bell else "", name, books.now),
-                    ).fetchone()
+                    process = processes.enter(books, bell.name if bell else "", name)
                     known = {row[0] for row in books.db.execute("SELECT bell FROM filao_process")}
             except BaseException:
                 if bell is not None:
@@ -299,7 +297,7 @@ class Database:
             if bell is not None and self._ground is not None and self.folder is not None:
                 with files.mapped(self.path):
                     self._ground.watch(self.folder.path / bell.name)
-            self.lessee = Lessee(entered[0], name)
+            self.lessee = Lessee(process, name)
             if self._belfry is not None:
                 for forgotten in self._belfry.forgotten(known):
                     self._belfry.take_down(forgotten)
@@ -313,20 +311,24 @@ class Database:
         except OSError:
             return None  # a file system without FIFOs: polling finds what no bell tells
 
-    def bury(self, process: int, bell: str) -> None:
-        """Take over the leases of a process that died, and remove what it left."""
-        with self.write(durable=False) as books:
-            processes.bury(books, process)
-        if self._belfry is not None:
-            self._belfry.take_down(bell)
+    def bury_some(self) -> None:
+        """Take over a slice of the leases of a process that died; when none is left, watch others in its place."""
+        for process, bell in self.dead_processes()[:1]:
+            with self.write(durable=False) as books:
+                is_done = processes.bury(books, process)
+            if is_done:
+                if self._belfry is not None:
+                    self._belfry.take_down(bell)
+                self._learn_others()
 
-    def dead_processes(self) -> list[tuple[int, str]]:
-        """Return the registered processes, and their bells, that tell that they are dead."""
+    def dead_processes(self, among: Sequence[tuple[int, str]] | None = None) -> list[tuple[int, str]]:
+        """Return the processes, and their bells, that tell that they are dead: of those that this one watches, say."""
         belfry = self._belfry
+        own = self.lessee.process if self.lessee is not None else 0
         if belfry is None:
             return []
-        own = self.lessee.process if self.lessee is not None else 0
-        return [(process, bell) for process, bell in self._others if process != own and not belfry.is_alive(bell)]
+        among = self._others if among is None else among
+        return [(process, bell) for process, bell in among if process != own and bell and not belfry.is_alive(bell)]
 
     def may_have_moved(self) -> bool:
         """Return False when the WAL tells that nobody can have committed for a while; costs no more than a `stat`."""
@@ -341,44 +343,54 @@ class Database:
         return changed != was or abs(time.time() - changed) < WAL_SETTLED
 
     def has_moved(self) -> bool:
-        """Return whether anyone else committed since the last call, and learn who else is there."""
+        """Return whether anyone else committed since the last call, and learn whom to watch."""
         with files.mapped(self.path):
             db = self._db or self._reopen()
             version = db.execute("PRAGMA data_version").fetchone()[0]
             if version == self._seen_version:
                 return False
             self._seen_version = version
-            self._others = db.execute("SELECT id, bell FROM filao_process WHERE bell <> ''").fetchall()
+        self._learn_others()
         return True
+
+    def _learn_others(self) -> None:
+        if self.lessee is not None:
+            self._others = processes.watched(self.read(), self.lessee.process)
 
     # --- housekeeping ------------------------------------------------------------------------------------------------
 
-    def tidy(self) -> bool:
-        """Forget old deduplication keys and give a slice of free pages back; return whether there is more to do."""
-        with self.write(durable=False) as books:
-            forgotten = books.db.execute(
-                f"""
-                DELETE FROM filao_dedup
-                WHERE (queue, kind, key) IN (
-                    SELECT queue, kind, key FROM filao_dedup WHERE until IS NOT NULL AND until <= ? LIMIT {TIDY_KEYS}
-                )
-                """,
-                (books.now,),
-            ).rowcount
-            free = books.db.execute("PRAGMA freelist_count").fetchone()[0]
-            if free > FREE_PAGES_KEPT:
-                books.db.execute(f"PRAGMA incremental_vacuum({TIDY_PAGES})").fetchall()
-                shrunk = books.db.execute("PRAGMA freelist_count").fetchone()[0] < free
-                return shrunk or forgotten == TIDY_KEYS
-        return forgotten == TIDY_KEYS
+    def tidy(self, *, idle: bool) -> bool:
+        """Do a slice of what nobody waits for: what is expired, forgotten or free; return whether there is more to do.
 
-    def write_back(self) -> None:
-        """Copy the WAL into the file, so that what was given back leaves the disk."""
+        Under traffic as many pages stay free as are in use, because they are about to be used again.
+        """
+        with self.write(durable=False) as books:
+            more = processes.forget_keys(books)
+            for queue in operators.outlived(books)[:1]:
+                row = books.queue(queue)
+                more |= row is not None and bool(moves.let_expire(books, row, TIDY_EXPIRED))
+            free, pages = (books.db.execute(f"PRAGMA {name}_count").fetchone()[0] for name in ("freelist", "page"))
+            if free > (FREE_PAGES_KEPT if idle else max(FREE_PAGES_BUSY, pages - free)):
+                books.db.execute(f"PRAGMA incremental_vacuum({TIDY_PAGES})").fetchall()
+                more |= books.db.execute("PRAGMA freelist_count").fetchone()[0] < free
+        return more
+
+    def write_back(self) -> bool:
+        """Copy the WAL into the file, so that what was given back leaves the disk, and return whether all of it was.
+
+        It does not wait for whoever reads or writes just now, because others would wait for us at the turnstile.
+        """
         with files.mapped(self.path), self._turnstile.turn():
-            if self._db is not None:
-                self.look()
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                self.look()
+            if self._db is None:
+                return True
+            self.look()
+            self._db.execute("PRAGMA busy_timeout = 0")
+            try:
+                is_busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout = {round(files.BUSY_TIMEOUT * 1000)}")
+            self.look()
+        return not is_busy
 
 
 def check_stands(books: Books) -> None:

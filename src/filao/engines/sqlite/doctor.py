@@ -96,10 +96,9 @@ def _queues(books: Books) -> Iterator[Finding]:
 
 
 def _processes(books: Books, database: Database) -> Iterator[Finding]:
-    database.has_moved()
-    dead = {process for process, _ in database.dead_processes()}
-    found = books.db.execute("SELECT id, name, state, reported_at FROM filao_process ORDER BY id").fetchall()
-    for process, name, state, reported_at in found:
+    found = books.db.execute("SELECT id, bell, name, state, reported_at FROM filao_process ORDER BY id").fetchall()
+    dead = {process for process, _ in database.dead_processes([(process, bell) for process, bell, *_ in found])}
+    for process, _, name, state, reported_at in found:
         if process in dead:
             text = f"{name} died; the next waiting consumer takes its leases over"
             yield Finding("processes", "note", text)

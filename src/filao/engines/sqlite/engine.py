@@ -47,7 +47,7 @@ from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database, check_stands
 from filao.engines.sqlite.doctor import examine
 from filao.engines.sqlite.foreign import open_transaction
-from filao.engines.sqlite.receive import Lessee
+from filao.engines.sqlite.receive import Lessee, look
 from filao.engines.sqlite.send import send
 from filao.engines.sqlite.thread import DatabaseThread
 from filao.engines.statements import check_statement
@@ -57,9 +57,10 @@ from filao.queue import Queue
 R = TypeVar("R")
 
 POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and commits on the users' own connections
-IDLE_BEFORE_TIDY = 1.0  # seconds without a write of ours after which free pages go back to the file system
+TIDY_EVERY = 1.0  # seconds between rounds of housekeeping, after a write of ours
+TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic, ...
+TIDY_SLICES_IDLE = 100  # ... and in a second without it
 SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
-LEASES_RETURNED_MAX = 10_000  # that a closing engine gives back; should there be more, they run out
 EXPIRED_SLICES_MAX = 20  # of 5,000 expired messages, that end before an operator's look: a second; the rest end later
 ALL = 2**62
 _NOBODY = Lessee(0, "")
@@ -73,9 +74,20 @@ class SqliteEngine:
     emulated: frozenset[Feature] = frozenset()
     lanes = 1
 
-    def __init__(self, path: Path, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
-        self._database = Database(path, durable=durable, clock=clock, wake=self._call_soon)
-        self._twin = None if path == files.MEMORY else lambda: SqliteEngine(path, durable=durable, clock=clock)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        durable: bool = True,
+        clock: Callable[[], float] = time.time,
+        beside: Database | None = None,
+    ) -> None:
+        self._database = database = Database(path, durable=durable, clock=clock, wake=self._call_soon)
+        self._beside = beside or database
+        """What holds the leases of this process: a twin keeps those of the engine that it was made from."""
+        self._twin = (
+            None if path == files.MEMORY else lambda: SqliteEngine(path, durable=durable, clock=clock, beside=database)
+        )
         self._gate = asyncio.Lock()
         """Held by whoever needs the thread for several jobs that belong together; single jobs only look at it."""
         self._lines: dict[str, Line] = {}
@@ -109,7 +121,8 @@ class SqliteEngine:
             self._loop.remove_reader(self._database.bell.reader)
         async with self._gate:
             with suppress(FilaoError):
-                await self._in_turn(self._resign)
+                while await self._in_turn(self._resign):
+                    pass
             try:
                 await self._in_turn(self._database.close)
             finally:
@@ -237,11 +250,13 @@ class SqliteEngine:
                     line.call()  # who waits must hear of it
             if self._database.lessee is None:
                 continue
-            if self._database.may_have_moved() or self._database.dead_processes():
-                with suppress(FilaoError):  # a storage that fails says so to those who call it
-                    if await self._alone(self._look):
-                        for line in self._lines.values():
-                            line.call()
+            with suppress(FilaoError):  # a storage that fails says so to those who call it
+                while self._database.may_have_moved() or self._database.dead_processes():
+                    quiet = [name for name, line in self._lines.items() if line.is_quiet()]
+                    for name, due_in in await self._alone(partial(self._look, quiet)):
+                        self._tell(name, due_in)
+                    if not self._database.dead_processes():
+                        break
 
     async def _is_lost(self) -> bool:
         try:
@@ -250,12 +265,19 @@ class SqliteEngine:
             return True
         return False
 
-    def _look(self) -> bool:
+    def _look(self, waiting_for: Sequence[str] = ()) -> list[tuple[str, float | None]]:
+        """Return the queues that have something for those who wait, and in how many seconds; bury some of the dead."""
         moved = self._database.has_moved()
-        for process, bell in self._database.dead_processes():
-            self._database.bury(process, bell)
-            moved = True
-        return moved
+        self._database.bury_some()
+        books = self._database.read()
+        return [(queue, look(books, queue)) for queue in waiting_for] if moved else []
+
+    def _tell(self, queue: str, due_in: float | None) -> None:
+        line = self._lines[queue]
+        if due_in == 0.0:
+            line.call()
+        else:
+            line.look_in(due_in)
 
     # --- the control plane -------------------------------------------------------------------------------------------
 
@@ -342,13 +364,10 @@ class SqliteEngine:
         await self._change(lambda books: carriage.remember(books, _row(books, queue), memory))
 
     async def report(self, state: str) -> None:
-        """Write down how this process is doing."""
-        name = _process_name()
-        await self._change(
-            lambda books: books.db.execute(
-                "UPDATE filao_process SET state = ?, reported_at = ? WHERE name = ?", (state, books.now, name)
-            )
-        )
+        """Write down how this process is doing, once it receives."""
+        lessee = self._beside.lessee
+        if lessee is not None:
+            await self._change(lambda books: processes.report(books, lessee.process, state))
 
     async def doctor(self) -> list[Finding]:
         """Examine the file and say what an operator should know."""
@@ -411,23 +430,32 @@ class SqliteEngine:
         task.add_done_callback(self._tasks.discard)
 
     async def _keep_tidy(self) -> None:
-        """After a quiet second, give back in small slices what a backlog left behind."""
+        """Give back what is over: some of it each second under traffic, the rest in the first second without."""
+        is_behind = False
         while True:
-            await asyncio.sleep(IDLE_BEFORE_TIDY)
-            if not self._untidy:
-                continue
-            self._untidy = False
-            await asyncio.sleep(IDLE_BEFORE_TIDY)
-            with suppress(FilaoError):
-                while not self._untidy and await self._alone(self._database.tidy):
-                    pass
-                if not self._untidy:
-                    await self._alone(self._database.write_back)
+            await asyncio.sleep(TIDY_EVERY)
+            idle, self._untidy = not self._untidy, False
+            if not idle or is_behind:
+                with suppress(FilaoError):
+                    is_behind = await self._tidy(idle=idle)
 
-    def _resign(self) -> None:
-        if self._database.lessee is not None:
-            with self._database.write(durable=False) as books:
-                processes.resign(books, self._database.lessee.process, LEASES_RETURNED_MAX)
+    async def _tidy(self, *, idle: bool) -> bool:
+        """Return whether there is more to do in the next round."""
+        more = True
+        for _ in range(TIDY_SLICES_IDLE if idle else TIDY_SLICES_BUSY):
+            more = await self._alone(partial(self._database.tidy, idle=idle))
+            if not more or (idle and self._untidy):
+                break
+        if not idle or more or self._untidy:
+            return True
+        return not await self._alone(self._database.write_back)
+
+    def _resign(self) -> bool:
+        """Give back a slice of our leases; return whether there are more."""
+        if self._database.lessee is None:
+            return False
+        with self._database.write(durable=False) as books:
+            return not processes.resign(books, self._database.lessee.process)
 
 
 class SqliteTransaction:

@@ -240,9 +240,9 @@ def expire(books: Books, row: QueueRow, entry: Entry) -> None:
         unlearn(books, row, keys(entry.dedup_key, None), entry.name)
 
 
-def let_expire(books: Books, row: QueueRow) -> int:
-    """End what outlived its ttl, and return how many there were; should there be `DUE_MAX`, there may be more."""
-    expired = books.entries(f"{_EXPIRED} LIMIT {DUE_MAX}", (row.id, books.now))
+def let_expire(books: Books, row: QueueRow, limit: int = DUE_MAX) -> int:
+    """End up to `limit` messages that outlived their ttl, and return how many there were."""
+    expired = books.entries(f"{_EXPIRED} LIMIT ?", (row.id, books.now, limit))
     for entry in expired:
         expire(books, row, entry)
     return len(expired)

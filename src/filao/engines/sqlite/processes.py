@@ -1,18 +1,68 @@
 """Processes that receive, and what is cleared up behind them. `postgresql/functions/processes.sql` is the same."""
 
-from filao.engines.sqlite.books import Books, tokens
-from filao.engines.sqlite.operators import queues
+from collections.abc import Iterator
+
+from filao.engines.sqlite.books import Books, QueueRow, tokens
 from filao.engines.sqlite.receive import lose_all
 from filao.engines.sqlite.settle import release
 
+WATCHED = 3  # processes that each one watches, those entered next after it, in a circle: a death costs all the same
+LEASES_AT_ONCE = 2_000  # leases of one process that one transaction ends: some 40 ms of the write lock
+TIDY_KEYS = 1_000  # forgotten deduplication keys deleted in one turn
 
-def bury(books: Books, process: int) -> None:
-    """Take over the leases of a process that died, and strike it off."""
-    for queue in queues(books.db):
-        row = books.queue(queue.name)
-        if row is not None and row.count["leased"]:
-            lose_all(books, row, "token BETWEEN ? AND ?", tokens(process), "crashed")
+
+def enter(books: Books, bell: str, name: str) -> int:
+    """Enter a process among those that receive, and return its number."""
+    entered = books.db.execute(
+        "INSERT INTO filao_process (bell, name, started_at) VALUES (?, ?, ?) RETURNING id", (bell, name, books.now)
+    ).fetchone()
+    return int(entered[0])
+
+
+def watched(books: Books, process: int) -> list[tuple[int, str]]:
+    """Return the processes, and their bells, that this one watches: should it die too, its own watcher goes on with them."""
+    found: list[tuple[int, str]] = []
+    for which in ("id > ?", "id < ?"):
+        found += books.db.execute(
+            f"SELECT id, bell FROM filao_process WHERE {which} AND bell <> '' ORDER BY id LIMIT {WATCHED}", (process,)
+        )
+    return found[:WATCHED]
+
+
+def bury(books: Books, process: int) -> bool:
+    """Take over a slice of the leases of a process that died; when none is left, strike it off and return True."""
+    left = LEASES_AT_ONCE
+    for row in _leasing(books):
+        left -= lose_all(books, row, "token BETWEEN ? AND ?", tokens(process), "crashed", limit=left)
+        if not left:
+            return False
     _strike_off(books, process)
+    return True
+
+
+def resign(books: Books, process: int) -> bool:
+    """Give back a slice of the leases of a process that leaves, the attempts unused; when none is left, strike it off."""
+    left = LEASES_AT_ONCE
+    for row in _leasing(books):
+        held = books.entries(
+            "INDEXED BY filao_leased WHERE queue = ? AND state = 4 AND token BETWEEN ? AND ? LIMIT ?",
+            (row.id, *tokens(process), left),
+        )
+        for entry in held:
+            release(books, row, entry)
+        left -= len(held)
+        if not left:
+            return False
+    _strike_off(books, process)
+    return True
+
+
+def _leasing(books: Books) -> Iterator[QueueRow]:
+    """Yield the queues of which somebody holds messages."""
+    for (name,) in books.db.execute("SELECT name FROM filao_queue WHERE leased > 0").fetchall():
+        row = books.queue(name)
+        assert row is not None
+        yield row
 
 
 def _strike_off(books: Books, process: int) -> None:
@@ -20,15 +70,20 @@ def _strike_off(books: Books, process: int) -> None:
     books.db.execute("DELETE FROM filao_process WHERE id = ?", (process,))
 
 
-def resign(books: Books, process: int, limit: int) -> None:
-    """Give back the leases of a process that leaves, the attempts unused, and strike it off."""
-    for queue in queues(books.db):
-        row = books.queue(queue.name)
-        if row is None or not row.count["leased"]:
-            continue
-        for entry in books.entries(
-            "INDEXED BY filao_leased WHERE queue = ? AND state = 4 AND token BETWEEN ? AND ? LIMIT ?",
-            (row.id, *tokens(process), limit),
-        ):
-            release(books, row, entry)
-    _strike_off(books, process)
+def report(books: Books, process: int, state: str) -> None:
+    """Write down how a process is doing."""
+    books.db.execute("UPDATE filao_process SET state = ?, reported_at = ? WHERE id = ?", (state, books.now, process))
+
+
+def forget_keys(books: Books) -> bool:
+    """Forget a slice of the deduplication keys whose window is over; return whether there may be more."""
+    forgotten = books.db.execute(
+        f"""
+        DELETE FROM filao_dedup
+        WHERE (queue, kind, key) IN (
+            SELECT queue, kind, key FROM filao_dedup WHERE until IS NOT NULL AND until <= ? LIMIT {TIDY_KEYS}
+        )
+        """,
+        (books.now,),
+    )
+    return forgotten.rowcount == TIDY_KEYS

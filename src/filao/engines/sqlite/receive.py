@@ -109,24 +109,51 @@ def make_due(books: Books, row: QueueRow) -> None:
     moves.let_expire(books, row)
 
 
-def lose_all(books: Books, row: QueueRow, which: str, parameters: tuple[object, ...], outcome: str) -> None:
-    """End the leases of a queue that a clause finds, oldest first."""
+def lose_all(
+    books: Books,
+    row: QueueRow,
+    which: str,
+    parameters: tuple[object, ...],
+    outcome: str,
+    *,
+    limit: int = moves.DUE_MAX,
+) -> int:
+    """End up to `limit` leases of a queue that a clause finds, the oldest first, and return how many there were."""
     found = books.db.execute(
         f"""
         SELECT token, {ENTRY}
         FROM filao_message INDEXED BY filao_leased
         WHERE queue = ? AND state = 4 AND {which}
         ORDER BY at
-        LIMIT {moves.DUE_MAX}
+        LIMIT ?
         """,
-        (row.id, *parameters),
+        (row.id, *parameters, limit),
     ).fetchall()
     for token, *fields in found:
         moves.lose(books, row, books.entry(fields), token, outcome)
+    return len(found)
+
+
+def look(books: Books, queue: str) -> float | None:
+    """Return in how many seconds who waits should look: 0 when there may be something; None: not before it is called.
+
+    It takes nothing and writes nothing: for commits that rang no bell.
+    """
+    row = books.queue(queue)
+    if row is None:
+        return 0.0  # so that those who wait learn that it was deleted
+    if row.paused or not row.pending():
+        return None
+    return 0.0 if row.count["ready"] else time_to_due(books, row)
 
 
 def time_to_due(books: Books, row: QueueRow) -> float | None:
-    """Return the seconds until the next delayed message or running lease is due, or what is promised to others is not."""
+    """Return the seconds until the next delayed message or running lease is due, or what is promised to others is not.
+
+    None while the queue is paused: whoever resumes it calls those who wait.
+    """
+    if row.paused:
+        return None
     found = books.db.execute(
         """
         SELECT min(at)
@@ -139,6 +166,6 @@ def time_to_due(books: Books, row: QueueRow) -> float | None:
         (row.id,),
     ).fetchone()
     times = [] if found[0] is None else [max(0.0, (found[0] - books.now) / 1000)]
-    if row.count["ready"] and not row.paused:
+    if row.count["ready"]:
         times.append(waitlist.PROMISED_FOR / 1000)
     return min(times, default=None)

@@ -31,7 +31,7 @@ _DELETES = {
     DELETE FROM filao_message
     WHERE id IN ({", ".join("?" * rows)})
       AND (id, token) IN (VALUES {", ".join(["(?, ?)"] * rows)})
-      AND state = 4 AND at > ?
+      AND state = 4 AND at > ? AND failures = 0
     """
     for rows in ROWS_AT_ONCE
 }
@@ -87,10 +87,13 @@ def release(books: Books, row: QueueRow, entry: Entry) -> None:
 
 
 def _ack_in_time(books: Books, delivery: Delivery) -> bool:
-    """Delete a message whose lease is running: the whole of most acks."""
+    """Delete a message whose lease is running: the whole of most acks.
+
+    Had it failed since it was received, as when its lease ran out and was extended late, there is more to clear up.
+    """
     deleted = books.db.execute(
-        "DELETE FROM filao_message WHERE id = ? AND token = ? AND state = 4 AND at > ?",
-        (delivery.handle, delivery.token, books.now),
+        "DELETE FROM filao_message WHERE id = ? AND token = ? AND state = 4 AND at > ? AND failures = ?",
+        (delivery.handle, delivery.token, books.now, delivery.failures),
     )
     return deleted.rowcount == 1
 

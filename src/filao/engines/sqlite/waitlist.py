@@ -2,7 +2,8 @@
 
 Those that have waited longest are called first, as many as are needed for what is ready. What a process is called for is
 promised to it for a moment, so that a busier one, which happens to come by before it has woken up, does not jump the queue:
-without the promise the load would settle on whoever runs already.
+without the promise the load would settle on whoever runs already. Who has not come within the promise sleeps, stopped or
+blocked: nobody waits for it any more, and it is not called again, until it shows up and waits anew.
 """
 
 from typing import NamedTuple
@@ -28,7 +29,8 @@ def wait(books: Books, row: QueueRow, process: int, wants: int) -> None:
         INSERT INTO filao_waiting (queue, since, process, wants, called_at)
         VALUES (?1, (SELECT coalesce(max(since), 0) + 1 FROM filao_waiting WHERE queue = ?1), ?2, ?3, 0)
         ON CONFLICT DO UPDATE SET wants = excluded.wants, called_at = 0
-        """,
+        WHERE wants <> excluded.wants OR called_at <> 0
+        """,  # a look in vain writes nothing
         (row.id, process, wants),
     )
 
@@ -64,11 +66,11 @@ def _called(books: Books, row: QueueRow) -> list[Call]:
         SELECT p.id, p.bell, w.wants, w.called_at BETWEEN ? AND ?
         FROM filao_waiting w
         JOIN filao_process p ON p.id = w.process
-        WHERE w.queue = ?
+        WHERE w.queue = ? AND (w.called_at = 0 OR w.called_at BETWEEN ? AND ?)
         ORDER BY w.since
         LIMIT {_CALLED_MAX}
         """,
-        (books.now - PROMISED_FOR, books.now, row.id),
+        (books.now - PROMISED_FOR, books.now, row.id, books.now - PROMISED_FOR, books.now),
     ).fetchall()
     ready = row.count["ready"] - sum(wants for *_, wants, called in waiting if called)
     delayed = row.delayed
