@@ -27,7 +27,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
     *(
         f"engines.sqlite.{name}"
         for name in (
-            *("books", "moves", "waitlist", "send", "receive", "settle", "verbs", "operators", "processes"),
+            *("clock", "books", "moves", "waitlist", "send", "receive", "settle", "verbs", "operators", "processes"),
             *("carriage", "foreign"),
         )
     ),

@@ -15,6 +15,7 @@ from pathlib import Path
 from filao.engines.sqlite import files, moves, operators, processes
 from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books
+from filao.engines.sqlite.clock import FileClock
 from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
 from filao.engines.sqlite.receive import Lessee
@@ -46,7 +47,7 @@ class Database:
         """Held by whoever decides whether the running job may still begin: see `SqliteEngine._in_turn`."""
         self._durable = durable
         self._flushes = durable
-        self._clock = clock
+        self.clock = FileClock(clock)
         self._wake = wake
         self._wal = path
         self._given = path
@@ -84,10 +85,10 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         db = files.connect(self.path, full=self._durable, cookie=self._turnstile.noted())
         try:
-            if files.migrate(db, self.path):
-                db.execute(
-                    "PRAGMA wal_checkpoint(PASSIVE)"
-                ).fetchall()  # so that the file itself can be told from others
+            is_new = files.migrate(db, self.path)
+            self._set_clock(db)
+            if is_new:
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # so that the file itself can be told from others
             self.file = db.execute("SELECT value FROM filao_meta WHERE name = 'file'").fetchone()[0]
             if self.path != files.MEMORY:
                 self._ground = Ground(self.path, self._given, self.folder.path if self.folder is not None else None)
@@ -98,6 +99,22 @@ class Database:
         self._db = db
         self._flushes = self._durable
         return db
+
+    def _set_clock(self, db: sqlite3.Connection) -> None:
+        """Set the file's clock after a start of the machine, which ended whoever held leases: they are void."""
+        if self.clock.has_begun(db):
+            return
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            bells = [bell for (bell,) in db.execute("SELECT bell FROM filao_process WHERE bell <> ''")]
+            lives = self._belfry is not None and any(map(self._belfry.is_alive, bells))
+            if self.clock.begin(db) and not lives:
+                processes.void_leases(db, self.clock.now(db))
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
 
     def close(self) -> None:
         """Let go of the file; the last process to do so writes its WAL back."""
@@ -157,7 +174,7 @@ class Database:
             db.execute("BEGIN IMMEDIATE")
             if self._is_suspicious or time.monotonic() - self._looked_at > LOOKED_WITHIN:
                 self.look()
-            return Books(db, self.file, self.now())
+            return Books(db, self.file, self.clock.now(db, writes=True))
         except BaseException as error:
             self.roll_back(error)
             if isinstance(error, sqlite3.Error):
@@ -200,11 +217,11 @@ class Database:
         """Return books for looking only: each statement sees what is committed, and nothing is written down."""
         self.look()
         with files.mapped(self.path):
-            return Books(self._db or self._reopen(), self.file, self.now())
+            return self.books_on(self._db or self._reopen())
 
-    def now(self) -> int:
-        """Return the engine's time in milliseconds."""
-        return round(self._clock() * 1000)
+    def books_on(self, db: sqlite3.Connection) -> Books:
+        """Return books for a transaction that somebody else has begun, or for none."""
+        return Books(db, self.file, self.clock.now(db))
 
     # --- the ground --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from filao.engine import Finding, process_finding
 from filao.engines.sqlite import files, operators
 from filao.engines.sqlite.books import Books, tokens
+from filao.engines.sqlite.clock import JUMP
 from filao.engines.sqlite.database import Database
 
 WAL_NOTABLE = 64 * 1024 * 1024  # bytes
@@ -19,6 +20,7 @@ def examine(books: Books, database: Database) -> list[Finding]:
         _version(),
         *([] if database.path == files.MEMORY else _files(database.path)),
         *_modes(books.db),
+        _clock(books, database),
         *_queues(books),
         *_processes(books, database),
         _integrity(books.db),
@@ -74,6 +76,14 @@ def _modes(db: sqlite3.Connection) -> Iterator[Finding]:
             f"{free:,}; this file was created without auto_vacuum=INCREMENTAL, so a backlog's space is reused but not "
             f"given back. To change that: PRAGMA auto_vacuum=INCREMENTAL; VACUUM",
         )
+
+
+def _clock(books: Books, database: Database) -> Finding:
+    ahead = database.clock.ahead(books.db)
+    if abs(ahead) * 1000 <= JUMP:
+        return Finding("clock", "ok", "the file's time is the wall clock's")
+    text = f"the wall clock is {ahead:+,.1f} s from the file's time, which follows it by a twentieth of the time that passes"
+    return Finding("clock", "note", text)
 
 
 def _queues(books: Books) -> Iterator[Finding]:

@@ -57,6 +57,7 @@ from filao.queue import Queue
 R = TypeVar("R")
 
 POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and commits on the users' own connections
+SLEPT = 0.5  # seconds that the steady clock went on more than the event loop's between two looks
 TIDY_EVERY = 1.0  # seconds between rounds of housekeeping, after a write of ours
 TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic, ...
 TIDY_SLICES_IDLE = 100  # ... and in a second without it
@@ -158,7 +159,7 @@ class SqliteEngine:
         database = self._database
         database.look()
         with files.mapped(database.path):
-            books = Books(open_transaction(connection, database.path), database.file, database.now())
+            books = database.books_on(open_transaction(connection, database.path))
             receipts = send(books, operation)
             books.write_down()
         return receipts
@@ -243,13 +244,19 @@ class SqliteEngine:
 
     async def _watch(self) -> None:
         """As a process that receives, look for deaths, and for commits that rang no bell."""
+        steady = self._database.clock.steady
+        ahead = steady() - self._loop.time()
         while True:
             await asyncio.sleep(POLL_INTERVAL)
+            was, ahead = ahead, steady() - self._loop.time()
             if self._database.may_be_lost() and await self._is_lost():
                 for line in self._lines.values():
                     line.call()  # who waits must hear of it
             if self._database.lessee is None:
                 continue
+            if abs(ahead - was) > SLEPT:  # the machine slept, and the loop's timers with it
+                for line in self._lines.values():
+                    line.call()
             with suppress(FilaoError):  # a storage that fails says so to those who call it
                 while self._database.may_have_moved() or self._database.dead_processes():
                     quiet = [name for name, line in self._lines.items() if line.is_quiet()]

@@ -1,5 +1,6 @@
 """Processes that receive, and what is cleared up behind them. `postgresql/functions/processes.sql` is the same."""
 
+import sqlite3
 from collections.abc import Iterator
 
 from filao.engines.sqlite.books import Books, QueueRow, tokens
@@ -63,6 +64,12 @@ def _leasing(books: Books) -> Iterator[QueueRow]:
         row = books.queue(name)
         assert row is not None
         yield row
+
+
+def void_leases(db: sqlite3.Connection, now: int) -> None:
+    """End all leases, and the waiting of all processes: none of them lives. Receives see to it, as to those that ran out."""
+    db.execute("UPDATE filao_message INDEXED BY filao_leased SET at = ? WHERE state = 4 AND at > ?", (now, now))
+    db.execute("DELETE FROM filao_waiting")
 
 
 def _strike_off(books: Books, process: int) -> None:

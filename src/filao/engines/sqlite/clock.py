@@ -1,0 +1,116 @@
+"""The clock of a file: it goes evenly whatever becomes of the machine's, and says nearly what that says.
+
+It is `CLOCK_BOOTTIME`, which never jumps and counts while the machine sleeps, and an offset that all processes read in the
+file. When the wall clock is set, the offset follows so slowly that durations hardly change: no lease ends, nothing expires
+and no delay is prolonged by more than a twentieth. When the machine was started anew the wall clock says where to begin, but
+never before the time that the file has seen.
+"""
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+log = logging.getLogger("filao.sqlite")
+
+JUMP = 1_000  # milliseconds between the wall clock and ours that are taken for a jump
+SLEW = 20  # ours follows by at most a twentieth of the time that passes, ...
+SLEWED_MAX = 60_000  # ... of which one transaction takes no more milliseconds into account
+NOTED_EVERY = 3_600_000  # milliseconds after which the file is told again how late it is
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class FileClock:
+    """What one process knows of a file's clock.
+
+    `wall` tells the seconds since 1970. A test's clock may have a `steady` of its own, and a `boot`; without, it is both.
+    """
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        boot = _boot() if wall is time.time else ""
+        self._wall = wall
+        self.steady: Callable[[], float] = _boottime if boot else getattr(wall, "steady", wall)
+        """Seconds that never jump, and go on while the machine sleeps."""
+        self._boot = boot or str(getattr(wall, "boot", "unknown"))
+        self._told = 0
+
+    def begin(self, db: sqlite3.Connection) -> bool:
+        """Set the file's clock if this machine was started since it was last set; return whether leases are void.
+
+        Call it in a transaction.
+        """
+        wall, steady = _milliseconds(self._wall), _milliseconds(self.steady)
+        found = _stored(db)
+        if found is None:
+            self._note(db, wall - steady, steady)
+        elif found[0] != self._boot:
+            _, offset, noted_at = found
+            self._note(db, max(wall, offset + noted_at) - steady, steady)
+        return found is not None and found[0] != self._boot
+
+    def has_begun(self, db: sqlite3.Connection) -> bool:
+        """Return whether the file's clock is set for this start of the machine."""
+        found = _stored(db)
+        return found is not None and found[0] == self._boot
+
+    def now(self, db: sqlite3.Connection, *, writes: bool = False) -> int:
+        """Return the file's time in milliseconds since 1970; in a transaction that `writes`, note down how far it went."""
+        wall, steady = _milliseconds(self._wall), _milliseconds(self.steady)
+        found = _stored(db)
+        if found is None or found[0] != self._boot:
+            return wall  # somebody else's boot: a machine that shares the file with ours
+        _, offset, noted_at = found
+        ahead = wall - steady - offset
+        if abs(ahead) <= JUMP:
+            step = 0
+        else:
+            allowed = min(steady - noted_at, SLEWED_MAX) // SLEW
+            step = max(-allowed, min(allowed, ahead))
+        if writes and (step or steady - noted_at > NOTED_EVERY):
+            self._note(db, offset + step, steady)
+        if abs(ahead - self._told) > JUMP:
+            self._tell(ahead)
+        return steady + offset + step
+
+    def ahead(self, db: sqlite3.Connection) -> float:
+        """Return by how many seconds the wall clock is ahead of the file's."""
+        return (_milliseconds(self._wall) - self.now(db)) / 1000
+
+    def _note(self, db: sqlite3.Connection, offset: int, steady: int) -> None:
+        db.execute("INSERT OR REPLACE INTO filao_meta VALUES ('clock', ?)", (f"{self._boot} {offset} {steady}",))
+
+    def _tell(self, ahead: int) -> None:
+        if abs(ahead) > abs(self._told):
+            log.warning(
+                "the wall clock jumped: it is %+.1f s from the time by which queues measure delays and times to live, which "
+                "follows it by a twentieth of the time that passes. Leases are not affected.",
+                ahead / 1000,
+            )
+        self._told = ahead
+
+
+def _stored(db: sqlite3.Connection) -> tuple[str, int, int] | None:
+    found = db.execute("SELECT value FROM filao_meta WHERE name = 'clock'").fetchone()
+    if found is None:
+        return None
+    boot, offset, noted_at = found[0].split()
+    return boot, int(offset), int(noted_at)
+
+
+def _milliseconds(clock: Callable[[], float]) -> int:
+    return round(clock() * 1000)
+
+
+def _boot() -> str:
+    """Return what is another after each start of the machine; empty where the system does not tell."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return ""
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
