@@ -130,6 +130,11 @@ class Books:
         """Return the random part of the ids that this transaction gives: nobody can guess it, and no copy repeats it."""
         return secrets.randbits(64) - 2**63
 
+    @cached_property
+    def prefix(self) -> str:
+        """Return what the ids that this transaction gives begin with."""
+        return f"{_hexadecimal(self.salt)}-"
+
     def name_of(self, number: int, message_id: str | None, salt: int | None) -> str:
         """Return a message's public id; those of old files carry the file's name in place of a salt."""
         if message_id is not None:

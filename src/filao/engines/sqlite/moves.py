@@ -88,6 +88,8 @@ def arrange(books: Books, row: QueueRow, group: str) -> None:
 
 def keys(dedup_key: str | None, message_id: str | None) -> list[tuple[int, str]]:
     """Return the keys under which a message is remembered."""
+    if dedup_key is None and message_id is None:
+        return []
     pairs = ((DEDUP_KEY, dedup_key), (MESSAGE_ID, message_id))
     return [(kind, key) for kind, key in pairs if key is not None]
 

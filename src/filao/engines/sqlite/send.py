@@ -18,22 +18,23 @@ def send(books: Books, operation: Send) -> list[Receipt] | FilaoError:
     for draft in drafts:
         if len(draft.content) > row.rules.body_max:
             return too_large(row.rules.name, len(draft.content), row.rules.body_max)
-    came_first = _came_first(books, row, drafts)
+    claims = [moves.keys(draft.dedup_key, draft.message_id) for draft in drafts]
+    came_first = _came_first(books, row, claims) if any(claims) else [None] * len(drafts)
     new = came_first.count(None)
     if row.rules.max_length is not None and new and not _has_room(books, row, new, row.rules.max_length):
         row.count["refused"] += len(drafts)
         return _full(row, new)
     receipts: list[Receipt] = []
-    for draft, first in zip(drafts, came_first, strict=True):
+    for draft, claimed, first in zip(drafts, claims, came_first, strict=True):
         if first is None:
-            receipts.append(_store(books, row, draft))
+            receipts.append(_store(books, row, draft, claimed))
         else:
             row.count["duplicates"] += 1
             receipts.append(Receipt(first if isinstance(first, str) else receipts[first].id, True))
     return receipts
 
 
-def _came_first(books: Books, row: QueueRow, drafts: Sequence[Draft]) -> list[str | int | None]:
+def _came_first(books: Books, row: QueueRow, claims: Sequence[Sequence[tuple[int, str]]]) -> list[str | int | None]:
     """Say of each draft what came first: the id of a message, or the place of another draft; None when it is new.
 
     Draft by draft: only what is new claims its keys, for those behind it in the same send. This is decided before room is
@@ -41,21 +42,20 @@ def _came_first(books: Books, row: QueueRow, drafts: Sequence[Draft]) -> list[st
     """
     claimed: dict[tuple[int, str], int] = {}
     found: list[str | int | None] = []
-    for place, draft in enumerate(drafts):
+    for place, wanted in enumerate(claims):
         first: str | int | None = None
-        if draft.dedup_key is not None or draft.message_id is not None:
-            known = moves.keys(draft.dedup_key, draft.message_id)
-            for key in known:
-                first = claimed[key] if key in claimed else moves.remembered(books, row, *key)
-                if first is not None:
-                    break
-            else:
-                claimed.update(dict.fromkeys(known, place))
+        for key in wanted:
+            first = claimed[key] if key in claimed else moves.remembered(books, row, *key)
+            if first is not None:
+                break
+        else:
+            for key in wanted:
+                claimed[key] = place
         found.append(first)
     return found
 
 
-def _store(books: Books, row: QueueRow, draft: Draft) -> Receipt:
+def _store(books: Books, row: QueueRow, draft: Draft, claimed: Sequence[tuple[int, str]]) -> Receipt:
     number = books.next_number()
     now = books.now
     at = now + round(draft.delay * 1000) if draft.delay else now
@@ -64,13 +64,12 @@ def _store(books: Books, row: QueueRow, draft: Draft) -> Receipt:
         state = _state_in_group(books, row, draft.group, state)
     ttl = row.rules.ttl if draft.ttl is None else draft.ttl
     expires_at = None if ttl is None else now + round(ttl * 1000)
-    salt = books.salt if draft.message_id is None else None
+    name, salt = (books.prefix + str(number), books.salt) if draft.message_id is None else (draft.message_id, None)
     place = (number, row.id, state, draft.priority, at, NO_TOKEN, now, expires_at, draft.group)
     content = (draft.dedup_key, draft.message_id, draft.headers, draft.kind, draft.content, salt)
     books.insert(row, state, (*place, *content))
-    name = books.name_of(number, draft.message_id, salt)
-    if draft.dedup_key is not None or draft.message_id is not None:
-        moves.remember(books, row, moves.keys(draft.dedup_key, draft.message_id), name)
+    if claimed:
+        moves.remember(books, row, claimed, name)
     return Receipt(name)
 
 
