@@ -88,7 +88,9 @@ class Database:
             is_new = files.migrate(db, self.path)
             self._set_clock(db)
             if is_new:
-                db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # so that the file itself can be told from others
+                db.execute(
+                    "PRAGMA wal_checkpoint(PASSIVE)"
+                ).fetchall()  # so that the file itself can be told from others
             self.file = db.execute("SELECT value FROM filao_meta WHERE name = 'file'").fetchone()[0]
             if self.path != files.MEMORY:
                 self._ground = Ground(self.path, self._given, self.folder.path if self.folder is not None else None)
