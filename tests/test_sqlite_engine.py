@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sqlite3
+import threading
 
 import pytest
 
@@ -320,6 +321,38 @@ async def test_the_age_of_a_queue_costs_the_same_whatever_its_priorities(tmp_pat
             steps.append(count[0])
             await broker.purge(queue)
         assert steps[1] < steps[0] * 1.2
+
+
+async def test_the_first_use_of_a_name_reads_one_row(tmp_path) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(*(filao.Queue(f"claims.{number}") for number in range(200)))
+    async with filao.connect(path) as broker:
+        seen: list[str] = []
+        engine_of(broker)._database._db.set_trace_callback(seen.append)
+        await broker.send_to_queue("claims.7", 7)
+        assert not [sql for sql in seen if "filao_queue" in sql and " WHERE " not in sql]
+
+
+async def test_who_takes_long_but_waits_for_nobody_is_not_given_up(tmp_path, monkeypatch) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        engine = engine_of(broker)
+        monkeypatch.setattr(files, "BUSY_TIMEOUT", 2.0)
+        begun, may_end = asyncio.Event(), threading.Event()
+
+        def examine(_: object) -> str:
+            engine._loop.call_soon_threadsafe(begun.set)
+            may_end.wait(30)
+            return "examined"
+
+        looking = asyncio.ensure_future(engine._look_up(examine))
+        await begun.wait()
+        for timer in engine._loop._scheduled:  # the one that gives up, now
+            if timer._callback is sqlite_engine._give_up:
+                timer._run()
+        may_end.set()
+        assert await looking == "examined"
 
 
 async def test_the_connection_is_replaced_after_the_disk_failed(tmp_path) -> None:

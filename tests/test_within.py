@@ -53,6 +53,22 @@ async def test_a_waiting_consumer_finds_what_such_a_commit_brought(broker, tmp_p
     assert (await receiving).body == 7
 
 
+async def test_a_transaction_that_began_with_a_read_is_told_to_begin_anew(broker, tmp_path) -> None:
+    connection = sqlite3.connect(tmp_path / "claims.db", isolation_level=None)
+    connection.execute("BEGIN")
+    connection.execute("SELECT count(*) FROM filao_queue").fetchall()
+    await broker.send_to_queue("claims", "meanwhile")
+    with pytest.raises(filao.EngineError, match=r"began with a read.*begin anew, with BEGIN IMMEDIATE") as raised:
+        await broker.send_to_queue("claims", 7, within=connection)
+    assert type(raised.value) is filao.EngineError  # the same call would never succeed
+    connection.execute("ROLLBACK")
+    connection.execute("BEGIN IMMEDIATE")
+    await broker.send_to_queue("claims", 7, within=connection)
+    connection.execute("COMMIT")
+    connection.close()
+    assert await waiting(broker) == 2
+
+
 @pytest.mark.parametrize("kind", ["connection", "session"])
 async def test_sqlalchemy_holds_the_transaction(broker, tmp_path, kind) -> None:
     engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path / 'claims.db'}")

@@ -182,12 +182,8 @@ class Broker:
 
     async def _learn(self, queue: str | Queue[T]) -> Queue[T]:
         """Learn a queue's rules from the engine."""
-        check_name(queue)
-        name = cast("str", queue)
-        stored = {found.name: found for found in await self._engine.queues()}
-        if name not in stored:
-            raise not_found(name, stored)
-        known = self._queues[name] = stored[name]
+        name = name_of(queue)
+        known = self._queues[name] = await self._engine.find(name)
         return known
 
     def known_within(self, queue: str | Queue[T]) -> Queue[T]:

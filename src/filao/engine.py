@@ -425,6 +425,10 @@ class Engine(Protocol):
         """Return every declared queue with its rules, by name."""
         ...
 
+    async def find(self, queue: str) -> Queue[Any]:
+        """Return a declared queue with its rules, at no cost that grows with their number. Raises `QueueNotFound`."""
+        ...
+
     async def delete(self, queue: str) -> int:
         """Delete a queue, with its rules and counters, if it holds no message; return how many it holds."""
         ...

@@ -9,7 +9,7 @@ from filao.codec import JSON, decode_headers
 from filao.engine import Failure, QueueStats, State, StoredMessage, instant
 from filao.engines.postgresql.server import Connection
 from filao.errors import ConfigurationError
-from filao.queue import Queue, rules_from_json
+from filao.queue import Queue, not_found, rules_from_json
 
 _STATS = """
     SELECT q.name, q.paused,
@@ -48,6 +48,15 @@ async def queues(connection: Connection) -> dict[str, tuple[int, Queue]]:
     """Return every declared queue, by name, with its number and its rules."""
     found = await connection.execute('SELECT id, name, rules::text FROM filao.queue ORDER BY name COLLATE "C"')
     return {name: (number, rules_from_json(name, rules)) for number, name, rules in await found.fetchall()}
+
+
+async def find(connection: Connection, name: str) -> Queue:
+    """Return a queue with its rules. Raises `QueueNotFound`."""
+    found = await connection.execute("SELECT rules::text FROM filao.queue WHERE name = %s", (name,))
+    row = await found.fetchone()
+    if row is None:
+        raise not_found(name, await queues(connection))
+    return rules_from_json(name, row[0])
 
 
 async def stats(connection: Connection, moment: int | None) -> list[QueueStats]:

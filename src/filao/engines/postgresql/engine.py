@@ -373,6 +373,11 @@ class PostgresqlEngine:
         async with self._main.use() as connection:
             return [rules for _, rules in (await control.queues(connection)).values()]
 
+    async def find(self, queue: str) -> Queue:
+        """Return a queue with its rules, by one row."""
+        async with self._main.use() as connection:
+            return await control.find(connection, queue)
+
     async def delete(self, queue: str) -> int:
         """Delete a queue that holds no message."""
         number = await self._number(queue)

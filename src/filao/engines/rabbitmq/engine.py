@@ -336,6 +336,13 @@ class RabbitmqEngine:
         self._learnt_at = asyncio.get_running_loop().time()
         return list(self._rules.values())
 
+    async def find(self, queue: str) -> Queue:
+        """Return a queue with its rules; the register is read whole."""
+        known = {found.name: found for found in await self.queues()}
+        if queue not in known:
+            raise not_found(queue, known)
+        return known[queue]
+
     async def delete(self, queue: str) -> int:
         """Delete a queue of which nothing is ready or dead; the server does not tell what others hold of it."""
         await self._check_declared(queue)

@@ -169,9 +169,7 @@ class Database:
         self._check_lost()
         self._turnstile.enter()
         try:
-            if self.ticket is not None and not self.ticket.acquire(blocking=False):
-                raise EngineUnavailable("nobody waits for this any more")
-            self.ticket = None
+            self.take_ticket()
             db = self._db or self._reopen()
             db.execute("BEGIN IMMEDIATE")
             if self._is_suspicious or time.monotonic() - self._looked_at > LOOKED_WITHIN:
@@ -182,6 +180,12 @@ class Database:
             if isinstance(error, sqlite3.Error):
                 raise self._error(error) from error
             raise
+
+    def take_ticket(self) -> None:
+        """Begin the running job for good: it waits for nobody from here on."""
+        if self.ticket is not None and not self.ticket.acquire(blocking=False):
+            raise EngineUnavailable("nobody waits for this any more")
+        self.ticket = None
 
     def commit(self, books: Books) -> None:
         """Make it so, durably when the transaction was begun so."""

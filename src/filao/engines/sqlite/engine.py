@@ -296,6 +296,10 @@ class SqliteEngine:
         """Return every declared queue with its rules, by name."""
         return await self._look_up(lambda books: operators.queues(books.db))
 
+    async def find(self, queue: str) -> Queue:
+        """Return a queue with its rules, by one row."""
+        return await self._look_up(lambda books: _row(books, queue).rules)
+
     async def delete(self, queue: str) -> int:
         """Delete a queue that holds no message."""
         return await self._change(lambda books: operators.delete(books, _row(books, queue)))
@@ -419,6 +423,7 @@ class SqliteEngine:
 
     async def _look_up(self, work: Callable[[Books], R]) -> R:
         def job() -> R:
+            self._database.take_ticket()  # it may take its time, as the doctor does, and then nobody else is to blame
             with files.mapped(self._database.path):
                 return work(self._database.read())
 

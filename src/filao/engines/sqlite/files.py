@@ -307,6 +307,11 @@ def engine_error(path: Path, error: sqlite3.Error) -> EngineError:
     """Return our error for one of SQLite's: which file, what happened, what to do."""
     said = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
     match _primary(error):
+        case sqlite3.SQLITE_BUSY if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY_SNAPSHOT:
+            return EngineError(
+                f"{path}: this transaction began with a read, and others have written since, so it can write no more "
+                f"({said}). Nothing was sent: roll it back and begin anew, with BEGIN IMMEDIATE"
+            )
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return EngineUnavailable(
                 f"{path} is locked by another program's transaction ({said}). Nothing was done; try again when it ends."
