@@ -20,13 +20,20 @@ from tests.servers import rabbitmq_server, redis_server
 from bench import report
 from bench.measures import MEASURES as QUEUES
 from bench.measures import Ground, to_json
+from bench.old_transactions import old_transactions
 from bench.peers import PACKAGES, PEERS
 from bench.postgresql import postgresql
 from bench.rabbitmq import rabbitmq
 from bench.sandbox import sandbox
 from bench.working import working
 
-MEASURES = QUEUES | {"working": working, "postgresql": postgresql, "rabbitmq": rabbitmq, "sandbox": sandbox}
+MEASURES = QUEUES | {
+    "working": working,
+    "postgresql": postgresql,
+    "old-transactions": old_transactions,
+    "rabbitmq": rabbitmq,
+    "sandbox": sandbox,
+}
 QUICK = 0.02  # of a full run's numbers: to see that everything works, not to measure
 PROGRAMS = {"Redis": "redis-server", "RabbitMQ": "rabbitmq-server"}
 
@@ -49,7 +56,7 @@ def main() -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output, prefix="run-")))
         peers = [peer for peer in PEERS if peer == "Filao" or _is_there(peer)]
-        needed = set(options.only or MEASURES) - {"postgresql", "sandbox"}  # which start their own
+        needed = set(options.only or MEASURES) - {"postgresql", "old-transactions", "sandbox"}  # which start their own
         ports = {
             peer: stack.enter_context(STARTERS[peer](folder / peer)) for peer in peers if peer in STARTERS and needed
         }

@@ -78,6 +78,8 @@ def bars(found: dict[str, Any]) -> list[Bar]:
         judged += _working(found["working"])
     if "postgresql" in found:
         judged += _postgresql(found["postgresql"])
+    if "old-transactions" in found:
+        judged += _old_transactions(found["old-transactions"]["Filao"])
     if "rabbitmq" in found:
         judged += [
             Bar(f"RabbitMQ: {what}-one against aio-pika by hand", rates["Filao"] / rates["aio-pika"], 0.9)
@@ -176,6 +178,14 @@ def _postgresql(found: dict[str, Any]) -> list[Bar]:
             "PostgreSQL: a claim at 1,000,000 waiting against 600", claim["deep"] / claim["shallow"], 1.2, at_most=True
         ),
         Bar("PostgreSQL: MiB of table after 500,000 messages", found["table"]["after"], 50, at_most=True),
+    ]
+
+
+def _old_transactions(found: dict[str, dict[str, float]]) -> list[Bar]:
+    without, during = found["without"], found["with"]
+    return [
+        Bar("PostgreSQL, under an old transaction: wait for a message in ms, p99", during["p99"], 50, at_most=True),
+        Bar("PostgreSQL, under an old transaction: what gets through", during["burst"] / without["burst"], 0.8),
     ]
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -388,6 +388,41 @@ async def test_the_room_of_what_is_gone_is_given_back_when_the_queue_rests(url, 
                     await asyncio.sleep(0.05)
 
 
+# --- old transactions ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def old_transaction(url: str) -> Iterator[None]:
+    """Hold what a dump or an analyst holds: nothing that dies meanwhile can be removed."""
+    with psycopg.connect(url) as analyst:
+        analyst.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        analyst.execute("SELECT FROM pg_class LIMIT 1")
+        yield
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"delay": 0.001}, {"priority": 1}, {"ttl": 0.5}],
+    ids=["plain", "delayed", "with priorities", "with a time to live"],
+)
+async def test_under_an_old_transaction_a_claim_does_not_walk_over_what_was_handled(url, broker, how) -> None:
+    claim = """
+        EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON)
+        SELECT r.* FROM filao.queue q, filao.receive(q.id, NULL, 0, 60000, %s, 1, 0) r WHERE q.name = 'claims'
+    """
+    with old_transaction(url), psycopg.connect(url, autocommit=True) as session:
+        for number in range(8):
+            options = how if number % 2 else {}
+            await asyncio.gather(*(broker.send_to_queue("claims", b"x" * 500, **options) for _ in range(500)))
+            while messages := await broker.receive_many("claims", 100, wait=0.1):
+                await asyncio.gather(*(message.ack() for message in messages))
+        for token in range(8):  # some plans are made after five calls
+            await broker.send_to_queue("claims", 7)
+            ((about,),) = session.execute(claim, (token,)).fetchone() or ()
+            cost = about["Plan"]["Shared Hit Blocks"] + about["Plan"]["Shared Read Blocks"]
+    assert cost < 100  # pages; of the first claim of a session, which begins at the bottom, some thousands
+
+
 # --- waking ----------------------------------------------------------------------------------------------------------
 
 
@@ -407,11 +442,14 @@ async def test_a_consumer_that_waits_is_called_and_need_not_poll(url, monkeypatc
 async def test_a_queue_in_which_nothing_is_due_says_so(url, broker) -> None:
     await broker.send_to_queue("claims", 7)
     with psycopg.connect(url) as operator:
-        due = "SELECT filao.due_in(id, filao.clock()) FROM filao.queue WHERE name = 'claims'"
-        assert operator.execute(due).fetchone() == (None,)  # 0 would make whoever waits look again at once, for ever
+        seen = "filao.look_at_times(id, filao.nothing_seen(), NULL)"
+        due = f"SELECT filao.due_in({seen}, filao.clock()) FROM filao.queue WHERE name = 'claims'"
+        assert operator.execute(due.encode()).fetchone() == (
+            None,
+        )  # 0 would make whoever waits look again at once, for ever
     await broker.receive_from_queue("claims", lease=30)
     with psycopg.connect(url) as operator:
-        (left,) = operator.execute(due).fetchone() or (None,)
+        (left,) = operator.execute(due.encode()).fetchone() or (None,)
         assert 0 < left <= 30_000
 
 

@@ -18,12 +18,12 @@ _STATS = """
            coalesce(%s, filao.clock()) - (
              WITH RECURSIVE heads AS (  -- the first of each priority: one look-up for each that is in use
                (SELECT id, priority FROM filao.message
-                WHERE queue = q.id AND state OPERATOR(pg_catalog.=) 'ready' ORDER BY priority DESC, id LIMIT 1)
+                WHERE queue = q.id AND state OPERATOR(pg_catalog.=) 'ready' ORDER BY -priority, id LIMIT 1)
                UNION ALL
                SELECT below.* FROM heads, LATERAL (
                  SELECT id, priority FROM filao.message
-                 WHERE queue = q.id AND state OPERATOR(pg_catalog.=) 'ready' AND priority < heads.priority
-                 ORDER BY priority DESC, id LIMIT 1
+                 WHERE queue = q.id AND state OPERATOR(pg_catalog.=) 'ready' AND -priority > -heads.priority
+                 ORDER BY -priority, id LIMIT 1
                ) AS below
              )
              SELECT sent_at FROM filao.message WHERE id = (SELECT min(id) FROM heads)
@@ -32,7 +32,6 @@ _STATS = """
     ORDER BY q.name COLLATE "C"
 """
 _ORDER = {"ready": "-priority, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
-_SORT = _ORDER | {"ready": "priority DESC, id"}
 HISTORY = """
     (SELECT coalesce(json_agg(json_build_array(f.attempt, f.at, f.outcome, f.error, f.consumer) ORDER BY f.id), '[]')
      FROM filao.failure f WHERE f.message = m.id)
@@ -82,7 +81,7 @@ async def peek(
         f"""
         SELECT {_SEEN} FROM filao.message m
         WHERE queue = %s AND state OPERATOR(pg_catalog.=) '{State(state)}' {grouped} {behind}
-        ORDER BY {_SORT[state]} LIMIT %s
+        ORDER BY {_ORDER[state]} LIMIT %s
         """.encode(),
         (number, *last, limit),
     )

@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 2
+VERSION = 3
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -23,12 +23,30 @@ STEPS: dict[int, str] = {
         ALTER TABLE filao.waiting ALTER since TYPE timestamptz USING clock_timestamp(),
           ALTER since SET DEFAULT clock_timestamp();
     """,
+    3: """
+        CREATE TYPE filao.seen AS (
+          snapshot pg_snapshot, own xid8, priorities integer[], floors bigint[], below integer, delayed bigint,
+          leased bigint, expiring bigint, looked_at bigint
+        );
+        ALTER TABLE filao.message ADD COLUMN moved_in xid8 DEFAULT pg_current_xact_id();
+        DROP INDEX filao.message_ready;
+        CREATE INDEX message_ready ON filao.message (queue, (-priority), id) WHERE state = 'ready';
+        CREATE INDEX message_moved ON filao.message (queue, moved_in) WHERE moved_in IS NOT NULL;
+        ALTER TABLE filao.counter ADD COLUMN slot bigint NOT NULL DEFAULT 0, DROP CONSTRAINT counter_pkey;
+        ALTER TABLE filao.counter ADD PRIMARY KEY (queue, backend, slot, name), ALTER COLUMN slot DROP DEFAULT;
+        DROP TABLE filao.waiting;
+        CREATE UNLOGGED TABLE filao.waiting (
+          queue integer NOT NULL, since bigint NOT NULL, process integer NOT NULL, wants integer NOT NULL
+        );
+        CREATE INDEX waiting_since ON filao.waiting (queue, since);
+        CREATE SEQUENCE filao.place CACHE 1;
+    """,
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """
     SELECT (SELECT value FROM filao.meta WHERE name = 'version'), (SELECT value FROM filao.meta WHERE name = 'database')
 """
-FUNCTIONS = ("moves", "send", "receive", "settle", "operators", "processes", "doors")
+FUNCTIONS = ("seen", "moves", "send", "receive", "settle", "operators", "processes", "doors")
 """The files of the functions, in the order in which they are made; the last says who may call them."""
 LOCK = 0x46696C616F  # "Filao", as the key of an advisory lock
 

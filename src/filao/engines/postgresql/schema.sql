@@ -57,14 +57,16 @@ CREATE TABLE filao.message (
   headers    text,                       -- JSON
   reason     text,                       -- why it is dead
   content    bytea       NOT NULL,
-  salt       bigint                      -- the first part of its id; NULL: meta.database, as before version 2
+  salt       bigint,                     -- the first part of its id; NULL: meta.database, as before version 2
+  moved_in   xid8 DEFAULT pg_current_xact_id()  -- ready, delayed or blocked: since which transaction; see seen.sql
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000,
         autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 100000,
         autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 100000,
         autovacuum_vacuum_cost_delay = 0);
 -- A queue's table changes wholly every few minutes, so it is vacuumed after a number of changes, not after a share of it.
 
-CREATE INDEX message_ready    ON filao.message (queue, priority DESC, id) WHERE state = 'ready';
+CREATE INDEX message_ready    ON filao.message (queue, (-priority), id) WHERE state = 'ready';
+CREATE INDEX message_moved    ON filao.message (queue, moved_in)          WHERE moved_in IS NOT NULL;
 CREATE INDEX message_delayed  ON filao.message (queue, at)                WHERE state = 'delayed';
 CREATE INDEX message_leased   ON filao.message (queue, at)                WHERE state = 'leased';
 CREATE INDEX message_dead     ON filao.message (queue, id)                WHERE state = 'dead';
@@ -72,6 +74,18 @@ CREATE INDEX message_grouped  ON filao.message (queue, grp, state, id)    WHERE 
 CREATE INDEX message_expiring ON filao.message (queue, expires_at)
   WHERE expires_at IS NOT NULL AND state IN ('ready', 'delayed', 'blocked');
 CREATE INDEX message_named    ON filao.message (queue, message_id)        WHERE message_id IS NOT NULL;
+
+CREATE TYPE filao.seen AS ( -- what a session has seen of a queue: see seen.sql
+  snapshot   pg_snapshot,
+  own        xid8,       -- the transaction that looked, if it had a number
+  priorities integer[],  -- of which something may be ready, the highest first
+  floors     bigint[],   -- the lowest id that may be ready, of each of them
+  below      integer,    -- priorities lower than this have not been looked at; NULL: all have
+  delayed    bigint,     -- the lowest `at` of a delayed message; NULL: there is none
+  leased     bigint,     -- the lowest `at` of a lease that was seen; NULL: there was none
+  expiring   bigint,     -- the lowest `expires_at` of one that waits; NULL: there is none
+  looked_at  bigint      -- when
+);
 
 CREATE TABLE filao.failure (
   id       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -106,14 +120,16 @@ CREATE TABLE filao.unarranged ( -- groups in which a transaction of a user's cha
 );
 CREATE INDEX unarranged_queue ON filao.unarranged (queue);
 
--- What a queue counts, in one row for each backend that counts it, so that nobody waits for anybody. Their sum is what is
--- true; the rows of backends that are gone are folded into those of backend 0.
+-- What a queue counts, in rows of its own for each backend that counts it, so that nobody waits for anybody, and for each
+-- slot of some eight seconds: a row that is updated for ever is, under an old transaction, a chain of dead versions without
+-- end. Their sum is what is true; old slots, and the rows of backends that are gone, are folded into those of backend 0.
 CREATE TABLE filao.counter (
   queue   integer NOT NULL,
   backend integer NOT NULL,
+  slot    bigint  NOT NULL,    -- of 8,192 milliseconds
   name    text    NOT NULL,    -- a field of filao.engine.QueueStats
   value   bigint  NOT NULL,
-  PRIMARY KEY (queue, backend, name)
+  PRIMARY KEY (queue, backend, slot, name)
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000,
         autovacuum_vacuum_cost_delay = 0);
 
@@ -130,8 +146,9 @@ CREATE TABLE filao.process (   -- every process that receives here; tokens carry
 -- sequence: that of an unlogged table is damaged on a standby that was promoted.
 CREATE UNLOGGED TABLE filao.waiting (
   queue   integer NOT NULL,
+  since   bigint  NOT NULL,    -- its place: those that have waited longest are called first
   process integer NOT NULL,
-  wants   integer NOT NULL,    -- how many messages it waits for
-  since   timestamptz NOT NULL DEFAULT clock_timestamp(), -- those that have waited longest are called first
-  PRIMARY KEY (queue, process)
+  wants   integer NOT NULL     -- how many messages it waits for
 );
+CREATE INDEX waiting_since ON filao.waiting (queue, since);
+CREATE SEQUENCE filao.place CACHE 1;

@@ -18,18 +18,26 @@ CREATE OR REPLACE FUNCTION filao.clock() RETURNS bigint LANGUAGE sql VOLATILE AS
   SELECT floor(extract(epoch FROM clock_timestamp()) * 1000::numeric)::bigint
 $$;
 
+-- A function that reads tables is in PL/pgSQL, which keeps its plans; one in SQL is planned anew at each call.
+
 -- Add to the counters of a queue.
-CREATE OR REPLACE FUNCTION filao.count(q integer, names text[], amounts bigint[]) RETURNS void LANGUAGE sql AS $$
-  INSERT INTO filao.counter AS c (queue, backend, name, value)
-  SELECT q, pg_backend_pid(), given.name, given.amount
+CREATE OR REPLACE FUNCTION filao.count(q integer, names text[], amounts bigint[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
+  SELECT q, pg_backend_pid(), filao.clock() >> 13, given.name, given.amount
   FROM unnest(names, amounts) AS given (name, amount)
   WHERE given.amount <> 0
-  ON CONFLICT (queue, backend, name) DO UPDATE SET value = c.value + excluded.value
+  ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value;
+END
 $$;
 
 CREATE OR REPLACE FUNCTION filao.count_move(q integer, was filao.state, becomes filao.state) RETURNS void
-LANGUAGE sql AS $$
-  SELECT filao.count(q, ARRAY[was::text, becomes::text], ARRAY[-1, 1]) WHERE was <> becomes
+LANGUAGE plpgsql AS $$
+BEGIN
+  IF was <> becomes THEN
+    PERFORM filao.count(q, ARRAY[was::text, becomes::text], ARRAY[-1, 1]);
+  END IF;
+END
 $$;
 
 -- The first part of ids: random, drawn for each send, so that an id cannot be guessed, and after a restore or a failover is
@@ -79,14 +87,16 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION filao.first_of(q integer, g text, s filao.state) RETURNS bigint LANGUAGE sql VOLATILE AS $$
-  SELECT id FROM filao.message WHERE queue = q AND grp = g AND state = s ORDER BY id LIMIT 1
+CREATE OR REPLACE FUNCTION filao.first_of(q integer, g text, s filao.state) RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN (SELECT id FROM filao.message WHERE queue = q AND grp = g AND state = s ORDER BY grp, state, id LIMIT 1);
+END
 $$;
 
 CREATE OR REPLACE FUNCTION filao.set_state(q integer, number bigint, was filao.state, becomes filao.state) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-  UPDATE filao.message SET state = becomes WHERE id = number AND state = was;
+  UPDATE filao.message SET state = becomes, moved_in = pg_current_xact_id() WHERE id = number AND state = was;
   IF FOUND THEN
     PERFORM filao.count_move(q, was, becomes);
   END IF;
@@ -247,7 +257,9 @@ RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
   becomes filao.state := CASE WHEN due IS NOT NULL THEN 'delayed' WHEN m.grp IS NULL THEN 'ready' ELSE 'blocked' END;
 BEGIN
-  UPDATE filao.message SET state = becomes, at = coalesce(due, now), token = kept WHERE id = m.id;
+  UPDATE filao.message
+  SET state = becomes, at = coalesce(due, now), token = kept, moved_in = pg_current_xact_id()
+  WHERE id = m.id;
   PERFORM filao.count_move(m.queue, m.state, becomes);
   PERFORM filao.arrange(m.queue, m.grp, now, later);
 END
@@ -257,7 +269,7 @@ $$;
 CREATE OR REPLACE FUNCTION filao.die(m filao.message, why text, now bigint, later boolean) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-  UPDATE filao.message SET state = 'dead', at = now, token = 0, reason = why WHERE id = m.id;
+  UPDATE filao.message SET state = 'dead', at = now, token = 0, reason = why, moved_in = NULL WHERE id = m.id;
   PERFORM filao.count_move(m.queue, m.state, 'dead');
   PERFORM filao.count(m.queue, ARRAY['died'], ARRAY[1]);
   IF m.dedup_key IS NOT NULL THEN  -- its message_id stays known as long as the dead letter lies there
@@ -311,16 +323,17 @@ BEGIN
 END
 $$;
 
--- Expire so many messages at most, and return how many there were. What somebody else has locked is left to him.
-CREATE OR REPLACE FUNCTION filao.expire_some(q integer, most bigint, now bigint, later boolean) RETURNS bigint
-LANGUAGE plpgsql AS $$
+-- Expire so many messages at most, from a time on, and return how many there were. What somebody else has locked is left to
+-- them.
+CREATE OR REPLACE FUNCTION filao.expire_some(q integer, most bigint, now bigint, later boolean, since bigint = 0)
+RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
   m    filao.message;
   done bigint := 0;
 BEGIN
   FOR m IN
     SELECT * FROM filao.message
-    WHERE queue = q AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked')
+    WHERE queue = q AND expires_at >= since AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked')
     ORDER BY expires_at LIMIT most FOR UPDATE SKIP LOCKED
   LOOP
     CONTINUE WHEN NOT later AND m.grp IS NOT NULL AND NOT pg_try_advisory_xact_lock(filao.group_key(q, m.grp));

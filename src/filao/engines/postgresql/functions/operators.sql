@@ -100,7 +100,9 @@ BEGIN
   FOR i IN 1 .. cardinality(numbers) LOOP
     CONTINUE WHEN reasons[i] IS NULL;
     SELECT * INTO m FROM filao.message WHERE id = numbers[i];
-    UPDATE filao.message SET state = 'dead', at = died[i], reason = reasons[i], dedup_key = dedup_keys[i] WHERE id = m.id;
+    UPDATE filao.message
+    SET state = 'dead', at = died[i], reason = reasons[i], dedup_key = dedup_keys[i], moved_in = NULL
+    WHERE id = m.id;
     PERFORM filao.count_move(q, m.state, 'dead');
     PERFORM filao.arrange(q, m.grp, now, false);
   END LOOP;

@@ -46,14 +46,19 @@ BEGIN
     WHERE NOT p.has_session AND p.started_at < coalesce(moment, filao.clock()) - 86400000 AND NOT EXISTS (
       SELECT FROM filao.message m WHERE m.state = 'leased' AND m.token >> 32 = p.id
     );
-    WITH gone AS (
-      DELETE FROM filao.counter c
-      WHERE c.backend <> 0 AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = c.backend)
+    WITH old AS MATERIALIZED ( -- a user's transaction may still be counting in one
+      SELECT c.queue, c.backend, c.slot, c.name FROM filao.counter c
+      WHERE c.backend <> 0 AND (c.slot < (filao.clock() >> 13) - 1
+                                OR NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = c.backend))
+      FOR UPDATE SKIP LOCKED
+    ), gone AS (
+      DELETE FROM filao.counter c USING old
+      WHERE (c.queue, c.backend, c.slot, c.name) = (old.queue, old.backend, old.slot, old.name)
       RETURNING c.queue, c.name, c.value
     )
-    INSERT INTO filao.counter AS c (queue, backend, name, value)
-    SELECT gone.queue, 0, gone.name, sum(gone.value) FROM gone GROUP BY 1, 3
-    ON CONFLICT (queue, backend, name) DO UPDATE SET value = c.value + excluded.value;
+    INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
+    SELECT gone.queue, 0, 0, gone.name, sum(gone.value) FROM gone GROUP BY 1, 4
+    ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value;
   END IF;
   RETURN forgotten = 1000;
 END

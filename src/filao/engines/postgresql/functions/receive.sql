@@ -1,24 +1,27 @@
 -- Receiving: what is due, the claim, those who wait.
 
 -- Make ready what is due: delayed messages, and those whose lease ran out; expire what outlived its time to live. Whatever
--- somebody else has locked is left to him.
-CREATE OR REPLACE FUNCTION filao.make_due(q integer, now bigint) RETURNS void LANGUAGE plpgsql AS $$
+-- somebody else has locked is left to them. Returns whether anything may have moved.
+CREATE OR REPLACE FUNCTION filao.make_due(q integer, seen filao.seen, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
   m     filao.message;
   moved bigint;
+  acted boolean := false;
 BEGIN
-  IF EXISTS (SELECT FROM filao.message WHERE queue = q AND state = 'delayed' AND at <= now) THEN
+  IF seen.delayed <= now THEN
+    acted := true;
     WITH due AS MATERIALIZED (
       SELECT id FROM filao.message
-      WHERE queue = q AND state = 'delayed' AND at <= now AND grp IS NULL
+      WHERE queue = q AND state = 'delayed' AND at >= seen.delayed AND at <= now AND grp IS NULL
       ORDER BY at LIMIT 5000 FOR UPDATE SKIP LOCKED
     )
-    UPDATE filao.message AS t SET state = 'ready', at = now, token = 0 FROM due WHERE t.id = due.id;
+    UPDATE filao.message AS t SET state = 'ready', at = now, token = 0, moved_in = pg_current_xact_id()
+    WHERE t.id = ANY (ARRAY(SELECT due.id FROM due));
     GET DIAGNOSTICS moved = ROW_COUNT;
     PERFORM filao.count(q, ARRAY['delayed', 'ready'], ARRAY[-moved, moved]) WHERE moved > 0;
     FOR m IN
       SELECT * FROM filao.message
-      WHERE queue = q AND state = 'delayed' AND at <= now AND grp IS NOT NULL
+      WHERE queue = q AND state = 'delayed' AND at >= seen.delayed AND at <= now AND grp IS NOT NULL
       ORDER BY at LIMIT 1000 FOR UPDATE SKIP LOCKED
     LOOP
       CONTINUE WHEN NOT pg_try_advisory_xact_lock(filao.group_key(q, m.grp));
@@ -31,16 +34,23 @@ BEGIN
   FOR m IN
     SELECT * FROM filao.message
     WHERE queue = q AND state = 'leased' AND at <= now
+      AND at >= least(seen.leased, seen.looked_at - 200, now - 200) -- leases that others took since end later than this
     ORDER BY at LIMIT 1000 FOR UPDATE SKIP LOCKED
   LOOP
+    acted := true;
     IF m.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, m.grp)) THEN
       PERFORM filao.lose(m, 'lease_expired', now);
     END IF;
   END LOOP;
-  PERFORM filao.expire_some(q, 1000, now, false);
+  IF seen.expiring <= now THEN
+    acted := true;
+    PERFORM filao.expire_some(q, 1000, now, false, seen.expiring);
+  END IF;
   IF EXISTS (SELECT FROM filao.unarranged WHERE queue = q) THEN
+    acted := true;
     PERFORM filao.arrange_noted(q, now);
   END IF;
+  RETURN acted;
 END
 $$;
 
@@ -56,41 +66,71 @@ CREATE OR REPLACE FUNCTION filao.receive(
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-  now   bigint := coalesce(moment, filao.clock());
-  rules filao.queue;
-  found bigint := 0;
+  now    bigint := coalesce(moment, filao.clock());
+  rules  filao.queue;
+  seen   filao.seen;
+  found  bigint := 0;
+  got    bigint;
+  i      integer := 1;
 BEGIN
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
+  seen := filao.look_at_times(q, filao.look(q, filao.seen(q)), now);
   IF NOT rules.paused THEN
-    PERFORM filao.make_due(q, now);
-    RETURN QUERY
-      WITH picked AS MATERIALIZED (
-        SELECT m.id, m.grp FROM filao.message m
-        WHERE m.queue = q AND m.state = 'ready'
-        ORDER BY m.priority DESC, m.id LIMIT most FOR UPDATE SKIP LOCKED
-      ), mine AS MATERIALIZED (
-        SELECT picked.id FROM picked
-        WHERE picked.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, picked.grp))
-      ), leased AS (
-        UPDATE filao.message AS m
-        SET state = 'leased', at = now + coalesce(lease, rules.lease), token = receive.token, attempts = m.attempts + 1
-        FROM mine WHERE m.id = mine.id
-        RETURNING m.*
-      )
-      SELECT l.id, l.priority, l.attempts, l.grp, l.dedup_key, l.message_id, l.headers, l.kind, l.content, l.sent_at,
-             l.failures,
-             l.failures > 0 AND 'crashed' = (
-               SELECT f.outcome FROM filao.failure f WHERE f.message = l.id ORDER BY f.id DESC LIMIT 1
-             ),
-             l.salt, NULL::bigint
-      FROM leased l
-      ORDER BY l.priority DESC, l.id;
-    GET DIAGNOSTICS found = ROW_COUNT;
-    PERFORM filao.count(q, ARRAY['ready', 'leased', 'received'], ARRAY[-found, found, found]) WHERE found > 0;
+    IF filao.make_due(q, seen, now) THEN
+      seen := filao.look(q, seen);  -- what has just become ready
+    END IF;
+    WHILE found < most LOOP
+      IF i > cardinality(seen.priorities) AND seen.below IS NOT NULL THEN
+        seen := filao.learn(q, seen);
+      END IF;
+      EXIT WHEN i > cardinality(seen.priorities);
+      seen.floors[i] := filao.first_ready(q, seen.priorities[i], seen.floors[i]);
+      IF seen.floors[i] IS NULL THEN
+        seen.priorities := seen.priorities[:i - 1] || seen.priorities[i + 1:];
+        seen.floors := seen.floors[:i - 1] || seen.floors[i + 1:];
+        CONTINUE;
+      END IF;
+      RETURN QUERY
+        WITH picked AS MATERIALIZED (
+          SELECT m.id, m.grp FROM filao.message m
+          WHERE m.queue = q AND m.state = 'ready' AND -m.priority <= -seen.priorities[i]
+            AND (-m.priority, m.id) >= (-seen.priorities[i], seen.floors[i])
+          ORDER BY -m.priority, m.id LIMIT most - found FOR UPDATE SKIP LOCKED
+        ), mine AS MATERIALIZED (
+          SELECT picked.id FROM picked
+          WHERE picked.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, picked.grp))
+        ), leased AS (
+          UPDATE filao.message AS m
+          SET state = 'leased', at = now + coalesce(lease, rules.lease), token = receive.token, moved_in = NULL,
+              attempts = m.attempts + 1
+          WHERE m.id = ANY (ARRAY(SELECT mine.id FROM mine))
+          RETURNING m.*
+        )
+        SELECT l.id, l.priority, l.attempts, l.grp, l.dedup_key, l.message_id, l.headers, l.kind, l.content, l.sent_at,
+               l.failures,
+               l.failures > 0 AND 'crashed' = (
+                 SELECT f.outcome FROM filao.failure f WHERE f.message = l.id ORDER BY f.id DESC LIMIT 1
+               ),
+               l.salt, NULL::bigint
+        FROM leased l
+        ORDER BY l.priority DESC, l.id;
+      GET DIAGNOSTICS got = ROW_COUNT;
+      found := found + got;
+      i := i + 1;
+    END LOOP;
+    IF found > 0 THEN
+      seen.leased := least(seen.leased, now + coalesce(lease, rules.lease));
+      PERFORM filao.count(q, ARRAY['ready', 'leased', 'received'], ARRAY[-found, found, found]);
+    END IF;
   END IF;
+  seen.looked_at := now;
+  IF found < greatest(waiting, 1) THEN
+    seen := filao.look_at_times(q, seen, NULL);
+  END IF;
+  PERFORM set_config('filao.seen_' || q, seen::text, false);
   IF found < greatest(waiting, 1) THEN
     id := NULL; content := NULL;
-    due_in := filao.due_in(q, now);
+    due_in := filao.due_in(seen, now);
     IF waiting > 0 AND filao.wait(q, process, waiting - found::integer) THEN
       due_in := 0;
     END IF;
@@ -99,39 +139,61 @@ BEGIN
 END
 $$;
 
--- Milliseconds until the next delayed message or running lease is due; NULL when there is none. (GREATEST passes NULL over.)
-CREATE OR REPLACE FUNCTION filao.due_in(q integer, now bigint) RETURNS bigint LANGUAGE sql VOLATILE AS $$
-  SELECT CASE WHEN due.at IS NOT NULL THEN greatest(0, due.at - now) END
-  FROM (SELECT least(
-    (SELECT at FROM filao.message WHERE queue = q AND state = 'delayed' ORDER BY at LIMIT 1),
-    (SELECT at FROM filao.message WHERE queue = q AND state = 'leased' ORDER BY at LIMIT 1)
-  )) AS due (at)
+-- Milliseconds until the next delayed message or running lease is due; NULL when none was seen.
+CREATE OR REPLACE FUNCTION filao.due_in(seen filao.seen, now bigint) RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN CASE WHEN coalesce(seen.delayed, seen.leased) IS NOT NULL
+              THEN greatest(0, least(seen.delayed, seen.leased) - now) END;
+END
 $$;
 
--- Put a process on the waiting list; false when it stood there. It writes nothing then, so that polling costs no flush.
+-- Put a process on the waiting list; false when it stood there, which writes nothing. Its place there is a setting of the
+-- session, as in seen.sql.
 CREATE OR REPLACE FUNCTION filao.wait(q integer, p integer, wanted integer) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+  place bigint := nullif(current_setting(format('filao.place_%s_%s', q, p), true), '');
 BEGIN
-  INSERT INTO filao.waiting (queue, process, wants) VALUES (q, p, wanted) ON CONFLICT DO NOTHING;
-  RETURN FOUND;
+  IF EXISTS (SELECT FROM filao.waiting WHERE queue = q AND since = place AND process = p) THEN
+    RETURN false;
+  END IF;
+  place := nextval('filao.place');
+  INSERT INTO filao.waiting (queue, since, process, wants) VALUES (q, place, p, wanted);
+  PERFORM set_config(format('filao.place_%s_%s', q, p), place::text, false);
+  RETURN true;
 END
 $$;
 
 -- Call those who have waited longest: enough of them for so many messages, each on a channel of its own, so that nobody
 -- wakes up in vain. Not in the transaction that sent: a NOTIFY is a lock that all commits wait for.
+--
+-- Whom others called is not looked at again: the session remembers where the list began, less a margin for places that
+-- were taken before and are listed after. Who is overlooked so finds what there is by polling.
 CREATE OR REPLACE FUNCTION filao.call(queues integer[], amounts integer[]) RETURNS void
-LANGUAGE sql SET enable_seqscan = off SET jit = off AS $$
-  WITH listed AS (
-    SELECT w.queue, w.process, given.amount, sum(w.wants) OVER (PARTITION BY w.queue ORDER BY w.since) - w.wants AS before
-    FROM unnest(queues, amounts) AS given (queue, amount)
-    CROSS JOIN LATERAL (
-      SELECT * FROM filao.waiting w WHERE w.queue = given.queue ORDER BY w.since LIMIT 100
-    ) AS w
-  ), chosen AS ( -- whoever is being called by another is called by him
-    SELECT w.queue, w.process FROM filao.waiting w JOIN listed USING (queue, process)
-    WHERE listed.before < listed.amount FOR UPDATE OF w SKIP LOCKED
-  ), called AS (
-    DELETE FROM filao.waiting w USING chosen WHERE w.queue = chosen.queue AND w.process = chosen.process
-    RETURNING w.queue, w.process
-  )
-  SELECT pg_notify('filao_' || process, queue::text) FROM called
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+  margin CONSTANT integer := 200;  -- places
+  q      integer;
+  wanted bigint;
+  floor  bigint;
+  first  bigint;
+  w      record;
+BEGIN
+  FOR q, wanted IN SELECT * FROM unnest(queues, amounts) LOOP
+    floor := coalesce(nullif(current_setting('filao.called_' || q, true), '')::bigint, 0);
+    first := NULL;
+    FOR w IN
+      SELECT t.ctid, t.* FROM filao.waiting t
+      WHERE t.queue = q AND t.since >= floor ORDER BY t.queue, t.since LIMIT 100 FOR UPDATE SKIP LOCKED
+    LOOP  -- whoever is being called by another is called by them
+      first := coalesce(first, w.since);
+      EXIT WHEN wanted <= 0;
+      DELETE FROM filao.waiting t WHERE t.ctid = w.ctid;
+      PERFORM pg_notify('filao_' || w.process, q::text);
+      wanted := wanted - w.wants;
+    END LOOP;
+    IF first > floor + 2 * margin THEN
+      PERFORM set_config('filao.called_' || q, (first - margin)::text, false);
+    END IF;
+  END LOOP;
+END
 $$;

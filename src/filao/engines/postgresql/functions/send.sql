@@ -18,11 +18,11 @@ DECLARE
   m filao.message;
 BEGIN
   WITH RECURSIVE heads AS (  -- the first of each priority: one look-up for each that is in use
-    (SELECT id, priority FROM filao.message WHERE queue = q AND state = 'ready' ORDER BY priority DESC, id LIMIT 1)
+    (SELECT id, priority FROM filao.message WHERE queue = q AND state = 'ready' ORDER BY -priority, id LIMIT 1)
     UNION ALL
     SELECT below.* FROM heads, LATERAL (
       SELECT id, priority FROM filao.message
-      WHERE queue = q AND state = 'ready' AND priority < heads.priority ORDER BY priority DESC, id LIMIT 1
+      WHERE queue = q AND state = 'ready' AND -priority > -heads.priority ORDER BY -priority, id LIMIT 1
     ) AS below
   )
   SELECT * INTO m FROM filao.message

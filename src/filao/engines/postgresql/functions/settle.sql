@@ -1,4 +1,7 @@
 -- Settling and extending, each with the lease's token in the statement that writes.
+--
+-- Messages are found by their ids, whatever the planner believes of the table: a join with it is written as LATERAL or with
+-- an array, and a state is compared with IS NOT DISTINCT FROM where `=` would let the plan walk through an index of states.
 
 -- How long a message waits after its nth failed attempt: see filao.queue.Backoff.
 CREATE OR REPLACE FUNCTION filao.backoff(rules filao.queue, attempt integer) RETURNS bigint LANGUAGE sql VOLATILE AS $$
@@ -23,13 +26,16 @@ DECLARE
 BEGIN
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
   WITH mine AS MATERIALIZED (
-    SELECT t.id FROM unnest(ids, tokens, outcomes) AS asked (id, token, outcome)
-    JOIN filao.message t ON t.id = asked.id AND t.token = asked.token
-    WHERE asked.outcome = 'ack' AND t.state = 'leased' AND t.at > now
-      AND t.grp IS NULL AND t.dedup_key IS NULL AND t.message_id IS NULL AND t.failures = 0
-    ORDER BY t.id FOR UPDATE OF t
+    SELECT held.id
+    FROM (SELECT * FROM unnest(ids, tokens, outcomes) AS given (id, token, outcome) ORDER BY id) AS asked, LATERAL (
+      SELECT t.id FROM filao.message t
+      WHERE t.id = asked.id AND t.token = asked.token AND t.state IS NOT DISTINCT FROM 'leased' AND t.at > now
+        AND t.grp IS NULL AND t.dedup_key IS NULL AND t.message_id IS NULL AND t.failures = 0
+      FOR UPDATE
+    ) AS held
+    WHERE asked.outcome = 'ack'
   ), gone AS (
-    DELETE FROM filao.message t USING mine WHERE t.id = mine.id RETURNING t.id
+    DELETE FROM filao.message t WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.id
   )
   SELECT coalesce(array_agg(gone.id), '{}') INTO acked FROM gone;  -- most acks, in one statement
   held := cardinality(acked);
@@ -91,12 +97,15 @@ DECLARE
   i    integer;
 BEGIN
   WITH mine AS MATERIALIZED (
-    SELECT t.id, asked.length FROM unnest(ids, tokens, lengths) AS asked (id, token, length)
-    JOIN filao.message t ON t.id = asked.id AND t.token = asked.token
-    WHERE t.state = 'leased' AND t.at > now
-    ORDER BY t.id FOR UPDATE OF t SKIP LOCKED
+    SELECT held.id, asked.length
+    FROM (SELECT * FROM unnest(ids, tokens, lengths) AS given (id, token, length) ORDER BY id) AS asked, LATERAL (
+      SELECT t.id FROM filao.message t
+      WHERE t.id = asked.id AND t.token = asked.token AND t.state IS NOT DISTINCT FROM 'leased' AND t.at > now
+      FOR UPDATE SKIP LOCKED
+    ) AS held
   ), extended AS (
-    UPDATE filao.message t SET at = now + mine.length FROM mine WHERE t.id = mine.id RETURNING t.id
+    UPDATE filao.message t SET at = now + (SELECT mine.length FROM mine WHERE mine.id = t.id)
+    WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.id
   )
   SELECT coalesce(array_agg(extended.id), '{}') INTO done FROM extended;
   FOR i IN 1 .. cardinality(ids) LOOP
@@ -114,7 +123,7 @@ BEGIN
       RETURN NEXT i;
     ELSIF FOUND THEN
       PERFORM filao.count(q, ARRAY['late'], ARRAY[1]);
-      UPDATE filao.message t SET state = 'leased', at = now + lengths[i] WHERE t.id = m.id;
+      UPDATE filao.message t SET state = 'leased', at = now + lengths[i], moved_in = NULL WHERE t.id = m.id;
       PERFORM filao.count_move(q, m.state, 'leased');
     END IF;
   END LOOP;
