@@ -20,8 +20,8 @@ from psycopg.rows import dict_row
 from sqlalchemy.orm import Session
 
 import filao
+from filao.engines.postgresql import doctor, schema, server
 from filao.engines.postgresql import engine as engine_module
-from filao.engines.postgresql import schema, server
 from tests.conftest import engine_of, let_pass
 from tests.load import QUEUE, loaded
 from tests.proxy import Proxy
@@ -392,12 +392,12 @@ async def test_the_room_of_what_is_gone_is_given_back_when_the_queue_rests(url, 
 
 
 @contextmanager
-def old_transaction(url: str) -> Iterator[None]:
-    """Hold what a dump or an analyst holds: nothing that dies meanwhile can be removed."""
+def old_transaction(url: str) -> Iterator[int]:
+    """Hold what a dump or an analyst holds, and yield its process: nothing that dies meanwhile can be removed."""
     with psycopg.connect(url) as analyst:
         analyst.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         analyst.execute("SELECT FROM pg_class LIMIT 1")
-        yield
+        yield analyst.info.backend_pid
 
 
 @pytest.mark.parametrize(
@@ -421,6 +421,37 @@ async def test_under_an_old_transaction_a_claim_does_not_walk_over_what_was_hand
             ((about,),) = session.execute(claim, (token,)).fetchone() or ()
             cost = about["Plan"]["Shared Hit Blocks"] + about["Plan"]["Shared Read Blocks"]
     assert cost < 100  # pages; of the first claim of a session, which begins at the bottom, some thousands
+
+
+async def test_the_doctor_names_who_holds_an_old_transaction(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "TRANSACTION_LONG", 0)
+    with old_transaction(url) as pid:
+        said = [finding.text for finding in await broker.doctor() if finding.subject == "transactions"]
+    assert len(said) == 1
+    for part in (
+        f"process {pid}",
+        "transaction of filao",
+        "SELECT FROM pg_class LIMIT 1",
+        f"pg_terminate_backend({pid})",
+    ):
+        assert part in said[0]
+    assert "transactions" not in [finding.subject for finding in await broker.doctor()]
+
+
+async def test_nothing_is_vacuumed_in_vain_while_an_old_transaction_is_open(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(engine_module, "VACUUM_AFTER", -1)
+    with psycopg.connect(url, autocommit=True) as operator:
+
+        async def vacuumed() -> int:
+            await engine_of(broker)._vacuum()
+            row = operator.execute("SELECT pg_stat_get_vacuum_count('filao.message'::regclass)").fetchone()
+            return row[0] if row else 0
+
+        with old_transaction(url):
+            first = await vacuumed()
+            await broker.send_to_queue("claims", 7)
+            assert [await vacuumed(), await vacuumed()] == [first, first]
+        assert await vacuumed() == first + 1
 
 
 # --- waking ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from collections.abc import AsyncGenerator
 from filao.engine import Finding, process_finding
 from filao.engines.postgresql.server import Connection, Server
 
-TRANSACTION_LONG = 60  # seconds; vacuum removes nothing that is younger than the oldest transaction
+TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the oldest transaction began
+HOLDERS_MAX = 5  # that are named
+QUERY_MAX = 200  # characters of their last statements
 TABLE_LARGE = 1024**3  # bytes
 
 
@@ -29,11 +31,13 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
             )
     if await _value(connection, "SHOW autovacuum") != "on":
         yield Finding("autovacuum", "error", "autovacuum is off: the message table grows without end. Turn it on.")
-    oldest = int(await _value(connection, _OLDEST_TRANSACTION) or 0)
-    if oldest > TRANSACTION_LONG:
+    for holder, pid, age, query in await (
+        await connection.execute(_HOLDERS, (TRANSACTION_LONG, HOLDERS_MAX))
+    ).fetchall():
+        end = f"End it, or SELECT pg_terminate_backend({pid})" if pid else "End it"
         yield Finding(
-            "transactions", "warning", f"the oldest open transaction is {oldest:,} s old: until it ends, vacuum cannot remove "
-            f"what was acknowledged since. Find it in pg_stat_activity.",
+            "transactions", "warning", f"{holder} has been open for {age:,} s: until it ends, nothing that was acknowledged "
+            f"since can be removed, and the table grows. {end}.{_last(query)}",
         )  # fmt: skip
     used, most = (
         int(await _value(connection, "SELECT count(*) FROM pg_stat_activity")),
@@ -53,10 +57,31 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
         yield process_finding(name, held, state, float(reported_ago))
 
 
-_OLDEST_TRANSACTION = """
-    SELECT extract(epoch FROM max(clock_timestamp() - xact_start)) FROM pg_stat_activity
-    WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+_HOLDERS = """
+    SELECT holder, pid, age::bigint, query
+    FROM (
+      SELECT format('the transaction of %%s (process %%s, %%s)', usename, pid, coalesce(nullif(application_name, ''), state)),
+             pid, extract(epoch FROM clock_timestamp() - xact_start), query
+      FROM pg_stat_activity
+      WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+        AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
+      UNION ALL
+      SELECT format('the prepared transaction %%s of %%s', quote_literal(gid), owner), NULL,
+             extract(epoch FROM clock_timestamp() - prepared), NULL
+      FROM pg_prepared_xacts WHERE database = current_database()
+    ) AS open (holder, pid, age, query)
+    WHERE age >= %s ORDER BY age DESC LIMIT %s
 """
+"""Whose snapshots or changes keep dead rows; of other users' transactions a role without pg_read_all_stats sees no age."""
+
+
+def _last(query: str | None) -> str:
+    """Tell a stranger's last statement on one line, whatever is in it."""
+    said = " ".join((query or "").split())
+    said = "".join(character if character.isprintable() else "?" for character in said)
+    return f" Its last statement: {said[:QUERY_MAX]}" if said else ""
+
+
 _PROCESSES = """
     SELECT p.name, (SELECT count(*) FROM filao.message m WHERE m.state = 'leased' AND m.token >> 32 = p.id), p.state,
       (filao.clock() - p.reported_at) / 1000.0

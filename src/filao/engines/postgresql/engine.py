@@ -90,6 +90,8 @@ class PostgresqlEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._tidied = self._vacuumed = time.monotonic()
         self._dead_rows = 0
+        self._vacuumed_to = 0
+        """What died before this transaction was removed, as far as it could be."""
         self._is_listening = False
         self._is_closing = False
 
@@ -339,10 +341,15 @@ class PostgresqlEngine:
         self._heard(0)
 
     async def _vacuum(self) -> None:
-        """Let the room of what is gone be used again, unless another process is at it; of a table at rest, give it back."""
-        dead, before = int(await self._value(_DEAD_ROWS)), self._dead_rows
+        """Let the room of what is gone be used again, unless another process is at it; of a table at rest, give it back.
+
+        While an old transaction keeps what died since the last time, it would be in vain.
+        """
+        found = str(await self._value(_DEAD_ROWS)).split()
+        dead, horizon, before = int(found[0]), int(found[1]), self._dead_rows
         self._dead_rows = dead
-        if dead > VACUUM_AFTER or (dead == before and dead > VACUUM_AT_REST):
+        if horizon > self._vacuumed_to and (dead > VACUUM_AFTER or (dead == before and dead > VACUUM_AT_REST)):
+            self._vacuumed_to = horizon
             async with self._connection() as connection:
                 await connection.execute("VACUUM (SKIP_LOCKED) filao.message")
 
@@ -570,7 +577,18 @@ _IDENTITY = """
     SELECT format('postgresql %%s %%s %%s', m.value, d.oid, extract(epoch FROM pg_postmaster_start_time()))
     FROM filao.meta m, pg_database d WHERE m.name = 'database' AND d.datname = current_database()
 """
-_DEAD_ROWS = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relid = 'filao.message'::regclass"
+_DEAD_ROWS = """
+    SELECT format('%%s %%s', n_dead_tup, pg_snapshot_xmax(pg_current_snapshot())::text::bigint - (
+      SELECT max(age) FROM (
+        SELECT greatest(age(backend_xmin), age(backend_xid)) FROM pg_stat_activity
+        WHERE datname = current_database() OR backend_type = 'walsender'
+        UNION ALL SELECT age(transaction) FROM pg_prepared_xacts WHERE database = current_database()
+        UNION ALL SELECT age(xmin) FROM pg_replication_slots
+      ) AS held (age)
+    ))
+    FROM pg_stat_user_tables WHERE relid = 'filao.message'::regclass
+"""
+"""How many rows are dead, and the number of the oldest transaction that anybody may still see the state of."""
 _IS_HERE = "SELECT to_regclass('filao.queue') IS NOT NULL"
 _ABOUT = """
     SELECT q.id, q.rules::text, m.value
