@@ -2,16 +2,20 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+import sqlalchemy
+import sqlalchemy.orm
 
 import filao
 from filao.connections import Connection, connection_of
-from filao.outbox import Inbox, Outbox
+from filao.outbox import Failed, Inbox, Outbox, Recorded
 from filao.relay import Relay
 from tests.conftest import engine_of
 
@@ -156,6 +160,7 @@ async def test_a_delay_runs_from_when_it_was_recorded(business, connection, brok
         outbox.send_to_queue(connection, "claims", 1, delay=100)
         connection.execute("UPDATE filao_outbox SET recorded_at = recorded_at - 60")
     (recorded,) = outbox.recorded(connection, 10)
+    assert isinstance(recorded, Recorded)
     assert recorded.draft.delay == pytest.approx(40, abs=5)
 
 
@@ -221,6 +226,122 @@ async def test_a_queue_that_has_room_for_some_gets_them_in_order(connection, bus
     assert seen == list(range(35))
 
 
+async def test_a_send_that_can_never_be_sent_is_set_aside_and_those_behind_it_go_on(
+    business, connection, broker, caplog
+) -> None:
+    outbox = Outbox()
+    with connection:
+        outbox.send_to_queue(connection, "claims", "first")
+        outbox.send_to_queue(connection, filao.Queue("claims", body_max=10**6), "x" * 300_000)
+        for number in range(600):
+            outbox.send_to_queue(connection, "claims", number)
+    async with relaying(business, broker):
+        bodies = [message.body for message in await received(broker, 601)]
+    assert bodies == ["first", *range(600)]
+    (failed,) = outbox.failed(connection)
+    assert failed.queue == "claims"
+    assert "300,002 bytes" in failed.reason
+    assert "set aside" in caplog.text
+    await broker.declare(filao.Queue("claims", body_max=10**6))
+    with connection:
+        assert outbox.retry(connection, [failed.number, 10**9]) == 1
+    async with relaying(business, broker):
+        (message,) = await received(broker, 1)
+    assert (message.id, len(message.body)) == (failed.id, 300_000)
+    assert not outbox.failed(connection)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "headers = 'not json'",
+        "headers = '[1]'",
+        "kind = 7",
+        "kind = 1, content = '!'",
+        "content = x'ff'",
+        "delay = 'soon'",
+        "delay = -1",
+        "ttl = 0",
+        "priority = 1e300",
+        "priority = 'high'",
+        "grp = ''",
+        "queue = 'no queue!'",
+        "id = ''",
+        "recorded_at = 'today'",
+    ],
+)
+async def test_no_row_ends_a_relay(business, connection, broker, change) -> None:
+    outbox = Outbox()
+    with connection:
+        outbox.send_to_queue(connection, "claims", 1)
+        connection.execute(f"UPDATE filao_outbox SET {change}")
+        outbox.send_to_queue(connection, "claims", 2)
+    async with relaying(business, broker):
+        (message,) = await received(broker, 1)
+        assert message.body == 2
+        async with asyncio.timeout(PATIENCE):
+            while not outbox.failed(connection):
+                await asyncio.sleep(0.01)
+    assert len(outbox.failed(connection)) == 1
+    with connection:
+        assert outbox.retry(connection) == 1
+
+
+async def test_a_broker_that_is_closed_sets_nothing_aside(business, connection, broker) -> None:
+    with connection:
+        Outbox().send_to_queue(connection, "claims", 1)
+    relay = Relay(Outbox(), lambda: sqlite3.connect(business), broker)
+    await broker.close()
+    with pytest.raises(filao.FilaoError):
+        await relay.step()
+    await relay.close()
+    assert not Outbox().failed(connection)
+
+
+async def test_an_outbox_of_an_earlier_version_is_relayed(tmp_path, broker) -> None:
+    path = tmp_path / "old.db"
+    with closing(sqlite3.connect(path)) as old, old:
+        Outbox().create(old)
+        old.execute("ALTER TABLE filao_outbox DROP COLUMN failed")
+        Outbox().send_to_queue(old, "claims", 1)
+    async with relaying(path, broker):
+        (message,) = await received(broker, 1)
+    assert message.body == 1
+    with closing(sqlite3.connect(path)) as old:
+        assert Outbox().failed(old) == []
+
+
+async def test_two_relays_of_one_outbox_send_nothing_twice_and_in_order(business, connection, broker) -> None:
+    with connection:
+        for number in range(2_000):
+            Outbox().send_to_queue(connection, "claims", number)
+    async with relaying(business, broker), relaying(business, broker):
+        await until_empty(connection)
+    assert [message.body for message in await received(broker, 2_000)] == list(range(2_000))
+    assert await broker.receive_from_queue("claims", wait=0) is None
+
+
+async def test_what_one_queue_has_sent_is_forgotten_when_another_fails(
+    business, connection, broker, monkeypatch
+) -> None:
+    with connection:
+        Outbox().send_to_queue(connection, "claims", 1)
+        Outbox().send_to_queue(connection, "letters", 2)
+    send = broker.send_drafts
+
+    async def failing(queue: str, drafts: Any) -> Any:
+        if queue == "letters":
+            raise filao.EngineUnavailable("away")
+        return await send(queue, drafts)
+
+    monkeypatch.setattr(broker, "send_drafts", failing)
+    relay = Relay(Outbox(), lambda: sqlite3.connect(business), broker)
+    with pytest.raises(filao.EngineUnavailable):
+        await relay.step()
+    await relay.close()
+    assert connection.execute("SELECT queue FROM filao_outbox").fetchall() == [("letters",)]
+
+
 # --- the inbox -------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +376,134 @@ async def test_what_was_done_long_ago_can_be_forgotten(connection, broker) -> No
     with connection:
         connection.execute("UPDATE filao_inbox SET done_at = done_at - 1000 WHERE rowid < 3")
         assert inbox.forget(connection, older_than=500) == 2
+
+
+@dataclass
+class Came:
+    """A message as an inbox sees it."""
+
+    queue: str
+    id: str
+
+
+def test_one_id_in_two_queues_is_two_messages(connection) -> None:
+    inbox = Inbox()
+    assert inbox.is_new(connection, Came("claims", "claim-9"))
+    assert inbox.is_new(connection, Came("letters", "claim-9"))
+    assert not inbox.is_new(connection, Came("claims", "claim-9"))
+    assert not inbox.is_new(connection, Came("letters", "claim-9"))
+
+
+OLD_INBOX = """
+    CREATE TABLE filao_inbox (
+        id VARCHAR(256) NOT NULL PRIMARY KEY, queue VARCHAR(128) NOT NULL, done_at DOUBLE PRECISION NOT NULL
+    )
+"""
+
+
+@contextmanager
+def on_sqlite3(path: Path, postgres: str) -> Iterator[Any]:
+    with closing(sqlite3.connect(path)) as connection:
+        yield connection
+
+
+@contextmanager
+def on_sqlite3_in_autocommit(path: Path, postgres: str) -> Iterator[Any]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN")
+        yield connection
+
+
+@contextmanager
+def on_psycopg(path: Path, postgres: str) -> Iterator[Any]:
+    with psycopg.connect(postgres) as connection:
+        yield connection
+
+
+@contextmanager
+def on_psycopg_in_autocommit(path: Path, postgres: str) -> Iterator[Any]:
+    with psycopg.connect(postgres, autocommit=True) as connection, connection.transaction():
+        yield connection
+
+
+@contextmanager
+def on_sqlalchemy(path: Path, postgres: str) -> Iterator[Any]:
+    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+@contextmanager
+def on_sqlalchemy_and_postgresql(path: Path, postgres: str) -> Iterator[Any]:
+    engine = sqlalchemy.create_engine(postgres.replace("postgresql://", "postgresql+psycopg://"))
+    with sqlalchemy.orm.Session(engine) as session:
+        yield session
+    engine.dispose()
+
+
+@contextmanager
+def on_django(path: Path, postgres: str) -> Iterator[Any]:
+    import django  # type: ignore[import-untyped]  # it has no types
+    from django.conf import settings  # type: ignore[import-untyped]  # it has no types
+    from django.db import connections, transaction  # type: ignore[import-untyped]
+
+    if not settings.configured:
+        settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
+        django.setup()
+    connections.databases["inbox"] = connections.databases["default"] | {"NAME": str(path)}
+    with closing(connections["inbox"]), transaction.atomic(using="inbox"):
+        yield connections["inbox"]
+    del connections["inbox"], connections.databases["inbox"]
+
+
+def run(connection: Any, sql: str) -> Any:
+    """Run a statement on a connection of any kind."""
+    return connection_of(connection, needs_transaction=False).execute(sql)
+
+
+KINDS = [
+    *(on_sqlite3, on_sqlite3_in_autocommit, on_psycopg, on_psycopg_in_autocommit),
+    *(on_sqlalchemy, on_sqlalchemy_and_postgresql, on_django),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_inbox_of_an_earlier_version_gets_its_new_key_on_every_kind_of_connection(kind, tmp_path, postgres) -> None:
+    with kind(tmp_path / "old.db", postgres.create(f"inbox_{kind.__name__}")) as connection:
+        run(connection, OLD_INBOX)
+        run(connection, "INSERT INTO filao_inbox VALUES ('claim-9', 'claims', 1)")
+        Inbox().create(connection)
+        Inbox().create(connection)
+        assert not Inbox().is_new(connection, Came("claims", "claim-9"))
+        assert Inbox().is_new(connection, Came("letters", "claim-9"))
+        assert not Inbox().is_new(connection, Came("letters", "claim-9"))
+        assert run(connection, "SELECT count(*) FROM filao_inbox").fetchall()[0][0] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_inbox_with_the_old_key_is_refused_in_words(kind, tmp_path, postgres) -> None:
+    with kind(tmp_path / "old.db", postgres.create(f"refused_{kind.__name__}")) as connection:
+        run(connection, OLD_INBOX)
+        with pytest.raises(filao.ConfigurationError, match=r"earlier version.*create\(connection\)"):
+            Inbox().is_new(connection, Came("claims", "claim-9"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_outbox_keeps_what_failed_on_every_kind_of_connection(kind, tmp_path, postgres) -> None:
+    with kind(tmp_path / "new.db", postgres.create(f"outbox_{kind.__name__}")) as connection:
+        outbox = Outbox()
+        outbox.create(connection)
+        run(connection, "ALTER TABLE filao_outbox DROP COLUMN failed")
+        outbox.update(connection)
+        outbox.send_to_queue(connection, "claims", {"claim": 7}, headers={"a": "%s ? :x"})
+        (recorded,) = outbox.recorded(connection, 10, without=["letters"])
+        outbox.set_aside(connection, Failed(recorded.number, "", "claims", "100 % wrong?"))
+        assert not outbox.recorded(connection, 10)
+        assert outbox.failed(connection)[0].reason == "100 % wrong?"
+        assert outbox.retry(connection) == 1
+        outbox.forget(connection, [recorded.number])
+        assert not outbox.recorded(connection, 10)
 
 
 # --- connections -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 FILAO = [sys.executable, "-m", "filao"]
 PATIENCE = 30.0  # seconds after which a program that hangs is killed
 SECRETS = ("geheim", "wort")
-AWKWARD = [*"/@%:?#[] '\"\\&=+é℀\u202e", "%zz", "//", "@h:", "://"]
+AWKWARD = [*"/@%:?#[] '\"\\&=+é℀\u202e", "%zz", "//", "@h:", "://", "\udcff"]
 PASSWORDS = [f"geheim{between}wort" for between in AWKWARD]
 SCHEMES = ["postgresql", "amqp", "amqps", "POSTGRESQL"]
 UNKNOWN = ["postgresql+psycopg", "amqp+ssl", "sqlite", "x"]
@@ -73,7 +73,7 @@ async def test_no_error_and_no_log_shows_a_password(scheme, form, caplog, tmp_pa
     for password in PASSWORDS:
         if form.endswith("{password}") and "@" in password:
             continue  # nobody can tell that what follows is no host
-        url = form.format(scheme=scheme, password=password, escaped=quote(password, safe=""))
+        url = form.format(scheme=scheme, password=password, escaped=quote(password, safe="", errors="surrogateescape"))
         check(await told_about(url), url)
         check(shown_url(url), url)
         check("\n".join(map(logging.Formatter().format, caplog.records)), url)

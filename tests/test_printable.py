@@ -37,10 +37,10 @@ def file(tmp_path):
     with filao.sync.connect(path) as broker:
         broker.declare(filao.Queue("claims", max_attempts=1), filao.Queue("letters", max_attempts=1))
         for text in (ACTING, *(EVERYTHING[start : start + 200] for start in range(0, len(EVERYTHING), 200))):
-            terms: dict[str, Any] = {"headers": {text: text}, "group": text}
             for queue in ("claims", "letters"):
-                broker.send_to_queue(queue, {text: text}, message_id=f"{queue}{text}", **terms)
-                broker.send_to_queue(queue, text.encode(), **terms)
+                name = f"{queue}{text}"
+                broker.send_to_queue(queue, {text: text}, message_id=name, headers={text: text}, group=text)
+                broker.send_to_queue(queue, text.encode(), headers={text: text}, group=text)
         for message in broker.receive_many("letters", 100):
             message.reject(ACTING + EVERYTHING)
         for message in broker.receive_many("letters", 100):  # those of the same group

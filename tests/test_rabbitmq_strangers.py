@@ -226,6 +226,7 @@ STRANGE_REGISTERS: dict[str, Any] = {
     "deep": b"[" * 100_000,
     "a name that is none": json.dumps({"no name!\n": rules()}).encode(),
     "rules that are none": json.dumps({"other": {"version": 1, "rules": 7}, "third": 7}).encode(),
+    "no UTF-8": b'{"other": {"version": 1, "rules": {"backoff": {"\xe6irst": 0}}}}',
     "a version that is none": b'{"other": {"version": 1e400, "rules": {}}}',
 }
 

@@ -14,7 +14,19 @@ import filao
 SOURCE = Path(filao.__file__).parent
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent.name != "programs")  # which are a learner's
 ORDER = [  # what stands above; a module imports only from here upwards
-    *("errors", "urls", "printable", "guarded", "queue", "codec", "engine", "draft", "message", "connections"),
+    *(
+        "errors",
+        "urls",
+        "printable",
+        "guarded",
+        "queue",
+        "codec",
+        "engine",
+        "draft",
+        "message",
+        "connections",
+        "tables",
+    ),
     *("engines.line", "engines.statements", "engines.parcels"),
     *(
         "engines.sqlite.folder",

@@ -23,22 +23,19 @@ import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from filao.codec import BYTES
+import msgspec
+
+from filao.codec import BYTES, decode_headers
 from filao.connections import connection_of
-from filao.draft import draft
+from filao.draft import KEY_MAX, PRIORITY_MAX, draft
 from filao.engine import Draft
-from filao.errors import ConfigurationError
-from filao.queue import Queue, T
+from filao.errors import ConfigurationError, FilaoError
+from filao.queue import DURATION_MAX, Queue, T, check_name
+from filao.tables import COLUMNS, create_inbox, create_outbox, update_outbox
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
-NUMBERS = {  # the growing number of a row, in each dialect
-    "sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT",
-    "postgresql": "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY",
-    "mysql": "BIGINT AUTO_INCREMENT PRIMARY KEY",
-}
-_COLUMNS = "id, queue, kind, content, headers, delay, priority, grp, dedup_key, ttl, recorded_at"
 
 
 class Identified(Protocol):
@@ -59,6 +56,17 @@ class Recorded:
     draft: Draft
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A send that a relay has set aside."""
+
+    number: int
+    id: str
+    queue: str
+    reason: str
+    """Why it can never be sent as it is."""
+
+
 class Outbox:
     """A table of sends, in the user's database."""
 
@@ -67,31 +75,11 @@ class Outbox:
         """The name of the table."""
 
     def create(self, connection: Any) -> None:
-        """Create the table where there is none, on SQLite, PostgreSQL or MySQL; a migration of yours may do it as well."""
-        on = connection_of(connection, needs_transaction=False)
-        if on.dialect not in NUMBERS:
-            raise ConfigurationError(
-                f"the tables of an outbox are known for {', '.join(NUMBERS)}, not for {on.dialect}: create it yourself, with "
-                f"the columns number (growing), {_COLUMNS}"
-            )
-        on.execute(
-            f"""
-            CREATE TABLE IF NOT EXISTS {self.table} (
-                number      {NUMBERS[on.dialect]},
-                id          VARCHAR(256) NOT NULL,
-                queue       VARCHAR(128) NOT NULL,
-                kind        INTEGER NOT NULL,
-                content     TEXT NOT NULL,
-                headers     TEXT,
-                delay       DOUBLE PRECISION NOT NULL,
-                priority    INTEGER NOT NULL,
-                grp         VARCHAR(256),
-                dedup_key   VARCHAR(256),
-                ttl         DOUBLE PRECISION,
-                recorded_at DOUBLE PRECISION NOT NULL
-            )
-            """
-        )
+        """Create the table where there is none, on SQLite, PostgreSQL or MySQL; a migration of yours may do it as well.
+
+        A table of an earlier version is brought up to date.
+        """
+        create_outbox(connection_of(connection, needs_transaction=False), self.table)
 
     def send_to_queue(
         self,
@@ -118,21 +106,59 @@ class Outbox:
         sent = draft(known, body, ttl=ttl, message_id=message_id or uuid.uuid4().hex, **options)  # type: ignore[arg-type]
         on = connection_of(connection, needs_transaction=True)
         on.execute(
-            f"INSERT INTO {self.table} ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO {self.table} ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (sent.message_id, known.name, *_written(sent), time.time()),
         )
         assert sent.message_id is not None
         return sent.message_id
 
-    def recorded(self, connection: Any, limit: int, *, without: Iterable[str] = ()) -> list[Recorded]:
-        """Return the oldest sends that were committed, without those to some queues; for relays."""
+    def recorded(self, connection: Any, limit: int, *, without: Iterable[str] = ()) -> list[Recorded | Failed]:
+        """Return the oldest sends that were committed, without those to some queues; for relays.
+
+        A row that somebody else wrote, and that is no send, is returned as one that failed.
+        """
         on = connection_of(connection, needs_transaction=False)
         left_out = list(without)
-        where = f"WHERE queue NOT IN ({', '.join('?' * len(left_out))})" if left_out else ""
+        where = f"AND queue NOT IN ({', '.join('?' * len(left_out))})" if left_out else ""
         rows = on.execute(
-            f"SELECT number, {_COLUMNS} FROM {self.table} {where} ORDER BY number LIMIT {limit:d}", left_out
+            f"SELECT number, {COLUMNS} FROM {self.table} WHERE failed IS NULL {where} ORDER BY number LIMIT {limit:d}",
+            left_out,
         )
         return [_read(row) for row in rows.fetchall()]
+
+    def set_aside(self, connection: Any, failed: Failed) -> None:
+        """Keep a send that can never be sent, with the reason, so that those behind it go on; for relays."""
+        on = connection_of(connection, needs_transaction=False)
+        on.execute(f"UPDATE {self.table} SET failed = ? WHERE number = ?", (failed.reason, failed.number))
+
+    def failed(self, connection: Any, limit: int = 100) -> list[Failed]:
+        """Return the oldest sends that a relay has set aside, because they could never be sent, and why."""
+        on = connection_of(connection, needs_transaction=False)
+        rows = on.execute(
+            f"SELECT number, id, queue, failed FROM {self.table} WHERE failed IS NOT NULL ORDER BY number LIMIT {limit:d}"
+        )
+        return [Failed(number, str(name), str(queue), reason) for number, name, queue, reason in rows.fetchall()]
+
+    def retry(self, connection: Any, numbers: Iterable[int] | None = None) -> int:
+        """Let relays try again what they set aside: all, or those with these numbers. Return how many there were.
+
+        Mend the cause first, such as the queue's `body_max`. They are sent behind what was sent meanwhile.
+        """
+        on = connection_of(connection, needs_transaction=False)
+        if numbers is None:
+            return int(on.execute(f"UPDATE {self.table} SET failed = NULL WHERE failed IS NOT NULL").rowcount)
+        return sum(
+            int(
+                on.execute(
+                    f"UPDATE {self.table} SET failed = NULL WHERE number = ? AND failed IS NOT NULL", (n,)
+                ).rowcount
+            )
+            for n in numbers
+        )
+
+    def update(self, connection: Any) -> None:
+        """Bring a table of an earlier version up to date; for relays."""
+        update_outbox(connection_of(connection, needs_transaction=False), self.table)
 
     def forget(self, connection: Any, numbers: Sequence[int]) -> None:
         """Delete what was sent; for relays."""
@@ -150,17 +176,11 @@ class Inbox:
         """The name of the table."""
 
     def create(self, connection: Any) -> None:
-        """Create the table where there is none."""
-        on = connection_of(connection, needs_transaction=False)
-        on.execute(
-            f"""
-            CREATE TABLE IF NOT EXISTS {self.table} (
-                id      VARCHAR(256) NOT NULL PRIMARY KEY,
-                queue   VARCHAR(128) NOT NULL,
-                done_at DOUBLE PRECISION NOT NULL
-            )
-            """
-        )
+        """Create the table where there is none; one of an earlier version, whose key was the id alone, is brought up to date.
+
+        Run it once when you install a version of Filao that is newer than the table.
+        """
+        create_inbox(connection_of(connection, needs_transaction=False), self.table)
 
     def is_new(self, connection: Any, message: Identified) -> bool:
         """Record a message in the transaction that `connection` holds; False when its work was done before.
@@ -169,13 +189,18 @@ class Inbox:
         first is under way waits for it, or fails on the table's primary key, as the database has it.
         """
         on = connection_of(connection, needs_transaction=True)
-        row = (message.id, message.queue, time.time())
+        row = (message.queue, message.id, time.time())
+        insert = f"INSERT INTO {self.table} (queue, id, done_at) VALUES (?, ?, ?)"
         if on.dialect in ("sqlite", "postgresql"):
-            insert = f"INSERT INTO {self.table} (id, queue, done_at) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
-            return bool(on.execute(insert, row).rowcount)
-        if on.execute(f"SELECT id FROM {self.table} WHERE id = ?", row[:1]).fetchall():
+            try:
+                return bool(on.execute(f"{insert} ON CONFLICT (queue, id) DO NOTHING", row).rowcount)
+            except Exception as error:
+                if "ON CONFLICT" not in str(error):
+                    raise
+                raise ConfigurationError(_OLD_INBOX.format(table=self.table)) from error
+        if on.execute(f"SELECT id FROM {self.table} WHERE queue = ? AND id = ?", row[:2]).fetchall():
             return False
-        on.execute(f"INSERT INTO {self.table} (id, queue, done_at) VALUES (?, ?, ?)", row)
+        on.execute(insert, row)
         return True
 
     def forget(self, connection: Any, *, older_than: float) -> int:
@@ -197,21 +222,38 @@ def _written(sent: Draft) -> tuple[object, ...]:
     return (sent.kind, content, sent.headers, sent.delay, sent.priority, sent.group, sent.dedup_key, sent.ttl)
 
 
-def _read(row: Sequence[Any]) -> Recorded:
-    number, name, queue, kind, content, headers, delay, priority, group, dedup_key, ttl, recorded_at = row
-    passed = max(0.0, time.time() - recorded_at)
-    return Recorded(
-        number,
-        queue,
-        Draft(
-            kind,
-            b64decode(content) if kind == BYTES else content.encode(),
-            headers,
-            max(0.0, delay - passed) if delay else 0.0,
-            priority,
-            group,
-            dedup_key,
-            ttl,
-            name,
-        ),
-    )
+class _Row(msgspec.Struct):
+    """A row, as it must be."""
+
+    number: int
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=KEY_MAX)]
+    queue: str
+    kind: Literal[0, 1]
+    content: str
+    headers: str | None
+    delay: Annotated[float, msgspec.Meta(ge=0, le=DURATION_MAX)]
+    priority: Annotated[int, msgspec.Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
+    group: Annotated[str, msgspec.Meta(min_length=1, max_length=KEY_MAX)] | None
+    dedup_key: Annotated[str, msgspec.Meta(min_length=1, max_length=KEY_MAX)] | None
+    ttl: Annotated[float, msgspec.Meta(gt=0, le=DURATION_MAX)] | None
+    recorded_at: float
+
+
+def _read(row: Sequence[Any]) -> Recorded | Failed:
+    """Return a send as the outbox holds it; anybody may have written it."""
+    try:
+        read = msgspec.convert(dict(zip(_Row.__struct_fields__, row, strict=True)), _Row)
+        check_name(read.queue)
+        decode_headers(read.headers)
+        content = b64decode(read.content, validate=True) if read.kind == BYTES else read.content.encode()
+    except (ValueError, FilaoError) as error:
+        return Failed(int(row[0]), str(row[1]), str(row[2]), f"the row is no send: {error}")
+    delay = max(0.0, read.delay - max(0.0, time.time() - read.recorded_at))
+    terms = (read.priority, read.group, read.dedup_key, read.ttl, read.id)
+    return Recorded(read.number, read.queue, Draft(read.kind, content, read.headers, delay, *terms))
+
+
+_OLD_INBOX = (
+    "the table {table!r} is of an earlier version, whose key was the id alone, so that one id in two queues was one message: "
+    "call Inbox({table!r}).create(connection) once, which changes the key to (queue, id)"
+)

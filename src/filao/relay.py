@@ -12,17 +12,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any, TypeVar
 
 from filao.broker import Broker
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, QueueFull
-from filao.outbox import Outbox, Recorded
+from filao.errors import ConfigurationError, EngineError, FilaoError, QueueFull, QueueNotFound
+from filao.outbox import Failed, Outbox, Recorded
 from filao.printable import printable
 
 log = logging.getLogger("filao.relay")
 
 R = TypeVar("R")
+
+_OF_A_ROW = (ValueError, TypeError, LookupError, ArithmeticError)  # what a row that is none of ours may raise anywhere
 
 BATCH = 500  # recorded sends that one look takes: what one transaction of the queue's stores in some 10 ms
 PAUSE_FIRST, PAUSE_MAX = 0.1, 5.0  # seconds between two tries while a database or the engine is away
@@ -86,16 +88,22 @@ class Relay:
         """Send up to 500 recorded messages, delete them, and return how many there were.
 
         A queue that refuses (it is full, or nobody has declared it) keeps its messages in the outbox, in order, and is
-        tried again a second later; the others go on. Raises what the database raises, and `EngineError`.
+        tried again a second later; the others go on. A message that can never be sent as it is (its body is above the
+        queue's `body_max`, say) is set aside, and those behind it go on: see `Outbox.failed` and `Outbox.retry`. Raises what the database raises, and `EngineError`.
         """
         now = time.monotonic()
         self._refused = {queue: until for queue, until in self._refused.items() if until > now}
-        recorded = await self._in_thread(self._read)
-        sent = await asyncio.gather(*map(self._send, _by_queue(recorded)))
-        numbers = list(chain.from_iterable(sent))
-        if numbers:
-            await self._in_thread(lambda: self._forget(numbers))
-        return len(numbers)
+        found = await self._in_thread(self._read)
+        failed = [one for one in found if isinstance(one, Failed)]
+        sent: list[int] = []
+        by_queue = _by_queue([one for one in found if isinstance(one, Recorded)])
+        errors = await asyncio.gather(*(self._send(some, sent, failed) for some in by_queue), return_exceptions=True)
+        if sent or failed:
+            await self._in_thread(lambda: self._forget(sent, failed))
+        for error in errors:
+            if error is not None:
+                raise error
+        return len(sent) + len(failed)
 
     async def close(self) -> None:
         """Close the connection; `run` does it."""
@@ -104,42 +112,56 @@ class Relay:
             self._thread.shutdown(wait=False)
             self._thread = None
 
-    async def _send(self, recorded: list[Recorded]) -> list[int]:
-        """Send the messages of one queue in order, and return the numbers of those that were sent.
+    async def _send(self, recorded: list[Recorded], sent: list[int], failed: list[Failed]) -> None:
+        """Send the messages of one queue in order; add what was sent, and what can never be, to these lists.
 
-        All at once, or, where a queue that may be full has not the room for all, as many as it has room for.
+        All at once; where they are refused, fewer: as many as a queue has room for, or one, to find which is refused.
         """
-        queue, size = recorded[0].queue, len(recorded)
-        sent: list[int] = []
-        while len(sent) < len(recorded):
-            some = recorded[len(sent) : len(sent) + size]
+        queue, size, done = recorded[0].queue, len(recorded), 0
+        while done < len(recorded):
+            some = recorded[done : done + size]
             try:
                 await self._broker.send_drafts(queue, [one.draft for one in some])
-            except EngineUnavailable:
+            except EngineError:
                 raise
-            except FilaoError as error:
-                if isinstance(error, QueueFull) and size > 1:
-                    size //= 2
+            except (FilaoError, *_OF_A_ROW) as error:
+                waits = isinstance(error, QueueFull | QueueNotFound)
+                if size > 1 and not isinstance(error, QueueNotFound):
+                    size = (size + 1) // 2
                     continue
-                left = len(recorded) - len(sent)
-                log.warning("relay of %s: %d messages stay in it: %s", self._outbox.table, left, printable(str(error)))
-                self._refused[queue] = time.monotonic() + REFUSED_FOR
-                break
-            sent += [one.number for one in some]
-        return sent
+                if waits:
+                    left = len(recorded) - done
+                    told = (self._outbox.table, left, printable(str(error)))
+                    log.warning("relay of %s: %d messages stay in it: %s", *told)
+                    self._refused[queue] = time.monotonic() + REFUSED_FOR
+                    return
+                self._broker.check_usable()  # else it is not this row that cannot be sent
+                size = len(recorded)
+                done += 1
+                failed.append(Failed(some[0].number, some[0].draft.message_id or "", queue, _reason(error)))
+            else:
+                sent += [one.number for one in some]
+                done += len(some)
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
-    def _read(self) -> list[Recorded]:
+    def _read(self) -> list[Recorded | Failed]:
         if self._connection is None:
             self._connection = self._connect()
+            self._outbox.update(self._connection)
+            self._connection.commit()
         recorded = self._outbox.recorded(self._connection, BATCH, without=self._refused)
         self._connection.commit()
         return recorded
 
-    def _forget(self, numbers: list[int]) -> None:
-        self._outbox.forget(self._connection, numbers)
+    def _forget(self, sent: list[int], failed: list[Failed]) -> None:
+        self._outbox.forget(self._connection, sent)
+        for one in failed:
+            self._outbox.set_aside(self._connection, one)
         self._connection.commit()
+        for one in failed:
+            told = (self._outbox.table, one.number, one.queue, printable(one.reason))
+            log.error("relay of %s: send %d, to %r, was set aside, for it can never be sent: %s", *told)
 
     async def _in_thread(self, job: Callable[[], R]) -> R:
         if self._thread is None:
@@ -151,6 +173,10 @@ class Relay:
         if connection is not None:
             with suppress(Exception):
                 await self._in_thread(connection.close)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, FilaoError) else f"{type(error).__name__}: {error}"
 
 
 def _by_queue(recorded: list[Recorded]) -> list[list[Recorded]]:

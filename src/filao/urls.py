@@ -85,6 +85,7 @@ def hosts(parts: SplitResult) -> list[str]:
 def _parts(url: str) -> SplitResult | None:
     """Return the parts, None where a parser fails: what it says is dropped here, and its exception with it."""
     try:
+        url.encode()  # half a surrogate pair is no text
         parts = urlsplit(url)
         for host in hosts(parts):
             _ = urlsplit(f"//{host}").port

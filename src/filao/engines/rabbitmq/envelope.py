@@ -4,6 +4,7 @@ The body is the body: JSON or bytes, as its content type says. The id, the time 
 has them; what is Filao's own is in headers that begin with `x-filao-`.
 """
 
+import hashlib
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,8 +15,9 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
 from filao.codec import BYTES, JSON, decode_headers
+from filao.draft import KEY_MAX
 from filao.engine import Delivery, Draft, Failure, State, StoredMessage, instant
-from filao.engines.rabbitmq.wire import carried, text
+from filao.engines.rabbitmq.wire import SHORT_MAX, carried, text
 from filao.errors import MessageNotEncodable, MessageTooLarge
 
 Properties = Basic.Properties
@@ -31,7 +33,6 @@ ID = "x-filao-id"
 REASON, ERROR, DIED_AT, SPENT = "x-filao-reason", "x-filao-error", "x-filao-died-at", "x-filao-attempts"
 
 NUMBER_MAX = 253_402_300_799_000  # milliseconds until the end of the year 9999; attempts are far fewer
-SHORT_MAX = 255  # bytes of AMQP's short strings: its ids and the names of headers
 _RETURNS = "x-delivery-count"  # the server's, of a quorum queue
 _SERVERS = ("x-death", "x-first-death-", "x-last-death-", _RETURNS, "x-acquired-count", "x-stream-offset")
 _COPIES = frozenset({"CC", "BCC"})  # where else the server delivers a message, each time that it is published
@@ -193,7 +194,10 @@ def _servers_record(deaths: object) -> tuple[str, datetime]:
 
 def name_of(properties: Properties) -> str:
     """Return a message's id, empty when a foreign producer gave none."""
-    return text((properties.headers or {}).get(ID, "")) or properties.message_id or ""
+    name = text((properties.headers or {}).get(ID, "")) or properties.message_id or ""
+    if len(name) <= KEY_MAX and "\0" not in name:
+        return name
+    return f"sha256-{hashlib.sha256(name.encode()).hexdigest()}"  # no other engine, and no inbox, could hold it
 
 
 def _sent_at(properties: Properties) -> int:

@@ -28,11 +28,11 @@ class Publisher:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._prefix, self._numbers = secrets.token_hex(6), count(1)
+        self._numbers = count(1)
 
     def name(self) -> str:
-        """Return an id that no other message has."""
-        return f"{self._prefix}-{next(self._numbers)}"
+        """Return an id that no other message has, and that nobody can guess."""
+        return f"{secrets.token_hex(8)}-{next(self._numbers)}"
 
     async def send(self, queue: Queue[Any], drafts: Sequence[Draft]) -> list[str]:
         """Send messages and return their ids. They are on their way together: some may be stored when others fail."""

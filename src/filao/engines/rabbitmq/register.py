@@ -135,7 +135,7 @@ async def _take(channel: Channel) -> _Hold:
 def _read(message: DeliveredMessage, hold: _Hold) -> None:
     """Enter a message's pages, the newest of each queue; one that holds none that can be read is no register."""
     try:
-        entries = msgspec.json.decode(message.body, type=dict[str, msgspec.Raw])
+        entries = msgspec.json.decode(message.body.decode(), type=dict[str, msgspec.Raw])
     except (ValueError, RecursionError):
         hold.strange.append(f"a message of {len(message.body):,} bytes that is no register: {message.body[:40]!r}")
         return

@@ -19,6 +19,7 @@ DEPTH_MAX = 32  # tables within tables that we read and write again: a record of
 HEADERS_MAX = (
     64 * 1024
 )  # bytes of headers that we write again: one frame holds 128 KiB, a dead letter's error 8 KiB of it
+SHORT_MAX = 255  # bytes of AMQP's short strings: its ids and the names of headers
 TEXT_MAX = 1_000  # characters that stand for a value that cannot be written again
 NO_DATE = datetime(1970, 1, 1, tzinfo=UTC)
 _TOO_DEEP = "(nested too deeply)"
@@ -122,7 +123,12 @@ def read_short_text(value: bytes) -> tuple[int, str]:
         return _short_str(value)
     except UnicodeDecodeError:
         end = 1 + value[0]
-        return end, Mended(value[1:end].decode(errors="backslashreplace"))
+        return end, Mended(_mended(value[1:end]))
+
+
+def _mended(content: bytes) -> str:
+    """Return text with an escape for each byte that is none, cut to what a short string holds: escapes are longer."""
+    return content.decode(errors="backslashreplace").encode()[:SHORT_MAX].decode(errors="ignore")
 
 
 def read_table(value: bytes) -> tuple[int, dict[str, Any]]:
@@ -139,7 +145,7 @@ def _entries(content: bytes, depth: int) -> dict[str, Any]:
     at = 0
     while at < len(content):
         start, at = at + 1, at + 1 + content[at]
-        name = content[start:at].decode(errors="backslashreplace")
+        name = _mended(content[start:at])
         size, entries[name] = _value(content[at:], depth)
         at += size
     return entries
