@@ -132,6 +132,55 @@ def test_the_portal_refuses_what_is_no_claim_and_answers_a_repeated_request_alik
     assert answers[7][1]["status"] == "submitted"
 
 
+def test_whatever_is_sent_to_the_portal_the_answer_blames_the_sender(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("INSURANCE_FOLDER", str(tmp_path))
+    script = """
+        import json
+        from starlette.testclient import TestClient
+        from examples.insurance.portal import app
+
+        with TestClient(app) as client:
+            good = {"reference": "r1", "policy": 12, "type": "storm", "amount": 12000}
+            whole, digits, deep = json.dumps(good), "9" * 5_000, "[" * 100_000
+            def endless():
+                for _ in range(100):
+                    yield b" " * 4_096
+            answers = [client.post("/claims", content=body) for body in (
+                whole.replace("storm", r"\\ud800"), whole.replace("r1", r"\\udfff"), whole.replace("12000", digits),
+                whole.replace("12,", digits + ","), whole.replace("12000", "1e400"), deep, deep.replace("[", '{"a":'),
+                whole.replace("12000", "true"), whole.replace("r1", "r" * 300), whole.replace("storm", ""),
+                "{" * 10, whole + "x", b"\\x00", b"")]
+            answers += [client.get("/claims/" + number) for number in (digits, "-1", "1e3", "%00", "%F0%9F%8E%B2", "²")]
+            answers += [client.post("/policies/", content=body) for body in (deep, r'{"holder": "\\ud800"}', '{"holder": 7}')]
+            answers += [client.post(path, content=endless()) for path in ("/claims", "/policies/")]
+            answers += [client.post("/claims", content=body) for body in (
+                whole, whole, whole.replace("12000", "5"), whole.replace("12,", "13,"))]
+            print(json.dumps([[answer.status_code, answer.json()] for answer in answers]))
+    """
+    lines = [line.removeprefix(" " * 8) for line in script.splitlines()]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(lines)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    answers = json.loads(run.stdout)
+    assert [code for code, _ in answers[:-4]] == [
+        *[422] * 5,
+        *[413] * 2,
+        *[422] * 7,
+        *[404] * 6,
+        413,
+        422,
+        422,
+        413,
+        413,
+    ]
+    first, again, other_content, other_policy = answers[-4:]
+    assert first == again == [202, {"status": "submitted", "claim_id": 1}]
+    assert other_content[0] == 409
+    assert other_policy == [202, {"status": "submitted", "claim_id": 2}]  # nobody is told of another's claim
+
+
 def test_the_simple_versions_are_those_of_the_mission(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("INSURANCE_FOLDER", str(tmp_path))
     script = """

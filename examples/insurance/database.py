@@ -19,11 +19,12 @@ R = TypeVar("R")
 SCHEMA = """
     CREATE TABLE IF NOT EXISTS claim (
         id        INTEGER PRIMARY KEY,
-        reference TEXT NOT NULL UNIQUE,  -- the customer's own, so that a repeated request makes no second claim
+        reference TEXT NOT NULL,         -- the customer's own, so that a repeated request makes no second claim
         policy    INTEGER NOT NULL,
         type      TEXT NOT NULL,
         amount    INTEGER NOT NULL,      -- cents
-        state     TEXT NOT NULL          -- submitted, paid or refused
+        state     TEXT NOT NULL,         -- submitted, paid or refused
+        UNIQUE (policy, reference)       -- another's reference is no reference of mine
     );
     CREATE TABLE IF NOT EXISTS payment (id INTEGER PRIMARY KEY, claim INTEGER NOT NULL, amount INTEGER NOT NULL);
     CREATE TABLE IF NOT EXISTS letter (id INTEGER PRIMARY KEY, claim INTEGER NOT NULL, text TEXT NOT NULL);
@@ -43,6 +44,10 @@ class Claim:
     state: str
 
 
+class ReferenceUsedError(Exception):
+    """The policy has a claim with this reference that says something else."""
+
+
 def connect(path: Path) -> sqlite3.Connection:
     """Open the database, and create what is not there."""
     connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
@@ -58,14 +63,16 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def insert_claim(connection: sqlite3.Connection, data: dict[str, Any]) -> tuple[Claim, bool]:
-    """Store a claim, and say whether it is new; one with the same reference is there already."""
+    """Store a claim, and say whether it is new: the policy may have one with the same reference, which must say the same."""
     row = (data["reference"], data["policy"], data["type"], data["amount"])
     new = connection.execute(
         "INSERT INTO claim (reference, policy, type, amount, state) VALUES (?, ?, ?, ?, 'submitted') ON CONFLICT DO NOTHING",
         row,
     ).rowcount
-    found = connection.execute("SELECT * FROM claim WHERE reference = ?", row[:1]).fetchone()
-    return Claim(*found), bool(new)
+    claim = Claim(*connection.execute("SELECT * FROM claim WHERE reference = ? AND policy = ?", row[:2]).fetchone())
+    if (claim.reference, claim.policy, claim.type, claim.amount) != row:
+        raise ReferenceUsedError(claim.reference)
+    return claim, bool(new)
 
 
 def get_claim(connection: sqlite3.Connection, claim_id: int) -> Claim | None:

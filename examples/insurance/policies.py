@@ -1,14 +1,14 @@
 """The policy service: it stores a policy and orders its document, which a generator prints when it has time."""
 
-import json
 import sqlite3
+from typing import Annotated
 
-from starlette.applications import Starlette
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from examples.insurance.database import Database, insert_policy
+from examples.insurance.forms import TEXT_MAX, read_form
 from examples.insurance.settings import BUSINESS, outbox
 
 db = Database(BUSINESS)
@@ -21,13 +21,13 @@ def subscribe(connection: sqlite3.Connection, holder: str) -> int:
     return number
 
 
+class PolicyForm(msgspec.Struct):
+    """A policy as a customer asks for it."""
+
+    holder: Annotated[str, msgspec.Meta(min_length=1, max_length=TEXT_MAX)]
+
+
 async def post_policy(request: Request) -> JSONResponse:
     """Take a policy."""
-    try:
-        holder = json.loads(await request.body())["holder"]
-    except (ValueError, KeyError, TypeError):
-        return JSONResponse({"error": 'a policy is a JSON object with its "holder"'}, status_code=422)
-    return JSONResponse({"policy": await db.do(subscribe, str(holder))}, status_code=202)
-
-
-app = Starlette(routes=[Route("/", post_policy, methods=["POST"])])
+    form = await read_form(request, PolicyForm)
+    return JSONResponse({"policy": await db.do(subscribe, form.holder)}, status_code=202)

@@ -5,25 +5,46 @@
 
 `submit_simply` is the two lines that everybody writes first. Between them the portal can die: the claim is stored, the
 message is not sent, and nobody ever works on it. `submit_safely` records the message with the claim, in one transaction.
+
+It asks nobody who they are: put it behind your sign-in, and let it show a claim to its own customer only. A reference belongs to
+its policy, so that nobody is told of another's claim by guessing one.
 """
 
-import json
 import sqlite3
 import uuid
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 
 import filao
 from examples.insurance import policies
-from examples.insurance.database import Claim, Database, get_claim, insert_claim
+from examples.insurance.database import Claim, Database, ReferenceUsedError, get_claim, insert_claim
+from examples.insurance.forms import TEXT_MAX, read_form
 from examples.insurance.settings import BUSINESS, outbox
 
 NUMBER_MAX = 2**53  # what JSON can carry, and SQLite hold
+DIGITS_MAX = 16  # of a number up to there
+
+Number = Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=TEXT_MAX)]
+
+
+class ClaimForm(msgspec.Struct):
+    """A claim as a customer sends it."""
+
+    policy: Number
+    type: Text
+    amount: Number
+    """Cents."""
+    reference: Text = msgspec.field(default_factory=lambda: str(uuid.uuid4()))
+    """The customer's own; the same again is the same claim."""
+
 
 db = Database(BUSINESS)
 
@@ -57,43 +78,36 @@ def _insert_and_record(connection: sqlite3.Connection, data: dict[str, Any]) -> 
 
 
 async def post_claim(request: Request) -> JSONResponse:
-    """Take a claim."""
+    """Take a claim. A request that is repeated with its reference is answered as it was the first time."""
+    form = await read_form(request, ClaimForm)
     try:
-        data = _checked(json.loads(await request.body()))
-    except ValueError as error:
-        return JSONResponse({"error": str(error)}, status_code=422)
-    return JSONResponse(await submit_safely(data), status_code=202)
+        answer = await submit_safely(msgspec.structs.asdict(form))
+    except ReferenceUsedError:
+        return JSONResponse({"error": "you used this reference for a claim that says something else"}, status_code=409)
+    return JSONResponse(answer, status_code=202)
 
 
 async def show_claim(request: Request) -> JSONResponse:
     """Tell how a claim stands."""
     number = request.path_params["claim_id"]
-    claim = await db.do(get_claim, number) if number <= NUMBER_MAX else None
+    known = number.isascii() and number.isdigit() and len(number) <= DIGITS_MAX  # int() refuses what is too long
+    claim = await db.do(get_claim, int(number)) if known else None
     if claim is None:
-        return JSONResponse({"error": f"there is no claim {request.path_params['claim_id']}"}, status_code=404)
+        return JSONResponse({"error": "there is no such claim"}, status_code=404)
     return JSONResponse({"claim_id": claim.id, "status": claim.state, "type": claim.type, "amount": claim.amount})
 
 
-def _checked(data: Any) -> dict[str, Any]:
-    wanted = {"policy": int, "type": str, "amount": int}
-    if not isinstance(data, dict):
-        raise ValueError("a claim is a JSON object with policy, type and amount")  # noqa: TRY004  # it is the request's value
-    wrong = [
-        name for name, kind in wanted.items() if not isinstance(data.get(name), kind) or isinstance(data[name], bool)
-    ]
-    if wrong or not 0 <= data["amount"] <= NUMBER_MAX or not 0 <= data["policy"] <= NUMBER_MAX:
-        raise ValueError(
-            f"{', '.join(wrong) or 'amount or policy'}: policy and amount (cents) are whole numbers from 0 to {NUMBER_MAX}, "
-            f"type is text"
-        )
-    data["type"].encode()  # half of a surrogate pair is no text; this raises a ValueError that says so
-    return {**data, "reference": str(data.get("reference") or uuid.uuid4())}
+async def refuse(request: Request, error: Exception) -> JSONResponse:
+    """Answer what a handler raised to say no."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, status_code=error.status_code)
 
 
 app = Starlette(
     routes=[
         Route("/claims", post_claim, methods=["POST"]),
-        Route("/claims/{claim_id:int}", show_claim),
-        Mount("/policies", app=policies.app),
-    ]
+        Route("/claims/{claim_id}", show_claim),
+        Route("/policies/", policies.post_policy, methods=["POST"]),
+    ],
+    exception_handlers={HTTPException: refuse},
 )
