@@ -297,6 +297,50 @@ def test_what_cannot_run_says_why(folder, broker, arguments, code, text) -> None
     assert "Traceback" not in work.said()
 
 
+BY_NAME = """
+import filao
+worker = filao.Worker("claims.db")
+
+@worker.consumer("claims")
+async def handle(message: filao.Message) -> None:
+    pass
+"""
+
+
+def test_processes_that_have_run_wait_for_what_prevents_a_new_start(folder, broker) -> None:
+    (folder / "named.py").write_text(BY_NAME)
+    with working(folder, "named:worker", "--processes", "2", "--health", "0", processes=2) as work:
+        address = until(lambda: work.said().partition("health checks at ")[2].partition("\n")[0])
+        pids = until(lambda: _pids(address, 2))
+        broker.delete_queue("claims")
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: work.said().count("ended with exit code 3; starting it again") >= 2)
+        assert work.process.poll() is None
+        broker.declare(filao.Queue("claims"))
+        broker.send_to_queue("claims", 1)
+        until(lambda: broker.stats("claims").acked == 1)
+
+
+def _pids(address: str, count: int) -> list[int] | None:
+    processes = _get(address)[1]["processes"]
+    return (
+        [process["pid"] for process in processes] if sum(process["ready"] for process in processes) == count else None
+    )
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_it_stops_at_once_while_its_storage_is_away(folder, processes) -> None:
+    (folder / "far.py").write_text(BY_NAME.replace("claims.db", "postgresql://nobody@127.0.0.1:1/claims"))
+    work = Work(folder, "far:worker", "--processes", processes)
+    try:
+        until(lambda: work.said().count("reaching the engine fails") >= int(processes))
+        work.signal(signal.SIGTERM)
+        assert work.process.wait(10) == 0  # the grace alone is 30 s
+    finally:
+        work.process.kill()
+
+
 def test_a_module_that_fails_shows_its_own_error(folder) -> None:
     (folder / "broken.py").write_text("import nothing_of_that_name\n")
     work = Work(folder, "broken:worker")

@@ -891,6 +891,16 @@ def test_a_wrong_option_is_refused_when_it_is_given(options, text) -> None:
     assert text in refused(lambda worker: worker.consumer("claims", **options)(plain))
 
 
+def test_annotations_that_only_a_type_checker_can_read_refuse_no_handler_but_for_the_messages() -> None:
+    async def handle(message: filao.Message[Claim], other: "Unknown" = 1) -> "Unknown": ...  # type: ignore[name-defined]  # noqa: F821
+
+    async def wrong(message: "filao.Message[Unknown]") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    filao.Worker("claims.db").consumer("claims")(handle)
+    with pytest.raises(filao.ConfigurationError, match=r"annotation that cannot be read, message: filao.Message\[Unk"):
+        filao.Worker("claims.db").consumer("claims")(wrong)
+
+
 def test_two_consumers_of_one_queue_are_refused() -> None:
     worker = filao.Worker("claims.db")
     worker.consumer("claims")(plain)

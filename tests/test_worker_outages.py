@@ -1,0 +1,277 @@
+"""What its storage, its host and its children do to a worker that runs: it waits, it says so once, and it goes on."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import sqlite3
+import threading
+from collections.abc import AsyncGenerator, Generator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import psycopg
+import pytest
+
+import filao
+from filao.worker import keeper as keeper_module
+from filao.worker import outage as outage_module
+from filao.worker import pulse as pulse_module
+from filao.worker import worker as worker_module
+from tests.test_worker import CLAIMS, PATIENCE, broker, running, until, until_stats
+
+pytestmark = pytest.mark.anyio
+__all__ = ["broker"]
+
+LETTERS = filao.Queue("letters")
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outage_module, "RETRY_MAX", 0.2)
+
+
+def handling(url: str | filao.Broker, *queues: filao.Queue[Any], concurrency: int | None = None) -> filao.Worker:
+    worker = filao.Worker(url, concurrency=concurrency)
+    for queue in queues:
+
+        @worker.consumer(queue.name)
+        async def handle(message: filao.Message) -> None:
+            pass
+
+    return worker
+
+
+# --- storage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("concurrency", [None, 2], ids=["apart", "shared"])
+async def test_a_deleted_queue_is_waited_for_and_ends_no_other(url, broker, caplog, concurrency) -> None:
+    await broker.declare(LETTERS)
+    worker = handling(url, CLAIMS, LETTERS, concurrency=concurrency)
+    async with running(worker) as task:
+        await broker.delete_queue("claims")
+        await until(lambda: "receiving from 'claims' fails" in caplog.text)
+        await broker.send_to_queue("letters", 1)
+        await until_stats(broker, "letters", acked=1)
+        assert worker.status().healthy
+        await broker.declare(CLAIMS)
+        await broker.send_to_queue("claims", 1)
+        await until_stats(broker, acked=1)
+        assert not task.done()
+    assert caplog.text.count("receiving from 'claims' fails") == 1
+    assert "receiving from 'claims' works again" in caplog.text
+
+
+CUTS = {
+    "read-only": (
+        "ALTER DATABASE {0} SET default_transaction_read_only = on",
+        "ALTER DATABASE {0} RESET default_transaction_read_only",
+    ),
+    "missing": ("ALTER DATABASE {0} RENAME TO {0}_away", "ALTER DATABASE {0}_away RENAME TO {0}"),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_a_database_that_is_read_only_or_missing_for_a_while_is_waited_for(postgres, caplog, cut) -> None:
+    name = f"cut_{cut.replace('-', '_')}"
+    url = postgres.create(name)
+    async with filao.connect(url) as broker:
+        await broker.declare(CLAIMS)
+    away, back = (statement.format(name) for statement in CUTS[cut])
+    async with running(handling(url, CLAIMS)) as task:
+        with psycopg.connect(postgres.url(), autocommit=True) as admin:
+            _cut(admin, name, away)
+            await until(lambda: " fails" in caplog.text)
+            assert not task.done()
+            _cut(admin, name, back)
+        await until(lambda: " works again" in caplog.text)
+        async with filao.connect(url) as broker:
+            await broker.send_to_queue("claims", 1)
+            await until_stats(broker, acked=1)
+        assert not task.done()
+
+
+def _cut(admin: "psycopg.Connection[Any]", name: str, statement: str) -> None:
+    """Do something to a database, and end the sessions in it; some may come in between, which prevents a change of name."""
+    for _ in range(200):
+        with suppress(psycopg.errors.ObjectInUse):
+            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+            admin.execute(statement.encode())
+            break
+    admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+
+
+async def test_a_schema_that_was_dropped_and_made_anew_is_received_from(postgres, caplog) -> None:
+    url = postgres.create("schema_dropped")
+    async with filao.connect(url) as broker:
+        await broker.declare(CLAIMS)
+    async with running(handling(url, CLAIMS)) as task:
+        with psycopg.connect(url, autocommit=True) as admin:
+            admin.execute("DROP SCHEMA filao CASCADE")
+        await until(lambda: " fails" in caplog.text)
+        async with filao.connect(url) as broker:
+            await broker.declare(CLAIMS)
+            await broker.send_to_queue("claims", 1)
+            await until_stats(broker, acked=1)
+        assert not task.done()
+
+
+async def test_a_queue_of_rabbitmq_that_is_deleted_for_a_while_is_waited_for(rabbitmq, caplog) -> None:
+    url = rabbitmq.url()
+    async with filao.connect(url) as broker:
+        plain = filao.Queue("worker.deleted", backoff=filao.Backoff(first=0, jitter=0))
+        await broker.declare(plain)
+        async with running(handling(url, plain)) as task:
+            await broker.delete_queue(plain)
+            await until(lambda: " fails" in caplog.text)
+            await broker.declare(plain)
+            await broker.send_to_queue(plain, 1)
+            async with asyncio.timeout(PATIENCE):
+                while (await broker.stats(plain)).ready:
+                    await asyncio.sleep(0.05)
+            assert not task.done()
+
+
+async def test_an_error_at_the_start_comes_as_itself(url) -> None:
+    with pytest.raises(filao.QueueNotFound):
+        await handling(url, CLAIMS).run()
+
+
+async def test_a_broker_that_its_program_closes_ends_the_worker_with_that_error(url) -> None:
+    broker = filao.connect(url)
+    async with broker:
+        await broker.declare(CLAIMS)
+        ready = asyncio.Event()
+        task = asyncio.create_task(handling(broker, CLAIMS).run(ready=ready.set))
+        await ready.wait()
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(filao.ConfigurationError, match="this broker is closed"):
+            await task
+
+
+@contextmanager
+def locked(path: str) -> Generator[None]:
+    other = sqlite3.connect(path)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+async def test_a_keeper_that_waits_for_a_lock_does_not_make_the_loop_look_blocked(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(pulse_module, "TICK", 0.05)
+    monkeypatch.setattr(worker_module, "BLOCKED_AFTER", 0.5)
+    monkeypatch.setattr(keeper_module, "REPORT_EVERY", 0.05)
+    worker = handling(url, CLAIMS)
+    async with running(worker):
+        with locked(url):
+            await asyncio.sleep(1.5)  # what does not happen meanwhile cannot be waited for
+            assert worker.status().healthy, worker.status().problems
+
+
+async def test_an_idle_worker_whose_engine_has_one_connection_is_healthy(monkeypatch) -> None:
+    monkeypatch.setattr(pulse_module, "TICK", 0.05)
+    monkeypatch.setattr(worker_module, "BLOCKED_AFTER", 0.3)
+    async with filao.connect("sqlite://:memory:") as broker:
+        await broker.declare(CLAIMS)
+        worker = handling(broker, CLAIMS)
+        async with running(worker):
+            await asyncio.sleep(1.0)  # as above
+            assert worker.status().healthy, worker.status().problems
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def host() -> AsyncGenerator[list[int]]:
+    """Be a program with a handler of its own for SIGTERM."""
+    told: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    yield told
+    assert signal.getsignal(signal.SIGTERM) is handle
+    signal.signal(signal.SIGTERM, before)
+
+
+async def test_a_signal_stops_all_workers_of_a_process_and_reaches_its_host(url, broker, host) -> None:
+    await broker.declare(LETTERS)
+    async with running(handling(url, CLAIMS)) as first, running(handling(url, LETTERS)) as second:
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.gather(first, second)
+    assert host == [signal.SIGTERM]
+
+
+async def test_a_worker_without_signals_leaves_them_to_its_host(url, broker, host) -> None:
+    worker, ready = handling(url, CLAIMS), asyncio.Event()
+    task = asyncio.create_task(worker.run(signals=False, ready=ready.set))
+    await ready.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await until(lambda: host)
+    await broker.send_to_queue("claims", 1)
+    await until_stats(broker, acked=1)
+    worker.stop()
+    async with asyncio.timeout(PATIENCE):
+        await task
+
+
+async def test_a_signal_handler_of_the_hosts_loop_is_called_too(url, broker) -> None:
+    told: list[int] = []
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, told.append, 1)
+    try:
+        async with running(handling(url, CLAIMS)) as task:
+            os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(PATIENCE):
+                await task
+        await until(lambda: told)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(lambda: len(told) == 2)
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+def _how_signals_are(pipe: Any) -> None:
+    woken = signal.set_wakeup_fd(-1)
+    pipe.send((signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, woken, signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+    signal.pause()
+
+
+@pytest.mark.parametrize("kind", ["coroutine", "thread"])
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # no connection of the server's is shared with a child
+async def test_a_child_of_a_handler_has_clean_signals_and_its_worker_goes_on(url, broker, kind) -> None:
+    worker, seen = filao.Worker(url), []
+    forking = multiprocessing.get_context("fork")
+
+    def fork() -> None:
+        ours, theirs = forking.Pipe()
+        child = forking.Process(target=_how_signals_are, args=(theirs,))
+        child.start()
+        assert ours.poll(PATIENCE)
+        told = ours.recv()
+        child.terminate()
+        child.join(PATIENCE)
+        seen.append((told, child.exitcode))
+
+    async def coroutine(message: filao.Message) -> None:
+        fork()
+
+    def thread(message: filao.sync.Message) -> None:
+        fork()
+
+    worker.consumer(CLAIMS)(coroutine if kind == "coroutine" else thread)
+    await broker.send_many("claims", [1, 2])
+    async with running(worker) as task:
+        await until(lambda: len(seen) == 2)
+        await until_stats(broker, acked=2)
+        assert not task.done()
+    assert seen == [((True, -1, set()), -signal.SIGTERM)] * 2
+    assert threading.current_thread() is threading.main_thread()
