@@ -2,7 +2,6 @@
 
 import sys
 import unicodedata
-from typing import Any
 
 import msgspec
 import pytest
