@@ -213,7 +213,7 @@ async def test_a_transaction_that_lasts_holds_nobody_up(broker) -> None:
     async with message.transaction() as tx, asyncio.timeout(5):
         await tx.send_to_queue("claims", 2, group="g")
         other = engine_of(broker).twin()
-        async with filao.Broker(other) as twin:
+        async with filao.Broker(lambda: other) as twin:
             await twin.extend(message.delivery, 60)
             await twin.send_to_queue("claims", 3, group="g")
             await twin.send_to_queue("claims", 4)

@@ -87,9 +87,8 @@ class QueueMachine(RuleBasedStateMachine):
             Draft(JSON, str(body).encode(), None, delay, priority, group, dedup_key, ttl, message_id)
             for body, (dedup_key, message_id) in zip(bodies, keys, strict=True)
         ]
-        assert self.broker._portal is not None
         try:
-            receipts = self.broker._portal.call(self.broker._broker.send_drafts, self.queue, drafts)
+            receipts = self.broker.call(self.broker._broker.send_drafts, self.queue, drafts)
         except filao.QueueFull:
             assert numbers is None
             return multiple()

@@ -11,6 +11,8 @@ import filao.sync
 
 LIFE = {
     "abandon",
+    "again",
+    "return_unread",
     "check_open",
     "check_usable",
     "settle",

@@ -19,6 +19,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "urls",
         "printable",
         "guarded",
+        "forks",
         "queue",
         "codec",
         "engine",
@@ -72,7 +73,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         )
     ),
     *("engines.postgresql", "engines.rabbitmq", "engines"),
-    *("moving", "outbox", "deferred", "batching", "broker", "relay", "sync"),
+    *("moving", "outbox", "deferred", "batching", "receiving", "broker", "relay", "calls", "loop_thread", "sync"),
     *(f"worker.{name}" for name in ("signals", "outage", "outcomes", "handlers", "threads", "pulse", "keeper")),
     *(f"worker.{name}" for name in ("strays", "run", "pool", "shift", "worker")),
     *("worker", "worker.supervisor", "conformance.stage"),

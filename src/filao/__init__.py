@@ -19,7 +19,7 @@
 `filao.sync` is the blocking twin; `filao.Worker` runs handlers.
 """
 
-from filao.broker import Broker, Guarantee, connect
+from filao.broker import Broker, connect
 from filao.engine import Failure, Feature, Finding, QueueStats, Receipt, State, StoredMessage
 from filao.errors import (
     ConfigurationError,
@@ -34,7 +34,7 @@ from filao.errors import (
     QueueNotFound,
     UnsupportedFeature,
 )
-from filao.message import Message, Transaction
+from filao.message import Guarantee, Message, Transaction
 from filao.outbox import Inbox, Outbox
 from filao.queue import Backoff, Queue
 from filao.relay import Relay

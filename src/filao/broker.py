@@ -10,17 +10,17 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast, get_args, overload
+from typing import Any, Self, TypeVar, cast, get_args, overload
 
 from msgspec import UNSET, UnsetType
 
-from filao.batching import Batcher, look_away
+from filao.batching import Batcher
 from filao.codec import codec_for, shown
 from filao.deferred import Deferred
 from filao.draft import PEEK_MAX, RECEIVE_MANY_MAX, check_ids, check_limit, check_state, draft, drafts
 from filao.engine import (
-    Ack,
     Delivery,
     Draft,
     Engine,
@@ -32,9 +32,6 @@ from filao.engine import (
     QueueStats,
     Receipt,
     Receive,
-    Received,
-    Reject,
-    Release,
     Result,
     Send,
     Settle,
@@ -42,15 +39,18 @@ from filao.engine import (
     StoredMessage,
     require,
 )
-from filao.engines import Durability, engine_for
-from filao.errors import ConfigurationError, FilaoError, LeaseLost
-from filao.message import AT_MOST_ONCE, Message, Transaction, current_transaction, inside
+from filao.engines import Durability, engine_for, located
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.forks import gate, keep
+from filao.message import Guarantee, Message, Transaction, current_transaction, inside
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of, not_found
+from filao.receiving import Receiving
 
 R = TypeVar("R")
-Guarantee = Literal["at-least-once", "at-most-once"]
 
 _WAITING = (State.READY, State.DELAYED, State.BLOCKED)
+CLOSES_WITHIN = 30.0  # seconds, for all that closing does
+_NOT_OPEN = "is not open: use it inside `async with filao.connect(…) as broker`"
 _open_brokers: "weakref.WeakSet[Broker]" = weakref.WeakSet()
 
 
@@ -62,7 +62,7 @@ def connect(url: str | Path, *, durability: Durability = "full", clock: Callable
     moments, but a crash of the process may not. `clock` tells the seconds since 1970, for tests. Raises
     `ConfigurationError` for a URL that cannot be right; opening raises it too, or `EngineError`.
     """
-    return Broker(engine_for(url, durability=durability, clock=clock))
+    return Broker(partial(engine_for, located(url), durability=durability, clock=clock))
 
 
 class Broker:
@@ -71,15 +71,27 @@ class Broker:
     Any call may be cancelled: a send that was under way is stored or not, a receive gives back what it got.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._batcher = Batcher(engine.execute, self._return_unread, engine.lanes)
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self._make = make
+        self._begin_anew()
+        self._unusable = _NOT_OPEN
+        self._is_inherited = False
+
+    def _begin_anew(self) -> None:
+        self._engine = self._make()
+        self._batcher = Batcher(self._engine.execute, self.return_unread, self._engine.lanes)
+        self._receiving = Receiving(self, self._engine, self._batcher, self.check_usable, lambda: not self._unusable)
         self._queues: dict[str, Queue] = {}
-        self._unusable = "is not open: use it inside `async with filao.connect(…) as broker`"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening = asyncio.Lock()
+        self._is_used = False
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        if not self._unusable:
+            self._check_loop()
+            raise ConfigurationError("this broker is open already: the block would close it under those who opened it")
         await self.open()
         return self
 
@@ -87,21 +99,62 @@ class Broker:
         await self.close()
 
     async def open(self) -> None:
-        """Connect to the engine; `async with` does it."""
+        """Connect to the engine; `async with` does it. Idempotent; what is closed can be opened again, on any loop."""
         if not self._unusable:
+            self._check_loop()
             return
-        await self._engine.open()
-        self._unusable = ""
-        _open_brokers.add(self)
+        if self._is_inherited:
+            self.check_open()
+        async with self._opening:
+            if not self._unusable:
+                return
+            if self._is_used:
+                opening = self._opening
+                self._begin_anew()
+                self._opening = opening
+            self._is_used = True
+            await self._engine.open()
+            self._loop = asyncio.get_running_loop()
+            self._unusable = ""
+            _open_brokers.add(self)
 
     async def close(self) -> None:
-        """Finish what was begun, give back the leases that are still held, and let go. Idempotent."""
+        """Finish what was begun, give back the leases that are still held, and let go, within 30 s. Idempotent.
+
+        Whoever waits for a message is sent home with a `ConfigurationError`. When its time is over or it is cancelled,
+        it lets go all the same; leases then run out. Raises `EngineUnavailable` in that case.
+        """
         if self._unusable:
             return
-        self._unusable = "is closed; open another with filao.connect"
+        is_orphan = self._loop is not None and self._loop.is_closed()
+        if not is_orphan:
+            self._check_loop()
+            self._check_outside()
+        self._unusable = "is closed: open it again, or another with filao.connect"
         _open_brokers.discard(self)
-        await self._batcher.drain()
-        await self._engine.close()
+        self._opening = asyncio.Lock()
+        if is_orphan:
+            self._engine.drop()
+            return
+        try:
+            async with asyncio.timeout(CLOSES_WITHIN):
+                try:
+                    await self._batcher.drain()
+                finally:
+                    await self._engine.close()
+        except TimeoutError:
+            raise EngineUnavailable(
+                f"closing took longer than {CLOSES_WITHIN:g} s, so the broker has let go at once. What it held comes "
+                f"back when its leases run out."
+            ) from None
+
+    def return_unread(self, messages: object) -> None:
+        """Give back messages that came for somebody who has gone away; for the blocking twin."""
+        self._receiving.return_unread(messages)
+
+    def again(self) -> "Broker":
+        """Return another broker on the same storage; for the blocking twin, after a fork."""
+        return Broker(self._make)
 
     @property
     def features(self) -> frozenset[Feature]:
@@ -118,9 +171,21 @@ class Broker:
         if self._unusable:
             raise ConfigurationError(f"this broker {self._unusable}")
 
-    def check_usable(self) -> None:
-        """Raise `ConfigurationError` when a call cannot be made now: the broker is not open, or in a transaction."""
+    def check_usable(self, *, anywhere: bool = False) -> None:
+        """Raise `ConfigurationError` when a call cannot be made now and, unless it can be `anywhere`, on this loop."""
         self.check_open()
+        if not anywhere:
+            self._check_loop()
+        self._check_outside()
+
+    def _check_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise ConfigurationError(
+                "this broker is open on another event loop, and can be used only there: open one on each loop, "
+                "or use filao.sync, which has a loop of its own"
+            )
+
+    def _check_outside(self) -> None:
         transaction = current_transaction.get()
         if transaction is not None and transaction.is_open and transaction.broker is self:
             raise ConfigurationError(
@@ -130,10 +195,12 @@ class Broker:
     def abandon(self) -> None:
         """Make this broker unusable in a child process, without touching what it shares with its parent."""
         self._unusable = (
-            f"was opened before this process (pid {os.getpid()}) was forked. A connection cannot be shared with the "
-            f"parent: call filao.connect in the child"
+            f"was opened by the process that has forked this one (pid {os.getpid()}), and can be used only there: open "
+            f"another here, with filao.connect"
         )
+        self._is_inherited = True
         self._engine.abandon()
+        keep((self._engine, self._batcher, self._loop))
 
     # --- queues ------------------------------------------------------------------------------------------------------
 
@@ -175,9 +242,9 @@ class Broker:
                 f"with it: delete_queue({name!r}, messages=True)"
             )
 
-    def _known(self, queue: str | Queue[T]) -> Queue[T] | None:
+    def _known(self, queue: str | Queue[T], within: object = None) -> Queue[T] | None:
         """Return a queue that this broker knows; None when `_learn` must ask the engine."""
-        self.check_usable()
+        self.check_usable(anywhere=within is not None)
         return queue if isinstance(queue, Queue) else self._queues.get(queue)
 
     async def _learn(self, queue: str | Queue[T]) -> Queue[T]:
@@ -221,7 +288,7 @@ class Broker:
         Raises `QueueNotFound`, `MessageTooLarge`, `MessageNotEncodable`, `MessageError`, `QueueFull`, `EngineError`;
         then nothing was stored.
         """
-        known = self._known(queue) or (await self._learn(queue) if within is None else self.known_within(queue))
+        known = self._known(queue, within) or (await self._learn(queue) if within is None else self.known_within(queue))
         sent = draft(
             known,
             body,
@@ -248,7 +315,7 @@ class Broker:
         within: object = None,
     ) -> list[Receipt]:
         """Store up to 10,000 messages, all or none, and return a receipt for each; see `send_to_queue`."""
-        known = self._known(queue) or (await self._learn(queue) if within is None else self.known_within(queue))
+        known = self._known(queue, within) or (await self._learn(queue) if within is None else self.known_within(queue))
         sent = drafts(known, bodies, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
         return await self._send(Send(known.name, sent), within)
 
@@ -328,8 +395,8 @@ class Broker:
             raise ConfigurationError(f"guarantee is {guarantee!r}; it must be {' or '.join(get_args(Guarantee))}")
         receive = Receive(known.name, limit, lease, waiting=int(wait != 0))
         if wait == 0:
-            return (await self._look(known, receive, guarantee))[0]
-        return await self._wait(known, receive, wait, guarantee)
+            return (await self._receiving.look(known, receive, guarantee))[0]
+        return await self._receiving.wait(known, receive, wait, guarantee)
 
     async def consume(
         self,
@@ -353,82 +420,7 @@ class Broker:
                     yield ahead.pop()
         finally:
             for message in reversed(ahead):
-                self._give_back(message.delivery)
-
-    async def _wait(
-        self, known: Queue[T], receive: Receive, wait: float | None, guarantee: Guarantee
-    ) -> list[Message[T]]:
-        """Look, and wait in line, until there is something or the time is up."""
-        now = asyncio.get_running_loop().time
-        deadline = None if wait is None else now() + wait
-        while True:
-            self.check_usable()
-            place = self._engine.waiter(receive, self._batcher.submit, self._return_unread)
-            messages, due_in = ([], None) if place.is_behind() else await self._look(known, receive, guarantee)
-            if not messages:
-                left = None if deadline is None else max(0.0, deadline - now())
-                messages = await self._read(known, await self._taken(place.wait(due_in, left)), guarantee)
-            if messages or (deadline is not None and now() >= deadline):
-                return messages
-
-    async def _look(
-        self, known: Queue[T], receive: Receive, guarantee: Guarantee
-    ) -> tuple[list[Message[T]], float | None]:
-        """Return the messages that are there or, when there are none, the seconds until one is due."""
-        while True:
-            received = cast("Received", await self._taken(self._batcher.submit(receive)))
-            messages = await self._read(known, received, guarantee) if received.deliveries else []
-            if messages or not received.deliveries:  # else all that came was malformed, and is dead now
-                return messages, received.due_in
-
-    async def _taken(self, future: "asyncio.Future[R]") -> R:
-        """Return what was received, or give it back when our caller was cancelled in the turn in which it came."""
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self._return_unread(future.result())
-            raise
-
-    async def _read(self, known: Queue[T], received: Received, guarantee: Guarantee) -> list[Message[T]]:
-        """Make messages of deliveries; what does not decode dies, what is received at most once is deleted first."""
-        read = codec_for(known.body).decode
-        messages: list[Message[T]] = []
-        malformed: list[tuple[Delivery, str]] = []
-        for delivery in received.deliveries:
-            try:
-                messages.append(Message(self, delivery, read(delivery.kind, delivery.content)))
-            except ValueError as error:
-                malformed.append((delivery, f"the body does not fit the queue's type: {error}"))
-        try:
-            for delivery, why in malformed:
-                await self.settle(delivery, Reject(why, malformed=True))
-            return await self._acked_before(messages) if guarantee == "at-most-once" else messages
-        except asyncio.CancelledError:
-            self._return_unread(received)
-            raise
-
-    async def _acked_before(self, messages: list[Message[T]]) -> list[Message[T]]:
-        """Acknowledge messages before they are handed over; one whose lease was lost meanwhile is another's."""
-        acks = [self.settle(message.delivery, Ack(before_work=True)) for message in messages]
-        acked: list[Message[T]] = []
-        for message, error in zip(messages, await asyncio.gather(*acks, return_exceptions=True), strict=True):
-            if error is None:
-                message.mark_settled(AT_MOST_ONCE)
-                acked.append(message)
-            elif isinstance(error, BaseException) and not isinstance(error, LeaseLost):
-                raise error
-        return acked
-
-    def _return_unread(self, result: object) -> None:
-        """Give back what nobody will look at, because whoever asked for it was cancelled."""
-        if isinstance(result, Received):
-            for delivery in result.deliveries:
-                self._give_back(delivery)
-
-    def _give_back(self, delivery: Delivery) -> None:
-        if not self._unusable:  # a closing engine gives back all it holds
-            self._batcher.submit(Settle(delivery, Release())).add_done_callback(look_away)
+                self._receiving.give_back(message.delivery)
 
     # --- what messages need of their broker: see `filao.message.Settler` ---------------------------------------------
 
@@ -460,7 +452,7 @@ class Broker:
     def twin(self) -> "Broker | None":
         """Return a broker on the same storage for another event loop; None where the leases are bound to this one."""
         engine = self._engine.twin()
-        return None if engine is None else Broker(engine)
+        return None if engine is None else Broker(lambda: engine)
 
     def report(self, state: str) -> Awaitable[None]:
         """Let the doctor tell how this process is doing; for workers."""
@@ -585,10 +577,16 @@ class Broker:
         return await self._engine.doctor()
 
 
+def _before_fork() -> None:
+    transaction = current_transaction.get()
+    gate.shut(in_transaction=transaction is not None and transaction.is_open)
+
+
 def _after_fork() -> None:
+    gate.inherit()
     for broker in list(_open_brokers):
         broker.abandon()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=gate.open, after_in_child=_after_fork)

@@ -413,7 +413,10 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of everything; leases that are still held are given back. Idempotent."""
+        """Let go of everything; leases that are still held are given back. When cancelled, let go at once."""
+
+    def drop(self) -> None:
+        """Let go without waiting: the event loop has ended."""
 
     def abandon(self) -> None:
         """Let go in a child process after a fork, without touching what is shared with the parent."""

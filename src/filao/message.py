@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, Generic, Protocol, cast
+from typing import Any, Generic, Literal, Protocol, cast
 
 from filao.codec import decode_headers
 from filao.draft import draft, drafts
@@ -31,6 +31,7 @@ from filao.engine import (
 from filao.errors import ConfigurationError, FilaoError, LeaseLost
 from filao.queue import Queue, T
 
+Guarantee = Literal["at-least-once", "at-most-once"]
 ERROR_MAX = 8 * 1024  # bytes of an error and its traceback that are kept
 current_transaction: "ContextVar[Transaction | None]" = ContextVar("filao_transaction", default=None)
 """The transaction that the running code is in: other calls of its broker would wait for it for ever."""

@@ -3,50 +3,69 @@
 One event-loop thread runs an async broker, and every call is handed to it. So a `Broker` may be shared by any number of
 threads, and what they do at the same moment shares commits, as concurrent tasks do. Guarantees, units and errors are
 those of `filao.broker` and `filao.message`.
+
+A program without a place for `with` opens it where it likes, a module included: `broker = filao.sync.connect(url);
+broker.open()`. It closes itself when the interpreter ends, and opens itself again in a child process that uses it.
 """
 
-import asyncio
-import signal
+import os
+import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, overload
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 from msgspec import UNSET, UnsetType
 
 from filao.broker import Broker as AsyncBroker
-from filao.broker import Guarantee
 from filao.broker import connect as connect_async
+from filao.calls import Caller, Held
 from filao.engine import Delivery, Feature, Finding, QueueStats, Receipt, State, StoredMessage
 from filao.engines import Durability
 from filao.errors import ConfigurationError
+from filao.forks import keep
+from filao.loop_thread import LoopThread
+from filao.message import Guarantee, current_transaction
 from filao.message import Message as AsyncMessage
 from filao.message import Transaction as AsyncTransaction
-from filao.message import current_transaction
 from filao.queue import Queue, T
 
 R = TypeVar("R")
 
+_FORMS = "`with filao.sync.connect(…) as broker:`, or `broker.open()` in a program without a place for `with`"
+_NOT_OPEN = f"this broker is not open: use {_FORMS}"
+_CLOSED = "this broker is closed: open it again, with `with broker:` or `broker.open()`"
+_open_brokers: "set[Broker]" = set()
+
 
 def connect(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> "Broker":
-    """Return a blocking broker; `with` opens it and closes it. See `filao.connect`."""
+    """Return a blocking broker; `with` opens it and closes it, or `open` and `close`. See `filao.connect`."""
     return Broker(connect_async(url, durability=durability, clock=clock))
 
 
 class Broker:
-    """See `filao.Broker`; safe from many threads."""
+    """See `filao.Broker`; safe from many threads.
+
+    One that is open when the interpreter ends closes itself. In a child process that was forked, it opens itself again
+    when it is used; messages and transactions belong to the process that has begun them.
+    """
 
     def __init__(self, broker: AsyncBroker) -> None:
         self._broker = broker
-        self._portal: BlockingPortal | None = None
-        self._opened = ExitStack()
+        self._caller: Caller | None = None
+        self._thread: LoopThread | None = None
+        self._refusal = _NOT_OPEN
+        self._opening = threading.RLock()  # a signal's handler may close what it finds half open
+        self._is_inherited = False
+        self._is_used = False
 
     def __enter__(self) -> Self:
+        if self._caller is not None:
+            raise ConfigurationError("this broker is open already: the block would close it under those who opened it")
         self.open()
         return self
 
@@ -56,31 +75,44 @@ class Broker:
         self.close()
 
     def open(self) -> None:
-        """Connect to the engine; `with` does it."""
-        if self._portal is not None:
-            return
-        with ExitStack() as opened:
-            with _signals_left_to_us():
-                portal = opened.enter_context(start_blocking_portal("asyncio"))
-            self._loop = portal.call(asyncio.get_running_loop)
-            portal.call(self._broker.open)
-            self._portal = portal
-            self._opened = opened.pop_all()
-
-    @classmethod
-    def beside(cls, broker: AsyncBroker, portal: BlockingPortal) -> Self:
-        """Return the twin of a broker that is open on the running loop, for the threads of a worker."""
-        twin = cls(broker)
-        twin._loop = asyncio.get_running_loop()
-        twin._portal = portal
-        return twin
+        """Connect to the engine; `with` does it. Idempotent; what is closed can be opened again."""
+        with self._opening:
+            if self._caller is not None:
+                return
+            if self._is_used:
+                self._broker = self._broker.again()  # the last one may still be closing: a close that was interrupted
+            self._is_used = True
+            thread = LoopThread(self._broker)
+            try:
+                thread.start()
+                _open_brokers.add(self)
+                self._thread, self._caller = thread, thread.caller
+            except BaseException:
+                thread.stop()
+                raise
+            self._is_inherited = False
 
     def close(self) -> None:
-        """Finish what was begun, give back the leases that are still held, and let go. Idempotent."""
-        if self._portal is not None:
-            portal, self._portal = self._portal, None
-            with self._opened:
-                portal.call(self._broker.close)
+        """Finish what was begun, give back the leases that are still held, and let go, within 30 s. Idempotent."""
+        with self._opening:
+            thread = self._thread
+            if thread is not None:
+                thread.leave(threading.get_ident())
+                thread.stop()
+                self._refusal = _CLOSED
+            self._thread = self._caller = None
+            self._is_inherited = False
+            _open_brokers.discard(self)
+        if thread is not None:
+            thread.join()
+
+    def inherit(self) -> None:
+        """Become, in a child process, a broker that opens itself when it is used."""
+        keep((self._broker, self._thread))
+        self._is_inherited = self._caller is not None
+        self._opening = threading.RLock()
+        self._broker, self._is_used = self._broker.again(), False
+        self._caller = self._thread = None
 
     @property
     def features(self) -> frozenset[Feature]:
@@ -200,8 +232,9 @@ class Broker:
         guarantee: Guarantee = "at-least-once",
     ) -> "list[Message[T]]":
         """See `filao.Broker.receive_many`."""
+        caller = self._usable()
         receive = partial(self._broker.receive_many, queue, limit, wait=wait, lease=lease, guarantee=guarantee)
-        return [Message(self, message) for message in self.call(receive)]
+        return [Message(caller, message) for message in caller.take(receive, self._broker.return_unread)]
 
     def consume(
         self,
@@ -212,19 +245,18 @@ class Broker:
         guarantee: Guarantee = "at-least-once",
     ) -> "Generator[Message[T]]":
         """See `filao.Broker.consume`."""
+        caller = self._usable()
         messages = self._broker.consume(queue, prefetch=prefetch, lease=lease, guarantee=guarantee)
         try:
             while True:
-                yield Message(self, self.call(partial(anext, messages)))
+                yield Message(caller, caller.take(messages.__anext__, self._broker.return_unread))
         finally:
-            if self._portal is not None:
-                self.call(messages.aclose)
+            with suppress(ConfigurationError):  # it was closed, and gave back what it held
+                caller.call(messages.aclose)
 
-    @contextmanager
-    def transaction(self) -> "Generator[Transaction]":
+    def transaction(self) -> "AbstractContextManager[Transaction]":
         """See `filao.Broker.transaction`."""
-        with self._held(self._broker.transaction()) as transaction:
-            yield transaction
+        return _transaction(self._usable(), self._broker.transaction)
 
     @overload
     def stats(self, queue: str | Queue[Any]) -> QueueStats: ...
@@ -286,44 +318,27 @@ class Broker:
     # --- what messages and transactions need of their broker ---------------------------------------------------------
 
     def call(self, function: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> R:
-        """Run a coroutine function on the loop and wait for it; whoever is interrupted takes his call back."""
-        self._broker.check_usable()
-        if self._portal is None:
-            raise ConfigurationError("this broker is not open: use it inside `with filao.sync.connect(…) as broker`")
-        future = asyncio.run_coroutine_threadsafe(function(*arguments), self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        """Run a coroutine function on the loop and wait for it; a caller that is interrupted takes its call back."""
+        return self._usable().call(function, *arguments)
 
-    @contextmanager
-    def held(self, message: AsyncMessage[Any]) -> "Generator[Transaction]":
-        """Open a transaction with a message's acknowledgement in it."""
-        with self._held(message.transaction()) as transaction:
-            yield transaction
-
-    @contextmanager
-    def _held(self, opening: Any) -> "Generator[Transaction]":
-        self._broker.check_usable()
-        if self._portal is None:
-            raise ConfigurationError("this broker is not open: use it inside `with filao.sync.connect(…) as broker`")
-        with self._portal.wrap_async_context_manager(opening) as transaction:
-            outer = current_transaction.get()
-            current_transaction.set(transaction)
-            try:
-                yield Transaction(self._portal, transaction)
-            finally:
-                current_transaction.set(outer)
+    def _usable(self) -> Caller:
+        """Return whom to ask. Raises `ConfigurationError` when it is not open."""
+        caller = self._caller
+        if caller is None and self._is_inherited:
+            self.open()
+            caller = self._caller
+        if caller is None:
+            raise ConfigurationError(self._refusal)
+        return caller
 
 
 class Message(Generic[T]):
     """See `filao.Message`."""
 
-    __slots__ = ("_broker", "_message")
+    __slots__ = ("_caller", "_message")
 
-    def __init__(self, broker: Broker, message: AsyncMessage[T]) -> None:
-        self._broker = broker
+    def __init__(self, caller: Caller, message: AsyncMessage[T]) -> None:
+        self._caller = caller
         self._message = message
 
     @property
@@ -390,41 +405,39 @@ class Message(Generic[T]):
 
     def ack(self) -> None:
         """See `filao.Message.ack`."""
-        self._broker.call(self._message.ack)
+        self._caller.call(self._message.ack)
 
     def nack(self, *, delay: float | None = None, reason: str | BaseException = "") -> None:
         """See `filao.Message.nack`."""
-        self._broker.call(partial(self._message.nack, delay=delay, reason=reason))
+        self._caller.call(partial(self._message.nack, delay=delay, reason=reason))
 
     def reject(self, reason: str | BaseException = "") -> None:
         """See `filao.Message.reject`."""
-        self._broker.call(self._message.reject, reason)
+        self._caller.call(self._message.reject, reason)
 
     def release(self) -> None:
         """See `filao.Message.release`."""
-        self._broker.call(self._message.release)
+        self._caller.call(self._message.release)
 
     def extend(self, seconds: float) -> None:
         """See `filao.Message.extend`."""
-        self._broker.call(self._message.extend, seconds)
+        self._caller.call(self._message.extend, seconds)
 
-    @contextmanager
-    def transaction(self) -> "Generator[Transaction]":
+    def transaction(self) -> "AbstractContextManager[Transaction]":
         """See `filao.Message.transaction`."""
-        with self._broker.held(self._message) as transaction:
-            yield transaction
+        return _transaction(self._caller, self._message.transaction)
 
 
 class Transaction:
     """See `filao.Transaction`."""
 
-    def __init__(self, portal: BlockingPortal, transaction: AsyncTransaction) -> None:
-        self._portal = portal
+    def __init__(self, caller: Caller, transaction: AsyncTransaction) -> None:
+        self._caller = caller
         self._transaction = transaction
 
     def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """See `filao.Transaction.execute`."""
-        return self._portal.call(self._transaction.execute, sql, parameters)
+        return self._caller.call(self._transaction.execute, sql, parameters)
 
     def send_to_queue(
         self,
@@ -452,7 +465,7 @@ class Transaction:
             ttl=ttl,
             message_id=message_id,
         )
-        return self._portal.call(send)
+        return self._caller.call(send)
 
     def send_many(
         self,
@@ -476,24 +489,22 @@ class Transaction:
             group=group,
             ttl=ttl,
         )
-        return self._portal.call(send)
+        return self._caller.call(send)
 
     def ack(self, message: Message[Any]) -> None:
         """See `filao.Transaction.ack`."""
-        self._portal.call(self._transaction.ack, message.inner)
+        self._caller.call(self._transaction.ack, message.inner)
 
 
-@contextmanager
-def _signals_left_to_us() -> Generator[None]:
-    """Let the threads that are started here inherit a mask, so that a Ctrl-C wakes the thread that waits for an answer."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _transaction(caller: Caller, opening: Callable[[], Any]) -> Held[AsyncTransaction, Transaction]:
+    """Return a transaction for a thread, which knows meanwhile that it is in one."""
+    outer = current_transaction.get()
+
+    def entered(transaction: AsyncTransaction) -> Transaction:
+        current_transaction.set(transaction)
+        return Transaction(caller, transaction)
+
+    return caller.held(opening, entered, lambda: current_transaction.set(outer))
 
 
 def _run_here(coroutine: Coroutine[Any, Any, R]) -> R:
@@ -505,3 +516,14 @@ def _run_here(coroutine: Coroutine[Any, Any, R]) -> R:
         return result
     coroutine.close()
     raise AssertionError("a send within a transaction waited")
+
+
+def _after_fork() -> None:
+    brokers = list(_open_brokers)
+    _open_brokers.clear()
+    for broker in brokers:
+        broker.inherit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

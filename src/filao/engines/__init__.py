@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 from filao.engine import Engine
 from filao.engines.sqlite import SqliteEngine
+from filao.engines.sqlite.files import MEMORY
 from filao.errors import ConfigurationError
 from filao.urls import has_scheme, is_bare, shown_url
 
@@ -31,6 +32,14 @@ def _lower(url: str) -> str:
     """Return a URL with its scheme as libraries want it."""
     scheme, mark, rest = url.partition("://")
     return scheme.lower() + mark + rest
+
+
+def located(url: str | Path) -> str | Path:
+    """Return a URL or a path that names the same wherever this process goes: it may open it later, or again."""
+    if isinstance(url, str) and has_scheme(url) and not url.lower().startswith("sqlite:"):
+        return url
+    path = sqlite_path(url)
+    return path if path == MEMORY else path.absolute()
 
 
 def _postgresql(url: str, *, durable: bool, clock: Callable[[], float]) -> Engine:

@@ -22,6 +22,7 @@ import msgspec
 
 from filao import engine, sync
 from filao.broker import Broker
+from filao.calls import Caller
 from filao.errors import EngineError, EngineUnavailable, LeaseLost
 from filao.message import AT_MOST_ONCE, Message, error_text
 from filao.queue import Queue, retry_delay
@@ -77,8 +78,8 @@ class Shared:
     """What all runs of a worker share."""
 
     broker: Broker
-    blocking: sync.Broker
-    to_blocking: Callable[[Any], sync.Transaction]
+    caller: Caller
+    """For plain handlers, in their threads."""
     keeper: Keeper
     threads: Threads
     strays: Strays
@@ -289,8 +290,9 @@ class Run:
         try:
             if handler.is_async:
                 return _result(handler, await handler.function(self._message, *transaction))
-            blocking = [self._shared.to_blocking(one) for one in transaction]
-            message = sync.Message(self._shared.blocking, self._message)
+            caller = self._shared.caller
+            blocking = [sync.Transaction(caller, one) for one in transaction]
+            message = sync.Message(caller, self._message)
             self._call = self._shared.threads.start(handler.function, message, *blocking)
             return _result(handler, await self._call.future)
         except BaseException as raised:

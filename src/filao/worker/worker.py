@@ -14,10 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anyio.from_thread import BlockingPortal
-
-from filao import sync
 from filao.broker import Broker, connect
+from filao.calls import Caller
 from filao.engine import HEALTHY, Feature
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.queue import Queue, check_duration, check_name, not_found
@@ -277,7 +275,8 @@ class Worker:
             on_handled(handled)
 
         async with AsyncExitStack() as stack:
-            portal = await stack.enter_async_context(_portal())
+            caller = Caller(asyncio.get_running_loop())
+            stack.callback(caller.end, "the worker has stopped, so this message is settled without its handler")
             shortest = min(consumer.queue.lease for consumer in consumers.values())
             keeper = Keeper(broker, shortest, lambda: self.status().told())
             stack.push_async_callback(keeper.stop)
@@ -288,8 +287,7 @@ class Worker:
             stack.enter_context(strays.seen(asyncio.get_running_loop()))
             self._pulse = Pulse()
             stack.callback(self._pulse.stop)
-            blocking = sync.Broker.beside(broker, portal)
-            shared = Shared(broker, blocking, partial(sync.Transaction, portal), keeper, threads, strays, Outages())
+            shared = Shared(broker, caller, keeper, threads, strays, Outages())
             self._shift = shift = Shift(shared, self._pools(consumers), stop, count, patient=patient)
             try:
                 yield shift
@@ -342,18 +340,6 @@ async def _reached(reach: Callable[[], Awaitable[dict[str, Consumer]]], stop: St
     finally:
         await cancel(told)
     raise AssertionError("pauses have no end")
-
-
-@asynccontextmanager
-async def _portal() -> AsyncGenerator[BlockingPortal]:
-    """Let threads call the loop. Errors pass it by: it is a task group, which would pack them up."""
-    portal = BlockingPortal()
-    await portal.__aenter__()
-    try:
-        yield portal
-    finally:
-        await portal.stop(cancel_remaining=True)
-        await portal.__aexit__(None, None, None)
 
 
 def _second(queue: str, first: Consumer) -> ConfigurationError:

@@ -116,21 +116,26 @@ class PostgresqlEngine:
         self._is_closing = True  # from here on nothing is leased, or it would be after the leases were given back
         for line in self._lines.values():
             line.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._listener.process:
-            with suppress(FilaoError):
-                await self._strike_off(self._listener.process, died=False)
-        await self._listener.close()
-        await self._main.close()
-        await self._pool.close()
+        try:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._listener.process:
+                with suppress(FilaoError):
+                    await self._strike_off(self._listener.process, died=False)
+            await self._listener.close()
+            await self._main.close()
+            await self._pool.close()
+        finally:
+            self._server.drop()
+
+    def drop(self) -> None:
+        """Let go though the event loop has ended."""
+        self._server.drop()
 
     def abandon(self) -> None:
         """Let go in a child after a fork."""
-        self._main.abandon()
-        self._pool.abandon()
-        self._listener.abandon()
+        self._server.abandon()
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -108,15 +108,7 @@ class Listener:
             with suppress(psycopg.Error, OSError):
                 await connection.close()
 
-    def abandon(self) -> None:
-        """Forget the session in a child after a fork."""
-        _ABANDONED.append(self._connection)
-        self._connection = None
-
 
 def _called(payload: str) -> int:
     """Return the number of the queue that a call names. Anybody may notify; what names none is a call to all queues."""
     return int(payload) if payload.isascii() and payload.isdigit() and len(payload) < 10 else 0
-
-
-_ABANDONED: list[object] = []

@@ -3,6 +3,7 @@
 import asyncio
 import select
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -12,6 +13,7 @@ from psycopg import conninfo, errors
 from psycopg.rows import tuple_row
 
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
+from filao.forks import cut_off, keep
 from filao.urls import checked, shown_url
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -68,6 +70,7 @@ class Server:
         """What it is called in error texts; without the password."""
         self.is_pooled = False
         """A pooler stands before it that gives a transaction any connection, so that nothing outlives one."""
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
     async def connect(self) -> Connection:
         """Open a connection that commits each statement, with the settings that the promises rest on."""
@@ -83,6 +86,7 @@ class Server:
                 keepalives_count=3,
                 tcp_user_timeout=round(ANSWERS_WITHIN * 1000),
             )
+            self._connections.add(connection)
             try:
                 async with in_time():
                     await self.set_up(connection)
@@ -117,6 +121,17 @@ class Server:
             "set_config('default_transaction_isolation', 'read committed', false)",
             (commits, f"{LOCKED_FOR:g}s", f"{ANSWERS_WITHIN:g}s"),
         )
+
+    def drop(self) -> None:
+        """Let go of all connections, in whatever state they are; the server undoes what was open there."""
+        for connection in list(self._connections):
+            connection.pgconn.finish()
+
+    def abandon(self) -> None:
+        """Cut a child off from the sessions of its parent: whatever ends there politely would end them."""
+        for connection in list(self._connections):
+            cut_off(connection.fileno)
+            keep(connection)
 
     # --- errors ------------------------------------------------------------------------------------------------------
 
@@ -201,11 +216,6 @@ class Link:
         if connection is not None:
             await connection.close()
 
-    def abandon(self) -> None:
-        """Forget the connection in a child after a fork: closing it would end the parent's session."""
-        _ABANDONED.append(self._connection)
-        self._connection = None
-
 
 class Pool:
     """Connections for transactions that may last, each opened as a `Link`'s is; those that came back are used again."""
@@ -249,11 +259,6 @@ class Pool:
         for connection in old:
             await connection.close()
 
-    def abandon(self) -> None:
-        """Forget the connections in a child after a fork."""
-        _ABANDONED.extend(connection for _, connection in self._free)
-        self._free = []
-
 
 async def _is_idle(connection: Connection) -> bool:
     """Return whether a connection can be used again; a transaction that an error has left open on it is rolled back.
@@ -267,9 +272,6 @@ async def _is_idle(connection: Connection) -> bool:
             async with asyncio.timeout(UNDONE_WITHIN):
                 await connection.rollback()
     return connection.info.transaction_status == _STATUS.IDLE
-
-
-_ABANDONED: list[object] = []  # what a child process inherited and must never close
 
 
 def _is_lost(connection: Connection) -> bool:

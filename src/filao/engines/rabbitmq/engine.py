@@ -105,14 +105,21 @@ class RabbitmqEngine:
         for line in self._lines.values():
             line.close()
         self._tidying.cancel()
-        await asyncio.gather(self._tidying, return_exceptions=True)
-        await self._receiving.close()
-        await self._sending.close()
+        try:
+            await asyncio.gather(self._tidying, return_exceptions=True)
+            await self._receiving.close()
+            await self._sending.close()
+        except asyncio.CancelledError:
+            self._server.drop()
+            raise
+
+    def drop(self) -> None:
+        """Let go though the event loop has ended."""
+        self._server.drop()
 
     def abandon(self) -> None:
         """Let go in a child after a fork."""
-        self._receiving.abandon()
-        self._sending.abandon()
+        self._server.abandon()
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 

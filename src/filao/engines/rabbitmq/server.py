@@ -2,15 +2,19 @@
 
 import asyncio
 import logging
+import os
 import random
 import re
+import socket
+import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import cast
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aio_pika
 from aiormq import Channel
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
 from aiormq.exceptions import (
     AMQPError,
     AuthenticationError,
@@ -22,9 +26,11 @@ from aiormq.exceptions import (
     InvalidFrameError,
     ProbableAuthenticationError,
 )
+from yarl import URL
 
 from filao.engines.rabbitmq import wire
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
+from filao.forks import cut_off, keep
 from filao.printable import printable
 from filao.urls import checked, hosts, is_bare, shown_url
 
@@ -74,6 +80,7 @@ class Server:
         self._urls = [urlunsplit((parts.scheme, f"{at}{node}", parts.path or "/", query, "")) for node in nodes]
         default = 5671 if parts.scheme == "amqps" else 5672
         named = [node if port else f"{node}:{default}" for node, port in zip(nodes, ports, strict=True)]
+        self._transports = _Transports(is_safe=parts.scheme == "amqps")
         self.vhost = vhost
         self.name = f"RabbitMQ at {', '.join(named)}, virtual host {vhost!r}"
         """What it is called in error texts; without the password."""
@@ -86,9 +93,9 @@ class Server:
         for url in list(self._urls):
             try:
                 with self.mapped():
-                    connection = await aio_pika.connect(
-                        url, timeout=CONNECTED_WITHIN, client_properties={"connection_name": "filao"}
-                    )
+                    connection = aio_pika.Connection(URL(url), client_properties={"connection_name": "filao"})
+                    connection.kwargs["transport_factory"] = self._transports
+                    await connection.connect(timeout=CONNECTED_WITHIN)
             except ValueError:  # whose text may hold the password
                 refused = True
                 break
@@ -107,6 +114,14 @@ class Server:
         if refused:
             raise ConfigurationError(f"the URL of {self.name} cannot be read: a setting behind its ? is wrong")
         raise failed or EngineUnavailable(f"{self.name} cannot be reached")
+
+    def drop(self) -> None:
+        """Let go of all connections, in whatever state they are; what was received goes back to its queues."""
+        self._transports.drop()
+
+    def abandon(self) -> None:
+        """Cut a child off from the sessions of its parent."""
+        self._transports.abandon()
 
     @contextmanager
     def mapped(self) -> Generator[None]:
@@ -143,6 +158,33 @@ class Server:
                 )
             case _:
                 return EngineUnavailable(f"{self.name} is away: {said}. {DOUBT}")
+
+
+class _Transports(TransportFactory):
+    """Opens sockets for the client, which does not tell which they are, and knows those that are open."""
+
+    def __init__(self, *, is_safe: bool) -> None:
+        self._inner = TLSTransportFactory() if is_safe else TCPTransportFactory()
+        self._sockets: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
+
+    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open one."""
+        reader, writer = await self._inner.create(url, **options)
+        self._sockets.add(writer.transport)
+        return reader, writer
+
+    def drop(self) -> None:
+        """Close all, without a farewell and without an event loop."""
+        for transport in list(self._sockets):
+            number = transport.get_extra_info("socket").fileno()
+            with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
+                end.shutdown(socket.SHUT_RDWR)
+
+    def abandon(self) -> None:
+        """Replace all by nothing, in a child."""
+        for transport in list(self._sockets):
+            cut_off(lambda: int(transport.get_extra_info("socket").fileno()))  # noqa: B023 - called at once
+            keep(transport)
 
 
 class Session:
@@ -258,14 +300,6 @@ class Link:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
-
-    def abandon(self) -> None:
-        """Forget the session in a child after a fork: closing it would end the parent's."""
-        _ABANDONED.append(self._session)
-        self._session = None
-
-
-_ABANDONED: list[object] = []  # what a child process inherited and must never close
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -2,6 +2,9 @@
 
 Everything here blocks, and runs in the engine's one database thread. A transaction is one turn at the turnstile, with
 its books; whoever must look again because of it is called as it commits.
+
+Invariant: no job keeps a connection in a variable while it waits for its turn, because a fork may close it meanwhile
+(`filao.forks`); what the next job needs, it opens again.
 """
 
 import os
@@ -11,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filao.engines.sqlite import files, moves, operators, processes
 from filao.engines.sqlite.bell import Belfry, Bell
@@ -22,14 +26,32 @@ from filao.engines.sqlite.receive import Lessee
 from filao.engines.sqlite.turnstile import Turnstile
 from filao.engines.sqlite.waitlist import Call, calls
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
+from filao.forks import gate, keep
+
+R = TypeVar("R")
 
 FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
 FREE_PAGES_BUSY = 2_560  # 10 MiB that stay free under traffic
 TIDY_PAGES = 500  # pages given back to the file system in one turn: a few milliseconds of the write lock
 WAL_SETTLED = 1.0  # seconds after the last change of the WAL during which each look goes into the database
 TIDY_EXPIRED = 500  # messages that outlived their ttl and are ended in one turn: some 10 ms of the write lock
+BUSY_AGAIN = (0.001, 0.05)  # seconds before the second try to begin beside another program's transaction, and at most
 
-_ABANDONED: list[object] = []  # what a child process inherited and must never close
+_inherited: set[Path] = set()
+"""Files that were open when this process was forked, because a job on them would not end: SQLite is mistaken about them."""
+
+
+class Ticket:
+    """Decides whether a job that waits for its turn begins: the job or the timer takes it first, and then it is gone."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        """Monotonic time after which the job must have begun."""
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Return whether it was there to be taken."""
+        return self._lock.acquire(blocking=False)
 
 
 class Database:
@@ -43,8 +65,10 @@ class Database:
         """The random name of the file, the first part of its message ids."""
         self.lessee: Lessee | None = None
         self.bell: Bell | None = None
-        self.ticket: threading.Lock | None = None
-        """Held by whoever decides whether the running job may still begin: see `SqliteEngine._in_turn`."""
+        self.ticket: Ticket | None = None
+        """Of the running job: see `SqliteEngine._in_turn`."""
+        self.loop_thread = threading.get_ident()
+        """See `filao.forks.Storage`."""
         self._durable = durable
         self._flushes = durable
         self.clock = FileClock(clock)
@@ -58,6 +82,12 @@ class Database:
         self._turnstile = Turnstile(None)
         self._belfry: Belfry | None = None
         self._db: sqlite3.Connection | None = None
+        self._books: Books | None = None
+        """Of the transaction that is open."""
+        self._undone_because = ""
+        """Why the last one that did not commit was undone."""
+        self._has_failed = False
+        """The disk failed: what the file holds must be looked at before it is used again."""
         self._seen_version = -1
         self._wal_changed = -1.0
         self._others: list[tuple[int, str]] = []
@@ -70,6 +100,7 @@ class Database:
             self._given = self.path.absolute()
             self.path = files.resolved(self.path)  # one file, one turnstile, by whatever path it is called
             files.check_path(self.path)
+            gate.watch(self)
         with files.mapped(self.path):
             if self.path != files.MEMORY:
                 files.check_is_database(self.path)
@@ -79,10 +110,19 @@ class Database:
                     self.folder = Folder(files.sidecar(self.path), self.path.stat())
                     self._turnstile = Turnstile(self.folder)
                     self._belfry = Belfry(self.folder)
-            with self._turnstile.turn():
+            with self._turn():
                 self._connect()
 
     def _connect(self) -> sqlite3.Connection:
+        """Open the file, for the first time or again; in a turn."""
+        if self.path in _inherited:
+            raise ConfigurationError(
+                f"{self.path} cannot be used in this process (pid {os.getpid()}): it was forked while a statement ran "
+                f"there, and SQLite's locks would be wrong. Start the process again, or by spawn instead of fork."
+            )
+        if self._ground is not None and not self._ground.is_file_there():
+            self._lost = self._ground.missing()
+            self._check_lost()
         db = files.connect(self.path, full=self._durable, cookie=self._turnstile.noted())
         try:
             is_new = files.migrate(db, self.path)
@@ -95,12 +135,28 @@ class Database:
             if self.path != files.MEMORY:
                 self._ground = Ground(self.path, self._given, self.folder.path if self.folder is not None else None)
                 self._turnstile.note(self._ground.cookie)
+                self._watch_bell()
+            if self._has_failed:
+                self._examine(db)
+            files.set_patience(db, 0.0)
         except BaseException:
             db.close()
             raise
         self._db = db
         self._flushes = self._durable
+        self._seen_version = -1
+        self._has_failed = False
         return db
+
+    def _examine(self, db: sqlite3.Connection) -> None:
+        """Look whether the file is whole after the disk failed.
+
+        What the WAL holds may never have reached the disk, though reading it succeeds: writing it back makes sure.
+        """
+        verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if verdict != "ok":
+            raise EngineError(f"{self.path} is damaged: {verdict}. Stop the writers; run: filao doctor {self.path}")
 
     def _set_clock(self, db: sqlite3.Connection) -> None:
         """Set the file's clock after a start of the machine, which ended whoever held leases: they are void."""
@@ -125,8 +181,9 @@ class Database:
         if self.bell is not None:
             self.bell.close()
             self.bell = None
+        self._undo("its broker was closed in the middle of it")
         try:
-            with files.mapped(self.path), self._turnstile.turn():
+            with files.mapped(self.path), self._turn():
                 if self._db is not None:
                     self._let_go(self._db)
         finally:
@@ -135,10 +192,42 @@ class Database:
             if self.folder is not None:
                 self.folder.close()
 
-    def abandon(self) -> None:
-        """Let go in a child after a fork. The connection stays open for ever: closing it could hurt the parent's file."""
-        _ABANDONED.append(self._db)
+    # --- forks: see `filao.forks.Storage` ----------------------------------------------------------------------------
+
+    @property
+    def is_in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        return self._books is not None
+
+    def interrupt(self) -> None:
+        """Let the statement that runs fail."""
+        with suppress(sqlite3.Error):
+            if self._db is not None:
+                self._db.interrupt()
+
+    def leave(self) -> None:
+        """Close the connection, and undo what is open in it.
+
+        Not in a turn: this thread may hold up the one whose turn it is. SQLite writes the WAL back only if nobody else
+        has the file open, and keeps others out meanwhile.
+        """
+        self._undo(
+            "this process forked in the middle of it, and no connection may be open across a fork. Fork before a "
+            "transaction begins, or start processes by spawn"
+        )
+        db, self._db = self._db, None
+        if db is not None:
+            with suppress(sqlite3.Error):
+                self._let_go(db)
+
+    def inherit(self) -> None:
+        """Forget in a child what is the parent's: its turn at the turnstile, its bell, the bells that it rings."""
+        if self._db is not None:
+            _inherited.add(self.path)
+        keep(self._db)
         self._turnstile.close()
+        if self._belfry is not None:
+            self._belfry.close()
         if self.bell is not None:
             self.bell.let_go()
         if self.folder is not None:
@@ -160,35 +249,53 @@ class Database:
         self.commit(books)
 
     def begin(self, *, durable: bool) -> Books:
-        """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends."""
+        """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends.
+
+        While another program's transaction is in the way, the turn is given up between two tries: nobody waits inside.
+        """
         if self._db is not None and self._flushes != (durable and self._durable):
             with files.mapped(self.path):
                 files.set_durable(self._db, durable=not self._flushes)
             self._flushes = not self._flushes
-        assert not self._turnstile.is_held, "a transaction inside a transaction"
-        self._check_lost()
-        self._turnstile.enter()
-        try:
-            self.take_ticket()
-            db = self._db or self._reopen()
-            db.execute("BEGIN IMMEDIATE")
-            if self._is_suspicious or time.monotonic() - self._looked_at > LOOKED_WITHIN:
-                self.look()
-            return Books(db, self.file, self.clock.now(db, writes=True))
-        except BaseException as error:
-            self.roll_back(error)
-            if isinstance(error, sqlite3.Error):
-                raise self._error(error) from error
-            raise
+        assert self._books is None, "a transaction inside a transaction"
+        until = time.monotonic() + files.BUSY_TIMEOUT if self.ticket is None else self.ticket.until
+        pause, pause_max = BUSY_AGAIN
+        while True:
+            self._check_lost()
+            self._take_turn()
+            try:
+                return self._begin()
+            except BaseException as error:
+                self.roll_back(error)
+                if self._turnstile.is_held:
+                    self._turnstile.leave()
+                if not files.is_busy(error) or time.monotonic() > until:
+                    if isinstance(error, sqlite3.Error):
+                        raise self._error(error) from error
+                    raise
+            with gate.outside(self):
+                time.sleep(pause)
+            pause = min(2 * pause, pause_max)
+
+    def _begin(self) -> Books:
+        self.take_ticket()
+        db = self._db or self._connect()
+        db.execute("BEGIN IMMEDIATE")
+        self._books = Books(db, self.file, 0)
+        if self._is_suspicious or time.monotonic() - self._looked_at > LOOKED_WITHIN:
+            self.look()
+        self._books = Books(db, self.file, self.clock.now(db, writes=True))
+        return self._books
 
     def take_ticket(self) -> None:
         """Begin the running job for good: it waits for nobody from here on."""
-        if self.ticket is not None and not self.ticket.acquire(blocking=False):
+        if self.ticket is not None and not self.ticket.take():
             raise EngineUnavailable("nobody waits for this any more")
         self.ticket = None
 
     def commit(self, books: Books) -> None:
         """Make it so, durably when the transaction was begun so."""
+        self.check_open(books)
         try:
             check_stands(books)
             books.write_down()
@@ -200,30 +307,76 @@ class Database:
             if isinstance(error, sqlite3.Error):
                 raise self._error(error) from error
             raise
+        self._books = None
         self._turnstile.leave()
+
+    def check_open(self, books: Books) -> None:
+        """Raise `EngineUnavailable` when a transaction is open no more: a fork or a close has ended it."""
+        if books is not self._books:
+            raise EngineUnavailable(
+                f"{self.path}: nothing of this transaction was done: it was undone, because {self._undone_because}."
+            )
 
     def roll_back(self, error: BaseException) -> None:
         """Undo what was begun, if anything was; and when the disk failed, never trust this connection again."""
-        if not self._turnstile.is_held:
+        if isinstance(error, sqlite3.Error) and files.is_broken(error) and self._db is not None:
+            db, self._db, self._has_failed = self._db, None, True
+            with suppress(sqlite3.Error):
+                self._let_go(db)
+        self._undo("it failed before")
+
+    def _undo(self, because: str) -> None:
+        """Undo the transaction that is open, if one is, and end its turn."""
+        if self._books is None:
             return
+        books, self._books, self._undone_because = self._books, None, because
         try:
-            db = self._db
-            if db is not None:
-                with suppress(sqlite3.Error):
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error) and files.is_broken(error):
-                    self._db = None
-                    with suppress(sqlite3.Error):
-                        self._let_go(db)
+            with suppress(sqlite3.Error):
+                if books.db.in_transaction:
+                    books.db.execute("ROLLBACK")
         finally:
             self._turnstile.leave()
+
+    @contextmanager
+    def _turn(self) -> Generator[None]:
+        self._take_turn()
+        try:
+            yield
+        finally:
+            self._turnstile.leave()
+
+    def _take_turn(self) -> None:
+        with gate.outside(self):
+            self._turnstile.enter()
+
+    def look_up(self, work: Callable[[Books], R]) -> R:
+        """Do what only looks: each statement sees what is committed, and nothing is written down.
+
+        Only what recovers or closes the file can be in the way, for a moment.
+        """
+        until = time.monotonic() + files.BUSY_TIMEOUT
+        pause, pause_max = BUSY_AGAIN
+        while True:
+            with files.mapped(self.path):
+                try:
+                    return work(self.read())
+                except sqlite3.Error as error:
+                    if not files.is_busy(error) or time.monotonic() > until:
+                        raise
+            time.sleep(pause)
+            pause = min(2 * pause, pause_max)
 
     def read(self) -> Books:
         """Return books for looking only: each statement sees what is committed, and nothing is written down."""
         self.look()
-        with files.mapped(self.path):
-            return self.books_on(self._db or self._reopen())
+        return self.books_on(self._usable())
+
+    def _usable(self) -> sqlite3.Connection:
+        """Return the connection; opened afresh after a fork, or after the disk failed."""
+        if self._db is not None:
+            return self._db
+        with files.mapped(self.path), self._turn():
+            return self._connect()
 
     def books_on(self, db: sqlite3.Connection) -> Books:
         """Return books for a transaction that somebody else has begun, or for none."""
@@ -270,29 +423,6 @@ class Database:
         else:
             db.close()
 
-    def _reopen(self) -> sqlite3.Connection:
-        """Open the file afresh after the disk failed, and look whether it is whole before going on.
-
-        What the WAL holds may never have reached the disk, though reading it succeeds: writing it back makes sure.
-        """
-        if not self._turnstile.is_held:
-            with self._turnstile.turn():
-                return self._reopen()
-        if self._ground is not None and not self._ground.is_file_there():
-            self._lost = self._ground.missing()
-            self._check_lost()
-        db = self._connect()
-        try:
-            verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            if verdict != "ok":
-                raise EngineError(f"{self.path} is damaged: {verdict}. Stop the writers; run: filao doctor {self.path}")
-        except BaseException:
-            self._db = None
-            db.close()
-            raise
-        return db
-
     def _call(self, calls: Sequence[Call]) -> None:
         """Wake those who must look again; while we commit, they wake up, and then queue behind us at the turnstile."""
         own = self.lessee.process if self.lessee is not None else 0
@@ -317,14 +447,18 @@ class Database:
                     bell.close()
                 raise
             self.bell = bell
-            if bell is not None and self._ground is not None and self.folder is not None:
-                with files.mapped(self.path):
-                    self._ground.watch(self.folder.path / bell.name)
+            with files.mapped(self.path):
+                self._watch_bell()
             self.lessee = Lessee(process, name)
             if self._belfry is not None:
                 for forgotten in self._belfry.forgotten(known):
                     self._belfry.take_down(forgotten)
         return self.lessee
+
+    def _watch_bell(self) -> None:
+        """Notice when the bell is gone, and with it the folder."""
+        if self.bell is not None and self._ground is not None and self.folder is not None:
+            self._ground.watch(self.folder.path / self.bell.name)
 
     def _hang_bell(self) -> Bell | None:
         if self.folder is None or not hasattr(os, "mkfifo"):
@@ -368,7 +502,7 @@ class Database:
     def has_moved(self) -> bool:
         """Return whether anyone else committed since the last call, and learn whom to watch."""
         with files.mapped(self.path):
-            db = self._db or self._reopen()
+            db = self._usable()
             version = db.execute("PRAGMA data_version").fetchone()[0]
             if version == self._seen_version:
                 return False
@@ -403,15 +537,11 @@ class Database:
 
         It does not wait for whoever reads or writes just now, because others would wait for us at the turnstile.
         """
-        with files.mapped(self.path), self._turnstile.turn():
+        with files.mapped(self.path), self._turn():
             if self._db is None:
                 return True
             self.look()
-            self._db.execute("PRAGMA busy_timeout = 0")
-            try:
-                is_busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            finally:
-                self._db.execute(f"PRAGMA busy_timeout = {round(files.BUSY_TIMEOUT * 1000)}")
+            is_busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             self.look()
         return not is_busy
 

@@ -44,7 +44,7 @@ from filao.engines.line import Line, Place
 from filao.engines.parcels import LEAVING, RowPacking
 from filao.engines.sqlite import carriage, files, moves, operators, processes, verbs, waitlist
 from filao.engines.sqlite.books import Books, QueueRow
-from filao.engines.sqlite.database import Database, check_stands
+from filao.engines.sqlite.database import Database, Ticket, check_stands
 from filao.engines.sqlite.doctor import examine
 from filao.engines.sqlite.foreign import open_transaction
 from filao.engines.sqlite.receive import Lessee, look
@@ -64,6 +64,7 @@ TIDY_SLICES_IDLE = 100  # ... and in a second without it
 SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
 EXPIRED_SLICES_MAX = 20  # of 5,000 expired messages, that end before an operator's look: a second; the rest end later
 ALL = 2**62
+CLOSED_WITHIN = 1.0  # seconds more to close the file, when giving back what was held took as long as it may
 _NOBODY = Lessee(0, "")
 
 
@@ -99,7 +100,8 @@ class SqliteEngine:
     async def open(self) -> None:
         """Open the file, create or migrate its tables, and start the thread that writes."""
         self._loop = asyncio.get_running_loop()
-        self._thread = DatabaseThread(f"filao {self._database.path.name}")
+        self._database.loop_thread = threading.get_ident()
+        self._thread = DatabaseThread(f"filao {self._database.path.name}", self._database)
         try:
             await self._in_turn(self._database.open)
         except BaseException:
@@ -114,26 +116,42 @@ class SqliteEngine:
         return self._twin and self._twin()
 
     async def close(self) -> None:
-        """Give back the leases that are held, let go of the file, and send home those who wait."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._database.bell is not None:
-            self._loop.remove_reader(self._database.bell.reader)
-        async with self._gate:
-            with suppress(FilaoError):
-                while await self._in_turn(self._resign):
-                    pass
-            try:
-                await self._in_turn(self._database.close)
-            finally:
-                self._thread.stop()
+        """Send home those who wait, give back the leases that are held, and let go of the file.
+
+        All within one bound; when it is over, or when this is cancelled, the thread closes the file as soon as it can.
+        """
+        until = time.monotonic() + files.BUSY_TIMEOUT
         for line in self._lines.values():
             line.close()
+        try:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            with suppress(FilaoError):  # what cannot be given back runs out
+                while await self._alone(self._resign, until):
+                    pass
+        finally:
+            if self._database.bell is not None:
+                self._loop.remove_reader(self._database.bell.reader)
+            closed = self._in_turn(self._database.close, max(until, time.monotonic() + CLOSED_WITHIN))
+            closed.add_done_callback(_look_away)
+            self._thread.stop()
+        await closed
+
+    def drop(self) -> None:
+        """Let go though the event loop has ended: the thread gives back the leases and closes the file."""
+
+        def end() -> None:
+            with suppress(FilaoError):
+                while self._resign():
+                    pass
+            self._database.close()
+
+        self._thread.submit(end)
+        self._thread.stop()
 
     def abandon(self) -> None:
-        """Let go in a child after a fork."""
-        self._database.abandon()
+        """Do nothing in a child after a fork: nothing of SQLite's was open across it, and the gate has told the rest."""
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
@@ -167,25 +185,28 @@ class SqliteEngine:
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator["SqliteTransaction"]:
         """Hold the file for the user's own statements; every other writer waits until this ends."""
-        async with self._gate:
+        until = time.monotonic() + files.BUSY_TIMEOUT
+        async with self._alone_in(until):
             try:
-                books = await self._in_turn(lambda: self._database.begin(durable=True))
+                books = await self._in_turn(lambda: self._database.begin(durable=True), until)
                 yield SqliteTransaction(self._database, self._thread, books)
             except BaseException as error:
-                # The thread does jobs in order, so this one ends what was begun. Whoever is cancelled does not wait for it.
+                # The thread does jobs in order, so this one ends what was begun. Who is cancelled does not wait for it.
                 undone = self._thread.submit(partial(self._database.roll_back, error))
+                undone.add_done_callback(_look_away)
                 if not isinstance(error, asyncio.CancelledError):
-                    await undone
+                    await asyncio.wait([undone])
                 raise
             await self._thread.submit(lambda: self._database.commit(books))
             self._untidy = True
 
-    def _in_turn(self, job: Callable[[], R]) -> "asyncio.Future[R]":
+    def _in_turn(self, job: Callable[[], R], until: float | None = None) -> "asyncio.Future[R]":
         """Run a job that waits for a turn to write, but not for ever: another process may stand still in the turnstile.
 
-        Whoever takes the ticket first decides: the job, that it begins; or the timer, that it never will.
+        The job or the timer takes the ticket first, and so decides: that it begins, or that it never will.
         """
-        ticket = threading.Lock()
+        now = time.monotonic()
+        ticket = Ticket(now + files.BUSY_TIMEOUT if until is None else until)
 
         def with_ticket() -> R:
             self._database.ticket = ticket
@@ -195,9 +216,25 @@ class SqliteEngine:
                 self._database.ticket = None
 
         future = self._thread.submit(with_ticket)
-        timer = self._loop.call_later(files.BUSY_TIMEOUT, _give_up, ticket, future, self._database.path)
+        timer = self._loop.call_later(ticket.until - now, _give_up, ticket, future, self._database.path)
         future.add_done_callback(partial(_take_back, ticket, timer))
         return future
+
+    @asynccontextmanager
+    async def _alone_in(self, until: float) -> AsyncGenerator[None]:
+        """Keep the thread to oneself, as soon as no transaction of the user's has it."""
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                await self._gate.acquire()
+        except TimeoutError:
+            raise EngineUnavailable(
+                f"{self._database.path}: a transaction of this broker has been open for {files.BUSY_TIMEOUT:g} seconds, "
+                f"and all else waits for it. Nothing was done; do what is slow before a transaction begins."
+            ) from None
+        try:
+            yield
+        finally:
+            self._gate.release()
 
     # --- waking ------------------------------------------------------------------------------------------------------
 
@@ -417,22 +454,21 @@ class SqliteEngine:
             with self._database.write(durable=True) as books:
                 return work(books)
 
-        async with self._gate:
-            self._untidy = True
-            return await self._in_turn(job)
+        self._untidy = True
+        return await self._alone(job)
 
     async def _look_up(self, work: Callable[[Books], R]) -> R:
         def job() -> R:
             self._database.take_ticket()  # it may take its time, as the doctor does, and then nobody else is to blame
-            with files.mapped(self._database.path):
-                return work(self._database.read())
+            return self._database.look_up(work)
 
         return await self._alone(job)
 
-    async def _alone(self, job: Callable[[], R]) -> R:
+    async def _alone(self, job: Callable[[], R], until: float | None = None) -> R:
         """Run a job in the thread, but not in the middle of a transaction of the user's."""
-        async with self._gate:
-            return await self._in_turn(job)
+        until = time.monotonic() + files.BUSY_TIMEOUT if until is None else until
+        async with self._alone_in(until):
+            return await self._in_turn(job, until)
 
     # --- housekeeping ------------------------------------------------------------------------------------------------
 
@@ -489,6 +525,7 @@ class SqliteTransaction:
 
     async def _do(self, job: Callable[[], R]) -> R:
         def mapped() -> R:
+            self._database.check_open(self._books)
             with files.mapped(self._database.path):
                 check_stands(self._books)
                 try:
@@ -521,14 +558,14 @@ def _look_away(future: "asyncio.Future[Any]") -> None:
         future.exception()  # what opening raised says it all
 
 
-def _take_back(ticket: threading.Lock, timer: asyncio.TimerHandle, future: "asyncio.Future[Any]") -> None:
+def _take_back(ticket: Ticket, timer: asyncio.TimerHandle, future: "asyncio.Future[Any]") -> None:
     timer.cancel()
     if future.cancelled():
-        ticket.acquire(blocking=False)  # so that it never begins, unless it has
+        ticket.take()  # so that it never begins, unless it has
 
 
-def _give_up(ticket: threading.Lock, future: "asyncio.Future[Any]", path: Path) -> None:
-    if ticket.acquire(blocking=False) and not future.done():
+def _give_up(ticket: Ticket, future: "asyncio.Future[Any]", path: Path) -> None:
+    if ticket.take() and not future.done():
         future.set_exception(
             EngineUnavailable(
                 f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process, which may be paused or "

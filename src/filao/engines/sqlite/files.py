@@ -209,6 +209,11 @@ def _set_up(db: sqlite3.Connection, *, full: bool) -> None:
     db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_MAX}")
 
 
+def set_patience(db: sqlite3.Connection, seconds: float) -> None:
+    """Let a statement wait so long for others' locks, in SQLite's own way: asleep, with whatever it holds."""
+    db.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
+
+
 def set_durable(db: sqlite3.Connection, *, durable: bool) -> None:
     """Let the next commits be flushed to the disk before they return, or not."""
     db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
@@ -297,6 +302,11 @@ def is_broken(error: sqlite3.Error) -> bool:
     (https://www.sqlite.org/atomiccommit.html, "fsyncgate"): only a fresh look at the file tells what is there.
     """
     return _primary(error) in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Return whether only another's lock was in the way: the same statement may succeed later."""
+    return isinstance(error, sqlite3.Error) and _primary(error) == sqlite3.SQLITE_BUSY
 
 
 def _primary(error: sqlite3.Error) -> int:

@@ -1,6 +1,7 @@
 """The one thread in which an engine's SQLite connection lives: jobs go in from the event loop, results come back.
 
 A lean stand-in for a one-thread executor: a lone caller pays for two hops between threads with every operation.
+Every job runs inside the gate of forks, so that none is half-way when this process forks.
 """
 
 import asyncio
@@ -9,6 +10,9 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from filao.errors import EngineUnavailable
+from filao.forks import Storage, gate
+
 R = TypeVar("R")
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
@@ -16,29 +20,38 @@ _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 class DatabaseThread:
     """Runs jobs one after the other; started at once, ended by `stop`."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, storage: Storage) -> None:
+        self._storage = storage
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, job: Callable[[], R]) -> "asyncio.Future[R]":
         """Run `job` after those before it; the future is resolved on the loop, unless that happened meanwhile."""
         future: asyncio.Future[R] = self._loop.create_future()
-        self._jobs.put((job, future))
+        if self._is_stopped:
+            future.set_exception(EngineUnavailable("the broker was closed meanwhile. Nothing of this was done."))
+        else:
+            self._jobs.put((job, future))
         return future
 
     def stop(self) -> None:
-        """End the thread after the jobs that were submitted."""
+        """End the thread after the jobs that were submitted; later ones fail."""
+        self._is_stopped = True
         self._jobs.put(None)
 
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
             job, future = item
+            gate.enter(self._storage)
             try:
                 result, error = job(), None
             except BaseException as raised:
                 result, error = None, raised
+            finally:
+                gate.leave()
             try:
                 self._loop.call_soon_threadsafe(_resolve, future, result, error)
             except RuntimeError:

@@ -1,0 +1,115 @@
+"""A thread with an event loop on which a broker is open, for the blocking twin; and how it ends with the interpreter.
+
+It is a daemon, or the interpreter would wait for it before it calls what closes it.
+"""
+
+import asyncio
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+
+from filao.broker import CLOSES_WITHIN, Broker
+from filao.calls import Caller, signals_left_to_others
+from filao.errors import FilaoError
+
+log = logging.getLogger("filao")
+
+JOINED_WITHIN = CLOSES_WITHIN + 5.0  # seconds: closing has its own bound, and the loop ends what is left at once
+
+
+_threads: "set[LoopThread]" = set()
+"""All that have not ended; it may be in the background that they close."""
+
+
+class LoopThread:
+    """Opens a broker, and closes it when it is told to stop."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._thread = threading.Thread(target=self._run, name="filao", daemon=True)
+        self._opened = threading.Event()
+        self._stopping: asyncio.Event | None = None
+        self._is_stopping = False
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        """Open the broker in the thread, and wait until that is done."""
+        _threads.add(self)
+        _close_at_exit()
+        with signals_left_to_others():
+            self._thread.start()
+        self._opened.wait()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def leave(self, thread: int | None) -> None:
+        """Undo the transactions of a thread that closes the broker, or of all: they cannot end while it waits."""
+        with suppress(RuntimeError):  # it has ended
+            self.caller.loop.call_soon_threadsafe(self.caller.leave, thread)
+
+    def stop(self) -> None:
+        """Let it close the broker and end; in the background."""
+        self._is_stopping = True
+        stopping = self._stopping
+        if stopping is not None:
+            with suppress(RuntimeError):  # it has ended
+                self.caller.loop.call_soon_threadsafe(stopping.set)
+
+    def join(self, within: float | None = None) -> None:
+        """Wait until it has ended; raise what closing raised."""
+        self._thread.join(JOINED_WITHIN if within is None else within)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._live())
+        except BaseException as error:
+            self._error = error
+        finally:
+            if hasattr(self, "caller"):
+                self.caller.end()
+            self._opened.set()
+            _threads.discard(self)
+
+    async def _live(self) -> None:
+        self.caller = Caller(asyncio.get_running_loop())
+        self._stopping = asyncio.Event()
+        if self._is_stopping:
+            self._stopping.set()
+        async with self._broker:
+            self._opened.set()
+            await self._stopping.wait()
+
+
+def _close_all() -> None:
+    """Close what is still open when the interpreter ends: all at once, and within one bound."""
+    until = time.monotonic() + JOINED_WITHIN
+    threads = list(_threads)
+    for thread in threads:
+        thread.leave(None)
+        thread.stop()
+    for thread in threads:
+        try:
+            thread.join(max(0.0, until - time.monotonic()))
+        except FilaoError as error:
+            log.warning("closing a broker when the interpreter ended: %s", error)
+
+
+def _close_at_exit() -> None:
+    """Have all closed when this process ends; a child of `multiprocessing` ends in its own way."""
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    multiprocessing = sys.modules.get("multiprocessing.util")
+    if multiprocessing is not None and sys.modules["multiprocessing.process"].parent_process() is not None:
+        multiprocessing.Finalize(None, _close_all, exitpriority=0)  # it ends a child without what atexit holds
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.clear)
