@@ -31,7 +31,8 @@ def check(screen: str) -> None:
 
 
 @pytest.fixture
-def file(tmp_path):
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a text that is taken for a path makes a file
     path = tmp_path / "claims.db"
     with filao.sync.connect(path) as broker:
         broker.declare(filao.Queue("claims", max_attempts=1), filao.Queue("letters", max_attempts=1))
