@@ -6,6 +6,7 @@ queue outlives the code that filled it, and reading a message must not run anyth
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ JSON = 0
 BYTES = 1
 """The content is the caller's bytes, untouched."""
 
+DEPTH_MAX = 200  # objects and arrays within each other: readers in other programs stop at 254, and Python soon after
 HEADERS_MAX = 8 * 1024  # bytes, as JSON
 HEADERS_COUNT_MAX = 64
 SHOWN_MAX = 80  # characters of a wrong value that an error text repeats
@@ -62,6 +64,11 @@ class Codec:
             raise MessageNotEncodable(
                 f"queue {queue!r}: the body {shown(body)} cannot be written as JSON: {error}. Nothing was sent."
             ) from error
+        if is_too_deep(content):
+            raise MessageNotEncodable(
+                f"queue {queue!r}: the body {shown(body)} is nested more than {DEPTH_MAX} deep, which not every reader "
+                f"bears. Nothing was sent. Send it flatter, or as bytes."
+            )
         if self.body is not None and type(body) is not self.body:
             try:
                 self.read(content)
@@ -123,6 +130,42 @@ def encode_headers(queue: str, headers: Mapping[str, str]) -> str | None:
 def decode_headers(headers: str | None) -> dict[str, str]:
     """Return the headers that `encode_headers` wrote."""
     return msgspec.json.decode(headers, type=dict[str, str]) if headers else {}
+
+
+def seen_body(kind: int, content: bytes) -> Any:
+    """Return a stored body as operators see it: decoded, and its bytes where it cannot be, or was nested too deeply."""
+    if kind != JSON or is_too_deep(content):
+        return content
+    try:
+        return msgspec.json.decode(content)
+    except (ValueError, RecursionError):
+        return content
+
+
+def seen_headers(headers: str | None) -> dict[str, str]:
+    """Return stored headers as operators see them: none where they are none."""
+    try:
+        return decode_headers(headers)
+    except (ValueError, RecursionError):
+        return {}
+
+
+def is_too_deep(content: bytes) -> bool:
+    """Return whether a JSON text is nested deeper than `DEPTH_MAX`. What holds few brackets costs only their count."""
+    if content.count(b"[") + content.count(b"{") <= DEPTH_MAX:
+        return False
+    brackets = _STRINGS.sub(b"", content).translate(_AS_SQUARE, delete=_NO_BRACKETS)
+    for _ in range(DEPTH_MAX):  # each time, the innermost go
+        left = brackets.replace(b"[]", b"")
+        if len(left) == len(brackets):
+            break
+        brackets = left
+    return bool(brackets)
+
+
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_AS_SQUARE = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def type_name(body: object) -> str:

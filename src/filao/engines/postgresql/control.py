@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
-from filao.codec import JSON, decode_headers
+from filao.codec import seen_body, seen_headers
 from filao.engine import Failure, QueueStats, State, StoredMessage, instant
 from filao.engines.postgresql.server import Connection
 from filao.errors import ConfigurationError
@@ -116,8 +114,8 @@ def _stored(queue: str, state: State, fields: Sequence[Any]) -> StoredMessage:
         id=name,
         queue=queue,
         state=state,
-        body=_shown_body(kind, content),
-        headers=decode_headers(headers),
+        body=seen_body(kind, content),
+        headers=seen_headers(headers),
         attempts=attempts,
         priority=priority,
         group=group,
@@ -136,12 +134,3 @@ def history(failures: Sequence[Sequence[Any]]) -> tuple[Failure, ...]:
     return tuple(
         Failure(attempt, instant(at), outcome, error, consumer) for attempt, at, outcome, error, consumer in failures
     )
-
-
-def _shown_body(kind: int, content: bytes) -> Any:
-    if kind != JSON:
-        return content
-    try:
-        return msgspec.json.decode(content)
-    except ValueError:
-        return content

@@ -14,7 +14,7 @@ import msgspec
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
-from filao.codec import BYTES, JSON, decode_headers
+from filao.codec import BYTES, JSON, decode_headers, seen_body
 from filao.draft import KEY_MAX
 from filao.engine import Delivery, Draft, Failure, State, StoredMessage, instant
 from filao.engines.rabbitmq.wire import SHORT_MAX, carried, text
@@ -167,7 +167,7 @@ def stored(queue: str, message: DeliveredMessage) -> StoredMessage:
         id=delivery.id,
         queue=queue,
         state=State.DEAD,
-        body=_body(delivery),
+        body=seen_body(delivery.kind, delivery.content),
         headers=decode_headers(delivery.headers),
         attempts=spent,
         priority=0,
@@ -216,15 +216,6 @@ def _kind(properties: Properties, body: bytes) -> int:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return BYTES
     return JSON
-
-
-def _body(delivery: Delivery) -> Any:
-    if delivery.kind == JSON:
-        try:
-            return msgspec.json.decode(delivery.content)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            pass
-    return delivery.content
 
 
 def _number(value: object) -> int:

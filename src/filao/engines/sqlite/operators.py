@@ -9,9 +9,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
-from filao.codec import JSON, decode_headers
+from filao.codec import seen_body, seen_headers
 from filao.engine import Draft, Failure, QueueStats, State, StoredMessage, instant
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
@@ -189,8 +187,8 @@ def _stored(books: Books, row: QueueRow, fields: Sequence[Any]) -> StoredMessage
         id=books.name_of(number, message_id, salt),
         queue=row.rules.name,
         state=State(STATES[state]),
-        body=_shown_body(kind, content),
-        headers=decode_headers(headers),
+        body=seen_body(kind, content),
+        headers=seen_headers(headers),
         attempts=attempts,
         priority=priority,
         group=group,
@@ -202,15 +200,6 @@ def _stored(books: Books, row: QueueRow, fields: Sequence[Any]) -> StoredMessage
         history=history(books.db, number),
         consumer=books.consumer_of(token) if state == NUMBERS["leased"] else "",
     )
-
-
-def _shown_body(kind: int, content: bytes) -> Any:
-    if kind != JSON:
-        return content
-    try:
-        return msgspec.json.decode(content)
-    except ValueError:
-        return content
 
 
 def history(db: sqlite3.Connection, number: int) -> tuple[Failure, ...]:
