@@ -35,6 +35,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "engines.sqlite.turnstile",
         "engines.sqlite.bell",
         "engines.sqlite.files",
+        "engines.sqlite.scrutiny",
         "engines.sqlite.thread",
     ),
     *(

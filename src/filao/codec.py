@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
-from filao.errors import ConfigurationError, MessageNotEncodable, MessageTooLarge
+from filao.errors import ConfigurationError, EngineError, MessageNotEncodable, MessageTooLarge
 from filao.urls import shown_url
 
 JSON = 0
@@ -129,7 +129,12 @@ def encode_headers(queue: str, headers: Mapping[str, str]) -> str | None:
 
 def decode_headers(headers: str | None) -> dict[str, str]:
     """Return the headers that `encode_headers` wrote."""
-    return msgspec.json.decode(headers, type=dict[str, str]) if headers else {}
+    try:
+        return msgspec.json.decode(headers, type=dict[str, str]) if headers else {}
+    except (ValueError, RecursionError) as error:
+        raise EngineError(
+            f"the headers of a stored message are unreadable, so another program wrote them: {error}"
+        ) from error
 
 
 def seen_body(kind: int, content: bytes) -> Any:
@@ -146,7 +151,7 @@ def seen_headers(headers: str | None) -> dict[str, str]:
     """Return stored headers as operators see them: none where they are none."""
     try:
         return decode_headers(headers)
-    except (ValueError, RecursionError):
+    except EngineError:
         return {}
 
 

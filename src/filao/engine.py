@@ -526,6 +526,9 @@ def require(engine: Engine, feature: Feature, what: str) -> None:
         raise UnsupportedFeature(f"{engine.name} has no {what}. Engines that have: SQLite, PostgreSQL.")
 
 
+INSTANT_MAX = 253_402_300_799_000  # milliseconds: the end of the year 9999, which is the last one that Python knows
+
+
 def instant(milliseconds: int) -> datetime:
-    """Return an engine's time as an aware datetime in UTC."""
-    return datetime.fromtimestamp(milliseconds / 1000, tz=UTC)
+    """Return an engine's time as an aware datetime in UTC; what no calendar holds becomes its end."""
+    return datetime.fromtimestamp(min(max(milliseconds, 0), INSTANT_MAX) / 1000, tz=UTC)

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from filao.broker import CLOSES_WITHIN, Broker
 from filao.calls import Caller, signals_left_to_others
-from filao.errors import FilaoError
+from filao.errors import EngineUnavailable, FilaoError
 
 log = logging.getLogger("filao")
 
@@ -45,6 +45,11 @@ class LoopThread:
         self._opened.wait()
         if self._error is not None:
             error, self._error = self._error, None
+            if isinstance(error, OSError):
+                raise EngineUnavailable(
+                    f"the broker cannot start its event loop ({error}): most likely this process has no file descriptor left. "
+                    f"Nothing was done; close what is not needed, or raise the limit (ulimit -n)"
+                ) from error
             raise error
 
     def leave(self, thread: int | None) -> None:

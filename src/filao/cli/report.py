@@ -7,8 +7,9 @@ import click
 import msgspec
 import rich
 
-from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines
-from filao.engine import QueueStats
+from filao.cli.shell import addressed, as_json, broker_at, file_of, is_terminal, note, print_lines
+from filao.engine import Finding, QueueStats
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.printable import printable
 from filao.urls import shown_url
 
@@ -71,8 +72,7 @@ def doctor(*, arguments: tuple[str, ...], wants_json: bool) -> int:
     It reads the whole file. The exit code is 1 when there is an error; notes and warnings are 0.
     """
     url, _ = addressed(arguments, least=0, most=0)
-    with broker_at(url) as broker:
-        findings = broker.doctor()
+    findings = _examined(url)
     if wants_json or not is_terminal(sys.stdout):
         print_lines(as_json(finding) for finding in findings)
     else:
@@ -83,6 +83,21 @@ def doctor(*, arguments: tuple[str, ...], wants_json: bool) -> int:
             styles=_STYLES,
         )
     return 1 if any(finding.level == "error" for finding in findings) else 0
+
+
+def _examined(url: str) -> list[Finding]:
+    """Examine the storage; a file that cannot even be opened has that for its finding."""
+    file = file_of(url)
+    was_there = file is not None and file.exists()
+    try:
+        with broker_at(url) as broker:
+            return broker.doctor()
+    except EngineUnavailable:
+        raise
+    except (EngineError, ConfigurationError) as error:
+        if not was_there:
+            raise
+        return [Finding("opening", "error", str(error))]
 
 
 def draw(

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
-from filao.errors import QueueNotFound
+from filao.errors import ConfigurationError, EngineError, QueueNotFound
 from filao.queue import Queue, not_found, rules_from_json
 
 READY, DELAYED, LEASED, BLOCKED, DEAD = 2, 3, 4, 5, 6
@@ -114,7 +114,7 @@ class Books:
             found = self.db.execute(_SELECT_QUEUE, (name,)).fetchone()
             if found is None:
                 return None
-            row = self._queues[name] = QueueRow(found, _rules(name, found[1]))
+            row = self._queues[name] = QueueRow(found, read_rules(name, found[1]))
         return row
 
     def names(self) -> dict[int, str]:
@@ -269,5 +269,11 @@ _OLDEST_FROM_THE_LOWEST = _OLDEST.format(end="min", beyond=">")
 
 
 @lru_cache(maxsize=1024)
-def _rules(name: str, rules: str) -> Queue:
-    return rules_from_json(name, rules)
+def read_rules(name: str, rules: str) -> Queue:
+    """Return the rules that stand in a file. Raises `EngineError` for what no Filao wrote."""
+    try:
+        return rules_from_json(name, rules)
+    except ConfigurationError as error:
+        raise EngineError(
+            f"the file's rules of queue {name!r} are unreadable: {error}. Declare the queue again; or run: filao doctor"
+        ) from error

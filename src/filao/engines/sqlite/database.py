@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from filao.engines.sqlite import files, moves, operators, processes
+from filao.engines.sqlite import files, moves, operators, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.clock import FileClock
@@ -125,6 +125,7 @@ class Database:
             self._check_lost()
         db = files.connect(self.path, full=self._durable, cookie=self._turnstile.noted())
         try:
+            scrutiny.check(db, self.path)
             is_new = files.migrate(db, self.path)
             self._set_clock(db)
             if is_new:
@@ -243,7 +244,7 @@ class Database:
             yield books
         except BaseException as error:
             self.roll_back(error)
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, files.FAILURES):
                 raise self._error(error) from error
             raise
         self.commit(books)
@@ -270,7 +271,7 @@ class Database:
                 if self._turnstile.is_held:
                     self._turnstile.leave()
                 if not files.is_busy(error) or time.monotonic() > until:
-                    if isinstance(error, sqlite3.Error):
+                    if isinstance(error, files.FAILURES):
                         raise self._error(error) from error
                     raise
             with gate.outside(self):
@@ -304,7 +305,7 @@ class Database:
             self.look()  # before anything is confirmed
         except BaseException as error:
             self.roll_back(error)
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, files.FAILURES):
                 raise self._error(error) from error
             raise
         self._books = None
@@ -319,7 +320,7 @@ class Database:
 
     def roll_back(self, error: BaseException) -> None:
         """Undo what was begun, if anything was; and when the disk failed, never trust this connection again."""
-        if isinstance(error, sqlite3.Error) and files.is_broken(error) and self._db is not None:
+        if isinstance(error, files.FAILURES) and files.is_broken(error) and self._db is not None:
             db, self._db, self._has_failed = self._db, None, True
             with suppress(sqlite3.Error):
                 self._let_go(db)
@@ -407,7 +408,7 @@ class Database:
                 f"opened. What to do: stop the processes that use it, then {self._lost.remedy}."
             )
 
-    def _error(self, error: sqlite3.Error) -> EngineError:
+    def _error(self, error: Exception) -> EngineError:
         """Return our error for one of SQLite's, which may come of a file that is no longer what was opened."""
         try:
             self.look()

@@ -6,11 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filao.engine import Finding, process_finding
-from filao.engines.sqlite import files, operators
-from filao.engines.sqlite.books import Books, tokens
+from filao.engines.sqlite import files, operators, scrutiny
+from filao.engines.sqlite.books import STATES, Books, read_rules, tokens
 from filao.engines.sqlite.clock import JUMP
 from filao.engines.sqlite.database import Database
+from filao.errors import EngineError
 
+_MISCOUNTED = " UNION ALL ".join(
+    f"""
+    SELECT name, '{name}', {name}, (SELECT count(*) FROM filao_message WHERE queue = filao_queue.id AND state = {number}) AS there
+    FROM filao_queue
+    WHERE {name} <> there
+    """
+    for number, name in STATES.items()
+)
 WAL_NOTABLE = 64 * 1024 * 1024  # bytes
 
 
@@ -21,6 +30,8 @@ def examine(books: Books, database: Database) -> list[Finding]:
         *([] if database.path == files.MEMORY else _files(database.path)),
         *_modes(books.db),
         _clock(books, database),
+        _tables(books.db),
+        *_unreadable(books.db),
         *_queues(books),
         *_processes(books, database),
         _integrity(books.db),
@@ -84,6 +95,37 @@ def _clock(books: Books, database: Database) -> Finding:
         return Finding("clock", "ok", "the file's time is the wall clock's")
     text = f"the wall clock is {ahead:+,.1f} s from the file's time, which follows it by a twentieth of the time that passes"
     return Finding("clock", "note", text)
+
+
+def _tables(db: sqlite3.Connection) -> Finding:
+    wrong = "; ".join(scrutiny.differences(db))
+    return Finding("tables", "error" if wrong else "ok", wrong or f"of version {files.schema_version(db)}")
+
+
+def _unreadable(db: sqlite3.Connection) -> Iterator[Finding]:
+    """Yield what no Filao wrote: rules, headers, and counters that do not count what is there."""
+    for name, rules in db.execute("SELECT name, rules FROM filao_queue").fetchall():
+        try:
+            read_rules(name, rules)
+        except EngineError as error:
+            yield Finding(f"queue {name!r}", "error", str(error))
+    headers = db.execute(
+        "SELECT count(*) FROM filao_message WHERE headers IS NOT NULL AND NOT json_valid(headers)"
+    ).fetchone()[0]
+    if headers:
+        yield Finding(
+            "headers", "error", f"{headers:,} messages have headers that are no JSON: another program wrote them"
+        )
+    strays = db.execute(
+        "SELECT count(*) FROM filao_message WHERE queue NOT IN (SELECT id FROM filao_queue)"
+    ).fetchone()[0]
+    if strays:
+        yield Finding("messages", "error", f"{strays:,} messages are of no queue")
+    miscounted = db.execute(_MISCOUNTED).fetchall()
+    for name, state, counted, there in miscounted:
+        yield Finding(
+            f"queue {name!r}", "error", f"{counted:,} messages are counted as {state}, and {there:,} are there"
+        )
 
 
 def _queues(books: Books) -> Iterator[Finding]:

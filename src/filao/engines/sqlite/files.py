@@ -5,6 +5,7 @@ locks that this process holds there. (https://www.sqlite.org/howtocorrupt.html, 
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -45,6 +46,9 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 _MOUNTS = Path("/proc/self/mountinfo")
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+FAILURES = (sqlite3.Error, OverflowError, UnicodeDecodeError)
+"""What Python's sqlite3 raises: of SQLite's, and for a number or a text that no file should hold, or that an error tells."""
 
 Migration = Callable[[sqlite3.Connection], None]
 
@@ -201,6 +205,9 @@ def connect(path: Path, *, full: bool, cookie: int = 0) -> sqlite3.Connection:
 
 def _set_up(db: sqlite3.Connection, *, full: bool) -> None:
     """Set a connection's modes; never `mmap_size`, which turns an I/O error into a crash."""
+    # Somebody else may have made the file: no functions of theirs in its schema, and no cell that overlaps another.
+    db.execute("PRAGMA trusted_schema = OFF")
+    db.execute("PRAGMA cell_size_check = ON")
     if db.execute("PRAGMA page_count").fetchone()[0] == 0:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before the first table: so that a backlog's pages go back
     db.execute("PRAGMA journal_mode = WAL")
@@ -289,13 +296,36 @@ def mapped(path: Path) -> Generator[None]:
     """Turn SQLite's errors into ours, which name the file and say what to do."""
     try:
         yield
-    except sqlite3.Error as error:
+    except FAILURES as error:
         raise engine_error(path, error) from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise EngineUnavailable(_no_descriptors(path)) from error
         raise EngineError(f"{path}: {error}. Check the disk and the permissions of the folder.") from error
 
 
-def is_broken(error: sqlite3.Error) -> bool:
+def _no_descriptors(path: Path) -> str:
+    return (
+        f"{path} cannot be opened: this process has no file descriptor left. Nothing was done; close what is not needed, or raise "
+        f"the limit (ulimit -n)."
+    )
+
+
+def _has_descriptors() -> bool:
+    """Return whether this process can open anything; SQLite does not say why it could not."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno not in (errno.EMFILE, errno.ENFILE)
+    return True
+
+
+def was_interrupted(error: sqlite3.Error) -> bool:
+    """Return whether a statement was ended because it took too long."""
+    return _primary(error) == sqlite3.SQLITE_INTERRUPT
+
+
+def is_broken(error: Exception) -> bool:
     """Return whether a connection must not be used any more after this error.
 
     After a failed flush the kernel may have dropped the pages and the next flush would succeed without them
@@ -309,12 +339,17 @@ def is_busy(error: BaseException) -> bool:
     return isinstance(error, sqlite3.Error) and _primary(error) == sqlite3.SQLITE_BUSY
 
 
-def _primary(error: sqlite3.Error) -> int:
+def _primary(error: BaseException) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def engine_error(path: Path, error: sqlite3.Error) -> EngineError:
-    """Return our error for one of SQLite's: which file, what happened, what to do."""
+def engine_error(path: Path, error: Exception) -> EngineError:
+    """Return our error for one of `FAILURES`: which file, what happened, what to do."""
+    if not isinstance(error, sqlite3.Error):
+        return EngineError(
+            f"{path} holds, or was given, what cannot be right ({type(error).__name__}: {error}). Nothing was done; run: filao "
+            f"doctor {path}"
+        )
     said = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
     match _primary(error):
         case sqlite3.SQLITE_BUSY if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY_SNAPSHOT:
@@ -322,6 +357,8 @@ def engine_error(path: Path, error: sqlite3.Error) -> EngineError:
                 f"{path}: this transaction began with a read, and others have written since, so it can write no more "
                 f"({said}). Nothing was sent: roll it back and begin anew, with BEGIN IMMEDIATE"
             )
+        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR if not _has_descriptors():
+            return EngineUnavailable(_no_descriptors(path))
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return EngineUnavailable(
                 f"{path} is locked by another program's transaction ({said}). Nothing was done; try again when it ends."

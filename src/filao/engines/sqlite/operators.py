@@ -19,8 +19,9 @@ from filao.engines.sqlite.books import (
     Entry,
     QueueRow,
     oldest_ready,
+    read_rules,
 )
-from filao.errors import ConfigurationError
+from filao.errors import ConfigurationError, EngineError
 from filao.queue import Queue, rules_from_json, rules_to_json
 
 NUMBERS = {name: number for number, name in STATES.items()}
@@ -42,7 +43,10 @@ _SEEN = (
 
 def declare(books: Books, queue: Queue) -> None:
     """Create the queue or give it these rules."""
-    before = books.queue(queue.name)
+    try:
+        before = books.queue(queue.name)
+    except EngineError:
+        before = None  # the rules that stand there are unreadable: these replace them
     books.db.execute(
         """
         INSERT INTO filao_queue (name, rules) VALUES (?, ?)
@@ -81,7 +85,7 @@ def _arrange_all(books: Books, row: QueueRow) -> None:
 
 def queues(db: sqlite3.Connection) -> list[Queue]:
     """Return every declared queue with its rules, by name."""
-    return [rules_from_json(*found) for found in db.execute("SELECT name, rules FROM filao_queue ORDER BY name")]
+    return [read_rules(*found) for found in db.execute("SELECT name, rules FROM filao_queue ORDER BY name")]
 
 
 def stats(db: sqlite3.Connection, now: int) -> list[QueueStats]:
