@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import filao
+from filao.engines.sqlite import backup
 from tests.conftest import engine_of
 from tests.torture import clerk, disk
 
@@ -79,6 +80,40 @@ def test_nothing_confirmed_is_lost_when_killed_while_the_wal_is_written_back(tmp
     run = clerk_with(f"{WRITE}:signal=KILL:when={nth}", db, only=db, rounds=1_000)
     assert run.returncode == SIGKILL, run.stderr
     check_what_is_left(run.stdout.splitlines(keepends=True), db)
+
+
+@needs_strace
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_restore_that_is_killed_at_its_nth_step_can_be_made_again_and_loses_nothing(tmp_path, nth) -> None:
+    db, copy = tmp_path / "claims.db", tmp_path / "claims.backup"
+    with filao.sync.connect(db) as broker:
+        broker.declare(filao.Queue("claims"))
+        broker.send_to_queue("claims", "kept")
+        backup.back_up(db, copy)
+        broker.send_to_queue("claims", "later")
+        command = [sys.executable, "-B", "-m", "filao", "restore", str(db), str(copy), "--replace"]
+        fault = [
+            "strace",
+            "-f",
+            "--quiet=all",
+            "-o",
+            os.devnull,
+            "-e",
+            f"inject=link,linkat,rename,unlink:signal=KILL:when={nth}",
+            *command,
+        ]
+        killed = subprocess.run(fault, cwd=ROOT, capture_output=True, timeout=60, check=False)
+        assert killed.returncode == SIGKILL
+    (tmp_path / "claims.db.restoring").unlink(missing_ok=True)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 0, again.stderr
+    with filao.sync.connect(db) as broker:
+        assert [message.body for message in broker.peek("claims")] == ["kept"]
+    bodies = set()
+    for kept in tmp_path.glob("claims.db.replaced-[0-9]"):
+        with filao.sync.connect(kept) as broker:
+            bodies |= {message.body for message in broker.peek("claims")}
+    assert "later" in bodies
 
 
 # --- a disk that fails for a while -----------------------------------------------------------------------------------

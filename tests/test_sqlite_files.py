@@ -45,6 +45,21 @@ async def test_a_url_and_a_path_name_the_same_file(tmp_path, monkeypatch) -> Non
             assert (await broker.stats("claims")).sent == 1
 
 
+async def test_each_url_names_a_file_of_its_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url in ("sqlite:///claims#1.db", "sqlite:///claims#2.db", "sqlite:///claims%23.db", "sqlite:///claims%3F.db"):
+        async with filao.connect(url) as broker:
+            assert await broker.queues() == []
+            await broker.declare(filao.Queue("claims"))
+    assert {path.name for path in tmp_path.glob("*.db")} == {"claims#1.db", "claims#2.db", "claims#.db", "claims?.db"}
+
+
+@pytest.mark.parametrize("name", ["sqlite:///a%00b", Path("a\0b")])
+async def test_a_path_with_a_nul_character_leads_nowhere(name) -> None:
+    with pytest.raises(filao.ConfigurationError, match="null"):
+        await filao.connect(name).open()
+
+
 async def test_memory_needs_no_file_and_is_private(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     async with filao.connect("sqlite://:memory:") as one, filao.connect("sqlite://:memory:") as other:

@@ -70,8 +70,10 @@ def restore(copy: Path, path: Path) -> Path | None:
                     f"processes that use it, and try again"
                 )
             with turnstile.turn():
-                kept = _put_aside(path)
+                kept = _keep(path)
                 partial.rename(path)
+                for part in ("-wal", "-shm"):
+                    _beside(path, part).unlink(missing_ok=True)
                 _flush(path.parent)
         finally:
             turnstile.close()
@@ -99,7 +101,7 @@ def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Pat
         yield partial
     finally:
         for part in (*_PARTS, "-journal"):
-            partial.with_name(partial.name + part).unlink(missing_ok=True)
+            _beside(partial, part).unlink(missing_ok=True)
 
 
 def _copy(source: sqlite3.Connection, partial: Path, *, cookie: int = 0) -> None:
@@ -126,23 +128,31 @@ def _check_backup(copy: Path) -> None:
             )
 
 
-def _put_aside(path: Path) -> Path | None:
-    """Rename a file, its WAL and its shared memory, so that together they are still what they were; the file goes first.
+def _keep(path: Path) -> Path | None:
+    """Give a file and its WAL second names, by which together they are still what they were.
 
-    Whatever interrupts this, the next who opens it finds no file, or an empty one beside a WAL that is not, and is told.
+    Whatever interrupts a restore, nothing is lost, and whoever opens the file is told: it has two names, or a WAL that
+    is not its own. The next restore goes on with the same names.
     """
-    there = [part for part in _PARTS if path.with_name(path.name + part).exists()]
+    there = [part for part in ("", "-wal") if _beside(path, part).exists()]
     if not there:
         return None
-    names = (path.with_name(f"{path.name}.replaced-{number}") for number in range(1, _KEPT_MAX))
-    kept = next((name for name in names if not any(name.with_name(name.name + part).exists() for part in _PARTS)), None)
-    if kept is None:
-        raise ConfigurationError(
-            f"{path} was replaced {_KEPT_MAX:,} times: remove {path}.replaced-1 and the others first"
-        )
-    for part in there:
-        path.with_name(path.name + part).rename(kept.with_name(kept.name + part))
-    return kept
+    for number in range(1, _KEPT_MAX):
+        kept = path.with_name(f"{path.name}.replaced-{number}")
+        if not any(_beside(kept, part).exists() for part in _PARTS) or _is_same(kept, path):
+            for part in there:
+                if not _is_same(_beside(kept, part), _beside(path, part)):
+                    _beside(kept, part).hardlink_to(_beside(path, part))
+            return kept
+    raise ConfigurationError(f"{path} was replaced {_KEPT_MAX:,} times: remove {path}.replaced-1 and the others first")
+
+
+def _beside(path: Path, part: str) -> Path:
+    return path.with_name(path.name + part)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _try(path: Path) -> None:

@@ -62,8 +62,8 @@ def resolved(path: Path) -> Path:
     """Return the one path of a file. Raises `ConfigurationError` when links lead in a circle."""
     try:
         return path.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: before Python 3.13
-        raise ConfigurationError(f"{path} leads nowhere: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: before Python 3.13; ValueError: NUL
+        raise ConfigurationError(f"{str(path)!r} leads nowhere: {error}") from error
 
 
 def check_path(path: Path) -> None:
