@@ -19,7 +19,7 @@ from msgspec import UNSET, UnsetType
 from filao.batching import Batcher
 from filao.codec import codec_for, shown
 from filao.deferred import Deferred
-from filao.draft import PEEK_MAX, RECEIVE_MANY_MAX, check_ids, check_limit, check_state, draft, drafts
+from filao.draft import PEEK_MAX, RECEIVE_MANY_MAX, by_rules, check_ids, check_limit, check_state, draft, drafts
 from filao.engine import (
     Delivery,
     Draft,
@@ -249,8 +249,7 @@ class Broker:
 
     async def _learn(self, queue: str | Queue[T]) -> Queue[T]:
         """Learn a queue's rules from the engine."""
-        name = name_of(queue)
-        known = self._queues[name] = await self._engine.find(name)
+        known = self._queues[name_of(queue)] = await self._engine.find(name_of(queue))
         return known
 
     def known_within(self, queue: str | Queue[T]) -> Queue[T]:
@@ -289,16 +288,20 @@ class Broker:
         then nothing was stored.
         """
         known = self._known(queue, within) or (await self._learn(queue) if within is None else self.known_within(queue))
-        sent = draft(
+        sent = await by_rules(
             known,
-            body,
-            headers=headers,
-            delay=delay,
-            priority=priority,
-            group=group,
-            dedup_key=dedup_key,
-            ttl=ttl,
-            message_id=message_id,
+            None if within else self._engine.find,
+            lambda rules: draft(
+                rules,
+                body,
+                headers=headers,
+                delay=delay,
+                priority=priority,
+                group=group,
+                dedup_key=dedup_key,
+                ttl=ttl,
+                message_id=message_id,
+            ),
         )
         return (await self._send(Send(known.name, (sent,)), within))[0]
 
@@ -316,7 +319,8 @@ class Broker:
     ) -> list[Receipt]:
         """Store up to 10,000 messages, all or none, and return a receipt for each; see `send_to_queue`."""
         known = self._known(queue, within) or (await self._learn(queue) if within is None else self.known_within(queue))
-        sent = drafts(known, bodies, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
+        fit = partial(drafts, bodies=list(bodies), headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
+        sent = await by_rules(known, None if within else self._engine.find, fit)
         return await self._send(Send(known.name, sent), within)
 
     async def send_drafts(self, queue: str, messages: Sequence[Draft]) -> list[Receipt]:

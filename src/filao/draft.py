@@ -1,14 +1,16 @@
 """From what a user sends to a `Draft`: every argument is checked and the body encoded before any I/O."""
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from filao.codec import codec_for, encode_headers, shown
 from filao.engine import Draft, State
 from filao.errors import ConfigurationError, MessageError, MessageTooLarge
 from filao.queue import Queue, check_duration
 
+R = TypeVar("R")
 SEND_MANY_MAX = 10_000  # messages that one atomic `send_many` takes: about 0.1 s of the write lock
 RECEIVE_MANY_MAX = 10_000  # messages that one `receive_many` returns
 PEEK_MAX = 10_000  # messages that one look returns
@@ -71,6 +73,19 @@ def drafts(
     return [
         draft(queue, body, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl) for body in bodies
     ]
+
+
+async def by_rules(
+    known: Queue[Any], learn: Callable[[str], Awaitable[Queue[Any]]] | None, make: Callable[[Queue[Any]], R]
+) -> R:
+    """Return what `make` drafts by the rules that are known; or, when it is too large, by those that are declared by now."""
+    try:
+        return make(known)
+    except MessageTooLarge:
+        declared = None if learn is None else await learn(known.name)
+        if declared is None or declared.body_max <= known.body_max:
+            raise
+        return make(dataclasses.replace(known, body_max=declared.body_max))
 
 
 def too_large(queue: str, size: int, most: int) -> MessageTooLarge:

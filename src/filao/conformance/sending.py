@@ -233,6 +233,19 @@ async def check_a_body_at_its_limit_passes_and_one_above_does_not(stage: Stage) 
 
 
 @needs()
+async def check_rules_that_are_declared_anew_reach_who_is_sending(stage: Stage) -> None:
+    queue = await stage.queue(body_max=1000)
+    async with stage.connect() as other:
+        await other.send_to_queue(queue.name, 1)
+        await stage.broker.declare(dataclasses.replace(queue, body_max=3000))
+        for known in (queue.name, queue):
+            await other.send_to_queue(known, "x" * 2000)
+            await other.send_many(known, ["x" * 2000])
+            await raises(MessageTooLarge, other.send_to_queue(known, "x" * 3000), queue.name, "3,000")
+    await stage.counted(queue, ready=5, sent=5)
+
+
+@needs()
 async def check_headers_have_limits(stage: Stage) -> None:
     queue = await stage.queue()
     await stage.broker.send_to_queue(queue, 1, headers={f"h{number}": "" for number in range(64)})
