@@ -319,7 +319,9 @@ class Broker:
     ) -> list[Receipt]:
         """Store up to 10,000 messages, all or none, and return a receipt for each; see `send_to_queue`."""
         known = self._known(queue, within) or (await self._learn(queue) if within is None else self.known_within(queue))
-        fit = partial(drafts, bodies=list(bodies), headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
+        fit = partial(
+            drafts, bodies=list(bodies), headers=headers, delay=delay, priority=priority, group=group, ttl=ttl
+        )
         sent = await by_rules(known, None if within else self._engine.find, fit)
         return await self._send(Send(known.name, sent), within)
 
