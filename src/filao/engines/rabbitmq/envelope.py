@@ -194,7 +194,7 @@ def _servers_record(deaths: object) -> tuple[str, datetime]:
 
 def name_of(properties: Properties) -> str:
     """Return a message's id, empty when a foreign producer gave none."""
-    name = text((properties.headers or {}).get(ID, "")) or properties.message_id or ""
+    name = text((properties.headers or {}).get(ID, "")) or str(properties.message_id or "")
     if len(name) <= KEY_MAX and "\0" not in name:
         return name
     return f"sha256-{hashlib.sha256(name.encode()).hexdigest()}"  # no other engine, and no inbox, could hold it
