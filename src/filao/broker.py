@@ -140,6 +140,7 @@ class Broker:
             async with asyncio.timeout(CLOSES_WITHIN):
                 try:
                     await self._batcher.drain()
+                    self._receiving.at_most_once.close()
                 finally:
                     await self._engine.close()
         except TimeoutError:
@@ -370,7 +371,8 @@ class Broker:
 
         Waits up to `wait` seconds for one (None: for ever; 0: not at all) and returns None when that ran out. `lease`
         is in seconds, the queue's rule by default. With `guarantee="at-most-once"` the message is deleted, durably,
-        before it is returned: it is never delivered again, whatever happens to its consumer.
+        before it is returned: it is never delivered again, whatever happens to its consumer. When the call is cancelled
+        while that is under way, the next such call on this broker gets the message; with the broker closed, nobody.
 
         A message whose body does not fit the queue's type becomes a dead letter, `malformed`, and the next is taken.
         Raises `QueueNotFound`, `EngineError`.

@@ -7,11 +7,11 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+from filao.at_most_once import AtMostOnce
 from filao.batching import Batcher, look_away
 from filao.codec import codec_for
-from filao.engine import Ack, Delivery, Engine, Receive, Received, Reject, Release, Settle
-from filao.errors import LeaseLost
-from filao.message import AT_MOST_ONCE, Guarantee, Message, Settler
+from filao.engine import Delivery, Engine, Receive, Received, Reject, Release, Settle
+from filao.message import Guarantee, Message, Settler
 from filao.queue import Queue, T
 
 R = TypeVar("R")
@@ -33,6 +33,7 @@ class Receiving:
         self._batcher = batcher
         self._check_usable = check_usable
         self._is_open = is_open
+        self.at_most_once = AtMostOnce(settler)
 
     async def wait(
         self, known: Queue[T], receive: Receive, wait: float | None, guarantee: Guarantee
@@ -46,7 +47,12 @@ class Receiving:
             messages, due_in = ([], None) if place.is_behind() else await self.look(known, receive, guarantee)
             if not messages:
                 left = None if deadline is None else max(0.0, deadline - now())
-                messages = await self._read(known, await self._taken(place.wait(due_in, left)), guarantee)
+                came = place.wait(due_in, left)
+                if guarantee == "at-most-once":
+                    received = await self.at_most_once.wait(known.name, came, self._taken)
+                else:
+                    received = await self._taken(came)
+                messages = await self._read(known, received, guarantee)
             if messages or (deadline is not None and now() >= deadline):
                 return messages
 
@@ -54,6 +60,8 @@ class Receiving:
         self, known: Queue[T], receive: Receive, guarantee: Guarantee
     ) -> tuple[list[Message[T]], float | None]:
         """Return the messages that are there or, when there are none, the seconds until one is due."""
+        if guarantee == "at-most-once" and (deleted := self.at_most_once.left(known.name, receive.limit)):
+            return deleted, None
         while True:
             received = cast("Received", await self._taken(self._batcher.submit(receive)))
             messages = await self._read(known, received, guarantee) if received.deliveries else []
@@ -82,22 +90,10 @@ class Receiving:
         try:
             for delivery, why in malformed:
                 await self._settler.settle(delivery, Reject(why, malformed=True))
-            return await self._acked_before(messages) if guarantee == "at-most-once" else messages
         except asyncio.CancelledError:
             self.return_unread(received)
             raise
-
-    async def _acked_before(self, messages: list[Message[T]]) -> list[Message[T]]:
-        """Acknowledge messages before they are handed over; one whose lease was lost meanwhile is another's."""
-        acks = [self._settler.settle(message.delivery, Ack(before_work=True)) for message in messages]
-        acked: list[Message[T]] = []
-        for message, error in zip(messages, await asyncio.gather(*acks, return_exceptions=True), strict=True):
-            if error is None:
-                message.mark_settled(AT_MOST_ONCE)
-                acked.append(message)
-            elif isinstance(error, BaseException) and not isinstance(error, LeaseLost):
-                raise error
-        return acked
+        return await self.at_most_once.deleted(messages) if guarantee == "at-most-once" else messages
 
     def return_unread(self, result: object) -> None:
         """Give back what nobody will look at, because its caller was cancelled: deliveries, or messages."""
@@ -106,8 +102,12 @@ class Receiving:
                 self.give_back(delivery)
         messages = cast("list[object]", result) if isinstance(result, list) else [result]
         for message in messages:
-            if isinstance(message, Message) and not message.settled:
-                self.give_back(cast("Message[object]", message).delivery)
+            if isinstance(message, Message):
+                unread = cast("Message[object]", message)
+                if unread.settled:
+                    self.at_most_once.leave([unread])  # which was deleted already
+                else:
+                    self.give_back(unread.delivery)
 
     def give_back(self, delivery: Delivery) -> None:
         """Release a message, and wait for nothing."""

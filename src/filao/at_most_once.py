@@ -1,0 +1,87 @@
+"""At most once: a message is deleted, durably, before it is handed over.
+
+Invariant: a message that was deleted for a receive is given to a receive. Should its own be cancelled while the deletion
+is under way, the next one of the same queue and broker gets it, waiting or yet to come. What is left when the broker
+closes is lost, as it may be with this guarantee.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from filao.engine import Ack, Received
+from filao.errors import LeaseLost
+from filao.message import AT_MOST_ONCE, Message, Settler
+
+log = logging.getLogger("filao")
+
+Taken = Callable[["asyncio.Future[Received]"], Awaitable[Received]]
+
+
+class AtMostOnce:
+    """Deletes what is received, and keeps what was deleted for a receive that was cancelled."""
+
+    def __init__(self, settler: Settler) -> None:
+        self._settler = settler
+        self._left: defaultdict[str, deque[Message[Any]]] = defaultdict(deque)
+        self._waiting: defaultdict[str, list[asyncio.Future[Received]]] = defaultdict(list)
+
+    async def deleted(self, messages: list[Message[Any]]) -> list[Message[Any]]:
+        """Delete messages, and return them; one whose lease was lost meanwhile is another's."""
+        deleting = [self._settler.settle(message.delivery, Ack(before_work=True)) for message in messages]
+        done = asyncio.gather(*deleting, return_exceptions=True)
+        try:
+            answers = await asyncio.shield(done)
+        except asyncio.CancelledError:
+            done.add_done_callback(lambda done: self.leave(_acked(messages, done.result())))
+            raise
+        for error in answers:
+            if isinstance(error, BaseException) and not isinstance(error, LeaseLost):
+                self.leave(_acked(messages, answers))
+                raise error
+        return _acked(messages, answers)
+
+    def left(self, queue: str, limit: int) -> list[Message[Any]]:
+        """Return messages that were deleted for a receive that did not get them."""
+        left = self._left.get(queue)
+        return [left.popleft() for _ in range(min(limit, len(left)))] if left else []
+
+    async def wait(self, queue: str, came: "asyncio.Future[Received]", taken: Taken) -> Received:
+        """Wait for what comes from the queue, by `taken`; return nothing as soon as something is left."""
+        if self._left.get(queue):  # since the look before the wait
+            came.cancel()
+            return Received([])
+        self._waiting[queue].append(came)
+        try:
+            return await taken(came)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if came.cancelled() and task is not None and not task.cancelling():
+                return Received([])
+            raise
+        finally:
+            self._waiting[queue].remove(came)
+
+    def close(self) -> None:
+        """Say what is lost."""
+        for queue, left in self._left.items():
+            for message in left:
+                log.warning(
+                    "message %s of %r was received at most once, by a call that was cancelled", message.id, queue
+                )
+            left.clear()
+
+    def leave(self, messages: list[Message[Any]]) -> None:
+        """Keep messages that were deleted for a receive that does not get them."""
+        for message in messages:
+            self._left[message.queue].append(message)
+            any(came.cancel() for came in self._waiting[message.queue])  # the first that has nothing yet
+
+
+def _acked(messages: list[Message[Any]], answers: list[Any]) -> list[Message[Any]]:
+    acked = [message for message, error in zip(messages, answers, strict=True) if error is None]
+    for message in acked:
+        message.mark_settled(AT_MOST_ONCE)
+    return acked

@@ -1,0 +1,63 @@
+"""At most once and cancellation: what was deleted for a call that was cancelled is the next call's."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+import filao
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE = 30.0
+CLAIMS = filao.Queue("claims", backoff=filao.Backoff(first=0, jitter=0))
+
+
+async def test_cancelling_loses_nothing_that_another_call_waits_for_or_will_ask_for(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(CLAIMS)
+        await _cancel_in_all_moments(broker)
+
+
+async def test_cancelling_loses_nothing_on_rabbitmq(rabbitmq) -> None:
+    async with filao.connect(rabbitmq.url()) as broker:
+        await broker.declare(CLAIMS)
+        await _cancel_in_all_moments(broker)
+
+
+async def _cancel_in_all_moments(broker: filao.Broker) -> None:
+    async def receive() -> Any:
+        message = await broker.receive_from_queue(CLAIMS, wait=PATIENCE, guarantee="at-most-once")
+        return None if message is None else message.body
+
+    for turn in range(40):
+        calls = [asyncio.ensure_future(receive())]
+        if turn % 2:
+            calls.append(asyncio.ensure_future(receive()))  # it waits already
+        await broker.send_to_queue(CLAIMS, turn)
+        await asyncio.sleep(turn / 10_000)  # in whatever moment that is
+        calls[0].cancel()
+        got: list[Any] = list(await asyncio.gather(calls[0], return_exceptions=True))
+        if got != [turn] and len(calls) == 1:
+            calls.append(asyncio.ensure_future(receive()))  # it comes after
+        if got == [turn]:
+            calls[-1].cancel()
+        got += await asyncio.gather(*calls[1:], return_exceptions=True)
+        assert [body for body in got if not isinstance(body, asyncio.CancelledError)] == [turn]
+
+
+async def test_what_nobody_got_before_the_broker_closed_is_told(url, caplog) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(CLAIMS)
+        for turn in range(200):
+            await broker.send_to_queue(CLAIMS, turn)
+            call = asyncio.ensure_future(broker.receive_from_queue(CLAIMS, guarantee="at-most-once"))
+            await asyncio.sleep(turn % 20 / 10_000)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            if not (await broker.stats(CLAIMS)).ready and call.cancelled():
+                break
+            await broker.purge(CLAIMS)
+        else:
+            pytest.skip("no call was cancelled in the right moment")
+    assert "was received at most once, by a call that was cancelled" in caplog.text
