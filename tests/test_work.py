@@ -348,6 +348,21 @@ def test_a_module_that_fails_shows_its_own_error(folder) -> None:
     assert "No module named 'nothing_of_that_name'" in work.said()
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_success_is_logged_for_debugging_only(folder, broker, processes) -> None:
+    with working(
+        folder, "app:worker", "--processes", processes, "--log-level", "debug", processes=int(processes)
+    ) as work:
+        receipt = broker.send_to_queue("claims", {"kind": "fine"})
+        until(lambda: f"message {receipt.id} of 'claims', attempt 1: acked" in work.said())
+    with working(folder, "app:worker", "--processes", processes, processes=int(processes)) as work:
+        broker.send_to_queue("claims", {"kind": "fine"})
+        until(lambda: broker.stats("claims").acked == 2)
+        work.signal(signal.SIGTERM)
+        work.ends()
+        assert ": acked" not in work.said()
+
+
 def test_the_doctor_tells_who_receives(folder, broker) -> None:
     with working(folder, "app:worker") as work:
         broker.send_to_queue("claims", {"kind": "wait"})

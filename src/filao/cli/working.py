@@ -30,6 +30,13 @@ ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stoppe
 @click.option("--max-messages", type=click.IntRange(1), help="Replace a process after so many messages.")
 @click.option("--max-memory", type=click.IntRange(1), metavar="MB", help="Replace a process that has grown so large.")
 @click.option("--health", metavar="[HOST:]PORT", help="Answer health checks by HTTP, on loopback unless HOST is given.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is logged: debug tells of each success, info of each decision.",
+)
 @click.option("--report-to", type=int, hidden=True)
 def work(
     *,
@@ -38,6 +45,7 @@ def work(
     max_messages: int | None,
     max_memory: int | None,
     health: str | None,
+    log_level: str,
     report_to: int | None,
 ) -> int:
     """Run a filao.Worker, such as app:worker for `worker` in app.py, until SIGTERM or Ctrl-C.
@@ -49,13 +57,13 @@ def work(
     storage is away it waits for it, for ever. Exit codes are those of `filao --help`; a stop by a signal is 0.
     """
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s", stream=sys.stderr
+        level=log_level.upper(), format="%(asctime)s %(process)d %(levelname)s %(message)s", stream=sys.stderr
     )
     address = _address(health)
     worker = _load(target)
     limits = [(name, value) for name, value in (("messages", max_messages), ("memory", max_memory)) if value]
     if report_to is None and (processes > 1 or limits):
-        command = [sys.executable, "-m", "filao", "work", target]
+        command = [sys.executable, "-m", "filao", "work", target, "--log-level", log_level]
         for name, value in limits:
             command += [f"--max-{name}", str(value)]
         return asyncio.run(_supervise(command, processes, address))
