@@ -18,6 +18,7 @@ from typing import Any
 from tests.servers import rabbitmq_server, redis_server
 
 from bench import report
+from bench.idle import idle
 from bench.measures import MEASURES as QUEUES
 from bench.measures import Ground, to_json
 from bench.old_transactions import old_transactions
@@ -31,6 +32,7 @@ MEASURES = QUEUES | {
     "working": working,
     "postgresql": postgresql,
     "old-transactions": old_transactions,
+    "idle": idle,
     "rabbitmq": rabbitmq,
     "sandbox": sandbox,
 }
@@ -56,7 +58,12 @@ def main() -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output, prefix="run-")))
         peers = [peer for peer in PEERS if peer == "Filao" or _is_there(peer)]
-        needed = set(options.only or MEASURES) - {"postgresql", "old-transactions", "sandbox"}  # which start their own
+        needed = set(options.only or MEASURES) - {
+            "postgresql",
+            "old-transactions",
+            "idle",
+            "sandbox",
+        }  # which start their own
         ports = {
             peer: stack.enter_context(STARTERS[peer](folder / peer)) for peer in peers if peer in STARTERS and needed
         }

@@ -80,6 +80,12 @@ def bars(found: dict[str, Any]) -> list[Bar]:
         judged += _postgresql(found["postgresql"])
     if "old-transactions" in found:
         judged += _old_transactions(found["old-transactions"]["Filao"])
+    if "idle" in found:
+        few, many = found["idle"]["8"], found["idle"]["200"]
+        judged.append(Bar("PostgreSQL: 200 idle consumers, cores of the server", many["core"], 0.03, at_most=True))
+        judged.append(
+            Bar("PostgreSQL: wait with 200 waiting against 8", many["median"] / few["median"], 1.5, at_most=True)
+        )
     if "rabbitmq" in found:
         judged += [
             Bar(f"RabbitMQ: {what}-one against aio-pika by hand", rates["Filao"] / rates["aio-pika"], 0.9)

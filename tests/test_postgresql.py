@@ -20,7 +20,7 @@ from psycopg.rows import dict_row
 from sqlalchemy.orm import Session
 
 import filao
-from filao.engines.postgresql import doctor, schema, server
+from filao.engines.postgresql import doctor, schema, server, watch
 from filao.engines.postgresql import engine as engine_module
 from tests.conftest import engine_of, let_pass
 from tests.load import QUEUE, loaded
@@ -374,8 +374,8 @@ async def test_a_user_who_owns_the_schema_needs_no_right_to_create_one(url) -> N
 
 
 async def test_the_room_of_what_is_gone_is_given_back_when_the_queue_rests(url, monkeypatch) -> None:
-    monkeypatch.setattr(engine_module, "POLL_INTERVAL", 0.05)
-    monkeypatch.setattr(engine_module, "VACUUM_INTERVAL", 0.3)
+    monkeypatch.setattr(watch, "POLL_INTERVAL", 0.05)
+    monkeypatch.setattr(watch, "VACUUM_INTERVAL", 0.3)
     async with filao.connect(url) as broker:
         await broker.declare(filao.Queue("claims"))
         await broker.send_many("claims", [b"x" * 200] * 4_000)
@@ -439,11 +439,11 @@ async def test_the_doctor_names_who_holds_an_old_transaction(url, broker, monkey
 
 
 async def test_nothing_is_vacuumed_in_vain_while_an_old_transaction_is_open(url, broker, monkeypatch) -> None:
-    monkeypatch.setattr(engine_module, "VACUUM_AFTER", -1)
+    monkeypatch.setattr(watch, "VACUUM_AFTER", -1)
     with psycopg.connect(url, autocommit=True) as operator:
 
         async def vacuumed() -> int:
-            await engine_of(broker)._vacuum()
+            await engine_of(broker)._watch.vacuum()
             row = operator.execute("SELECT pg_stat_get_vacuum_count('filao.message'::regclass)").fetchone()
             return row[0] if row else 0
 
@@ -458,7 +458,7 @@ async def test_nothing_is_vacuumed_in_vain_while_an_old_transaction_is_open(url,
 
 
 async def test_a_consumer_that_waits_is_called_and_need_not_poll(url, monkeypatch) -> None:
-    monkeypatch.setattr(engine_module, "POLL_INTERVAL", 600.0)
+    monkeypatch.setattr(watch, "POLL_INTERVAL", 600.0)
     async with filao.connect(url) as sender, filao.connect(url) as consumer:
         await sender.declare(filao.Queue("claims"))
         waiting = asyncio.create_task(consumer.receive_from_queue("claims"))
@@ -470,10 +470,51 @@ async def test_a_consumer_that_waits_is_called_and_need_not_poll(url, monkeypatc
                 assert (await waiting).body == 7
 
 
+async def test_a_process_that_was_called_and_stands_still_keeps_no_message_from_the_others(url, broker) -> None:
+    with psycopg.connect(url, autocommit=True) as operator:
+        standing = "INSERT INTO filao.waiting (queue, since, process, wants) SELECT id, 0, 1, 1 FROM filao.queue"
+        operator.execute(standing)
+        waiting = asyncio.create_task(broker.receive_from_queue("claims"))
+        async with asyncio.timeout(10):
+            while operator.execute("SELECT count(*) FROM filao.waiting WHERE since > 0").fetchone() != (1,):
+                await asyncio.sleep(0.01)
+            async with filao.connect(url) as sender:
+                await sender.send_to_queue("claims", 7)
+                assert (await waiting).body == 7
+
+
+async def test_a_paused_queue_in_which_something_is_due_lets_those_who_wait_rest(url, broker) -> None:
+    await broker.send_to_queue("claims", 7, delay=0.001)
+    await broker.pause("claims")
+    look = """
+        SELECT r.due_in FROM filao.queue q, filao.receive(q.id, filao.clock() + 1000, 1, NULL, 1, 1, 1) r
+        WHERE q.name = 'claims'
+    """
+    with psycopg.connect(url, autocommit=True) as session:
+        assert session.execute(look).fetchall() == [(0,)]  # it has just gone on the waiting list, and looks once more
+        assert session.execute(look).fetchall() == [(None,)]
+
+
+async def test_housekeeping_lets_others_through(url, broker, monkeypatch) -> None:
+    old = "INSERT INTO filao.dedup SELECT 0, 'k', n::text, '', n FROM generate_series(1, 300000) AS n"
+    with psycopg.connect(url, autocommit=True) as operator:
+        operator.execute(old)
+        monkeypatch.setattr(watch, "TIDY_INTERVAL", 0.0)
+        async with filao.connect(url) as consumer:
+            async with asyncio.timeout(30):
+                while operator.execute("SELECT count(*) < 300000 FROM filao.dedup").fetchone() == (False,):
+                    await asyncio.sleep(0.01)
+                waiting = asyncio.create_task(consumer.receive_from_queue("claims"))
+                with psycopg.connect(url) as connection:
+                    await broker.send_to_queue("claims", 7, within=connection)
+                await waiting
+            assert operator.execute("SELECT count(*) > 0 FROM filao.dedup WHERE queue = 0").fetchone() == (True,)
+
+
 async def test_a_queue_in_which_nothing_is_due_says_so(url, broker) -> None:
     await broker.send_to_queue("claims", 7)
     with psycopg.connect(url) as operator:
-        seen = "filao.look_at_times(id, filao.nothing_seen(), NULL)"
+        seen = "filao.look_at_times(id, filao.nothing_seen(), filao.clock(), true)"
         due = f"SELECT filao.due_in({seen}, filao.clock()) FROM filao.queue WHERE name = 'claims'"
         assert operator.execute(due.encode()).fetchone() == (
             None,
@@ -505,7 +546,7 @@ _NO_CALL = """
 
 
 async def test_whatever_anybody_notifies_the_listener_goes_on(url, monkeypatch) -> None:
-    monkeypatch.setattr(engine_module, "POLL_INTERVAL", 600.0)
+    monkeypatch.setattr(watch, "POLL_INTERVAL", 600.0)
     async with filao.connect(url) as broker:
         await broker.declare(filao.Queue("claims"))
         assert await broker.receive_from_queue("claims", wait=0) is None

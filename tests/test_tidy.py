@@ -54,7 +54,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
     ),
     *(
         f"engines.postgresql.{name}"
-        for name in ("server", "schema", "verbs", "control", "carriage", "listener", "doctor", "engine")
+        for name in ("server", "schema", "verbs", "control", "carriage", "listener", "watch", "doctor", "engine")
     ),
     *(
         f"engines.rabbitmq.{name}"

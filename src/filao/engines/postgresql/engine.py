@@ -40,9 +40,10 @@ from filao.engines.line import Line, Place
 from filao.engines.parcels import LEAVING, RowPacking, has_rival, is_new, sends, without_key
 from filao.engines.postgresql import carriage, control, verbs
 from filao.engines.postgresql.doctor import examine
-from filao.engines.postgresql.listener import ALIVE, DEAD, Listener
+from filao.engines.postgresql.listener import Listener
 from filao.engines.postgresql.schema import migrate
 from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Pool, Server, in_time
+from filao.engines.postgresql.watch import Watch
 from filao.engines.statements import check_statement, for_psycopg
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
 from filao.guarded import for_ever
@@ -52,16 +53,10 @@ R = TypeVar("R")
 
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever is the database's default
 
-POLL_INTERVAL = 0.5  # seconds between looks for what calls nobody: sends in users' transactions, and whatever got lost
-DEAD_AFTER = 2.0  # seconds without a sign of life after which a process's leases are taken over
-TIDY_INTERVAL = 30.0  # seconds between rounds of housekeeping
-VACUUM_INTERVAL = 3.0  # seconds between looks at what is dead; autovacuum looks once a minute, and a queue writes fast
-VACUUM_AFTER = 50_000  # dead rows: some 20 MiB
-VACUUM_AT_REST = 1_000  # dead rows when nothing has changed between two looks: the end of the table can be cut off then
 SLICE = 2_000  # messages that operators change in one transaction
 CONNECTIONS_MAX = 10  # for transactions, in one process
-POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
 UNUSED_MAX = 60.0  # seconds after which one that nobody used is closed
+POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
 UNLOCKED_POLL = 0.05  # seconds between looks whether the senders of a queue that is to be deleted are done
 TRIES = 5  # of a transaction that met another and lost: nothing of it was done
 
@@ -81,17 +76,20 @@ class PostgresqlEngine:
         self._listener = Listener(self._server, self._heard)
         self._main = Link(self._server, self._listener.nudge)
         self._pool = Pool(self._server, CONNECTIONS_MAX)
+        strike_off = partial(self._strike_off, died=True)
+        self._watch = Watch(
+            self._listener,
+            self._heard,
+            row=self._row,
+            connection=self._connection,
+            strike_off=strike_off,
+            moment=self._moment,
+        )
         self._database = ""
         self._lines: dict[str, Line] = {}
         self._numbers: dict[str, int] = {}
         self._rules: dict[str, Queue] = {}
-        self._missed: dict[int, float] = {}
-        """Processes that showed no sign of life, and since when."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._tidied = self._vacuumed = time.monotonic()
-        self._dead_rows = 0
-        self._vacuumed_to = 0
-        """What died before this transaction was removed, as far as it could be."""
         self._is_listening = False
         self._is_closing = False
 
@@ -105,7 +103,8 @@ class PostgresqlEngine:
         except BaseException:
             await self._main.close()
             raise
-        self._start(for_ever("the watch over PostgreSQL's queues", self._watch))
+        self._start(for_ever("the watch over PostgreSQL's queues", self._watch.look))
+        self._start(for_ever("the housekeeping of PostgreSQL's queues", self._keep_house))
 
     def twin(self) -> "PostgresqlEngine":
         """Return an engine on the same database."""
@@ -329,44 +328,9 @@ class PostgresqlEngine:
             if number in (0, self._numbers.get(queue)):
                 line.call()
 
-    async def _watch(self) -> None:
-        """As a process that receives, poll for what calls nobody, and look for deaths; every now and then, tidy up."""
-        await asyncio.sleep(POLL_INTERVAL)
-        with suppress(FilaoError):  # a server that fails says so to those who call it
-            if self._listener.process and not self._server.is_pooled:
-                await self._look_for_deaths()
-            if time.monotonic() - self._tidied > TIDY_INTERVAL:
-                self._tidied = time.monotonic()
-                while await self._value("SELECT filao.tidy(%s)", self._moment()):
-                    pass
-            if time.monotonic() - self._vacuumed > VACUUM_INTERVAL:
-                self._vacuumed = time.monotonic()
-                await self._vacuum()
-            await self._pool.close(UNUSED_MAX)
-        self._heard(0)
-
-    async def _vacuum(self) -> None:
-        """Let the room of what is gone be used again, unless another process is at it; of a table at rest, give it back.
-
-        While an old transaction keeps what died since the last time, it would be in vain.
-        """
-        found = str(await self._value(_DEAD_ROWS)).split()
-        dead, horizon, before = int(found[0]), int(found[1]), self._dead_rows
-        self._dead_rows = dead
-        if horizon > self._vacuumed_to and (dead > VACUUM_AFTER or (dead == before and dead > VACUUM_AT_REST)):
-            self._vacuumed_to = horizon
-            async with self._connection() as connection:
-                await connection.execute("VACUUM (SKIP_LOCKED) filao.message")
-
-    async def _look_for_deaths(self) -> None:
-        async with self._main.use() as connection:
-            found = await connection.execute(DEAD, (self._listener.process, ALIVE))
-            missing = [row[0] for row in await found.fetchall()]
-        now = time.monotonic()
-        self._missed = {process: self._missed.get(process, now) for process in missing}
-        for process, since in self._missed.items():
-            if now - since >= DEAD_AFTER:
-                await self._strike_off(process, died=True)
+    async def _keep_house(self) -> None:
+        await self._watch.keep_house()
+        await self._pool.close(UNUSED_MAX)
 
     async def _strike_off(self, process: int, *, died: bool) -> None:
         await self._value("SELECT filao.strike_off(%s, %s, %s)", process, self._moment(), died)
@@ -582,18 +546,6 @@ _IDENTITY = """
     SELECT format('postgresql %%s %%s %%s', m.value, d.oid, extract(epoch FROM pg_postmaster_start_time()))
     FROM filao.meta m, pg_database d WHERE m.name = 'database' AND d.datname = current_database()
 """
-_DEAD_ROWS = """
-    SELECT format('%%s %%s', n_dead_tup, pg_snapshot_xmax(pg_current_snapshot())::text::bigint - (
-      SELECT max(age) FROM (
-        SELECT greatest(age(backend_xmin), age(backend_xid)) FROM pg_stat_activity
-        WHERE datname = current_database() OR backend_type = 'walsender'
-        UNION ALL SELECT age(transaction) FROM pg_prepared_xacts WHERE database = current_database()
-        UNION ALL SELECT age(xmin) FROM pg_replication_slots
-      ) AS held (age)
-    ))
-    FROM pg_stat_user_tables WHERE relid = 'filao.message'::regclass
-"""
-"""How many rows are dead, and the number of the oldest transaction that anybody may still see the state of."""
 _IS_HERE = "SELECT to_regclass('filao.queue') IS NOT NULL"
 _ABOUT = """
     SELECT q.id, q.rules::text, m.value

@@ -19,15 +19,6 @@ from filao.guarded import for_ever
 ALIVE = 0x46696C61  # "Fila", the first key of the advisory locks that processes hold
 RETRY_MAX = 5.0  # seconds between tries to reach the server again
 
-DEAD = """
-    SELECT p.id FROM filao.process p
-    WHERE p.has_session AND p.id <> %s AND NOT EXISTS (
-      SELECT FROM pg_locks l
-      WHERE l.locktype = 'advisory' AND l.classid = %s AND l.objid = p.id AND l.objsubid = 2
-        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    )
-"""
-
 
 class Listener:
     """Holds the session of a process that receives."""
@@ -43,6 +34,16 @@ class Listener:
         self._registered = asyncio.Event()
         self._reachable = asyncio.Event()
         """Set when the server answered on another connection."""
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a pooler stands before the server, so that no session of this process lasts."""
+        return self._server.is_pooled
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether this process can be called."""
+        return self.process != 0 and self._connection is not None and not self._connection.closed
 
     def next_token(self) -> int:
         """Return a token that no other lease ever had."""

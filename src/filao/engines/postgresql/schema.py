@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 3
+VERSION = 4
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -41,6 +41,7 @@ STEPS: dict[int, str] = {
         CREATE INDEX waiting_since ON filao.waiting (queue, since);
         CREATE SEQUENCE filao.place CACHE 1;
     """,
+    4: "",  # of the functions alone
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """

@@ -18,7 +18,7 @@ BEGIN
     IF f.proname IN (
       'amend', 'arrange', 'arrange_noted', 'call', 'clock', 'declare', 'delete', 'expire_all', 'extend', 'lock_groups',
       'mark', 'name_of', 'number_of', 'receive', 'redrive', 'remove', 'resume_group', 'send', 'settle', 'split',
-      'strike_off', 'tidy'
+      'strike_off', 'tidy', 'watch'
     ) THEN
       EXECUTE format('ALTER FUNCTION %s SECURITY DEFINER SET search_path = pg_catalog, pg_temp', f.name);
     END IF;

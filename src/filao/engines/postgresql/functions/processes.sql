@@ -29,18 +29,69 @@ BEGIN
 END
 $$;
 
--- Forget old deduplication keys, and fold the counters of backends that are gone; true when there may be more to do.
-CREATE OR REPLACE FUNCTION filao.tidy(moment bigint) RETURNS boolean
+-- Whether a queue has something for whoever waits: ready, due, or to be arranged.
+CREATE OR REPLACE FUNCTION filao.has_work(q integer, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+  seen  filao.seen := filao.look_at_times(q, filao.look(q, filao.seen(q)), now);
+  ready boolean;
+BEGIN
+  IF cardinality(seen.priorities) = 0 AND seen.below IS NOT NULL THEN
+    seen := filao.learn(q, seen);
+  END IF;
+  WHILE cardinality(seen.priorities) > 0 LOOP
+    seen.floors[1] := filao.first_ready(q, seen.priorities[1], seen.floors[1]);
+    EXIT WHEN seen.floors[1] IS NOT NULL;
+    seen.priorities := seen.priorities[2:];
+    seen.floors := seen.floors[2:];
+  END LOOP;
+  ready := cardinality(seen.priorities) > 0 OR seen.below IS NOT NULL;
+  PERFORM filao.remember_seen(q, seen);
+  RETURN ready OR coalesce(least(seen.delayed, seen.leased, seen.expiring) <= now, false)
+         OR EXISTS (SELECT FROM filao.unarranged WHERE queue = q);
+END
+$$;
+
+-- Look after all processes: call those who wait where there is something that nobody called them for, such as sends in users'
+-- transactions, or what somebody was called for who stands still. Returns how many live, and who shows no sign of life.
+CREATE OR REPLACE FUNCTION filao.watch(p integer, moment bigint, alive bigint, OUT living integer, OUT missing integer[])
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  forgotten bigint;
+  now    bigint := coalesce(moment, filao.clock());
+  lively integer[] := ARRAY(
+    SELECT objid::bigint::integer FROM pg_locks
+    WHERE locktype = 'advisory' AND classid::bigint = alive AND objsubid = 2
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  );
+  q      integer;
 BEGIN
-  WITH old AS (
-    SELECT queue, kind, key FROM filao.dedup
-    WHERE until <= coalesce(moment, filao.clock()) LIMIT 1000 FOR UPDATE SKIP LOCKED
-  )
-  DELETE FROM filao.dedup d USING old WHERE (d.queue, d.kind, d.key) = (old.queue, old.kind, old.key);
-  GET DIAGNOSTICS forgotten = ROW_COUNT;
+  living := cardinality(lively);
+  missing := ARRAY(SELECT id FROM filao.process WHERE has_session AND id <> p AND id <> ALL (lively));
+  FOR q IN SELECT id FROM filao.queue WHERE NOT paused LOOP
+    IF filao.somebody_waits(q) AND filao.has_work(q, now) THEN
+      PERFORM filao.call(ARRAY[q], ARRAY[100]);
+    END IF;
+  END LOOP;
+END
+$$;
+
+-- Forget old deduplication keys, from a time on, and fold the counters of old slots and of backends that are gone. Returns
+-- up to which time keys were forgotten; NULL when that was all of them.
+CREATE OR REPLACE FUNCTION filao.tidy(moment bigint, since bigint = 0) RETURNS bigint
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+  most  CONSTANT integer := 1000;  -- keys in one transaction, which takes some 10 ms
+  slice tid[];
+  upto  bigint;
+BEGIN
+  SELECT array_agg(old.ctid), max(old.until) INTO slice, upto
+  FROM (
+    SELECT ctid, until FROM filao.dedup
+    WHERE until >= since AND until <= coalesce(moment, filao.clock()) ORDER BY until LIMIT most FOR UPDATE SKIP LOCKED
+  ) AS old;
+  DELETE FROM filao.dedup WHERE ctid = ANY (slice);
+  IF since > 0 THEN
+    RETURN CASE WHEN cardinality(slice) = most THEN upto END;
+  END IF;
   IF pg_try_advisory_xact_lock(filao.group_key(0, 'tidy')) THEN
     DELETE FROM filao.process p -- behind a pooler nobody sees a process die
     WHERE NOT p.has_session AND p.started_at < coalesce(moment, filao.clock()) - 86400000 AND NOT EXISTS (
@@ -60,6 +111,6 @@ BEGIN
     SELECT gone.queue, 0, 0, gone.name, sum(gone.value) FROM gone GROUP BY 1, 4
     ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value;
   END IF;
-  RETURN forgotten = 1000;
+  RETURN CASE WHEN cardinality(slice) = most THEN upto END;
 END
 $$;

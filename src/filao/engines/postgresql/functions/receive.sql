@@ -33,8 +33,7 @@ BEGIN
   END IF;
   FOR m IN
     SELECT * FROM filao.message
-    WHERE queue = q AND state = 'leased' AND at <= now
-      AND at >= least(seen.leased, seen.looked_at - 200, now - 200) -- leases that others took since end later than this
+    WHERE queue = q AND state = 'leased' AND at >= seen.leased AND at <= now
     ORDER BY at LIMIT 1000 FOR UPDATE SKIP LOCKED
   LOOP
     acted := true;
@@ -123,14 +122,15 @@ BEGIN
       PERFORM filao.count(q, ARRAY['ready', 'leased', 'received'], ARRAY[-found, found, found]);
     END IF;
   END IF;
-  seen.looked_at := now;
   IF found < greatest(waiting, 1) THEN
-    seen := filao.look_at_times(q, seen, NULL);
+    seen := filao.look_at_times(q, seen, now, ahead => true);
   END IF;
-  PERFORM set_config('filao.seen_' || q, seen::text, false);
+  PERFORM filao.remember_seen(q, seen);
   IF found < greatest(waiting, 1) THEN
     id := NULL; content := NULL;
-    due_in := filao.due_in(seen, now);
+    IF NOT rules.paused THEN  -- else whoever waits would look again and again; a queue that is resumed calls them
+      due_in := filao.due_in(seen, now);
+    END IF;
     IF waiting > 0 AND filao.wait(q, process, waiting - found::integer) THEN
       due_in := 0;
     END IF;
@@ -163,6 +163,19 @@ BEGIN
 END
 $$;
 
+-- Where the list of a queue begins, as far as this session remembers.
+CREATE OR REPLACE FUNCTION filao.list_from(q integer) RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN coalesce(nullif(current_setting('filao.called_' || q, true), '')::bigint, 0);
+END
+$$;
+
+CREATE OR REPLACE FUNCTION filao.somebody_waits(q integer) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN EXISTS (SELECT FROM filao.waiting WHERE queue = q AND since >= filao.list_from(q));
+END
+$$;
+
 -- Call those who have waited longest: enough of them for so many messages, each on a channel of its own, so that nobody
 -- wakes up in vain. Not in the transaction that sent: a NOTIFY is a lock that all commits wait for.
 --
@@ -179,7 +192,7 @@ DECLARE
   w      record;
 BEGIN
   FOR q, wanted IN SELECT * FROM unnest(queues, amounts) LOOP
-    floor := coalesce(nullif(current_setting('filao.called_' || q, true), '')::bigint, 0);
+    floor := filao.list_from(q);
     first := NULL;
     FOR w IN
       SELECT t.ctid, t.* FROM filao.waiting t

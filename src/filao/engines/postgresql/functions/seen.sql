@@ -112,25 +112,42 @@ BEGIN
 END
 $$;
 
--- Raise the floors in time to the first that is seen, where that may be due before `until`; NULL: always.
-CREATE OR REPLACE FUNCTION filao.look_at_times(q integer, seen filao.seen, until bigint) RETURNS filao.seen
-LANGUAGE plpgsql AS $$
+-- Raise the floors in time to the first that is seen: where that may be due, or always with `ahead`. Leases that others took
+-- since end later than the last look, but for those that were shorter than their transaction took: hence 200 ms.
+CREATE OR REPLACE FUNCTION filao.look_at_times(q integer, seen filao.seen, now bigint, ahead boolean = false)
+RETURNS filao.seen LANGUAGE plpgsql AS $$
+DECLARE
+  lapsed bigint := (
+    SELECT at FROM filao.message
+    WHERE queue = q AND state = 'leased' AND at <= now AND at >= least(seen.leased, seen.looked_at - 200, now - 200)
+    ORDER BY at LIMIT 1
+  );
 BEGIN
-  IF seen.delayed <= until IS NOT FALSE THEN
+  IF lapsed IS NOT NULL THEN
+    seen.leased := lapsed;
+  ELSIF ahead OR seen.leased <= now THEN
+    seen.leased := (SELECT at FROM filao.message
+                    WHERE queue = q AND state = 'leased' AND at >= seen.leased AND at > now ORDER BY at LIMIT 1);
+  END IF;
+  IF ahead OR seen.delayed <= now THEN
     seen.delayed := (SELECT at FROM filao.message
                      WHERE queue = q AND state = 'delayed' AND at >= seen.delayed ORDER BY at LIMIT 1);
   END IF;
-  IF seen.leased <= until IS NOT FALSE THEN
-    seen.leased := (SELECT at FROM filao.message
-                    WHERE queue = q AND state = 'leased' AND at >= seen.leased ORDER BY at LIMIT 1);
-  END IF;
-  IF seen.expiring <= until THEN
+  IF seen.expiring <= now THEN
     seen.expiring := (
       SELECT expires_at FROM filao.message
       WHERE queue = q AND expires_at >= seen.expiring AND state IN ('ready', 'delayed', 'blocked')
       ORDER BY expires_at LIMIT 1
     );
   END IF;
+  seen.looked_at := now;
   RETURN seen;
+END
+$$;
+
+-- Remember what was seen.
+CREATE OR REPLACE FUNCTION filao.remember_seen(q integer, seen filao.seen) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM set_config('filao.seen_' || q, seen::text, false);
 END
 $$;
