@@ -134,7 +134,12 @@ def _keep(path: Path) -> Path | None:
     Whatever interrupts a restore, nothing is lost, and whoever opens the file is told: it has two names, or a WAL that
     is not its own. The next restore goes on with the same names.
     """
-    there = [part for part in ("", "-wal") if _beside(path, part).exists()]
+    wal = _beside(path, "-wal")
+    there = [""] if path.exists() else []
+    if (
+        wal.exists() and wal.stat().st_nlink == 1
+    ):  # else an interrupted restore has kept it, with the file that it belongs to
+        there.append("-wal")
     if not there:
         return None
     for number in range(1, _KEPT_MAX):
