@@ -560,7 +560,7 @@ def test_a_reader_that_goes_away_leaves_the_rest_in_the_queue(db):
 
 def test_what_a_slow_reader_has_not_taken_goes_back_meanwhile(db):
     put(db, 1, 2, 3)
-    impatient = "import filao.cli, sys; sys.modules['filao.cli.receiving'].SLOW_AFTER = 0; filao.cli.main()"
+    impatient = "import filao.cli, sys; sys.modules['filao.cli.receive'].SLOW_AFTER = 0; filao.cli.main()"
     ran = run("receive", db, "claims", "--all", program=[sys.executable, "-c", impatient])
     assert [(line["body"], line["attempt"]) for line in ran.lines] == [(1, 1), (2, 1), (3, 1)]
     stats = counted(db)

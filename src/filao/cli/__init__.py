@@ -16,16 +16,16 @@ if not (find_spec("click") and find_spec("rich")):
 import click
 
 from filao.cli.backup import backup, restore
-from filao.cli.contract import verify_command
-from filao.cli.control import dead, peek, purge, redrive
-from filao.cli.moving import move_command
-from filao.cli.receiving import receive
-from filao.cli.report import doctor, stats
-from filao.cli.rules import declare
+from filao.cli.declare import declare
+from filao.cli.move import move_command
+from filao.cli.receive import receive
 from filao.cli.sandbox import sandbox_command
-from filao.cli.sending import send
+from filao.cli.send import send
 from filao.cli.shell import OutputClosedError, note, safe
-from filao.cli.working import work
+from filao.cli.stats import doctor, stats
+from filao.cli.stored import dead, peek, purge, redrive
+from filao.cli.verify import verify_command
+from filao.cli.work import work
 from filao.errors import EngineError, FilaoError
 from filao.worker.signals import terminate
 

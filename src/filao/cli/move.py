@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from filao.cli.report import draw
 from filao.cli.shell import as_json, is_terminal, note, print_lines
+from filao.cli.stats import draw
 from filao.engine import Engine
 from filao.engines import engine_for
 from filao.moving import Moved, move, plan

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from filao.broker import connect
-from filao.cli.report import draw
 from filao.cli.shell import addressed, as_json, is_terminal, note, print_lines
+from filao.cli.stats import draw
 from filao.conformance import Verdict, verify
 from filao.engine import Feature
 
