@@ -25,6 +25,7 @@ test: lint
 lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(RUN) -m bandit --quiet --recursive --configfile pyproject.toml src
 	$(RUN) -m mypy
 	$(RUN) -m pyright --pythonpath $(RUN)
 

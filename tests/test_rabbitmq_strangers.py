@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import re
 import struct
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pika
@@ -20,6 +22,7 @@ from tests.servers import Rabbitmq, rabbitmq_server
 
 pytestmark = pytest.mark.anyio
 
+SECURITY = Path(__file__).parents[1] / "SECURITY.md"
 _names = count()
 
 
@@ -249,3 +252,29 @@ async def test_a_strange_register_is_passed_over_and_the_doctor_says_so(
     finally:
         foreign.queue_purge(topology.REGISTER)
         foreign.exchange_delete(topology.REGISTER)
+
+
+async def test_the_permissions_of_the_docs_keep_a_producer_away_from_the_register(
+    rabbitmq, broker, foreign, queue
+) -> None:
+    permissions = re.search(r"set_permissions -p claims portal '(.*)' '(.*)' '(.*)'", SECURITY.read_text())
+    assert permissions
+    rabbitmq.command("add_user", "portal", "portal")
+    rabbitmq.command("set_permissions", "portal", *permissions.groups())
+    foreign.exchange_declare("claims.incoming", durable=True)
+    foreign.queue_bind(queue.name, "claims.incoming", "storm")
+    url = rabbitmq.url().replace("guest:guest", "portal:portal")
+
+    def publish(exchange: str, key: str) -> None:
+        with closing(pika.BlockingConnection(pika.URLParameters(url))) as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            channel.basic_publish(exchange, key, b"7")
+
+    publish("claims.incoming", "storm")
+    message = await broker.receive_from_queue(queue, wait=10)
+    assert message is not None
+    assert message.body == 7
+    for key in (topology.REGISTER, topology.dead_name(queue.name), queue.name):
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="ACCESS_REFUSED"):
+            publish("", key)
