@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import struct
+import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing
 from itertools import count
@@ -214,6 +215,33 @@ async def test_the_doctor_tells_when_the_server_passes_on_nothing_that_expires(t
                     if findings["expiry"].level != "ok":
                         break
             assert "x-death" in findings["expiry"].text
+
+
+async def test_a_redrive_ends_though_dead_letters_go_on_arriving(rabbitmq, broker, foreign, queue) -> None:
+    ended = threading.Event()
+
+    def publish() -> None:
+        with closing(pika.BlockingConnection(pika.URLParameters(rabbitmq.url()))) as connection:
+            channel = connection.channel()
+            while not ended.is_set():
+                for _ in range(100):
+                    channel.basic_publish("", topology.dead_name(queue.name), b"late")
+                connection.process_data_events()
+
+    for _ in range(20):
+        foreign.basic_publish("", topology.dead_name(queue.name), b"early")
+    publishing = threading.Thread(target=publish)
+    publishing.start()
+    try:
+        async with asyncio.timeout(60):
+            while len(await broker.dead_letters(queue, limit=21)) < 21:
+                pass
+            first = await broker.redrive(queue)
+            assert first >= 21
+            assert (await broker.stats(queue.name)).dead > 0
+    finally:
+        ended.set()
+        publishing.join()
 
 
 # --- the register ----------------------------------------------------------------------------------------------------

@@ -113,17 +113,22 @@ async def redrive(
 
 @asynccontextmanager
 async def _dead(session: Session, queue: str) -> AsyncGenerator[tuple[Channel, AsyncGenerator[DeliveredMessage]]]:
-    """Give the dead letters in order; those that were not acknowledged go back when the block ends, or we die.
+    """Give the dead letters there are now, in order; those that were not acknowledged go back when the block ends, or we die.
 
     What goes back lines up behind what went back before, so to keep the order all go together, the unseen as well.
     """
+    most = await depth(session, dead_name(queue)) or 0  # those that die meanwhile have no end
     async with session.aside(confirms=True) as channel:
-        yield channel, _each(channel, dead_name(queue))
-        async for _ in _each(channel, dead_name(queue)):
+        messages = _each(channel, dead_name(queue), most)
+        yield channel, messages
+        async for _ in messages:
             pass
         await channel.basic_nack(0, multiple=True, requeue=True)
 
 
-async def _each(channel: Channel, queue: str) -> AsyncGenerator[DeliveredMessage]:
-    while (message := await channel.basic_get(queue, timeout=ANSWERS_WITHIN)).delivery_tag is not None:
+async def _each(channel: Channel, queue: str, most: int) -> AsyncGenerator[DeliveredMessage]:
+    for _ in range(most):
+        message = await channel.basic_get(queue, timeout=ANSWERS_WITHIN)
+        if message.delivery_tag is None:
+            break
         yield message

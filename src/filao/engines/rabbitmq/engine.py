@@ -56,6 +56,7 @@ from filao.engines.rabbitmq.publisher import Publisher, deleted
 from filao.engines.rabbitmq.refusals import check_delay, check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Link, Server, Session
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost, UnsupportedFeature
+from filao.guarded import for_ever
 from filao.queue import Queue, not_found, retry_delay
 
 log = logging.getLogger("filao.rabbitmq")
@@ -94,7 +95,7 @@ class RabbitmqEngine:
     async def open(self) -> None:
         """Connect, and read which queues there are."""
         await self.queues()
-        self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+        self._tidying = asyncio.get_running_loop().create_task(for_ever("tidying up on RabbitMQ", self._tidy))
 
     def twin(self) -> None:
         """Return None: a lease lives and dies with the connection that it was had on."""
@@ -308,15 +309,14 @@ class RabbitmqEngine:
     async def _tidy(self) -> None:
         """Every now and then, give back what was pushed for nobody, and learn of rules that have changed."""
         now = asyncio.get_running_loop().time
-        while True:
-            await asyncio.sleep(TIDY_INTERVAL)
-            with suppress(FilaoError, *AWAY):  # a server that fails says so to those who call it
-                for queue, consumer in list(self._consumers.items()):
-                    line = self._lines.get(queue)
-                    if consumer.is_open:
-                        await consumer.tidy(is_wanted=line is not None and line.wanted() > 0)
-                if now() - self._learnt_at > LEARN_INTERVAL:
-                    await self.queues()
+        await asyncio.sleep(TIDY_INTERVAL)
+        with suppress(*AWAY):  # a server that fails says so to those who call it
+            for queue, consumer in list(self._consumers.items()):
+                line = self._lines.get(queue)
+                if consumer.is_open:
+                    await consumer.tidy(is_wanted=line is not None and line.wanted() > 0)
+            if now() - self._learnt_at > LEARN_INTERVAL:
+                await self.queues()
 
     # --- the control plane -------------------------------------------------------------------------------------------
 
@@ -324,7 +324,7 @@ class RabbitmqEngine:
         """Create the queue or give it these rules."""
         self.check(queue)
         async with self._apart() as session:
-            async with session.aside() as channel:
+            async with asyncio.timeout(ANSWERS_WITHIN), session.aside() as channel:
                 await topology.declare_queue(channel, queue)
                 if has_delay(queue):
                     await topology.declare_ladder(channel)
@@ -357,7 +357,7 @@ class RabbitmqEngine:
             held = await control.depth(session, queue) or 0
             held += await control.depth(session, topology.dead_name(queue)) or 0
             if not held:
-                async with session.aside() as channel:
+                async with asyncio.timeout(ANSWERS_WITHIN), session.aside() as channel:
                     await channel.queue_delete(queue)
                     await channel.queue_delete(topology.dead_name(queue))
                 await register.strike_out(session, self._server, queue, partial(control.remove_ladder, session))

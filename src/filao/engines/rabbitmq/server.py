@@ -232,7 +232,8 @@ class Session:
         """Publish on another channel from now on: one that met a queue without a leader is refused for ever (3.10)."""
         channel, self._publishing = self._publishing, None
         if channel is not None and not channel.is_closed:
-            await channel.close()
+            async with asyncio.timeout(CONNECTED_WITHIN):
+                await channel.close()
 
     @asynccontextmanager
     async def aside(self, *, confirms: bool = False) -> AsyncGenerator[Channel]:
@@ -243,7 +244,8 @@ class Session:
         finally:
             if not channel.is_closed and self.is_open:
                 with suppress(*AWAY):
-                    await channel.close()
+                    async with asyncio.timeout(CONNECTED_WITHIN):
+                        await channel.close()
 
     async def close(self) -> None:
         """End it; what was received and not settled goes back to its queues."""
