@@ -28,9 +28,7 @@ class Awaited:
 
     def __getattr__(self, name: str) -> Any:
         if name == "send_drafts":  # for relays, which are not blocking
-            return lambda *args: asyncio.to_thread(
-                self._blocking._portal.call, self._blocking._broker.send_drafts, *args
-            )
+            return lambda *args: asyncio.to_thread(self._blocking.call, self._blocking._broker.send_drafts, *args)
         value = getattr(self._blocking, name)
         if name in ("transaction", "consume"):
             return lambda *args, **kwargs: (

@@ -419,6 +419,48 @@ def test_a_child_leaves_a_block_of_its_parents_and_cannot_use_what_its_parent_ho
     assert run(url, program) == ["True True", "0", "1"]
 
 
+SERVER_FORK = """
+    claims = filao.Queue("claims", emulate=("delay",))
+    broker = filao.sync.connect(url)
+    broker.open()
+    broker.declare(claims)
+    broker.send_many(claims, range(2))
+    message = broker.receive_from_queue(claims)
+    inherited = broker._broker, broker._thread
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        import socket
+        sockets = []
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                    sockets.append(socket.socket(fileno=os.dup(int(name))))
+            except OSError:
+                pass
+        say([one.getpeername() for one in sockets if one.family in (socket.AF_INET, socket.AF_INET6)])
+        other = broker.receive_from_queue(claims, wait=10)
+        say(other.body)
+        other.ack()
+        del broker, inherited, message
+        gc.collect()
+        sys.exit(0)  # with all that a polite end does
+    say(os.waitpid(child, 0)[1])
+    message.ack()  # the parent's session lives
+    say(broker.stats("claims").ready)
+    broker.close()
+"""
+
+
+def test_a_child_shares_no_socket_with_its_parent_and_ends_no_session_of_its(postgres) -> None:
+    url = postgres.create("forked")
+    assert run(url, SERVER_FORK) == ["[]", "1", "0", "0"]
+
+
+def test_a_child_ends_no_session_of_its_parents_on_rabbitmq(rabbitmq) -> None:
+    assert run(rabbitmq.url(), SERVER_FORK) == ["[]", "1", "0", "0"]
+
+
 def test_a_fork_undoes_a_transaction_of_its_own_thread_and_waits_for_those_of_others(db) -> None:
     program = """
         broker = filao.sync.connect(url)
