@@ -131,8 +131,8 @@ def has_pgbouncer() -> bool:
 
 
 @contextmanager
-def pgbouncer(folder: Path, target: int) -> Generator[int]:
-    """Run PgBouncer, pooling transactions, before a PostgreSQL on port `target`; yield its own port."""
+def pgbouncer(folder: Path, target: int, pool_mode: str = "transaction") -> Generator[int]:
+    """Run PgBouncer, pooling transactions or as `pool_mode` says, before a PostgreSQL on port `target`; yield its own port."""
     port = free_port()
     folder.mkdir()
     (folder / "users").write_text('"filao" ""\n')
@@ -145,7 +145,7 @@ def pgbouncer(folder: Path, target: int) -> Generator[int]:
         unix_socket_dir =
         auth_type = trust
         auth_file = {folder / "users"}
-        pool_mode = transaction
+        pool_mode = {pool_mode}
         default_pool_size = 3
     """)
     found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

@@ -20,7 +20,7 @@ from psycopg.rows import dict_row
 from sqlalchemy.orm import Session
 
 import filao
-from filao.engines.postgresql import doctor, schema, server, watch
+from filao.engines.postgresql import doctor, schema, server, transactions, watch
 from filao.engines.postgresql import engine as engine_module
 from tests.conftest import engine_of, let_pass
 from tests.load import QUEUE, loaded
@@ -323,7 +323,7 @@ async def test_the_doctor_says_what_is_wrong(url, broker) -> None:
 
 
 async def test_when_all_connections_are_in_transactions_the_next_is_told(broker, monkeypatch) -> None:
-    monkeypatch.setattr(engine_module, "POOL_WAIT", 0.3)
+    monkeypatch.setattr(transactions, "POOL_WAIT", 0.3)
     async with filao.connect(engine_of(broker)._server.url) as small, asyncio.timeout(30):
         async with asyncio.TaskGroup() as tasks:
             held, leave = asyncio.Semaphore(0), asyncio.Event()
@@ -334,9 +334,9 @@ async def test_when_all_connections_are_in_transactions_the_next_is_told(broker,
                     held.release()
                     await leave.wait()
 
-            for _ in range(engine_module.CONNECTIONS_MAX):
+            for _ in range(transactions.CONNECTIONS_MAX):
                 tasks.create_task(hold())
-            for _ in range(engine_module.CONNECTIONS_MAX):
+            for _ in range(transactions.CONNECTIONS_MAX):
                 await held.acquire()
             with pytest.raises(filao.EngineUnavailable, match="10 transactions of this process are open"):
                 async with small.transaction():
@@ -629,7 +629,8 @@ async def test_a_consumer_that_was_paused_past_its_lease_changes_nothing(url, br
     assert (await broker.stats("claims")).acked == 1
 
 
-async def test_the_leases_of_a_process_that_died_are_taken_over_long_before_they_end(url, broker) -> None:
+async def test_the_leases_of_a_process_that_died_are_taken_over_long_before_they_end(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(engine_module, "COME_BACK_WITHIN", 0.0)  # as if others had been here for a while
     await broker.send_to_queue("claims", 7)
     async with holder(url, lease=600) as dying:
         receiving = asyncio.ensure_future(broker.receive_from_queue("claims", wait=60))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import psycopg
 import pytest
 
 import filao
-from tests.conftest import let_pass
+from filao.engines.postgresql import engine
+from tests.conftest import engine_of, let_pass
+from tests.proxy import Proxy
 from tests.servers import Postgres, postgres_server, postgres_standby
 
 pytestmark = pytest.mark.anyio
@@ -89,3 +92,56 @@ async def test_a_process_takes_no_queue_of_a_schema_made_anew_for_the_one_it_kne
             await broker.send_to_queue("claims", 3)
             (message,) = await other.receive_many("claims", 1, wait=5)
             assert message.body == 3
+
+
+async def test_a_server_that_became_read_only_is_left_for_the_one_behind_the_same_name(url) -> None:
+    """As a host name that points to the new primary: the session with the old one stays open, and refuses to write."""
+    database = url.rpartition("/")[2]
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await engine_of(broker)._main._connection.execute("SET default_transaction_read_only = on")
+        with pytest.raises(filao.EngineUnavailable, match=rf"{database}.*read-only.*Nothing was done"):
+            await broker.send_to_queue("claims", 1)
+        await broker.send_to_queue("claims", 2)
+        async with broker.transaction() as tx:
+            await tx.execute("SELECT 1")
+        _, connection = engine_of(broker)._transactions._pool._free[0]
+        await connection.execute("SET default_transaction_read_only = on")
+        with pytest.raises(filao.EngineUnavailable, match="read-only"):
+            async with broker.transaction() as tx:
+                await tx.send_to_queue("claims", 3)
+        async with broker.transaction() as tx:
+            await tx.send_to_queue("claims", 4)
+        assert (await broker.stats("claims")).ready == 2
+
+
+async def test_after_a_restart_nobody_is_struck_off_before_everybody_had_time_to_come_back(
+    primary, monkeypatch
+) -> None:
+    monkeypatch.setattr(engine, "DEAD_AFTER", 0.0)
+    with closing(Proxy(primary.port)) as proxy:
+        async with filao.connect(primary.url()) as near, filao.connect(primary.url(port=proxy.port)) as far:
+            await near.declare(filao.Queue("claims", lease=300))
+            await near.send_to_queue("claims", 1)
+            held = await far.receive_from_queue("claims")
+            assert await near.receive_from_queue("claims", wait=0) is None
+            await asyncio.to_thread(primary.stop, "immediate")
+            proxy.stall()  # it comes back later
+            await asyncio.to_thread(primary.start)
+            before = engine_of(near)._listener._connection
+            async with asyncio.timeout(30):
+                while engine_of(near)._listener._connection in (None, before):
+                    await asyncio.sleep(0.01)
+                for _ in range(3):  # one finds who is missing, the next how long
+                    await engine_of(near)._look_for_deaths()
+            proxy.go_on()
+            await held.ack()
+            assert (await near.stats("claims")).acked == 1
+            assert not engine_of(near)._missed
+
+            monkeypatch.setattr(engine, "COME_BACK_WITHIN", 0.0)
+            with psycopg.connect(primary.url(), autocommit=True) as operator:
+                operator.execute("INSERT INTO filao.process (name, started_at, has_session) VALUES ('gone', 0, true)")
+                for _ in range(3):
+                    await engine_of(near)._look_for_deaths()
+                assert operator.execute("SELECT count(*) FROM filao.process WHERE name = 'gone'").fetchone() == (0,)

@@ -54,7 +54,19 @@ ORDER = [  # what stands above; a module imports only from here upwards
     ),
     *(
         f"engines.postgresql.{name}"
-        for name in ("server", "schema", "verbs", "control", "carriage", "listener", "watch", "doctor", "engine")
+        for name in (
+            "server",
+            "schema",
+            "verbs",
+            "apart",
+            "transactions",
+            "control",
+            "carriage",
+            "listener",
+            "watch",
+            "doctor",
+            "engine",
+        )
     ),
     *(
         f"engines.rabbitmq.{name}"

@@ -7,7 +7,7 @@ must wait for its own turn takes, when it comes, whatever has gathered by then: 
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from filao.engine import Abandoned, Batch, Operation, Receive, Result
@@ -15,7 +15,7 @@ from filao.errors import EngineUnavailable, FilaoError
 
 BATCH_MAX = 1_000  # operations in one transaction: some 20 ms of the write lock, and a bound on what a failure repeats
 
-Execute = Callable[[Batch], Awaitable[list[Result]]]
+Execute = Callable[[Batch], Awaitable[Sequence["Result | asyncio.Future[Result]"]]]
 _Entry = tuple[Operation, "asyncio.Future[Result]"]
 
 
@@ -34,7 +34,9 @@ class Batcher:
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""
         self._is_called = False
         """The loop will begin a batch on its next turn."""
-        self._doing: set[asyncio.Future[list[Result]]] = set()
+        self._doing: set[asyncio.Future[Sequence[Result | asyncio.Future[Result]]]] = set()
+        self._late: set[asyncio.Future[Result]] = set()
+        """Results that come after those of their batch."""
         self._idle: list[asyncio.Future[None]] = []
 
     def submit(self, operation: Operation) -> "asyncio.Future[Result]":
@@ -49,7 +51,7 @@ class Batcher:
 
     async def drain(self) -> None:
         """Wait until everything that was submitted has been done."""
-        if self._is_called or self._doing:
+        if self._is_called or self._doing or self._late:
             done = asyncio.get_running_loop().create_future()
             self._idle.append(done)
             await done
@@ -67,7 +69,7 @@ class Batcher:
             doing = asyncio.ensure_future(self._execute(Batch(receives > 0, receives < len(waiting), take)))
             self._doing.add(doing)
             doing.add_done_callback(partial(self._finish, taken))
-        elif not self._doing:
+        elif not self._doing and not self._late:
             for idle in self._idle:
                 if not idle.done():
                     idle.set_result(None)
@@ -91,18 +93,17 @@ class Batcher:
             loop.call_soon_threadsafe(self._begin)
         return [operation for operation, _ in taken]
 
-    def _finish(self, entries: list[_Entry], done: "asyncio.Future[list[Result]]") -> None:
+    def _finish(self, entries: list[_Entry], done: "asyncio.Future[Sequence[Result | asyncio.Future[Result]]]") -> None:
         """Give each caller its result, and begin the next batch."""
         self._doing.discard(done)
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
         if error is None:
             for (_, future), result in zip(entries, done.result(), strict=True):
-                if future.done():
-                    self._abandoned(result)
-                elif isinstance(result, FilaoError):
-                    future.set_exception(result)
+                if isinstance(result, asyncio.Future):
+                    self._late.add(result)
+                    result.add_done_callback(partial(self._finish_late, future))
                 else:
-                    future.set_result(result)
+                    self._deliver(future, result)
         elif len(entries) > 1 and not isinstance(error, EngineUnavailable):
             self._suspects.extend(entries)
         else:
@@ -111,6 +112,21 @@ class Batcher:
                 if not future.done():
                     future.set_exception(error)
         self._begin()
+
+    def _finish_late(self, future: "asyncio.Future[Result]", late: "asyncio.Future[Result]") -> None:
+        """Give a caller its result, which came after those of its batch."""
+        self._late.discard(late)
+        self._deliver(future, late.result())
+        if not self._is_called and not self._doing:
+            self._begin()
+
+    def _deliver(self, future: "asyncio.Future[Result]", result: Result) -> None:
+        if future.done():
+            self._abandoned(result)
+        elif isinstance(result, FilaoError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
 
     def _never_begun(self) -> list[_Entry]:
         """Take back all for whom the engine could not even begin: so nobody waits for longer than it tries once."""

@@ -436,8 +436,11 @@ class Engine(Protocol):
         """Delete a queue, with its rules and counters, if it holds no message; return how many it holds."""
         ...
 
-    def execute(self, batch: Batch) -> Awaitable[list[Result]]:
-        """Do all operations that it takes durably, and return one result each; if it raises, none was done."""
+    def execute(self, batch: Batch) -> "Awaitable[Sequence[Result | asyncio.Future[Result]]]":
+        """Do all operations that it takes durably, and return one result each; if it raises, none was done.
+
+        An operation that must wait for somebody has a future as its result: it keeps nobody else waiting.
+        """
         ...
 
     def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Waiter:

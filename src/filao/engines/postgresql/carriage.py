@@ -28,7 +28,7 @@ _REMEMBER = """
 
 async def pack(connection: Connection, queue: int, moment: int | None, after: int, limit: int) -> list[Parcel]:
     """Return the messages behind a place in the order of sending, but for those that consumers hold."""
-    await connection.execute("SELECT filao.make_due(%s, coalesce(%s, filao.clock()))", (queue, moment))
+    await connection.execute("SELECT filao.make_all_due(%s, %s)", (queue, moment))
     rows = await (await connection.execute(_NEXT, (moment, after, queue, limit))).fetchall()
     return [carried.parcel(fields, name, history(failures), now) for now, name, failures, *fields in rows]
 

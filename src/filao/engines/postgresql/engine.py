@@ -7,13 +7,13 @@ their own, from a pool.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import psycopg
-from psycopg.errors import DeadlockDetected, NoDataFound, SerializationFailure, UniqueViolation
+from psycopg.errors import LockNotAvailable
 
 from filao.connections import connection_of
 from filao.engine import (
@@ -31,7 +31,6 @@ from filao.engine import (
     Receive,
     Result,
     Send,
-    Settle,
     State,
     StoredMessage,
     Submit,
@@ -39,26 +38,20 @@ from filao.engine import (
 from filao.engines.line import Line, Place
 from filao.engines.parcels import LEAVING, RowPacking, has_rival, is_new, sends, without_key
 from filao.engines.postgresql import carriage, control, verbs
+from filao.engines.postgresql.apart import Apart
 from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import Listener
 from filao.engines.postgresql.schema import migrate
-from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Pool, Server, in_time
+from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server
+from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransaction, Transactions, retried
 from filao.engines.postgresql.watch import Watch
-from filao.engines.statements import check_statement, for_psycopg
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, rules_from_json, rules_to_json
 
-R = TypeVar("R")
-
-BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever is the database's default
-
 SLICE = 2_000  # messages that operators change in one transaction
-CONNECTIONS_MAX = 10  # for transactions, in one process
 UNUSED_MAX = 60.0  # seconds after which one that nobody used is closed
-POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
 UNLOCKED_POLL = 0.05  # seconds between looks whether the senders of a queue that is to be deleted are done
-TRIES = 5  # of a transaction that met another and lost: nothing of it was done
 
 
 class PostgresqlEngine:
@@ -74,14 +67,15 @@ class PostgresqlEngine:
         self._durable = durable
         self._clock = clock
         self._listener = Listener(self._server, self._heard)
-        self._main = Link(self._server, self._listener.nudge)
-        self._pool = Pool(self._server, CONNECTIONS_MAX)
+        self._main = Link(self._server, LOCKED_BRIEFLY, self._listener.nudge)
+        self._apart = Apart(self._server, self._batch)
+        self._transactions = Transactions(self._server)
         strike_off = partial(self._strike_off, died=True)
         self._watch = Watch(
             self._listener,
             self._heard,
             row=self._row,
-            connection=self._connection,
+            connection=self._transactions.connection,
             strike_off=strike_off,
             moment=self._moment,
         )
@@ -103,6 +97,7 @@ class PostgresqlEngine:
         except BaseException:
             await self._main.close()
             raise
+        self._server.has_served = True
         self._start(for_ever("the watch over PostgreSQL's queues", self._watch.look))
         self._start(for_ever("the housekeeping of PostgreSQL's queues", self._keep_house))
 
@@ -122,9 +117,10 @@ class PostgresqlEngine:
             if self._listener.process:
                 with suppress(FilaoError):
                     await self._strike_off(self._listener.process, died=False)
+            await self._apart.close()
             await self._listener.close()
             await self._main.close()
-            await self._pool.close()
+            await self._transactions.close()
         finally:
             self._server.drop()
 
@@ -147,7 +143,7 @@ class PostgresqlEngine:
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
-    async def execute(self, batch: Batch) -> list[Result]:
+    async def execute(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
         """Do a batch as one transaction, with what joined it while we waited for the connection."""
         async with self._main.use() as connection:
             if self._is_closing:
@@ -159,8 +155,38 @@ class PostgresqlEngine:
                     self._start(self._listener.run())
             may_receive = self._listener.process != 0
             operations = batch.take(lambda operation: may_receive or not isinstance(operation, Receive))
-            done = await _retried(connection, lambda: self._do(connection, operations), self._numbers.clear)
-            results = await self._results(connection, done.operations, done.calls, done.rows)
+            return await self._together(connection, operations)
+
+    async def _together(
+        self, connection: Connection, operations: Sequence[Operation]
+    ) -> "list[Result | asyncio.Future[Result]]":
+        """Do operations as one batch, but for those that must wait for somebody's lock: their results come later."""
+        results: dict[int, Result | asyncio.Future[Result]] = dict(verbs.unwritable(operations, self._server.charset))
+        here = {
+            place: operation
+            for place, operation in enumerate(operations)
+            if place not in results
+            and not (self._apart.has(verbs.queue_of(operation)) and verbs.may_wait(operation, self._rules))
+        }
+        for _ in range(2):  # of all, and of those that need no row's lock; if a table is locked, all wait elsewhere
+            try:
+                results |= zip(here, await self._batch(connection, list(here.values())), strict=True)
+                break
+            except LockNotAvailable:
+                here = {
+                    place: operation for place, operation in here.items() if not verbs.may_wait(operation, self._rules)
+                }
+        return [
+            results[place] if place in results else self._apart.add(operation)
+            for place, operation in enumerate(operations)
+        ]
+
+    async def _batch(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
+        """Do operations as one transaction, again if it met another and lost."""
+        if not operations:
+            return []
+        done = await retried(connection, lambda: self._do(connection, operations), self._numbers.clear)
+        results = await self._results(connection, done.operations, done.calls, done.rows)
         if not done.unknown:
             return results
         rest = iter(results)
@@ -185,7 +211,9 @@ class PostgresqlEngine:
     def _setting(self, *, later: bool) -> verbs.Setting:
         listener = self._listener
         about = (listener.process, listener.name, listener.next_token)
-        return verbs.Setting(self._rules, self._numbers, self._database, *about, self._moment(), later)
+        return verbs.Setting(
+            self._rules, self._numbers, self._database, *about, self._moment(), later, self._server.charset.fitted
+        )
 
     async def _learn(self, connection: Connection, operations: Sequence[Operation]) -> set[str]:
         """Learn the numbers of queues, and return the names that nobody declared."""
@@ -203,13 +231,14 @@ class PostgresqlEngine:
         What is raised here was not committed, or it is open whether it was: a call that fails after the commit must not
         make anybody do it again. Whom it should have woken finds what there is by polling.
         """
+        local = self._server.local_settings()
         committed: psycopg.AsyncCursor[Any] | None = None
         cursors: list[psycopg.AsyncCursor[Any]] = []
         try:
             async with connection.pipeline():
                 await connection.execute(BEGIN)
-                if self._server.is_pooled and self._durable:
-                    await connection.execute("SET LOCAL synchronous_commit = on")
+                if local is not None:
+                    await connection.execute(local.encode())
                 cursors += [await connection.execute(call.sql.encode(), call.parameters) for call in calls]
                 committed = await connection.execute("COMMIT")
                 if fresh:
@@ -247,6 +276,8 @@ class PostgresqlEngine:
     def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
         """Send on the user's own connection, in the user's own transaction; whoever waits finds it by polling."""
         given = connection_of(connection, needs_transaction=True)
+        for error in verbs.unwritable([operation], self._server.charset).values():
+            return error
         with self._server.mapped():
             is_ours = given.dialect == "postgresql" and given.execute(_IS_HERE).fetchone()[0]
             about = given.execute(_ABOUT, (operation.queue,)).fetchone() if is_ours else None
@@ -263,55 +294,27 @@ class PostgresqlEngine:
         return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules), salt)[0]
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator["PostgresqlTransaction"]:
+    async def transaction(self) -> AsyncGenerator[PostgresqlTransaction]:
         """Hold a transaction for the user's own statements, on a connection of its own."""
-        async with self._connection() as connection:
-            within = PostgresqlTransaction(self, connection)
-            async with self._committed(connection):
-                yield within
-            fresh = {self._numbers[queue]: count for queue, count in verbs.fresh(within.done).items()}
-            if fresh:
-                with suppress(psycopg.Error, TimeoutError):  # it is committed; whoever waits polls as well
-                    async with in_time():
-                        await connection.execute(verbs.CALL, (list(fresh), list(fresh.values())))
-
-    @asynccontextmanager
-    async def _committed(self, connection: Connection) -> AsyncGenerator[None]:
-        """Commit what is done in this block; after an exception the connection's keeper rolls it back."""
-        async with in_time():
-            await connection.execute(BEGIN)
-            if self._server.is_pooled and self._durable:
-                await connection.execute("SET LOCAL synchronous_commit = on")
-        yield
-        async with in_time():
-            ended = await connection.execute("COMMIT")
-        if ended.statusmessage != "COMMIT":
-            raise EngineError(
-                f"{self._server.name}: a statement of this transaction had failed, so the server rolled all of it back. "
-                f"Nothing was done; let the error of that statement leave the block."
-            )
+        async with self._transactions.begin() as connection:
+            within = PostgresqlTransaction(connection, self.apply_within)
+            yield within
+            within.check_open()
+        fresh = {self._numbers[queue]: count for queue, count in verbs.fresh(within.done).items()}
+        if fresh:
+            with suppress(FilaoError):  # it is committed; whoever waits polls as well
+                await self._value(verbs.CALL, list(fresh), list(fresh.values()))
 
     async def apply_within(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
         """Do operations in a transaction that is open on a connection."""
+        for error in verbs.unwritable(operations, self._server.charset).values():
+            raise error
         unknown = await self._learn(connection, operations)
         if unknown:
             return [self._not_found(operation) for operation in operations]
         calls = verbs.calls(operations, self._setting(later=True))
         rows = [await (await connection.execute(call.sql.encode(), call.parameters)).fetchall() for call in calls]
         return await self._results(connection, operations, calls, rows)
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncGenerator[Connection]:
-        async with AsyncExitStack() as stack:
-            try:
-                connection = await stack.enter_async_context(self._pool.use(POOL_WAIT))
-            except TimeoutError:
-                raise EngineUnavailable(
-                    f"{self._server.name}: no connection became free within {POOL_WAIT:g} s: {CONNECTIONS_MAX} "
-                    f"transactions of this process are open. Nothing was done; keep transactions short, and try again."
-                ) from None
-            with self._server.mapped():
-                yield connection
 
     # --- waking ------------------------------------------------------------------------------------------------------
 
@@ -330,7 +333,7 @@ class PostgresqlEngine:
 
     async def _keep_house(self) -> None:
         await self._watch.keep_house()
-        await self._pool.close(UNUSED_MAX)
+        await self._transactions.close(UNUSED_MAX)
 
     async def _strike_off(self, process: int, *, died: bool) -> None:
         await self._value("SELECT filao.strike_off(%s, %s, %s)", process, self._moment(), died)
@@ -426,7 +429,8 @@ class PostgresqlEngine:
         """Accept every queue."""
 
     def check_draft(self, queue: Queue, draft: Draft) -> None:
-        """Accept every message."""
+        """Refuse text that the database's encoding cannot hold; a body is stored as bytes."""
+        self._server.charset.check(queue.name, draft)
 
     async def identity(self) -> str:
         """Return the schema's own name, its database, and the run of its server: a copy has another of these."""
@@ -449,7 +453,7 @@ class PostgresqlEngine:
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages that came from elsewhere."""
         number = await self._number(queue)
-        async with self._connection() as connection, self._committed(connection):
+        async with self._transactions.begin() as connection:
             results = await self.apply_within(connection, sends(queue, parcels))
             for place, parcel in enumerate(parcels):
                 if has_rival(parcel, results[place]):
@@ -466,14 +470,14 @@ class PostgresqlEngine:
     async def remember(self, queue: str, memory: Memory) -> None:
         """Remember what another engine remembered."""
         number = await self._number(queue)
-        async with self._connection() as connection, self._committed(connection):
+        async with self._transactions.begin() as connection:
             await carriage.remember(connection, number, self._moment(), memory)
 
     async def report(self, state: str) -> None:
         """Write down how this process is doing."""
         sql = "UPDATE filao.process SET state = %s, reported_at = filao.clock() WHERE name = %s"
         async with self._main.use() as connection:
-            await connection.execute(sql, (state, self._listener.name))
+            await connection.execute(sql, (self._server.charset.fitted(state), self._listener.name))
 
     async def doctor(self) -> list[Finding]:
         """Examine the database and say what an operator should know."""
@@ -497,14 +501,21 @@ class PostgresqlEngine:
         return (await self._row(sql, *parameters))[0]
 
     async def _row(self, sql: str, *parameters: Any) -> tuple[Any, ...]:
-        """Run a statement that is a transaction, and return its first row."""
-        async with self._main.use() as connection:
+        """Run a statement that is a transaction, and return its first row.
 
-            async def run() -> tuple[Any, ...]:
-                row = await (await connection.execute(sql.encode(), parameters)).fetchone()
-                return (None,) if row is None else row
+        It waits for locks briefly and without the connection, which is the batches', again and again.
+        """
+        for _ in range(round(LOCKED_FOR / UNLOCKED_POLL)):
+            async with self._main.use() as connection:
 
-            return await _retried(connection, run)
+                async def run() -> tuple[Any, ...]:
+                    row: tuple[Any, ...] | None = await (await connection.execute(sql.encode(), parameters)).fetchone()
+                    return (None,) if row is None else row
+
+                with suppress(LockNotAvailable):
+                    return await retried(connection, run)
+            await asyncio.sleep(UNLOCKED_POLL)
+        raise self._server.engine_error(LockNotAvailable("a lock was not free in time"))
 
 
 class _Done(NamedTuple):
@@ -517,31 +528,6 @@ class _Done(NamedTuple):
     rows: list[verbs.Rows]
 
 
-class PostgresqlTransaction:
-    """See `filao.engine.EngineTransaction`."""
-
-    def __init__(self, engine: PostgresqlEngine, connection: Connection) -> None:
-        self._engine = engine
-        self._connection = connection
-        self.done: list[Operation] = []
-        """What is to be made known when it has committed."""
-
-    async def execute(self, sql: str, parameters: Any) -> list[Any]:
-        """Run one statement of the user's and return its rows."""
-        check_statement(sql)
-        statement, written = for_psycopg(sql, parameters)
-        async with in_time():
-            cursor = await self._connection.execute(statement.encode(), written)
-            return await cursor.fetchall() if cursor.description else []
-
-    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
-        """Do operations as part of this transaction."""
-        async with in_time():
-            results = await self._engine.apply_within(self._connection, operations)
-        self.done += [operation for operation in operations if isinstance(operation, Send | Settle)]
-        return results
-
-
 _IDENTITY = """
     SELECT format('postgresql %%s %%s %%s', m.value, d.oid, extract(epoch FROM pg_postmaster_start_time()))
     FROM filao.meta m, pg_database d WHERE m.name = 'database' AND d.datname = current_database()
@@ -552,21 +538,3 @@ _ABOUT = """
     FROM filao.meta m LEFT JOIN filao.queue q ON q.name = ?
     WHERE m.name = 'database'
 """
-
-
-async def _retried(
-    connection: Connection, work: Callable[[], Awaitable[R]], forget: Callable[[], None] = lambda: None
-) -> R:
-    """Do the work of a transaction again when it met another and lost, or when a queue it knew was deleted.
-
-    A violation is that of a number which was drawn at random and is taken.
-    """
-    for _ in range(TRIES - 1):
-        try:
-            return await work()
-        except (DeadlockDetected, SerializationFailure, UniqueViolation, NoDataFound) as error:
-            if isinstance(error, NoDataFound):
-                forget()
-            if connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
-                await connection.rollback()
-    return await work()

@@ -8,6 +8,7 @@ another connection there can be neither, and polling and the leases' time must d
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -34,6 +35,8 @@ class Listener:
         self._registered = asyncio.Event()
         self._reachable = asyncio.Event()
         """Set when the server answered on another connection."""
+        self.since = 0.0
+        """When its session began, by the monotonic clock."""
 
     @property
     def is_pooled(self) -> bool:
@@ -52,29 +55,49 @@ class Listener:
 
     async def register(self, connection: Connection) -> None:
         """Enter this process among those that receive."""
-        found = await connection.execute(
-            "INSERT INTO filao.process (name, started_at, has_session) VALUES (%s, filao.clock(), false) RETURNING id",
-            (self.name,),
-        )
-        row = await found.fetchone()
-        assert row is not None
-        process: int = row[0]
-        if not self._server.is_pooled:
-            await self._listen(process)
-        self.process, self._tokens = process, 0
+        if self._server.is_pooled:
+            self.process = await self._enter(connection, has_session=False)
+        else:
+            session = await self._server.connect()  # before the entry: what has no session leaves none behind
+            try:
+                with self._server.mapped():
+                    process = await self._enter(session, has_session=True)
+                    await session.execute(f"LISTEN filao_{process}".encode())
+            except BaseException:
+                await session.close()
+                raise
+            self.process = process
+            await self._hang_up()
+            self._connection, self.since = session, time.monotonic()
+        self._tokens = 0
         self._registered.set()
 
+    async def _enter(self, connection: Connection, *, has_session: bool) -> int:
+        """Write down that this process receives; with a session, before anybody can see it."""
+        async with connection.transaction():
+            found = await connection.execute(
+                "INSERT INTO filao.process (name, started_at, has_session) VALUES (%s, filao.clock(), %s) RETURNING id",
+                (self.name, has_session),
+            )
+            row = await found.fetchone()
+            assert row is not None
+            process: int = row[0]
+            if has_session:
+                await connection.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", (ALIVE, process))
+        return process
+
     async def _listen(self, process: int) -> None:
+        """Begin another session of a process that is entered."""
         connection = await self._server.connect()
         with self._server.mapped():
-            await connection.execute("SELECT pg_advisory_lock(%s, %s)", (ALIVE, process))
+            await connection.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", (ALIVE, process))
             await connection.execute(f"LISTEN filao_{process}".encode())
             found = await connection.execute("UPDATE filao.process SET has_session = true WHERE id = %s", (process,))
         if not found.rowcount:  # we were away for so long that we were struck off
             self.process = 0
             self._registered.clear()
         await self._hang_up()
-        self._connection = connection
+        self._connection, self.since = connection, time.monotonic()
 
     async def run(self) -> None:
         """Hear calls for ever; when the session is lost, begin another."""
@@ -94,8 +117,9 @@ class Listener:
             return
         try:
             with self._server.mapped():
-                async for notification in connection.notifies():
-                    self._call(_called(notification.payload))
+                while not self._server.is_distrusted(connection):
+                    async for notification in connection.notifies(timeout=RETRY_MAX):
+                        self._call(_called(notification.payload))
         finally:
             await self._hang_up()
 

@@ -6,7 +6,7 @@ from importlib import resources
 
 from psycopg.errors import InvalidSchemaName, UndefinedTable
 
-from filao.engines.postgresql.server import Connection, Server
+from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
 VERSION = 4
@@ -41,7 +41,7 @@ STEPS: dict[int, str] = {
         CREATE INDEX waiting_since ON filao.waiting (queue, since);
         CREATE SEQUENCE filao.place CACHE 1;
     """,
-    4: "",  # of the functions alone
+    4: "SELECT",  # of the functions alone
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """
@@ -57,7 +57,10 @@ async def migrate(connection: Connection, server: Server) -> str:
     version, name = await _look(connection)
     if version < VERSION:
         async with connection.transaction():
-            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
+            await connection.execute(
+                "SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{ANSWERS_WITHIN:g}s",)
+            )
+            await connection.execute("SELECT pg_catalog.pg_advisory_xact_lock(%s)", (LOCK,))
             version, name = await _look(connection)
             if version < VERSION:
                 await _build(connection, version)

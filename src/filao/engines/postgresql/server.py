@@ -1,18 +1,23 @@
 """The server: how it is reached, what it must be, and what its errors mean to a user of Filao."""
 
 import asyncio
+import codecs
 import select
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 import psycopg
 from psycopg import conninfo, errors
 from psycopg.rows import tuple_row
 
-from filao.errors import ConfigurationError, EngineError, EngineUnavailable
+from filao.codec import shown
+from filao.engine import Draft
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable, MessageNotEncodable
 from filao.forks import cut_off, keep
 from filao.urls import checked, shown_url
 
@@ -21,19 +26,51 @@ _STATUS = psycopg.pq.TransactionStatus
 
 VERSION_MIN = 140_000  # stored generated columns and the record type of a table in SQL functions came with 12 and 14
 CONNECTED_WITHIN = 10  # seconds
-ANSWERS_WITHIN = 30.0  # seconds for a statement; a server that takes longer is as good as away
+ANSWERS_WITHIN = (
+    30.0  # seconds for anything that is asked of the server, reaching it included; later is as good as never
+)
 UNDONE_WITHIN = 1.0  # seconds for a rollback; else the connection is closed, which does the same
-LOCKED_FOR = 10.0  # seconds that a statement waits for a row that somebody's transaction holds
+LOCKED_FOR = 10.0  # seconds that an operation waits for a row that somebody's transaction holds
+LOCKED_BRIEFLY = 0.2  # seconds that a batch waits for one; then what needs it waits elsewhere: see `apart.py`
 
 _CONFIGURATION: tuple[tuple[type[psycopg.Error], str], ...] = (
     (
         errors.InsufficientPrivilege,
-        "Grant it: GRANT CREATE ON DATABASE …; or, if schema filao exists, USAGE, and ALL on its TABLES and SEQUENCES.",
+        (
+            "Grant it: GRANT CREATE ON DATABASE …; or, if schema filao exists, USAGE on it, EXECUTE on its FUNCTIONS and "
+            "SELECT on its TABLES; see SECURITY.md for what a sender, a receiver and an operator need."
+        ),
     ),
     (errors.InvalidCatalogName, "Create the database first: CREATE DATABASE …"),
     (errors.InvalidAuthorizationSpecification, "Mend the user name or the password in the URL, or pg_hba.conf."),
-    (errors.ReadOnlySqlTransaction, "This server is a standby or read-only: connect to the primary."),
 )
+_UNDONE: tuple[tuple[type[psycopg.Error] | UnionType, str], ...] = (
+    (
+        errors.LockNotAvailable,
+        (
+            "another transaction has held a message, key or queue that this needs for too long. Nothing was done; keep "
+            "transactions short, and try again."
+        ),
+    ),
+    (errors.DiskFull, "its disk is full. Nothing was done; make room, and try again."),
+    (
+        errors.OutOfMemory,
+        "it has no memory left for this. Nothing was done; close what you can, or raise what it names.",
+    ),
+    (
+        errors.SerializationFailure | errors.DeadlockDetected,
+        (
+            "other transactions came first, again and again. Nothing was done; in a transaction of your own, roll it back and "
+            "do it again."
+        ),
+    ),
+    (errors.QueryCanceled, "it took too long, or an operator ended it. Nothing was done."),
+    (
+        errors.UndefinedFunction,
+        "its schema filao is of another version than this process. Nothing was done; upgrade Filao here, and restart.",
+    ),
+)
+"""What the server undid, and what to do."""
 _REFUSALS = (
     "authentication failed",
     "no password supplied",
@@ -50,6 +87,13 @@ def _about(url: str) -> dict[str, Any] | None:
         return dict(conninfo.conninfo_to_dict(url))
     except psycopg.Error:
         return None
+
+
+@dataclass
+class Attempt:
+    """Whether the server may have begun with what it was asked for, when an error comes."""
+
+    begun: bool
 
 
 class Server:
@@ -70,40 +114,52 @@ class Server:
         """What it is called in error texts; without the password."""
         self.is_pooled = False
         """A pooler stands before it that gives a transaction any connection, so that nothing outlives one."""
+        self.has_served = False
+        """It was of use to this process: what makes it useless now may pass."""
+        self.charset = Charset("UTF8")
+        """What text it can hold."""
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._distrusted: weakref.WeakSet[Connection] = weakref.WeakSet()
 
-    async def connect(self) -> Connection:
-        """Open a connection that commits each statement, with the settings that the promises rest on."""
-        with self.mapped():
-            connection = await psycopg.AsyncConnection.connect(
-                self.url,
-                autocommit=True,
-                connect_timeout=CONNECTED_WITHIN,
-                row_factory=tuple_row,
-                application_name="filao",
-                keepalives_idle=10,
-                keepalives_interval=5,
-                keepalives_count=3,
-                tcp_user_timeout=round(ANSWERS_WITHIN * 1000),
-            )
-            self._connections.add(connection)
-            try:
-                async with in_time():
-                    await self.set_up(connection)
-            except BaseException:
-                await connection.close()
-                raise
+    async def connect(self, *, is_ours: bool = True, locked_for: float = LOCKED_FOR) -> Connection:
+        """Open a connection that commits each statement, with the settings that the promises rest on.
+
+        `is_ours`: no statement of a user's runs on it. `locked_for`: how many seconds a statement waits for a lock.
+        """
+        with self.mapped(begun=False):
+            async with in_time():
+                connection = await psycopg.AsyncConnection.connect(
+                    self.url,
+                    autocommit=True,
+                    connect_timeout=CONNECTED_WITHIN,
+                    row_factory=tuple_row,
+                    application_name="filao",
+                    client_encoding="UTF8",
+                    keepalives_idle=10,
+                    keepalives_interval=5,
+                    keepalives_count=3,
+                    tcp_user_timeout=round(ANSWERS_WITHIN * 1000),
+                )
+                self._connections.add(connection)
+                try:
+                    await self.set_up(connection, is_ours=is_ours, locked_for=locked_for)
+                except BaseException:
+                    await connection.close()
+                    raise
         return connection
 
-    async def set_up(self, connection: Connection) -> None:
+    async def set_up(self, connection: Connection, *, is_ours: bool, locked_for: float) -> None:
         """Check a new connection and give it the settings that the promises rest on."""
         if connection.info.server_version < VERSION_MIN:
             raise ConfigurationError(
                 f"{self.name} is version {connection.info.server_version // 10_000}; Filao needs "
                 f"{VERSION_MIN // 10_000} or newer"
             )
+        self.charset = Charset(connection.info.parameter_status("server_encoding") or "UTF8")
         found = await (
-            await connection.execute("SELECT pg_backend_pid(), current_setting('synchronous_commit')")
+            await connection.execute(
+                "SELECT pg_catalog.pg_backend_pid(), pg_catalog.current_setting('synchronous_commit')"
+            )
         ).fetchone()
         assert found is not None
         backend, commits = found
@@ -115,12 +171,49 @@ class Server:
             return
         connection.prepare_threshold = 2
         commits = "off" if not self.durable else "on" if commits in ("off", "local") else commits
-        await connection.execute(
-            "SELECT set_config('synchronous_commit', %s, false), set_config('lock_timeout', %s, false), "
-            "set_config('statement_timeout', %s, false), "
-            "set_config('default_transaction_isolation', 'read committed', false)",
-            (commits, f"{LOCKED_FOR:g}s", f"{ANSWERS_WITHIN:g}s"),
-        )
+        settings = {
+            "synchronous_commit": commits,
+            "lock_timeout": f"{locked_for:g}s",
+            "statement_timeout": f"{ANSWERS_WITHIN:g}s",
+            "default_transaction_isolation": "read committed",
+        }
+        if is_ours:  # so that nobody can put an operator or a function in the way of ours
+            settings["search_path"] = "pg_catalog, pg_temp"
+        one = "pg_catalog.set_config(%s, %s, false)"
+        values = [value for setting in settings.items() for value in setting]
+        await connection.execute(f"SELECT {', '.join([one] * len(settings))}".encode(), values)
+
+    def local_settings(self, *, ours: bool = True) -> str | None:
+        """Return a statement that a transaction begins with behind a pooler, which keeps no settings.
+
+        `ours`: no statement of a user's is in it.
+        """
+        if not self.is_pooled:
+            return None
+        settings = {"lock_timeout": f"{LOCKED_BRIEFLY if ours else LOCKED_FOR:g}s"}
+        if ours:
+            settings["search_path"] = "pg_catalog, pg_temp"
+        if self.durable:
+            settings["synchronous_commit"] = "on"
+        calls = [f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in settings.items()]
+        return f"SELECT {', '.join(calls)}"
+
+    def distrust(self) -> None:
+        """Let no connection that is open now be used again: its server has become one that cannot write."""
+        self._distrusted.update(self._connections)
+
+    def is_lost(self, connection: Connection) -> bool:
+        """Return whether a connection is closed or distrusted, or its server has said something unasked: farewell."""
+        try:
+            waiting = select.poll()
+            waiting.register(connection.fileno(), select.POLLIN)
+            return connection.closed or connection in self._distrusted or bool(waiting.poll(0))
+        except (OSError, psycopg.OperationalError):
+            return True
+
+    def is_distrusted(self, connection: Connection) -> bool:
+        """Return whether a connection is to be closed, though it may seem well."""
+        return connection in self._distrusted
 
     def drop(self) -> None:
         """Let go of all connections, in whatever state they are; the server undoes what was open there."""
@@ -136,41 +229,102 @@ class Server:
     # --- errors ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def mapped(self) -> Generator[None]:
-        """Turn psycopg's errors into ours, which name the server and say what to do."""
-        try:
-            yield
-        except psycopg.Error as error:
-            raise self.engine_error(error) from error
-        except TimeoutError as error:
-            raise EngineUnavailable(f"{self.name} has not answered for {ANSWERS_WITHIN:g} s. {_DOUBT}") from error
-        except OSError as error:
-            raise EngineUnavailable(f"{self.name} cannot be reached: {error}. {_DOUBT}") from error
+    def mapped(self, *, begun: bool = True) -> Generator[Attempt]:
+        """Turn psycopg's errors into ours, which name the server and say what to do.
 
-    def engine_error(self, error: psycopg.Error) -> EngineError | ConfigurationError:
+        What it gives is told when the server is asked for anything that matters; before that, nothing can have been done.
+        """
+        attempt = Attempt(begun)
+        try:
+            yield attempt
+        except psycopg.Error as error:
+            if isinstance(error, errors.ReadOnlySqlTransaction):
+                self.distrust()
+            raise self.engine_error(error, begun=attempt.begun) from error
+        except TimeoutError as error:
+            raise EngineUnavailable(
+                f"{self.name} has not answered for {ANSWERS_WITHIN:g} s. {_doubt(begun=attempt.begun)}"
+            ) from error
+        except OSError as error:
+            raise EngineUnavailable(f"{self.name} cannot be reached: {error}. {_doubt(begun=attempt.begun)}") from error
+
+    def engine_error(self, error: psycopg.Error, *, begun: bool = True) -> EngineError | ConfigurationError:
         """Return what an error of the server means."""
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         for kind, advice in _CONFIGURATION:
             if isinstance(error, kind):
                 return ConfigurationError(f"{self.name}: {said}. {advice}")
+        if isinstance(error, errors.ReadOnlySqlTransaction):
+            return self._read_only(said)
+        if "statement pooling" in said:
+            return ConfigurationError(
+                f"{self.name}: {said}. A pooler before it pools statements, and Filao needs transactions: set its "
+                f"pool_mode to transaction or session. Nothing was done."
+            )
         if isinstance(error, psycopg.OperationalError) and any(refusal in str(error) for refusal in _REFUSALS):
             return ConfigurationError(f"{self.name} refused us: {said}. Mend the URL, or create what is missing.")
-        if isinstance(error, errors.LockNotAvailable):
-            return EngineError(
-                f"{self.name}: another transaction has held a message, key or queue that this needs for {LOCKED_FOR:g} s. "
-                f"Nothing was done; keep transactions short, and try again."
-            )
-        if isinstance(error, errors.DiskFull):
-            return EngineError(f"{self.name}: its disk is full ({said}). Nothing was done; make room, and try again.")
+        for kinds, text in _UNDONE:
+            if isinstance(error, kinds):
+                return EngineError(f"{self.name}: {text} It said: {said}")
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-            return EngineUnavailable(f"{self.name} is away: {said}. {_DOUBT}")
+            return EngineUnavailable(f"{self.name} is away: {said}. {_doubt(begun=begun)}")
         return EngineError(f"{self.name}: {said}. Nothing was done.")
 
+    def _read_only(self, said: str) -> EngineError | ConfigurationError:
+        if not self.has_served:
+            return ConfigurationError(
+                f"{self.name}: {said}. This server is a standby or read-only: connect to the primary."
+            )
+        return EngineUnavailable(
+            f"{self.name} is read-only by now: {said}. Nothing was done. The next call connects anew, and reaches the "
+            f"primary as soon as the URL leads there."
+        )
 
-_DOUBT = (
-    "If this was a send, it is open whether the message was stored: send it again with the same message_id, and it is "
-    "stored once."
-)
+
+class Charset:
+    """What text a database can hold, by the name of its encoding."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        try:
+            self._codec = codecs.lookup("utf-8" if name == "SQL_ASCII" else name.replace("WIN", "cp", 1)).name
+        except LookupError:
+            self._codec = "ascii"  # Python does not know it, but they have that in common
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it can hold whatever a message may have."""
+        return self._codec == "utf-8"
+
+    def check(self, queue: str, draft: Draft) -> None:
+        """Raise `MessageNotEncodable` for text beside the body that it cannot hold."""
+        for what in ("headers", "group", "dedup_key", "message_id"):
+            if not self.fits(getattr(draft, what)):
+                raise MessageNotEncodable(
+                    f"queue {queue!r}: {what} is {shown(getattr(draft, what))}, and the database's encoding, {self.name}, "
+                    f"cannot hold it. Nothing was sent. Put it into the body, or use a database with the encoding UTF8."
+                )
+
+    def fits(self, text: str | None) -> bool:
+        """Return whether it can hold a text."""
+        try:
+            (text or "").encode(self._codec)
+        except UnicodeEncodeError:
+            return False
+        return True
+
+    def fitted(self, text: str) -> str:
+        """Return a text with what it cannot hold replaced: in an error, something is better than nothing."""
+        return text.replace("\0", "\\0").encode(self._codec, "backslashreplace").decode(self._codec)
+
+
+def _doubt(*, begun: bool) -> str:
+    if not begun:
+        return "Nothing was done."
+    return (
+        "If this was a send, it is open whether the message was stored: send it again with the same message_id, and it is "
+        "stored once."
+    )
 
 
 def in_time() -> asyncio.Timeout:
@@ -181,8 +335,9 @@ def in_time() -> asyncio.Timeout:
 class Link:
     """A connection that is opened when it is needed, and anew after it was lost."""
 
-    def __init__(self, server: Server, opened: Callable[[], None]) -> None:
+    def __init__(self, server: Server, locked_for: float, opened: Callable[[], None] = lambda: None) -> None:
         self._server = server
+        self._locked_for = locked_for
         self._opened = opened
         """Called when the server answers after it was lost."""
         self._connection: Connection | None = None
@@ -191,22 +346,25 @@ class Link:
 
     @asynccontextmanager
     async def use(self) -> AsyncGenerator[Connection]:
-        """Give the connection to one at a time; when something goes wrong with it, it is not used again."""
-        async with self.lock:
-            connection = await self._usable()
-            try:
-                with self._server.mapped():
-                    async with in_time():
-                        yield connection
-            finally:
-                if not await _is_idle(connection):
-                    await self.close()
+        """Give the connection to one at a time; when something goes wrong with it, it is not used again.
+
+        Waiting for it, opening it and using it have one time limit together.
+        """
+        with self._server.mapped(begun=False) as attempt:
+            async with in_time(), self.lock:
+                connection = await self._usable()
+                attempt.begun = True
+                try:
+                    yield connection
+                finally:
+                    if not await _is_idle(connection):
+                        await self.close()
 
     async def _usable(self) -> Connection:
         connection = self._connection
-        if connection is None or _is_lost(connection):
+        if connection is None or self._server.is_lost(connection):
             await self.close()
-            connection = self._connection = await self._server.connect()
+            connection = self._connection = await self._server.connect(locked_for=self._locked_for)
             self._opened()
         return connection
 
@@ -215,6 +373,10 @@ class Link:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
+
+
+class PoolExhausted(Exception):
+    """All connections of a pool were in use for too long."""
 
 
 class Pool:
@@ -228,9 +390,12 @@ class Pool:
 
     @asynccontextmanager
     async def use(self, wait: float) -> AsyncGenerator[Connection]:
-        """Give a connection to its user alone. Raises `TimeoutError` when none became free within `wait` seconds."""
-        async with asyncio.timeout(wait):
-            await self._room.acquire()
+        """Give a connection to its user alone. Raises `PoolExhausted` when none became free within `wait` seconds."""
+        try:
+            async with asyncio.timeout(wait):
+                await self._room.acquire()
+        except TimeoutError:
+            raise PoolExhausted from None
         try:
             connection = await self._usable()
             try:
@@ -246,10 +411,10 @@ class Pool:
     async def _usable(self) -> Connection:
         while self._free:
             _, connection = self._free.pop()
-            if not _is_lost(connection):
+            if not self._server.is_lost(connection):
                 return connection
             await connection.close()
-        return await self._server.connect()
+        return await self._server.connect(is_ours=False)
 
     async def close(self, unused_for: float = 0.0) -> None:
         """Close those that nobody has used for so many seconds."""
@@ -272,13 +437,3 @@ async def _is_idle(connection: Connection) -> bool:
             async with asyncio.timeout(UNDONE_WITHIN):
                 await connection.rollback()
     return connection.info.transaction_status == _STATUS.IDLE
-
-
-def _is_lost(connection: Connection) -> bool:
-    """Return whether a connection is closed, or its server has said something unasked, which can only be a farewell."""
-    try:
-        waiting = select.poll()
-        waiting.register(connection.fileno(), select.POLLIN)
-        return connection.closed or bool(waiting.poll(0))
-    except (OSError, psycopg.OperationalError):
-        return True

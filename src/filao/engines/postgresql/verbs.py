@@ -28,6 +28,7 @@ from filao.engine import (
     Settle,
 )
 from filao.engines.line import deal
+from filao.engines.postgresql.server import Charset
 from filao.errors import ConfigurationError, FilaoError, LeaseLost, QueueFull
 from filao.queue import Queue
 
@@ -74,6 +75,8 @@ class Setting(NamedTuple):
     """The time in milliseconds; None: the server's own."""
     later: bool = False
     """The transaction is a user's, and may last."""
+    fitted: Callable[[str], str] = str
+    """Makes of a text one that the database can hold."""
 
 
 def calls(operations: Sequence[Operation], setting: Setting) -> list[Call]:
@@ -99,6 +102,30 @@ def fresh(operations: Iterable[Operation]) -> dict[str, int]:
             plain = isinstance(operation.outcome, Ack) and operation.delivery.group is None
             found[operation.delivery.queue] += not plain
     return {queue: count for queue, count in found.items() if count}
+
+
+def may_wait(operation: Operation, queues: Mapping[str, Queue]) -> bool:
+    """Return whether an operation may need a row or a group that somebody's transaction has locked."""
+    if isinstance(operation, Send):
+        rules = queues.get(operation.queue)
+        return (rules is not None and rules.max_length is not None) or any(
+            draft.group is not None or draft.dedup_key is not None or draft.message_id is not None
+            for draft in operation.drafts
+        )
+    return not isinstance(operation, Receive)
+
+
+def unwritable(operations: Sequence[Operation], charset: Charset) -> dict[int, FilaoError]:
+    """Return the errors of sends whose text the database cannot hold, by their places."""
+    found: dict[int, FilaoError] = {}
+    if not charset.is_full:
+        for place, operation in enumerate(operations):
+            try:
+                for draft in operation.drafts if isinstance(operation, Send) else ():
+                    charset.check(queue_of(operation), draft)
+            except FilaoError as error:
+                found[place] = error
+    return found
 
 
 def queue_of(operation: Operation) -> str:
@@ -234,7 +261,7 @@ def _milliseconds(seconds: float | None) -> int | None:
 def _settle(queue: str, settles: Sequence[tuple[int, Settle]], setting: Setting) -> Call:
     places = [place for place, _ in settles]
     told = [_told(settle.outcome) for _, settle in settles]
-    errors = [error.replace("\0", "\\0") for _, error, _ in told]
+    errors = [setting.fitted(error) for _, error, _ in told]
     parameters = (
         *(setting.numbers[queue], setting.moment, setting.later, setting.consumer),
         *_leases([settle.delivery for _, settle in settles]),

@@ -16,6 +16,7 @@ from filao.errors import FilaoError
 
 POLL_INTERVAL = 0.5  # seconds between looks for what calls nobody: sends in users' transactions, and whatever got lost
 DEAD_AFTER = 2.0  # seconds without a sign of life after which a process's leases are taken over
+COME_BACK_WITHIN = 15.0  # seconds for a process to be back after its session was lost: one try that hangs, one pause
 OWN_POLL_INTERVAL = 10.0  # seconds between looks of a process that is called, for itself
 LOOKING_MAX = 0.02  # of the time, by all processes together, which matters where there are thousands of queues
 TIDY_INTERVAL = 30.0  # seconds between rounds of housekeeping
@@ -81,7 +82,11 @@ class Watch:
         return max(1.0, self._living / 2)
 
     async def _look_after_all(self) -> None:
-        """Have those called who wait for what is there, and take over the leases of whoever has shown no life for a while."""
+        """Have those called who wait for what is there, and take over the leases of those that show no life.
+
+        After a restart of the server, or a failover, all sessions are young: a process that is back first must not take
+        over the leases of those that are still on their way.
+        """
         began = time.monotonic()
         found = await self._row("SELECT * FROM filao.watch(%s, %s, %s)", self._listener.process, self._moment(), ALIVE)
         self._living, missing = found
@@ -89,7 +94,7 @@ class Watch:
         self._look_took = now - began
         self._missed = {process: self._missed.get(process, now) for process in missing}
         for process, since in self._missed.items():
-            if now - since >= DEAD_AFTER:
+            if now - since >= DEAD_AFTER and now - self._listener.since >= COME_BACK_WITHIN:
                 await self._strike_off(process)
 
     async def keep_house(self) -> None:

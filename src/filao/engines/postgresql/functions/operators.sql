@@ -83,6 +83,14 @@ BEGIN
 END
 $$;
 
+-- Make ready all that is due, for whoever is about to carry messages away.
+CREATE OR REPLACE FUNCTION filao.make_all_due(q integer, moment bigint) RETURNS void
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+BEGIN
+  PERFORM filao.make_due(q, filao.nothing_seen(), coalesce(moment, filao.clock()));
+END
+$$;
+
 -- Give messages that were just stored, and came from elsewhere, their past. What is NULL among `reasons` waits.
 CREATE OR REPLACE FUNCTION filao.amend(
   q integer, moment bigint, numbers bigint[], attempts integer[], failures integer[], sent bigint[], expires bigint[],

@@ -1,0 +1,115 @@
+"""Operations that wait for a lock which somebody's transaction holds: apart from the batches, which go on meanwhile.
+
+A batch waits for a lock only briefly. When it cannot have one, nothing of it is done, and those of its operations that may
+need one come here: on a connection of their own they are tried again, together and by halves, until the lock is free or
+their time is over. So a key, a group or a full queue that one transaction holds stops nobody but those who need it.
+"""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from psycopg.errors import LockNotAvailable
+
+from filao.engine import Operation, Result
+from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server
+from filao.engines.postgresql.verbs import queue_of
+from filao.errors import EngineUnavailable, FilaoError
+
+LOCKED_APART = 0.05  # seconds that a try waits for a lock
+TRIES_MAX = 32  # in one round, which then takes 1.6 s at most; whoever came meanwhile has his turn in the next
+TOGETHER_MAX = 1_000  # operations in one try
+
+Do = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    operation: Operation
+    result: "asyncio.Future[Result]"
+    until: float
+
+
+class Apart:
+    """Those operations of one process, in the order in which they came."""
+
+    def __init__(self, server: Server, do: Do) -> None:
+        self._server = server
+        self._link = Link(server, LOCKED_APART)
+        self._do = do
+        self._waiting: deque[_Waiting] = deque()
+        self._queues: Counter[str] = Counter()
+        self._running: asyncio.Task[None] | None = None
+
+    def has(self, queue: str) -> bool:
+        """Return whether an operation on a queue waits here: what may need the same lock need not stop a batch to see it."""
+        return self._queues[queue] > 0
+
+    def add(self, operation: Operation) -> "asyncio.Future[Result]":
+        """Do an operation as soon as its locks are free; it fails when they are not in time."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[Result] = loop.create_future()
+        self._waiting.append(_Waiting(operation, result, loop.time() + LOCKED_FOR))
+        self._queues[queue_of(operation)] += 1
+        if self._running is None or self._running.done():
+            self._running = loop.create_task(self._run())
+        return result
+
+    async def close(self) -> None:
+        """Let nobody wait any longer."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+        for waiting in self._waiting:
+            self._settle(waiting, EngineUnavailable("the broker was closed meanwhile"))
+        self._waiting.clear()
+        await self._link.close()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            taken = [self._waiting.popleft() for _ in range(min(TOGETHER_MAX, len(self._waiting)))]
+            try:
+                await self._round(taken)
+            finally:  # cancelled: whoever has no result yet is told by close
+                self._waiting.extend(waiting for waiting in taken if not waiting.result.done())
+
+    async def _round(self, taken: list[_Waiting]) -> None:
+        """Try these, and of those that cannot all be done each half, as far as a round goes."""
+        parts = [taken]
+        for _ in range(TRIES_MAX):
+            if not parts:
+                return
+            part = [waiting for waiting in parts.pop() if not self._is_over(waiting)]
+            if part and not await self._try(part) and len(part) > 1:
+                half = len(part) // 2
+                parts += [part[half:], part[:half]]
+
+    def _is_over(self, waiting: _Waiting) -> bool:
+        if not waiting.result.cancelled() and asyncio.get_running_loop().time() < waiting.until:
+            return False
+        self._settle(waiting, self._server.engine_error(LockNotAvailable("a lock was not free in time")))
+        return True
+
+    async def _try(self, part: Sequence[_Waiting]) -> bool:
+        """Do operations in one transaction; return False when a lock is missing, and nothing was done."""
+        operations = [waiting.operation for waiting in part]
+        results: Sequence[Result]
+        try:
+            async with self._link.use() as connection:
+                try:
+                    results = await self._do(connection, operations)
+                except LockNotAvailable:
+                    return False
+        except FilaoError as error:
+            if len(part) > 1 and not isinstance(error, EngineUnavailable):
+                return False  # one of them is at fault, and fails alone
+            results = [error] * len(part)
+        for waiting, result in zip(part, results, strict=True):
+            self._settle(waiting, result)
+        return True
+
+    def _settle(self, waiting: _Waiting, result: Result) -> None:
+        self._queues[queue_of(waiting.operation)] -= 1
+        if not waiting.result.done():
+            waiting.result.set_result(result)

@@ -1,0 +1,135 @@
+"""Transactions of the user's own, each on a connection of its own, and what a transaction of ours does when it lost."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
+
+from psycopg import pq
+from psycopg.errors import DeadlockDetected, LockNotAvailable, NoDataFound, SerializationFailure, UniqueViolation
+
+from filao.codec import shown
+from filao.engine import Operation, Result, Send, Settle
+from filao.engines.postgresql.server import Connection, Pool, PoolExhausted, Server, in_time
+from filao.engines.statements import check_statement, for_psycopg
+from filao.errors import EngineError, EngineUnavailable
+
+R = TypeVar("R")
+
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever is the database's default
+CONNECTIONS_MAX = 10  # for transactions, in one process
+POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
+TRIES = 5  # of a transaction that met another and lost: nothing of it was done
+_ENDS = frozenset({"BEGIN", "COMMIT", "COMMIT PREPARED", "PREPARE TRANSACTION", "ROLLBACK", "START TRANSACTION"})
+
+
+class Transactions:
+    """Those of one process."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._pool = Pool(server, CONNECTIONS_MAX)
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncGenerator[Connection]:
+        """Begin a transaction, and commit what is done in this block; after an exception it is rolled back."""
+        async with self.connection(begins=True) as connection:
+            yield connection
+            async with in_time():
+                ended = await connection.execute("COMMIT")
+            if ended.statusmessage != "COMMIT":
+                raise EngineError(
+                    f"{self._server.name}: a statement of this transaction had failed, so the server rolled all of it "
+                    f"back. Nothing was done; let the error of that statement leave the block."
+                )
+
+    @asynccontextmanager
+    async def connection(self, *, begins: bool = False) -> AsyncGenerator[Connection]:
+        """Give a connection of its own, on which a transaction `begins`; to have one and to begin has one time limit."""
+        async with AsyncExitStack() as stack:
+            attempt = stack.enter_context(self._server.mapped(begun=False))
+            async with in_time():
+                try:
+                    connection = await stack.enter_async_context(self._pool.use(POOL_WAIT))
+                except PoolExhausted:
+                    raise EngineUnavailable(
+                        f"{self._server.name}: no connection became free within {POOL_WAIT:g} s: {CONNECTIONS_MAX} "
+                        f"transactions of this process are open. Nothing was done; keep transactions short, and try again."
+                    ) from None
+                if begins:
+                    await connection.execute(BEGIN)
+                    local = self._server.local_settings(ours=False)
+                    if local is not None:
+                        await connection.execute(local.encode())
+            attempt.begun = True
+            yield connection
+
+    async def close(self, unused_for: float = 0.0) -> None:
+        """Close the connections that nobody has used for so many seconds."""
+        await self._pool.close(unused_for)
+
+
+class PostgresqlTransaction:
+    """See `filao.engine.EngineTransaction`."""
+
+    def __init__(
+        self, connection: Connection, apply: Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
+    ) -> None:
+        self._connection = connection
+        self._apply = apply
+        self._ended_by: str | None = None
+        self.done: list[Operation] = []
+        """What is to be made known when it has committed."""
+
+    async def execute(self, sql: str, parameters: Any) -> list[Any]:
+        """Run one statement of the user's and return its rows."""
+        self.check_open()
+        check_statement(sql)
+        statement, written = for_psycopg(sql, parameters)
+        async with in_time():
+            async with self._connection.pipeline():  # in which the server takes one statement at a time, as SQLite does
+                cursor = await self._connection.execute(statement.encode(), written)
+            if cursor.statusmessage in _ENDS:
+                self._ended_by = sql
+                self.check_open()
+            return await cursor.fetchall() if cursor.description else []
+
+    def check_open(self) -> None:
+        """Raise `EngineError` if a statement of the user's has ended this transaction."""
+        if self._ended_by is not None:
+            raise EngineError(
+                f"the statement {shown(self._ended_by)} ended the transaction that Filao holds: what came before it may be "
+                f"stored, and what comes after it is refused. Leaving the block commits; an exception rolls back."
+            )
+
+    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+        """Do operations as part of this transaction."""
+        self.check_open()
+        async with in_time():
+            results = await self._apply(self._connection, operations)
+        self.done += [operation for operation in operations if isinstance(operation, Send | Settle)]
+        return results
+
+
+async def retried(
+    connection: Connection, work: Callable[[], Awaitable[R]], forget: Callable[[], None] = lambda: None
+) -> R:
+    """Do the work of a transaction again when it met another and lost, or when a queue it knew was deleted.
+
+    A violation is that of a number which was drawn at random and is taken.
+    """
+    for _ in range(TRIES - 1):
+        try:
+            return await work()
+        except (DeadlockDetected, SerializationFailure, UniqueViolation, NoDataFound) as error:
+            if isinstance(error, NoDataFound):
+                forget()
+            await _roll_back(connection)
+        except LockNotAvailable:
+            await _roll_back(connection)
+            raise
+    return await work()
+
+
+async def _roll_back(connection: Connection) -> None:
+    if connection.info.transaction_status != pq.TransactionStatus.IDLE:
+        await connection.rollback()

@@ -1,0 +1,140 @@
+"""PostgreSQL: what one transaction holds stops nobody but those who need it; and who waits, waits for a bounded time."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from itertools import count
+
+import psycopg
+import pytest
+
+import filao
+from filao.engines.postgresql import apart, engine
+from tests.servers import Postgres
+
+pytestmark = pytest.mark.anyio
+
+_names = count()
+
+
+@pytest.fixture
+def url(postgres: Postgres) -> str:
+    """Return the URL of an empty database."""
+    return postgres.create(f"locks{next(_names)}")
+
+
+@pytest.fixture
+async def broker(url) -> AsyncGenerator[filao.Broker]:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"), filao.Queue("letters"), filao.Queue("few", max_length=5))
+        yield broker
+
+
+async def go_on(broker: filao.Broker) -> None:
+    """Find that work on another queue goes on."""
+    async with asyncio.timeout(5):
+        for number in range(20):
+            await broker.send_to_queue("letters", number)
+            await (await broker.receive_from_queue("letters")).ack()
+
+
+@pytest.mark.parametrize("terms", [{"dedup_key": "k"}, {"message_id": "m"}])
+@pytest.mark.parametrize("commits", [True, False])
+async def test_a_key_that_a_transaction_holds_stops_only_those_who_send_it(url, broker, terms, commits) -> None:
+    with psycopg.connect(url) as holder:
+        first = await broker.send_to_queue("claims", 1, within=holder, **terms)
+        sends = [asyncio.create_task(broker.send_to_queue("claims", 2, **terms)) for _ in range(30)]
+        await go_on(broker)
+        await asyncio.wait_for(broker.send_to_queue("claims", 3, dedup_key="another"), 5)
+        assert not any(send.done() for send in sends)
+        if commits:
+            holder.commit()
+        else:
+            holder.rollback()
+        async with asyncio.timeout(10):
+            receipts = await asyncio.gather(*sends)
+    assert len({receipt.id for receipt in receipts}) == 1
+    assert [receipt.duplicate for receipt in receipts].count(False) == (0 if commits else 1)
+    assert (receipts[0].id == first.id) is (commits or "message_id" in terms)
+
+
+async def test_a_full_queue_that_a_transaction_sends_to_stops_only_those_who_send_there(url, broker) -> None:
+    with psycopg.connect(url) as holder:
+        await broker.send_to_queue("few", 0, within=holder)
+        sends = [asyncio.create_task(broker.send_to_queue("few", number)) for number in range(1, 8)]
+        await go_on(broker)
+        assert not any(send.done() for send in sends)
+        holder.commit()
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*sends, return_exceptions=True)
+    assert [isinstance(result, filao.QueueFull) for result in results].count(True) == 3
+    assert (await broker.stats("few")).ready == 5
+
+
+async def test_a_lock_that_is_never_free_is_given_up_in_words(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(apart, "LOCKED_FOR", 0.5)
+    with psycopg.connect(url) as holder:
+        await broker.send_to_queue("claims", 1, within=holder, dedup_key="k")
+        with pytest.raises(filao.EngineError, match=r"another transaction has held a message, key.*Nothing was done"):
+            await broker.send_to_queue("claims", 2, dedup_key="k")
+    assert (await broker.stats("claims")).sent == 1
+
+
+async def test_a_broker_that_is_closed_leaves_nobody_waiting_for_a_lock(url, broker) -> None:
+    with psycopg.connect(url) as holder:
+        async with filao.connect(url) as other:
+            await broker.send_to_queue("claims", 1, within=holder, dedup_key="k")
+            waiting = asyncio.create_task(other.send_to_queue("claims", 2, dedup_key="k"))
+            await asyncio.wait([waiting], timeout=0.5)
+            assert not waiting.done()
+        with pytest.raises(filao.EngineError):
+            await waiting
+
+
+async def test_deleting_a_queue_stops_no_other_while_a_transaction_is_open(url, broker) -> None:
+    with psycopg.connect(url) as holder:
+        await broker.send_to_queue("claims", 1, within=holder)
+        deleting = asyncio.create_task(broker.delete_queue("letters"))
+        async with asyncio.timeout(5):
+            await deleting
+            await broker.declare(filao.Queue("letters"))
+        deleting = asyncio.create_task(broker.delete_queue("claims"))
+        await go_on(broker)
+        assert not deleting.done()
+        holder.rollback()
+        async with asyncio.timeout(5):
+            await deleting
+    with pytest.raises(filao.QueueNotFound):
+        await broker.send_to_queue("claims", 1)
+
+
+async def test_a_queue_whose_senders_never_end_is_not_deleted(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "LOCKED_FOR", 0.3)
+    with psycopg.connect(url) as holder:
+        await broker.send_to_queue("claims", 1, within=holder)
+        with pytest.raises(filao.EngineError, match="'claims' was not deleted"):
+            await broker.delete_queue("claims")
+        holder.commit()
+    assert (await broker.stats("claims")).ready == 1
+
+
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+async def test_a_limit_is_not_promised_to_a_transaction_that_cannot_see_what_others_send(
+    url, broker, isolation
+) -> None:
+    with psycopg.connect(url) as old:
+        old.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation}".encode())
+        old.execute("SELECT count(*) FROM filao.queue")
+        with pytest.raises(filao.ConfigurationError, match=r"'few' has a max_length.*READ COMMITTED"):
+            await broker.send_to_queue("few", 1, within=old)
+        await broker.send_to_queue("claims", 1, within=old)
+        old.commit()
+    assert ((await broker.stats("few")).ready, (await broker.stats("claims")).ready) == (0, 1)
+
+
+async def test_a_send_of_an_older_snapshot_does_not_reach_a_queue_that_was_deleted(url, broker) -> None:
+    with psycopg.connect(url) as old:
+        old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        old.execute("SELECT count(*) FROM filao.queue")
+        await broker.delete_queue("claims")
+        with pytest.raises(filao.EngineError, match="Nothing was done; in a transaction of your own, roll it back"):
+            await broker.send_to_queue("claims", 1, within=old)

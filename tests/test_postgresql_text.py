@@ -1,0 +1,128 @@
+"""PostgreSQL: text in databases that cannot hold all of it, and what is said of errors: nothing but what is true."""
+
+from itertools import count
+
+import psycopg
+import pytest
+from psycopg import errors
+
+import filao
+from filao.engines.postgresql.server import Charset, Server
+from tests.conftest import let_pass, missing
+from tests.servers import Postgres, has_pgbouncer, pgbouncer
+
+pytestmark = pytest.mark.anyio
+
+_names = count()
+
+
+def create(postgres: Postgres, encoding: str, settings: str = "") -> str:
+    """Create a database with an encoding, and return its URL."""
+    name = f"text{next(_names)}"
+    with psycopg.connect(postgres.url(), autocommit=True) as operator:
+        operator.execute(
+            f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'".encode()
+        )
+        if settings:
+            operator.execute(f"ALTER DATABASE {name} SET {settings}".encode())
+    return postgres.url(name)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "settings"),
+    [("LATIN1", ""), ("UTF8", "client_encoding = 'latin1'"), ("SQL_ASCII", ""), ("WIN1252", ""), ("EUC_JP", "")],
+)
+async def test_an_error_with_any_text_is_recorded_in_a_database_of_any_encoding(postgres, encoding, settings) -> None:
+    async with filao.connect(create(postgres, encoding, settings)) as broker:
+        await broker.declare(filao.Queue("claims", max_attempts=1))
+        await broker.send_to_queue("claims", {"text": "5 € \u4fdd\u967a \U0001f98a"}, headers={"plain": "text"})
+        message = await broker.receive_from_queue("claims")
+        assert message.body == {"text": "5 € \u4fdd\u967a \U0001f98a"}
+        await message.nack(reason="5 € \u4fdd\u967a \U0001f98a \0 \ud800")
+        (dead,) = await broker.dead_letters("claims")
+        assert dead.history[-1].error.startswith("5 ")
+
+
+@pytest.mark.parametrize(
+    "terms", [{"group": "5 €"}, {"dedup_key": "5 €"}, {"message_id": "5 €"}, {"headers": {"a": "5 €"}}]
+)
+async def test_what_a_database_cannot_hold_is_refused_by_name(postgres, terms) -> None:
+    async with filao.connect(create(postgres, "LATIN1")) as broker:
+        await broker.declare(filao.Queue("claims"))
+        (name,) = terms
+        with pytest.raises(filao.MessageNotEncodable, match=rf"'claims': {name} is .*LATIN1"):
+            await broker.send_to_queue("claims", 1, **terms)
+        await broker.send_to_queue("claims", 1, group="d\u00e9gat", dedup_key="\u00e9", headers={"a": "\u00e9"})
+        message = await broker.receive_from_queue("claims")
+        assert (message.group, message.headers) == ("d\u00e9gat", {"a": "\u00e9"})
+
+
+def test_a_charset_that_python_does_not_know_holds_ascii() -> None:
+    charset = Charset("MULE_INTERNAL")
+    assert charset.fits("claims")
+    assert not charset.fits("\u00e9")
+    assert charset.fitted("5 \u20ac") == "5 \\u20ac"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (errors.SerializationFailure("could not serialize"), filao.EngineError, "other transactions came first"),
+        (errors.DeadlockDetected("deadlock detected"), filao.EngineError, "other transactions came first"),
+        (errors.OutOfMemory("out of shared memory"), filao.EngineError, "no memory left"),
+        (errors.QueryCanceled("canceling statement"), filao.EngineError, "took too long"),
+        (errors.DiskFull("could not extend file"), filao.EngineError, "disk is full"),
+        (errors.UndefinedFunction("function filao.send(...) does not exist"), filao.EngineError, "another version"),
+    ],
+)
+def test_what_the_server_undid_is_not_called_open(error, kind, text) -> None:
+    said = Server("postgresql://localhost/x", durable=True).engine_error(error)
+    assert type(said) is kind
+    assert text in str(said)
+    assert "Nothing was done" in str(said)
+    assert "open whether" not in str(said)
+
+
+async def test_a_server_that_was_never_reached_has_done_nothing() -> None:
+    with pytest.raises(filao.EngineUnavailable, match="Nothing was done") as raised:
+        await filao.connect("postgresql://u@127.0.0.1:1/x").open()
+    assert "open whether" not in str(raised.value)
+
+
+async def test_a_pooler_of_statements_is_refused_in_words(postgres, tmp_path_factory) -> None:
+    if not has_pgbouncer():
+        missing("PgBouncer")
+    folder = tmp_path_factory.mktemp("pgbouncer")
+    let_pass(folder)
+    with (
+        pgbouncer(folder / "pooler", postgres.port, pool_mode="statement") as port,
+        pytest.raises(filao.ConfigurationError, match="pool_mode to transaction or session"),
+    ):
+        await filao.connect(postgres.url("filao", port)).open()
+
+
+async def test_extra_errors_of_plpgsql_prevent_no_first_opening(postgres) -> None:
+    url = create(postgres, "UTF8", "plpgsql.extra_errors = 'all'")
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1, dedup_key="k", group="g")
+        await (await broker.receive_from_queue("claims")).ack()
+
+
+async def test_a_process_that_cannot_open_its_session_leaves_no_row_behind(postgres) -> None:
+    url = create(postgres, "UTF8")
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute("DROP ROLE IF EXISTS visitor")
+            operator.execute("CREATE ROLE visitor LOGIN")
+            operator.execute("GRANT ALL ON SCHEMA filao TO visitor")
+            operator.execute("GRANT ALL ON ALL TABLES IN SCHEMA filao TO visitor")
+            operator.execute("GRANT ALL ON ALL SEQUENCES IN SCHEMA filao TO visitor")
+            operator.execute("GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA filao TO visitor")
+            operator.execute("ALTER ROLE visitor CONNECTION LIMIT 1")
+            async with filao.connect(url.replace("filao@", "visitor@")) as visitor:
+                for _ in range(3):
+                    with pytest.raises(filao.EngineError, match=r"too many connections.*Nothing was done"):
+                        await visitor.receive_from_queue("claims", wait=0)
+            assert operator.execute("SELECT count(*) FROM filao.process").fetchone() == (0,)
