@@ -630,7 +630,7 @@ async def test_a_consumer_that_was_paused_past_its_lease_changes_nothing(url, br
 
 
 async def test_the_leases_of_a_process_that_died_are_taken_over_long_before_they_end(url, broker, monkeypatch) -> None:
-    monkeypatch.setattr(engine_module, "COME_BACK_WITHIN", 0.0)  # as if others had been here for a while
+    monkeypatch.setattr(watch, "COME_BACK_WITHIN", 0.0)  # as if others had been here for a while
     await broker.send_to_queue("claims", 7)
     async with holder(url, lease=600) as dying:
         receiving = asyncio.ensure_future(broker.receive_from_queue("claims", wait=60))
@@ -640,6 +640,18 @@ async def test_the_leases_of_a_process_that_died_are_taken_over_long_before_they
     await message.reject()
     (dead,) = await broker.dead_letters("claims")
     assert [failure.outcome for failure in dead.history] == ["crashed", "rejected"]
+
+
+@pytest.mark.parametrize("died", [True, False])
+async def test_however_many_leases_a_process_leaves_all_come_back(url, broker, monkeypatch, died) -> None:
+    monkeypatch.setattr(engine_module, "SLICE", 7)
+    await broker.send_many("claims", range(25))
+    async with filao.connect(url) as leaving:
+        assert len(await leaving.receive_many("claims", 25, lease=600)) == 25
+        if died:
+            await engine_of(broker)._strike_off(engine_of(leaving)._listener.process, died=True)
+    stats = await broker.stats("claims")
+    assert (stats.ready, stats.leased, stats.lost, stats.released) == (25, 0, *((25, 0) if died else (0, 25)))
 
 
 async def test_an_ack_with_the_token_of_a_lease_before_is_refused(broker) -> None:

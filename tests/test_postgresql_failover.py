@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 import filao
-from filao.engines.postgresql import engine
+from filao.engines.postgresql import watch
 from tests.conftest import engine_of, let_pass
 from tests.proxy import Proxy
 from tests.servers import Postgres, postgres_server, postgres_standby
@@ -118,7 +118,7 @@ async def test_a_server_that_became_read_only_is_left_for_the_one_behind_the_sam
 async def test_after_a_restart_nobody_is_struck_off_before_everybody_had_time_to_come_back(
     primary, monkeypatch
 ) -> None:
-    monkeypatch.setattr(engine, "DEAD_AFTER", 0.0)
+    monkeypatch.setattr(watch, "DEAD_AFTER", 0.0)
     with closing(Proxy(primary.port)) as proxy:
         async with filao.connect(primary.url()) as near, filao.connect(primary.url(port=proxy.port)) as far:
             await near.declare(filao.Queue("claims", lease=300))
@@ -133,15 +133,14 @@ async def test_after_a_restart_nobody_is_struck_off_before_everybody_had_time_to
                 while engine_of(near)._listener._connection in (None, before):
                     await asyncio.sleep(0.01)
                 for _ in range(3):  # one finds who is missing, the next how long
-                    await engine_of(near)._look_for_deaths()
+                    await engine_of(near)._watch._look_after_all()
             proxy.go_on()
             await held.ack()
             assert (await near.stats("claims")).acked == 1
-            assert not engine_of(near)._missed
 
-            monkeypatch.setattr(engine, "COME_BACK_WITHIN", 0.0)
+            monkeypatch.setattr(watch, "COME_BACK_WITHIN", 0.0)
             with psycopg.connect(primary.url(), autocommit=True) as operator:
                 operator.execute("INSERT INTO filao.process (name, started_at, has_session) VALUES ('gone', 0, true)")
                 for _ in range(3):
-                    await engine_of(near)._look_for_deaths()
+                    await engine_of(near)._watch._look_after_all()
                 assert operator.execute("SELECT count(*) FROM filao.process WHERE name = 'gone'").fetchone() == (0,)

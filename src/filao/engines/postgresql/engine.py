@@ -42,7 +42,7 @@ from filao.engines.postgresql.apart import Apart
 from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import Listener
 from filao.engines.postgresql.schema import migrate
-from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server
+from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server, in_time
 from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransaction, Transactions, retried
 from filao.engines.postgresql.watch import Watch
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
@@ -115,8 +115,9 @@ class PostgresqlEngine:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             if self._listener.process:
-                with suppress(FilaoError):
-                    await self._strike_off(self._listener.process, died=False)
+                with suppress(FilaoError, TimeoutError):  # what it could not give back runs out, or is taken over
+                    async with in_time():
+                        await self._strike_off(self._listener.process, died=False)
             await self._apart.close()
             await self._listener.close()
             await self._main.close()
@@ -336,7 +337,9 @@ class PostgresqlEngine:
         await self._transactions.close(UNUSED_MAX)
 
     async def _strike_off(self, process: int, *, died: bool) -> None:
-        await self._value("SELECT filao.strike_off(%s, %s, %s)", process, self._moment(), died)
+        about = (process, self._moment(), died, SLICE)
+        while int(await self._value("SELECT filao.strike_off(%s, %s, %s, %s)", *about)) == SLICE:
+            pass
 
     # --- the control plane -------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 -- Processes that receive, and what is cleared up behind them.
 
--- Take over the leases of a process that died, or give back those of one that leaves; return how many there were.
-CREATE OR REPLACE FUNCTION filao.strike_off(p integer, moment bigint, died boolean) RETURNS integer
+-- Take over the leases of a process that died, or give back those of one that leaves, so many at most; return how many there
+-- were. When there are no more, it is no longer among those that receive.
+CREATE OR REPLACE FUNCTION filao.strike_off(p integer, moment bigint, died boolean, most integer DEFAULT 2000) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now  bigint := coalesce(moment, filao.clock());
@@ -13,7 +14,7 @@ BEGIN
     FOR m IN
       SELECT * FROM filao.message
       WHERE queue = q AND state = 'leased' AND token BETWEEN p::bigint << 32 AND (p::bigint + 1 << 32) - 1
-      ORDER BY id FOR UPDATE SKIP LOCKED
+      ORDER BY id LIMIT most - done FOR UPDATE SKIP LOCKED
     LOOP
       IF died THEN
         PERFORM filao.lose(m, 'crashed', now);
@@ -23,8 +24,10 @@ BEGIN
       done := done + 1;
     END LOOP;
   END LOOP;
-  DELETE FROM filao.waiting WHERE process = p;
-  DELETE FROM filao.process WHERE id = p;
+  IF done < most THEN
+    DELETE FROM filao.waiting WHERE process = p;
+    DELETE FROM filao.process WHERE id = p;
+  END IF;
   RETURN done;
 END
 $$;
