@@ -58,7 +58,7 @@ def _shortened(text: str) -> str:
 def checked(url: str) -> SplitResult:
     """Return the parts of a server's URL, or raise `ConfigurationError` for one that parsers read in different ways."""
     parts = _parts(url)
-    problem = "it has a bracket or a character that no host has, or a port that is no number"
+    problem = "it has a bracket or a character that no host has, or a port that is no number up to 65535"
     if parts is not None:
         problem = _problem(parts)
         if not problem:
