@@ -28,7 +28,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "connections",
         "tables",
     ),
-    *("engines.line", "engines.statements", "engines.parcels"),
+    *("engines.waiters", "engines.statements", "engines.rows"),
     *(
         "engines.sqlite.folder",
         "engines.sqlite.ground",
@@ -42,7 +42,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         f"engines.sqlite.{name}"
         for name in (
             *("clock", "books", "moves", "waitlist", "send", "receive", "settle", "verbs", "operators", "processes"),
-            *("carriage", "foreign"),
+            *("moving", "foreign"),
         )
     ),
     *(
@@ -61,7 +61,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "apart",
             "transactions",
             "control",
-            "carriage",
+            "moving",
             "listener",
             "watch",
             "doctor",
@@ -78,7 +78,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "envelope",
             "register",
             "consumer",
-            "carriage",
+            "moving",
             "publisher",
             "control",
             "doctor",

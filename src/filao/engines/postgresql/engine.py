@@ -35,9 +35,7 @@ from filao.engine import (
     StoredMessage,
     Submit,
 )
-from filao.engines.line import Line, Place
-from filao.engines.parcels import LEAVING, RowPacking, has_rival, is_new, sends, without_key
-from filao.engines.postgresql import carriage, control, verbs
+from filao.engines.postgresql import control, moving, verbs
 from filao.engines.postgresql.apart import Apart
 from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import Listener
@@ -45,6 +43,8 @@ from filao.engines.postgresql.schema import migrate
 from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server, in_time
 from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransaction, Transactions, retried
 from filao.engines.postgresql.watch import Watch
+from filao.engines.rows import LEAVING, RowPacking, has_rival, is_new, sends, without_key
+from filao.engines.waiters import Line, Place
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, rules_from_json, rules_to_json
@@ -446,7 +446,7 @@ class PostgresqlEngine:
 
         async def read(after: int, limit: int) -> list[Parcel]:
             async with self._main.use() as connection:
-                return await carriage.pack(connection, number, self._moment(), after, limit)
+                return await moving.pack(connection, number, self._moment(), after, limit)
 
         async def held() -> int:
             return next(stats.leased for stats in await self.stats() if stats.name == queue)
@@ -462,19 +462,19 @@ class PostgresqlEngine:
                 if has_rival(parcel, results[place]):
                     (results[place],) = await self.apply_within(connection, sends(queue, [without_key(parcel)]))
             new = [parcel for parcel, result in zip(parcels, results, strict=True) if is_new(result)]
-            await carriage.amend(connection, number, self._moment(), new)
+            await moving.amend(connection, number, self._moment(), new)
 
     async def memory(self, queue: str) -> Memory:
         """Return the keys of messages that have ended, and the groups that are halted."""
         number = await self._number(queue)
         async with self._main.use() as connection:
-            return await carriage.memory(connection, number, self._moment())
+            return await moving.memory(connection, number, self._moment())
 
     async def remember(self, queue: str, memory: Memory) -> None:
         """Remember what another engine remembered."""
         number = await self._number(queue)
         async with self._transactions.begin() as connection:
-            await carriage.remember(connection, number, self._moment(), memory)
+            await moving.remember(connection, number, self._moment(), memory)
 
     async def report(self, state: str) -> None:
         """Write down how this process is doing."""

@@ -27,8 +27,8 @@ from filao.engine import (
     Send,
     Settle,
 )
-from filao.engines.line import deal
 from filao.engines.postgresql.server import Charset
+from filao.engines.waiters import deal
 from filao.errors import ConfigurationError, FilaoError, LeaseLost, QueueFull
 from filao.queue import Queue
 

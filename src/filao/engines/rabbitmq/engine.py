@@ -48,13 +48,13 @@ from filao.engine import (
     StoredMessage,
     Submit,
 )
-from filao.engines.line import Line, Place
 from filao.engines.rabbitmq import control, doctor, envelope, register, topology, wire
-from filao.engines.rabbitmq.carriage import QueuePacking
 from filao.engines.rabbitmq.consumer import Consumer
+from filao.engines.rabbitmq.moving import QueuePacking
 from filao.engines.rabbitmq.publisher import Publisher, deleted
 from filao.engines.rabbitmq.refusals import check_delay, check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Link, Server, Session
+from filao.engines.waiters import Line, Place
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost, UnsupportedFeature
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, retry_delay

@@ -11,7 +11,7 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
 
 from filao.engine import Delivery, Draft, Parcel
-from filao.engines.rabbitmq import carriage, envelope
+from filao.engines.rabbitmq import envelope, moving
 from filao.engines.rabbitmq.refusals import check_draft
 from filao.engines.rabbitmq.server import Link, Session
 from filao.engines.rabbitmq.topology import DEAD, dead_name, route
@@ -57,7 +57,7 @@ class Publisher:
         for parcel in parcels:
             check_draft(queue, parcel.draft)
         for parcel in parcels:
-            place, properties = carriage.properties(queue.name, parcel)
+            place, properties = moving.properties(queue.name, parcel)
             delay = 0.0 if parcel.reason else parcel.draft.delay
             await self._publish_all(await self._link.session(), place, [(parcel.draft.content, properties, delay)])
 

@@ -40,9 +40,8 @@ from filao.engine import (
     StoredMessage,
     Submit,
 )
-from filao.engines.line import Line, Place
-from filao.engines.parcels import LEAVING, RowPacking
-from filao.engines.sqlite import carriage, files, moves, operators, processes, verbs, waitlist
+from filao.engines.rows import LEAVING, RowPacking
+from filao.engines.sqlite import files, moves, moving, operators, processes, verbs, waitlist
 from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database, Ticket, check_stands
 from filao.engines.sqlite.doctor import examine
@@ -51,6 +50,7 @@ from filao.engines.sqlite.receive import Lessee, look
 from filao.engines.sqlite.send import send
 from filao.engines.sqlite.thread import DatabaseThread
 from filao.engines.statements import check_statement
+from filao.engines.waiters import Line, Place
 from filao.errors import EngineUnavailable, FilaoError
 from filao.queue import Queue
 
@@ -392,7 +392,7 @@ class SqliteEngine:
         """Begin to carry a queue's messages elsewhere."""
 
         async def read(after: int, limit: int) -> list[Parcel]:
-            return await self._change(lambda books: carriage.pack(books, _row(books, queue), after, limit))
+            return await self._change(lambda books: moving.pack(books, _row(books, queue), after, limit))
 
         async def held() -> int:
             return next(stats.leased for stats in await self.stats() if stats.name == queue)
@@ -401,15 +401,15 @@ class SqliteEngine:
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages that came from elsewhere."""
-        await self._change(lambda books: carriage.unpack(books, _row(books, queue), parcels))
+        await self._change(lambda books: moving.unpack(books, _row(books, queue), parcels))
 
     async def memory(self, queue: str) -> Memory:
         """Return the keys of messages that have ended, and the groups that are halted."""
-        return await self._look_up(lambda books: carriage.memory(books, _row(books, queue)))
+        return await self._look_up(lambda books: moving.memory(books, _row(books, queue)))
 
     async def remember(self, queue: str, memory: Memory) -> None:
         """Remember what another engine remembered."""
-        await self._change(lambda books: carriage.remember(books, _row(books, queue), memory))
+        await self._change(lambda books: moving.remember(books, _row(books, queue), memory))
 
     async def report(self, state: str) -> None:
         """Write down how this process is doing, once it receives."""

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from filao.engine import Delivery, Receive, Received
-from filao.engines.line import deal
 from filao.engines.sqlite import moves, waitlist
 from filao.engines.sqlite.books import ENTRY, Books, QueueRow, tokens
+from filao.engines.waiters import deal
 from filao.errors import FilaoError
 
 _DELIVERED = "id, priority, attempts, grp, dedup_key, message_id, headers, kind, content, sent_at, failures, salt"

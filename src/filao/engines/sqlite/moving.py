@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from filao.engine import Key, Memory, Parcel
-from filao.engines import parcels as carried
+from filao.engines import rows as carried
 from filao.engines.sqlite.books import DEAD, DEDUP_KEY, MESSAGE_ID, STATES, Books, QueueRow
 from filao.engines.sqlite.moves import arrange
 from filao.engines.sqlite.operators import history

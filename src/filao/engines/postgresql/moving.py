@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from filao.engine import Key, Memory, Parcel
-from filao.engines import parcels as carried
+from filao.engines import rows as carried
 from filao.engines.postgresql.control import HISTORY, history
 from filao.engines.postgresql.server import Connection
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 
 from filao.engine import Operation, Receive, Received, Result
-from filao.engines.line import Line
+from filao.engines.waiters import Line
 from filao.errors import EngineUnavailable
 
 pytestmark = pytest.mark.anyio
