@@ -17,7 +17,8 @@ BEGIN
   IF ids IS NOT NULL THEN
     RETURN QUERY
       SELECT m.* FROM filao.message m
-      WHERE m.id IN (SELECT filao.number_of(q, name) FROM unnest(ids) AS name) AND m.queue = q AND m.state = ANY (states)
+      WHERE m.id = ANY (ARRAY(SELECT filao.number_of(q, name) FROM unnest(ids) AS name))  -- looked up once, not for each row
+        AND m.queue = q AND m.state = ANY (states)
         AND m.id > after AND m.id <= mark
       ORDER BY m.id LIMIT most FOR UPDATE;
     RETURN;
