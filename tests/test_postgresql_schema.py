@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {4: "2622652b50b90fcc"}
+DIGESTS = {5: "df08aae53e74d86a"}
 """Of the SQL of a version, the newest alone."""
 
 

@@ -149,3 +149,23 @@ async def check_ttl_never_fires_while_leased(stage: Stage) -> None:
     await back.release()
     await stage.nothing(queue)
     await stage.counted(queue, ready=0, dead=1, acked=1)
+
+
+@needs(Feature.TTL, Feature.LEASES)
+async def check_a_lease_that_ends_after_the_ttl_brings_nothing_back(stage: Stage) -> None:
+    queue = await stage.queue(ttl=10, lease=5)
+    await stage.send(queue, 1)
+    await stage.next(queue)
+    await stage.advance(11)
+    await stage.nothing(queue)
+    await stage.counted(queue, ready=0, leased=0, dead=1)
+
+
+@needs(Feature.TTL, Feature.LEASES)
+async def check_however_many_expire_at_once_none_is_delivered(stage: Stage) -> None:
+    queue = await stage.queue(max_length=10_000)
+    await stage.broker.send_many(queue, range(6_000), ttl=10)
+    await stage.send(queue, "fresh")
+    await stage.advance(11)
+    equal((await stage.next(queue)).body, "fresh")
+    await stage.nothing(queue)

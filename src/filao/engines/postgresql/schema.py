@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 4
+VERSION = 5
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -42,6 +42,7 @@ STEPS: dict[int, str] = {
         CREATE SEQUENCE filao.place CACHE 1;
     """,
     4: "SELECT",  # of the functions alone
+    5: "SELECT",
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """

@@ -17,7 +17,7 @@ _LEASE = f"""
     WHERE id IN (
         SELECT id
         FROM filao_message INDEXED BY filao_ready
-        WHERE queue = ? AND state = 2
+        WHERE queue = ? AND state = 2 AND (expires_at IS NULL OR expires_at > ?)
         ORDER BY priority DESC, id
         LIMIT ?
     )
@@ -70,7 +70,7 @@ def _lease(books: Books, row: QueueRow, asked: Sequence[Receive], lessee: Lessee
         return []
     token = lessee.next_token()
     until = books.now + round((asked[0].lease or row.rules.lease) * 1000)
-    found = books.db.execute(_LEASE, (until, token, row.id, limit)).fetchall()
+    found = books.db.execute(_LEASE, (until, token, row.id, books.now, limit)).fetchall()
     row.count["ready"] -= len(found)
     row.count["leased"] += len(found)
     row.count["received"] += len(found)

@@ -38,6 +38,7 @@ BEGIN
   LOOP
     acted := true;
     IF m.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, m.grp)) THEN
+      seen.expiring := least(seen.expiring, m.expires_at);  -- which was not looked at while it was leased
       PERFORM filao.lose(m, 'lease_expired', now);
     END IF;
   END LOOP;
@@ -94,6 +95,7 @@ BEGIN
           SELECT m.id, m.grp FROM filao.message m
           WHERE m.queue = q AND m.state = 'ready' AND -m.priority <= -seen.priorities[i]
             AND (-m.priority, m.id) >= (-seen.priorities[i], seen.floors[i])
+            AND (m.expires_at IS NULL OR m.expires_at > now)  -- `make_due` leaves some when there are very many
           ORDER BY -m.priority, m.id LIMIT most - found FOR UPDATE SKIP LOCKED
         ), mine AS MATERIALIZED (
           SELECT picked.id FROM picked
