@@ -1,20 +1,21 @@
 """What a handler is: a function of one message, or of a message and a transaction, whose signature is read once.
 
 A coroutine function runs on the event loop and gets `filao.Message`; a plain one runs in a thread and gets the blocking
-`filao.sync.Message`. What it says of the body's type is what the body is decoded to.
+`filao.sync.Message`. What it says of the body's type is what the body is decoded to. What else it asks for, by a type, is
+what a lifespan of its worker gives.
 """
 
 import functools
 import inspect
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from filao import sync
 from filao.errors import ConfigurationError
-from filao.message import Message
+from filao.message import Message, Transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Handler:
     is_async: bool
     body: Any
     """The type of the body that its annotation asks for; None when it does not say."""
+    wants: Mapping[str, type[Any]]
+    """What it asks for besides, by the names of its parameters."""
 
 
 def handler_of(function: Callable[..., Any], *, with_transaction: bool) -> Handler:
@@ -38,20 +41,49 @@ def handler_of(function: Callable[..., Any], *, with_transaction: bool) -> Handl
         raise ConfigurationError(f"the handler {name} is a generator, which would do nothing; a handler returns")
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
     wanted = ("message", "transaction") if with_transaction else ("message",)
-    first = _first_parameter(function, name, wanted, is_async=is_async)
-    return Handler(function, name, is_async, _body_of(function, first, name, is_async=is_async))
+    wants = _wanted(function, wanted)
+    first = _first_parameter(function, name, wanted, wants, is_async=is_async)
+    return Handler(function, name, is_async, _body_of(function, first, name, is_async=is_async), wants)
+
+
+def _wanted(function: Callable[..., Any], known: tuple[str, ...]) -> dict[str, type[Any]]:
+    """Return the parameters behind those that every handler has, where their annotations are classes."""
+    try:
+        further = list(_signature(function).parameters.values())[len(known) :]
+    except (TypeError, ValueError):
+        return {}  # `_first_parameter` says what is wrong
+    wants: dict[str, type[Any]] = {}
+    for parameter in further:
+        if parameter.default is not parameter.empty or parameter.annotation is parameter.empty:
+            continue
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            continue
+        try:
+            kind = _read(parameter, _annotated(function))
+        except (NameError, TypeError, AttributeError, SyntaxError):
+            continue
+        if isinstance(kind, type) and kind not in (Transaction, sync.Transaction):
+            wants[parameter.name] = kind
+    return wants
 
 
 def _first_parameter(
-    function: Callable[..., Any], name: str, wanted: tuple[str, ...], *, is_async: bool
+    function: Callable[..., Any],
+    name: str,
+    wanted: tuple[str, ...],
+    wants: Mapping[str, type[Any]],
+    *,
+    is_async: bool,
 ) -> inspect.Parameter:
     try:
         signature = _signature(function)
-        signature.bind(*wanted)
+        signature.bind(*wanted, **dict.fromkeys(wants))
     except (TypeError, ValueError) as error:
         form = f"{'async ' * is_async}def {name.rsplit('.', 1)[-1]}({', '.join(wanted)})"
         more = ' With guarantee="exactly-once" it takes the transaction too.' if len(wanted) > 1 else ""
-        raise ConfigurationError(f"the handler {name} cannot be called as {form}: {error}.{more}") from error
+        raise ConfigurationError(
+            f"the handler {name} cannot be called as {form}: {error}.{more} What a lifespan gives is asked for by its type"
+        ) from error
     return next(iter(signature.parameters.values()))
 
 

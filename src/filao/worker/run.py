@@ -31,6 +31,7 @@ from filao.worker.keeper import Keeper
 from filao.worker.outage import Outages, pauses
 from filao.worker.outcomes import Outcomes, is_decision, of_error, of_value, without_our_frames
 from filao.worker.strays import Children, Strays
+from filao.worker.surroundings import Surroundings
 from filao.worker.threads import Call, Threads
 
 log = logging.getLogger("filao.worker")
@@ -84,6 +85,7 @@ class Shared:
     threads: Threads
     strays: Strays
     outages: Outages
+    surroundings: Surroundings
 
 
 class _Raised:
@@ -286,17 +288,27 @@ class Run:
 
     async def _invoke(self, *transaction: Any) -> object:
         """Return what the handler returned, or what it raised."""
-        handler = self._consumer.handler
+        around = self._shared.surroundings
         try:
-            if handler.is_async:
-                return _result(handler, await handler.function(self._message, *transaction))
-            caller = self._shared.caller
-            blocking = [sync.Transaction(caller, one) for one in transaction]
-            message = sync.Message(caller, self._message)
-            self._call = self._shared.threads.start(handler.function, message, *blocking)
-            return _result(handler, await self._call.future)
+            if not around:
+                return await self._invoke_in(None, *transaction)
+            async with around.around(self._message):
+                return await self._invoke_in(around, *transaction)
         except BaseException as raised:
             return _Raised(raised)
+        return None  # type: ignore[unreachable]  # middleware may take for itself what the handler raised
+
+    async def _invoke_in(self, around: Surroundings | None, *transaction: Any) -> object:
+        handler = self._consumer.handler
+        function = handler.function
+        if handler.is_async:
+            calling = function if around is None else partial(around.call, function)
+            return _result(handler, await calling(self._message, *transaction))
+        calling = function if around is None else partial(around.call_plain, function)
+        caller = self._shared.caller
+        blocking = [sync.Transaction(caller, one) for one in transaction]
+        self._call = self._shared.threads.start(calling, sync.Message(caller, self._message), *blocking)
+        return _result(handler, await self._call.future)
 
     def _handler_ended(self, task: "asyncio.Task[object]") -> None:
         self._come_to(_Raised(asyncio.CancelledError()) if task.cancelled() else task.result())

@@ -7,7 +7,7 @@ started, and lets the rest finish for a while; told again, it gives everything b
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,11 +29,14 @@ from filao.worker.run import Consumer, Handled, Shared, WorkerGuarantee
 from filao.worker.shift import Shift, Stop, cancel
 from filao.worker.signals import clean_forks, told_by_signals
 from filao.worker.strays import Strays
+from filao.worker.surroundings import Lifespan, Middleware, Surroundings, check_lifespan, lived, supplied
 from filao.worker.threads import Threads
 
 log = logging.getLogger("filao.worker")
 
 F = TypeVar("F", bound=Callable[..., Any])
+L = TypeVar("L", bound=Lifespan)
+M = TypeVar("M", bound=Middleware)
 
 CONCURRENCY_MAX = 1_000  # messages at once in one process: what one receive and one group commit can carry
 DRAINED_MAX = 10_000  # attempts of one `drain`, so that a handler that always releases does not run for ever
@@ -85,6 +88,8 @@ class Worker:
         """Seconds for which a worker that stops waits for what it runs."""
         self._consumers: dict[str, Consumer] = {}
         self._declared: list[Queue[Any]] = []
+        self._lifespans: list[Lifespan] = []
+        self._surroundings = Surroundings()
         self._stop: Stop | None = None
         """Of the run under way."""
         self._shift: Shift | None = None
@@ -154,6 +159,27 @@ class Worker:
 
         return register
 
+    def lifespan(self, function: L) -> L:
+        """Let the decorated generator function open what a process needs once, such as a pool of connections.
+
+        It runs up to its `yield` before messages are received, on the event loop, and from there when the worker has
+        stopped and handlers have ended. A handler that has a parameter of the type of what it yields, behind the message
+        (and the transaction), gets it. What it raises ends the worker.
+        """
+        check_lifespan(function)
+        self._lifespans.append(function)
+        return function
+
+    def middleware(self, function: M) -> M:
+        """Let the decorated generator function be around each handler: error reports, timing, a tenant.
+
+        It gets the message and yields once, while the handler runs, whose exception it sees: one that it lets through
+        decides what becomes of the message. An `async def` runs on the event loop; a plain one where the handler does,
+        for a plain handler in its thread, and within those. The first is outermost. The timeout runs for all.
+        """
+        self._surroundings.add(function)
+        return function
+
     @property
     def queues(self) -> list[str]:
         """The names of the queues that it consumes."""
@@ -189,9 +215,12 @@ class Worker:
                 consumers = await _reached(partial(self._reach, broker), stop)
                 if consumers is None:
                     return
-                async with self._on_shift(broker, consumers, stop, on_handled) as shift:
-                    ready()
-                    await shift.work(self.grace)
+                async with lived(self._lifespans, stop.told) as values:
+                    if values is None:
+                        return
+                    async with self._on_shift(broker, _supplied(consumers, values), stop, on_handled) as shift:
+                        ready()
+                        await shift.work(self.grace)
 
     def stop(self) -> None:
         """Stop gracefully; called again, at once. For the loop that runs the worker; harmless when it does not run."""
@@ -208,8 +237,10 @@ class Worker:
         with self._once() as stop:
             async with _opened(self._source if broker is None else broker) as reached:
                 consumers = await self._reach(reached)
-                async with self._on_shift(reached, consumers, stop, handled.append, patient=False) as shift:
-                    await shift.drain(limit)
+                async with lived(self._lifespans, stop.told) as values:
+                    consumers = _supplied(consumers, values or [])
+                    async with self._on_shift(reached, consumers, stop, handled.append, patient=False) as shift:
+                        await shift.drain(limit)
         return handled
 
     def status(self) -> Status:
@@ -287,7 +318,7 @@ class Worker:
             stack.enter_context(strays.seen(asyncio.get_running_loop()))
             self._pulse = Pulse()
             stack.callback(self._pulse.stop)
-            shared = Shared(broker, caller, keeper, threads, strays, Outages())
+            shared = Shared(broker, caller, keeper, threads, strays, Outages(), self._surroundings)
             self._shift = shift = Shift(shared, self._pools(consumers), stop, count, patient=patient)
             try:
                 yield shift
@@ -340,6 +371,11 @@ async def _reached(reach: Callable[[], Awaitable[dict[str, Consumer]]], stop: St
     finally:
         await cancel(told)
     raise AssertionError("pauses have no end")
+
+
+def _supplied(consumers: Mapping[str, Consumer], values: Sequence[Any]) -> dict[str, Consumer]:
+    """Return the consumers, their handlers with what the lifespans gave."""
+    return {name: replace(one, handler=supplied(one.handler, values)) for name, one in consumers.items()}
 
 
 def _second(queue: str, first: Consumer) -> ConfigurationError:

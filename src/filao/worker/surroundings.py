@@ -1,0 +1,162 @@
+"""What stands around handlers: lifespans, which open what a process needs once, and middleware, around each message.
+
+Both are generator functions that yield once, as those of `contextlib` do. A lifespan's value is what a handler gets that asks
+for its type. Middleware that is a coroutine runs on the event loop; a plain one runs where the handler does, which
+for a plain handler is its thread.
+"""
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+from filao.errors import ConfigurationError
+from filao.worker.handlers import Handler
+
+log = logging.getLogger("filao.worker")
+
+ENDS_WITHIN = 30.0  # seconds for what all lifespans do when the worker has stopped
+
+_Entered = AbstractAsyncContextManager[Any] | AbstractContextManager[Any]  # what `contextlib` made of such a function
+Lifespan = Callable[[], AsyncGenerator[Any] | Generator[Any] | _Entered]
+Middleware = Callable[[Any], AsyncGenerator[None] | Generator[None] | _Entered]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The middleware of a worker, the first of each kind outermost; those on the event loop are around the plain ones."""
+
+    on_loop: list[Callable[[Any], Any]] = field(default_factory=list[Callable[[Any], Any]])
+    in_place: list[Callable[[Any], Any]] = field(default_factory=list[Callable[[Any], Any]])
+
+    def __bool__(self) -> bool:
+        return bool(self.on_loop or self.in_place)
+
+    def add(self, middleware: Middleware) -> None:
+        """Add one. Raises `ConfigurationError` for what is no generator function."""
+        is_async, enter = _entered(middleware, "middleware", "message")
+        (self.on_loop if is_async else self.in_place).append(enter)
+
+    @asynccontextmanager
+    async def around(self, message: Any) -> AsyncGenerator[None]:
+        """Be what is on the event loop around one message."""
+        async with AsyncExitStack() as stack:
+            for enter in self.on_loop:
+                await stack.enter_async_context(enter(message))
+            yield
+
+    async def call(self, function: Callable[..., Any], message: Any, *more: Any) -> Any:
+        """Call a coroutine function, with the plain ones around it."""
+        with self._in_place(message):
+            return await function(message, *more)
+
+    def call_plain(self, function: Callable[..., Any], message: Any, *more: Any) -> Any:
+        """Call a plain function, in its thread, with the plain ones around it."""
+        with self._in_place(message):
+            return function(message, *more)
+
+    @contextmanager
+    def _in_place(self, message: Any) -> Generator[None]:
+        with ExitStack() as stack:
+            for enter in self.in_place:
+                stack.enter_context(enter(message))
+            yield
+
+
+@asynccontextmanager
+async def lived(lifespans: Sequence[Lifespan], told: asyncio.Event) -> AsyncGenerator[list[Any] | None]:
+    """Open what the lifespans open, in their order, and yield what they gave; None when `told` to stop meanwhile.
+
+    They end in the other order, each part in the task in which it began, as task groups want it.
+    """
+    stack = AsyncExitStack()
+    values: list[Any] = []
+    try:
+        try:
+            async with _until(told):
+                for lifespan in lifespans:
+                    is_async, enter = _entered(lifespan, "lifespan", "")
+                    values.append(
+                        await stack.enter_async_context(enter()) if is_async else stack.enter_context(enter())
+                    )
+        except TimeoutError:
+            if not told.is_set():
+                raise
+        yield values if len(values) == len(lifespans) else None
+    finally:
+        await _close(stack)
+
+
+async def _close(stack: AsyncExitStack) -> None:
+    limit = asyncio.timeout(ENDS_WITHIN)
+    try:
+        async with limit:
+            await stack.aclose()
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        log.warning("a lifespan has not ended within %g s; the worker ends without it", ENDS_WITHIN)
+
+
+@asynccontextmanager
+async def _until(told: asyncio.Event) -> AsyncGenerator[None]:
+    """Raise `TimeoutError` in the block as soon as the event is set."""
+    async with asyncio.timeout(None) as limit:
+        telling = asyncio.ensure_future(told.wait())
+        telling.add_done_callback(lambda done: None if done.cancelled() else limit.reschedule(0.0))
+        try:
+            yield
+        finally:
+            telling.cancel()
+
+
+def check_lifespan(lifespan: Lifespan) -> None:
+    """Raise `ConfigurationError` for what is no generator function."""
+    _entered(lifespan, "lifespan", "")
+
+
+def supplied(handler: Handler, values: Sequence[Any]) -> Handler:
+    """Return a handler whose further parameters have what the lifespans gave, by their types."""
+    if not handler.wants:
+        return handler
+    given = dict(_chosen(handler, values))
+    return replace(handler, function=partial(handler.function, **given))
+
+
+def _chosen(handler: Handler, values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    wants: Mapping[str, Any] = handler.wants
+    for name, wanted in wants.items():
+        fitting = [value for value in values if isinstance(value, wanted)]
+        if len(fitting) != 1:
+            given = ", ".join(type(value).__qualname__ for value in values if value is not None) or "nothing"
+            raise ConfigurationError(
+                f"the handler {handler.name} asks for {name}: {wanted.__qualname__}, and the lifespans of its worker give "
+                f"{given}: let exactly one @worker.lifespan yield a {wanted.__qualname__}"
+            )
+        yield name, fitting[0]
+
+
+def _entered(function: Any, what: str, parameter: str) -> tuple[bool, Callable[..., Any]]:
+    """Return whether a generator function is asynchronous, and what makes a context manager of it."""
+    inner = inspect.unwrap(function) if callable(function) else function
+    is_async = inspect.isasyncgenfunction(inner)
+    if not is_async and not inspect.isgeneratorfunction(inner):
+        raise ConfigurationError(
+            f"{what} must be a generator function that yields once, as `async def {what}({parameter}): … yield …`, "
+            f"not {function!r}"
+        )
+    given = cast("Callable[..., Any]", function)
+    if inner is not function:  # a context manager already
+        return is_async, given
+    return is_async, asynccontextmanager(given) if is_async else contextmanager(given)
