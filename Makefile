@@ -6,11 +6,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TEST_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["test"])')
 EXAMPLE_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["example"])')
+DOCS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["docs"])')
 PEERS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["peers"])')
 AXE := axe-core@4.14.1
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo insurer test lint format torture bench clean
+.PHONY: demo insurer test lint format torture bench docs clean
 
 demo: $(VENV)/web
 	$(VENV)/bin/filao sandbox $(ARGS)
@@ -40,8 +41,14 @@ torture: $(VENV)/test
 bench: $(VENV)/peers
 	$(RUN) -m bench $(ARGS)
 
+# English first: it empties the folder in which French is a folder.
+docs: $(VENV)/docs
+	$(VENV)/bin/zensical build --clean --strict --config-file zensical.toml
+	$(VENV)/bin/zensical build --clean --strict --config-file zensical.fr.toml
+	$(RUN) docs/check.py site
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site .cache
 
 $(VENV)/web: $(VENV)/filao
 	$(INSTALL) --editable '.[web]'
@@ -67,6 +74,10 @@ $(VENV)/test: $(VENV)/filao
 
 $(VENV)/example: $(VENV)/filao
 	$(INSTALL) $(foreach requirement,$(EXAMPLE_GROUP),'$(requirement)')
+	touch $@
+
+$(VENV)/docs: $(VENV)/filao
+	$(INSTALL) $(foreach requirement,$(DOCS_GROUP),'$(requirement)')
 	touch $@
 
 $(VENV)/peers: $(VENV)/filao

@@ -1,0 +1,154 @@
+"""The code of the README and of the site runs as it stands, block after block, in an empty folder for each page.
+
+The language tag says what becomes of a block: `python` is run, with `await` at the top level; with a title it is a file that is written;
+`sh` is run by a shell. Everything else is only shown: `py` and `console` what needs a server, another machine or another terminal.
+"""
+
+import ast
+import asyncio
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", ROOT / "README.fr.md"]
+ENGLISH, FRENCH = ROOT / "docs" / "en", ROOT / "docs" / "fr"
+SITE = sorted([*ENGLISH.rglob("*.md"), *FRENCH.rglob("*.md")])
+SHOWN = {"", "console", "dockerfile", "ini", "json", "py", "sql", "text", "toml", "yaml"}
+SHELL_TAKES_AT_MOST = 120  # seconds for one block, on a machine that does other things too
+SERVERS: dict[str, Callable[[pytest.FixtureRequest], str]] = {
+    "amqp://guest:guest@127.0.0.1:5672/": lambda request: str(request.getfixturevalue("rabbitmq").url()),
+}
+
+
+class Block(NamedTuple):
+    """A block of code, and what its fence says of it."""
+
+    language: str
+    title: str | None
+    code: str
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for info, code in re.findall(r"^```([^\n]*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+        title = re.search(r'title="([^"]+)"', info)
+        yield Block(info.partition(" ")[0], title[1] if title else None, code)
+
+
+def _named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def _with_code() -> list[Path]:
+    return [page for page in [*READMES, *SITE] if any(b.language in ("python", "sh") for b in blocks_of(page))]
+
+
+@pytest.mark.parametrize("page", _with_code(), ids=_named)
+async def test_the_code_of_a_page_runs(tmp_path, monkeypatch, request, page) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    known = set(sys.modules)
+    names: dict[str, Any] = {"__name__": "page"}
+    try:
+        for number, block in enumerate(blocks_of(page), 1):
+            code = block.code
+            for url, own in SERVERS.items():
+                code = code.replace(url, own(request)) if url in code else code
+            where = f"{_named(page)}, block {number}"
+            if block.language == "python" and block.title:
+                Path(block.title).write_text(code, encoding="utf-8")
+            elif block.language == "python":
+                running = eval(compile(code, where, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
+                if running is not None:
+                    await running
+            elif block.language == "sh":
+                await _shell(code, where)
+    finally:
+        for name in set(sys.modules) - known:  # another page may have a module of this name
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+                del sys.modules[name]
+
+
+async def _shell(code: str, where: str) -> None:
+    """Run a block in a session of its own, with the interpreter and the `filao` of these tests first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shell = await asyncio.create_subprocess_exec(
+        *("bash", "-eu", "-c", code),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(SHELL_TAKES_AT_MOST):
+            said, _ = await shell.communicate()
+    except TimeoutError:
+        os.killpg(shell.pid, 9)
+        await shell.wait()
+        pytest.fail(f"{where} did not end within {SHELL_TAKES_AT_MOST} s:\n{code}")
+    assert shell.returncode == 0, f"{where} ended with {shell.returncode}:\n{code}\nIt said:\n{said.decode()}"
+
+
+@pytest.mark.parametrize("page", [*READMES, *SITE], ids=_named)
+def test_every_block_says_by_its_language_whether_it_runs(page) -> None:
+    assert {block.language for block in blocks_of(page)} <= SHOWN | {"python", "sh"}
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("decisions/*.md"))], ids=_named
+)
+def test_every_link_outside_of_the_site_leads_somewhere(page) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{_named(page)} links to {target}"
+
+
+def _nav(config: Path) -> list[str]:
+    def pages(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for value in entry.values() if isinstance(entry, dict) else entry:
+                yield from pages(value)
+
+    return list(pages(tomllib.loads(config.read_text(encoding="utf-8"))["project"]["nav"]))
+
+
+@pytest.mark.parametrize(("config", "folder"), [("zensical.toml", ENGLISH), ("zensical.fr.toml", FRENCH)])
+def test_every_page_of_the_site_is_in_its_navigation(config, folder) -> None:
+    assert sorted(_nav(ROOT / config)) == sorted(str(page.relative_to(folder)) for page in folder.rglob("*.md"))
+
+
+def test_every_french_page_has_an_english_one_in_the_same_order() -> None:
+    english, french = _nav(ROOT / "zensical.toml"), _nav(ROOT / "zensical.fr.toml")
+    assert french == [page for page in english if page in french]
+
+
+def test_both_sites_are_built_alike() -> None:
+    said = {"site_description", "docs_dir", "site_dir", "copyright", "nav", "theme", "extra"}  # in its own language
+
+    def rest(config: str) -> dict[str, Any]:
+        project = tomllib.loads((ROOT / config).read_text(encoding="utf-8"))["project"]
+        return {"features": project["theme"]["features"], **{key: project[key] for key in project if key not in said}}
+
+    assert rest("zensical.toml") == rest("zensical.fr.toml")
+
+
+def test_the_diagram_is_the_one_of_the_package() -> None:
+    import filao
+
+    def lines(text: str) -> list[str]:
+        return [line.strip() for line in text.splitlines()]
+
+    diagram = re.search(r"```(?:text)?\n( send.*?)```", READMES[0].read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert diagram is not None
+    assert set(lines(diagram[1])) <= set(lines(filao.__doc__ or ""))
