@@ -1,4 +1,6 @@
-"""A learner at the sandbox: a real browser on the page of a real server, and a broker on the file of his room."""
+"""A learner at the sandbox: a real browser on the page of a real server, and a broker on the file of the learner's
+room.
+"""
 
 import asyncio
 import os
@@ -16,10 +18,12 @@ from playwright.async_api import Browser, Page, async_playwright
 
 import filao
 import filao.sync
-from filao.sandbox.web.visits import ROOMS_MAX
+from filao.sandbox.steps import STEPS
+from filao.sandbox.visits import ROOMS_MAX
 
 CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
-PATIENCE = 40.0
+PATIENCE = 60.0
+TOKEN = "correct-horse-battery"
 QUIET = (  # without them a browser looks for its maker, which a test machine cannot reach
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
@@ -44,13 +48,15 @@ class Sandbox:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"TMPDIR": str(folder)},
+                env=os.environ | {"TMPDIR": str(folder), "FILAO_TOKEN": TOKEN},
                 start_new_session=True,
             )
         until(lambda: "the sandbox is open" in self.said() or self.process.poll() is not None)
         found = re.search(r"http://\S+", self.said())
         assert found, self.said()
-        self.url = found[0]
+        self.address = found[0]
+        """With the token."""
+        self.url = found[0].partition("?")[0]
 
     def said(self) -> str:
         return self.log.read_text()
@@ -67,7 +73,7 @@ class Sandbox:
                     command = (entry / "cmdline").read_bytes()
                 except OSError:
                     continue
-                if b"filao.sandbox.web" in command and str(self.folder).encode() in command:
+                if b"filao.sandbox" in command and str(self.folder).encode() in command:
                     found.add(int(entry.name))
         return found
 
@@ -103,11 +109,11 @@ class Learner:
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
     async def arrive(self) -> None:
-        await until_soon(
-            lambda: len(self._sandbox.rooms()) < ROOMS_MAX
-        )  # those of learners who have left are closed soon
+        """Open the page, and press "start"."""
+        await until_soon(lambda: len(self._sandbox.rooms()) < ROOMS_MAX)  # those of learners who have left close soon
         before = set(self._sandbox.rooms())
-        await self.page.goto(f"{self._sandbox.url}{self.language}")
+        await self.page.goto(f"{self._sandbox.url}{self.language}?token={TOKEN}")
+        await self.press(".start")
         await self.page.wait_for_selector(".lesson h2")
         self.room = (set(self._sandbox.rooms()) - before or set(self._sandbox.rooms())).pop()
 
@@ -125,16 +131,15 @@ class Learner:
         await self.page.click(selector, timeout=PATIENCE * 1000)
 
     async def go(self, step: int) -> None:
-        await self.press(f".numbers button:nth-child({step})")
-        await self.page.wait_for_selector(f".numbers button:nth-child({step})[aria-current=step]")
-        await self.page.wait_for_function(f"document.querySelector('.lesson h2')?.textContent.startsWith('{step}. ')")
+        await self.press(f".numbers li:nth-child({step}) button")
+        await self.page.wait_for_selector(f".lesson[data-step={STEPS[step - 1].key}]")
 
-    async def act(self, place: int = 1) -> None:
-        """Press a button of the open step."""
-        await self.press(f".lesson .row-of button.strong:nth-child({place}):enabled")
+    async def act(self, key: str = "") -> None:
+        """Press a button of the open step, as soon as it can be pressed; the first of them, if none is named."""
+        await self.press(f".lesson .act[data-act={key}]:enabled" if key else ".lesson .act:enabled >> nth=0")
 
     async def predict(self, place: int) -> None:
-        await self.press(f".lesson fieldset label:nth-of-type({place}) input")
+        await self.press(f".predict .option:nth-of-type({place}) input")
 
     async def sees(self, *conditions: str) -> None:
         """Wait until conditions of the step are shown to hold."""
@@ -144,20 +149,37 @@ class Learner:
     async def has_done(self) -> str:
         """Wait until the step is done, and return why."""
         await self.page.wait_for_selector(".lesson .why", timeout=PATIENCE * 1000)
-        return await self.page.inner_text(".lesson .why p")
+        return await self.page.inner_text(".lesson .why")
+
+    async def write(self, code: str) -> None:
+        """Put code into the editor of the last step."""
+        await self.page.fill("textarea.code", code)
+
+    async def checks(self) -> dict[str, str]:
+        """Have the code checked, and return how each check ended."""
+        run = await self.page.get_attribute(".checks", "data-run")
+        await self.press("[data-act=check]:enabled")
+        await self.page.wait_for_selector(
+            f".checks:not([data-run='{run}']):not([data-running])", timeout=PATIENCE * 3000
+        )
+        found = await self.page.eval_on_selector_all(
+            "[data-check]", "all => all.map(one => [one.dataset.check, one.dataset.state])"
+        )
+        return dict(found)
 
     async def until(self, expression: str) -> None:
         await self.page.wait_for_function(expression, timeout=PATIENCE * 1000)
 
     async def tab(self, name: str) -> None:
-        await self.press(f".tab-list button:nth-child({TABS.index(name) + 1})")
+        await self.press(f"#tab-{name}")
+        await self.page.wait_for_selector(f".lower[data-tab={name}]")
 
     async def shoot(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         await self.page.screenshot(path=folder / f"{name}-{self.language}.png")
 
 
-TABS = ("rules", "ledger", "dead_letters", "charts", "events", "own_worker")
+TABS = ("timeline", "slow", "story", "load", "books", "python", "compare", "glossary")
 
 
 @asynccontextmanager
@@ -174,7 +196,10 @@ async def browser() -> AsyncGenerator[Browser]:
 @asynccontextmanager
 async def learning(browser: Browser, sandbox: Sandbox, language: str = "en", **context: Any) -> AsyncGenerator[Learner]:
     """Open the page in a browser of its own, which shares no cookie with another."""
-    settings = {"viewport": {"width": 1280, "height": 720}} | context
+    settings: dict[str, Any] = {
+        "viewport": {"width": 1280, "height": 720},
+        "bypass_csp": True,
+    } | context  # to wait for expressions
     async with await browser.new_context(**settings) as own:
         learner = Learner(await own.new_page(), sandbox, language)
         await learner.arrive()

@@ -4,9 +4,9 @@ import pytest
 
 from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.turnstile import Turnstile, is_passable
+from filao.sandbox.effects import Effects, Payment
 from filao.sandbox.journal import Record, What
-from filao.sandbox.web.effects import Effects, Payment
-from filao.sandbox.web.lanes import Lanes
+from filao.sandbox.lanes import Lanes
 
 MESSAGE = "file-1"
 

@@ -1,11 +1,13 @@
 """`filao sandbox`: the scenario EVT-02 in a browser, or in the terminal."""
 
 import os
+import secrets
 import socket
 import sys
 import webbrowser
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 
@@ -13,38 +15,46 @@ from filao.cli.shell import note, usage
 
 PORT = 8747
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TOKEN_LEAST = 8  # characters
+LANGUAGES = ("en", "fr")
+OPENER = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0;url={address}">'
 
 
 @click.command(name="sandbox")
 @click.option("--port", type=click.IntRange(0, 65_535), default=PORT, show_default=True, help="0 takes a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Another than loopback needs --token.")
-@click.option("--token", help="Let in only who knows it. Needed to listen on more than loopback.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Another than loopback opens it to other machines."
+)
+@click.option("--allow-code", is_flag=True, help="With --host: let visitors run the code of step 11, as you.")
 @click.option("--no-browser", is_flag=True, help="Open no browser: print the address only.")
-@click.option("--terminal", is_flag=True, help="Play the scenario in this terminal instead, once, and print a ledger.")
-def sandbox_command(*, port: int, host: str, token: str | None, no_browser: bool, terminal: bool) -> int:
+@click.option("--terminal", is_flag=True, help="Play the same lesson in this terminal.")
+@click.option("--language", type=click.Choice(LANGUAGES), default="en", show_default=True, help="Of the terminal.")
+def sandbox_command(*, port: int, host: str, allow_code: bool, no_browser: bool, terminal: bool, language: str) -> int:
     """Open the sandbox of EVT-02: create the claims queue, and watch competing consumers at work.
 
     It runs real processes on a real queue in a temporary folder. Every browser has a room of its own, which ends when
-    its page is closed. Ctrl-C ends all of it and leaves nothing behind.
+    its page is closed. Ctrl-C ends all of it and leaves nothing behind. The address that it prints ends with a token, without which
+    nobody is let in; FILAO_TOKEN sets another one.
     """
+    if os.name != "posix":
+        raise usage("the sandbox stops and kills processes as Linux and macOS do it; it does not run here")
     if terminal:
         from filao.sandbox.terminal import play
 
-        return int(play.main(args=[], prog_name="filao sandbox --terminal", standalone_mode=False) or 0)
-    if os.name != "posix":
-        raise usage("the sandbox stops and kills processes as Linux and macOS do it; it does not run here")
-    if not find_spec("nicegui"):
+        return play("fr" if language == "fr" else "en")
+    if not (find_spec("starlette") and find_spec("uvicorn") and find_spec("websockets")):
         raise usage("the sandbox needs the extra `web`: pip install 'filao[web]'. Or play it here, with --terminal")
-    if host not in LOOPBACK and not token:
-        raise usage(f"--host {host} can be reached from elsewhere: add --token, without which nobody is let in")
-    if token is not None and len(token) < 8:
-        raise usage("--token: a token that is shorter than 8 characters is soon guessed")
+    token = os.environ.get("FILAO_TOKEN") or secrets.token_urlsafe(16)
+    if len(token) < TOKEN_LEAST:
+        raise usage(f"FILAO_TOKEN: a token that is shorter than {TOKEN_LEAST} characters is soon guessed")
+    is_open = host not in LOOPBACK
     with _listening(host, port) as listening:
         from filao.sandbox.web.server import serve
 
         name = f"[{host}]" if ":" in host else host
-        address = f"http://{name}:{listening.getsockname()[1]}/"
-        serve(listening, token, _opened(address + (f"?token={token}" if token else ""), browser=not no_browser))
+        address = f"http://{name}:{listening.getsockname()[1]}/?token={token}"
+        opened = _opened(address, browser=not no_browser)
+        serve(listening, token, opened, open_to_others=is_open, may_run_code=allow_code or not is_open)
     return 0
 
 
@@ -62,13 +72,16 @@ def _listening(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _opened(address: str, *, browser: bool) -> Callable[[], None]:
+def _opened(address: str, *, browser: bool) -> Callable[[str], None]:
     """Return what says where the sandbox is, once it answers."""
 
-    def opened() -> None:
+    def opened(folder: str) -> None:
         note(f"the sandbox is open: {address}   (Ctrl-C ends it)")
         sys.stderr.flush()
-        if browser:
-            webbrowser.open(address)
+        if browser:  # through a file of ours: what a browser is started with, others of this machine can read
+            opener = Path(folder) / "open.html"
+            opener.touch(mode=0o600)
+            opener.write_text(OPENER.format(address=address), encoding="utf-8")
+            webbrowser.open(opener.as_uri())
 
     return opened

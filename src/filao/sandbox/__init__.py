@@ -1,5 +1,6 @@
-"""The scenario EVT-02, to watch: a portal sends insurance claims, competing workers evaluate them, and one is killed.
+"""The scenario EVT-02, to learn from: a producer sends insurance claims, competing consumers process them, and are
+killed.
 
-Whatever happens is real: processes of their own, a file in a temporary folder, a SIGKILL. `terminal.py` is the program;
-it shows what the processes write down in their journals, and ends with a ledger that is computed from these alone.
+Whatever happens is real: processes of their own, a file in a temporary folder, a SIGKILL. `room.py` is what there is,
+`steps.py` the lesson; `web/` and `terminal.py` are the two faces of it.
 """

@@ -1,4 +1,4 @@
-"""The claims that the portal sends: made up from a seed, plausible enough to watch; or real ones from a CSV file.
+"""Claims to try a system with: made up from a seed, plausible enough to watch; or real ones from a CSV file.
 
 A file is somebody else's: whatever is wrong with it ends in a `BadClaimsError` that names the file, the line and what
 to do, before anything is started.
@@ -7,6 +7,7 @@ to do, before anything is started.
 import csv
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import BinaryIO
@@ -17,6 +18,7 @@ CLAIMS_MAX = 60_000  # that one run handles: a process sends and two handle some
 LINE_MAX = 64 * 1024  # bytes of a line: more is no list of claims
 AMOUNT_MAX = 1_000_000_000  # euros of a claim: more is a slip of the pen
 COLUMNS = ("IDpol", "ClaimAmount")
+WANTED = ", ".join(COLUMNS)
 
 _FIRST_NUMBER = 1001
 _KINDS = {  # what may happen, how often of a hundred, and what it costs: the median in euros, and how far it spreads
@@ -46,8 +48,31 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
     town: str = ""
 
 
+TEXTS = {  # by key; the sandbox's page says the same in its own languages
+    "unreadable": "{file}: {why}. Give a CSV file with {columns}.",
+    "no_claims": "{file}: has its columns, but no claim below them",
+    "too_many": "{file}: has more than {most} claims, and no more are handled in one run: add --limit {most}",
+    "not_csv": "{file}, line {line}: {why}. Is it a CSV file, with commas?",
+    "long_line": "{file}, line {line}: is longer than {most} bytes. Is it a CSV file?",
+    "encoding": (
+        "{file}, line {line}: byte 0x{byte} is not UTF-8. Was it saved as Latin-1 or Windows-1252? Convert it: "
+        "iconv -f WINDOWS-1252 -t UTF-8 {file}"
+    ),
+    "empty": "{file}: is empty, or its first line is. That line must name its columns: {columns}.",
+    "no_column": "{file}: has no column {column}. Its first line is {found!r}; it must name {columns}, between commas.",
+    "short_row": "{file}, line {line}: has {count} of the columns that the first line names",
+    "not_whole": "{file}, line {line}: {column} is {value!r}, and not a whole number",
+    "no_number": "{file}, line {line}: {column} is {value!r}; it must be from 0 to {most}",
+}
+
+
 class BadClaimsError(Exception):
-    """The file of claims cannot be used; the text says why, and what to do."""
+    """The file of claims cannot be used; the text says why, and what to do; `key` and `values` are for other languages."""
+
+    def __init__(self, key: str, **values: str | int) -> None:
+        super().__init__(TEXTS[key].format(**values))
+        self.key = key
+        self.values = values
 
 
 def made_up(seed: int, count: int) -> list[Claim]:
@@ -75,83 +100,82 @@ def from_csv(path: Path, limit: int | None) -> list[Claim]:
     """Read the first `limit` claims of a file with the columns IDpol and ClaimAmount; None: all of them."""
     try:
         with path.open("rb") as file:
-            claims = _read(path, file, limit)
+            return _claims(str(path), file, limit)
     except OSError as error:
-        raise BadClaimsError(f"{path}: {error.strerror}. Give a CSV file with {_wanted()}.") from error
+        raise BadClaimsError("unreadable", file=str(path), why=str(error.strerror), columns=WANTED) from error
+
+
+def from_text(name: str, text: str, limit: int) -> list[Claim]:
+    """Read claims from what a browser has read of a file; U+FFFD stands for what was not UTF-8."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if "\ufffd" in line:
+            raise BadClaimsError("encoding", file=name, line=number, byte="??")
+    return _claims(name, BytesIO(text.encode(errors="replace")), limit)
+
+
+def _claims(name: str, file: BinaryIO, limit: int | None) -> list[Claim]:
+    claims = _read(name, file, limit)
     if not claims:
-        raise BadClaimsError(f"{path}: has its columns, but no claim below them")
+        raise BadClaimsError("no_claims", file=name)
     return claims
 
 
-def _read(path: Path, file: BinaryIO, limit: int | None) -> list[Claim]:
-    rows = csv.reader(_lines(path, file), strict=True)
+def _read(name: str, file: BinaryIO, limit: int | None) -> list[Claim]:
+    rows = csv.reader(_lines(name, file), strict=True)
     try:
-        places = _places(path, next(rows, list[str]()))
+        places = _places(name, next(rows, list[str]()))
         claims: list[Claim] = []
         for row in rows:
             if len(claims) == limit:
                 break
             if len(claims) == CLAIMS_MAX:
-                raise BadClaimsError(
-                    f"{path}: has more than {CLAIMS_MAX:,} claims, and no more fit into a minute: add --limit {CLAIMS_MAX}"
-                )
+                raise BadClaimsError("too_many", file=name, most=CLAIMS_MAX)
             if row:
-                claims.append(_claim(path, rows.line_num, row, places))
+                claims.append(_claim(name, rows.line_num, row, places))
     except csv.Error as error:
-        raise BadClaimsError(f"{path}, line {rows.line_num}: {error}. Is it a CSV file, with commas?") from error
+        raise BadClaimsError("not_csv", file=name, line=rows.line_num, why=str(error)) from error
     return claims
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
+def _lines(name: str, file: BinaryIO) -> Iterator[str]:
     number = 0
     while line := file.readline(LINE_MAX):
         number += 1
         if len(line) == LINE_MAX:
-            raise BadClaimsError(f"{path}, line {number}: is longer than {LINE_MAX:,} bytes. Is it a CSV file?")
+            raise BadClaimsError("long_line", file=name, line=number, most=LINE_MAX)
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            wrong = line[error.start]
-            raise BadClaimsError(
-                f"{path}, line {number}: byte 0x{wrong:02x} is not UTF-8. Was it saved as Latin-1 or Windows-1252? Convert "
-                f"it: iconv -f WINDOWS-1252 -t UTF-8 {path.name}"
-            ) from error
+            raise BadClaimsError("encoding", file=name, line=number, byte=f"{line[error.start]:02x}") from error
 
 
-def _places(path: Path, head: list[str]) -> tuple[int, int]:
+def _places(name: str, head: list[str]) -> tuple[int, int]:
     """Return where the two columns stand; more of them do no harm."""
-    names = [name.strip() for name in head]
+    names = [column.strip() for column in head]
     if not any(names):
-        raise BadClaimsError(f"{path}: is empty, or its first line is. That line must name its columns: {_wanted()}.")
+        raise BadClaimsError("empty", file=name, columns=WANTED)
     missing = [column for column in COLUMNS if column not in names]
     if missing:
-        found = ", ".join(names)
-        raise BadClaimsError(
-            f"{path}: has no column {' and no '.join(missing)}. Its first line is {found[:120]!r}; it must name "
-            f"{_wanted()}, between commas."
-        )
+        found = ", ".join(names)[:120]
+        raise BadClaimsError("no_column", file=name, column=", ".join(missing), found=found, columns=WANTED)
     return names.index(COLUMNS[0]), names.index(COLUMNS[1])
 
 
-def _claim(path: Path, line: int, row: list[str], places: tuple[int, int]) -> Claim:
+def _claim(name: str, line: int, row: list[str], places: tuple[int, int]) -> Claim:
     if len(row) <= max(places):
-        raise BadClaimsError(f"{path}, line {line}: has {len(row)} of the columns that the first line names")
-    policy = _number(path, line, COLUMNS[0], row[places[0]])
+        raise BadClaimsError("short_row", file=name, line=line, count=len(row))
+    policy = _number(name, line, COLUMNS[0], row[places[0]])
     if policy != policy.to_integral_value():
-        raise BadClaimsError(f"{path}, line {line}: {COLUMNS[0]} is {row[places[0]]!r}, and not a whole number")
-    cents = round(_number(path, line, COLUMNS[1], row[places[1]]) * 100)
+        raise BadClaimsError("not_whole", file=name, line=line, column=COLUMNS[0], value=row[places[0]][:40])
+    cents = round(_number(name, line, COLUMNS[1], row[places[1]]) * 100)
     return Claim(number=line - 1, policy=int(policy), amount=cents)
 
 
-def _number(path: Path, line: int, column: str, text: str) -> Decimal:
+def _number(name: str, line: int, column: str, text: str) -> Decimal:
     try:
         number = Decimal(text.strip())
     except InvalidOperation:
         number = Decimal("NaN")
     if not number.is_finite() or not 0 <= number <= AMOUNT_MAX:
-        raise BadClaimsError(f"{path}, line {line}: {column} is {text[:40]!r}; it must be from 0 to {AMOUNT_MAX:,}")
+        raise BadClaimsError("no_number", file=name, line=line, column=column, value=text[:40], most=AMOUNT_MAX)
     return number
-
-
-def _wanted() -> str:
-    return " and ".join(COLUMNS)

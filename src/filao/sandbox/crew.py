@@ -1,4 +1,4 @@
-"""The processes of the play, and their ends: sent home through a closed pipe, or killed.
+"""The processes of a room, and their ends: sent home through a closed pipe, or killed.
 
 Each is a Python of its own with a pipe as its standard input; when the pipe closes, because this process says so or
 dies, it goes home. What it says on its standard error is kept, should it end otherwise than it was meant to.
@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import msgspec
 
@@ -23,57 +21,29 @@ HOME_WITHIN = 5.0  # seconds that the processes have to finish what is in hand; 
 LAST_WORDS_MAX = 2_000  # characters of a traceback that are shown
 
 
-class CrewError(Exception):
-    """A process ended as it should not; the text has its last words."""
-
-
 class Crew:
-    """All processes that were started; leaving the block ends them, whatever happened."""
+    """All processes that were started; `end_all` ends them, whatever happened."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._meant: set[int] = set()  # those whose end we meant
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.send_home()
-        finally:
-            self.end_all()
-
     def start(self, number: int, module: str, orders: msgspec.Struct) -> int:
         """Start a process and return its pid."""
-        command = [sys.executable, "-m", module, msgspec.json.encode(orders).decode()]
+        command = [sys.executable, "-P", "-m", module, msgspec.json.encode(orders).decode()]
         with self._last_words(number).open("wb") as errors:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=errors,
                 stderr=errors,
+                cwd=self._folder,
+                env=own_environment(),
                 start_new_session=True,  # so that Ctrl-C reaches us alone, and we send them home
             )
         self._processes[number] = process
         return process.pid
-
-    def has_ended_well(self, number: int) -> bool:
-        """Return whether a process has done its work. Raises `CrewError` if it failed."""
-        code = self._processes[number].poll()
-        if code:
-            raise CrewError(self._failure(number, code))
-        return code == 0
-
-    def check(self, numbers: range) -> None:
-        """Raise `CrewError` if one of these has ended and was not killed by us."""
-        for number in numbers:
-            code = self._processes[number].poll()
-            if code is not None and number not in self._meant:
-                raise CrewError(self._failure(number, code))
 
     def tell(self, number: int, order: msgspec.Struct) -> bool:
         """Write an order into a process's pipe, and return whether it is there to read it."""
@@ -89,10 +59,6 @@ class Crew:
         """Return how a process ended, with its last words; None while it lives, and of one that was told to end."""
         code = self._processes[number].poll()
         return None if code is None or number in self._meant else self._failure(number, code)
-
-    def has_ended(self, number: int) -> bool:
-        """Return whether a process has ended, however."""
-        return self._processes[number].poll() is not None
 
     def stop_if(self, number: int, wanted: Callable[[], bool]) -> bool:
         """Let a process stand still, look, and leave it so if that is right; return whether it stands still now.
@@ -116,10 +82,6 @@ class Crew:
         """Let a process that stands still go on."""
         self._signal(number, signal.SIGCONT)
 
-    def kill_if(self, number: int, held: Callable[[], bool]) -> float | None:
-        """Stop a process, look at what it holds, and kill it if that is right; return when, or None if it goes on."""
-        return self.kill(number) if self.stop_if(number, held) else None
-
     def kill(self, number: int) -> float:
         """Kill a process, whether it stands still or not; return when."""
         self._meant.add(number)
@@ -139,20 +101,8 @@ class Crew:
         if self._processes[number].poll() is None:
             os.kill(self._processes[number].pid, what)
 
-    def send_home(self) -> None:
-        """Let all finish what they have in hand, and end. Raises `CrewError` if one fails, or does not go."""
-        self._close_pipes()
-        until = time.monotonic() + HOME_WITHIN
-        for number, process in self._processes.items():
-            try:
-                code = process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired as error:
-                raise CrewError(f"{self._name(number)} did not end within {HOME_WITHIN:g} seconds") from error
-            if code and number not in self._meant:
-                raise CrewError(self._failure(number, code))
-
     def end_all(self) -> None:
-        """Send all home; whoever does not go is killed."""
+        """Send all home; those that do not go are killed."""
         self._close_pipes()
         until = time.monotonic() + HOME_WITHIN
         for process in self._processes.values():
@@ -177,4 +127,13 @@ class Crew:
 
     @staticmethod
     def _name(number: int) -> str:
-        return {PORTAL: "the portal", PRINTER: "the printer"}.get(number, f"worker {number}")
+        return {PORTAL: "the portal", PRINTER: "the printer"}.get(number, f"consumer {number}")
+
+
+def own_environment() -> dict[str, str]:
+    """Return an environment in which Python runs no file that happens to lie in the current folder.
+
+    `-P` keeps that folder off `sys.path`; an empty or a relative entry of PYTHONPATH would put it there again.
+    """
+    paths = [str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

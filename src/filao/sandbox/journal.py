@@ -11,17 +11,16 @@ from typing import Literal
 
 import msgspec
 
-PORTAL, PRINTER = 0, -1  # who writes; workers are 1, 2, 3 ...
-KILLS = "kills.journal"  # the journal of whoever kills
+PORTAL, PRINTER = 0, -1  # who writes; consumers are 1, 2, 3 ...
 CHUNK = 4 * 1024 * 1024  # bytes that one look at a journal takes
 
 What = Literal[
     "started",  # the process is ready
     "sent",  # the portal has the receipt: from here on the claim must not be lost
     "unsent",  # the queue refused it, and the customer was told
-    "received",  # a worker holds the claim
+    "received",  # a consumer holds the claim
     "extended",  # its lease was extended
-    "lost",  # its lease could not be extended any more: another worker has the claim
+    "lost",  # its lease could not be extended any more: another consumer has the claim
     "paying",  # the effect is written, in a transaction that is not yet committed
     "handled",  # the effect: it was evaluated, and the decision stands
     "acked",  # the acknowledgement returned
@@ -30,7 +29,7 @@ What = Literal[
     "released",  # it was given back as it came
     "refused",  # it was settled too late: the lease was lost
     "troubled",  # the storage failed
-    "killed",  # written by whoever sent the SIGKILL, in the name of the dead
+    "halted",  # it stands still where it was told to, and waits for what will happen to it
 ]
 
 
@@ -45,6 +44,10 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     attempt: int = 0
     pid: int = 0
     note: str = ""
+    until: float = 0.0
+    """When the lease ends."""
+    row: str = ""
+    """JSON: the row of the message on the disk just after; empty: there is none."""
 
 
 class Journal:
@@ -55,17 +58,21 @@ class Journal:
         self._encode = msgspec.json.Encoder().encode
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
-    def write(self, what: What, *, message: str = "", claim: int = 0, attempt: int = 0, note: str = "") -> None:
+    def write(
+        self,
+        what: What,
+        *,
+        message: str = "",
+        claim: int = 0,
+        attempt: int = 0,
+        note: str = "",
+        until: float = 0.0,
+        row: str = "",
+    ) -> None:
         """Write down what this process did."""
-        self.write_record(Record(time.monotonic(), self._who, what, message, claim, attempt, os.getpid(), note))
-
-    def write_record(self, record: Record) -> None:
-        """Write down what happened to another."""
+        now = time.monotonic()
+        record = Record(now, self._who, what, message, claim, attempt, os.getpid(), note, until, row)
         os.write(self._file, self._encode(record) + b"\n")
-
-    def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._file)
 
 
 class Tail:
@@ -91,15 +98,5 @@ class Tail:
 
 def journal_of(folder: Path, who: int) -> Path:
     """Return where a process writes."""
-    name = {PORTAL: "portal", PRINTER: "printer"}.get(who, f"worker-{who}")
+    name = {PORTAL: "portal", PRINTER: "printer"}.get(who, f"consumer-{who}")
     return folder / f"{name}.journal"
-
-
-def read_all(folder: Path) -> list[Record]:
-    """Return every record of every journal, in order of time."""
-    records: list[Record] = []
-    for path in folder.glob("*.journal"):
-        tail = Tail(path)
-        while found := tail.read():
-            records += found
-    return sorted(records, key=lambda record: record.at)

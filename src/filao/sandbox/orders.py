@@ -1,98 +1,126 @@
-"""What the processes are told: the queue that they share, who sends and works how fast, and what will go wrong.
-
-The pace is computed from the number of claims and from the seconds that the whole shall take. Workers are busy three
-quarters of their time, as in real life, so that the queue fills in a rush and empties after it; without one of them, it
-fills.
+"""What the learner sets, and what the processes of a room are told: once when they start, and by lines on their
+stdin.
 """
 
-import math
-from collections.abc import Sequence
-from random import Random
+from typing import Literal, cast
 
 import msgspec
 
 import filao
-from filao.sandbox.claims import Claim
-from filao.sandbox.texts import Language
 
-QUEUE: filao.Queue[Claim] = filao.Queue(
-    "claims.processing",
-    Claim,
-    lease=10,
-    max_attempts=3,
-    backoff=filao.Backoff(first=0.2, ceiling=1.0),
-)
+CLAIMS, DOCUMENTS = "claims.processing", "documents"
+CONSUMERS_MAX = 6  # in one room: each is a process
+DELAY_CEILING = 60.0  # seconds of a backoff: with more, a learner believes that nothing happens
+WORK_LEAST = 0.002  # seconds
 
-LOAD = 0.75  # of their time the workers are busy
-SENDING = 0.8  # of the time the portal sends
-WORK_LEAST = 0.06  # seconds: with less, reading and writing the queue would be most of the work
-WORK_MOST = 0.6  # seconds: with more, nothing seems to move
-DESKS_MAX = 64  # claims that one worker has in hand
-SILENT_SHARE, SILENT_MAX = 0.03, 12  # claims for which the policy register does not answer at first
-UNKNOWN_EVERY, UNKNOWN_MAX = 150, 3  # claims whose policy it does not know: they become dead letters
+NUMBER_MAX = 2**53  # of a claim: what JSON carries, SQLite holds and a browser reads exactly
 
+Guarantee = Literal["at-most-once", "at-least-once", "exactly-once"]
+GUARANTEES: tuple[Guarantee, ...] = ("at-most-once", "at-least-once", "exactly-once")
 
-class Pace(msgspec.Struct, frozen=True):
-    """How fast the portal sends and the workers work."""
+Moment = Literal["evaluating", "paid"]
+MOMENTS: tuple[Moment, ...] = ("evaluating", "paid")
 
-    sending: float
-    """Seconds."""
-    desks: int
-    """Claims that each worker has in hand at once."""
-    work: float
-    """Seconds for one claim, on average."""
+PAYMENTS = """
+    CREATE TABLE IF NOT EXISTS payment (
+      id      INTEGER PRIMARY KEY,
+      message TEXT    NOT NULL,
+      claim   INTEGER NOT NULL,
+      cents   INTEGER NOT NULL,
+      paid_by TEXT    NOT NULL,  -- the consumer
+      attempt INTEGER NOT NULL
+    )
+"""  # no claim is unique in it, so that what is paid twice can be seen
 
 
-class PortalOrders(msgspec.Struct, frozen=True):
-    """What the portal is told."""
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """What the learner chooses: rules of the queue, and how the insurer works."""
 
-    file: str
-    journals: str
-    claims: str
-    sending: float
+    lease: float = 6.0
+    max_attempts: int = 3
+    backoff: float = 1.0
+    """Seconds before the second attempt; doubled each time."""
+    guarantee: Guarantee = "at-least-once"
+    grouped: bool = False
+    """Claims of one policy go in order."""
+    documents: bool = False
+    """Every decision is announced to the queue of the documents."""
+    work: float = 2.0
+    """Seconds that a claim of ordinary effort takes."""
+    failing: float = 0.0
+    """The share of attempts that fail."""
+    arrivals: float = 0.0
+    """Claims per second that customers hand in by themselves."""
+
+    def queue(self) -> filao.Queue:
+        """Return the queue of the claims under these rules."""
+        return filao.Queue(
+            CLAIMS,
+            lease=self.lease,
+            max_attempts=self.max_attempts,
+            backoff=filao.Backoff(first=self.backoff, ceiling=DELAY_CEILING, jitter=0.0),
+        )
 
 
-class WorkerOrders(msgspec.Struct, frozen=True):
-    """What a worker is told."""
+class Post(msgspec.Struct, frozen=True):
+    """A process's place: where it writes and under which number."""
 
     file: str
     journals: str
     number: int
-    language: Language
-    desks: int
+
+
+class Halt(msgspec.Struct, frozen=True):
+    """Where a consumer stands still for a while, so that it can be killed in just that moment."""
+
+    claim: int
+    moment: Moment
+
+
+class Duty(msgspec.Struct, frozen=True):
+    """How a consumer works, from this moment on."""
+
+    guarantee: Guarantee
+    lease: float
     work: float
-    silent: tuple[int, ...]
-    """Claims for which the policy register does not answer when it is asked first."""
-    unknown: tuple[int, ...]
-    """Claims whose policy it does not know."""
+    """Seconds that a claim of ordinary effort takes."""
+    fails: bool
+    failing: float
+    documents: bool
+    halt: Halt | None = None
 
 
-def pace(count: int, *, workers: int, seconds: float) -> Pace:
-    """Return the pace at which so many claims take so many seconds; few of them take less."""
-    slowest = count * WORK_MOST / (LOAD * workers)
-    sending = min(seconds * SENDING, slowest)
-    work_of_one_desk = LOAD * workers * sending / count
-    desks = min(DESKS_MAX, math.ceil(WORK_LEAST / work_of_one_desk))
-    return Pace(sending=sending, desks=desks, work=work_of_one_desk * desks)
+class Claim(msgspec.Struct, frozen=True):
+    """A claim as the producer sends it; consumers read it as a plain mapping."""
+
+    claim_id: int
+    policy: int
+    amount: int
+    """Cents."""
+    kind: str = msgspec.field(name="type")
+    effort: float = 1.0
+    """How many times as long as an ordinary one it takes."""
 
 
-def trouble(seed: int, claims: Sequence[Claim]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the claims for which the policy register is silent at first, and those whose policy it does not know.
+class Submission(msgspec.Struct, frozen=True):
+    """Claims that customers hand in at the portal in one moment."""
 
-    There is at least one of the second kind. They are not among the last, so that the end need not wait for them.
-    """
-    early = [claim.number for claim in claims[: math.ceil(len(claims) * 0.9)]]
-    silent = min(SILENT_MAX, math.ceil(len(claims) * SILENT_SHARE))
-    unknown = min(UNKNOWN_MAX, 1 + len(claims) // UNKNOWN_EVERY)
-    drawn = Random(seed).sample(early, min(len(early), silent + unknown))
-    return tuple(drawn[unknown:]), tuple(drawn[:unknown])
+    claims: tuple[Claim, ...]
+    grouped: bool
 
 
-def due(passed: float) -> float:
-    """Return the share of the claims that the portal has sent when a share of its time has `passed`.
+def number_in(body: object, key: str) -> int:
+    """Return a number of a claim's body; 0 where a body that was sent or mended by hand has none that could be one."""
+    value = _value(body, key)
+    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= NUMBER_MAX
+    return cast("int", value) if is_number else 0
 
-    It sends in two rushes with a lull between them, as customers do before and after lunch.
-    """
-    if passed >= 1:
-        return 1.0
-    return passed - 0.7 * math.sin(4 * math.pi * passed) / (4 * math.pi)
+
+def effort_in(body: object) -> float:
+    """Return a claim's effort; 1 where its body says none that makes sense."""
+    value = _value(body, "effort")
+    return float(value) if isinstance(value, int | float) and 0 < value <= 1000 else 1.0
+
+
+def _value(body: object, key: str) -> object:
+    return cast("dict[object, object]", body).get(key) if isinstance(body, dict) else None

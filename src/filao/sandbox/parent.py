@@ -4,29 +4,10 @@ The end means that it may go home: the parent closed the pipe, or is dead.
 """
 
 import asyncio
-import os
 import sys
 from collections.abc import AsyncGenerator
 
 LINE_MAX = 1024 * 1024  # bytes of a line: more is no order
-
-
-async def parent_leaves() -> None:
-    """Return when standard input ends."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    pipe = sys.stdin.fileno()
-
-    def read() -> None:
-        if not os.read(pipe, 1024):
-            loop.remove_reader(pipe)
-            ended.set()
-
-    loop.add_reader(pipe, read)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(pipe)
 
 
 async def lines_of_parent() -> AsyncGenerator[bytes]:

@@ -1,57 +1,63 @@
-"""The portal, a process of its own: it sends claims, and writes each receipt down once the queue has confirmed it.
+"""The producer, a process of its own: it sends the claims that customers hand in, and writes each receipt down.
 
-It ends when all are sent, or when the process that started it closes its standard input or dies.
+It answers a customer as soon as the queue has confirmed, whether anybody works or not.
 """
 
 import asyncio
 import sys
-from collections import deque
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 import filao
-from filao.sandbox.claims import Claim
-from filao.sandbox.journal import PORTAL, Journal, journal_of
-from filao.sandbox.orders import QUEUE, PortalOrders, due
-from filao.sandbox.parent import parent_leaves
-
-TICK = 0.02  # seconds: what is due meanwhile is sent at once, and shares a commit
+from filao.sandbox.journal import PORTAL, Journal, What, journal_of
+from filao.sandbox.orders import CLAIMS, Claim, Post, Submission
+from filao.sandbox.parent import lines_of_parent
+from filao.sandbox.rows import Rows
 
 
-async def send_all(orders: PortalOrders) -> None:
-    """Send every claim when it is due."""
-    waiting = deque(msgspec.json.decode(Path(orders.claims).read_bytes(), type=list[Claim]))
-    total = len(waiting)
-    journal = Journal(journal_of(Path(orders.journals), PORTAL), PORTAL)
-    loop = asyncio.get_running_loop()
-    async with filao.connect(orders.file) as broker:
-        journal.write("started")
-        began = loop.time()
-        while waiting:
-            sent_until = round(total * due((loop.time() - began) / orders.sending))
-            async with asyncio.TaskGroup() as sends:
-                while total - len(waiting) < sent_until:
-                    sends.create_task(_send(broker, journal, waiting.popleft()))
-            await asyncio.sleep(TICK)
+class Portal:
+    """Sends claims, all of a submission at once: their sends share commits."""
 
+    def __init__(self, broker: filao.Broker, journal: Journal, rows: Rows) -> None:
+        self._broker = broker
+        self._journal = journal
+        self._rows = rows
 
-async def _send(broker: filao.Broker, journal: Journal, claim: Claim) -> None:
-    receipt = await broker.send_to_queue(QUEUE, claim)
-    journal.write("sent", message=receipt.id, claim=claim.number)
+    async def submit(self, submission: Submission) -> None:
+        """Send claims; each customer has an answer when the send of that claim returns."""
+        async with asyncio.TaskGroup() as sends:
+            for claim in submission.claims:
+                sends.create_task(self._send(claim, grouped=submission.grouped))
+
+    async def _send(self, claim: Claim, *, grouped: bool) -> None:
+        began = time.perf_counter()
+        group = f"policy-{claim.policy}" if grouped else None
+        try:
+            receipt = await self._broker.send_to_queue(CLAIMS, msgspec.to_builtins(claim), group=group)
+        except filao.FilaoError as error:
+            self._note("unsent", claim, "", str(error))
+        else:
+            answered = f"{(time.perf_counter() - began) * 1000:.1f}"
+            self._note("sent", claim, receipt.id, answered, self._rows.row(receipt.id))
+
+    def _note(self, what: What, claim: Claim, message: str, note: str, row: str = "") -> None:
+        with suppress(OSError):  # the disk is full: the claim is worth more than its record
+            self._journal.write(what, message=message, claim=claim.claim_id, note=note, row=row)
 
 
 async def main() -> None:
-    """Send until all is sent or nobody is there to see it."""
-    sending = asyncio.create_task(send_all(msgspec.json.decode(sys.argv[1], type=PortalOrders)))
-    leaving = asyncio.create_task(parent_leaves())
-    await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-    leaving.cancel()
-    if sending.done():
-        sending.result()
-    else:
-        sending.cancel()
-        await asyncio.wait((sending,))
+    """Be the portal until the parent leaves."""
+    post = msgspec.json.decode(sys.argv[1], type=Post)
+    decode = msgspec.json.Decoder(Submission).decode
+    journal = Journal(journal_of(Path(post.journals), PORTAL), PORTAL)
+    async with filao.connect(post.file) as broker:
+        portal = Portal(broker, journal, Rows(post.file))
+        journal.write("started")
+        async for line in lines_of_parent():
+            await portal.submit(decode(line))
 
 
 if __name__ == "__main__":

@@ -1,186 +1,355 @@
-"""The demo, a program for the terminal: `make demo`, or `python -m filao.sandbox.terminal`.
+"""`filao sandbox --terminal`: the same room and the same steps on another face, in a terminal or line by line from
+a pipe.
 
-It plays EVT-02 in a temporary folder, shows it, prints the ledger, and removes all it made. The exit code tells whether
-the ledger balances.
+On a terminal one key is one wish, and the screen shows the room all the time. From a pipe one line is one wish, and
+each is answered by what then stands; `w` waits until the step is done, or nothing more can come.
 """
 
 import asyncio
-import io
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Sequence
-from importlib.util import find_spec
+import termios
+import time
+import tty
+from collections.abc import AsyncGenerator, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import cast
 
-if not (find_spec("click") and find_spec("rich")):
-    sys.stderr.write("filao: the demo needs click and rich: pip install 'filao[cli]'\n")
-    sys.exit(2)
-
-import click
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from filao.errors import FilaoError
-from filao.sandbox.board import KILL_MOMENTS, KillWhen
-from filao.sandbox.claims import CLAIMS_MAX, BadClaimsError, Claim, from_csv, made_up
-from filao.sandbox.crew import CrewError
-from filao.sandbox.display import LiveDisplay, PlainDisplay
-from filao.sandbox.report import print_ledger
-from filao.sandbox.scenario import DEADLINE, Play, Scenario, TooSlowError
-from filao.sandbox.tamper import TAMPERINGS, tamper
-from filao.sandbox.texts import LANGUAGES, Language, Voice
+from filao.sandbox import scene
+from filao.sandbox.exercise import CHECKS
+from filao.sandbox.room import Room, RoomError
+from filao.sandbox.steps import STEPS
+from filao.sandbox.visits import Visit, own_folder
+from filao.sandbox.words import Language, fill, lesson, program, words
 
-BALANCED, UNBALANCED, WRONG_USAGE = 0, 1, 2
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end it early; its exit code is then 128 + the signal
-
-COUNT = 300
-SECONDS = 20.0
-WORKERS_MAX = 12  # that find a line of their own on a terminal
-PLAIN_WIDTH = 100  # columns of the ledger where there is no terminal
+DRAW_EVERY = 0.2  # seconds
+SETTLED = 0.5  # seconds after which what was done is seen
+WAITED = 120.0  # seconds that `w` waits at most
+PLAIN_WIDTH = 100  # columns where there is no terminal
+CHIPS = 14  # claims that are shown of each place
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CODE = "my_consumer.py"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--count", type=click.IntRange(1, CLAIMS_MAX), help=f"How many claims are made up.  [default: {COUNT}]")
-@click.option("--seed", type=int, default=7, show_default=True, help="What they are made up from, and what goes wrong.")
-@click.option(
-    "--claims",
-    "csv_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE.csv",
-    help="Real claims instead: a CSV file with the columns IDpol and ClaimAmount.",
-)
-@click.option("--limit", type=click.IntRange(1, CLAIMS_MAX), help="The first so many of these.  [default: all]")
-@click.option("--workers", type=click.IntRange(1, WORKERS_MAX), default=3, show_default=True, help="How many compete.")
-@click.option("--no-kill", is_flag=True, help="Kill nobody.")
-@click.option(
-    "--kill-when",
-    type=click.Choice(list(KILL_MOMENTS)),
-    default="work",
-    show_default=True,
-    help="Kill a worker in the middle of its work, or between its work and its ack.",
-)
-@click.option("--restart", is_flag=True, help="Start a new worker in the place of the killed one.")
-@click.option(
-    "--seconds", type=click.FloatRange(0.5, 40), default=SECONDS, show_default=True, help="How long it takes, about."
-)
-@click.option("--language", type=click.Choice(LANGUAGES), default="en", show_default=True)
-@click.option(
-    "--file", "kept_file", type=click.Path(path_type=Path), metavar="PATH", help="Keep the queue in this file."
-)
-@click.option(
-    "--tamper",
-    "tampering",
-    type=click.Choice(list(TAMPERINGS)),
-    help="Falsify a worker's journal before the ledger is drawn up, and see that it fails.",
-)
-def play(
-    *,
-    count: int | None,
-    seed: int,
-    csv_file: Path | None,
-    limit: int | None,
-    workers: int,
-    no_kill: bool,
-    kill_when: str,
-    restart: bool,
-    seconds: float,
-    language: str,
-    kept_file: Path | None,
-    tampering: str | None,
-) -> int:
-    """Watch EVT-02: a portal sends insurance claims, workers compete for them, and half-way one is killed.
+class Face:
+    """What a terminal shows of a visit, and what it asks for."""
 
-    All of it is real: processes of their own, one SQLite file in a temporary folder, a SIGKILL. It ends with a ledger,
-    computed from what the processes wrote down, and compared with the engine's own counters.
+    def __init__(self, visit: Visit, language: Language) -> None:
+        self._visit = visit
+        self._language: Language = language
+        self._words = words(language)
+        self.note = ""
 
-    \b
-    Exit codes:
-      0    the ledger balances
-      1    it does not, or the demo could not be played to its end
-      2    wrong usage, or a file of claims that cannot be used
-      130  interrupted by Ctrl-C (and 143 by SIGTERM, 129 by SIGHUP)
-    """  # noqa: D301  # click's mark for a paragraph that is not wrapped is a real backspace
-    if workers == 1 and not (no_kill or restart):
-        raise click.UsageError("A single worker cannot be killed: nobody would take over. Add --restart or --no-kill.")
-    if kept_file is not None and os.path.lexists(kept_file):
-        raise click.UsageError(f"--file: {kept_file} exists. The ledger counts from zero: name a file that does not.")
-    scenario = Scenario(
-        claims=_claims(csv_file, limit, count, seed),
-        seed=seed,
-        workers=workers,
-        seconds=seconds,
-        language=cast("Language", language),
-        kill_when=None if no_kill else cast("KillWhen", kill_when),
-        restart=restart,
-    )
-    return asyncio.run(_perform(scenario, kept_file, tampering))
+    def say(self, key: str, **values: object) -> str:
+        """Return a text of the page."""
+        return fill(self._language, str(self._words[key]), values)
+
+    # --- what is seen ------------------------------------------------------------------------------------------------
+
+    def drawn(self) -> RenderableType:
+        """Return the room and the step as they stand."""
+        shown = self._visit.shown(known=0, claim=0)
+        parts: list[RenderableType] = [
+            self._lesson(shown["lesson"]),
+            self._stage(shown["stage"]),
+            self._life(shown["life"]),
+            self._timeline(shown["timeline"]),
+            Text(self.say("terminal_keys"), style="dim"),
+        ]
+        if shown["exercise"] is not None:
+            parts.insert(1, self._checks(shown["exercise"]))
+        if self.note:
+            parts.append(Text(self.note, style="bold red"))
+        return Group(*parts)
+
+    def _lesson(self, told: scene.Json) -> RenderableType:
+        step, values = self._visit.step, told["values"]
+        text = lesson(self._language)[step.key]
+
+        def filled(template: str) -> str:
+            return fill(self._language, template, values).replace("`", "")
+
+        lines = [filled(text["claim"]), f"{self.say('predict')} · {filled(text['question'])}"]
+        lines += [f"   {letter}) {filled(option)}" for letter, option in zip("xyz", text["options"], strict=True)]
+        lines.append(f"{self.say('do')} · {filled(text['do'])}")
+        for number, key in enumerate(step.acts, 1):
+            ready = "" if key in told["ready"] else "  ·"
+            lines.append(f"   [{number}] {filled(text['acts'][key])}{ready}")
+        for key in step.conditions:
+            lines.append(f"   {'✓' if key in told['met'] else '○'} {filled(text['conditions'][key])}")
+        if told["trials"]:
+            lines += [self._trial(row) for row in told["trials"]]
+        if told["hint"]:
+            lines.append(f"→ {filled(text['missed'] if told['hint'] == 'missed' else text['hints'][told['hint']])}")
+        if told["is_done"]:
+            lines.append(f"{self.say('why')} · {filled(text['why'])}")
+        title = f"{told['current'] + 1}/{len(STEPS)} · {text['title']} · {len(told['done'])} ✓"
+        return Panel(Text("\n".join(lines)), title=escape(title), title_align="left")
+
+    def _trial(self, row: scene.Json) -> str:
+        before, after = (self.say(f"trial_{times}") for times in row["times"])
+        told = f"{self.say('trial_before')}: {before} · {self.say('trial_after')}: {after}"
+        return f"   {self.say(row['guarantee'])} · {told}"
+
+    def _stage(self, stage: scene.Json) -> RenderableType:
+        queue = stage["queue"]
+        if queue is None:
+            return Text(self.say("no_queue"))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(self.say("producer"), f"{stage['producer']['sent']}")
+        grid.add_row(f"queue {queue['name']}", _chips(queue["waiting"]) or "·")
+        grid.add_row(self.say("delayed"), _chips(queue["late"]) or self.say("none"))
+        grid.add_row(self.say("dead_letters"), _chips(queue["letters"]) or self.say("none"))
+        for one in stage["consumers"]:
+            name = self.say("guest") if one["guest"] else self.say("consumer_n", n=one["number"])
+            held = "" if one["holds"] is None else f"[{one['holds']['claim']}] "
+            grid.add_row(name, held + (self.say("over") if one["over"] else self.say(f"state_{one['state']}")))
+        if stage["documents"] is not None:
+            second = stage["documents"]
+            letters = f"{self.say('letters')}: {second['count']}"
+            grid.add_row("queue documents", f"{_chips(second['waiting']) or '·'}   {letters}")
+        grid.add_row(self.say("processed"), f"{stage['paid']}   {_chips(stage['done'])}")
+        return Group(grid, Text(self._sums(queue), style="green" if queue["holds"] else "red"))
+
+    def _sums(self, queue: scene.Json) -> str:
+        states = ("ready", "delayed", "leased", "acked", "dead", "removed")
+        terms = " + ".join(self.say(f"{state}_n", n=queue[state]) for state in states)
+        found = scene.books(self._visit.room)
+        verdict = f"{self.say('lost_n', n=found['lost'])}, {self.say('doubled_n', n=found['doubled'])}"
+        return f"{self.say('all_sent', n=queue['sent'])} = {terms} · {verdict}"
+
+    def _life(self, life: scene.Json | None) -> RenderableType:
+        now = -1 if life is None else life["stage"]
+        line = Text()
+        for place in range(6):
+            style = "bold reverse" if place == now else "green" if place < now else "dim"
+            line.append(f" {self.say(f'stage_{place}')} ", style=style).append(">")
+        return line
+
+    def _timeline(self, told: scene.Json) -> RenderableType:
+        grid = Table.grid(padding=(0, 1))
+        for lane in told["lanes"][-6:]:
+            bars = " ".join(self._bar(bar) for bar in lane["bars"][-CHIPS:])
+            grid.add_row(self.say("consumer_n", n=lane["number"]), escape(bars))
+        return grid
+
+    def _bar(self, bar: scene.Json) -> str:
+        marks = {
+            "acked": "✓",
+            "killed": "✖",
+            "nacked": "↩",
+            "dead": "†",
+            "refused": "⊘",
+            "failed": "✖",
+            "released": "↩",
+        }
+        again = f"·{bar['attempt']}" if bar["attempt"] > 1 else ""
+        return f"[{bar['claim']}{again}{marks.get(bar['how'], '…')}]"
+
+    def _checks(self, told: scene.Json) -> RenderableType:
+        conditions = lesson(self._language)["implement"]["conditions"]
+        grid = Table.grid(padding=(0, 1))
+        for check in told["checks"]:
+            mark = {"open": "○", "running": "…", "green": "✓", "red": "✖"}[check["state"]]
+            values = {name: value for name, value in check["values"].items() if name != "key"}
+            reason = self.say(f"told_{check['told']}", **values) if check["told"] else ""
+            grid.add_row(mark, escape(conditions[check["key"]]), escape(reason))
+        return Group(Text(self.say("terminal_code")), grid)
+
+    # --- what is asked -----------------------------------------------------------------------------------------------
+
+    async def hear(self, wish: str) -> bool:
+        """Do what a line or a key asks for; return whether there is more to come. What cannot be done is told."""
+        self.note = ""
+        try:
+            return await self._do(wish.strip())
+        except RoomError as error:
+            self.note = self.say(f"error_{error.key}", **error.values)
+        except FilaoError as error:
+            self.note = self.say("error_failed", why=str(error))
+        return True
+
+    async def _do(self, wish: str) -> bool:
+        visit, room = self._visit, self._visit.room
+        verb, number = wish[:1], int(wish[1:].strip() or 0) if wish[1:].strip().isdecimal() else 0
+        match verb:
+            case "q":
+                return False
+            case "":
+                await self._act(next((place for place in range(len(visit.step.acts)) if self._is_ready(place)), 0))
+            case "n" | "b":
+                visit.go(visit.progress.current + (1 if verb == "n" else -1))
+            case "x" | "y" | "z":
+                visit.progress.chosen[visit.step.key] = "xyz".index(verb)
+                self.note = self.say("noted")
+            case "k":
+                room.kill(number)
+            case "p":
+                await room.pause(number)
+            case "r":
+                room.go_on(number)
+            case "+":
+                room.add_consumer()
+            case "-" | "−":  # noqa: RUF001  # the sign that the page shows
+                room.remove_consumer()
+            case "s":
+                await room.submit(room.cases(1))
+            case "c":
+                await self._check()
+            case "w":
+                await self._wait()
+            case _ if verb.isdecimal():
+                await self._act(int(verb) - 1)
+            case _:
+                self.note = self.say("terminal_keys")
+        return True
+
+    def _is_ready(self, place: int) -> bool:
+        return list(self._visit.step.acts.values())[place].ready(self._visit.facts())
+
+    async def _act(self, place: int) -> None:
+        keys = list(self._visit.step.acts)
+        if 0 <= place < len(keys):
+            await self._visit.act(keys[place])
+
+    async def _check(self) -> None:
+        """Check the learner's file; where there is none yet, the skeleton is put there."""
+        path = Path(CODE)
+        if not path.exists():
+            path.write_text(program("my_consumer"), encoding="utf-8")
+        self._visit.begin()
+        await self._visit.room.exercise.start(path.read_text(encoding="utf-8", errors="replace"))
+
+    async def _wait(self) -> None:
+        """Wait until the step is done, waits for the learner, or cannot be done any more."""
+        until = time.monotonic() + WAITED
+        while time.monotonic() < until:
+            await asyncio.sleep(SETTLED)
+            told = self._visit.shown(known=0, claim=0)["lesson"]
+            exercise = self._visit.room.exercise
+            states = {exercise.results[check].state for check in CHECKS}
+            checked = self._visit.step.key == "implement" and not exercise.is_running and "open" not in states
+            waits = told["hint"] and told["hint"] != "wait"
+            if not told["busy"] and (told["is_done"] or waits or checked):
+                await asyncio.sleep(SETTLED)
+                return
 
 
-def _claims(csv_file: Path | None, limit: int | None, count: int | None, seed: int) -> Sequence[Claim]:
-    if csv_file is None:
-        if limit is not None:
-            raise click.UsageError("--limit goes with --claims; how many are made up is said by --count")
-        return made_up(seed, count or COUNT)
-    if count is not None:
-        raise click.UsageError("--count goes without --claims; how many are taken of a file is said by --limit")
-    return from_csv(csv_file, limit)
+def _chips(claims: list[scene.Json]) -> str:
+    shown = " ".join(f"({one['claim']})" for one in claims[:CHIPS])
+    return shown + (" …" if len(claims) > CHIPS else "")
 
 
-# --- one performance -------------------------------------------------------------------------------------------------
+# --- the terminal ----------------------------------------------------------------------------------------------------
 
 
-async def _perform(scenario: Scenario, kept_file: Path | None, tampering: str | None) -> int:
-    """Play, and return the exit code; whatever happens, no process is left, and no file but the one to be kept."""
-    say = Voice(scenario.language)
+def play(language: Language) -> int:
+    """Play the lesson until the learner leaves; return the exit code. No file and no process is left."""
+    with own_folder() as folder:
+        return asyncio.run(_play(folder, language))
+
+
+async def _play(folder: Path, language: Language) -> int:
     signalled = _end_on_signals()
+    room = folder / "room-1"
+    room.mkdir(mode=0o700)
+    visit = Visit(await Room(room).__aenter__())
+    visit.enter()
     try:
-        with tempfile.TemporaryDirectory(prefix="filao-demo-") as folder:
-            file = kept_file or Path(folder) / "claims.db"
-            balances = await _play_in(Path(folder), file, scenario, tampering)
+        await _converse(Face(visit, language))
     except asyncio.CancelledError:
         if not signalled:
             raise
-        _note(say("interrupted"))
-        return 128 + signalled[0]
-    except TooSlowError as error:
-        handled, total = say.number(error.handled), say.number(len(scenario.claims))
-        _note(say("too_slow", seconds=round(DEADLINE), handled=handled, all=total))
-        return UNBALANCED
-    except CrewError as error:
-        _note(say("crew_failed", why=str(error)))
-        return UNBALANCED
-    if kept_file is not None:
-        _note(say("kept", file=str(kept_file), command=f"filao stats {kept_file}"))
-    return BALANCED if balances else UNBALANCED
+    finally:
+        await visit.close()
+    sys.stderr.write(f"filao: {words(language)['terminal_ended']}\n")
+    return 128 + signalled[0] if signalled else 0
 
 
-async def _play_in(folder: Path, file: Path, scenario: Scenario, tampering: str | None) -> bool:
-    """Play, print the ledger, and return whether it balances."""
-    say = Voice(scenario.language)
-    is_terminal = sys.stdout.isatty()
-    console = Console(width=None if is_terminal else PLAIN_WIDTH)
-    is_live = is_terminal and not console.is_dumb_terminal
-    display = (LiveDisplay if is_live else PlainDisplay)(console, say, _told(say, scenario))
-    with display:
-        play = Play(scenario, file, folder, display)
-        await play.perform()
-    if tampering is not None:
-        tamper(folder, tampering)
-    ledger = await play.ledger()
-    print_ledger(console, say, ledger, hunted=scenario.kill_when is not None)
-    return ledger.balances
+async def _converse(face: Face) -> None:
+    is_live = sys.stdin.isatty() and sys.stdout.isatty()
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    if not is_live:
+        console.print(face.drawn())
+        async for line in _typed(b"\n"):
+            if not await face.hear(line):
+                return
+            console.print(face.drawn())
+        return
+    with _keys(), Live(console=console, screen=True, auto_refresh=False) as live:
+        drawing = asyncio.create_task(_redraw(live, face))
+        try:
+            async for key in _typed(b""):
+                more = b"kpr".find(key.encode()) >= 0 and key
+                if not more and not await face.hear(key.strip()):
+                    return
+                if more and not await face.hear(key + await anext(_typed(b""))):
+                    return
+        finally:
+            drawing.cancel()
+            await asyncio.wait((drawing,))
 
 
-def _told(say: Voice, scenario: Scenario) -> str:
-    key = "told" if scenario.workers > 1 else "told_alone"
-    told = say(key, count=say.number(len(scenario.claims)), workers=scenario.workers)
-    return told if scenario.kill_when is None else f"{told} {say('told_kill')}"
+async def _redraw(live: Live, face: Face) -> None:
+    while True:
+        live.update(face.drawn(), refresh=True)
+        await asyncio.sleep(DRAW_EVERY)
+
+
+async def _typed(end: bytes) -> AsyncGenerator[str]:
+    """Yield what is typed: lines that end with `end`, or single keys."""
+    read = bytearray()
+    while True:
+        await _readable()
+        piece = os.read(0, 1 if not end else 4096)
+        if not piece:
+            return
+        if not end:
+            yield piece.decode(errors="replace")
+            continue
+        read += piece
+        while end in read:
+            line, _, rest = bytes(read).partition(end)
+            read = bytearray(rest)
+            yield line.decode(errors="replace")
+
+
+async def _readable() -> None:
+    """Wait until standard input can be read; a plain file always can."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        loop.add_reader(0, ready.set)
+    except PermissionError:
+        return
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(0)
+
+
+@contextmanager
+def _keys() -> Generator[None]:
+    """Let keys arrive one by one, and unseen."""
+    before = termios.tcgetattr(0)
+    tty.setcbreak(0)
+    try:
+        yield
+    finally:
+        with suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
 def _end_on_signals() -> list[int]:
-    """Let the first signal cancel the performance, and those after it nothing; return where it is written down."""
+    """Let the first signal cancel the play; return where it is written down."""
     signalled: list[int] = []
     task = asyncio.current_task()
     assert task is not None
@@ -193,41 +362,3 @@ def _end_on_signals() -> list[int]:
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, end, number)
     return signalled
-
-
-def _note(text: str) -> None:
-    """Say something to whoever runs this, past what is piped on."""
-    click.echo(f"filao: {text}", err=True)
-
-
-def main() -> None:
-    """Run the demo and exit with its code."""
-    if os.name != "posix":
-        _note("the demo stops and kills processes as Linux and macOS do it; it does not run here")
-        sys.exit(UNBALANCED)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal of another encoding shall see what it can
-    sys.exit(_run())
-
-
-def _run() -> int:
-    """Return the exit code of the demo, or of what it raised."""
-    try:
-        code = play.main(prog_name="filao.sandbox.terminal", standalone_mode=False)
-    except click.Abort:
-        return 128 + signal.SIGINT
-    except click.ClickException as error:
-        error.show()
-        return WRONG_USAGE
-    except BadClaimsError as error:
-        _note(str(error))
-        return WRONG_USAGE
-    except (FilaoError, OSError) as error:
-        _note(str(error))
-        return UNBALANCED
-    return code if isinstance(code, int) else BALANCED
-
-
-if __name__ == "__main__":
-    main()

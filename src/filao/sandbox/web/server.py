@@ -1,149 +1,208 @@
-"""The sandbox's web server: it gives every browser a room of its own, and lets in only whom it should.
+"""The sandbox's web server: one page in each language, its modules and styles, and a socket that carries scenes
+and events.
 
-It listens on loopback, or anywhere else if who comes must show a token. Requests whose `Host` or `Origin` is another site's are
-refused, so that no page of the web can reach a sandbox through its visitor's browser.
+A room begins when a page's socket connects, not with a request for the page. Every scene is whole: a page that missed
+some draws the next.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# (NiceGUI leaves some of its types open)
-
 import asyncio
-import hmac
-import secrets
+import contextlib
+import logging
 import socket
-from collections.abc import Callable
-from http.cookies import SimpleCookie
-from importlib.resources import as_file, files
-from urllib.parse import parse_qs, urlsplit
+import sys
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
 
+import msgspec
 import uvicorn
-from fastapi import FastAPI, Request
-from nicegui import app as pages
-from nicegui import ui
-from starlette.datastructures import Headers
-from starlette.responses import PlainTextResponse, RedirectResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from filao.sandbox.texts import LANGUAGES, Language
-from filao.sandbox.web.page import Page
-from filao.sandbox.web.visits import ROOMS_MAX, NoRoomError, Visits, own_folder
-from filao.sandbox.web.words import wanted, words
+from filao.errors import FilaoError
+from filao.sandbox.room import RoomError
+from filao.sandbox.visits import ROOMS_MAX, NoRoomError, Visit, Visits, own_folder
+from filao.sandbox.web.door import Door
+from filao.sandbox.web.events import handle
+from filao.sandbox.words import Language, page_words, wanted
 
-TOKEN_COOKIE = "filao_token"  # noqa: S105  # its name
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DRAW_EVERY = 0.1  # seconds between two scenes
 SWEEP_EVERY = 1.0  # seconds between two looks for rooms that nobody is in any more
 ENDS_WITHIN = 2  # seconds for connections to close
-STYLE = files("filao.sandbox.web") / "components" / "style.css"
+EVENT_MAX = 2_000_000  # bytes
+AT_ONCE = 8  # events of one page that are being done
+STATIC = files("filao.sandbox.web") / "static"
+KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+
+log = logging.getLogger("filao.sandbox")
 
 
-class Doorkeeper:
-    """Lets in who comes from this machine's own pages, or shows the token."""
-
-    def __init__(self, inner: ASGIApp, token: str | None) -> None:
-        self._inner = inner
-        self._token = token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or let through."""
-        if scope["type"] not in ("http", "websocket"):
-            await self._inner(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        why = self._why_not(scope, headers)
-        if not why:
-            await self._inner(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": why})
-        elif self._token is not None and self._given(scope) == "query":
-            response = RedirectResponse(scope["path"])
-            response.set_cookie(TOKEN_COOKIE, self._token, httponly=True, samesite="strict")
-            await response(scope, receive, send)
-        else:
-            await PlainTextResponse(why, 403)(scope, receive, send)
-
-    def _why_not(self, scope: Scope, headers: Headers) -> str:
-        host = _name(f"//{headers.get('host', '')}")
-        if self._token is None and host not in LOOPBACK:
-            return "This sandbox answers to 127.0.0.1 and localhost only."
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            return "This sandbox does not answer to pages of other sites."
-        if self._token is not None and self._given(scope) != "cookie":
-            return "This sandbox asks for a token: open the address that it printed, which ends with ?token=…"
-        return ""
-
-    def _given(self, scope: Scope) -> str:
-        """Return where the right token was given: cookie, query, or nowhere."""
-        assert self._token is not None
-        cookies = SimpleCookie(Headers(scope=scope).get("cookie", ""))
-        cookie = cookies[TOKEN_COOKIE].value if TOKEN_COOKIE in cookies else ""
-        query = parse_qs(scope.get("query_string", b"").decode(errors="replace")).get("token", [""])[0]
-        if hmac.compare_digest(cookie.encode(), self._token.encode()):
-            return "cookie"
-        return "query" if hmac.compare_digest(query.encode(), self._token.encode()) else ""
-
-
-def serve(listening: socket.socket, token: str | None, opened: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `opened` is called once pages are answered. No file and no process is left."""
-    with own_folder() as folder, as_file(STYLE) as style:
+def serve(
+    listening: socket.socket, token: str, opened: Callable[[str], None], *, open_to_others: bool, may_run_code: bool
+) -> None:
+    """Serve until SIGINT or SIGTERM; `opened` is called with the folder once pages are answered. Nothing is left."""
+    with own_folder() as folder:
         visits = Visits(folder)
-        web = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        ui.add_css(style.read_text(encoding="utf-8"), shared=True)
-        _declare_pages(visits)
 
-        async def sweep() -> None:
-            opened()
-            while True:
-                await asyncio.sleep(SWEEP_EVERY)
-                await visits.close_those_over()
+        @asynccontextmanager
+        async def living(_: Starlette) -> AsyncGenerator[None]:
+            sweeping = asyncio.create_task(_sweep(visits))
+            opened(str(folder))
+            try:
+                yield
+            finally:
+                sweeping.cancel()
+                await asyncio.wait((sweeping,))
+                await visits.close()
 
-        pages.on_startup(sweep)
-        pages.on_shutdown(visits.close)
-        ui.run_with(
-            web,
-            title="Filao",
-            favicon="📬",
-            dark=None,
-            tailwind=False,
-            show_welcome_message=False,
-            storage_secret=secrets.token_hex(),
-            gzip_middleware_factory=None,
-        )
+        house = _House(visits, may_run_code=may_run_code)
+        web = Starlette(routes=house.routes(), lifespan=living)
         config = uvicorn.Config(
-            Doorkeeper(web, token), log_level="warning", timeout_graceful_shutdown=ENDS_WITHIN, lifespan="on"
+            Door(web, token, open_to_others=open_to_others),
+            log_level="error",
+            access_log=False,
+            timeout_graceful_shutdown=ENDS_WITHIN,
+            lifespan="on",
+            ws="websockets-sansio",
+            ws_max_size=EVENT_MAX,
+            server_header=False,
         )
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def _declare_pages(visits: Visits) -> None:
-    async def show(language: Language) -> None:
-        ui.context.client.content.classes("page")
+async def _sweep(visits: Visits) -> None:
+    """Close the rooms that nobody is in any more; whatever goes wrong with one, there is another round."""
+    while True:
+        await asyncio.sleep(SWEEP_EVERY)
         try:
-            visit = await visits.of(pages.storage.browser["id"])
+            await visits.close_those_over()
+        except Exception as error:
+            log.warning("closing a room failed: %r", error)
+
+
+class _House:
+    """The pages, the files and the socket."""
+
+    def __init__(self, visits: Visits, *, may_run_code: bool) -> None:
+        self._visits = visits
+        self._may_run_code = may_run_code
+        self._files = {file.name: file.read_bytes() for file in STATIC.iterdir() if file.is_file()}
+        self._page = self._files["page.html"].decode()
+
+    def routes(self) -> list[Route | WebSocketRoute]:
+        """Return what is answered."""
+        return [
+            Route("/", self._arrive),
+            Route("/en", self._learn),
+            Route("/fr", self._learn),
+            Route("/static/{name}", self._file),
+            WebSocketRoute("/socket", self._socket),
+        ]
+
+    async def _arrive(self, request: Request) -> Response:
+        return RedirectResponse(f"/{wanted(request.headers.get('accept-language', ''))}", 303)
+
+    async def _learn(self, request: Request) -> Response:
+        language: Language = "fr" if request.url.path == "/fr" else "en"
+        told: dict[str, Any] = page_words(language)
+        told |= {"python": sys.executable, "may_run_code": self._may_run_code}
+        text = msgspec.json.encode(told).decode().replace("<", "\\u003c")
+        page = self._page.replace("{language}", language).replace("{title}", told["words"]["title"])
+        return HTMLResponse(page.replace("{told}", text))
+
+    async def _file(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        kind = next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
+        if kind is None or name not in self._files:
+            return Response(status_code=404)
+        return Response(self._files[name], headers={"content-type": kind})
+
+    async def _socket(self, page: WebSocket) -> None:
+        """Carry scenes to a page and its events from it, until it goes; what one event does wrong ends nothing."""
+        await page.accept()
+        try:
+            visit = await self._visits.of(page.scope["filao_session"])
         except NoRoomError:
-            ui.label(words(language)["error_rooms"].format(most=ROOMS_MAX)).classes("banner").props("role=alert")
+            await _tell(page, {"note": {"key": "rooms", "values": {"most": ROOMS_MAX}}})
+            await page.close()
             return
-        page = Page(visit, language)
         visit.enter()
-        ui.context.client.on_delete(visit.leave)
-        page.build()
-        await ui.context.client.connected()
-        await page.restore()
-
-    for language in LANGUAGES:
-
-        @ui.page(f"/{language}", title=words(language)["title"], language="en-US" if language == "en" else "fr")
-        async def learn(language: Language = language) -> None:
-            await show(language)
-
-    @ui.page("/")
-    def arrive(request: Request) -> RedirectResponse:
-        return RedirectResponse(f"/{wanted(request.headers.get('accept-language', ''))}")
+        try:
+            await _Sitting(page, visit, may_run_code=self._may_run_code).last()
+        finally:
+            visit.leave()
 
 
-def _name(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+class _Sitting:
+    """One page before one room, while its socket is open."""
+
+    def __init__(self, page: WebSocket, visit: Visit, *, may_run_code: bool) -> None:
+        self._page = page
+        self._visit = visit
+        self._may_run_code = may_run_code
+        self._claim = 0  # whose story the page tells
+        self._known = 0  # the last move that it has
+        self._doing: set[asyncio.Task[None]] = set()
+
+    async def last(self) -> None:
+        """Draw and listen until the page goes."""
+        drawing = asyncio.create_task(self._draw())
+        try:
+            await self._listen()
+        finally:
+            for task in (drawing, *self._doing):
+                task.cancel()
+            await asyncio.wait((drawing, *self._doing))
+
+    async def _draw(self) -> None:
+        shown: Any = None
+        while True:
+            scene = self._visit.shown(known=self._known, claim=self._claim)
+            if scene["moves"]:
+                self._known = scene["moves"][-1]["n"]
+            if scene != shown:
+                await _tell(self._page, {"scene": scene})
+            shown = scene
+            await asyncio.sleep(DRAW_EVERY)
+
+    async def _listen(self) -> None:
+        decode = msgspec.json.Decoder(dict[str, Any]).decode
+        with contextlib.suppress(WebSocketDisconnect):
+            while True:
+                text = await self._page.receive_text()
+                with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+                    self._begin(decode(text))
+
+    def _begin(self, asked: dict[str, Any]) -> None:
+        if asked.get("do") == "story":
+            claim = asked.get("claim")
+            self._claim = claim if type(claim) is int and 0 <= claim < 2**53 else 0
+        elif asked.get("do") == "anew":
+            self._known = 0
+        elif len(self._doing) < AT_ONCE:
+            task = asyncio.create_task(self._do(asked))
+            self._doing.add(task)
+            task.add_done_callback(self._doing.discard)
+
+    async def _do(self, asked: dict[str, Any]) -> None:
+        """Do it; what cannot be done is told, and changes nothing."""
+        try:
+            await handle(self._visit, asked, may_run_code=self._may_run_code)
+        except RoomError as error:
+            await _tell(self._page, {"note": {"key": error.key, "values": error.values}})
+        except FilaoError as error:
+            await _tell(self._page, {"note": {"key": "failed", "values": {"why": str(error)}}})
+        except WebSocketDisconnect:
+            pass
+        except Exception as error:
+            log.warning("an event of a page failed: %r", error)
+            await _tell(self._page, {"note": {"key": "failed", "values": {"why": type(error).__name__}}})
+
+
+async def _tell(page: WebSocket, what: dict[str, Any]) -> None:
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # it is just going
+        await page.send_text(msgspec.json.encode(what).decode())

@@ -1,0 +1,392 @@
+"""Step 11: the learner's own consumer, run for real as three competing processes, and checked for what the lesson
+has taught.
+
+Each check has a queue file of its own. It looks at what happened outside: the table of payments, the engine's
+counters, and what the processes wrote down; and it says why it is red. Whatever the code does, loops, exits or
+errors, is told within a bounded time.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+import filao
+from filao.sandbox.crew import own_environment
+from filao.sandbox.journal import Record, Tail, journal_of
+from filao.sandbox.orders import CLAIMS, PAYMENTS, Claim
+from filao.sandbox.trap import Trial
+
+CHECKS = ("after_work", "survives", "nacks", "nothing_lost", "once")
+PROCESSES = 3
+CODE_MAX = 40_000  # characters
+STUCK_AFTER = 20.0  # seconds in which nothing has happened
+BUSY_AFTER = 4.0  # seconds of CPU that a process has used when nothing happens: it loops
+CHECK_MAX = 120.0  # seconds that one check takes at most
+LOOK_EVERY = 0.05  # seconds
+SHOWN_MAX = 3_000  # characters of what the processes print
+ALL, KILL_AFTER = 100, 30  # claims of `nothing_lost`, and those that are paid when one of the processes is killed
+
+State = Literal["open", "running", "green", "red"]
+
+
+class RedError(Exception):
+    """A check failed; `key` says why, in the words of the page."""
+
+    def __init__(self, key: str, **values: str | int) -> None:
+        super().__init__(key)
+        self.key = key
+        self.values = values
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a check stands, and why; `key` and `values` are a text of the page."""
+
+    state: State = "open"
+    key: str = ""
+    values: dict[str, str | int] = field(default_factory=dict[str, str | int])
+
+
+class Exercise:
+    """The checks of one room."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._runs = 0
+        self._task: asyncio.Task[None] | None = None
+        self.results = {check: Result() for check in CHECKS}
+        self.output = ""
+        """The last that the processes printed."""
+        self.code = ""
+        self.started = 0
+        """How often code was checked."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether checks are going on."""
+        return self._task is not None and not self._task.done()
+
+    async def start(self, code: str) -> None:
+        """Check some code; what was being checked is dropped."""
+        await self.stop()
+        self.started += 1
+        self.code = code[:CODE_MAX]
+        self.results = {check: Result() for check in CHECKS}
+        self.output = ""
+        self._task = asyncio.create_task(self._check_all())
+
+    async def stop(self) -> None:
+        """End what is running; none of its processes is left."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+            self._task = None
+
+    async def cancel(self) -> None:
+        """End what is running, and say so."""
+        if self.is_running:
+            await self.stop()
+            self.results = {
+                check: Result("red", "stopped") if result.state in ("running", "open") else result
+                for check, result in self.results.items()
+            }
+
+    async def _check_all(self) -> None:
+        try:
+            program = self._written()
+        except RedError as error:
+            self.results = {check: Result("red", error.key, error.values) for check in CHECKS}
+            return
+        for check in CHECKS:
+            self.results[check] = Result("running")
+            self.results[check] = await self._checked(check, program)
+            if self.results[check].key in ("stuck", "loops", "exited", "ended", "no_start"):
+                for rest in CHECKS[CHECKS.index(check) + 1 :]:
+                    self.results[rest] = Result("red", "not_run")
+                return
+
+    def _written(self) -> Path:
+        """Write the code into its file. Raises `RedError` where it is no Python."""
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        program = self._folder / "my_consumer.py"
+        program.write_text(self.code, encoding="utf-8", errors="replace")
+        try:
+            compile(self.code, str(program), "exec")
+        except SyntaxError as error:
+            raise RedError("syntax", line=error.lineno or 0, error=str(error.msg)) from error
+        except (ValueError, RecursionError, MemoryError, OverflowError) as error:
+            raise RedError("syntax", line=0, error=str(error)) from error
+        return program
+
+    async def _checked(self, check: str, program: Path) -> Result:
+        self._runs += 1
+        verify: Callable[[Run], Coroutine[Any, Any, Result]] = _VERIFY[check]
+        try:
+            async with asyncio.timeout(CHECK_MAX), _running(self._folder / f"run-{self._runs}", program) as run:
+                try:
+                    return await verify(run)
+                finally:
+                    self.output = run.printed() or self.output
+        except RedError as error:
+            return Result("red", error.key, error.values)
+        except TimeoutError:
+            return Result("red", "stuck", {"seconds": round(CHECK_MAX)})
+        except (filao.FilaoError, sqlite3.Error, OSError) as error:
+            return Result("red", "storage", {"error": str(error)})
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Processes of the learner's code, on a queue file of their own."""
+
+    def __init__(self, folder: Path, program: Path, broker: filao.Broker, business: sqlite3.Connection) -> None:
+        self._folder = folder
+        self._program = program
+        self._broker = broker
+        self._business = business
+        self._tails: list[Tail] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.records: list[Record] = []
+
+    def start(self, count: int, *, kill_at_ack: int = 0) -> None:
+        """Start processes."""
+        for number in range(len(self.processes) + 1, len(self.processes) + count + 1):
+            file = str(self._folder / "claims.db")
+            trial = Trial(str(self._program), file, str(self._folder), number, kill_at_ack)
+            command = [
+                sys.executable,
+                "-P",
+                "-X",
+                "utf8",
+                "-m",
+                "filao.sandbox.trap",
+                msgspec.json.encode(trial).decode(),
+            ]
+            with (self._folder / f"{number}.out").open("wb") as output:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    cwd=self._folder,
+                    env=own_environment(),
+                    start_new_session=True,
+                )
+            self.processes.append(process)
+            self._tails.append(Tail(journal_of(self._folder, number)))
+
+    async def send(self, count: int = 1, *, effort: float = 0.05, policy: int = 12, first: int = 1) -> None:
+        """Send claims."""
+        claims = [Claim(number, policy, 100 * number, "storm", effort) for number in range(first, first + count)]
+        await self._broker.send_many(CLAIMS, [msgspec.to_builtins(claim) for claim in claims])
+
+    async def stats(self) -> filao.QueueStats:
+        """Return the engine's counters."""
+        return await self._broker.stats(CLAIMS)
+
+    async def dead_reasons(self) -> list[str]:
+        """Return why messages are dead."""
+        return [str(letter.reason) for letter in await self._broker.dead_letters(CLAIMS)]
+
+    def payments(self, claim: int | None = None) -> int:
+        """Return how many payments there are, of one claim or of all."""
+        where = "" if claim is None else f" WHERE claim = {claim:d}"
+        return int(self._business.execute(f"SELECT count(*) FROM payment{where}").fetchone()[0])
+
+    def paid(self) -> int:
+        """Return how many claims were paid, once or more."""
+        return int(self._business.execute("SELECT count(DISTINCT claim) FROM payment").fetchone()[0])
+
+    def noted(self, what: str) -> list[Record]:
+        """Return what the processes wrote down of a kind."""
+        for tail in self._tails:
+            self.records += tail.read()
+        return [record for record in self.records if record.what == what]
+
+    def kill(self, number: int) -> int:
+        """Kill a process; return its pid."""
+        process = self.processes[number - 1]
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        return process.pid
+
+    async def until(self, reached: Callable[[filao.QueueStats], bool]) -> filao.QueueStats:
+        """Wait for a state. Raises `RedError` when all processes are gone, or nothing happens for long."""
+        seen: object = None
+        since = time.monotonic()
+        while True:
+            stats = await self.stats()
+            self.noted("")
+            if reached(stats):
+                return stats
+            now = (len(self.records), stats.received, stats.acked, stats.nacked, self.payments())
+            if now != seen:
+                seen, since = now, time.monotonic()
+            alive = [process for process in self.processes if process.poll() is None]
+            if not alive:
+                raise self.why_died()
+            if time.monotonic() - since > STUCK_AFTER:
+                raise self._why_stuck(alive)
+            await asyncio.sleep(LOOK_EVERY)
+
+    def why_died(self) -> RedError:
+        """Return how the process that ended last has ended."""
+        for record in reversed(self.noted("troubled")):
+            told: dict[str, Any] = json.loads(record.note)
+            key = str(told.pop("how"))
+            return RedError(key, **told)
+        return RedError("no_start", output=self.printed()[-300:])
+
+    def _why_stuck(self, alive: "Sequence[subprocess.Popen[bytes]]") -> RedError:
+        seconds = round(STUCK_AFTER)
+        looping = any(_cpu_of(process) > BUSY_AFTER for process in alive)
+        return RedError("loops" if looping else "stuck", seconds=seconds)
+
+    def printed(self) -> str:
+        """Return what the processes have printed."""
+        texts: list[str] = []
+        for path in sorted(self._folder.glob("*.out")):
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - SHOWN_MAX))
+                texts.append(file.read(SHOWN_MAX).decode(errors="replace"))
+        return "".join(texts)[-SHOWN_MAX:]
+
+
+@asynccontextmanager
+async def _running(folder: Path, program: Path) -> AsyncGenerator[Run]:
+    """Make a run; at its end all of its processes are dead, and its files are gone."""
+    folder.mkdir(mode=0o700)
+    run: Run | None = None
+    try:
+        async with filao.connect(folder / "claims.db") as broker:
+            backoff = filao.Backoff(first=0.1, ceiling=0.2, jitter=0.0)
+            await broker.declare(filao.Queue(CLAIMS, lease=30, max_attempts=3, backoff=backoff))
+            async with broker.transaction() as tx:
+                await tx.execute(PAYMENTS)
+            business = sqlite3.connect(folder / "claims.db")
+            try:
+                run = Run(folder, program, broker, business)
+                yield run
+            finally:
+                business.close()
+                for process in run.processes if run is not None else ():
+                    process.kill()
+                    process.wait()
+                    if process.stdin is not None:
+                        process.stdin.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cpu_of(process: "subprocess.Popen[bytes]") -> float:
+    """Return the seconds of CPU that a process has used; 0 where that cannot be told."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- the checks ------------------------------------------------------------------------------------------------------
+
+
+async def _after_work(run: Run) -> Result:
+    """Check with one claim that it is paid when it is acknowledged."""
+    await run.send(effort=0.3)
+    run.start(1)
+    await run.until(lambda stats: stats.acked > 0 or _unpaid(run))
+    if _unpaid(run):
+        raise RedError("too_early")
+    return Result("green", "ok_after_work")
+
+
+def _unpaid(run: Run) -> bool:
+    """Return whether a claim was acknowledged that was not paid."""
+    return any(record.note == "unpaid" for record in run.noted("acked")) or any(
+        record.note == "once" for record in run.noted("received")
+    )
+
+
+async def _survives(run: Run) -> Result:
+    """Kill the process that works on a claim: another one must pay it."""
+    await run.send(effort=2.0)
+    run.start(PROCESSES)
+    await run.until(lambda _: bool(run.noted("received")))
+    victim = run.noted("received")[0].who
+    pid = run.kill(victim)
+    stats = await run.until(lambda stats: (stats.acked > 0 and (run.paid() > 0 or _is_empty(stats))) or stats.dead > 0)
+    if not run.paid():
+        raise RedError("lost_by_kill" if not stats.dead else "not_paid", pid=pid)
+    heir = run.noted("received")[-1]
+    other = run.processes[heir.who - 1].pid
+    return Result("green", "ok_survives", {"pid": pid, "other": other, "attempt": heir.attempt})
+
+
+def _is_empty(stats: filao.QueueStats) -> bool:
+    return not (stats.ready or stats.delayed or stats.leased or stats.blocked)
+
+
+async def _nacks(run: Run) -> Result:
+    """Send a claim whose evaluation fails: it must be given back or given up, neither acknowledged nor suffered."""
+    await run.send(policy=0)
+    run.start(PROCESSES)
+    stats = await run.until(lambda stats: stats.dead > 0 or stats.acked > 0)
+    if stats.acked:
+        raise RedError("acked_failed")
+    if stats.nacked or "rejected" in await run.dead_reasons():
+        return Result("green", "ok_nacks", {"attempts": stats.received})
+    raise run.why_died()
+
+
+async def _nothing_lost(run: Run) -> Result:
+    """Send a hundred claims to three processes, and kill one on the way: all must be paid."""
+    await run.send(ALL, effort=0.02)
+    run.start(PROCESSES)
+    await run.until(lambda stats: run.paid() >= KILL_AFTER or _is_empty(stats))
+    pid = run.kill(PROCESSES)
+    await run.until(_is_empty)
+    lost = ALL - run.paid()
+    if lost:
+        raise RedError("lost_some", lost=lost, all=ALL)
+    counts = [sum(record.who == number for record in run.noted("received")) for number in range(1, PROCESSES + 1)]
+    return Result("green", "ok_nothing_lost", {"all": ALL, "pid": pid, "shares": " / ".join(map(str, counts))})
+
+
+async def _once(run: Run) -> Result:
+    """Let the process die after it has paid, before the acknowledgement reaches the queue: the claim comes again."""
+    await run.send()
+    run.start(PROCESSES, kill_at_ack=1)
+    await run.until(lambda stats: _is_empty(stats) and (stats.acked > 0 or stats.dead > 0))
+    times = run.payments(1)
+    if times > 1:
+        raise RedError("paid_twice", times=times)
+    if not times:
+        raise RedError("not_paid")
+    if not run.noted("halted"):
+        raise RedError("never_acked")
+    return Result("green", "ok_once")
+
+
+_VERIFY: dict[str, Callable[[Run], Coroutine[Any, Any, Result]]] = {
+    "after_work": _after_work,
+    "survives": _survives,
+    "nacks": _nacks,
+    "nothing_lost": _nothing_lost,
+    "once": _once,
+}

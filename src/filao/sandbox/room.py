@@ -1,0 +1,573 @@
+"""A room: one learner's insurer, with its file, its processes, and what is known of them.
+
+Each verb is something that the learner does; `look` finds out what has come of it. When the room closes, its processes
+end and its folder goes. Nothing here knows how it is drawn.
+"""
+
+import asyncio
+import heapq
+import os
+import shutil
+import socket
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from types import TracebackType
+from typing import Any, NamedTuple, Self, cast
+
+import msgspec
+from msgspec import UNSET
+
+import filao
+from filao.draft import PEEK_MAX
+from filao.engine import QueueStats, State, StoredMessage
+from filao.engines.sqlite.turnstile import is_passable
+from filao.sandbox import journal
+from filao.sandbox.crew import Crew
+from filao.sandbox.effects import Effects, Payment
+from filao.sandbox.exercise import Exercise
+from filao.sandbox.journal import PORTAL, PRINTER, Record, Tail, journal_of
+from filao.sandbox.lanes import Lane, Lanes
+from filao.sandbox.orders import (
+    CLAIMS,
+    CONSUMERS_MAX,
+    DOCUMENTS,
+    PAYMENTS,
+    Claim,
+    Duty,
+    Guarantee,
+    Halt,
+    Moment,
+    Post,
+    Setting,
+    Submission,
+    number_in,
+)
+
+FILE = "claims.db"
+SUBMITTED_MAX = 5_000  # claims in one go
+CLAIMS_MAX = 20_000  # in one room: what is known of each is kept in memory
+SHOWN = 60  # messages of each state that one look reads
+TOLD_AT_ONCE = 200  # claims in one line to the portal, which fits into a pipe
+REMEMBERED, REMEMBERED_EVERY = 240, 0.5  # samples for the charts, and seconds between them
+AUDIT_EVERY = 0.5  # seconds between two looks at the whole queue
+ROOM_LEAST = 2_000_000  # bytes: with less of it left, the disk is full for SQLite
+STOP_TRIES, STOP_PAUSE, PASSES_WITHIN = 40, 0.02, 0.05  # to stop a consumer outside its turn to write
+THAWED_WITHIN = 2.0  # seconds in which consumers that were frozen extend their leases
+ARRIVING_MAX = 50  # claims that come in by themselves between two looks
+SLOW = 3.0  # times as long as others needs a consumer that is slow
+
+POLICIES = (12, 27, 33, 48, 56, 71)
+KINDS = ("collision", "glass", "water", "storm", "theft", "hail", "fire")
+
+
+class RoomError(Exception):
+    """What the learner asked for cannot be done; `key` says why, in the words of the page."""
+
+    def __init__(self, key: str, **values: str | int) -> None:
+        super().__init__(key)
+        self.key = key
+        self.values = values
+
+
+class Case(NamedTuple):
+    """What a customer tells; the claim gets its number when it is handed in."""
+
+    policy: int
+    amount: int
+    kind: str
+    effort: float = 1.0
+
+
+class Sample(NamedTuple):
+    """How things stood at one moment."""
+
+    at: float
+    """Monotonic time."""
+    depth: int
+    """Claims in the queue, those under lease included."""
+    age: float
+    sent: int
+    paid: int
+    busy: int
+    """Consumers at work."""
+    consumers: int
+
+
+class View(msgspec.Struct, frozen=True):
+    """What one look found."""
+
+    stats: QueueStats | None
+    """None: the queue is not created yet."""
+    documents: QueueStats | None
+    ready: Sequence[StoredMessage] = ()
+    delayed: Sequence[StoredMessage] = ()
+    blocked: Sequence[StoredMessage] = ()
+    leased: Sequence[StoredMessage] = ()
+    dead: Sequence[StoredMessage] = ()
+    notes: Sequence[StoredMessage] = ()
+    """What waits in the queue of the documents."""
+    is_full: bool = False
+    """The disk is."""
+    error: str = ""
+    """What the storage said, when it did not answer."""
+
+
+class Room:
+    """One learner's insurer; `async with` opens and closes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / FILE
+        self.setting = Setting()
+        self.lanes = Lanes()
+        self.effects = Effects()
+        self.view = View(None, None)
+        self.portal_pid = 0
+        self.answer_ms: float | None = None
+        """What the portal needed to answer the last customer."""
+        self.refused = 0
+        """Claims that the queue did not take."""
+        self.letters: list[int] = []
+        """Claims for which a letter was written."""
+        self.printing = 0
+        """The claim whose letter is being written."""
+        self.trials: dict[tuple[Guarantee, Moment], int] = {}
+        """The claims whose consumers were killed, see `trials.py`."""
+        self.gave_up: set[str] = set()
+        """Messages that were seen among the dead letters."""
+        self.policies: dict[int, int] = {}
+        """By claim, for those that were submitted here."""
+        self.exercise = Exercise(folder / "exercise")
+        self.history: deque[Sample] = deque(maxlen=REMEMBERED)
+        self.is_frozen = False
+        self.last_claim = 0
+        self._free: list[int] = []  # numbers whose claims the queue refused, a heap
+        self._broker = filao.connect(self.file)
+        self._crew = Crew(folder)
+        self._tails: dict[int, Tail] = {}
+        self._last_payment = 0
+        self._consumers = 0
+        self._audited_at = 0.0
+        self._acting = asyncio.Lock()
+        self._frozen: list[int] = []
+        self._halt: Halt | None = None
+        self._chance = Random(7)
+        self._next_arrival = 0.0
+
+    async def __aenter__(self) -> Self:
+        await self._broker.open()
+        async with self._broker.transaction() as tx:
+            await tx.execute(PAYMENTS)
+        self._business = sqlite3.connect(self.file)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for lane in self.lanes.living():
+            self._crew.go_on(lane.number)
+        await self.exercise.stop()
+        await asyncio.to_thread(self._crew.end_all)
+        self._business.close()
+        with suppress(filao.FilaoError):
+            await self._broker.close()
+        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+
+    # --- what the learner does: the queue ----------------------------------------------------------------------------
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether the learner has created the queue."""
+        return self.portal_pid != 0
+
+    async def create(self) -> None:
+        """Create the queue, and open the portal that sends to it."""
+        await self._broker.declare(self.setting.queue())
+        if not self.has_queue:
+            self.portal_pid = self._start(PORTAL, "portal")
+
+    async def change(self, **changes: Any) -> None:
+        """Change the rules of the queue, or how the insurer works."""
+        self.setting = msgspec.structs.replace(self.setting, **changes)
+        if self.has_queue:
+            await self._broker.declare(self.setting.queue())
+        if self.setting.documents and PRINTER not in self._tails:
+            await self._broker.declare(filao.Queue(DOCUMENTS))
+            self._start(PRINTER, "printer")
+        self._tell_all()
+
+    async def submit(self, cases: Sequence[Case]) -> list[int]:
+        """Let customers hand in claims at the portal; return their numbers.
+
+        Raises `RoomError` before there is a queue, and for too many; a claim that was refused used up no number.
+        """
+        self.need_queue()
+        if len(cases) > SUBMITTED_MAX or len(self.effects.fates) + len(cases) > CLAIMS_MAX:
+            raise RoomError("too_many", count=len(cases), most=SUBMITTED_MAX)
+        claims = [Claim(self._next_number(), *case) for case in cases]
+        self.policies.update((claim.claim_id, claim.policy) for claim in claims)
+        for start in range(0, len(claims), TOLD_AT_ONCE):
+            part = Submission(tuple(claims[start : start + TOLD_AT_ONCE]), grouped=self.setting.grouped)
+            if not await asyncio.to_thread(self._crew.tell, PORTAL, part):
+                for claim in claims[start:]:
+                    heapq.heappush(self._free, claim.claim_id)
+                raise RoomError("portal_died", count=len(claims) - start)
+        return [claim.claim_id for claim in claims]
+
+    async def arrive(self) -> None:
+        """Let the claims come in that are due by themselves."""
+        now, rate = time.monotonic(), self.setting.arrivals
+        if not rate or self.is_frozen or not self.has_queue:
+            self._next_arrival = now
+            return
+        due = 0
+        while self._next_arrival <= now and due < ARRIVING_MAX:
+            self._next_arrival += self._chance.expovariate(rate)
+            due += 1
+        self._next_arrival = max(self._next_arrival, now - 1.0)
+        if due and len(self.effects.fates) + due <= CLAIMS_MAX:
+            await self.submit(self.cases(due))
+
+    def _next_number(self) -> int:
+        if self._free:
+            return heapq.heappop(self._free)
+        self.last_claim += 1
+        return self.last_claim
+
+    def cases(self, count: int, **told: Any) -> list[Case]:
+        """Make up what customers tell, but for what is given."""
+        return [self.case(**told) for _ in range(count)]
+
+    def case(
+        self, *, policy: int | None = None, amount: int | None = None, kind: str = "", effort: float = 1.0
+    ) -> Case:
+        """Make up what is not given of a case."""
+        return Case(
+            self._chance.choice(POLICIES) if policy is None else policy,
+            self._chance.randrange(20_000, 900_000) if amount is None else amount,
+            kind or self._chance.choice(KINDS),
+            effort,
+        )
+
+    async def redrive(self, messages: Sequence[str] | None = None, *, body: Any = UNSET) -> int:
+        """Send dead letters back; with a `body`, the one that is named is mended."""
+        self.need_queue()
+        if body is UNSET:
+            return await self._broker.redrive(CLAIMS, ids=messages)
+        return await self._broker.redrive(CLAIMS, ids=messages, body=body)
+
+    async def mend(self, message: str, policy: int) -> None:
+        """Correct the policy of a dead letter, and send it back. Raises `RoomError` when it is not there any more."""
+        letter = next((letter for letter in self.view.dead if letter.id == message), None)
+        if letter is None:
+            raise RoomError("no_letter")
+        stored: Any = letter.body
+        body = cast("dict[str, Any]", stored) if isinstance(stored, dict) else {}
+        self.policies[number_of(letter)] = policy
+        await self.redrive([message], body=body | {"policy": policy})
+
+    async def purge(self, state: State | None = None) -> int:
+        """Delete what waits, or all in one state."""
+        self.need_queue()
+        states = (State.READY, State.DELAYED, State.BLOCKED) if state is None else (state,)
+        self.effects.removed(await self._ids(states))
+        return await self._broker.purge(CLAIMS, state=state)
+
+    async def clear(self) -> None:
+        """Empty the scene for another step: what waits and what is dead goes, nothing arrives by itself."""
+        self._need_motion()
+        await self.create()
+        await self.change(arrivals=0.0, failing=0.0)
+        await self.purge()
+        await self.purge(State.DEAD)
+
+    @property
+    def upcoming(self) -> int:
+        """The number of the next claim."""
+        return self._free[0] if self._free else self.last_claim + 1
+
+    def need_queue(self) -> None:
+        """Raise `RoomError` unless the queue is created."""
+        if not self.has_queue:
+            raise RoomError("no_queue")
+
+    def _need_motion(self) -> None:
+        if self.is_frozen:
+            raise RoomError("frozen")
+
+    # --- what the learner does: the consumers ------------------------------------------------------------------------
+
+    def add_consumer(self) -> Lane:
+        """Start a consumer."""
+        self.need_queue()
+        self._need_motion()
+        if len(self.lanes.living()) >= CONSUMERS_MAX:
+            raise RoomError("enough_consumers", most=CONSUMERS_MAX)
+        self._consumers += 1
+        number = self._consumers
+        lane = self.lanes.expect(number, 0)
+        lane.pid = self._start(number, "worker")
+        self._tell(lane)
+        return lane
+
+    def remove_consumer(self, number: int | None = None) -> None:
+        """Send a consumer home, the youngest if none is named; what it has begun is finished or given back."""
+        living = [lane for lane in self.lanes.living() if number in (None, lane.number)]
+        if living:
+            lane = living[-1]
+            self._crew.go_on(lane.number)
+            self._crew.dismiss(lane.number)
+            self.lanes.left(lane.number, time.monotonic(), "gone")
+
+    async def have_consumers(self, count: int) -> None:
+        """Start or send home consumers until there are so many, all of them able."""
+        self._need_motion()
+        for lane in self.lanes.living():
+            if lane.state == "paused":
+                self.go_on(lane.number)
+            self.set_consumer(lane.number, slow=1.0, fails=False)
+        while len(self.lanes.living()) > count:
+            self.remove_consumer()
+        while len(self.lanes.living()) < count:
+            self.add_consumer()
+
+    def set_consumer(self, number: int, *, slow: float | None = None, fails: bool | None = None) -> None:
+        """Make a consumer slow, or make it fail, or mend it."""
+        lane = self.lane(number)
+        lane.slow = lane.slow if slow is None else slow
+        lane.fails = lane.fails if fails is None else fails
+        self._tell(lane)
+
+    def kill(self, number: int) -> None:
+        """Kill a consumer with SIGKILL, whatever it is doing."""
+        self.lane(number)
+        at = self._crew.kill(number)
+        self._listen()  # to what it wrote down before
+        self.lanes.left(number, at, "killed")
+
+    def halt(self, halt: Halt | None) -> None:
+        """Let consumers stand still at a moment of a claim, or nowhere."""
+        self._halt = halt
+        self._tell_all()
+
+    def halted(self, claim: int) -> Lane | None:
+        """Return the consumer that stands still at a claim."""
+        self._listen()
+        lanes = (lane for lane in self.lanes.living() if lane.holds is not None and lane.holds.halted)
+        return next((lane for lane in lanes if lane.holds is not None and lane.holds.claim == claim), None)
+
+    async def pause(self, number: int) -> None:
+        """Let a consumer stand still (SIGSTOP): its process is there, but does nothing, as when a machine sleeps.
+
+        Not in its turn to write to the file, where it would hold up everybody. Raises `RoomError` when it cannot be
+        met outside it.
+        """
+        self.lane(number)
+        for _ in range(STOP_TRIES):
+            if self._crew.stop_if(number, self._others_can_write):
+                self._listen()
+                self.lanes.stood_still(number, time.monotonic())
+                return
+            await asyncio.sleep(STOP_PAUSE)
+        raise RoomError("too_busy", consumer=number)
+
+    def _others_can_write(self) -> bool:
+        return is_passable(self.file.with_name(f"{FILE}-filao"), PASSES_WITHIN)
+
+    def go_on(self, number: int) -> None:
+        """Let a consumer that stands still go on (SIGCONT)."""
+        lane = self.lane(number)
+        self.lanes.went_on(number, time.monotonic())
+        self._crew.go_on(number)
+        self._tell(lane)
+
+    async def freeze(self) -> None:
+        """Stop the world: nothing is delivered, and all consumers stand still."""
+        self.need_queue()
+        async with self._acting:
+            await self._broker.pause(CLAIMS)
+            working = [lane.number for lane in self.lanes.living() if lane.state in ("waiting", "working")]
+            for number in working:
+                await self.pause(number)
+            self._frozen = working
+            self.is_frozen = True
+
+    async def thaw(self) -> None:
+        """Let the world go on: first the consumers, who extend the leases that they hold, and then the queue."""
+        async with self._acting:
+            for number in self._frozen:
+                if self.lanes.by_number[number].state == "paused":
+                    self.go_on(number)
+            await self._until_extended(self._frozen)
+            await self._broker.resume(CLAIMS)
+            self._frozen = []
+            self.is_frozen = False
+
+    async def _until_extended(self, numbers: Sequence[int]) -> None:
+        names = {f"{socket.gethostname()}:{self.lanes.by_number[number].pid}" for number in numbers}
+        until = time.monotonic() + THAWED_WITHIN
+        while time.monotonic() < until:
+            leased = await self._broker.peek(CLAIMS, state=State.LEASED, limit=SHOWN)
+            if all(one.at.timestamp() > time.time() for one in leased if one.consumer in names):
+                return
+            await asyncio.sleep(STOP_PAUSE)
+
+    def lane(self, number: int) -> Lane:
+        """Return a consumer of ours that lives. Raises `RoomError`."""
+        lane = self.lanes.by_number.get(number)
+        if lane is None or not lane.lives or lane.is_guest:
+            raise RoomError("no_consumer", consumer=number)
+        return lane
+
+    def _start(self, number: int, module: str) -> int:
+        self._tails[number] = Tail(journal_of(self.folder, number))
+        post = Post(str(self.file), str(self.folder), number)
+        return self._crew.start(number, f"filao.sandbox.{module}", post)
+
+    def _tell_all(self) -> None:
+        for lane in self.lanes.living():
+            self._tell(lane)
+
+    def _tell(self, lane: Lane) -> None:
+        """Give a consumer its orders; one that stands still gets them when it goes on."""
+        if lane.state != "paused":
+            setting = self.setting
+            rules = (setting.guarantee, setting.lease, setting.work * lane.slow, lane.fails, setting.failing)
+            self._crew.tell(lane.number, Duty(*rules, setting.documents, self._halt))
+
+    # --- what has come of it -----------------------------------------------------------------------------------------
+
+    async def look(self) -> View:
+        """Find out how things stand."""
+        now = time.monotonic()
+        self._listen()
+        self._check_processes(now)
+        try:
+            self.view = await self._see(now)
+            self._remember(now)
+        except (filao.FilaoError, sqlite3.Error) as error:
+            self.view = msgspec.structs.replace(self.view, error=str(error), is_full=self._is_full())
+        return self.view
+
+    def _remember(self, now: float) -> None:
+        """Add to what the charts show, now and then."""
+        stats = self.view.stats
+        if stats is None or (self.history and now - self.history[-1].at < REMEMBERED_EVERY):
+            return
+        depth = stats.ready + stats.blocked + stats.delayed + stats.leased
+        living = self.lanes.living()
+        busy = sum(lane.holds is not None for lane in living)
+        counts = (stats.sent, len(self.effects.payments), busy, len(living))
+        self.history.append(Sample(now, depth, stats.oldest_ready_age or 0.0, *counts))
+
+    async def _see(self, now: float) -> View:
+        found = {stats.name: stats for stats in await self._broker.stats()}
+        stats = found.get(CLAIMS)
+        if stats is None:
+            return View(None, None, is_full=self._is_full())
+        ready, delayed, blocked, leased, dead = [await self._peek(state, stats) for state in _SHOWN_STATES]
+        self.lanes.see(leased, now)
+        self.gave_up.update(message.id for message in dead)
+        self.lanes.bury((message.id for message in dead), now)
+        self._read_payments()
+        if now - self._audited_at >= AUDIT_EVERY:
+            self._audited_at = now
+            self.effects.audit(set(await self._ids(tuple(_SHOWN_STATES))))
+        documents = found.get(DOCUMENTS)
+        notes = await self._broker.peek(DOCUMENTS, limit=SHOWN) if documents is not None and documents.ready else ()
+        return View(stats, documents, ready, delayed, blocked, leased, dead, notes, is_full=self._is_full())
+
+    async def _peek(self, state: State, stats: QueueStats) -> Sequence[StoredMessage]:
+        return await self._broker.peek(CLAIMS, state=state, limit=SHOWN) if getattr(stats, state) else ()
+
+    def _read_payments(self) -> None:
+        rows = self._business.execute(
+            "SELECT id, message, claim, cents, paid_by, attempt FROM payment WHERE id > ? ORDER BY id",
+            (self._last_payment,),
+        ).fetchall()
+        if rows:
+            self._last_payment = rows[-1][0]
+            payments = [Payment(*row) for row in rows]
+            self.effects.paid(payments)
+            for payment in payments:
+                if not payment.paid_by.isdecimal():
+                    self.lanes.guest_paid(payment.message, payment.attempt, time.monotonic())
+
+    async def _ids(self, states: Iterable[State]) -> list[str]:
+        """Return the ids of all messages in some states."""
+        ids: list[str] = []
+        for state in states:
+            after: str | None = None
+            while page := await self._broker.peek(CLAIMS, state=state, limit=PEEK_MAX, after=after):
+                ids += [message.id for message in page]
+                after = page[-1].id
+                if len(page) < PEEK_MAX:
+                    break
+        return ids
+
+    def _listen(self) -> None:
+        news = [record for tail in self._tails.values() for record in tail.read()]
+        for record in sorted(news, key=lambda record: record.at):
+            match record.who:
+                case journal.PORTAL:
+                    self._of_portal(record)
+                case journal.PRINTER:
+                    self.printing = record.claim if record.what == "received" else 0
+                    if record.what == "handled" and record.claim not in self.letters:
+                        self.letters.append(record.claim)
+                case _:
+                    self.lanes.feed(record)
+
+    def _of_portal(self, record: Record) -> None:
+        if record.what == "sent":
+            self.effects.sent(record.message, record.claim, record.at)
+            self.answer_ms = float(record.note)
+            self.lanes.move(record)
+        elif record.what == "unsent":
+            self.refused += 1
+            heapq.heappush(self._free, record.claim)
+            self.lanes.tell(record.at, "unsent", claim=record.claim, why=record.note)
+
+    def _check_processes(self, now: float) -> None:
+        """Find those that ended and were not told to."""
+        for lane in self.lanes.living():
+            words = self._crew.ended(lane.number)
+            if words is not None:
+                self.lanes.left(lane.number, now, "crashed", words)
+        for lane in self.lanes.guests():
+            if not _is_there(lane.pid):
+                self.lanes.left(lane.number, now, "gone")
+        for number, module in ((PORTAL, "portal"), (PRINTER, "printer")):
+            if number in self._tails and self._crew.ended(number) is not None:
+                self.lanes.tell(now, f"{module}_died")
+                tail = self._tails[number]
+                pid = self._start(number, module)
+                self._tails[number] = tail
+                self.portal_pid = pid if number == PORTAL else self.portal_pid
+
+    def _is_full(self) -> bool:
+        return shutil.disk_usage(self.folder).free < ROOM_LEAST
+
+
+_SHOWN_STATES = (State.READY, State.DELAYED, State.BLOCKED, State.LEASED, State.DEAD)
+
+
+def number_of(message: StoredMessage) -> int:
+    """Return the number of the claim in a message."""
+    return number_in(message.body, "claim_id")
+
+
+def _is_there(pid: int) -> bool:
+    """Return whether a process of this machine lives; whose name tells none is believed to."""
+    try:
+        os.kill(pid, 0) if pid else None
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,53 @@
+"""The row of a message as it lies on the disk: read by a connection of its own, past the queue, to be shown to the
+learner.
+"""
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+SHOWN = (
+    "id",
+    "state",
+    "attempts",
+    "token",
+    "at",
+    "grp",
+    "reason",
+    "content",
+)  # columns, in the order in which they are shown
+STATES = {2: "ready", 3: "delayed", 4: "leased", 5: "blocked", 6: "dead"}
+CONTENT_MAX = 120  # characters
+WAIT = 0.2  # seconds for a lock that another holds
+
+
+class Rows:
+    """The rows of one queue file."""
+
+    def __init__(self, file: Path | str) -> None:
+        self._connection = sqlite3.connect(f"{Path(file).absolute().as_uri()}?mode=ro", uri=True, timeout=WAIT)
+        self._connection.row_factory = sqlite3.Row
+
+    def row(self, message: str) -> str:
+        """Return a message's row as JSON; empty when it is not there, or cannot be read now."""
+        number = message.rpartition("-")[2]
+        if not number.isdecimal() or len(number) > 15:
+            return ""
+        try:
+            found = self._connection.execute("SELECT * FROM filao_message WHERE id = ?", (int(number),)).fetchone()
+        except sqlite3.Error:
+            return ""
+        return "" if found is None else msgspec.json.encode(_shown(dict(found))).decode()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    content = row.get("content", b"")
+    text = content.decode(errors="replace") if isinstance(content, bytes) else str(content)
+    row |= {"state": STATES.get(row.get("state", 0), row.get("state")), "content": text[:CONTENT_MAX]}
+    return {column: str(row[column]) for column in SHOWN if row.get(column) is not None}

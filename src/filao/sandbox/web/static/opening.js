@@ -1,0 +1,30 @@
+// The opening: what this is, in one sentence and in the chapter's own diagram, which is alive.
+
+import { h } from "./dom.js";
+import { say } from "./say.js";
+
+const CLAIMS = 9;
+
+export function opening(start) {
+  return h("main", { class: "opening", id: "stage" },
+    h("h1", {}, say("opening_title")),
+    h("p", { class: "objective" }, say("objective")),
+    diagram(),
+    h("ol", { class: "stages big", "aria-label": say("six_stages") }, [0, 1, 2, 3, 4, 5].map((one) => h("li", { class: "past" }, h("span", {}, say(`stage_${one}`)), h("small", {}, say(`stage_${one}_does`))))),
+    h("div", { class: "begin" }, h("button", { class: "act start", onclick: start }, say("start")), h("p", { class: "soft" }, say("opening_real"))));
+}
+
+function diagram() {
+  const box = (x, y, w, tall, kind, title, about) => h("g", {}, h("rect", { x, y, width: w, height: tall, rx: 14, class: kind }),
+    h("text", { x: x + w / 2, y: y + (about ? tall / 2 - 2 : tall / 2 + 7), class: "strong mid" }, title), about ? h("text", { x: x + w / 2, y: y + tall / 2 + 22, class: "soft mid" }, about) : null);
+  const path = (d, kind = "") => h("path", { d, class: `flow${kind}` });
+  return h("svg", { class: "stage diagram", viewBox: "0 0 1080 268", role: "img", "aria-label": say("diagram") },
+    path("M170,134 H244"), path("M652,134 C720,134 690,46 764,46"), path("M652,134 H764"), path("M652,134 C720,134 690,222 764,222"),
+    h("path", { class: "arrow", d: "M232,122 L246,134 L232,146" }), [46, 134, 222].map((y) => h("path", { class: "arrow", d: `M752,${y - 12} L766,${y} L752,${y + 12}` })),
+    box(0, 84, 170, 100, "box", say("producer"), say("portal")),
+    h("rect", { x: 250, y: 60, width: 402, height: 148, rx: 14, class: "box queue" }),
+    h("text", { x: 451, y: 46, class: "mono strong mid" }, "queue · claims.processing"), h("text", { x: 451, y: 196, class: "soft mid" }, say("fifo_long")),
+    Array.from({ length: 6 }, (_, at) => h("rect", { x: 268 + at * 62, y: 104, width: 54, height: 46, rx: 10, class: "slot" })),
+    [0, 1, 2].map((one) => h("g", {}, h("rect", { x: 770, y: 12 + one * 88, width: 310, height: 68, rx: 14, class: "box" }), h("text", { x: 788, y: 54 + one * 88, class: "strong" }, say("consumer_n", { n: one + 1 })))),
+    Array.from({ length: CLAIMS }, (_, at) => h("g", { key: at, class: `travels to-${at % 3}`, style: `animation-delay:${-at * 1.6}s` }, h("rect", { width: 54, height: 46, rx: 10 }), h("text", { x: 27, y: 31, class: "mid" }, String(at + 1)))));
+}

@@ -1,0 +1,42 @@
+// What the page says, in its language: texts by key, filled with values, numbers written as the language writes them.
+
+const told = JSON.parse(document.getElementById("told").textContent);
+
+export const { language, words, lesson, steps, programs, glossary, python, may_run_code: mayRunCode } = told;
+
+export function number(value, digits) {
+  const options = digits === undefined ? { maximumFractionDigits: 2 } : { minimumFractionDigits: digits, maximumFractionDigits: digits };
+  return Number(value).toLocaleString(words.locale, options);
+}
+
+export const seconds = (value, digits = 1) => `${number(value, digits)}\u00a0s`;
+export const euros = (cents) => (cents / 100).toLocaleString(words.locale, { style: "currency", currency: "EUR", maximumFractionDigits: 0 });
+
+const RAW = ["pid", "other", "line"]; // numbers that are names
+
+// `{name}` is a value, `{name|one|many}` a word that goes with it.
+export function fill(text, values = {}) {
+  return text.replace(/{([\w-]+)(?:\|([^|}]*)\|([^}]*))?}/g, (whole, name, one, many) => {
+    if (!(name in values)) return "…";
+    const value = values[name];
+    if (one !== undefined) return isOne(Number(value)) ? one : many;
+    return !RAW.includes(name) && /^-?\d+(\.\d+)?$/.test(String(value)) ? written(String(value)) : String(value);
+  });
+}
+
+const isOne = (value) => (language === "fr" ? Math.abs(value) < 2 : value === 1);
+
+function written(value) {
+  const digits = value.includes(".") ? value.split(".")[1].length : 0;
+  return number(value, digits);
+}
+
+export const say = (key, values) => fill(words[key] ?? key, values);
+
+// A text of the lesson, with `code` in its place.
+export function rich(text, values, h) {
+  return fill(text, values).split("`").map((part, place) => (place % 2 ? h("code", {}, part) : part));
+}
+
+// An error that our own consumers or the learner's storage gave, in the words of the page.
+export const fault = (text) => words[`fault_${text}`] ?? text;

@@ -1,0 +1,97 @@
+// Who held which claim, from when to when: a lane for each consumer, a bar with its number for each attempt, scaled to the step.
+
+import { h } from "./dom.js";
+import { number, say, seconds } from "./say.js";
+
+const LABEL = 152;
+const BAR_LEAST = 36; // pixels, so that every bar carries its number
+const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, because the lane's next bar begins after them
+const GLYPHS = {
+  acked: "M-5,0 L-1,4 L6,-5",
+  settled: "M-5,0 L-1,4 L6,-5",
+  nacked: "M6,4 V2 a4,4 0 0 0 -4,-4 H-4 M-1,-6 L-5,-2 L-1,2",
+  released: "M6,4 V2 a4,4 0 0 0 -4,-4 H-4 M-1,-6 L-5,-2 L-1,2",
+  killed: "M-5,-5 L5,5 M5,-5 L-5,5",
+  failed: "M-5,-5 L5,5 M5,-5 L-5,5",
+  dead: "M0,-7 V7 M-5,-2 H5",
+  refused: "M-4,4 L4,-4 M-6,0 a6,6 0 1 0 12,0 a6,6 0 1 0 -12,0",
+};
+export const PAID = "M0,-6 L6,0 L0,6 L-6,0 Z";
+
+export function timeline(told, width, height, options) {
+  const lanes = told.lanes.filter((lane) => lane.bars.length || !["gone", "killed", "crashed"].includes(lane.state)).slice(-7);
+  const now = Math.max(told.now, 0.1);
+  const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
+  const lengths = bars.map((bar) => Math.max(SHORTEST, (bar.to ?? now) - bar.from));
+  const wanted = lengths.length ? BAR_LEAST / Math.min(...lengths) : 0;
+  const room = width - LABEL - 16;
+  const scale = Math.max(room / Math.max(8, now * 1.04), Math.min(wanted, 144));
+  const end = Math.max(now * 1.04, room / scale);
+  const full = Math.max(width, LABEL + 16 + end * scale);
+  const x = (at) => LABEL + at * scale;
+  const tall = Math.max(30, Math.min(46, (height - 26) / Math.max(1, lanes.length)));
+  const y = new Map(lanes.map((lane, at) => [lane.number, 6 + at * tall]));
+  const bottom = 6 + lanes.length * tall;
+  return h("div", { class: "timeline", tabindex: 0, role: "group", "aria-label": say("timeline"), onscroll: options.onscroll },
+    h("svg", { width: full, height: bottom + 24, viewBox: `0 0 ${full} ${bottom + 24}` },
+      ticks(end, scale).map((at) => h("g", { key: `t${at}`, class: "tick" },
+        h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: "mid" }, `${number(at)} s`))),
+      h("line", { key: "now", class: "now", x1: x(now), x2: x(now), y1: 0, y2: bottom }),
+      joins(bars).map(([one, next]) => join(one, next, x, y, tall, options)),
+      lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.map((bar) => drawn(bar, x, now, y.get(lane.number), tall, options)))),
+      h("g", { key: "labels", class: "labels" }, lanes.map((lane) => h("g", {},
+        h("rect", { x: options.scrolled, y: y.get(lane.number), width: LABEL - 6, height: tall }),
+        h("text", { x: options.scrolled + 2, y: y.get(lane.number) + tall / 2 + 5 }, lane.guest ? say("guest") : say("consumer_n", { n: lane.number })))))));
+}
+
+function ticks(end, scale) {
+  const step = [1, 2, 5, 10, 20, 30, 60, 120, 300].find((each) => each * scale >= 90) ?? 600;
+  return Array.from({ length: Math.floor(end / step) + 1 }, (_, at) => at * step);
+}
+
+function drawn(bar, x, now, y, tall, options) {
+  const from = x(bar.from);
+  const to = Math.max(x(bar.to ?? now), from + 6);
+  const w = to - from;
+  const how = bar.how || "running";
+  const middle = y + tall / 2;
+  const glyph = GLYPHS[bar.how];
+  const digits = String(bar.claim).length * 10;
+  const paidAt = bar.paid === null ? null : Math.min(x(bar.paid), to - (glyph ? 24 : 8));
+  return h("g", {
+    key: `${bar.id}-${bar.attempt}`, class: `bar ${how}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
+    onclick: () => options.follow(bar.claim), "data-claim": bar.claim, "data-how": how,
+  },
+  h("title", {}, about(bar)),
+  h("rect", { x: from, y: y + 2, width: w, height: tall - 5, rx: 7 }),
+  bar.extended.filter((at) => x(at) < to).map((at) => h("line", { class: "extended", x1: x(at), x2: x(at), y1: y + tall - 10, y2: y + tall - 4 })),
+  h("text", { x: from + 8, y: middle + 5 }, String(bar.claim || "?")),
+  paidAt !== null && paidAt > from + digits + 12 ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
+  glyph && w > digits + 22 ? h("path", { class: "glyph", d: glyph, transform: `translate(${to - 12} ${middle - 1})` }) : null,
+  bar.lease_end !== null ? h("g", { class: "lease-end" },
+    h("line", { x1: x(bar.lease_end), x2: x(bar.lease_end), y1: y - 1, y2: y + tall }),
+    h("text", { x: x(bar.lease_end) + 4, y: middle + 5 }, say("lease_end"))) : null);
+}
+
+function about(bar) {
+  const until = bar.to === null ? say("still") : seconds(bar.to);
+  const how = bar.together ? say("how_together") : say(`how_${bar.how || "running"}`);
+  return say("bar", { claim: bar.claim, attempt: bar.attempt, from: seconds(bar.from), to: until, how });
+}
+
+function joins(bars) {
+  const byClaim = new Map();
+  for (const bar of bars) byClaim.set(bar.id, [...(byClaim.get(bar.id) ?? []), bar]);
+  return [...byClaim.values()].flatMap((all) => {
+    const sorted = all.sort((a, b) => a.attempt - b.attempt);
+    return sorted.slice(1).map((next, at) => [sorted[at], next]);
+  });
+}
+
+function join(one, next, x, y, tall, options) {
+  const left = { x: x(Math.min(one.to ?? next.from, next.from)), y: y.get(one.lane) + tall / 2 };
+  const right = { x: x(next.from), y: y.get(next.lane) + tall / 2 };
+  const bend = Math.max(18, (right.x - left.x) / 2);
+  return h("g", { key: `j${next.id}-${next.attempt}`, class: `join${options.claim === one.claim ? " hero" : ""}` },
+    h("path", { d: `M${left.x},${left.y} C${left.x + bend},${left.y} ${right.x - bend},${right.y} ${right.x},${right.y}` }));
+}

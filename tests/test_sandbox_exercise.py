@@ -1,0 +1,169 @@
+"""Step 11: what is said of a learner's code, good, bad, endless or ending itself; and that nothing of it is left."""
+
+import os
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from filao.sandbox import exercise
+from filao.sandbox.exercise import CHECKS, Exercise
+from filao.sandbox.words import program
+from tests.learner import until_soon
+
+pytestmark = pytest.mark.anyio
+
+SKELETON = program("my_consumer")
+TRANSACTION = """\
+        try:
+            await evaluate_claim(message)
+            async with message.transaction() as tx:
+                await pay(tx, message)
+        except Exception as error:
+            await message.nack(reason=error)
+"""
+ACK = """\
+        try:
+            await evaluate_claim(message)
+            async with broker.transaction() as tx:
+                await pay(tx, message)
+            await message.ack()
+        except Exception as error:
+            await message.nack(reason=error)
+"""
+UNCAUGHT = """\
+        await evaluate_claim(message)
+        async with message.transaction() as tx:
+            await pay(tx, message)
+"""
+IDEMPOTENT = ACK.replace(
+    "await pay(tx, message)",
+    'paid = await tx.execute("SELECT 1 FROM payment WHERE claim = ?", (message["claim_id"],))\n'
+    "                if not paid:\n                    await pay(tx, message)",
+)
+
+
+def code(body: str) -> str:
+    head, _, rest = SKELETON.partition("        # 1.")
+    return f"{head}{body}\n\n# What follows{rest.partition('# What follows')[2]}"
+
+
+@pytest.fixture
+async def checked(tmp_path) -> AsyncGenerator[Exercise]:
+    found = Exercise(tmp_path / "exercise")
+    yield found
+    await found.stop()
+    assert processes(tmp_path) == []
+    assert list((tmp_path / "exercise").glob("run-*")) == []
+
+
+def processes(folder: Path) -> list[int]:
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and str(folder) in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+async def results(found: Exercise, text: str) -> dict[str, tuple[str, str]]:
+    await found.start(text)
+    await until_soon(lambda: not found.is_running)
+    return {check: (found.results[check].state, found.results[check].key) for check in CHECKS}
+
+
+async def test_the_skeleton_is_red_everywhere_with_reasons(checked) -> None:
+    assert await results(checked, SKELETON) == {
+        "after_work": ("red", "too_early"),
+        "survives": ("red", "lost_by_kill"),
+        "nacks": ("red", "acked_failed"),
+        "nothing_lost": ("red", "lost_some"),
+        "once": ("red", "not_paid"),
+    }
+
+
+@pytest.mark.parametrize("body", [TRANSACTION, IDEMPOTENT], ids=["in one transaction", "idempotent"])
+async def test_good_code_is_green_everywhere(checked, body) -> None:
+    assert {state for state, _ in (await results(checked, code(body))).values()} == {"green"}
+
+
+async def test_code_that_is_not_idempotent_pays_twice(checked) -> None:
+    found = await results(checked, code(ACK))
+    assert found.pop("once") == ("red", "paid_twice")
+    assert {state for state, _ in found.values()} == {"green"}
+
+
+async def test_an_error_that_is_not_caught_is_told_with_its_line(checked) -> None:
+    found = await results(checked, code(UNCAUGHT))
+    assert found["nacks"] == ("red", "raised")
+    told = checked.results["nacks"].values
+    assert "policy 0 is not in the register" in str(told["error"])
+    assert "raise ValueError" in code(UNCAUGHT).splitlines()[int(told["line"]) - 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (SKELETON.replace("while True:", "while True"), "syntax"),
+        ("x = '\0'", "syntax"),
+        ("(" * 3000, "syntax"),
+        ("import sys; sys.exit(3)", "exited"),
+        ("print('hello')", "ended"),
+        ("raise KeyboardInterrupt", "raised"),
+        ("import os; os._exit(1)", "no_start"),
+    ],
+    ids=["syntax", "null", "nesting", "exit", "end", "interrupt", "hard exit"],
+)
+async def test_what_is_no_consumer_is_told_and_not_suffered(checked, text, key) -> None:
+    found = await results(checked, text)
+    assert found["after_work"] == ("red", key)
+
+
+async def test_an_endless_loop_is_told(checked, monkeypatch) -> None:
+    monkeypatch.setattr(exercise, "STUCK_AFTER", 8.0)
+    monkeypatch.setattr(exercise, "BUSY_AFTER", 1.0)
+    found = await results(checked, "while True:\n    pass\n")
+    assert found["after_work"] == ("red", "loops")
+    assert found["once"] == ("red", "not_run")
+
+
+async def test_code_that_waits_for_nothing_is_told(checked, monkeypatch) -> None:
+    monkeypatch.setattr(exercise, "STUCK_AFTER", 4.0)
+    found = await results(checked, "import time\nwhile True:\n    time.sleep(1)\n")
+    assert found["after_work"] == ("red", "stuck")
+
+
+async def test_what_is_stopped_says_so_and_leaves_no_process(checked, tmp_path) -> None:
+    await checked.start("while True:\n    pass\n")
+    await until_soon(lambda: processes(tmp_path))
+    await checked.cancel()
+    assert processes(tmp_path) == []
+    assert checked.results["after_work"].key == "stopped"
+
+
+async def test_what_the_processes_print_is_kept_within_bounds(checked) -> None:
+    await results(checked, "print('x' * 100_000)\nprint('the end')\n")
+    assert checked.output.endswith("the end\n")
+    assert len(checked.output) <= exercise.SHOWN_MAX
+
+
+async def test_a_process_of_the_learners_ends_with_the_sandbox(tmp_path) -> None:
+    import subprocess
+    import sys
+
+    starter = f"""
+import asyncio
+from pathlib import Path
+from filao.sandbox.exercise import Exercise
+async def main():
+    found = Exercise(Path({str(tmp_path)!r}) / "exercise")
+    await found.start("while True:\\n    pass\\n")
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", starter], env=os.environ) as parent:
+        await until_soon(lambda: [pid for pid in processes(tmp_path) if pid != parent.pid])
+        parent.kill()
+    await until_soon(lambda: processes(tmp_path) == [])

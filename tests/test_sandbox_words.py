@@ -1,0 +1,148 @@
+"""What the sandbox says: the same in both languages, in the chapter's words, and typeset as each language is."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import filao.sandbox.web.server
+from filao.sandbox.claims import TEXTS
+from filao.sandbox.exercise import CHECKS
+from filao.sandbox.steps import STEPS
+from filao.sandbox.words import fill, french, lesson, page_words, wanted, words
+
+STATIC = Path(filao.sandbox.web.server.__file__).parent / "static"
+
+
+def shape(value: Any) -> Any:
+    """Return what must be the same in both languages: the keys, the places for values, the number of options."""
+    if isinstance(value, dict):
+        return {key: shape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return len(value)
+    return sorted(set(re.findall(r"{([\w-]+)", value)) - {"n", "lost", "paid", "count", "attempt", "attempts"})
+
+
+def texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts(inner)
+    else:
+        yield value
+
+
+@pytest.mark.parametrize("read", [words, lesson], ids=["words", "lesson"])
+def test_both_languages_say_the_same(read) -> None:
+    assert shape(read("en")) == shape(read("fr"))
+
+
+def test_every_step_is_told_and_has_a_right_answer() -> None:
+    told = lesson("en")
+    assert list(told) == [step.key for step in STEPS]
+    for step in STEPS:
+        assert set(told[step.key]["acts"]) == set(step.acts)
+        assert set(told[step.key]["conditions"]) == set(step.conditions)
+        assert 0 <= step.answer < len(told[step.key]["options"])
+        assert told[step.key]["missed"]
+    source = (STATIC.parents[1] / "steps.py").read_text()
+    for key in {key for text in told.values() for key in text.get("hints", {})}:
+        assert f'"{key}"' in source
+    assert list(told["implement"]["conditions"]) == list(CHECKS)
+
+
+def test_whatever_can_go_wrong_has_words() -> None:
+    source = "".join(path.read_text() for path in (STATIC.parents[1]).rglob("*.py"))
+    said = words("en")
+    for key in re.findall(r'RoomError\("(\w+)"', source):
+        assert f"error_{key}" in said
+    for key in TEXTS:
+        assert f"error_csv_{key}" in said
+    for key in re.findall(r'RedError\("(\w+)"|Result\("\w+", "(\w+)"', source):
+        assert f"told_{''.join(key)}" in said
+    for key in re.findall(r'RegisterError\("(\w+)"', source):
+        assert f"fault_{key}" in said
+
+
+def test_all_that_the_page_asks_for_has_words_and_no_word_is_left_over() -> None:
+    source = "".join(path.read_text() for path in STATIC.glob("*.js"))
+    source += "".join(path.read_text() for path in STATIC.parents[1].glob("*.py"))
+    asked = set(re.findall(r'say\(\s*"([\w-]+)"', source)) - {"own"}
+    said = set(words("en"))
+    assert asked <= said
+    kinds: tuple[str, ...] = (
+        "error",
+        "event",
+        "fault",
+        "how",
+        "reason",
+        "rule",
+        "slide",
+        "load",
+        "stage",
+        "state",
+        "tab",
+        "told",
+    )
+    kinds += ("trial", "why", "check", "slow", "further")
+    begun = (*(f"{kind}_" for kind in kinds), "at-", "exactly-", "glossary")
+    by_name = set(re.findall(r'["\']([\w-]+)["\']|words\.(\w+)', source))
+    named = {name for pair in by_name for name in pair}
+    left = {key for key in said - asked - named if not key.startswith(begun) and not key.endswith("_n")}
+    assert left == set()
+
+
+def test_french_is_typeset() -> None:
+    for text in [*texts(dict(words("fr"))), *texts(dict(lesson("fr")))]:
+        plain = re.sub(r"`[^`]*`", "", text)
+        assert "'" not in plain, text
+        assert not re.search(r" [:;!?»]|« ", plain), text
+        assert not re.search(r"\d (s|ms|ko|%)\b", plain), text
+    assert french("l'agent : « oui » !") == "l\u2019agent\u00a0: «\u00a0oui\u00a0»\u202f!"
+
+
+def test_the_chapters_words_are_used() -> None:
+    told = " ".join([*texts(dict(words("fr"))), *texts(dict(lesson("fr")))]).lower()
+    glossary = " ".join(entry["meaning"].lower() for entry in words("fr")["glossary"])
+    for unwanted in ("sinistre", "agent", "rentré", "éditeur de lettres"):
+        assert len(re.findall(rf"\b{unwanted}s?\b", told)) == len(re.findall(rf"\b{unwanted}s?\b", glossary)), unwanted
+    for wanted_word in ("réclamation", "consommateur", "producteur", "queue", "acquitte"):
+        assert wanted_word in told
+
+
+@pytest.mark.parametrize(
+    ("language", "value", "text"),
+    [
+        ("fr", 0, "0 envoyée"),
+        ("fr", 1, "1 envoyée"),
+        ("fr", 2, "2 envoyées"),
+        ("en", 1, "1 letter"),
+        ("en", 0, "0 letters"),
+    ],
+)
+def test_words_agree_with_their_number(language, value, text) -> None:
+    template = "{n} {n|envoyée|envoyées}" if language == "fr" else "{n} {n|letter|letters}"
+    assert fill(language, template, {"n": value}) == text
+
+
+def test_numbers_are_written_as_their_language_does() -> None:
+    assert fill("fr", "{s}", {"s": "0.5"}) == "0,5"
+    assert fill("en", "{s} {unknown}", {"s": "0.5"}) == "0.5 …"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "language"), [("fr-CA,fr;q=0.9,en;q=0.8", "fr"), ("de,en;q=0.5", "en"), ("", "en"), ("*", "en")]
+)
+def test_a_browser_is_answered_in_a_language_that_it_asks_for(accepted, language) -> None:
+    assert wanted(accepted) == language
+
+
+def test_a_page_is_told_all_that_it_needs() -> None:
+    told = page_words("fr")
+    assert [step["key"] for step in told["steps"]] == [step.key for step in STEPS]
+    assert "my_consumer" in told["programs"]
+    assert all(len(entry) == 2 for entry in told["glossary"])
