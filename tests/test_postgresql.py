@@ -699,6 +699,35 @@ async def test_a_group_whose_message_is_being_claimed_lets_no_other_through(url,
         assert await other == []
 
 
+async def test_many_groups_fit_into_the_locks_of_a_server(url, broker) -> None:
+    """A default server has room for some 6,400 locks, for all its databases; this one has 200 connections, so for twice as many, and more where memory is left."""
+    groups = 60_000
+    with psycopg.connect(url, autocommit=True) as operator:
+        operator.execute(
+            """
+            INSERT INTO filao.message (id, queue, state, kind, priority, at, sent_at, grp, content)
+            SELECT nextval('filao.number'), q.id, 'ready', 0, 0, 0, 0, 'g' || n, '7' FROM filao.queue q, generate_series(1, %s) n
+            WHERE q.name = 'claims'
+            """,
+            (groups,),
+        )
+        operator.execute(
+            "INSERT INTO filao.counter SELECT id, 0, 0, n.name, %s FROM filao.queue, unnest(ARRAY['ready', 'sent']) AS n (name) "
+            "WHERE filao.queue.name = 'claims'",
+            (groups,),
+        )
+    await broker.declare(filao.Queue("claims", group_failure="skip"))
+    assert (await broker.stats("claims")).ready == groups
+
+
+async def test_a_changed_rule_applies_to_every_group_when_it_has_been_declared(url, broker) -> None:
+    for number in range(1_200):  # more than fit into one slice
+        await broker.send_to_queue("claims", number, group=f"g{number % 600}", delay=600 * (number < 600))
+    assert (await broker.stats("claims")).ready == 0
+    await broker.declare(filao.Queue("claims", group_failure="skip"))
+    assert (await broker.stats("claims")).ready == 600
+
+
 async def test_what_backends_counted_that_are_gone_still_counts(url, broker) -> None:
     async with filao.connect(url) as other:
         await other.send_many("claims", range(3))

@@ -348,6 +348,8 @@ class PostgresqlEngine:
         number = await self._value(
             "SELECT filao.declare(%s, %s::jsonb, %s)", queue.name, rules_to_json(queue), self._moment()
         )
+        while await self._value("SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", number, self._moment()):
+            pass  # in transactions of a bounded size; whatever others hold is arranged by whoever receives next
         self._numbers[queue.name], self._rules[queue.name] = number, queue
 
     async def queues(self) -> list[Queue]:

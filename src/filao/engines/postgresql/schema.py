@@ -41,7 +41,7 @@ STEPS: dict[int, str] = {
         CREATE INDEX waiting_since ON filao.waiting (queue, since);
         CREATE SEQUENCE filao.place CACHE 1;
     """,
-    4: "SELECT",  # of the functions alone
+    4: "SELECT",  # of the functions alone, as is 5
     5: "SELECT",
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""

@@ -72,8 +72,10 @@ $$;
 
 -- --- groups ------------------------------------------------------------------------------------------------------------
 
+-- The key of the lock of a group. Groups share 2,048 locks, because a server has room for some 6,400, for all its databases:
+-- that groups wait for one another for a moment is better than that nobody gets a lock.
 CREATE OR REPLACE FUNCTION filao.group_key(q integer, g text) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
-  SELECT hashtextextended(g, q)
+  SELECT 1181314145000000 + (hashtextextended(g, q) & 2047)
 $$;
 
 -- Take the locks of groups, in one order for all.
@@ -87,79 +89,102 @@ BEGIN
 END
 $$;
 
+-- The first message of a group in a state. It is written so that only one index can serve, whatever the tables hold.
 CREATE OR REPLACE FUNCTION filao.first_of(q integer, g text, s filao.state) RETURNS bigint LANGUAGE plpgsql AS $$
 BEGIN
-  RETURN (SELECT id FROM filao.message WHERE queue = q AND grp = g AND state = s ORDER BY grp, state, id LIMIT 1);
+  RETURN (
+    SELECT id FROM filao.message
+    WHERE queue = q AND (grp, state) >= (g, s) AND (grp, state) <= (g, s) AND grp IS NOT NULL
+    ORDER BY grp, state, id LIMIT 1
+  );
 END
 $$;
 
-CREATE OR REPLACE FUNCTION filao.set_state(q integer, number bigint, was filao.state, becomes filao.state) RETURNS void
+-- Move a message from one state to another; false when it is in neither.
+CREATE OR REPLACE FUNCTION filao.set_state(number bigint, was filao.state, becomes filao.state) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
   UPDATE filao.message SET state = becomes, moved_in = pg_current_xact_id() WHERE id = number AND state = was;
-  IF FOUND THEN
-    PERFORM filao.count_move(q, was, becomes);
-  END IF;
+  RETURN FOUND;
 END
 $$;
 
--- Let the first message of a group through and hold back the others; nobody moves while one is leased.
+-- Let the first message of each of some groups through and hold back the others; nobody moves while one is leased.
+CREATE OR REPLACE FUNCTION filao.arrange_all(q integer, groups text[], now bigint, later boolean) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+  g         text;
+  skips     boolean;
+  halts     boolean;
+  leased    bigint;
+  ready     bigint;
+  delayed   bigint;
+  blocked   bigint;
+  head      bigint;
+  due       boolean;
+  more      bigint[] := '{0,0,0}';  -- ready, delayed and blocked messages, than there were
+BEGIN
+  IF later THEN
+    INSERT INTO filao.unarranged (queue, grp) SELECT DISTINCT q, given.g FROM unnest(groups) AS given (g);
+    RETURN;
+  END IF;
+  SELECT skips_failed, halts_dead INTO STRICT skips, halts FROM filao.queue WHERE id = q;
+  FOREACH g IN ARRAY groups LOOP
+    PERFORM pg_advisory_xact_lock(filao.group_key(q, g));
+    LOOP
+      leased := filao.first_of(q, g, 'leased');
+      EXIT WHEN leased IS NOT NULL;
+      ready := filao.first_of(q, g, 'ready');
+      delayed := CASE WHEN NOT skips THEN filao.first_of(q, g, 'delayed') END;  -- else it is overtaken, not waited for
+      blocked := filao.first_of(q, g, 'blocked');
+      head := least(ready, delayed, blocked);
+      IF halts AND EXISTS (SELECT FROM filao.halted h WHERE h.queue = q AND h.grp = g) THEN
+        head := NULL;
+      END IF;
+      IF ready IS DISTINCT FROM head AND filao.set_state(ready, 'ready', 'blocked') THEN
+        more := ARRAY[more[1] - 1, more[2], more[3] + 1];
+      END IF;
+      IF delayed <> head AND filao.set_state(delayed, 'delayed', 'blocked') THEN
+        more := ARRAY[more[1], more[2] - 1, more[3] + 1];
+      END IF;
+      EXIT WHEN head IS NULL OR head IS DISTINCT FROM blocked;
+      SELECT at <= now INTO due FROM filao.message WHERE id = head;
+      IF filao.set_state(head, 'blocked', CASE WHEN due THEN 'ready' ELSE 'delayed' END::filao.state) THEN
+        more := ARRAY[more[1] + due::integer, more[2] + (NOT due)::integer, more[3] - 1];
+      END IF;
+      EXIT WHEN due OR NOT skips;
+    END LOOP;
+  END LOOP;
+  PERFORM filao.count(q, ARRAY['ready', 'delayed', 'blocked'], more);
+END
+$$;
+
+-- Let the first message of a group through, if there is a group.
 CREATE OR REPLACE FUNCTION filao.arrange(q integer, g text, now bigint, later boolean) RETURNS void LANGUAGE plpgsql AS $$
-DECLARE
-  rules   filao.queue;
-  ready   bigint;
-  delayed bigint;
-  blocked bigint;
-  head    bigint;
-  due     boolean;
 BEGIN
-  IF g IS NULL THEN
-    RETURN;
-  ELSIF later THEN
-    INSERT INTO filao.unarranged (queue, grp) VALUES (q, g);
-    RETURN;
+  IF g IS NOT NULL THEN
+    PERFORM filao.arrange_all(q, ARRAY[g], now, later);
   END IF;
-  PERFORM pg_advisory_xact_lock(filao.group_key(q, g));
-  SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
-  LOOP
-    EXIT WHEN filao.first_of(q, g, 'leased') IS NOT NULL;
-    ready := filao.first_of(q, g, 'ready');
-    blocked := filao.first_of(q, g, 'blocked');
-    delayed := NULL;
-    IF NOT rules.skips_failed THEN  -- else a failed or delayed message is overtaken, not waited for
-      delayed := filao.first_of(q, g, 'delayed');
-    END IF;
-    head := least(ready, delayed, blocked);
-    IF rules.halts_dead AND EXISTS (SELECT FROM filao.halted h WHERE h.queue = q AND h.grp = g) THEN
-      head := NULL;
-    END IF;
-    IF ready IS DISTINCT FROM head THEN
-      PERFORM filao.set_state(q, ready, 'ready', 'blocked');
-    END IF;
-    IF delayed <> head THEN
-      PERFORM filao.set_state(q, delayed, 'delayed', 'blocked');
-    END IF;
-    EXIT WHEN head IS NULL OR head IS DISTINCT FROM blocked;
-    SELECT at <= now INTO due FROM filao.message WHERE id = head;
-    PERFORM filao.set_state(q, head, 'blocked', CASE WHEN due THEN 'ready' ELSE 'delayed' END::filao.state);
-    EXIT WHEN due OR NOT rules.skips_failed;
-  END LOOP;
 END
 $$;
 
--- See to the groups in which a user's transaction changed something, as far as nobody else has their locks.
-CREATE OR REPLACE FUNCTION filao.arrange_noted(q integer, now bigint) RETURNS void LANGUAGE plpgsql AS $$
+-- See to groups that were noted down, as far as nobody else has their locks; return how many notes are done with.
+CREATE OR REPLACE FUNCTION filao.arrange_noted(q integer, now bigint) RETURNS integer
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  g text;
+  most   CONSTANT integer := 500;  -- notes in one transaction
+  notes  tid[];
+  groups text[];
 BEGIN
-  FOR g IN
-    SELECT DISTINCT grp FROM filao.unarranged WHERE queue = q LIMIT 1000
-  LOOP
-    IF pg_try_advisory_xact_lock(filao.group_key(q, g)) THEN
-      DELETE FROM filao.unarranged WHERE queue = q AND grp = g;
-      PERFORM filao.arrange(q, g, now, false);
-    END IF;
-  END LOOP;
+  SELECT array_agg(n.note), array_agg(DISTINCT n.grp) INTO notes, groups
+  FROM (SELECT ctid AS note, grp FROM filao.unarranged WHERE queue = q LIMIT most FOR UPDATE SKIP LOCKED) AS n
+  WHERE pg_try_advisory_xact_lock(filao.group_key(q, n.grp));
+  IF notes IS NULL THEN
+    RETURN 0;
+  END IF;
+  DELETE FROM filao.unarranged WHERE ctid = ANY (notes);
+  PERFORM filao.arrange_all(q, groups, now, false);
+  RETURN cardinality(notes);
 END
 $$;
 

@@ -167,13 +167,13 @@ BEGIN
 END
 $$;
 
--- Create a queue or give it these rules; returns its number.
+-- Create a queue or give it these rules; returns its number. Groups to which other rules apply now are noted down: there may
+-- be more than one transaction can have locks for.
 CREATE OR REPLACE FUNCTION filao.declare(wanted text, new_rules jsonb, moment bigint) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   was     filao.queue;
   becomes filao.queue;
-  g       text;
 BEGIN
   SELECT * INTO was FROM filao.queue WHERE name = wanted;
   IF FOUND AND was.rules = new_rules THEN
@@ -186,9 +186,8 @@ BEGIN
     IF NOT becomes.halts_dead THEN
       DELETE FROM filao.halted WHERE queue = becomes.id;
     END IF;
-    FOR g IN SELECT DISTINCT grp FROM filao.message WHERE queue = becomes.id AND grp IS NOT NULL LOOP
-      PERFORM filao.arrange(becomes.id, g, coalesce(moment, filao.clock()), false);
-    END LOOP;
+    INSERT INTO filao.unarranged (queue, grp)
+    SELECT DISTINCT queue, grp FROM filao.message WHERE queue = becomes.id AND grp IS NOT NULL;
   END IF;
   RETURN becomes.id;
 END

@@ -98,7 +98,6 @@ CREATE OR REPLACE FUNCTION filao.store(
 #variable_conflict use_column
 DECLARE
   states bigint[];
-  g      text;
 BEGIN
   WITH stored AS (
     INSERT INTO filao.message (id, queue, state, kind, priority, at, sent_at, expires_at, grp, dedup_key, message_id,
@@ -120,11 +119,9 @@ BEGIN
   RETURN QUERY
     SELECT n FROM generate_series(1, cardinality(contents)) AS n WHERE ops[n] = ANY (chosen) AND n <> ALL (twice);
   IF groups IS NOT NULL THEN
-    FOR g IN
+    PERFORM filao.arrange_all(rules.id, ARRAY(
       SELECT DISTINCT given.g FROM unnest(groups, ops) AS given (g, op) WHERE given.g IS NOT NULL AND given.op = ANY (chosen)
-    LOOP
-      PERFORM filao.arrange(rules.id, g, now, later);
-    END LOOP;
+    ), now, later);
   END IF;
 END
 $$;

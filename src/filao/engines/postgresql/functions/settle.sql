@@ -20,6 +20,7 @@ DECLARE
   rules filao.queue;
   m     filao.message;
   acked bigint[];
+  groups text[];
   held  bigint := 0;
   late  bigint := 0;
   i     integer;
@@ -30,16 +31,21 @@ BEGIN
     FROM (SELECT * FROM unnest(ids, tokens, outcomes) AS given (id, token, outcome) ORDER BY id) AS asked, LATERAL (
       SELECT t.id FROM filao.message t
       WHERE t.id = asked.id AND t.token = asked.token AND t.state IS NOT DISTINCT FROM 'leased' AND t.at > now
-        AND t.grp IS NULL AND t.dedup_key IS NULL AND t.message_id IS NULL AND t.failures = 0
+        AND t.dedup_key IS NULL AND t.message_id IS NULL AND t.failures = 0
       FOR UPDATE
     ) AS held
     WHERE asked.outcome = 'ack'
   ), gone AS (
-    DELETE FROM filao.message t WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.id
+    DELETE FROM filao.message t WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.id, t.grp
   )
-  SELECT coalesce(array_agg(gone.id), '{}') INTO acked FROM gone;  -- most acks, in one statement
+  SELECT coalesce(array_agg(gone.id), '{}'), array_agg(DISTINCT gone.grp) FILTER (WHERE gone.grp IS NOT NULL)
+  INTO acked, groups
+  FROM gone;  -- most acks, in one statement
   held := cardinality(acked);
   PERFORM filao.count(q, ARRAY['leased', 'acked'], ARRAY[-held, held]) WHERE held > 0;
+  IF groups IS NOT NULL THEN
+    PERFORM filao.arrange_all(q, groups, now, later);
+  END IF;
   IF held = cardinality(ids) THEN
     RETURN;
   END IF;
