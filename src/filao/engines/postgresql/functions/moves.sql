@@ -24,7 +24,7 @@ $$;
 CREATE OR REPLACE FUNCTION filao.count(q integer, names text[], amounts bigint[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
   INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
-  SELECT q, pg_backend_pid(), filao.clock() >> 13, given.name, given.amount
+  SELECT q, pg_backend_pid(), floor(extract(epoch FROM clock_timestamp()) / 8.192)::bigint, given.name, given.amount
   FROM unnest(names, amounts) AS given (name, amount)
   WHERE given.amount <> 0
   ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value;
