@@ -9,7 +9,9 @@ import asyncio
 import json
 import multiprocessing
 import os
+import signal
 import statistics
+import sys
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--consumers", type=int, nargs="+", default=[8, 200])
     parser.add_argument("--seconds", type=float, default=20.0)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server ends too
     print(json.dumps({count: measure(count, options.seconds) for count in options.consumers}, indent=1))
 
 

@@ -8,7 +8,9 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
+import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -187,6 +189,7 @@ def main() -> None:
     parser.add_argument("--rate", type=int, default=RATE, help="messages a second")
     parser.add_argument("--only", nargs="+", choices=list(PEERS), default=list(PEERS))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server ends too
     for name in PEERS.keys() - set(options.only):
         del PEERS[name]
     print(json.dumps(measure(options.seconds, options.rate), indent=1))
