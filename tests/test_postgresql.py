@@ -221,6 +221,22 @@ async def test_a_transaction_that_lasts_holds_nobody_up(broker) -> None:
     assert [await until_found(broker), await until_found(broker)] == [2, 3]
 
 
+async def test_a_transaction_commits_in_peace_while_a_queue_is_deleted(broker) -> None:
+    await broker.declare(filao.Queue("claims"), filao.Queue("letters"))
+    may_delete = asyncio.Event()
+
+    async def delete() -> None:
+        await may_delete.wait()
+        await broker.delete_queue("letters")
+
+    deleting = asyncio.create_task(delete())
+    async with broker.transaction() as tx:
+        await tx.send_to_queue("claims", 7)
+        may_delete.set()
+        await deleting
+    assert (await broker.receive_from_queue("claims")).body == 7
+
+
 async def test_statements_are_written_as_on_sqlite_or_as_psycopg_wants(broker) -> None:
     async with broker.transaction() as tx:
         await tx.execute("CREATE TABLE t (a text, b integer)")

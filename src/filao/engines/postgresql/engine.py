@@ -301,10 +301,10 @@ class PostgresqlEngine:
             within = PostgresqlTransaction(connection, self.apply_within)
             yield within
             within.check_open()
-        fresh = {self._numbers[queue]: count for queue, count in verbs.fresh(within.done).items()}
-        if fresh:
+        if fresh := verbs.fresh(within.done):
             with suppress(FilaoError):  # it is committed; whoever waits polls as well
-                await self._value(verbs.CALL, list(fresh), list(fresh.values()))
+                known = [self._numbers.get(queue) or await self._number(queue) for queue in fresh]  # a delete forgets
+                await self._value(verbs.CALL, known, list(fresh.values()))
 
     async def apply_within(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
         """Do operations in a transaction that is open on a connection."""
