@@ -1,0 +1,35 @@
+"""Django: the queue of the settings, sends that keep to `atomic()`, `manage.py filao_worker`, and system checks.
+
+    INSTALLED_APPS = [..., "filao.contrib.django"]
+    FILAO = {"QUEUES": ["shop.queues.documents"], "WORKER": "shop.queues:worker"}  # the queue lies in the default database
+
+    with transaction.atomic():
+        policy = Policy.objects.create(holder=holder)
+        broker().send_to_queue("documents", {"policy": policy.id})  # both or neither
+
+`FILAO` may hold: `URL`, of the queue, in place of the database's own; `DATABASE`, the alias of the database whose
+transactions count ("default"); `QUEUES`, dotted paths of `filao.Queue`s (or lists of them), which `manage.py migrate`
+declares; `WORKER`, "module:attribute" of what `manage.py filao_worker` runs; `DURABILITY`, as `filao.connect` has it.
+"""
+
+from typing import Any
+
+from filao.contrib.django.joining import Broker, broker
+from filao.worker import Worker
+
+__all__ = ["Broker", "broker", "worker"]
+
+
+def worker(**options: Any) -> Worker:
+    """Return a worker on the queue of the settings, which takes the options of `filao.Worker`.
+
+    Before and after each message it closes Django's connections that are too old or broken, as Django does around a
+    request: of the handler's thread, or for a coroutine function of the thread in which Django's async calls run.
+    """
+    from filao.contrib.django.configuration import queue_url
+    from filao.contrib.django.connections import around_coroutine, around_function
+
+    made = Worker(queue_url(), **options)
+    made.middleware(around_coroutine)
+    made.middleware(around_function)
+    return made

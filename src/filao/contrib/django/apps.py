@@ -1,0 +1,49 @@
+"""The Django application: it declares queues after a migration, opens the broker before requests, and checks the settings."""
+# pyright: basic, reportMissingTypeStubs=false
+# Django has no types of its own.
+
+from collections.abc import Iterator
+from typing import Any
+
+from django.apps import AppConfig
+from django.core.checks import Tags, register
+from django.core.signals import request_started
+from django.db.models.signals import post_migrate
+from django.utils.module_loading import import_string
+
+from filao.contrib.django.checks import check
+from filao.contrib.django.configuration import configured, database
+from filao.contrib.django.joining import broker
+from filao.queue import Queue
+
+
+class FilaoConfig(AppConfig):  # type: ignore[misc]  # Django has no types
+    """`filao.contrib.django`, in INSTALLED_APPS."""
+
+    name = "filao.contrib.django"
+    label = "filao"
+    verbose_name = "Filao"
+
+    def ready(self) -> None:
+        """Connect what happens by itself."""
+        register(check, Tags.database)
+        post_migrate.connect(_declare, sender=self)
+        request_started.connect(_open, dispatch_uid="filao")
+
+
+def _open(**_: Any) -> None:
+    """Open the broker before a view's transaction begins: the first opening may have to write."""
+    broker()
+
+
+def _declare(*, using: str, **_: Any) -> None:
+    queues = list(declared())
+    if queues and using == database():
+        broker().declare(*queues)
+
+
+def declared() -> Iterator[Queue[Any]]:
+    """Yield the queues that the settings name."""
+    for named in configured("QUEUES", ()):
+        found = import_string(named.replace(":", "."))
+        yield from (found if isinstance(found, (list, tuple)) else [found])

@@ -1,0 +1,51 @@
+"""What `manage.py check --database` says of the setting FILAO."""
+# pyright: basic, reportMissingTypeStubs=false
+# Django has no types of its own.
+
+from collections.abc import Iterator
+from typing import Any
+
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Warning  # noqa: A004  # Django's own name
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.utils.module_loading import import_string
+
+from filao.broker import connect
+from filao.contrib.django.configuration import KEYS, alias_at, configured, queue_url
+from filao.errors import FilaoError
+
+
+def check(app_configs: Any, databases: Any = None, **_: Any) -> list[CheckMessage]:
+    """Return what is wrong with the settings."""
+    return list(_problems())
+
+
+def _problems() -> Iterator[CheckMessage]:
+    given: object = getattr(settings, "FILAO", {})
+    if not isinstance(given, dict):
+        yield Error(f"FILAO is {type(given).__name__}; it must be a dict.", id="filao.E001")
+        return
+    for key in sorted(set(given) - set(KEYS)):
+        yield Error(f"FILAO has no {key!r}.", hint=f"It may hold {', '.join(KEYS)}.", id="filao.E001")
+    try:
+        connect(queue_url())  # opens nothing
+        alias = alias_at(queue_url())
+    except (ImproperlyConfigured, FilaoError, KeyError) as error:
+        yield Error(str(error), id="filao.E002")
+        return
+    for named in [*configured("QUEUES", ()), *filter(None, [configured("WORKER")])]:
+        try:
+            import_string(named.replace(":", "."))
+        except (ImportError, ImproperlyConfigured) as error:
+            yield Error(f"FILAO names {named!r}, which cannot be imported: {error}", id="filao.E003")
+    if alias is None or connections[alias].vendor != "sqlite":
+        return
+    mode = connections[alias].settings_dict["OPTIONS"].get("transaction_mode") or ""
+    if str(mode).upper() not in ("IMMEDIATE", "EXCLUSIVE"):
+        yield Warning(
+            f"The database {alias!r} holds Filao's queue too, and its transactions begin as reads: one that sends after it "
+            f"has read fails when another process has written meanwhile.",
+            hint='Set DATABASES[…]["OPTIONS"]["transaction_mode"] = "IMMEDIATE" (Django 5.1 and newer).',
+            id="filao.W001",
+        )

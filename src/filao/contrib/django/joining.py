@@ -1,0 +1,136 @@
+"""The broker of a Django project: one for each process and URL, whose sends keep to Django's transactions."""
+# pyright: basic, reportMissingTypeStubs=false
+# Django has no types of its own.
+
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+from django.db import connections
+from msgspec.structs import replace
+
+from filao import sync
+from filao.broker import connect
+from filao.contrib.django.configuration import alias_at, configured, database, queue_url
+from filao.draft import draft, drafts
+from filao.engine import Draft, Receipt
+from filao.errors import MessageTooLarge
+from filao.queue import Queue, T, name_of, not_found
+
+D = TypeVar("D")
+
+_brokers: "dict[str, Broker]" = {}
+_opening = threading.Lock()
+
+
+def broker() -> "Broker":
+    """Return the broker of the setting FILAO, open; one for each process. It closes itself when the process ends."""
+    url = queue_url()
+    with _opening:
+        found = _brokers.get(str(url))
+        if found is None:
+            found = _brokers[str(url)] = Broker(url)
+    found.open()
+    return found
+
+
+class Broker(sync.Broker):
+    """A `filao.sync.Broker` whose sends keep to Django's transactions.
+
+    Inside `atomic()` of the database in which the queue lies, a send is part of the transaction. Inside `atomic()` of
+    FILAO["DATABASE"], where that is another one, it is checked at once and sent when the transaction has committed
+    (`on_commit`); its receipt has the id that it will have, and should that send fail, its error comes from the end of
+    the block, whose own work is committed: what must not be lost then belongs into a `filao.Outbox`. Everywhere else it
+    is sent at once.
+
+    (Of our classes only this one inherits from another: what it does not say itself must be what its parent says.)
+    """
+
+    def __init__(self, url: Any) -> None:
+        super().__init__(connect(url, durability=configured("DURABILITY", "full")))
+        self._alias = alias_at(url)
+        self._rules: dict[str, Queue[Any]] = {}
+
+    def send_to_queue(
+        self,
+        queue: str | Queue[T],
+        body: T,
+        *,
+        headers: Mapping[str, str] | None = None,
+        delay: float = 0.0,
+        priority: int = 0,
+        group: str | None = None,
+        dedup_key: str | None = None,
+        ttl: float | None = None,
+        message_id: str | None = None,
+        within: object = None,
+    ) -> Receipt:
+        """See `filao.Broker.send_to_queue`, and the class."""
+        terms: dict[str, Any] = {
+            "headers": headers,
+            "delay": delay,
+            "priority": priority,
+            "group": group,
+            "dedup_key": dedup_key,
+            "ttl": ttl,
+        }
+        joined, is_ours = (within, True) if within is not None else self._transaction()
+        if joined is None or is_ours:
+            return super().send_to_queue(queue, body, message_id=message_id, within=joined, **terms)
+        chosen = _fresh_id() if message_id is None else message_id
+        sent = self._fit(queue, lambda rules: draft(rules, body, message_id=chosen, **terms))
+        self._send_on_commit(joined, name_of(queue), [sent])
+        return Receipt(chosen, duplicate=False)
+
+    def send_many(
+        self,
+        queue: str | Queue[T],
+        bodies: Iterable[T],
+        *,
+        headers: Mapping[str, str] | None = None,
+        delay: float = 0.0,
+        priority: int = 0,
+        group: str | None = None,
+        ttl: float | None = None,
+        within: object = None,
+    ) -> list[Receipt]:
+        """See `filao.Broker.send_many`, and the class."""
+        terms: dict[str, Any] = {"headers": headers, "delay": delay, "priority": priority, "group": group, "ttl": ttl}
+        joined, is_ours = (within, True) if within is not None else self._transaction()
+        if joined is None or is_ours:
+            return super().send_many(queue, bodies, within=joined, **terms)
+        all_bodies = list(bodies)
+        fit = self._fit(queue, lambda rules: drafts(rules, all_bodies, **terms))
+        sent = [replace(one, message_id=_fresh_id()) for one in fit]
+        self._send_on_commit(joined, name_of(queue), sent)
+        return [Receipt(str(one.message_id), duplicate=False) for one in sent]
+
+    def _transaction(self) -> tuple[Any, bool]:
+        """Return the connection whose transaction a send belongs to, if any, and whether it is the queue's own."""
+        if self._alias is not None and connections[self._alias].in_atomic_block:
+            return connections[self._alias], True
+        other = connections[database()]
+        return (other if other.in_atomic_block else None), False
+
+    def _fit(self, queue: str | Queue[Any], make: Callable[[Queue[Any]], D]) -> D:
+        """Return what `make` drafts by a queue's rules, asked for again when they may have grown."""
+        name = name_of(queue)
+        given = queue if isinstance(queue, Queue) else None
+        if name in self._rules:
+            try:
+                return make(given or self._rules[name])
+            except MessageTooLarge:
+                pass
+        self._rules = {declared.name: declared for declared in self.queues()}
+        if name not in self._rules:
+            raise not_found(name, self._rules)
+        return make(given or self._rules[name])
+
+    def _send_on_commit(self, connection: Any, name: str, messages: list[Draft]) -> None:
+        connection.on_commit(partial(self.call, self._broker.send_drafts, name, messages))
+
+
+def _fresh_id() -> str:
+    return f"django-{secrets.token_hex(16)}"

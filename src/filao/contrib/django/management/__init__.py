@@ -1,0 +1,1 @@
+"""What Filao adds to `manage.py`."""

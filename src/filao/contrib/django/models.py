@@ -1,0 +1,1 @@
+"""No models: Django announces the end of a migration only to applications that have this module."""

@@ -1,0 +1,342 @@
+"""`filao.contrib.django`, in a project of its own, in processes of its own: Django is configured once in each."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+import filao.sync
+
+PATIENCE = 60.0  # seconds, for a loaded machine
+SETTINGS = """
+from pathlib import Path
+from urllib.parse import urlsplit
+
+BASE_DIR = Path(__file__).parent
+SECRET_KEY = "tests"
+USE_TZ = True
+INSTALLED_APPS = ["filao.contrib.django", "shop"]
+DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
+DATABASES = {
+    "default": {
+        "ENGINE": "django.db.backends.sqlite3",
+        "NAME": BASE_DIR / "shop.sqlite3",
+        "OPTIONS": {"transaction_mode": "IMMEDIATE"},
+        "TEST": {"NAME": BASE_DIR / "test.sqlite3"},
+    }
+}
+FILAO = {"QUEUES": ["shop.queues.documents"], "WORKER": "shop.queues:worker"}
+"""
+MODELS = """
+from django.db import models
+
+class Policy(models.Model):
+    holder = models.CharField(max_length=50)
+"""
+QUEUES = """
+import filao
+import filao.sync
+from django.db import connection
+from filao.contrib.django import worker
+
+documents = filao.Queue("documents")
+worker = worker()
+
+@worker.consumer(documents)
+def print_policy(message: filao.sync.Message) -> None:
+    from shop.models import Policy
+    Policy.objects.filter(id=message["policy"]).update(holder="printed")
+    with open("printed", "a") as out:
+        out.write(f"{message['policy']}\\n")
+"""
+PRELUDE = """
+import os, sys
+os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+sys.path.insert(0, os.getcwd())
+import django
+django.setup()
+from django.core.management import call_command
+from django.db import connection, transaction
+from filao.contrib.django import broker
+from shop.models import Policy
+
+def waiting():
+    return broker().stats("documents").ready
+
+def subscribe():
+    policy = Policy.objects.create(holder="Ana")
+    return broker().send_to_queue("documents", {"policy": policy.id})
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, migrated: Path) -> Path:
+    shutil.copytree(migrated, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*-filao"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("project")
+    (tmp_path / "settings.py").write_text(SETTINGS)
+    (tmp_path / "shop" / "migrations").mkdir(parents=True)
+    (tmp_path / "shop" / "__init__.py").touch()
+    (tmp_path / "shop" / "migrations" / "__init__.py").touch()
+    (tmp_path / "shop" / "models.py").write_text(MODELS)
+    (tmp_path / "shop" / "queues.py").write_text(QUEUES)
+    (tmp_path / "manage.py").write_text(
+        "import os, sys\nos.environ.setdefault('DJANGO_SETTINGS_MODULE', 'settings')\n"
+        "from django.core.management import execute_from_command_line\nexecute_from_command_line(sys.argv)\n"
+    )
+    manage(tmp_path, "makemigrations", "shop")
+    manage(tmp_path, "migrate")
+    return tmp_path
+
+
+def manage(project: Path, *arguments: str) -> str:
+    return _run(project, [sys.executable, "manage.py", *arguments])
+
+
+def program(project: Path, code: str) -> str:
+    return _run(project, [sys.executable, "-c", PRELUDE + code])
+
+
+def elsewhere(project: Path, url: str = "queue.db") -> None:
+    """Let the queue lie in a database of its own."""
+    with (project / "settings.py").open("a") as settings:
+        settings.write(f'\nFILAO["URL"] = BASE_DIR / {url!r}\n')
+    manage(project, "migrate")
+
+
+def _run(project: Path, command: list[str]) -> str:
+    ended = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def test_a_send_inside_atomic_is_part_of_the_transaction_of_the_queues_own_database(project) -> None:
+    program(
+        project,
+        """
+class Undone(Exception): ...
+try:
+    with transaction.atomic():
+        subscribe()
+        raise Undone
+except Undone:
+    pass
+assert (Policy.objects.count(), waiting()) == (0, 0)
+with transaction.atomic():
+    receipt = subscribe()
+    assert waiting() == 0
+assert (Policy.objects.count(), waiting()) == (1, 1)
+assert broker().receive_from_queue("documents").id == receipt.id
+""",
+    )
+
+
+def test_a_send_outside_any_transaction_is_sent_at_once(project) -> None:
+    program(project, "subscribe()\nassert waiting() == 1\nassert len(broker().send_many('documents', [1, 2])) == 2\n")
+
+
+def test_where_the_queue_lies_elsewhere_a_send_waits_for_the_commit(project) -> None:
+    elsewhere(project)
+    program(
+        project,
+        """
+class Undone(Exception): ...
+try:
+    with transaction.atomic():
+        subscribe()
+        raise Undone
+except Undone:
+    pass
+assert (Policy.objects.count(), waiting()) == (0, 0)
+body = {"policy": 7}
+with transaction.atomic():
+    receipt = broker().send_to_queue("documents", body)
+    broker().send_many("documents", [1, 2])
+    body["policy"] = 8  # it was sent as it was
+    assert waiting() == 0
+assert waiting() == 3
+message = broker().receive_from_queue("documents")
+assert (message.id, message.body) == (receipt.id, {"policy": 7})
+""",
+    )
+
+
+def test_what_cannot_be_sent_after_the_commit_is_refused_before_it(project) -> None:
+    elsewhere(project)
+    program(
+        project,
+        """
+import filao
+for queue, body, error in [("document", 1, filao.QueueNotFound), ("documents", object(), filao.MessageNotEncodable),
+                           ("documents", "x" * 300_000, filao.MessageTooLarge)]:
+    try:
+        with transaction.atomic():
+            broker().send_to_queue(queue, body)
+    except error:
+        continue
+    raise AssertionError(queue)
+assert waiting() == 0
+""",
+    )
+
+
+def test_the_worker_of_the_settings_runs_in_several_processes(project) -> None:
+    with filao.sync.connect(project / "shop.sqlite3") as broker:
+        broker.send_many("documents", [{"policy": number} for number in range(5)])
+    command = [sys.executable, "manage.py", "filao_worker", "--processes", "2"]
+    working = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True)
+    try:
+        with filao.sync.connect(project / "shop.sqlite3") as broker:
+            broker.declare(filao.Queue("ended"))
+            for _ in range(int(PATIENCE * 10)):
+                stats = broker.stats("documents")
+                if stats.ready + stats.leased == 0:
+                    break
+                broker.receive_from_queue("ended", wait=0.1)  # nothing comes
+        working.send_signal(signal.SIGTERM)
+        _, said = working.communicate(timeout=PATIENCE)
+    finally:
+        working.kill()
+    assert working.returncode == 0, said
+    assert sorted((project / "printed").read_text().split()) == ["0", "1", "2", "3", "4"]
+
+
+def test_connections_are_closed_between_messages(project) -> None:
+    program(
+        project,
+        """
+import asyncio
+from django.db.backends.signals import connection_created
+from shop.queues import worker
+
+opened = []
+connection_created.connect(lambda **_: opened.append(1), weak=False)
+subscribe()
+subscribe()
+opened.clear()
+assert [handled.how for handled in asyncio.run(worker.drain())] == ["acked", "acked"]
+assert len(opened) == 2, opened
+assert Policy.objects.filter(holder="printed").count() == 2
+""",
+    )
+
+
+def test_the_checks_know_what_is_wrong(project) -> None:
+    assert "no issues" in manage(project, "check", "--database", "default")
+    settings = (project / "settings.py").read_text()
+    for line, told in [
+        ('DATABASES["default"]["OPTIONS"] = {}', "filao.W001"),
+        ('FILAO["URI"] = "queue.db"', "filao.E001"),
+        ('FILAO["URL"] = "https://queue"', "filao.E002"),
+        ('DATABASES["default"]["NAME"] = ":memory:"', "filao.E002"),
+        ('FILAO["QUEUES"] = ["shop.queues.claims"]', "filao.E003"),
+    ]:
+        (project / "settings.py").write_text(f"{settings}\n{line}\n")
+        command = [sys.executable, "manage.py", "check", "--database", "default"]
+        ended = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert told in ended.stderr, ended.stderr
+
+
+def test_djangos_tests_have_a_queue_of_their_own_and_undo_their_sends(project) -> None:
+    (project / "shop" / "tests.py").write_text(
+        """
+from django.test import TestCase
+from filao.contrib.django import broker
+
+class Sends(TestCase):
+    def test_first(self):
+        broker().send_to_queue("documents", 1)
+        self.assertEqual(broker().stats("documents").ready, 0)  # the test's transaction is open
+
+    def test_second(self):
+        self.assertEqual(broker().stats("documents").ready, 0)
+"""
+    )
+    assert "OK" in manage(project, "test", "shop")
+    with filao.sync.connect(project / "shop.sqlite3") as broker:
+        assert broker.stats("documents").ready == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_view_under_gunicorn_with_preload_and_threads_sends(project) -> None:
+    pytest.importorskip("gunicorn")
+    (project / "web.py").write_text(
+        PRELUDE
+        + """
+from django.core.wsgi import get_wsgi_application
+from django.http import HttpResponse
+from django.urls import path
+
+def subscribed(request):
+    with transaction.atomic():
+        subscribe()
+    return HttpResponse(b"done")
+
+urlpatterns = [path("", subscribed)]
+application = get_wsgi_application()
+broker()  # before the fork
+"""
+    )
+    with (project / "settings.py").open("a") as settings:
+        settings.write('\nROOT_URLCONF = "web"\nALLOWED_HOSTS = ["*"]\n')
+    serving = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "gunicorn", "web:application", "--preload", "--worker-class", "gthread"),
+            *("--workers", "2", "--threads", "2", "--bind", "unix:web.sock", "--no-control-socket"),
+        ],
+        cwd=project,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    import httpx
+
+    try:
+        transport = httpx.HTTPTransport(uds=str(project / "web.sock"), retries=0)
+        with httpx.Client(transport=transport, base_url="http://web", timeout=PATIENCE) as client:
+            for line in serving.stderr or ():
+                if "Booting worker" in line:
+                    break
+            for _ in range(4):
+                assert client.get("/").text == "done"
+    finally:
+        serving.terminate()
+        _, said = serving.communicate(timeout=PATIENCE)
+    assert serving.returncode == 0, said
+    with filao.sync.connect(project / "shop.sqlite3") as broker:
+        assert broker.stats("documents").ready == 4
+
+
+def test_on_postgresql_a_send_joins_the_transaction_too(project, postgres) -> None:
+    parts = urlsplit(postgres.create("django"))
+    with (project / "settings.py").open("a") as settings:
+        settings.write(
+            f'\nDATABASES["default"] = {{"ENGINE": "django.db.backends.postgresql", "NAME": "django", '
+            f'"USER": {parts.username!r}, "HOST": {parts.hostname!r}, "PORT": {str(parts.port)!r}}}\n'
+        )
+    manage(project, "migrate")
+    program(
+        project,
+        """
+class Undone(Exception): ...
+try:
+    with transaction.atomic():
+        subscribe()
+        raise Undone
+except Undone:
+    pass
+assert (Policy.objects.count(), waiting()) == (0, 0)
+with transaction.atomic():
+    receipt = subscribe()
+    assert waiting() == 0
+assert broker().receive_from_queue("documents").id == receipt.id
+""",
+    )
