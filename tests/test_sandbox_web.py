@@ -254,16 +254,16 @@ async def test_slow_motion_steps_through_what_happened_with_the_row_before_and_a
     await learner.has_done()
     await learner.tab("slow")
     await learner.page.wait_for_selector(".stages .now >> text=Send")
-    assert "no row" in await learner.page.inner_text(".row >> nth=1")
+    assert "no row" in await learner.page.inner_text(".row tbody tr >> nth=1")
     await learner.press(".slow-bar button >> nth=3")
     await learner.page.wait_for_selector(".stages .now >> text=Store")
-    assert "ready" in await learner.page.inner_text(".row >> nth=1")
+    assert "ready" in await learner.page.inner_text(".row tbody tr >> nth=1")
     await learner.press(".slow-bar button >> nth=4")  # to the end
     await learner.page.wait_for_selector(".stages .now >> text=Delete")
-    assert "no row" in await learner.page.inner_text(".row >> nth=1")
+    assert "no row" in await learner.page.inner_text(".row tbody tr >> nth=1")
     await learner.press(".slow-bar button >> nth=1")
     await learner.page.wait_for_selector(".stages .now >> text=Acknowledge")
-    assert "leased" in await learner.page.inner_text(".row >> nth=0")
+    assert "leased" in await learner.page.inner_text(".row tbody tr >> nth=0")
 
 
 async def test_a_click_on_a_claim_tells_its_story(learner) -> None:
@@ -272,9 +272,7 @@ async def test_a_click_on_a_claim_tells_its_story(learner) -> None:
     await learner.has_done()
     bar = learner.page.locator(".bar.killed").first
     claim = await bar.get_attribute("data-claim")
-    await learner.tab("story")
-    await learner.page.fill(".find input", str(claim))
-    await learner.press(".find button")
+    await bar.click()
     await learner.page.wait_for_selector(f".story >> text=Claim {claim}")
     told = await learner.page.inner_text(".attempts")
     assert "Attempt 1" in told

@@ -6,7 +6,7 @@ that is known of a consumer that the learner brought along. Times are the machin
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -112,7 +112,8 @@ class Lane:
 class Lanes:
     """All consumers that there were."""
 
-    def __init__(self) -> None:
+    def __init__(self, row_of: Callable[[str], str] = lambda _: "") -> None:
+        self._row_of = row_of  # a message's row on the disk, for what no process of ours could read
         self.by_number: dict[int, Lane] = {}
         self.events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self.moves: deque[Move] = deque(maxlen=MOVES_MAX)
@@ -214,7 +215,7 @@ class Lanes:
             lease.how = "dead"
             self.tell(now, "dead", claim=lease.claim, attempt=lease.attempt)
             self.moved += 1
-            about = (lease.claim, lease.lane, lease.attempt, "", message)
+            about = (lease.claim, lease.lane, lease.attempt, self._row_of(message), message)
             self.moves.append(Move(self.moved, lease.ended or now, "dead", *about))
 
     def left(self, number: int, at: float, state: State, words: str = "") -> None:
@@ -226,7 +227,8 @@ class Lanes:
             held = lane.holds
             held.ended, held.how, lane.holds = at, "killed", None
             self.moved += 1
-            self.moves.append(Move(self.moved, at, "killed", claim, number, held.attempt, "", held.message))
+            about = (claim, number, held.attempt, self._row_of(held.message), held.message)
+            self.moves.append(Move(self.moved, at, "killed", *about))
         key = state if state == "gone" or not claim else f"{state}_holding"
         self.tell(at, key, consumer=number, pid=lane.pid, claim=claim)
 

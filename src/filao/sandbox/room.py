@@ -47,6 +47,7 @@ from filao.sandbox.orders import (
     Submission,
     number_in,
 )
+from filao.sandbox.rows import Rows
 
 FILE = "claims.db"
 SUBMITTED_MAX = 5_000  # claims in one go
@@ -59,7 +60,6 @@ ROOM_LEAST = 2_000_000  # bytes: with less of it left, the disk is full for SQLi
 STOP_TRIES, STOP_PAUSE, PASSES_WITHIN = 40, 0.02, 0.05  # to stop a consumer outside its turn to write
 THAWED_WITHIN = 2.0  # seconds in which consumers that were frozen extend their leases
 ARRIVING_MAX = 50  # claims that come in by themselves between two looks
-SLOW = 3.0  # times as long as others needs a consumer that is slow
 
 POLICIES = (12, 27, 33, 48, 56, 71)
 KINDS = ("collision", "glass", "water", "storm", "theft", "hail", "fire")
@@ -124,7 +124,8 @@ class Room:
         self.folder = folder
         self.file = folder / FILE
         self.setting = Setting()
-        self.lanes = Lanes()
+        self._rows = Rows(self.file)
+        self.lanes = Lanes(self._rows.row)
         self.effects = Effects()
         self.view = View(None, None)
         self.portal_pid = 0
@@ -174,6 +175,7 @@ class Room:
         await self.exercise.stop()
         await asyncio.to_thread(self._crew.end_all)
         self._business.close()
+        self._rows.close()
         with suppress(filao.FilaoError):
             await self._broker.close()
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)

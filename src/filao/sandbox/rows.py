@@ -20,22 +20,26 @@ SHOWN = (
 )  # columns, in the order in which they are shown
 STATES = {2: "ready", 3: "delayed", 4: "leased", 5: "blocked", 6: "dead"}
 CONTENT_MAX = 120  # characters
+NUMBER_MAX = 15  # digits
 WAIT = 0.2  # seconds for a lock that another holds
 
 
 class Rows:
-    """The rows of one queue file."""
+    """The rows of one queue file, which is opened when the first of them is read."""
 
     def __init__(self, file: Path | str) -> None:
-        self._connection = sqlite3.connect(f"{Path(file).absolute().as_uri()}?mode=ro", uri=True, timeout=WAIT)
-        self._connection.row_factory = sqlite3.Row
+        self._url = f"{Path(file).absolute().as_uri()}?mode=ro"
+        self._connection: sqlite3.Connection | None = None
 
     def row(self, message: str) -> str:
         """Return a message's row as JSON; empty when it is not there, or cannot be read now."""
         number = message.rpartition("-")[2]
-        if not number.isdecimal() or len(number) > 15:
+        if not number.isdecimal() or len(number) > NUMBER_MAX:
             return ""
         try:
+            if self._connection is None:
+                self._connection = sqlite3.connect(self._url, uri=True, timeout=WAIT)
+                self._connection.row_factory = sqlite3.Row
             found = self._connection.execute("SELECT * FROM filao_message WHERE id = ?", (int(number),)).fetchone()
         except sqlite3.Error:
             return ""
@@ -43,7 +47,8 @@ class Rows:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._connection.close()
+        if self._connection is not None:
+            self._connection.close()
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from filao.engine import State
 from filao.sandbox.claims import BadClaimsError, from_text
 from filao.sandbox.exercise import CODE_MAX
 from filao.sandbox.orders import CONSUMERS_MAX, GUARANTEES, NUMBER_MAX
-from filao.sandbox.room import SLOW, SUBMITTED_MAX, RoomError
+from filao.sandbox.room import SUBMITTED_MAX, RoomError
 from filao.sandbox.steps import STEPS
 from filao.sandbox.visits import Visit
 
+SLOW = 3.0  # times as long as others needs a consumer that is slow
 BURST_MAX = 200  # claims at a push of a button
 FILE_MAX = 500_000  # bytes of a CSV file
 BOUNDS: Mapping[str, tuple[float, float]] = {

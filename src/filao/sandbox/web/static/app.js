@@ -21,7 +21,7 @@ const TOLD_FOR = 9000; // milliseconds that a note stays
 const root = document.getElementById("page");
 const state = {
   scene: null, moves: [], tab: "timeline", at: 0, playing: false, claim: 0, note: "", beat: 0, presenting: false, hidden: false,
-  shown: "stage", code: kept(), leaves: false, lost: false, rule: "filao", scrolled: 0, pinned: true, theme: localStorage.getItem("filao-theme"),
+  shown: "stage", code: kept(), leaves: false, lost: false, rule: "filao", pinned: true, theme: localStorage.getItem("filao-theme"),
   view: (name) => change({ shown: name }),
   tell,
   write: (code, anew) => { keep(code); change({ code, leaves: false }); if (anew) document.querySelector("textarea.code").value = code; },
@@ -56,7 +56,7 @@ function ask(what) {
 
 function arrive(scene) {
   const isNew = state.scene?.since !== scene.since || state.scene?.lesson.current !== scene.lesson.current;
-  if (isNew) Object.assign(state, { moves: [], at: 0, beat: state.scene?.lesson.current === scene.lesson.current ? state.beat : 0, scrolled: 0, pinned: true });
+  if (isNew) Object.assign(state, { moves: [], at: 0, beat: state.scene?.lesson.current === scene.lesson.current ? state.beat : 0, pinned: true });
   state.moves = [...state.moves, ...scene.moves].slice(-MOVES_MAX);
   if (state.scene && state.scene.lesson.is_done !== scene.lesson.is_done && scene.lesson.is_done) state.justDone = true;
   state.scene = scene;
@@ -100,8 +100,8 @@ function go(place) {
 
 function follow(claim) {
   if (!claim) return;
-  change({ claim, tab: state.tab === "timeline" || state.tab === "slow" ? state.tab : "story" });
-  ask({ do: "story", claim });
+  if (state.tab === "slow") change({ claim });
+  else showStory(claim);
 }
 
 function showStory(claim) {
@@ -161,10 +161,10 @@ function aloud() {
 function lessonPage(scene) {
   const isCode = steps[scene.lesson.current].key === "implement";
   return h("main", { class: `page${state.presenting ? " presenting" : ""}${state.hidden ? " alone" : ""}` },
+    h("h1", { class: "sr-only" }, say("title")),
     state.presenting ? strip(scene.lesson, state, ask, go) : state.hidden ? null : panel(scene.lesson, state, ask, go),
     h("div", { class: "main", id: "stage", tabindex: -1 },
       scene.stage.error ? h("p", { class: "banner", role: "alert" }, scene.stage.error === "full" ? say("error_disk_full") : say("error_storage", { why: scene.stage.error })) : null,
-      h("h1", { class: "sr-only" }, say("title")),
       isCode ? editor(scene.exercise ?? { checks: [], running: false, output: "" }, state, ask) : theStage(scene),
       isCode ? outside(scene.exercise ?? { output: "" }, state) : lower(scene)));
 }
@@ -175,18 +175,19 @@ function theStage(scene) {
   const isSlow = state.tab === "slow" && all.length > 0 && scene.stage.queue;
   const shown = isSlow ? replayed(scene.stage, all.slice(0, at + 1)) : scene.stage;
   const { width, height } = room();
+  const scale = width < 820 ? 1 : Math.max(1, Math.min(width / 900, height / 312, 1.9));
   const options = { follow, grouped: scene.lesson.setting.grouped, hero: isSlow ? all[at].claim : scene.life?.claim ?? state.claim, still: isSlow };
   return h("div", { class: "theatre", key: "theatre" },
     life(isSlow ? { claim: all[at].claim, stage: all[at].stage, row: all[at].after, what: all[at].what, attempt: all[at].attempt } : scene.life),
     isSlow ? null : controls(scene),
-    h("div", { class: `view${isSlow ? " slowed" : ""}` }, stage(shown, width, height, ask, options)),
+    h("div", { class: `view${isSlow ? " slowed" : ""}` }, stage(shown, width / scale, height / scale, ask, { ...options, scale })),
     sums(scene));
 }
 
 function room() {
   const view = document.querySelector(".view");
   const width = Math.max(320, Math.floor(view?.clientWidth ?? document.documentElement.clientWidth - 400));
-  return { width, height: Math.max(296, Math.floor(view?.clientHeight ?? 300)) };
+  return { width, height: Math.max(274, Math.floor(view?.clientHeight ?? 300)) };
 }
 
 // The six stages of a message's life, and where the claim that the step is about stands.
@@ -258,7 +259,7 @@ function content(scene) {
   const panel = document.querySelector(".panel");
   const width = Math.max(300, (panel?.clientWidth ?? 860) - 2);
   switch (state.tab) {
-    case "timeline": return timeline(scene.timeline, width, Math.max(110, panel?.clientHeight ?? 150), { claim: state.claim, follow, scrolled: state.scrolled, onscroll: scrolled });
+    case "timeline": return timeline(scene.timeline, width / enlarged(), Math.max(110, panel?.clientHeight ?? 150) / enlarged(), { scale: enlarged(), claim: state.claim, follow, onscroll: scrolled });
     case "slow": { const all = frames(state.moves); return slowPanel(all, Math.min(state.at, all.length - 1), state, step); }
     case "story": return storyPanel(scene, state, ask, showStory);
     case "load": return loadPanel(scene.load, ask);
@@ -269,10 +270,11 @@ function content(scene) {
   }
 }
 
+const enlarged = () => (innerWidth >= 1500 ? 1.3 : 1);
+
 function scrolled(event) {
   const view = event.target;
   state.pinned = view.scrollLeft + view.clientWidth >= view.scrollWidth - 24;
-  if (state.scrolled !== view.scrollLeft) change({ scrolled: view.scrollLeft });
 }
 
 function pin() {

@@ -13,7 +13,7 @@ function wide(width, height, consumers, documents) {
   const doneX = width - 118;
   const consumerX = doneX - 26 - CARD;
   const queue = { x: 160, y: 30, w: consumerX - 54 - 160, h: room - 30 - 76 };
-  const trayW = (queue.w - GAP) * 0.46;
+  const trayW = (queue.w - GAP) * 0.42;
   const each = Math.min(104, (room - GAP * (Math.max(1, consumers) - 1)) / Math.max(1, consumers));
   const all = each * consumers + GAP * (consumers - 1);
   const first = Math.max(0, (room - all) / 2);

@@ -23,7 +23,7 @@ export function compare(state) {
 }
 
 function drawn(rule, chosen) {
-  const x = (at) => 70 + at * 30;
+  const x = (at) => 84 + at * 28;
   const bar = (lane, from, to, claim, kind) => h("g", { class: `bar ${kind}` }, h("rect", { x: x(from), y: 8 + lane * 40, width: x(to) - x(from), height: 32, rx: 7 }), h("text", { x: x(from) + 8, y: 30 + lane * 40 }, String(claim)));
   const first = rule.tail ? [15, 16] : [14];
   const later = rule.takeover;

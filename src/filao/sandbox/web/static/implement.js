@@ -52,7 +52,7 @@ export function keep(code) {
 
 export function outside(told, state) {
   return h("div", { class: "outside" },
-    h("div", {}, h("h3", {}, say("output")), h("pre", { class: "output", tabindex: 0, role: "region", "aria-label": say("output") }, told.output || say("no_output"))),
-    h("div", {}, h("h3", {}, say("outside")), h("p", {}, say("outside_hint")), h("code", { class: "command" }, `${python} my_consumer.py`),
+    h("div", {}, h("h2", {}, say("output")), h("pre", { class: "output", tabindex: 0, role: "region", "aria-label": say("output") }, told.output || say("no_output"))),
+    h("div", {}, h("h2", {}, say("outside")), h("p", {}, say("outside_hint")), h("code", { class: "command" }, `${python} my_consumer.py`),
       h("div", { class: "acts" }, h("button", { class: "plain", onclick: () => download("my_consumer.py", state.code) }, say("download", { name: "my_consumer.py" })), copy(state.code, state))));
 }

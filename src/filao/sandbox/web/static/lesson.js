@@ -13,10 +13,9 @@ export function panel(told, state, ask, go) {
       h("h2", {}, `${told.current + 1} · ${text.title}`),
       h("p", { class: "claim" }, rich(text.claim, told.values, h)),
       predict(step, text, told, ask),
-      h("div", {}, h("h3", { class: "runin" }, say("do")), rich(text.do, told.values, h)), acts(step, text, told, ask),
+      h("div", {}, h("h3", { class: "runin" }, say("do")), rich(text.do, told.values, h)), acts(step, text, told, ask), hint(text, told),
       step.conditions.length && step.key !== "implement" ? [h("h3", {}, say("see")), sees(step, text, told)] : null,
       told.trials ? trials(told.trials) : null,
-      hint(text, told),
       told.is_done ? why(step, text, told) : null),
     h("div", { class: "lesson-foot" }, foot(told, state, go)));
 }

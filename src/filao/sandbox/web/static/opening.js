@@ -2,6 +2,7 @@
 
 import { h } from "./dom.js";
 import { say } from "./say.js";
+import { stage } from "./stage.js";
 
 const CLAIMS = 9;
 
@@ -9,7 +10,7 @@ export function opening(start) {
   return h("main", { class: "opening", id: "stage" },
     h("h1", {}, say("opening_title")),
     h("p", { class: "objective" }, say("objective")),
-    diagram(),
+    innerWidth < 820 ? still() : diagram(),
     h("ol", { class: "stages big", "aria-label": say("six_stages") }, [0, 1, 2, 3, 4, 5].map((one) => h("li", { class: "past" }, h("span", {}, say(`stage_${one}`)), h("small", {}, say(`stage_${one}_does`))))),
     h("div", { class: "begin" }, h("button", { class: "act start", onclick: start }, say("start")), h("p", { class: "soft" }, say("opening_real"))));
 }
@@ -27,4 +28,15 @@ function diagram() {
     Array.from({ length: 6 }, (_, at) => h("rect", { x: 268 + at * 62, y: 104, width: 54, height: 46, rx: 10, class: "slot" })),
     [0, 1, 2].map((one) => h("g", {}, h("rect", { x: 770, y: 12 + one * 88, width: 310, height: 68, rx: 14, class: "box" }), h("text", { x: 788, y: 54 + one * 88, class: "strong" }, say("consumer_n", { n: one + 1 })))),
     Array.from({ length: CLAIMS }, (_, at) => h("g", { key: at, class: `travels to-${at % 3}`, style: `animation-delay:${-at * 1.6}s` }, h("rect", { width: 54, height: 46, rx: 10 }), h("text", { x: 27, y: 31, class: "mid" }, String(at + 1)))));
+}
+
+// On a phone: the stage itself, with claims that wait and claims in hand.
+function still() {
+  const chip = (claim) => ({ id: `still-${claim}`, claim, policy: 0 });
+  const scene = {
+    producer: { sent: 9, answer_ms: null, refused: 0 }, documents: null, done: [chip(1), chip(2)], paid: 2, cents: 0,
+    queue: { name: "claims.processing", waiting: [6, 7, 8, 9].map(chip), late: [], letters: [], ready: 4, delayed: 0, dead: 0, oldest: 0 },
+    consumers: [1, 2, 3].map((number) => ({ number, state: "working", holds: { ...chip(number + 2), attempt: 1 }, left: null, lease: 1 })),
+  };
+  return h("div", { class: "view" }, stage(scene, Math.min(innerWidth, document.documentElement.clientWidth) - 30, 0, () => {}, { still: true }));
 }

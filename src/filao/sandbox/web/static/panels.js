@@ -14,13 +14,13 @@ export function storyPanel(scene, state, ask, show) {
   if (!told) return h("div", { class: "story" }, find, h("p", { class: "soft" }, say(state.claim ? "story_unknown" : "story_none", { n: state.claim })));
   return h("div", { class: "story" }, find,
     h("p", {}, h("strong", {}, say("claim_n", { n: told.claim })), " · ", say("policy_n", { n: told.policy }),
-      told.sent === null ? "" : ` · ${told.sent < 0 ? say("sent_before") : say("sent_at", { at: seconds(told.sent) })}`, " · ", say("paid_times", { n: told.paid })),
+      told.sent === null ? "" : ` · ${told.sent < 0 ? say("sent_before") : say("sent_at", { at: seconds(told.sent) })}`, " · ", say("paid_times", { n: told.paid }), " ",
+      h("button", { class: "link", onclick: () => state.toTimeline(told.claim) }, say("in_timeline"))),
     h("ol", { class: "attempts" }, told.attempts.map((one) => h("li", { class: one.how || "running" },
       h("strong", {}, say("attempt_n", { n: one.attempt })), ` · ${say("consumer_n", { n: one.lane })} · `,
       `${seconds(one.from)} – ${one.to === null ? say("still") : seconds(one.to)} · `,
       one.paid === null ? "" : `${say("paid_at", { at: seconds(one.paid) })} · `,
-      one.together ? say("how_together") : say(`how_${one.how || "running"}`), one.why && one.how !== "refused" ? ` (${fault(one.why)})` : "", " ",
-      h("button", { class: "link", onclick: () => state.toTimeline(told.claim) }, say("in_timeline"))))),
+      one.together ? say("how_together") : say(`how_${one.how || "running"}`), one.why && one.how !== "refused" ? ` (${fault(one.why)})` : ""))),
     told.dead && mending(told.dead, ask));
 }
 
@@ -74,12 +74,12 @@ export function booksPanel(scene, ask, show) {
   const { books, stage } = scene;
   const letters = stage.queue?.letters ?? [];
   return h("div", { class: "books" },
-    h("div", {}, h("h3", {}, say("wrongs")),
+    h("div", {}, h("h2", {}, say("wrongs")),
       books.wrongs.length === 0 ? h("p", { class: "good" }, say("no_wrongs")) : h("ul", {}, books.wrongs.map((wrong) => h("li", {},
         h("button", { class: "link", onclick: () => show(wrong.claim) }, say("claim_n", { n: wrong.claim })), " ",
         h("strong", { class: "bad" }, wrong.kind === "lost" ? say("was_lost") : say("was_doubled", { n: wrong.paid })), " ",
         say(`why_${wrong.kind}_${wrong.cause || "nothing"}`, { n: wrong.lane }))))),
-    h("div", {}, h("h3", {}, say("dead_letters")),
+    h("div", {}, h("h2", {}, say("dead_letters")),
       letters.length === 0 ? h("p", { class: "soft" }, say("no_dead")) : letters.map((letter) => h("div", { key: letter.id }, h("strong", {}, say("claim_n", { n: letter.claim })), " ", mending(letter, ask)))));
 }
 

@@ -15,7 +15,7 @@ export function sheet(scene, back) {
     h("ol", { class: "proved" }, steps.map((step) => {
       const done = told.done.includes(step.key);
       const values = told.proofs[step.key] ?? {};
-      return h("li", { class: done ? "done" : "" }, h("h2", {}, lesson[step.key].title, " ", h("span", { class: "soft" }, done ? "✓" : say("open"))), h("p", {}, rich(lesson[step.key].why_short ?? lesson[step.key].why, values, h)));
+      return h("li", { class: done ? "done" : "" }, h("h2", {}, lesson[step.key].title, " ", h("span", { class: "soft" }, done ? "✓" : say("open"))), done ? h("p", {}, rich(lesson[step.key].why, values, h)) : null);
     })),
     h("h2", {}, say("further")), h("ul", {}, [["README.md", "further_readme"], ["docs/recipes.md", "further_recipes"], ["docs/engines.md", "further_engines"], ["examples/insurance", "further_insurer"], ["src/filao/sandbox/programs", "further_programs"]].map(([path, key]) => h("li", {}, h("code", {}, path), ` · ${say(key)}`))));
 }

@@ -12,7 +12,7 @@ export function frames(moves) {
   for (const move of moves) {
     const stages = STAGES[move.what];
     const before = rows.get(move.id) ?? "";
-    const kept = ["killed", "dead"].includes(move.what) ? before : move.row;
+    const kept = ["killed", "dead"].includes(move.what) ? move.row || before : move.row;
     stages?.forEach((stage, at) => {
       const isFirst = at === 0 && stages.length > 1 && move.what !== "received";
       found.push({ ...move, stage, before, after: isFirst ? before : kept, last: at === stages.length - 1 });
@@ -65,21 +65,25 @@ export function slowPanel(all, at, state, go) {
   const move = (to, word, sign, off) => h("button", { class: "plain", "aria-label": word, title: word, disabled: off, onclick: () => go(to) }, sign);
   return h("div", { class: "slow" },
     h("div", { class: "slow-bar" },
-      move(0, say("slow_first"), "⏮\ufe0e", at === 0), move(at - 1, say("slow_back"), "◀\ufe0e", at === 0),
+      move(0, say("slow_first"), "|◀\ufe0e", at === 0), move(at - 1, say("slow_back"), "◀\ufe0e", at === 0),
       h("button", { class: "plain", "aria-pressed": String(state.playing), onclick: () => go("play") }, say(state.playing ? "slow_stop" : "slow_play")),
-      move(at + 1, say("slow_on"), "▶\ufe0e", at >= all.length - 1), move(all.length - 1, say("slow_last"), "⏭\ufe0e", at >= all.length - 1),
+      move(at + 1, say("slow_on"), "▶\ufe0e", at >= all.length - 1), move(all.length - 1, say("slow_last"), "▶\ufe0e|", at >= all.length - 1),
       h("input", { type: "range", min: 0, max: all.length - 1, value: at, "aria-label": say("slow_where"), oninput: (event) => go(Number(event.target.value)) }),
       h("span", { class: "soft count" }, `${at + 1} / ${all.length}`)),
     h("p", { class: "slow-told" }, h("strong", {}, say(`stage_${frame.stage}`)), " · ",
       say(`slow_${frame.what}${frame.stage === 0 || (frame.what === "acked" && !frame.last) || (frame.what === "received" && !frame.last) ? "_first" : ""}`, { claim: frame.claim, n: frame.lane, attempt: frame.attempt, at: seconds(frame.at, 2) })),
-    h("div", { class: "rows" }, row(say("before"), frame.before, frame.after), row(say("after"), frame.after, frame.before)));
+    rows(frame.before, frame.after));
 }
 
-function row(title, text, other) {
-  const found = text ? JSON.parse(text) : null;
-  const compared = other ? JSON.parse(other) : {};
-  return h("table", { class: "row" }, h("caption", {}, title),
-    found ? [h("thead", {}, h("tr", {}, Object.keys(found).map((name) => h("th", { scope: "col" }, name)))),
-      h("tbody", {}, h("tr", {}, Object.entries(found).map(([name, value]) => h("td", { class: compared[name] !== value ? "changed" : "", title: value }, value.length > 30 ? `${value.slice(0, 28)}…` : value))))]
-      : h("tbody", {}, h("tr", {}, h("td", { class: "soft" }, say("no_row")))));
+function rows(before, after) {
+  const [was, is] = [before, after].map((text) => (text ? JSON.parse(text) : null));
+  const columns = Object.keys({ ...was, ...is });
+  const cell = (row, other, name) => h("td", { class: row[name] !== other?.[name] ? "changed" : "", title: row[name] ?? "" }, short(row[name] ?? "–"));
+  const line = (title, row, other) => h("tr", {}, h("th", { scope: "row" }, title),
+    row ? columns.map((name) => cell(row, other, name)) : h("td", { class: "soft", colspan: Math.max(1, columns.length) }, say("no_row")));
+  return h("div", { class: "rows" }, h("table", { class: "row" },
+    h("thead", {}, h("tr", {}, h("td", {}), columns.map((name) => h("th", { scope: "col" }, name)))),
+    h("tbody", {}, line(say("before"), was, is), line(say("after"), is, was))));
 }
+
+const short = (value) => (value.length > 22 ? `${value.slice(0, 20)}…` : value);

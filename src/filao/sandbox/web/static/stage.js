@@ -10,6 +10,7 @@ const LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ";
 export function stage(scene, width, height, ask, options = {}) {
   const shown = scene.consumers.slice(0, 7);
   const place = boxes(width, height, shown.length, Boolean(scene.documents));
+  const scale = options.scale ?? 1;
   const parts = [
     pipes(scene, place, shown),
     producer(scene, place.producer),
@@ -21,7 +22,7 @@ export function stage(scene, width, height, ask, options = {}) {
     h("g", { key: "chips" }, chips(scene, place, shown, ask, options)),
   ];
   return h("svg", {
-    class: `stage${scene.frozen ? " frozen" : ""}`, viewBox: `0 0 ${width} ${place.height}`, width, height: place.height,
+    class: `stage${scene.frozen ? " frozen" : ""}`, viewBox: `0 0 ${width} ${place.height}`, width: width * scale, height: place.height * scale,
     role: "group", "aria-label": say("stage"),
   }, parts);
 }
@@ -76,7 +77,7 @@ function producer(scene, box) {
   const sent = say("sent_n", { n: told.sent });
   if (box.w > 200) {
     return h("g", { key: "producer" }, frame(box, "box"), text(box.x + 14, box.y + 30, say("producer"), { class: "strong" }), text(box.x + 14, box.y + 56, say("portal"), { class: "soft" }),
-      text(right - 110, box.y + 50, number(told.sent), { class: "huge mid" }), text(right - 14, box.y + 48, sent, { class: "soft end" }));
+      text(right - 122, box.y + 50, number(told.sent), { class: "huge mid" }), text(right - 14, box.y + 48, sent, { class: "soft end" }));
   }
   if (box.h < 130) {
     return h("g", { key: "producer" }, frame(box, "box"), text(x, box.y + 24, say("producer"), { class: "name mid" }), text(x, box.y + 56, number(told.sent), { class: "huge mid" }), text(x, box.y + 76, sent, { class: "soft mid" }));
@@ -104,13 +105,13 @@ function queue(scene, place, ask, options) {
     slots(box, 44, 34).map((slot) => h("rect", { x: slot.x, y: slot.y, width: CHIP.w, height: CHIP.h, rx: 9, class: "slot" })),
     text(box.x + 14, box.y + box.h - 12, say("ready_n", { n: told.ready }), { class: "strong" }),
     told.ready && box.w > 230 ? text(box.x + box.w - 12, box.y + box.h - 12, say("oldest", { s: told.oldest.toFixed(1) }), { class: "soft end" }) : null,
-    tray(place.delayed, say("delayed"), told.delayed ? `${number(told.delayed)} · ${say("in_s", { s: Math.max(0, told.late[0]?.due ?? 0).toFixed(1) })}` : say("none"), "delayed"),
-    tray(place.dead, say("dead_letters"), told.dead ? number(told.dead) : say("none"), told.dead ? "deadbox" : ""));
+    tray(place.delayed, say("delayed"), told.delayed, seconds(Math.max(0, told.late[0]?.due ?? 0)), "delayed"),
+    tray(place.dead, say("dead_letters"), told.dead, number(told.dead), told.dead ? "deadbox" : ""));
 }
 
-function tray(box, title, about, kind) {
-  return h("g", {}, frame(box, `box tray ${kind}`),
-    text(box.x + 12, box.y + 26, title, { class: "soft strongish" }), text(box.x + 12, box.y + 50, about, { class: "soft" }));
+function tray(box, title, count, about, kind) {
+  return h("g", {}, frame(box, `box tray ${kind}`), text(box.x + 12, box.y + 22, title, { class: "soft" }),
+    count ? text(box.x + box.w - 10, box.y + 50, about, { class: "soft end" }) : text(box.x + 12, box.y + 48, say("none"), { class: "soft" }));
 }
 
 function done(scene, box) {
@@ -143,7 +144,7 @@ function second(told, place) {
 
 function consumer(one, box, ask, options) {
   const gone = one.state === "killed" || one.state === "crashed";
-  const size = box.h >= 92 ? "full" : box.h >= 64 ? "medium" : "small";
+  const size = box.h >= 86 ? "full" : box.h >= 64 ? "medium" : "small";
   const name = one.guest ? say("guest") : say(size === "full" ? "consumer_n" : "consumer_short", { n: one.number });
   const kind = gone ? "box gone" : one.over ? "box zombie" : one.state === "paused" ? "box paused" : one.holds ? "box working" : "box";
   const controls = gone || one.guest || options.still ? null : buttons(one, box, size, ask);
@@ -210,7 +211,7 @@ function control(button, at, w, tall, isWide, act, consumerNumber) {
     "aria-label": say("control", { what: button.word, n: consumerNumber }), "data-act": button.act, onclick: once(act),
     onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); act(); } },
   },
-  h("title", {}, button.word),
+  isWide ? null : h("title", {}, button.word),
   h("rect", { x: at.x, y: at.y, width: w, height: tall, rx: 8 }),
   h("path", { class: "icon", d: ICONS[button.key], transform: `translate(${at.x + (isWide ? 16 : w / 2)} ${at.y + tall / 2})` }),
   isWide ? text(at.x + 30, at.y + 20, button.word) : null);
@@ -251,9 +252,10 @@ function notes(told, place, put) {
   if (told.printing) put(`note-${told.printing}`, { claim: told.printing }, { x: place.printer.x + place.printer.w - CHIP.w - 14, y: place.printer.y + 20 }, " note", from);
 }
 
-function row(box, count, top = 15) {
-  const fits = Math.min(count, Math.floor((box.w - 70) / (CHIP.w + 6)));
-  return Array.from({ length: Math.max(1, fits) }, (_, at) => ({ x: box.x + box.w - 10 - (at + 1) * CHIP.w - at * 6, y: box.y + top }));
+// Chips in the lower line of a tray, from its left; and in the box of what is done on a phone.
+function row(box, count, top = 27) {
+  const fits = Math.max(1, Math.min(count, Math.floor((box.w - 66) / (CHIP.w + 6))));
+  return Array.from({ length: fits }, (_, at) => ({ x: box.x + 10 + at * (CHIP.w + 6), y: box.y + top }));
 }
 
 function grid(box) {

@@ -3,7 +3,7 @@
 import { h } from "./dom.js";
 import { number, say, seconds } from "./say.js";
 
-const LABEL = 152;
+const LABEL = 164;
 const BAR_LEAST = 36; // pixels, so that every bar carries its number
 const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, because the lane's next bar begins after them
 const GLYPHS = {
@@ -24,24 +24,25 @@ export function timeline(told, width, height, options) {
   const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
   const lengths = bars.map((bar) => Math.max(SHORTEST, (bar.to ?? now) - bar.from));
   const wanted = lengths.length ? BAR_LEAST / Math.min(...lengths) : 0;
-  const room = width - LABEL - 16;
+  const room = width - LABEL - 20;
   const scale = Math.max(room / Math.max(8, now * 1.04), Math.min(wanted, 144));
   const end = Math.max(now * 1.04, room / scale);
-  const full = Math.max(width, LABEL + 16 + end * scale);
-  const x = (at) => LABEL + at * scale;
+  const full = Math.max(room + 20, 20 + end * scale);
+  const x = (at) => 4 + at * scale;
   const tall = Math.max(30, Math.min(46, (height - 26) / Math.max(1, lanes.length)));
   const y = new Map(lanes.map((lane, at) => [lane.number, 6 + at * tall]));
   const bottom = 6 + lanes.length * tall;
-  return h("div", { class: "timeline", tabindex: 0, role: "group", "aria-label": say("timeline"), onscroll: options.onscroll },
-    h("svg", { width: full, height: bottom + 24, viewBox: `0 0 ${full} ${bottom + 24}` },
-      ticks(end, scale).map((at) => h("g", { key: `t${at}`, class: "tick" },
-        h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: "mid" }, `${number(at)} s`))),
-      h("line", { key: "now", class: "now", x1: x(now), x2: x(now), y1: 0, y2: bottom }),
-      joins(bars).map(([one, next]) => join(one, next, x, y, tall, options)),
-      lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.map((bar) => drawn(bar, x, now, y.get(lane.number), tall, options)))),
-      h("g", { key: "labels", class: "labels" }, lanes.map((lane) => h("g", {},
-        h("rect", { x: options.scrolled, y: y.get(lane.number), width: LABEL - 6, height: tall }),
-        h("text", { x: options.scrolled + 2, y: y.get(lane.number) + tall / 2 + 5 }, lane.guest ? say("guest") : say("consumer_n", { n: lane.number })))))));
+  const grown = (value) => `${value * options.scale}px`;
+  return h("div", { class: "timeline-box" },
+    h("div", { class: "lane-names", style: `width:${grown(LABEL)}` }, lanes.map((lane) => h("span", { style: `top:${grown(y.get(lane.number) + tall / 2)}` },
+      lane.guest ? say("guest") : say("consumer_n", { n: lane.number })))),
+    h("div", { class: "timeline", tabindex: 0, role: "group", "aria-label": say("timeline"), style: `left:${grown(LABEL)}`, onscroll: options.onscroll },
+      h("svg", { width: full * options.scale, height: (bottom + 24) * options.scale, viewBox: `0 0 ${full} ${bottom + 24}` },
+        ticks(end, scale).map((at) => h("g", { key: `t${at}`, class: "tick" },
+          h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: at ? "mid" : "start" }, `${number(at)} s`))),
+        h("line", { key: "now", class: "now", x1: x(now), x2: x(now), y1: 0, y2: bottom }),
+        joins(bars).map(([one, next]) => join(one, next, x, y, tall, options)),
+        lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.map((bar) => drawn(bar, x, now, y.get(lane.number), tall, options)))))));
 }
 
 function ticks(end, scale) {
