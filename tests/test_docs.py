@@ -133,6 +133,27 @@ def test_every_french_page_has_an_english_one_in_the_same_order() -> None:
     assert french == [page for page in english if page in french]
 
 
+def _french() -> list[Path]:
+    return sorted(FRENCH.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", _french(), ids=_named)
+def test_a_french_page_has_the_code_of_its_english_one(page) -> None:
+    """In its own words; what one of them only shows, the other may run."""
+
+    def kinds(of: Path) -> list[str]:
+        return ["python" if block.language == "py" else block.language for block in blocks_of(of)]
+
+    assert kinds(page) == kinds(ENGLISH / page.relative_to(FRENCH))
+
+
+@pytest.mark.parametrize("page", [READMES[1], *_french()], ids=_named)
+def test_a_french_page_keeps_the_typography_of_french(page) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"`[^`\n]*`|\]\([^)]*\)|^:::.*$|^\|[-|]+\|$", "", text, flags=re.MULTILINE)
+    assert re.findall(r".{0,20}(?:'| [:;!?»]|« ).{0,20}", prose) == []
+
+
 def test_both_sites_are_built_alike() -> None:
     said = {"site_description", "docs_dir", "site_dir", "copyright", "nav", "theme", "extra"}  # in its own language
 

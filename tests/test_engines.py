@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 from filao import engine as engine_module
@@ -47,6 +48,16 @@ def table() -> str:
 
 def test_the_docs_say_what_each_engine_can_do() -> None:
     assert table() in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_french_docs_say_the_same() -> None:
+    french = {"native": "oui", "by opt-in": "sur demande", "no": "non"}
+    page = PAGE.parents[2] / "fr" / "reference" / "engines.md"
+    said = re.findall(r"^\| `(\w+)` \| (.*) \|", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert [(feature, cells.split(" | ")[:3]) for feature, cells in said] == [
+        (feature, [french[cell] for cell in cells.split(" | ")[:3]])
+        for feature, cells in re.findall(r"^\| `(\w+)` \| (.*) \|", table(), flags=re.MULTILINE)
+    ]
 
 
 def test_what_can_be_done_natively_is_not_imitated() -> None:
