@@ -35,7 +35,8 @@ format: $(VENV)/test
 	$(RUN) -m ruff check --fix .
 
 torture: $(VENV)/test
-	$(RUN) -m tests.torture $(ARGS)
+	$(RUN) -m tests.torture --engine sqlite $(ARGS)
+	$(RUN) -m tests.torture --engine postgresql $(ARGS)
 	$(RUN) -m tests.torture.insurer
 
 bench: $(VENV)/peers

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture.checker import Left, check
+from tests.torture.auditor import complaints_of
+from tests.torture.checker import Kept, Left, check
 from tests.torture.history import History, Record, read
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +18,19 @@ COUNTERS = dict.fromkeys((*KEPT, "sent", "duplicates", "received", "nacked", "re
 
 
 def test_nothing_is_lost_or_unexplained_when_processes_are_killed_at_random(url) -> None:
-    command = [sys.executable, "-m", "tests.torture", "--kills", "30", "--seconds", "5", "--seed", "1", "--url", url]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.torture",
+        "--minutes",
+        "0.1",
+        "--pause",
+        "0.15",
+        "--seed",
+        "1",
+        "--url",
+        url,
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
@@ -69,8 +82,11 @@ def forger() -> Forger:
     return forger
 
 
+KEEPS: dict[str, Kept] = {"letters": "while allowed", "bills": "until received"}
+
+
 def verdict(forger: Forger, left: Left | None = None) -> str:
-    return "\n".join(check(forger.history, left or Left()))
+    return "\n".join(check(forger.history, left or Left(), KEEPS))
 
 
 def test_the_checker_accepts_a_history_in_which_all_is_well(forger) -> None:
@@ -291,6 +307,103 @@ def test_the_checker_sees_dead_letters_whose_attempts_are_wrong(forger) -> None:
     forger.received("b", 1.0)
     forger.settled("reject", "b", 1.1)
     assert "1 deliveries were seen by nobody" in verdict(forger, Left(dead={"b": 2}))
+
+
+def test_the_checker_accepts_a_dead_letter_that_the_operator_sent_back_and_no_other_that_returns(forger) -> None:
+    forger.sent("b")
+    forger.received("b", 1.0)
+    forger.settled("reject", "b", 1.1)
+    forger.received("b", 1.5, token=2, epoch=1)
+    forger.settled("ack", "b", 1.6, token=2, epoch=1)
+    assert "unexplained duplicate: message b" in verdict(forger)
+    forger.call("redrive", 1.3, {"count": 1}, process="operator.0", id="b")
+    assert verdict(forger) == ""
+
+
+def test_the_checker_sees_messages_missing_that_nobody_deleted(forger) -> None:
+    forger.sent("b", queue="letters")
+    forger.sent("c", queue="letters")
+    forger.call("purge", 1.0, {"count": 1}, process="operator.0", queue="letters", limit=1_000)
+    assert "lost messages of letters: 2 are missing, and 1 at most were deleted" in verdict(forger)
+    forger.call("cancel", 1.1, {"count": 1}, process="operator.0", queue="letters", limit=1)
+    assert verdict(forger) == ""
+
+
+def test_the_checker_sees_what_is_received_twice_or_by_nobody_at_most_once(forger) -> None:
+    forger.sent("b", queue="bills")
+    assert "lost messages of bills: nobody received 1" in verdict(forger)
+    forger.received("b", 1.0, queue="bills")
+    assert verdict(forger) == ""
+    forger.received("b", 3.0, queue="bills", attempt=2)
+    assert "message b was received twice" in verdict(forger)
+
+
+@pytest.mark.parametrize("outcome", ["undone", "refused"])
+def test_the_checker_sees_a_message_whose_send_was_taken_back(forger, outcome) -> None:
+    forger.sent("", outcome=outcome, key="b")
+    assert verdict(forger) == ""
+    forger.received("b", 1.0)
+    forger.settled("ack", "b", 1.1)
+    assert f"the send of b was {outcome}, and the message is there" in verdict(forger)
+
+
+def test_the_checker_sees_a_delivery_before_its_delay_after_its_ttl_or_in_a_pause(forger) -> None:
+    for message, about in (("b", {"delay": 2.0}), ("c", {"ttl": 0.5}), ("d", {})):
+        forger.sent(message, **about)
+        forger.received(message, 1.0)
+        forger.settled("ack", message, 1.1)
+    forger.call("pause", 0.9, {}, process="operator.0")
+    forger.call("resume", 1.2, {}, process="operator.0")
+    found = verdict(forger)
+    assert "message b was delivered before its delay was over" in found
+    assert "message c was delivered after its time to live" in found
+    assert "message d was delivered while its queue was paused" in found
+
+
+def test_the_checker_sees_a_message_id_that_was_stored_twice(forger) -> None:
+    for _ in range(2):
+        forger.sent("b", message_id="b")
+    forger.received("b", 1.0)
+    forger.settled("ack", "b", 1.1)
+    assert "message_id b was stored 2 times" in verdict(forger)
+
+
+def test_the_checker_accepts_what_a_process_that_was_told_to_end_gave_back(forger) -> None:
+    forger.sent("b")
+    forger.received("b", 1.0, process="consumer.1")
+    forger.received("b", 1.5, token=2)
+    forger.settled("ack", "b", 1.6, token=2)
+    assert "unexplained duplicate" in verdict(forger)
+    forger.history.append(Record(process="consumer.1", call="live", outcome="ended", began=1.2, ended=1.3))
+    assert verdict(forger) == ""
+
+
+def test_the_checker_passes_on_what_an_audit_found(forger) -> None:
+    forger.call("audit", 1.0, {"text": ""}, process="auditor.0")
+    assert verdict(forger) == ""
+    forger.call("audit", 2.0, {"text": "claims: 3 ready by the counters, 4 there"}, process="auditor.0")
+    assert "audit: claims: 3 ready by the counters, 4 there" in verdict(forger)
+
+
+@pytest.mark.parametrize(
+    ("counted", "rows", "strays", "found"),
+    [
+        ({"ready": 1, "sent": 1}, [("claims", "ready", 1)], 0, ""),
+        ({"ready": 2, "sent": 2}, [("claims", "ready", 1)], 0, "claims: 2 ready by the counters, 1 there"),
+        ({"sent": 1}, [], 0, "claims: the counters don't add up"),
+        ({}, [(None, "ready", 1)], 0, "1 messages are of no queue"),
+        ({}, [], 3, "3 failures are of no message"),
+    ],
+)
+def test_an_audit_compares_the_counters_with_what_is_there(counted, rows, strays, found) -> None:
+    complaints = "; ".join(complaints_of({"claims": counted}, rows, strays))
+    assert found in complaints
+    assert bool(found) == bool(complaints)
+
+
+def test_an_audit_sees_a_queue_that_is_too_long() -> None:
+    (complaint,) = complaints_of({"bills": {"leased": 21, "sent": 21}}, [("bills", "leased", 21)], 0)
+    assert complaint == "bills: 21 wait or are leased, of 20 allowed"
 
 
 def test_the_checker_sees_effects_that_are_missing_or_there_twice(forger) -> None:

@@ -14,12 +14,18 @@ import msgspec
 
 now = time.monotonic
 
-Verb = Literal["send", "receive", "ack", "commit", "nack", "reject", "release", "extend", "live"]
-Outcome = Literal["", "done", "duplicate", "nothing", "lease_lost", "failed", "killed"]
+Settled = Literal["ack", "commit", "nack", "reject", "release", "extend"]
+Operated = Literal["pause", "resume", "purge", "cancel", "redrive", "delete"]
+Verb = Literal["send", "receive", "audit", "stop", "live"] | Settled | Operated
+Outcome = Literal["", "done", "duplicate", "refused", "undone", "nothing", "lease_lost", "failed", "killed", "ended"]
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One line. A `commit` is an ack inside a transaction; the one end of `live` is to be killed, as the parent saw it."""
+    """One line.
+
+    A `commit` is an ack inside a transaction; a send is `refused` by a full queue, and `undone` with the transaction
+    that it was in. The parent writes when it has a process killed, or `ended` by SIGTERM, and when it stands still.
+    """
 
     process: str
     """A name, and which of its lives this is."""
@@ -30,6 +36,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Empty: the call begins."""
     began: float
     ended: float = 0.0
+    queue: str = ""
     key: str = ""
     """Which message its sender meant; the message carries it in its body."""
     id: str = ""
@@ -38,13 +45,22 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     place: tuple[int, ...] = ()
     """A message's place in its group, as its sender sent it."""
     dedup_key: str = ""
+    message_id: str = ""
+    delay: float = 0.0
+    ttl: float = 0.0
+    epoch: int = 0
+    """How often the operator had sent the message back when it was delivered: its attempts begin anew each time."""
     attempt: int = 0
     token: int = 0
     """What tells one delivery of a message from the next."""
     seconds: float = 0.0
     """How long a lease is to run, from some moment between `began` and `ended`."""
     limit: int = 0
-    """How many messages a receive may bring; each has a line of its own at the end."""
+    """How many messages a receive may bring; each has a line of its own at the end. How many a purge may delete."""
+    count: int = 0
+    """How many messages a purge or a redrive says that it touched."""
+    text: str = ""
+    """What an audit found."""
 
 
 class History:
