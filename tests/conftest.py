@@ -9,20 +9,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from filao.testing import Clock, filao_broker, filao_clock  # noqa: F401  # fixtures
 from tests.servers import Postgres, Rabbitmq, has_postgres, has_rabbitmq, postgres_server, rabbitmq_server
-
-
-class Clock:
-    """Tells the seconds since 1970, and stands still until it is moved."""
-
-    def __init__(self, now: float = 1_700_000_000.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture

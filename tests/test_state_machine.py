@@ -24,7 +24,7 @@ import filao.sync
 from filao.codec import JSON
 from filao.conformance.stage import SOON, add_up
 from filao.engine import Draft
-from tests.conftest import Clock
+from filao.testing import Clock
 from tests.model import Model, QuorumModel, Terms
 
 RULES = st.fixed_dictionaries(

@@ -317,6 +317,11 @@ class Broker:
 
     # --- what messages and transactions need of their broker ---------------------------------------------------------
 
+    @property
+    def inner(self) -> AsyncBroker:
+        """The async broker, for what runs on its loop by `call`; for tests."""
+        return self._broker
+
     def call(self, function: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> R:
         """Run a coroutine function on the loop and wait for it; a caller that is interrupted takes its call back."""
         return self._usable().call(function, *arguments)
