@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {5: "a46355854365a400"}
+DIGESTS = {6: "873ef3e23f1eeec0"}
 """Of the SQL of a version, the newest alone."""
 
 

@@ -30,6 +30,7 @@ async def _live(broker: filao.Broker, clock) -> None:
     await broker.receive_many("small", 3, wait=0.001)
     clock.advance(20)
     await broker.receive_many("claims", 100, wait=0)
+    await broker.stats()
     await broker.redrive("claims", limit=2)
     await broker.redrive("claims", ids=["named"])
     await broker.cancel("claims", "named")

@@ -42,7 +42,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         f"engines.sqlite.{name}"
         for name in (
             *("clock", "books", "moves", "waitlist", "send", "receive", "settle", "verbs", "operators", "processes"),
-            *("moving", "foreign"),
+            *("stats", "moving", "foreign"),
         )
     ),
     *(

@@ -20,7 +20,7 @@
 """
 
 from filao.broker import Broker, connect
-from filao.engine import Failure, Feature, Finding, QueueStats, Receipt, State, StoredMessage
+from filao.engine import Failure, Feature, Finding, QueueStats, Receipt, Receiver, State, StoredMessage
 from filao.errors import (
     ConfigurationError,
     EngineError,
@@ -65,6 +65,7 @@ __all__ = [
     "QueueNotFound",
     "QueueStats",
     "Receipt",
+    "Receiver",
     "Reject",
     "Relay",
     "Release",

@@ -43,7 +43,7 @@ from filao.engines import Durability, engine_for, located
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
 from filao.forks import gate, keep
 from filao.message import Guarantee, Message, Transaction, current_transaction, inside
-from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of, not_found
+from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of
 from filao.receiving import Receiving
 
 R = TypeVar("R")
@@ -496,12 +496,8 @@ class Broker:
     async def stats(self, queue: str | Queue[Any] | None = None) -> QueueStats | list[QueueStats]:
         """Return the counters of one queue, or of all, by name. It costs the same at any depth."""
         self.check_usable()
-        found = {stats.name: stats for stats in await self._engine.stats()}
-        if queue is None:
-            return list(found.values())
-        if (name := name_of(queue)) not in found:
-            raise not_found(name, found)
-        return found[name]
+        found = await self._engine.stats(None if queue is None else name_of(queue))
+        return found if queue is None else found[0]
 
     async def peek(
         self,

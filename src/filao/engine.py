@@ -303,6 +303,21 @@ class Batch(msgspec.Struct, frozen=True):
     """Takes them, once, when the engine can begin: all that wait, in order, up to the first that it does not accept."""
 
 
+class Receiver(msgspec.Struct, frozen=True):
+    """A process that receives from a queue: it waits for messages there, or holds some."""
+
+    name: str
+    """Its host and process."""
+    held: int
+    """How many of the queue's messages it holds, among the 1,000 leases that end first."""
+    since: datetime
+    """When it first received anything."""
+    worker: str = ""
+    """How its worker is, in its own words; empty when it runs none."""
+    reported_ago: float | None = None
+    """Seconds since the worker said so. After 20 it is no longer to be believed."""
+
+
 class QueueStats(msgspec.Struct, frozen=True):
     """The counters of a queue, kept in the transactions that change them: reading them costs the same at any depth.
 
@@ -346,6 +361,28 @@ class QueueStats(msgspec.Struct, frozen=True):
     redriven: int = 0
     purged: int = 0
     cancelled: int = 0
+    oldest_delayed_age: float | None = None
+    """Seconds since the first delayed message was due; None while none is due. More than a moment: nobody receives."""
+    oldest_leased_age: float | None = None
+    """Seconds since the oldest leased message was sent, among the 1,000 whose leases end first."""
+    oldest_blocked_age: float | None = None
+    """Seconds since the oldest blocked message was sent."""
+    oldest_dead_age: float | None = None
+    """Seconds since the oldest dead letter was sent."""
+    dead_by_reason: dict[str, int] = {}
+    """The dead letters that lie there, by why they died."""
+    died_by_reason: dict[str, int] = {}
+    """The messages that became dead letters, ever, by why; of those from before it was counted, those that still lay there."""
+    receivers: tuple[Receiver, ...] = ()
+    """The processes that receive from it, by name: 1,000 at most."""
+
+    def oldest_age(self, state: State | str) -> float | None:
+        """Return the age in seconds of the oldest message of a state, as the field of that name tells it."""
+        age: float | None = getattr(self, f"oldest_{State(state)}_age")
+        return age
+
+
+LEASES_LOOKED_AT = 1_000  # by `stats`, of each queue: a millisecond, however many are held
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -453,7 +490,9 @@ class Engine(Protocol):
         """Do a send in the transaction that the user holds on `connection`, on the user's own thread."""
         ...
 
-    async def stats(self) -> list[QueueStats]: ...
+    async def stats(self, queue: str | None = None) -> list[QueueStats]:
+        """Return the counters of every queue, by name, or of one. Raises `QueueNotFound`."""
+        ...
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages in order, from the one behind `after`, and change nothing."""

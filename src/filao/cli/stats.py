@@ -8,7 +8,7 @@ import msgspec
 import rich
 
 from filao.cli.shell import addressed, as_json, broker_at, file_of, is_terminal, note, print_lines
-from filao.engine import Finding, QueueStats
+from filao.engine import Finding, QueueStats, State
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.printable import printable
 from filao.urls import shown_url
@@ -46,11 +46,14 @@ def _row(queue: QueueStats) -> tuple[str, ...]:
 
 
 def _every_counter(queue: QueueStats) -> list[tuple[str, str]]:
-    counters = msgspec.structs.asdict(queue)
-    del counters["name"]
-    shown: dict[str, object] = {"paused": "yes" if counters.pop("paused") else "no"}
-    shown["oldest ready"] = _age(counters.pop("oldest_ready_age"))
-    return [(name, str(value)) for name, value in shown.items()] + [(name, f"{n:,}") for name, n in counters.items()]
+    counters = {name: n for name, n in msgspec.structs.asdict(queue).items() if type(n) is int}
+    return [
+        ("paused", "yes" if queue.paused else "no"),
+        *((f"oldest {state}", _age(queue.oldest_age(state))) for state in State),
+        *((name, f"{n:,}") for name, n in counters.items()),
+        *((f"dead: {reason}", f"{n:,}") for reason, n in queue.dead_by_reason.items()),
+        *((f"{one.name} holds", f"{one.held:,}") for one in queue.receivers),
+    ]
 
 
 def _age(seconds: float | None) -> str:

@@ -4,10 +4,13 @@ import asyncio
 import dataclasses
 import os
 import socket
+import time
+from typing import Any
 
 from filao.conformance.stage import SOON, Stage, add_up, equal, needs, raises
-from filao.engine import Feature
+from filao.engine import Feature, State
 from filao.errors import ConfigurationError, LeaseLost, QueueNotFound
+from filao.queue import Queue
 
 
 @needs(Feature.PEEK, Feature.DELAY)
@@ -211,6 +214,86 @@ async def check_the_age_of_a_queue_is_that_of_its_oldest_message(stage: Stage) -
     await stage.send(queue, 2)
     age = (await stage.broker.stats(queue)).oldest_ready_age
     equal(age is not None and 10 <= age < 11, True)
+
+
+@needs(Feature.COUNTERS, Feature.GROUPS, Feature.LEASES, Feature.DELAY)
+async def check_the_oldest_of_each_state_tells_its_age(stage: Stage) -> None:
+    queue = await stage.queue(lease=1000, max_attempts=1)
+    stats = await stage.broker.stats(queue)
+    equal([stats.oldest_age(state) for state in State], [None] * 5)
+    await stage.send(queue, "dies")
+    await stage.advance(1)
+    await stage.send(queue, "is held", group="g")
+    await stage.advance(1)
+    await stage.send(queue, "is blocked", group="g")
+    await stage.advance(1)
+    await stage.send(queue, "is due", delay=5)
+    await (await stage.next(queue)).reject("no")
+    held = await stage.next(queue)
+    await stage.advance(3)
+    await stage.send(queue, "is ready")
+    await _aged(stage, queue, dead=6, leased=5, blocked=4, ready=0)
+    await stage.advance(4)
+    await _aged(stage, queue, dead=10, leased=9, blocked=8, ready=4, delayed=2)
+    await held.ack()
+    await stage.drain(queue)
+    await _aged(stage, queue, dead=10)
+    for body in ("again", "and again"):  # what came back is found though nothing was seen there
+        await stage.send(queue, body, group="g")
+    await _aged(stage, queue, dead=10, ready=0, blocked=0)
+    await stage.broker.redrive(queue)
+    await _aged(stage, queue, ready=10, blocked=0)
+
+
+async def _aged(stage: Stage, queue: Queue[Any], **wanted: float) -> None:
+    """Find these ages, in seconds, and no others."""
+    stats = await stage.broker.stats(queue)
+    found = {state.value: age for state in State if (age := stats.oldest_age(state)) is not None}
+    equal(found.keys(), wanted.keys())
+    late = {state: age for state, age in found.items() if not wanted[state] <= age < wanted[state] + 1 + stage.slack}
+    equal(late, {})
+
+
+@needs(Feature.COUNTERS, Feature.DEAD_LETTERS, Feature.TTL)
+async def check_dead_letters_are_counted_by_reason(stage: Stage) -> None:
+    queue = await stage.queue(max_attempts=1)
+    await stage.send(queue, 1, 2, 3)
+    await stage.send(queue, 4, ttl=1)
+    await (await stage.next(queue)).reject("no")
+    await (await stage.next(queue)).reject("no")
+    await (await stage.next(queue)).nack()
+    await stage.advance(2)
+    stats = await stage.broker.stats(queue)
+    equal(stats.dead_by_reason, {"expired": 1, "max_attempts": 1, "rejected": 2})
+    equal((stats.dead, stats.died_by_reason), (4, stats.dead_by_reason))
+    await stage.broker.redrive(queue, limit=1)
+    await stage.broker.purge(queue, state="dead")
+    stats = await stage.broker.stats(queue)
+    equal((len(stats.dead_by_reason), stats.died), (0, 4))
+    equal(stats.died_by_reason, {"expired": 1, "max_attempts": 1, "rejected": 2})
+
+
+@needs(Feature.COUNTERS, Feature.LEASES)
+async def check_the_processes_that_receive_are_told_with_what_they_hold(stage: Stage) -> None:
+    queue, other = await stage.queue(), await stage.queue()
+    equal((await stage.broker.stats(queue)).receivers, ())
+    await stage.send(queue, 1, 2, 3)
+    held = [await stage.next(queue), await stage.next(queue)]
+    (receiver,) = (await stage.broker.stats(queue)).receivers
+    equal((receiver.name, receiver.held, receiver.worker), (f"{socket.gethostname()}:{os.getpid()}", 2, ""))
+    for message in held:
+        await message.ack()
+    equal((await stage.broker.stats(queue)).receivers, ())
+    waiting = asyncio.ensure_future(stage.broker.receive_from_queue(other, wait=SOON))
+    until = time.monotonic() + SOON
+    while True:
+        receivers = (await stage.broker.stats(other)).receivers
+        if receivers or time.monotonic() > until:
+            break
+        await asyncio.sleep(0.01)
+    equal([(one.name, one.held) for one in receivers], [(receiver.name, 0)])
+    await stage.send(other, 1)
+    await waiting
 
 
 @needs()

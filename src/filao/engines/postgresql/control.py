@@ -1,34 +1,26 @@
 """What operators see of a PostgreSQL database: queries that change nothing."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from filao.codec import seen_body, seen_headers
-from filao.engine import Failure, QueueStats, State, StoredMessage, instant
+from filao.engine import Failure, QueueStats, Receiver, State, StoredMessage, instant
 from filao.engines.postgresql.server import Connection
 from filao.errors import ConfigurationError
 from filao.queue import Queue, not_found, rules_from_json
 
 _STATS = """
-    SELECT q.name, q.paused,
-           (SELECT coalesce(jsonb_object_agg(c.name, c.value), '{}')
-            FROM (SELECT name, sum(value)::bigint AS value FROM filao.counter WHERE queue = q.id GROUP BY name) AS c),
-           coalesce(%s, filao.clock()) - (
-             WITH RECURSIVE heads AS (  -- the first of each priority: one look-up for each that is in use
-               (SELECT id, priority FROM filao.message
-                WHERE queue = q.id AND state OPERATOR(pg_catalog.=) 'ready' ORDER BY -priority, id LIMIT 1)
-               UNION ALL
-               SELECT below.* FROM heads, LATERAL (
-                 SELECT id, priority FROM filao.message
-                 WHERE queue = q.id AND state OPERATOR(pg_catalog.=) 'ready' AND -priority > -heads.priority
-                 ORDER BY -priority, id LIMIT 1
-               ) AS below
-             )
-             SELECT sent_at FROM filao.message WHERE id = (SELECT min(id) FROM heads)
-           )
-    FROM filao.queue q
+    SELECT q.name, q.paused, counters.counted, ages.*
+    FROM filao.queue q, LATERAL (
+      SELECT coalesce(jsonb_object_agg(c.name, c.value), '{}') AS counted
+      FROM (SELECT name, sum(value)::bigint AS value FROM filao.counter WHERE queue = q.id GROUP BY name) AS c
+    ) AS counters, LATERAL filao.ages(q.id, %s, counters.counted) AS ages
+    WHERE q.name = coalesce(%s, q.name)
     ORDER BY q.name COLLATE "C"
 """
+_PROCESSES = "SELECT id, name, started_at, state, reported_at, filao.clock() FROM filao.process WHERE id = ANY (%s)"
+_COUNTED = ("ready", "delayed", "blocked", "leased", "dead")
 _ORDER = {"ready": "-priority, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
 HISTORY = """
     (SELECT coalesce(json_agg(json_build_array(f.attempt, f.at, f.outcome, f.error, f.consumer) ORDER BY f.id), '[]')
@@ -56,16 +48,50 @@ async def find(connection: Connection, name: str) -> Queue:
     return rules_from_json(name, row[0])
 
 
-async def stats(connection: Connection, moment: int | None) -> list[QueueStats]:
-    """Add up the counters of every queue."""
-    found = await connection.execute(_STATS, (moment,))
-    zero = {"ready": 0, "delayed": 0, "blocked": 0, "leased": 0, "dead": 0}
-    return [
-        QueueStats(
-            name=name, paused=paused, oldest_ready_age=None if age is None else max(0.0, age / 1000), **(zero | counted)
-        )
-        for name, paused, counted, age in await found.fetchall()
-    ]
+async def stats(connection: Connection, moment: int | None, queue: str | None = None) -> list[QueueStats]:
+    """Add up the counters of every queue, by name, or of one, and look at what is oldest. Raises `QueueNotFound`."""
+    rows = await (await connection.execute(_STATS, (moment, queue))).fetchall()
+    if queue is not None and not rows:
+        raise not_found(queue, await queues(connection))
+    known = {process for *_, holding, waiting in rows for process in (*(holding or ()), *(waiting or ()))}
+    processes: dict[int, tuple[Any, ...]] = {}
+    if known:
+        found = await (await connection.execute(_PROCESSES, (list(known),))).fetchall()
+        processes = {number: tuple(told) for number, *told in found}
+    return [_told(row, processes) for row in rows]
+
+
+def _told(row: Sequence[Any], processes: Mapping[int, tuple[Any, ...]]) -> QueueStats:
+    name, paused, counted, now, ready, delayed, leased, blocked, dead, holding, waiting = row
+    held = Counter[int](holding or ())
+    there = [process for process in {*held, *(waiting or ())} if process in processes]
+    return QueueStats(
+        name=name,
+        paused=paused,
+        oldest_ready_age=_age(now, ready),
+        oldest_delayed_age=_age(now, delayed),
+        oldest_leased_age=_age(now, leased),
+        oldest_blocked_age=_age(now, blocked),
+        oldest_dead_age=_age(now, dead),
+        dead_by_reason=_by_reason("dead", counted),
+        died_by_reason=_by_reason("died", counted),
+        receivers=tuple(sorted((_receiver(held[one], processes[one]) for one in there), key=lambda one: one.name)),
+        **dict.fromkeys(_COUNTED, 0) | {field: count for field, count in counted.items() if ":" not in field},
+    )
+
+
+def _receiver(held: int, process: Sequence[Any]) -> Receiver:
+    name, started_at, state, reported_at, now = process
+    return Receiver(name, held, instant(started_at), state, _age(now, reported_at) if state else None)
+
+
+def _by_reason(counter: str, counted: Mapping[str, int]) -> dict[str, int]:
+    counts = sorted((name.partition(":"), count) for name, count in counted.items() if count)
+    return {reason: count for (name, colon, reason), count in counts if name == counter and colon}
+
+
+def _age(now: int, since: int | None) -> float | None:
+    return None if since is None else max(0.0, (now - since) / 1000)
 
 
 async def peek(

@@ -376,11 +376,11 @@ class PostgresqlEngine:
             f"{LOCKED_FOR:g} s. Nothing was done; delete it when its senders have stopped."
         )
 
-    async def stats(self) -> list[QueueStats]:
-        """Read the counters of every queue."""
+    async def stats(self, queue: str | None = None) -> list[QueueStats]:
+        """Read the counters of every queue, or of one."""
         await self._value("SELECT filao.expire_all(%s)", self._moment())
         async with self._main.use() as connection:
-            return await control.stats(connection, self._moment())
+            return await control.stats(connection, self._moment(), queue)
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
@@ -451,7 +451,7 @@ class PostgresqlEngine:
                 return await moving.pack(connection, number, self._moment(), after, limit)
 
         async def held() -> int:
-            return next(stats.leased for stats in await self.stats() if stats.name == queue)
+            return (await self.stats(queue))[0].leased
 
         yield RowPacking(read, partial(self.remove, queue, LEAVING), held)
 

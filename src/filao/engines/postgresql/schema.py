@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 5
+VERSION = 6
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -43,12 +43,20 @@ STEPS: dict[int, str] = {
     """,
     4: "SELECT",  # of the functions alone, as is 5
     5: "SELECT",
+    6: """
+        ALTER TYPE filao.seen ADD ATTRIBUTE blocked bigint;
+        CREATE INDEX message_blocked ON filao.message (queue, id) WHERE state = 'blocked';
+        INSERT INTO filao.counter (queue, backend, slot, name, value)
+        SELECT m.queue, 0, 0, counter.name || ':' || coalesce(m.reason, ''), count(*)
+        FROM filao.message m, unnest(ARRAY['dead', 'died']) AS counter (name)
+        WHERE m.state = 'dead' GROUP BY 1, 4;
+    """,
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """
     SELECT (SELECT value FROM filao.meta WHERE name = 'version'), (SELECT value FROM filao.meta WHERE name = 'database')
 """
-FUNCTIONS = ("seen", "moves", "send", "receive", "settle", "operators", "processes", "doors")
+FUNCTIONS = ("seen", "moves", "send", "receive", "settle", "operators", "processes", "stats", "doors")
 """The files of the functions, in the order in which they are made; the last says who may call them."""
 LOCK = 0x46696C616F  # "Filao", as the key of an advisory lock
 

@@ -70,6 +70,7 @@ CREATE INDEX message_moved    ON filao.message (queue, moved_in)          WHERE 
 CREATE INDEX message_delayed  ON filao.message (queue, at)                WHERE state = 'delayed';
 CREATE INDEX message_leased   ON filao.message (queue, at)                WHERE state = 'leased';
 CREATE INDEX message_dead     ON filao.message (queue, id)                WHERE state = 'dead';
+CREATE INDEX message_blocked  ON filao.message (queue, id)                WHERE state = 'blocked';
 CREATE INDEX message_grouped  ON filao.message (queue, grp, state, id)    WHERE grp IS NOT NULL;
 CREATE INDEX message_expiring ON filao.message (queue, expires_at)
   WHERE expires_at IS NOT NULL AND state IN ('ready', 'delayed', 'blocked');
@@ -84,7 +85,8 @@ CREATE TYPE filao.seen AS ( -- what a session has seen of a queue: see seen.sql
   delayed    bigint,     -- the lowest `at` of a delayed message; NULL: there is none
   leased     bigint,     -- the lowest `at` of a lease that was seen; NULL: there was none
   expiring   bigint,     -- the lowest `expires_at` of one that waits; NULL: there is none
-  looked_at  bigint      -- when
+  looked_at  bigint,     -- when
+  blocked    bigint      -- the lowest id that may be blocked; NULL: there is none
 );
 
 CREATE TABLE filao.failure (
@@ -127,7 +129,7 @@ CREATE TABLE filao.counter (
   queue   integer NOT NULL,
   backend integer NOT NULL,
   slot    bigint  NOT NULL,    -- of 8,192 milliseconds
-  name    text    NOT NULL,    -- a field of filao.engine.QueueStats
+  name    text    NOT NULL,    -- a field of filao.engine.QueueStats; of the dead also with why: dead:expired
   value   bigint  NOT NULL,
   PRIMARY KEY (queue, backend, slot, name)
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000,

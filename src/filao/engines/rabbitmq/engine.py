@@ -364,12 +364,14 @@ class RabbitmqEngine:
                 self._rules.pop(queue, None)
         return held
 
-    async def stats(self) -> list[QueueStats]:
-        """Ask the server for the depth of every queue and of its dead letters."""
-        queues = await self.queues()
+    async def stats(self, queue: str | None = None) -> list[QueueStats]:
+        """Ask the server for the depth of every queue, or of one, and of its dead letters."""
+        if queue is not None:
+            await self._check_declared(queue)
+        queues = [known for known in await self.queues() if queue in (None, known.name)]
         held = {name: len(consumer.held) for name, consumer in self._consumers.items()}
         async with self._apart() as session:
-            return [await control.stats(session, queue.name, held.get(queue.name, 0)) for queue in queues]
+            return [await control.stats(session, one.name, held.get(one.name, 0)) for one in queues]
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return dead letters; nothing else can be looked at."""

@@ -31,6 +31,10 @@ COUNTERS = (
 )
 _SELECT_QUEUE = f"SELECT id, rules, paused, {', '.join(COUNTERS)} FROM filao_queue WHERE name = ?"
 _UPDATE_QUEUE = f"UPDATE filao_queue SET {', '.join(f'{name} = ?' for name in COUNTERS)} WHERE id = ?"
+_COUNT_REASON = """
+    INSERT INTO filao_reason (queue, reason, dead, died) VALUES (?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET dead = dead + excluded.dead, died = died + excluded.died
+"""
 # Python gives its lock up around each step of a statement, and must get it back from the busy event loop: so a statement
 # takes many rows at once. The sizes are few, so that every statement is compiled once.
 ROWS_AT_ONCE = (256, 64, 16, 4, 1)
@@ -63,7 +67,7 @@ ENTRY = "id, state, attempts, grp, dedup_key, message_id, salt"
 class QueueRow:
     """A queue's row while a transaction works on it."""
 
-    __slots__ = ("_loaded", "count", "delayed", "fresh", "id", "paused", "rules")
+    __slots__ = ("_loaded", "count", "delayed", "fresh", "id", "paused", "reasons", "rules")
 
     def __init__(self, row: Sequence[int], rules: Queue) -> None:
         self.id = row[0]
@@ -71,6 +75,8 @@ class QueueRow:
         self.paused = bool(row[2])
         self._loaded = row[3:]
         self.count = dict(zip(COUNTERS, row[3:], strict=True))
+        self.reasons: list[tuple[str, int, int]] = []
+        """Of dead letters: why, how many more lie there, and how many have died."""
         self.fresh = False
         """Whether a message has become ready, or was left by one who took others."""
         self.delayed = 0
@@ -185,6 +191,9 @@ class Books:
             changes = row.changes()
             if changes is not None:
                 self.db.execute(_UPDATE_QUEUE, (*changes, row.id))
+            if row.reasons:
+                self.db.executemany(_COUNT_REASON, [(row.id, *counted) for counted in row.reasons])
+                row.reasons.clear()
 
     def rows(self) -> Iterable[QueueRow]:
         """Return the queues that were looked at."""
@@ -207,6 +216,11 @@ class Books:
         row.count[STATES[was]] -= 1
         row.count[STATES[state]] += 1
         row.tell(state)
+
+    def count_alive(self, row: QueueRow, number: int) -> None:
+        """Count a dead letter that lies among the dead no more, before its reason is forgotten."""
+        (reason,) = self.db.execute("SELECT reason FROM filao_message WHERE id = ?", (number,)).fetchone()
+        row.reasons.append((reason or "", -1, 0))
 
     def consumer_of(self, token: int) -> str:
         """Return the host and process that a lease was given to."""

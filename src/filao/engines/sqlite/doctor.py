@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filao.engine import Finding, process_finding
-from filao.engines.sqlite import files, operators, scrutiny
+from filao.engines.sqlite import files, scrutiny
 from filao.engines.sqlite.books import STATES, Books, read_rules, tokens
 from filao.engines.sqlite.clock import JUMP
 from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.stats import stats
 from filao.errors import EngineError
 
 _MISCOUNTED = " UNION ALL ".join(
@@ -20,6 +21,15 @@ _MISCOUNTED = " UNION ALL ".join(
     """
     for number, name in STATES.items()
 )
+_MISCOUNTED_REASONS = """
+    SELECT name, 'dead: ' || reason, filao_reason.dead, (
+        SELECT count(*) FROM filao_message
+        WHERE queue = filao_queue.id AND state = 6 AND coalesce(reason, '') = filao_reason.reason
+    ) AS there
+    FROM filao_reason
+    JOIN filao_queue ON filao_queue.id = filao_reason.queue
+    WHERE filao_reason.dead <> there
+"""
 WAL_NOTABLE = 64 * 1024 * 1024  # bytes
 
 
@@ -121,7 +131,7 @@ def _unreadable(db: sqlite3.Connection) -> Iterator[Finding]:
     ).fetchone()[0]
     if strays:
         yield Finding("messages", "error", f"{strays:,} messages are of no queue")
-    miscounted = db.execute(_MISCOUNTED).fetchall()
+    miscounted = [*db.execute(_MISCOUNTED), *db.execute(_MISCOUNTED_REASONS)]
     for name, state, counted, there in miscounted:
         yield Finding(
             f"queue {name!r}", "error", f"{counted:,} messages are counted as {state}, and {there:,} are there"
@@ -129,7 +139,7 @@ def _unreadable(db: sqlite3.Connection) -> Iterator[Finding]:
 
 
 def _queues(books: Books) -> Iterator[Finding]:
-    for queue in operators.stats(books.db, books.now):
+    for queue in stats(books):
         subject = f"queue {queue.name}"
         stuck = books.db.execute(
             """

@@ -48,6 +48,7 @@ from filao.engines.sqlite.doctor import examine
 from filao.engines.sqlite.foreign import open_transaction
 from filao.engines.sqlite.receive import Lessee, look
 from filao.engines.sqlite.send import send
+from filao.engines.sqlite.stats import stats
 from filao.engines.sqlite.thread import DatabaseThread
 from filao.engines.statements import check_statement
 from filao.engines.waiters import Line, Place
@@ -341,10 +342,10 @@ class SqliteEngine:
         """Delete a queue that holds no message."""
         return await self._change(lambda books: operators.delete(books, _row(books, queue)))
 
-    async def stats(self) -> list[QueueStats]:
-        """Read the counters of every queue."""
+    async def stats(self, queue: str | None = None) -> list[QueueStats]:
+        """Read the counters of every queue, or of one."""
         await self._let_expire()
-        return await self._look_up(lambda books: operators.stats(books.db, books.now))
+        return await self._look_up(lambda books: stats(books, queue))
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
@@ -395,7 +396,7 @@ class SqliteEngine:
             return await self._change(lambda books: moving.pack(books, _row(books, queue), after, limit))
 
         async def held() -> int:
-            return next(stats.leased for stats in await self.stats() if stats.name == queue)
+            return (await self.stats(queue))[0].leased
 
         yield RowPacking(read, partial(self.remove, queue, LEAVING), held)
 

@@ -244,7 +244,29 @@ def _salt_ids(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE filao_message ADD COLUMN salt INTEGER")
 
 
-MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports, _salt_ids)
+def _count_reasons(db: sqlite3.Connection) -> None:
+    """Count dead letters by reason, and let the oldest blocked message be found."""
+    db.execute(
+        """
+        CREATE TABLE filao_reason (
+          queue  INTEGER NOT NULL,
+          reason TEXT    NOT NULL,
+          dead   INTEGER NOT NULL,  -- that lie there
+          died   INTEGER NOT NULL,  -- ever; of those before this was counted, the ones that still lay there
+          PRIMARY KEY (queue, reason)
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    db.execute(
+        """
+        INSERT INTO filao_reason (queue, reason, dead, died)
+        SELECT queue, coalesce(reason, ''), count(*), count(*) FROM filao_message WHERE state = 6 GROUP BY 1, 2
+        """
+    )
+    db.execute("CREATE INDEX filao_blocked ON filao_message (queue, id) WHERE state = 5")
+
+
+MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports, _salt_ids, _count_reasons)
 """Step n brings a file from version n to n + 1. A released step is never edited; a change of the tables is a new step."""
 
 

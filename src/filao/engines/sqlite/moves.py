@@ -210,6 +210,7 @@ def die(books: Books, row: QueueRow, entry: Entry, reason: str) -> None:
     )
     books.count_move(row, entry.state, DEAD)
     row.count["died"] += 1
+    row.reasons.append((reason, 1, 1))
     if entry.dedup_key is not None:  # its message_id stays known as long as the dead letter lies there
         start_window(books, row, keys(entry.dedup_key, None), entry.name)
     if entry.group is not None:
@@ -261,6 +262,8 @@ def _has_expired(books: Books, row: QueueRow, name: str) -> bool:
 def delete(books: Books, row: QueueRow, entry: Entry, counter: str) -> None:
     """Remove a message for good, and count it under `counter`."""
     entry = _current(books, entry)
+    if entry.state == DEAD:
+        books.count_alive(row, entry.number)
     books.db.execute("DELETE FROM filao_message WHERE id = ?", (entry.number,))
     row.count[STATES[entry.state]] -= 1
     row.count[counter] += 1

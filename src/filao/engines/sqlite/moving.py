@@ -62,6 +62,7 @@ def _amend(books: Books, row: QueueRow, parcel: Parcel) -> None:
             (parcel.died_at, parcel.reason, parcel.draft.dedup_key, number),
         )
         books.count_move(row, entry.state, DEAD)
+        row.reasons.append((parcel.reason, 1, 0))
         if entry.group is not None:
             arrange(books, row, entry.group)
 

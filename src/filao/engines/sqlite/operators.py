@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from filao.codec import seen_body, seen_headers
-from filao.engine import Draft, Failure, QueueStats, State, StoredMessage, instant
+from filao.engine import Draft, Failure, State, StoredMessage, instant
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
-    COUNTERS,
     STATES,
     Books,
     Entry,
     QueueRow,
-    oldest_ready,
     read_rules,
 )
 from filao.errors import ConfigurationError, EngineError
@@ -66,7 +64,7 @@ def delete(books: Books, row: QueueRow) -> int:
     """Delete a queue that holds no message, with all that is remembered of it; return how many it holds."""
     held = row.pending() + row.count["dead"]
     if not held:
-        for table in ("dedup", "halted", "waiting"):
+        for table in ("dedup", "halted", "waiting", "reason"):
             books.db.execute(f"DELETE FROM filao_{table} WHERE queue = ?", (row.id,))
         books.db.execute("DELETE FROM filao_queue WHERE id = ?", (row.id,))
     return held
@@ -86,28 +84,6 @@ def _arrange_all(books: Books, row: QueueRow) -> None:
 def queues(db: sqlite3.Connection) -> list[Queue]:
     """Return every declared queue with its rules, by name."""
     return [read_rules(*found) for found in db.execute("SELECT name, rules FROM filao_queue ORDER BY name")]
-
-
-def stats(db: sqlite3.Connection, now: int) -> list[QueueStats]:
-    """Read the counters of every queue."""
-    found = db.execute(f"SELECT id, name, paused, {', '.join(COUNTERS)} FROM filao_queue ORDER BY name").fetchall()
-    return [
-        QueueStats(
-            name=name,
-            paused=bool(paused),
-            oldest_ready_age=_oldest_age(db, number, now),
-            **dict(zip(COUNTERS, counted, strict=True)),
-        )
-        for number, name, paused, *counted in found
-    ]
-
-
-def _oldest_age(db: sqlite3.Connection, queue: int, now: int) -> float | None:
-    oldest = oldest_ready(db, queue)
-    if oldest is None:
-        return None
-    sent_at: int = db.execute("SELECT sent_at FROM filao_message WHERE id = ?", (oldest,)).fetchone()[0]
-    return max(0.0, (now - sent_at) / 1000)
 
 
 def outlived(books: Books) -> list[str]:
@@ -252,6 +228,7 @@ def redrive(books: Books, row: QueueRow, numbers: Sequence[int], edited: Draft |
     """Give dead letters back with fresh attempts, each to its old place."""
     entries = _still(books, row, numbers, [State.DEAD])
     for entry in entries:
+        books.count_alive(row, entry.number)
         books.db.execute(
             "UPDATE filao_message SET attempts = 0, reason = NULL, expires_at = NULL WHERE id = ?", (entry.number,)
         )

@@ -40,6 +40,15 @@ BEGIN
 END
 $$;
 
+-- Count a message that lies among the dead no more.
+CREATE OR REPLACE FUNCTION filao.count_alive(m filao.message) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  IF m.state = 'dead' THEN
+    PERFORM filao.count(m.queue, ARRAY['dead:' || coalesce(m.reason, '')], ARRAY[-1]);
+  END IF;
+END
+$$;
+
 -- The first part of ids: random, drawn for each send, so that an id cannot be guessed, and after a restore or a failover is
 -- never given again.
 CREATE OR REPLACE FUNCTION filao.prefix(salt bigint) RETURNS text LANGUAGE sql IMMUTABLE AS $$
@@ -296,7 +305,7 @@ LANGUAGE plpgsql AS $$
 BEGIN
   UPDATE filao.message SET state = 'dead', at = now, token = 0, reason = why, moved_in = NULL WHERE id = m.id;
   PERFORM filao.count_move(m.queue, m.state, 'dead');
-  PERFORM filao.count(m.queue, ARRAY['died'], ARRAY[1]);
+  PERFORM filao.count(m.queue, ARRAY['died', 'dead:' || why, 'died:' || why], ARRAY[1, 1, 1]);
   IF m.dedup_key IS NOT NULL THEN  -- its message_id stays known as long as the dead letter lies there
     PERFORM filao.start_window(m.queue, m.dedup_key, NULL, filao.name_of(m), now);
   END IF;
@@ -326,6 +335,7 @@ LANGUAGE plpgsql AS $$
 BEGIN
   DELETE FROM filao.message WHERE id = m.id;
   PERFORM filao.count(m.queue, ARRAY[m.state::text, counter], ARRAY[-1, 1]);
+  PERFORM filao.count_alive(m);
   PERFORM filao.forget(m, now, later);
 END
 $$;

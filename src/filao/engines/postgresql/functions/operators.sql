@@ -53,6 +53,7 @@ BEGIN
     IF m.dedup_key IS NOT NULL THEN
       PERFORM filao.remember_again(q, m.dedup_key, filao.name_of(m), now);
     END IF;
+    PERFORM filao.count_alive(m);
     PERFORM filao.give_back(m, NULL, 0, now, false);
     done := done + 1;
     last := m.id;
@@ -113,6 +114,7 @@ BEGIN
     SET state = 'dead', at = died[i], reason = reasons[i], dedup_key = dedup_keys[i], moved_in = NULL
     WHERE id = m.id;
     PERFORM filao.count_move(q, m.state, 'dead');
+    PERFORM filao.count(q, ARRAY['dead:' || reasons[i]], ARRAY[1]);
     PERFORM filao.arrange(q, m.grp, now, false);
   END LOOP;
 END

@@ -14,12 +14,12 @@
 
 -- Nothing: the floors are the bottom.
 CREATE OR REPLACE FUNCTION filao.nothing_seen() RETURNS filao.seen LANGUAGE sql VOLATILE AS $$
-  SELECT ROW (pg_current_snapshot(), pg_current_xact_id_if_assigned(), '{}', '{}', 2147483647, 0, 0, 0, 0)::filao.seen
+  SELECT ROW (pg_current_snapshot(), pg_current_xact_id_if_assigned(), '{}', '{}', 2147483647, 0, 0, 0, 0, 0)::filao.seen
 $$;
 
 -- What this session has seen of a queue.
 CREATE OR REPLACE FUNCTION filao.seen(q integer) RETURNS filao.seen LANGUAGE sql VOLATILE AS $$
-  SELECT coalesce(nullif(current_setting('filao.seen_' || q, true), '')::filao.seen, filao.nothing_seen())
+  SELECT coalesce(nullif(current_setting('filao.saw_' || q, true), '')::filao.seen, filao.nothing_seen())
 $$;
 
 -- Lower the floors to what has moved since the session looked; after too much of it, to the bottom.
@@ -51,6 +51,8 @@ BEGIN
     seen.expiring := least(seen.expiring, news.expires_at);
     IF news.state = 'delayed' THEN
       seen.delayed := least(seen.delayed, news.at);
+    ELSIF news.state = 'blocked' THEN
+      seen.blocked := least(seen.blocked, news.id);
     ELSIF news.state = 'ready' AND (seen.below IS NULL OR news.priority >= seen.below) THEN
       i := array_position(seen.priorities, news.priority);
       IF i IS NULL THEN
@@ -148,6 +150,6 @@ $$;
 -- Remember what was seen.
 CREATE OR REPLACE FUNCTION filao.remember_seen(q integer, seen filao.seen) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-  PERFORM set_config('filao.seen_' || q, seen::text, false);
+  PERFORM set_config('filao.saw_' || q, seen::text, false);
 END
 $$;
