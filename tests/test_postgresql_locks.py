@@ -138,3 +138,46 @@ async def test_a_send_of_an_older_snapshot_does_not_reach_a_queue_that_was_delet
         await broker.delete_queue("claims")
         with pytest.raises(filao.EngineError, match="Nothing was done; in a transaction of your own, roll it back"):
             await broker.send_to_queue("claims", 1, within=old)
+
+
+RECEIVE = "SELECT r.id, r.due_in FROM filao.queue q, filao.receive(q.id, %s, 1, NULL, (1::bigint << 32) + 1, %s, %s) r"
+
+
+async def test_a_send_that_drops_the_oldest_drops_the_next_when_a_consumer_claims_it(url, broker) -> None:
+    await broker.declare(filao.Queue("news", max_length=2, overflow="drop_oldest"))
+    await broker.send_many("news", [1, 2])
+    with psycopg.connect(url) as consumer:
+        consumer.execute(RECEIVE + " WHERE q.name = 'news'", (None, 1, 0))
+        send = asyncio.create_task(broker.send_to_queue("news", 3))
+        await go_on(broker)
+        assert not send.done()
+        consumer.commit()
+        await asyncio.wait_for(send, 10)
+    stats = await broker.stats("news")
+    assert (stats.ready, stats.leased, stats.dead) == (1, 1, 1)
+    assert [letter.body for letter in await broker.dead_letters("news")] == [2]
+
+
+async def test_a_send_is_refused_whole_when_consumers_claim_what_it_would_drop(url, broker) -> None:
+    await broker.declare(filao.Queue("news", max_length=2, overflow="drop_oldest"))
+    await broker.send_to_queue("news", 1)
+    await broker.send_to_queue("news", 2, priority=1)
+    with psycopg.connect(url) as consumer:
+        consumer.execute(RECEIVE + " WHERE q.name = 'news'", (None, 1, 0))  # the second, which comes first
+        send = asyncio.create_task(broker.send_many("news", [3, 4]))
+        await go_on(broker)
+        assert not send.done()
+        consumer.commit()
+        with pytest.raises(filao.QueueFull, match="Nothing was stored"):
+            await asyncio.wait_for(send, 10)
+    stats = await broker.stats("news")
+    assert (stats.ready, stats.leased, stats.dead, stats.died) == (1, 1, 0, 0)
+
+
+async def test_a_transaction_that_drops_the_oldest_locks_no_group(url, broker) -> None:
+    await broker.declare(filao.Queue("news", max_length=1, overflow="drop_oldest"))
+    await broker.send_to_queue("news", 1, group="g")
+    with psycopg.connect(url) as holder:
+        await broker.send_to_queue("news", 2, within=holder)
+        groups = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid()"
+        assert holder.execute(groups).fetchone() == (0,)

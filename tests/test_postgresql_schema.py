@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {6: "873ef3e23f1eeec0"}
+DIGESTS = {7: "498e6177020b4557"}
 """Of the SQL of a version, the newest alone."""
 
 

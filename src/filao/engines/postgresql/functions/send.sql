@@ -12,31 +12,51 @@ CREATE OR REPLACE FUNCTION filao.waiting(q integer) RETURNS bigint LANGUAGE sql 
   SELECT coalesce(sum(value), 0)::bigint FROM filao.counter WHERE queue = q AND name IN ('ready', 'delayed')
 $$;
 
--- Make the oldest waiting message a dead letter; false when there is none.
-CREATE OR REPLACE FUNCTION filao.drop_oldest(q integer, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
+-- Make the oldest waiting message a dead letter; false when there is none. One that a consumer is just claiming is waited
+-- for; if it was claimed, the next is the oldest.
+CREATE OR REPLACE FUNCTION filao.drop_oldest(q integer, now bigint, later boolean) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
-  m filao.message;
+  oldest bigint;
+  m      filao.message;
 BEGIN
-  WITH RECURSIVE heads AS (  -- the first of each priority: one look-up for each that is in use
-    (SELECT id, priority FROM filao.message WHERE queue = q AND state = 'ready' ORDER BY -priority, id LIMIT 1)
-    UNION ALL
-    SELECT below.* FROM heads, LATERAL (
-      SELECT id, priority FROM filao.message
-      WHERE queue = q AND state = 'ready' AND -priority > -heads.priority ORDER BY -priority, id LIMIT 1
-    ) AS below
-  )
-  SELECT * INTO m FROM filao.message
-  WHERE id = coalesce(
-    (SELECT min(id) FROM heads),
-    (SELECT id FROM filao.message WHERE queue = q AND state = 'delayed' ORDER BY at LIMIT 1)
-  )
-  FOR UPDATE;
-  IF NOT FOUND OR m.state NOT IN ('ready', 'delayed') THEN
-    RETURN false;
-  END IF;
+  LOOP
+    WITH RECURSIVE heads AS (  -- the first of each priority: one look-up for each that is in use
+      (SELECT id, priority FROM filao.message WHERE queue = q AND state = 'ready' ORDER BY -priority, id LIMIT 1)
+      UNION ALL
+      SELECT below.* FROM heads, LATERAL (
+        SELECT id, priority FROM filao.message
+        WHERE queue = q AND state = 'ready' AND -priority > -heads.priority ORDER BY -priority, id LIMIT 1
+      ) AS below
+    )
+    SELECT coalesce(
+      (SELECT min(id) FROM heads),
+      (SELECT id FROM filao.message WHERE queue = q AND state = 'delayed' ORDER BY at LIMIT 1)
+    ) INTO oldest;
+    IF oldest IS NULL THEN
+      RETURN false;
+    END IF;
+    SELECT * INTO m FROM filao.message WHERE id = oldest FOR UPDATE;
+    EXIT WHEN m.state IN ('ready', 'delayed');
+  END LOOP;
   PERFORM filao.record(m, 'overflow', 'the queue was full and its rule is to drop the oldest', '', now);
-  PERFORM filao.die(m, 'overflow', now, false);
+  PERFORM filao.die(m, 'overflow', now, later);
   RETURN true;
+END
+$$;
+
+-- Drop so many of the oldest, or none, and return false: others may claim some while they are counted.
+CREATE OR REPLACE FUNCTION filao.drop_some(q integer, surplus bigint, now bigint, later boolean) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+  FOR i IN 1 .. surplus LOOP
+    IF NOT filao.drop_oldest(q, now, later) THEN
+      RAISE SQLSTATE 'FILAO';  -- undoes what this block did
+    END IF;
+  END LOOP;
+  RETURN true;
+EXCEPTION
+  WHEN SQLSTATE 'FILAO' THEN
+    RETURN false;
 END
 $$;
 
@@ -54,13 +74,10 @@ BEGIN
     RETURN true;
   ELSIF NOT rules.drops_oldest OR new > rules.max_length OR surplus > filao.waiting(rules.id) THEN
     RETURN false;
+  ELSIF surplus = 1 THEN  -- most sends, for which there is nothing to undo
+    RETURN filao.drop_oldest(rules.id, now, later);
   END IF;
-  FOR i IN 1 .. surplus LOOP
-    IF NOT filao.drop_oldest(rules.id, now) THEN
-      RETURN false;
-    END IF;
-  END LOOP;
-  RETURN true;
+  RETURN filao.drop_some(rules.id, surplus, now, later);
 END
 $$;
 
