@@ -672,6 +672,98 @@ def test_dead_letters_tell_why_they_died(db):
     assert none.code == 1
 
 
+def test_dead_letters_are_chosen_by_reason_error_age_and_id(db):
+    ids = bury(db, *range(3))
+    declare(db, "claims", ttl=0.001)
+    with filao.sync.connect(db) as broker:
+        broker.send_to_queue("claims", 3)
+        while broker.receive_from_queue("claims", wait=0) or broker.stats("claims").dead < 4:
+            pass
+    asked = [
+        ("--reason", "expired"),
+        ("--error", "NO SUCH"),
+        ("--error", "no such", "--limit", "2"),
+        ("--older", "3600"),
+        ("--younger", "3600"),
+        ("--id", ids[1]),
+    ]
+    found = run_each(("dead", db, "claims", *options) for options in asked)
+    assert [[line["body"] for line in ran.lines] for ran in found] == [[3], [0, 1, 2], [0, 1], [], [0, 1, 2, 3], [1]]
+    assert "no dead letter of queue 'claims' is what was asked for" in found[3].err
+
+
+def test_dead_letters_are_a_table_on_a_terminal_and_one_is_told_whole(db):
+    (number,) = bury(db, {"claim_id": 7})
+    code, screen = on_terminal("dead", db, "claims")
+    assert code == 0
+    assert re.search(rf"{number}.*rejected.*no such", screen)
+    code, screen = on_terminal("dead", db, "claims", "--id", number)
+    assert (code, '{"claim_id":7}' in screen, "  no such policy" in screen) == (0, True, True)
+    code, screen = on_terminal("dead", db, "claims", "--json")
+    assert json.loads(screen)["id"] == number
+
+
+def test_what_others_wrote_does_nothing_in_a_table_or_a_story(db):
+    put(db, "\x1b[2J[red]")
+    (number,) = [line["id"] for line in run("peek", db, "claims").lines]
+    for options in ((), ("--id", number)):
+        code, screen = sent_to_terminal("peek", db, "claims", *options)
+        assert code == 0
+        assert "\x1b[2J" not in screen
+        assert "[red]" in screen
+
+
+def test_an_empty_result_says_so(db):
+    for command, told in [
+        ("peek", "queue 'claims' has no ready messages"),
+        ("dead", "queue 'claims' has no dead letters"),
+    ]:
+        ran = run(command, db, "claims")
+        assert (ran.code, ran.out) == (1, b"")
+        assert told in ran.err
+
+
+def test_the_hint_names_the_queue_that_was_meant(db, tmp_path):
+    assert f"filao declare {db} claim-s." in run("peek", db, "claim-s").err
+    assert "c.db claims" in run("peek", tmp_path / "c.db", "claims").err
+
+
+def test_a_queue_is_paused_and_resumed(db):
+    put(db, 7)
+    assert run("pause", db, "claims").lines == [{"paused": "claims"}]
+    assert run("receive", db, "claims").code == 1
+    assert run("resume", db, "claims").lines == [{"resumed": "claims"}]
+    assert run("receive", db, "claims").code == 0
+
+
+def test_a_halted_group_is_resumed(db):
+    declare(db, "claims", group_dead="halt")
+    with filao.sync.connect(db) as broker:
+        broker.send_many("claims", [1, 2], group="policy-12")
+        broker.receive_from_queue("claims").reject()
+    assert run("receive", db, "claims").code == 1
+    assert run("resume", db, "claims", "--group", "policy-12").code == 0
+    assert run("receive", db, "claims").lines[0]["body"] == 2
+
+
+def test_one_message_is_cancelled_while_it_waits(db):
+    number, other = put(db, 7, 8)
+    first, second = run("cancel", db, "claims", number), run("cancel", db, "claims", number)
+    assert (first.code, first.lines) == (0, [{"cancelled": True}])
+    assert (second.code, second.lines) == (1, [{"cancelled": False}])
+    assert run("cancel", "claims", other, url=str(db)).code == 0
+
+
+def test_a_queue_is_deleted_with_its_messages_only_when_told(db):
+    put(db, 7)
+    assert run("delete", db, "claims").code == 2  # nobody can be asked
+    assert "holds 1 messages" in run("delete", db, "claims", "--yes").err
+    code, screen = on_terminal("delete", db, "claims", "--messages", types=b"n\n", when=b"[y/N]")
+    assert (code, "and its 1 messages" in screen) == (1, True)
+    assert run("delete", db, "claims", "--messages", "--yes").lines == [{"deleted": "claims"}]
+    assert "is not declared" in run("peek", db, "claims").err
+
+
 def test_redrive_sends_back_all_or_some(db):
     ids = bury(db, *range(4))
     assert run("redrive", db, "claims", "--id", ids[1], "--id", ids[2]).lines == [{"redriven": 2}]

@@ -109,7 +109,7 @@ def broker(folder) -> Generator[filao.sync.Broker]:
 def working(folder: Path, *arguments: str, processes: int = 1) -> Generator[Work]:
     work = Work(folder, *arguments)
     try:
-        until(lambda: work.said().count("receives from claims") >= processes or work.process.poll() is not None)
+        until(lambda: work.said().count("receives from") >= processes or work.process.poll() is not None)
         yield work
     finally:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
@@ -383,3 +383,28 @@ def test_the_doctor_tells_that_a_worker_is_healthy_and_that_it_is_not(folder, br
         until(
             lambda: any("the event loop has been blocked for" in text for level, text in told() if level == "warning")
         )
+
+
+def test_a_changed_source_file_starts_the_worker_anew(folder, broker) -> None:
+    with working(folder, "app:worker", "--reload") as work:
+        until(lambda: "receives from claims" in work.said())
+        app = folder / "app.py"
+        app.write_text(app.read_text().replace('kind = message["kind"]', 'kind = "new-" + message["kind"]'))
+        until(lambda: work.said().count("receives from claims") == 2)
+        broker.send_to_queue("claims", {"kind": "claim"})
+        until(lambda: [kind for _, kind, _ in work.handled()] == ["new-claim"])
+        assert "app.py has changed: starting anew" in work.said()
+        work.signal(signal.SIGTERM)
+        assert work.ends() == 0
+
+
+def test_a_worker_consumes_only_the_queues_that_are_chosen(folder) -> None:
+    with (folder / "app.py").open("a") as app:
+        app.write(
+            "\n@worker.consumer(filao.Queue('letters'))\ndef print_letter(message: filao.sync.Message) -> None: ...\n"
+        )
+    with working(folder, "app:worker", "--queue", "letters", "--processes", "2") as work:
+        until(lambda: work.said().count("receives from letters\n") == 2)
+    with working(folder, "app:worker", "--queue", "letter") as work:
+        assert work.ends() == 3
+        assert "no consumer of queue 'letter'; it has those of 'claims', 'letters'" in work.said()

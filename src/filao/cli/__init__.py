@@ -16,6 +16,7 @@ if not (find_spec("click") and find_spec("rich")):
 import click
 
 from filao.cli.backup import backup, restore
+from filao.cli.control import cancel, delete, pause, resume
 from filao.cli.declare import declare
 from filao.cli.move import move_command
 from filao.cli.receive import receive
@@ -67,15 +68,15 @@ def commands() -> None:
     environment variable FILAO_URL holds it. Where the arguments could then be read both ways, the first is taken for
     a URL only if it holds a "/" or a ":", as in ./claims.db.
 
-    Data are JSON lines on stdout, and all else is on stderr. stats and doctor draw a table on a terminal. Durations
-    are seconds; sizes are bytes.
+    Data are JSON lines on stdout, and all else is on stderr. stats, peek, dead and doctor draw a table on a terminal.
+    Durations are seconds; sizes are bytes.
 
     \b
     Exit codes:
       0    done
-      1    nothing found (receive, peek, dead, redrive, stats), not
-           confirmed (purge), an error found (doctor), or a promise
-           not kept (verify), or messages left behind (move)
+      1    nothing found (receive, peek, dead, redrive, cancel, stats),
+           not confirmed (purge, delete), an error found (doctor), a
+           promise not kept (verify), or messages left behind (move)
       2    wrong usage
       3    Filao refused, and says why: no such queue, a body that is
            too large, a queue that is full ...
@@ -88,6 +89,6 @@ def commands() -> None:
 
 for command in (
     *(declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, move_command, work),
-    *(backup, restore, sandbox_command),
+    *(pause, resume, cancel, delete, backup, restore, sandbox_command),
 ):
     commands.add_command(command)

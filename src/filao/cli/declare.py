@@ -59,7 +59,7 @@ def declare(*, arguments: tuple[str, ...], **given: object) -> None:
     # The options are named as the rules are: naming them a third time here would be one place more to forget.
     url, (name,) = addressed(arguments, least=1, most=1)
     _with_rules(Queue(name), given)  # what is wrong in itself is refused before a file is created
-    with broker_at(url, create=True) as broker:
+    with broker_at(url, name, create=True) as broker:
         stored = {queue.name: queue for queue in broker.queues()}
         queue = _with_rules(stored.get(name, Queue(name)), given)
         broker.declare(queue)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from filao.cli.shell import as_json, is_terminal, note, print_lines
-from filao.cli.stats import draw
+from filao.cli.tables import draw
 from filao.engine import Engine
 from filao.engines import engine_for
 from filao.moving import Moved, move, plan

@@ -58,7 +58,7 @@ def receive(
     url, (name,) = addressed(arguments, least=1, most=1)
     left = limit or (sys.maxsize if everything or follow else 1)
     received = 0
-    with broker_at(url) as broker:
+    with broker_at(url, name) as broker:
         while received < left:
             taken = broker.receive_many(
                 name,

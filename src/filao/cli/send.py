@@ -81,7 +81,7 @@ def send(
         dedup_key=dedup_key,
         message_id=message_id,
     )
-    with broker_at(url) as broker:
+    with broker_at(url, name) as broker:
         queue = _declared(broker, name)
         read = reader(queue, terms, raw=raw, messages=messages)
         if body:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -50,8 +51,11 @@ def usage(text: str) -> click.UsageError:
 
 
 @contextmanager
-def broker_at(url: str, *, create: bool = False) -> Generator[Broker]:
-    """Open the broker; a file that does not exist is created by `declare` alone, so that no typing error creates one."""
+def broker_at(url: str, queue: str = "QUEUE", *, create: bool = False) -> Generator[Broker]:
+    """Open the broker; a file that does not exist is created by `declare` alone, so that no typing error creates one.
+
+    `queue` is the one that the command is about, for what is said when it is not there.
+    """
     file = file_of(url)
     if file is not None:
         if str(file) == ":memory:":
@@ -60,7 +64,7 @@ def broker_at(url: str, *, create: bool = False) -> Generator[Broker]:
             )
         if not create and not file.exists():
             raise ConfigurationError(
-                f"no such file: {file}. Declare a queue first: filao declare {shown_url(url)} QUEUE"
+                f"no such file: {file}. Declare a queue first: filao declare {shown_url(url)} {shlex.quote(queue)}"
             )
     try:
         with connect(url) as broker:
@@ -72,7 +76,9 @@ def broker_at(url: str, *, create: bool = False) -> Generator[Broker]:
             if default
             else ""
         )
-        raise QueueNotFound(f"{error} In a shell: filao declare {shown_url(url)} QUEUE.{hint}") from error
+        raise QueueNotFound(
+            f"{error} In a shell: filao declare {shown_url(url)} {shlex.quote(queue)}.{hint}"
+        ) from error
 
 
 def file_of(url: str) -> Path | None:
@@ -95,6 +101,13 @@ def standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise OSError(errno.EBADF, "closed: give BODY or --file", "stdin")
     return sys.stdin.buffer
+
+
+def confirmed(command: str, question: str) -> bool:
+    """Ask before something is deleted for good."""
+    if not is_terminal(sys.stdin):
+        raise usage(f"{command} deletes for good, and there is no terminal to ask on: give --yes")
+    return click.confirm(question, err=True)
 
 
 def print_lines(lines: Iterable[bytes]) -> None:

@@ -1,16 +1,14 @@
 """`filao stats` and `filao doctor`: tables for whoever sits at a terminal, JSON lines for everything else."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 
 import click
 import msgspec
-import rich
 
 from filao.cli.shell import addressed, as_json, broker_at, file_of, is_terminal, note, print_lines
+from filao.cli.tables import age_text, draw
 from filao.engine import Finding, QueueStats, State
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
-from filao.printable import printable
 from filao.urls import shown_url
 
 _json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
@@ -27,7 +25,7 @@ def stats(*, arguments: tuple[str, ...], wants_json: bool) -> int:
     It costs the same at any depth.
     """
     url, names = addressed(arguments, least=0, most=1)
-    with broker_at(url) as broker:
+    with broker_at(url, *names) as broker:
         found = [broker.stats(name) for name in names] or broker.stats()
     if wants_json or not is_terminal(sys.stdout):
         print_lines(as_json(queue) for queue in found)
@@ -42,28 +40,18 @@ def stats(*, arguments: tuple[str, ...], wants_json: bool) -> int:
 
 def _row(queue: QueueStats) -> tuple[str, ...]:
     name = f"{queue.name} (paused)" if queue.paused else queue.name
-    return (name, *(f"{getattr(queue, column):,}" for column in _COLUMNS), _age(queue.oldest_ready_age))
+    return (name, *(f"{getattr(queue, column):,}" for column in _COLUMNS), age_text(queue.oldest_ready_age))
 
 
 def _every_counter(queue: QueueStats) -> list[tuple[str, str]]:
     counters = {name: n for name, n in msgspec.structs.asdict(queue).items() if type(n) is int}
     return [
         ("paused", "yes" if queue.paused else "no"),
-        *((f"oldest {state}", _age(queue.oldest_age(state))) for state in State),
+        *((f"oldest {state}", age_text(queue.oldest_age(state))) for state in State),
         *((name, f"{n:,}") for name, n in counters.items()),
         *((f"dead: {reason}", f"{n:,}") for reason, n in queue.dead_by_reason.items()),
         *((f"{one.name} holds", f"{one.held:,}") for one in queue.receivers),
     ]
-
-
-def _age(seconds: float | None) -> str:
-    """Return an age as people say it."""
-    if seconds is None:
-        return "-"
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 @click.command()
@@ -101,25 +89,3 @@ def _examined(url: str) -> list[Finding]:
         if not was_there:
             raise
         return [Finding("opening", "error", str(error))]
-
-
-def draw(
-    head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool, styles: Mapping[str, str] | None = None
-) -> None:
-    """Draw a table on the terminal; `figures`, to the right of the first column, are never broken.
-
-    `styles` are those of words in the first column. Text from others is never read as markup.
-    """
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for number, name in enumerate(head):
-        figure = figures and number > 0
-        table.add_column(Text(printable(name)), justify="right" if figure else "left", no_wrap=figure, overflow="fold")
-    for row in rows:
-        cells = [Text(printable(cell)) for cell in row]
-        cells[0].stylize((styles or {}).get(row[0], "none"))
-        table.add_row(*cells)
-    rich.print(table)

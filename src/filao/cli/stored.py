@@ -2,16 +2,24 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 
 import click
 import msgspec
 
 from filao.cli.lines import json_text
-from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines, shown_body, usage
+from filao.cli.shell import addressed, as_json, broker_at, confirmed, is_terminal, note, print_lines, shown_body
+from filao.cli.tables import draw_stored, tell
 from filao.draft import PEEK_MAX
 from filao.engine import QueueStats, State, StoredMessage
+from filao.sync import Broker
 
+SEARCHED_MAX = 1_000_000  # messages that one search looks at: some minutes
+_SEARCHED_AT_ONCE = 1_000  # messages of one page: with bodies of 256 KiB, what memory holds
+DEATHS = ("max_attempts", "rejected", "expired", "malformed", "overflow")
+_Choice = Callable[[StoredMessage], bool]
+_json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
 _state = click.Choice([state.value for state in State])
 _page = click.IntRange(1, PEEK_MAX)
 
@@ -21,36 +29,112 @@ _page = click.IntRange(1, PEEK_MAX)
 @click.option("--state", type=_state, default="ready", help="Default ready.")
 @click.option("--limit", type=_page, default=10, metavar="N", help="At most so many, up to 10000. Default 10.")
 @click.option("--after", metavar="ID", help="Go on behind this message, the last one of the page before.")
-def peek(*, arguments: tuple[str, ...], state: str, limit: int, after: str | None) -> int:
+@click.option("--id", "wanted", metavar="ID", help="Tell all of this one.")
+@_json_option
+def peek(
+    *, arguments: tuple[str, ...], state: str, limit: int, after: str | None, wanted: str | None, wants_json: bool
+) -> int:
     """Print messages in their order and change nothing.
 
-    The exit code is 1 when there is none.
+    A table on a terminal, and JSON lines elsewhere. The exit code is 1 when there is none.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
-    with broker_at(url) as broker:
-        return _print_stored(broker.peek(name, state=state, limit=limit, after=after))
+    with broker_at(url, name) as broker:
+        if wanted is not None:
+            found = list(_search(broker, name, State(state), lambda one: one.id == wanted, after=after, limit=1))
+        else:
+            found = broker.peek(name, state=state, limit=limit, after=after)
+    return _shown(found, State(state), name, wants_json=wants_json, whole=wanted is not None)
 
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[URL] QUEUE")
 @click.option("--limit", type=_page, default=100, metavar="N", help="At most so many, up to 10000. Default 100.")
 @click.option("--after", metavar="ID", help="Go on behind this message, the last one of the page before.")
-def dead(*, arguments: tuple[str, ...], limit: int, after: str | None) -> int:
+@click.option("--id", "wanted", metavar="ID", help="Tell all of this one.")
+@click.option("--reason", type=click.Choice(DEATHS), help="Only those that died of it.")
+@click.option("--error", metavar="TEXT", help="Only those whose last error holds this text, in whatever case.")
+@click.option("--older", type=float, metavar="SECONDS", help="Only those that died longer ago.")
+@click.option("--younger", type=float, metavar="SECONDS", help="Only those that died less long ago.")
+@_json_option
+def dead(
+    *,
+    arguments: tuple[str, ...],
+    limit: int,
+    after: str | None,
+    wanted: str | None,
+    reason: str | None,
+    error: str | None,
+    older: float | None,
+    younger: float | None,
+    wants_json: bool,
+) -> int:
     """Print dead letters with their reason, last error and history.
 
-    The exit code is 1 when there is none.
+    A table on a terminal, and JSON lines elsewhere. The exit code is 1 when there is none.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
-    with broker_at(url) as broker:
-        return _print_stored(broker.dead_letters(name, limit=limit, after=after))
+    now = datetime.now(UTC)
+    given: list[tuple[object, _Choice]] = [
+        (wanted, lambda one: one.id == wanted),
+        (reason, lambda one: one.reason == reason),
+        (error, lambda one: (error or "").casefold() in one.error.casefold()),
+        (older, lambda one: (now - one.at).total_seconds() > (older or 0.0)),
+        (younger, lambda one: (now - one.at).total_seconds() < (younger or 0.0)),
+    ]
+    choices = [choice for value, choice in given if value is not None]
+    with broker_at(url, name) as broker:
+        if choices:
+            most = 1 if wanted is not None else limit
+            fits: _Choice = lambda one: all(choice(one) for choice in choices)  # noqa: E731  # short, and used once
+            found = list(_search(broker, name, State.DEAD, fits, after=after, limit=most))
+        else:
+            found = broker.dead_letters(name, limit=limit, after=after)
+    return _shown(found, State.DEAD, name, wants_json=wants_json, chosen=bool(choices), whole=wanted is not None)
 
 
-def _print_stored(messages: Sequence[StoredMessage]) -> int:
-    print_lines(
-        as_json({**msgspec.structs.asdict(message), **shown_body(message.body), "error": message.error})
-        for message in messages
-    )
-    return 0 if messages else 1
+def _search(
+    broker: Broker, name: str, state: State, fits: _Choice, *, after: str | None, limit: int
+) -> Iterator[StoredMessage]:
+    """Yield up to `limit` messages that fit, from page after page."""
+    for _ in range(SEARCHED_MAX // _SEARCHED_AT_ONCE):
+        page = broker.peek(name, state=state, limit=_SEARCHED_AT_ONCE, after=after)
+        fitting = [message for message in page if fits(message)][:limit]
+        yield from fitting
+        limit -= len(fitting)
+        if limit <= 0 or len(page) < _SEARCHED_AT_ONCE:
+            return
+        after = page[-1].id
+    note(f"no more than {SEARCHED_MAX:,} messages were searched; go on with --after {after}")
+
+
+def _shown(
+    messages: Sequence[StoredMessage],
+    state: State,
+    name: str,
+    *,
+    wants_json: bool,
+    chosen: bool = False,
+    whole: bool = False,
+) -> int:
+    kind = "dead letter" if state is State.DEAD else f"{state.value} message"
+    if not messages:
+        note(
+            f"no {kind} of queue {name!r} is what was asked for"
+            if chosen or whole
+            else f"queue {name!r} has no {kind}s"
+        )
+        return 1
+    if wants_json or not is_terminal(sys.stdout):
+        print_lines(
+            as_json({**msgspec.structs.asdict(message), **shown_body(message.body), "error": message.error})
+            for message in messages
+        )
+    elif whole:
+        tell(messages[0])
+    else:
+        draw_stored(messages, state)
+    return 0
 
 
 @click.command()
@@ -65,7 +149,7 @@ def redrive(*, arguments: tuple[str, ...], ids: tuple[str, ...], limit: int | No
     an --id names none.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
-    with broker_at(url) as broker:
+    with broker_at(url, name) as broker:
         count = broker.redrive(
             name,
             ids=ids or None,
@@ -91,9 +175,9 @@ def purge(*, arguments: tuple[str, ...], state: str | None, yes: bool) -> int:
     Prints {"purged": N}. It asks first; when the answer is no, the exit code is 1.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
-    with broker_at(url) as broker:
+    with broker_at(url, name) as broker:
         stats = broker.stats(name)
-        if not yes and not _confirmed(f"Delete {_counted(stats, state)} of queue {name!r}?"):
+        if not yes and not confirmed("purge", f"Delete {_counted(stats, state)} of queue {name!r}?"):
             note("nothing was deleted")
             return 1
         print_lines([as_json({"purged": broker.purge(name, state=state)})])
@@ -104,9 +188,3 @@ def _counted(stats: QueueStats, state: str | None) -> str:
     if state is not None:
         return f"{getattr(stats, state):,} {state} messages"
     return f"{stats.ready + stats.delayed + stats.blocked:,} waiting messages"
-
-
-def _confirmed(question: str) -> bool:
-    if not is_terminal(sys.stdin):
-        raise usage("purge deletes for good, and there is no terminal to ask on: give --yes")
-    return click.confirm(question, err=True)

@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from filao.broker import connect
 from filao.cli.shell import addressed, as_json, is_terminal, note, print_lines
-from filao.cli.stats import draw
+from filao.cli.tables import draw
 from filao.conformance import Verdict, verify
 from filao.engine import Feature
 

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -21,6 +21,9 @@ from filao.errors import FilaoError
 from filao.worker.supervisor import Supervisor, report
 from filao.worker.worker import Worker
 
+LOOKED_EVERY = 0.5  # seconds between two looks at the source files
+SOURCES_MAX = 10_000  # source files that are watched: some 50 ms for each look
+NOT_WATCHED = ("__pycache__", "node_modules", "venv", "site-packages")
 ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stopped
 
 
@@ -37,10 +40,14 @@ ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stoppe
     show_default=True,
     help="What is logged: debug tells of each success, info of each decision.",
 )
+@click.option("--queue", "queues", multiple=True, metavar="QUEUE", help="Only this one of its queues. May be repeated.")
+@click.option("--reload", is_flag=True, help="Start anew when a .py file here changes; for development.")
 @click.option("--report-to", type=int, hidden=True)
 def work(
     *,
     target: str,
+    queues: tuple[str, ...],
+    reload: bool,
     processes: int,
     max_messages: int | None,
     max_memory: int | None,
@@ -53,7 +60,7 @@ def work(
     The first signal stops it gracefully: it receives no more, gives back what has not begun, and finishes the rest
     within the worker's grace. The second stops it at once. Nothing is lost either way.
 
-    With --processes, --max-messages or --max-memory a supervisor starts each process anew when it ends. While the
+    With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends. While the
     storage is away it waits for it, for ever. Exit codes are those of `filao --help`; a stop by a signal is 0.
     """
     logging.basicConfig(
@@ -61,19 +68,53 @@ def work(
     )
     address = _address(health)
     worker = _load(target)
+    if queues:
+        worker.only(queues)
     limits = [(name, value) for name, value in (("messages", max_messages), ("memory", max_memory)) if value]
-    if report_to is None and (processes > 1 or limits):
+    if report_to is None and (processes > 1 or limits or reload):
         command = [sys.executable, "-m", "filao", "work", target, "--log-level", log_level]
+        command += [part for queue in queues for part in ("--queue", queue)]
         for name, value in limits:
             command += [f"--max-{name}", str(value)]
-        return asyncio.run(_supervise(command, processes, address))
+        return asyncio.run(_supervise(command, processes, address, reload=reload))
     return asyncio.run(_work(worker, _is_used_up(worker, max_messages, max_memory), report_to, address))
 
 
-async def _supervise(command: list[str], processes: int, address: tuple[str, int] | None) -> int:
+async def _supervise(command: list[str], processes: int, address: tuple[str, int] | None, *, reload: bool) -> int:
     supervisor = Supervisor(command, processes)
     with _checked(address, supervisor.state):
-        return await supervisor.run()
+        watching = asyncio.create_task(_reload(supervisor, Path.cwd())) if reload else None
+        try:
+            return await supervisor.run()
+        finally:
+            if watching is not None:
+                watching.cancel()
+
+
+async def _reload(supervisor: Supervisor, folder: Path) -> None:
+    """Renew the processes whenever a source file below a folder was changed, came or went."""
+    seen = _sources(folder)
+    while True:
+        await asyncio.sleep(LOOKED_EVERY)
+        now = _sources(folder)
+        if now != seen:
+            changed = min({path for path, _ in now ^ seen}, default="")
+            note(f"{changed} has changed: starting anew")
+            supervisor.renew()
+        seen = now
+
+
+def _sources(folder: Path) -> set[tuple[str, int]]:
+    """Return the source files below a folder with their times, but not those of hidden folders and environments."""
+    found: set[tuple[str, int]] = set()
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in NOT_WATCHED]
+        for name in names:
+            if name.endswith(".py") and len(found) < SOURCES_MAX:
+                with suppress(OSError):  # it has just gone
+                    path = Path(place, name)
+                    found.add((str(path.relative_to(folder)), path.stat().st_mtime_ns))
+    return found
 
 
 async def _work(

@@ -86,6 +86,7 @@ class Supervisor:
         self._has_run = False
         """Whether one of them has ever received: what they are told to do can be right then."""
         self._stopping = asyncio.Event()
+        self._renewed = asyncio.Event()
 
     def state(self) -> dict[str, object]:
         """Return how all are doing; safe from any thread."""
@@ -97,6 +98,13 @@ class Supervisor:
         """Run them until SIGTERM or SIGINT, the first graceful, the second at once; return the exit code."""
         with told_by_signals(self._stop):
             return max(await asyncio.gather(*(self._keep(slot) for slot in self._slots)))
+
+    def renew(self) -> None:
+        """Stop all processes gracefully, so that others take their places; one that waits to be started is, at once."""
+        self._renewed.set()
+        self._renewed = asyncio.Event()
+        for slot in self._slots:
+            _signal(slot.process, signal.SIGTERM)
 
     def _stop(self) -> None:
         """Pass it on: the first signal stops them gracefully, the second at once, the third kills."""
@@ -115,7 +123,7 @@ class Supervisor:
         """
         pause = PAUSE_FIRST
         while True:
-            began = time.monotonic()
+            began, renewed = time.monotonic(), self._renewed
             code = await self._run_once(slot)
             slot.is_refused = slot.report is not None and slot.report.refused
             if self._stopping.is_set():
@@ -124,7 +132,7 @@ class Supervisor:
                 self._stop()
                 return code
             lived = time.monotonic() - began
-            if code == 0 and lived > SHORT:
+            if code == 0 and (lived > SHORT or renewed.is_set()):
                 log.info("worker process %d ended as it should; starting the next", slot.number)
                 continue
             if lived > STEADY_AFTER:
@@ -132,11 +140,19 @@ class Supervisor:
             slot.restarts += 1
             spread = pause * random.uniform(0.5, 1.5)  # or all come back in one moment
             log.error("worker process %d %s; starting it again in %.1f s", slot.number, _ended(code), spread)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(spread):
-                    await self._stopping.wait()
+            if await self._pause(spread):
                 return code if slot.is_refused else 0
             pause = min(2 * pause, PAUSE_MAX)
+
+    async def _pause(self, seconds: float) -> bool:
+        """Wait before the next start, unless all are to be renewed; return whether all are to stop."""
+        ends = [asyncio.create_task(event.wait()) for event in (self._stopping, self._renewed)]
+        try:
+            await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+        return self._stopping.is_set()
 
     async def _run_once(self, slot: Slot) -> int:
         try:

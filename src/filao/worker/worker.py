@@ -7,7 +7,7 @@ started, and lets the rest finish for a while; told again, it gives everything b
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -179,6 +179,17 @@ class Worker:
         """
         self._surroundings.add(function)
         return function
+
+    def only(self, queues: Iterable[str]) -> None:
+        """Consume from now on only these of its queues. Raises `ConfigurationError` for one that it has no consumer of."""
+        chosen = list(queues)
+        for name in chosen:
+            if name not in self._consumers:
+                raise ConfigurationError(
+                    f"this worker has no consumer of queue {name!r}; it has those of {', '.join(map(repr, self._consumers))}"
+                )
+        self._consumers = {name: self._consumers[name] for name in self._consumers if name in chosen}
+        self._declared = [queue for queue in self._declared if queue.name in chosen]
 
     @property
     def queues(self) -> list[str]:
