@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from filao.broker import session_of
 from filao.testing import Clock, filao_broker, filao_clock  # noqa: F401  # fixtures
 from tests.servers import Postgres, Rabbitmq, has_postgres, has_rabbitmq, postgres_server, rabbitmq_server
 
@@ -25,7 +26,7 @@ def anyio_backend() -> str:
 
 def engine_of(broker: Any) -> Any:
     """Look inside: return a broker's engine."""
-    return broker._engine
+    return session_of(broker).engine
 
 
 def missing(what: str) -> NoReturn:

@@ -21,6 +21,8 @@ import pytest
 
 import filao
 import filao.sync
+from filao.message import delivery_of
+from filao.sync import inner_of
 
 FILAO = [sys.executable, "-m", "filao"]
 PATIENCE = 30.0  # seconds after which a program that hangs is killed, and its test fails
@@ -413,7 +415,7 @@ def test_the_text_of_a_body_is_kept_as_it_was_written(db):
     with filao.sync.connect(db) as broker:
         message = broker.receive_from_queue("claims", wait=0)
         assert message is not None
-        assert message.delivery.content == b'{"amount": 1.10, "policy": 123456789012345678901234567890}'
+        assert delivery_of(inner_of(message)).content == b'{"amount": 1.10, "policy": 123456789012345678901234567890}'
 
 
 def test_lines_are_sent_in_their_order_and_blank_ones_passed_over(db):

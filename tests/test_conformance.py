@@ -27,8 +27,6 @@ class Awaited:
         return self._blocking[key]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "send_drafts":  # for relays, which are not blocking
-            return lambda *args: asyncio.to_thread(self._blocking.call, self._blocking._broker.send_drafts, *args)
         value = getattr(self._blocking, name)
         if name in ("transaction", "consume"):
             return lambda *args, **kwargs: (

@@ -16,6 +16,7 @@ import sqlalchemy
 import sqlalchemy.orm
 
 import filao
+from filao.broker import session_of
 from filao.connections import Connection, connection_of
 from filao.outbox import Failed, Inbox, Outbox, Recorded
 from filao.relay import Relay
@@ -329,14 +330,14 @@ async def test_what_one_queue_has_sent_is_forgotten_when_another_fails(
     with connection:
         Outbox().send_to_queue(connection, "claims", 1)
         Outbox().send_to_queue(connection, "letters", 2)
-    send = broker.send_drafts
+    send = session_of(broker).send
 
     async def failing(queue: str, drafts: Any) -> Any:
         if queue == "letters":
             raise filao.EngineUnavailable("away")
         return await send(queue, drafts)
 
-    monkeypatch.setattr(broker, "send_drafts", failing)
+    monkeypatch.setattr(session_of(broker), "send", failing)
     relay = Relay(Outbox(), lambda: sqlite3.connect(business), broker)
     with pytest.raises(filao.EngineUnavailable):
         await relay.step()

@@ -20,8 +20,11 @@ from psycopg.rows import dict_row
 from sqlalchemy.orm import Session
 
 import filao
+from filao.broker import session_of
 from filao.engines.postgresql import doctor, schema, server, transactions, watch
 from filao.engines.postgresql import engine as engine_module
+from filao.message import delivery_of
+from filao.session import Session as FilaoSession
 from tests.conftest import engine_of, let_pass
 from tests.load import QUEUE, loaded
 from tests.proxy import Proxy
@@ -213,8 +216,8 @@ async def test_a_transaction_that_lasts_holds_nobody_up(broker) -> None:
     async with message.transaction() as tx, asyncio.timeout(5):
         await tx.send_to_queue("claims", 2, group="g")
         other = engine_of(broker).twin()
-        async with filao.Broker(lambda: other) as twin:
-            await twin.extend(message.delivery, 60)
+        async with filao.Broker(FilaoSession(lambda: other)) as twin:
+            await session_of(twin).extend(delivery_of(message), 60)
             await twin.send_to_queue("claims", 3, group="g")
             await twin.send_to_queue("claims", 4)
             assert (await twin.receive_from_queue("claims")).body == 4
@@ -656,7 +659,7 @@ async def test_the_leases_of_a_process_that_died_are_taken_over_long_before_they
         receiving = asyncio.ensure_future(broker.receive_from_queue("claims", wait=60))
         dying.kill()
         message = await receiving
-    assert message.delivery.crashed
+    assert delivery_of(message).crashed
     await message.reject()
     (dead,) = await broker.dead_letters("claims")
     assert [failure.outcome for failure in dead.history] == ["crashed", "rejected"]
@@ -677,7 +680,7 @@ async def test_however_many_leases_a_process_leaves_all_come_back(url, broker, m
 async def test_an_ack_with_the_token_of_a_lease_before_is_refused(broker) -> None:
     await broker.send_to_queue("claims", 7)
     first = await broker.receive_from_queue("claims")
-    again = filao.Message(broker, first.delivery, first.body)
+    again = filao.Message(session_of(broker), delivery_of(first), first.body)
     await first.release()
     second = await broker.receive_from_queue("claims")
     with pytest.raises(filao.LeaseLost, match="another consumer holds it, as attempt 1"):
@@ -873,7 +876,7 @@ async def test_a_commit_whose_answer_is_lost_is_repeated_and_stored_once(frail, 
         await message.ack()
         proxy.swallow(b"COMMIT", b"COMMIT\0")
         message = await near.receive_from_queue("claims")
-        again = filao.Message(far, message.delivery, message.body)
+        again = filao.Message(session_of(far), delivery_of(message), message.body)
         with pytest.raises(filao.EngineUnavailable):
             await again.ack()
         with pytest.raises(filao.LeaseLost, match="it is gone"):  # so the first was done

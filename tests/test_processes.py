@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import filao
+from filao.broker import session_of
 from filao.engines.sqlite import files
 
 pytestmark = pytest.mark.anyio
@@ -30,6 +31,7 @@ CLAIMS: filao.Queue = filao.Queue("claims", lease=3600)
 PREAMBLE = """
 import asyncio, gc, os, resource, signal, sqlite3, sys
 import filao
+from filao.broker import session_of
 from filao.engines.sqlite import engine, files
 db = sys.argv[1]
 claims = filao.Queue("claims", lease=3600)
@@ -150,7 +152,9 @@ async def test_senders_wait_for_a_long_transaction_of_a_foreign_writer(broker, d
     with other(db, FOREIGN_WRITER) as foreign:
         assert await foreign.says() == "writing"
         sends = [asyncio.create_task(broker.send_to_queue(CLAIMS, number)) for number in range(5)]
-        await until(lambda: bool(broker._batcher._doing))  # it tries again and again, and stands in nobody's way
+        await until(
+            lambda: bool(session_of(broker)._batcher._doing)
+        )  # it tries again and again, and stands in nobody's way
         assert not any(send.done() for send in sends)
         foreign.may_go_on()
         assert await foreign.says() == "committed"

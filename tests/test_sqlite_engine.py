@@ -8,6 +8,7 @@ import threading
 import pytest
 
 import filao
+from filao.broker import session_of
 from filao.engines.sqlite import engine as sqlite_engine
 from filao.engines.sqlite import files
 from filao.engines.sqlite import processes as processes_module
@@ -228,10 +229,11 @@ async def test_a_report_is_about_the_process_that_makes_it(tmp_path) -> None:
         await one.declare(filao.Queue("claims"))
         for broker in (one, other):
             await broker.receive_from_queue("claims", wait=0)
-        twin = one.twin()
+        twin = session_of(one).sibling()
         assert twin is not None
-        async with twin:
-            await twin.report("ready and healthy")
+        await twin.open()
+        await twin.report("ready and healthy")
+        await twin.close()
         async with one.transaction() as tx:
             states = await tx.execute("SELECT state FROM filao_process ORDER BY id")
         assert states == [("ready and healthy",), ("",)]

@@ -21,9 +21,7 @@ from hypothesis.stateful import (
 
 import filao
 import filao.sync
-from filao.codec import JSON
 from filao.conformance.stage import SOON, add_up
-from filao.engine import Draft
 from filao.testing import Clock
 from tests.model import Model, QuorumModel, Terms
 
@@ -83,12 +81,13 @@ class QueueMachine(RuleBasedStateMachine):
         before = self.model.last
         terms = Terms(priority, group, round(delay * 1000), None if ttl is None else round(ttl * 1000))
         numbers = self.model.send(bodies, keys, terms)
-        drafts = [
-            Draft(JSON, str(body).encode(), None, delay, priority, group, dedup_key, ttl, message_id)
+        said: dict[str, Any] = {"delay": delay, "priority": priority, "group": group, "ttl": ttl}
+        sends = [
+            filao.Outgoing(body, dedup_key=dedup_key, message_id=message_id, **said)
             for body, (dedup_key, message_id) in zip(bodies, keys, strict=True)
         ]
         try:
-            receipts = self.broker.call(self.broker._broker.send_drafts, self.queue, drafts)
+            receipts = self.broker.send_many(self.queue, sends)
         except filao.QueueFull:
             assert numbers is None
             return multiple()

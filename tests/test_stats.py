@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 import filao
+from filao.broker import session_of
 from filao.engines.postgresql import schema
 from filao.engines.sqlite import files
 from filao.queue import rules_to_json
@@ -150,7 +151,7 @@ async def test_a_worker_that_receives_says_how_it_is(url: str) -> None:
         await broker.declare(QUEUE)
         await broker.send_to_queue("claims", 1)
         message = await broker.receive_from_queue("claims")
-        await broker.report("ready and healthy, 1 of 'claims' running")
+        await session_of(broker).report("ready and healthy, 1 of 'claims' running")
         (receiver,) = (await broker.stats("claims")).receivers
         assert (receiver.worker, receiver.held) == ("ready and healthy, 1 of 'claims' running", 1)
         assert receiver.reported_ago is not None

@@ -24,6 +24,8 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "codec",
         "engine",
         "draft",
+        "batching",
+        "session",
         "message",
         "connections",
         "tables",
@@ -89,8 +91,6 @@ ORDER = [  # what stands above; a module imports only from here upwards
     *(
         "moving",
         "outbox",
-        "deferred",
-        "batching",
         "at_most_once",
         "receiving",
         "broker",

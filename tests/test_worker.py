@@ -14,6 +14,7 @@ import pytest
 
 import filao
 import filao.sync
+from filao.message import delivery_of
 from filao.worker import run as run_module
 from filao.worker import shift as shift_module
 from filao.worker.shift import Shift
@@ -550,7 +551,7 @@ async def test_what_may_have_killed_its_process_is_handled_alone(url, broker) ->
 
     async def handle(message: filao.Message) -> None:
         await asyncio.sleep(0.01)
-        if message.delivery.crashed:
+        if delivery_of(message).crashed:
             held.append(sum(stats.leased for stats in await broker.stats()))
 
     worker.consumer(CLAIMS, concurrency=4)(handle)

@@ -11,6 +11,7 @@ import pytest
 
 import filao
 import filao.sync
+from filao.broker import session_of
 from filao.worker import run as run_module
 from tests.test_worker import AGAIN, CLAIMS, PATIENCE, broker, running, shift_of, until, until_stats
 
@@ -205,7 +206,7 @@ async def test_a_lease_that_the_handlers_own_settle_ended_is_not_told_as_lost(ur
 
 async def test_what_cannot_be_settled_for_now_is_settled_later_and_not_handled_again(url, broker, monkeypatch) -> None:
     worker, handled, fails = filao.Worker(broker), [], [4]
-    settle = broker.settle
+    settle = session_of(broker).settle
 
     def failing(delivery: Any, outcome: Any) -> Any:
         if fails[0]:
@@ -218,7 +219,7 @@ async def test_what_cannot_be_settled_for_now_is_settled_later_and_not_handled_a
     @worker.consumer(CLAIMS, concurrency=4)
     async def handle(message: filao.Message) -> None:
         handled.append(message.body)
-        monkeypatch.setattr(broker, "settle", failing)
+        monkeypatch.setattr(session_of(broker), "settle", failing)
 
     await broker.send_many("claims", [1, 2, 3, 4])
     async with running(worker):

@@ -20,7 +20,9 @@
 """
 
 from filao.broker import Broker, connect
+from filao.draft import Outgoing
 from filao.engine import Failure, Feature, Finding, QueueStats, Receipt, Receiver, State, StoredMessage
+from filao.engines import Durability
 from filao.errors import (
     ConfigurationError,
     EngineError,
@@ -40,10 +42,13 @@ from filao.queue import Backoff, Queue
 from filao.relay import Relay
 from filao.worker import Handled, Outcomes, Reject, Release, Retry, Status, Worker, WorkerGuarantee
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Backoff",
     "Broker",
     "ConfigurationError",
+    "Durability",
     "EngineError",
     "EngineUnavailable",
     "Failure",
@@ -60,6 +65,7 @@ __all__ = [
     "MessageTooLarge",
     "Outbox",
     "Outcomes",
+    "Outgoing",
     "Queue",
     "QueueFull",
     "QueueNotFound",
@@ -77,5 +83,6 @@ __all__ = [
     "UnsupportedFeature",
     "Worker",
     "WorkerGuarantee",
+    "__version__",
     "connect",
 ]

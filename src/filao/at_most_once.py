@@ -13,7 +13,8 @@ from typing import Any
 
 from filao.engine import Ack, Received
 from filao.errors import LeaseLost
-from filao.message import AT_MOST_ONCE, Message, Settler
+from filao.message import AT_MOST_ONCE, Message, delivery_of, mark_settled
+from filao.session import Session
 
 log = logging.getLogger("filao")
 
@@ -23,14 +24,14 @@ Taken = Callable[["asyncio.Future[Received]"], Awaitable[Received]]
 class AtMostOnce:
     """Deletes what is received, and keeps what was deleted for a receive that was cancelled."""
 
-    def __init__(self, settler: Settler) -> None:
-        self._settler = settler
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._left: defaultdict[str, deque[Message[Any]]] = defaultdict(deque)
         self._waiting: defaultdict[str, list[asyncio.Future[Received]]] = defaultdict(list)
 
     async def deleted(self, messages: list[Message[Any]]) -> list[Message[Any]]:
         """Delete messages, and return them; one whose lease was lost meanwhile is another's."""
-        deleting = [self._settler.settle(message.delivery, Ack(before_work=True)) for message in messages]
+        deleting = [self._session.settle(delivery_of(message), Ack(before_work=True)) for message in messages]
         done = asyncio.gather(*deleting, return_exceptions=True)
         try:
             answers = await asyncio.shield(done)
@@ -83,5 +84,5 @@ class AtMostOnce:
 def _acked(messages: list[Message[Any]], answers: list[Any]) -> list[Message[Any]]:
     acked = [message for message, error in zip(messages, answers, strict=True) if error is None]
     for message in acked:
-        message.mark_settled(AT_MOST_ONCE)
+        mark_settled(message, AT_MOST_ONCE)
     return acked

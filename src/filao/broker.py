@@ -4,54 +4,44 @@ It checks and encodes what goes in before any I/O (`draft.py`), hands operations
 what comes out. `connect` opens it; it belongs to the event loop that opened it, and any number of tasks may share it.
 """
 
-import asyncio
-import os
 import time
-import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast, get_args, overload
+from typing import Any, Self, get_args, overload
 
 from msgspec import UNSET, UnsetType
 
-from filao.batching import Batcher
 from filao.codec import codec_for, shown
-from filao.deferred import Deferred
-from filao.draft import PEEK_MAX, RECEIVE_MANY_MAX, by_rules, check_ids, check_limit, check_state, draft, drafts
+from filao.draft import (
+    PEEK_MAX,
+    RECEIVE_MANY_MAX,
+    Outgoing,
+    by_rules,
+    check_ids,
+    check_limit,
+    check_state,
+    draft,
+    drafts,
+)
 from filao.engine import (
-    Delivery,
-    Draft,
-    Engine,
-    EngineTransaction,
-    Extend,
     Feature,
     Finding,
-    Outcome,
     QueueStats,
     Receipt,
     Receive,
-    Result,
-    Send,
-    Settle,
     State,
     StoredMessage,
-    require,
 )
 from filao.engines import Durability, engine_for, located
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
-from filao.forks import gate, keep
-from filao.message import Guarantee, Message, Transaction, current_transaction, inside
-from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of
+from filao.errors import ConfigurationError
+from filao.message import Guarantee, Message, Transaction, entered
+from filao.queue import LEASE_MAX, Queue, T, check_duration, name_of
 from filao.receiving import Receiving
-
-R = TypeVar("R")
+from filao.session import Session
 
 _WAITING = (State.READY, State.DELAYED, State.BLOCKED)
-CLOSES_WITHIN = 30.0  # seconds, for all that closing does
-_NOT_OPEN = "is not open: use it inside `async with filao.connect(…) as broker`"
-_open_brokers: "weakref.WeakSet[Broker]" = weakref.WeakSet()
 
 
 def connect(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> "Broker":
@@ -62,7 +52,7 @@ def connect(url: str | Path, *, durability: Durability = "full", clock: Callable
     moments, but a crash of the process may not. `clock` tells the seconds since 1970, for tests. Raises
     `ConfigurationError` for a URL that cannot be right; opening raises it too, or `EngineError`.
     """
-    return Broker(partial(engine_for, located(url), durability=durability, clock=clock))
+    return Broker(Session(partial(engine_for, located(url), durability=durability, clock=clock)))
 
 
 class Broker:
@@ -71,27 +61,14 @@ class Broker:
     Any call may be cancelled: a send that was under way is stored or not, a receive gives back what it got.
     """
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
-        self._make = make
-        self._begin_anew()
-        self._unusable = _NOT_OPEN
-        self._is_inherited = False
-
-    def _begin_anew(self) -> None:
-        self._engine = self._make()
-        self._batcher = Batcher(self._engine.execute, self.return_unread, self._engine.lanes)
-        self._receiving = Receiving(self, self._engine, self._batcher, self.check_usable, lambda: not self._unusable)
-        self._queues: dict[str, Queue] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._opening = asyncio.Lock()
-        self._is_used = False
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._receiving = Receiving(session)
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        if not self._unusable:
-            self._check_loop()
-            raise ConfigurationError("this broker is open already: the block would close it under those who opened it")
+        self._session.check_closed()
         await self.open()
         return self
 
@@ -100,108 +77,29 @@ class Broker:
 
     async def open(self) -> None:
         """Connect to the engine; `async with` does it. Idempotent; what is closed can be opened again, on any loop."""
-        if not self._unusable:
-            self._check_loop()
-            return
-        if self._is_inherited:
-            self.check_open()
-        async with self._opening:
-            if not self._unusable:
-                return
-            if self._is_used:
-                opening = self._opening
-                self._begin_anew()
-                self._opening = opening
-            self._is_used = True
-            await self._engine.open()
-            self._loop = asyncio.get_running_loop()
-            self._unusable = ""
-            _open_brokers.add(self)
+        await self._session.open()
 
     async def close(self) -> None:
         """Finish what was begun, give back the leases that are still held, and let go, within 30 s. Idempotent.
 
-        Whoever waits for a message is sent home with a `ConfigurationError`. When its time is over or it is cancelled,
-        it lets go all the same; leases then run out. Raises `EngineUnavailable` in that case.
+        Those who wait for a message are sent home with a `ConfigurationError`. When its time is over or it is
+        cancelled, it lets go all the same; leases then run out. Raises `EngineUnavailable` in that case.
         """
-        if self._unusable:
-            return
-        is_orphan = self._loop is not None and self._loop.is_closed()
-        if not is_orphan:
-            self._check_loop()
-            self._check_outside()
-        self._unusable = "is closed: open it again, or another with filao.connect"
-        _open_brokers.discard(self)
-        self._opening = asyncio.Lock()
-        if is_orphan:
-            self._engine.drop()
-            return
         try:
-            async with asyncio.timeout(CLOSES_WITHIN):
-                try:
-                    await self._batcher.drain()
-                    self._receiving.at_most_once.close()
-                finally:
-                    await self._engine.close()
-        except TimeoutError:
-            raise EngineUnavailable(
-                f"closing took longer than {CLOSES_WITHIN:g} s, so the broker has let go at once. What it held comes "
-                f"back when its leases run out."
-            ) from None
-
-    def return_unread(self, messages: object) -> None:
-        """Give back messages that came for somebody who has gone away; for the blocking twin."""
-        self._receiving.return_unread(messages)
-
-    def again(self) -> "Broker":
-        """Return another broker on the same storage; for the blocking twin, after a fork."""
-        return Broker(self._make)
+            await self._session.close()
+        finally:
+            if not self._session.is_open:
+                self._receiving.at_most_once.close()
 
     @property
     def features(self) -> frozenset[Feature]:
         """What this engine can do."""
-        return self._engine.features
+        return self._session.engine.features
 
     @property
     def emulated(self) -> frozenset[Feature]:
         """What this engine can only imitate, for queues that ask for it by `emulate=`."""
-        return self._engine.emulated
-
-    def check_open(self) -> None:
-        """Raise `ConfigurationError` when the broker is closed, not yet open, or was inherited through a fork."""
-        if self._unusable:
-            raise ConfigurationError(f"this broker {self._unusable}")
-
-    def check_usable(self, *, anywhere: bool = False) -> None:
-        """Raise `ConfigurationError` when a call cannot be made now and, unless it can be `anywhere`, on this loop."""
-        self.check_open()
-        if not anywhere:
-            self._check_loop()
-        self._check_outside()
-
-    def _check_loop(self) -> None:
-        if asyncio.get_running_loop() is not self._loop:
-            raise ConfigurationError(
-                "this broker is open on another event loop, and can be used only there: open one on each loop, "
-                "or use filao.sync, which has a loop of its own"
-            )
-
-    def _check_outside(self) -> None:
-        transaction = current_transaction.get()
-        if transaction is not None and transaction.is_open and transaction.broker is self:
-            raise ConfigurationError(
-                "this call would wait for the transaction that it is made in: use the transaction's own methods"
-            )
-
-    def abandon(self) -> None:
-        """Make this broker unusable in a child process, without touching what it shares with its parent."""
-        self._unusable = (
-            f"was opened by the process that has forked this one (pid {os.getpid()}), and can be used only there: open "
-            f"another here, with filao.connect"
-        )
-        self._is_inherited = True
-        self._engine.abandon()
-        keep((self._engine, self._batcher, self._loop))
+        return self._session.engine.emulated
 
     # --- queues ------------------------------------------------------------------------------------------------------
 
@@ -210,7 +108,7 @@ class Broker:
 
         Raises `UnsupportedFeature` for a rule that this engine cannot keep.
         """
-        self.check_usable()
+        self._session.check_usable()
         for queue in queues:
             if not isinstance(queue, Queue):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
                 raise ConfigurationError(
@@ -218,47 +116,29 @@ class Broker:
                 )
             codec_for(queue.body)
         for queue in queues:
-            await self._engine.declare(queue)
-            self._queues[queue.name] = queue
+            await self._session.declare(queue)
 
     async def queues(self) -> list[Queue[Any]]:
         """Return every declared queue with its rules, by name."""
-        self.check_usable()
-        return await self._engine.queues()
+        self._session.check_usable()
+        return await self._session.engine.queues()
 
     async def delete_queue(self, queue: str | Queue[Any], *, messages: bool = False) -> None:
         """Delete a queue, with its rules, its counters and what deduplication remembers of it; no other call does.
 
         Raises `ConfigurationError` when it still holds messages, dead letters included, unless `messages` are to go too.
         """
-        self.check_usable()
+        self._session.check_usable()
         name = name_of(queue)
         if messages:
-            await self._engine.remove(name, tuple(State), None)
-        held = await self._engine.delete(name)
-        self._queues.pop(name, None)
+            await self._session.engine.remove(name, tuple(State), None)
+        held = await self._session.engine.delete(name)
+        self._session.forget(name)
         if held:
             raise ConfigurationError(
                 f"queue {name!r} was not deleted: it holds {held:,} messages. Receive or purge them first, or delete them "
                 f"with it: delete_queue({name!r}, messages=True)"
             )
-
-    def _known(self, queue: str | Queue[T], within: object = None) -> Queue[T] | None:
-        """Return a queue that this broker knows; None when `_learn` must ask the engine."""
-        self.check_usable(anywhere=within is not None)
-        return queue if isinstance(queue, Queue) else self._queues.get(queue)
-
-    async def _learn(self, queue: str | Queue[T]) -> Queue[T]:
-        """Learn a queue's rules from the engine."""
-        known = self._queues[name_of(queue)] = await self._engine.find(name_of(queue))
-        return known
-
-    def known_within(self, queue: str | Queue[T]) -> Queue[T]:
-        """Return a queue without asking the engine, whose file a transaction holds; it checks against its own rules."""
-        if isinstance(queue, Queue):
-            return queue
-        check_name(queue)
-        return self._queues.get(queue) or Queue(queue, body_max=BODY_MAX_EVER)
 
     # --- send --------------------------------------------------------------------------------------------------------
 
@@ -288,28 +168,28 @@ class Broker:
         Raises `QueueNotFound`, `MessageTooLarge`, `MessageNotEncodable`, `MessageError`, `QueueFull`, `EngineError`;
         then nothing was stored.
         """
-        known = self._known(queue, within) or (await self._learn(queue) if within is None else self.known_within(queue))
+        outgoing = Outgoing(
+            body,
+            headers=headers,
+            delay=delay,
+            priority=priority,
+            group=group,
+            dedup_key=dedup_key,
+            ttl=ttl,
+            message_id=message_id,
+        )
+        known = await self._session.known(queue, within)
         sent = await by_rules(
             known,
-            None if within else self._engine.find,
-            lambda rules: draft(
-                rules,
-                body,
-                headers=headers,
-                delay=delay,
-                priority=priority,
-                group=group,
-                dedup_key=dedup_key,
-                ttl=ttl,
-                message_id=message_id,
-            ),
+            None if within else self._session.engine.find,
+            lambda rules: draft(rules, outgoing),
         )
-        return (await self._send(Send(known.name, (sent,)), within))[0]
+        return (await self._session.send(known.name, (sent,), within))[0]
 
     async def send_many(
         self,
         queue: str | Queue[T],
-        bodies: Iterable[T],
+        bodies: Iterable[T | Outgoing[T]],
         *,
         headers: Mapping[str, str] | None = None,
         delay: float = 0.0,
@@ -318,26 +198,15 @@ class Broker:
         ttl: float | None = None,
         within: object = None,
     ) -> list[Receipt]:
-        """Store up to 10,000 messages, all or none, and return a receipt for each; see `send_to_queue`."""
-        known = self._known(queue, within) or (await self._learn(queue) if within is None else self.known_within(queue))
-        fit = partial(
-            drafts, bodies=list(bodies), headers=headers, delay=delay, priority=priority, group=group, ttl=ttl
-        )
-        sent = await by_rules(known, None if within else self._engine.find, fit)
-        return await self._send(Send(known.name, sent), within)
+        """Store up to 10,000 messages, all or none, and return a receipt for each; see `send_to_queue`.
 
-    async def send_drafts(self, queue: str, messages: Sequence[Draft]) -> list[Receipt]:
-        """Store messages that were checked and encoded before, all or none; for relays."""
-        return await self._send(Send((self._known(queue) or await self._learn(queue)).name, messages), None)
-
-    async def _send(self, operation: Send, within: object) -> list[Receipt]:
-        if within is None:
-            return cast("list[Receipt]", await self._batcher.submit(operation))
-        require(self._engine, Feature.WITHIN, "joining a transaction of your own (within=)")
-        receipts = self._engine.send_within(within, operation)
-        if isinstance(receipts, FilaoError):
-            raise receipts
-        return receipts
+        All go with the same terms, but for those that bring their own, as `filao.Outgoing`.
+        """
+        known = await self._session.known(queue, within)
+        terms = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
+        fit = partial(drafts, bodies=list(bodies), terms=terms)
+        sent = await by_rules(known, None if within else self._session.engine.find, fit)
+        return await self._session.send(known.name, sent, within)
 
     # --- receive -----------------------------------------------------------------------------------------------------
 
@@ -393,7 +262,7 @@ class Broker:
 
         Their leases run from now: take no more than you can start soon. See `receive_from_queue`.
         """
-        known: Queue[T] = self._known(queue) or await self._learn(queue)
+        known: Queue[T] = await self._session.known(queue)
         check_limit(known.name, limit, RECEIVE_MANY_MAX)
         if wait is not None:
             check_duration(f"queue {known.name!r}", "wait", wait)
@@ -427,44 +296,7 @@ class Broker:
                 while ahead:
                     yield ahead.pop()
         finally:
-            for message in reversed(ahead):
-                self._receiving.give_back(message.delivery)
-
-    # --- what messages need of their broker: see `filao.message.Settler` ---------------------------------------------
-
-    def settle(self, delivery: Delivery, outcome: Outcome) -> "asyncio.Future[Result]":
-        """End a lease; for messages and workers."""
-        self.check_usable()
-        return self._batcher.submit(Settle(delivery, outcome))
-
-    async def extend(self, delivery: Delivery, seconds: float) -> None:
-        """Let a lease end `seconds` from now; for messages."""
-        self.check_usable()
-        check_duration(f"queue {delivery.queue!r}", "extend", seconds, least=0.001, most=LEASE_MAX)
-        await self._batcher.submit(Extend(delivery, seconds))
-
-    @asynccontextmanager
-    async def transaction_for(self, message: Message[Any]) -> AsyncGenerator[Transaction]:
-        """Open a transaction with the message's acknowledgement in it; for messages."""
-        async with self.transaction() as transaction:
-            await transaction.ack(message)
-            yield transaction
-
-    @asynccontextmanager
-    async def deferred_transaction_for(self, message: Message[Any]) -> AsyncGenerator[Transaction]:
-        """Open one that begins with its first statement and acknowledges with its last; for workers."""
-        async with self._entered(Deferred(self._engine.transaction)) as transaction:
-            yield transaction
-            await transaction.ack(message)
-
-    def twin(self) -> "Broker | None":
-        """Return a broker on the same storage for another event loop; None where the leases are bound to this one."""
-        engine = self._engine.twin()
-        return None if engine is None else Broker(lambda: engine)
-
-    def report(self, state: str) -> Awaitable[None]:
-        """Let the doctor tell how this process is doing; for workers."""
-        return self._engine.report(state)
+            self._receiving.give_back(*reversed(ahead))
 
     # --- transactions ------------------------------------------------------------------------------------------------
 
@@ -475,17 +307,7 @@ class Broker:
         on PostgreSQL a connection: do slow work before. Other calls of this broker wait, so use the transaction's own
         methods inside. Raises `UnsupportedFeature` where the engine has none.
         """
-        return self._entered(self._engine.transaction())
-
-    @asynccontextmanager
-    async def _entered(self, opening: AbstractAsyncContextManager[EngineTransaction]) -> AsyncGenerator[Transaction]:
-        self.check_usable()
-        require(self._engine, Feature.TRANSACTIONS, "transactions")
-        async with opening as within:
-            transaction = Transaction(self, within)
-            with inside(transaction):
-                yield transaction
-        transaction.mark_settled()
+        return entered(self._session, self._session.engine.transaction)
 
     # --- control -----------------------------------------------------------------------------------------------------
 
@@ -495,8 +317,8 @@ class Broker:
     async def stats(self, queue: None = None) -> list[QueueStats]: ...
     async def stats(self, queue: str | Queue[Any] | None = None) -> QueueStats | list[QueueStats]:
         """Return the counters of one queue, or of all, by name. It costs the same at any depth."""
-        self.check_usable()
-        found = await self._engine.stats(None if queue is None else name_of(queue))
+        self._session.check_usable()
+        found = await self._session.engine.stats(None if queue is None else name_of(queue))
         return found if queue is None else found[0]
 
     async def peek(
@@ -512,10 +334,10 @@ class Broker:
         `after` is the id of the last message seen: ask again with it for the next page. Raises `ConfigurationError` when
         that message has left the queue meanwhile.
         """
-        self.check_usable()
+        self._session.check_usable()
         name = name_of(queue)
         check_limit(name, limit, PEEK_MAX)
-        return await self._engine.peek(name, check_state(state), limit=limit, after=after)
+        return await self._session.engine.peek(name, check_state(state), limit=limit, after=after)
 
     async def dead_letters(
         self, queue: str | Queue[Any], *, limit: int = 100, after: str | None = None
@@ -537,7 +359,7 @@ class Broker:
         All of them, or those with these `ids`, or the first `limit`. A new `body` (and `headers`) replaces the old one;
         that asks for exactly one id. Their histories are kept, and they no longer expire.
         """
-        self.check_usable()
+        self._session.check_usable()
         name = name_of(queue)
         if limit is not None:
             check_limit(name, limit, 2**53)
@@ -545,52 +367,55 @@ class Broker:
         if body is UNSET:
             if headers is not None:
                 raise ConfigurationError(f"queue {name!r}: redrive with headers= needs body= too")
-            return await self._engine.redrive(name, chosen, limit, None)
+            return await self._session.engine.redrive(name, chosen, limit, None)
         if chosen is None or len(chosen) != 1:
             raise ConfigurationError(f"queue {name!r}: redrive with a new body needs exactly one id in ids=")
-        edited = draft(self._known(queue) or await self._learn(queue), body, headers=headers)
-        return await self._engine.redrive(name, chosen, limit, edited)
+        edited = draft(await self._session.known(queue), Outgoing(body, headers=headers))
+        return await self._session.engine.redrive(name, chosen, limit, edited)
 
     async def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:
         """Delete all that waits (ready, delayed and blocked), or all in one `state`, and return how many there were.
 
         Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease.
         """
-        self.check_usable()
-        return await self._engine.remove(name_of(queue), _WAITING if state is None else (check_state(state),), None)
+        self._session.check_usable()
+        return await self._session.engine.remove(
+            name_of(queue), _WAITING if state is None else (check_state(state),), None
+        )
 
     async def cancel(self, queue: str | Queue[Any], message_id: str) -> bool:
         """Delete one message if it still waits; False when it is being worked on, dead or gone."""
-        self.check_usable()
-        return bool(await self._engine.remove(name_of(queue), _WAITING, check_ids(name_of(queue), [message_id])))
+        self._session.check_usable()
+        return bool(
+            await self._session.engine.remove(name_of(queue), _WAITING, check_ids(name_of(queue), [message_id]))
+        )
 
     async def pause(self, queue: str | Queue[Any]) -> None:
         """Stop deliveries from this queue, for all processes; sends and settles go on."""
-        self.check_usable()
-        await self._engine.pause(name_of(queue), paused=True)
+        self._session.check_usable()
+        await self._session.engine.pause(name_of(queue), paused=True)
 
     async def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
         """Resume a paused queue, or one `group` of it that a dead letter halted."""
-        self.check_usable()
+        self._session.check_usable()
         name = name_of(queue)
-        await (self._engine.pause(name, paused=False) if group is None else self._engine.resume_group(name, group))
+        await (
+            self._session.engine.pause(name, paused=False)
+            if group is None
+            else self._session.engine.resume_group(name, group)
+        )
 
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know; on a large file this takes a while."""
-        self.check_usable()
-        return await self._engine.doctor()
+        self._session.check_usable()
+        return await self._session.engine.doctor()
 
 
-def _before_fork() -> None:
-    transaction = current_transaction.get()
-    gate.shut(in_transaction=transaction is not None and transaction.is_open)
+def session_of(broker: Broker) -> Session:
+    """Return what stands below a broker; for workers, relays and the blocking twin."""
+    return broker._session  # noqa: SLF001 - users do not see what is not for them
 
 
-def _after_fork() -> None:
-    gate.inherit()
-    for broker in list(_open_brokers):
-        broker.abandon()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=gate.open, after_in_child=_after_fork)
+def receiving_of(broker: Broker) -> Receiving:
+    """Return what a broker receives with; for the blocking twin."""
+    return broker._receiving  # noqa: SLF001

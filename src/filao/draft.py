@@ -3,12 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
 
 from filao.codec import codec_for, encode_headers, shown
 from filao.engine import Draft, State
 from filao.errors import ConfigurationError, MessageError, MessageTooLarge
-from filao.queue import Queue, check_duration
+from filao.queue import Queue, T, check_duration
 
 R = TypeVar("R")
 SEND_MANY_MAX = 10_000  # messages that one atomic `send_many` takes: about 0.1 s of the write lock
@@ -19,60 +21,80 @@ KEY_MAX = 256  # characters of a group, a dedup_key or a message_id
 GIVEN_ID = re.compile(r"[0-9a-f]{16}-[0-9]+")  # the ids that SQL engines give: a random salt and the message's number
 
 
-def draft(
-    queue: Queue[Any],
-    body: object,
-    *,
-    headers: Mapping[str, str] | None = None,
-    delay: float = 0.0,
-    priority: int = 0,
-    group: str | None = None,
-    dedup_key: str | None = None,
-    ttl: float | None = None,
-    message_id: str | None = None,
-) -> Draft:
-    """Return the message that these arguments describe, or raise the error that names the wrong one."""
-    name = queue.name
-    if delay != 0.0:
-        check_duration(f"queue {name!r}", "delay", delay)
-    if priority != 0:
-        _check_priority(name, priority)
-    if ttl is not None:
-        check_duration(f"queue {name!r}", "ttl", ttl, least=0.001)
-    if group is not None:
-        _check_key(name, "group", group)
-    if dedup_key is not None:
-        _check_key(name, "dedup_key", dedup_key)
-    if message_id is not None:
-        _check_key(name, "message_id", message_id)
-        _check_own_id(name, message_id)
-    written = None if headers is None else encode_headers(name, headers)
-    kind, content = codec_for(queue.body).encode(name, body)
-    if len(content) > queue.body_max:
-        raise too_large(name, len(content), queue.body_max)
-    return Draft(kind, content, written, delay, priority, group, dedup_key, ttl, message_id)
+class _Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """What a message may be told beside its body; `Outgoing` says it."""
+
+    headers: Mapping[str, str] | None = None
+    """Texts by name, 64 at most."""
+    delay: float = 0.0
+    """Seconds before it can be received."""
+    priority: int = 0
+    """Higher goes first."""
+    group: str | None = None
+    """Messages of one group are handled one at a time, in order."""
+    dedup_key: str | None = None
+    """While it is remembered, another message with it is not stored."""
+    ttl: float | None = None
+    """Seconds after which it expires; None: the queue's rule."""
+    message_id: str | None = None
+    """Its id, and remembered as a `dedup_key` is; None: the engine gives one."""
 
 
-def drafts(
-    queue: Queue[Any],
-    bodies: Iterable[object],
-    *,
-    headers: Mapping[str, str] | None,
-    delay: float,
-    priority: int,
-    group: str | None,
-    ttl: float | None,
-) -> list[Draft]:
-    """Return a message for each body; all go with the same terms."""
+class Outgoing(_Terms, Generic[T], frozen=True):
+    """A message to be sent, with terms of its own: `send_many` takes such values beside plain bodies.
+
+        await broker.send_many("claims", [{"claim_id": 7}, filao.Outgoing({"claim_id": 8}, delay=60, group="policy-12")])
+
+    See `Broker.send_to_queue` for the terms.
+    """
+
+    body: T
+
+
+def draft(queue: Queue[Any], outgoing: Outgoing[Any]) -> Draft:
+    """Return the message, checked and encoded, or raise the error that names what is wrong."""
+    return _draft(queue, outgoing.body, outgoing)
+
+
+def drafts(queue: Queue[Any], bodies: Iterable[object], terms: Outgoing[None]) -> list[Draft]:
+    """Return a message for each body; all go with the same terms, but for those that bring their own."""
     bodies = list(bodies)
     if len(bodies) > SEND_MANY_MAX:
         raise ConfigurationError(
             f"queue {queue.name!r}: {len(bodies):,} messages in one send_many; at most {SEND_MANY_MAX:,} are stored as "
             f"one. Send them in slices."
         )
-    return [
-        draft(queue, body, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl) for body in bodies
-    ]
+    return [_draft(queue, *_parts(body, terms)) for body in bodies]
+
+
+def _parts(body: object, terms: Outgoing[Any]) -> tuple[object, Outgoing[Any]]:
+    """Return a body and its terms: its own, if it brings them."""
+    is_own = isinstance(body, Outgoing)
+    own = cast("Outgoing[Any]", body) if is_own else terms
+    return (own.body if is_own else body), own
+
+
+def _draft(queue: Queue[Any], body: object, terms: Outgoing[Any]) -> Draft:
+    name = queue.name
+    if terms.delay != 0.0:
+        check_duration(f"queue {name!r}", "delay", terms.delay)
+    if terms.priority != 0:
+        _check_priority(name, terms.priority)
+    if terms.ttl is not None:
+        check_duration(f"queue {name!r}", "ttl", terms.ttl, least=0.001)
+    if terms.group is not None:
+        _check_key(name, "group", terms.group)
+    if terms.dedup_key is not None:
+        _check_key(name, "dedup_key", terms.dedup_key)
+    if terms.message_id is not None:
+        _check_key(name, "message_id", terms.message_id)
+        _check_own_id(name, terms.message_id)
+    written = None if terms.headers is None else encode_headers(name, terms.headers)
+    kind, content = codec_for(queue.body).encode(name, body)
+    if len(content) > queue.body_max:
+        raise too_large(name, len(content), queue.body_max)
+    keys = (terms.group, terms.dedup_key, terms.ttl, terms.message_id)
+    return Draft(kind, content, written, terms.delay, terms.priority, *keys)
 
 
 async def by_rules(

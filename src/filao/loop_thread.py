@@ -12,9 +12,10 @@ import threading
 import time
 from contextlib import suppress
 
-from filao.broker import CLOSES_WITHIN, Broker
+from filao.broker import Broker
 from filao.calls import Caller, signals_left_to_others
 from filao.errors import EngineUnavailable, FilaoError
+from filao.session import CLOSES_WITHIN
 
 log = logging.getLogger("filao")
 

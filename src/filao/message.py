@@ -1,22 +1,23 @@
 """What a consumer holds: a `Message` to settle, and the `Transaction` in which it can do so together with its work.
 
-The broker makes messages from an engine's deliveries and is told, through `Settler`, how each one ended. A message is
-settled once: `ack`, `nack`, `reject` or `release`. Until then its consumer holds a lease on it, and no one else does.
+Receiving makes messages of an engine's deliveries; each settles itself through the session that it came from, once: `ack`, `nack`, `reject` or `release`. Until then its consumer holds a lease on it, and no one else does.
 """
 
+import asyncio
 import traceback
-from collections.abc import Awaitable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import datetime
-from typing import Any, Generic, Literal, Protocol, cast
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, cast
 
 from filao.codec import decode_headers
-from filao.draft import draft, drafts
+from filao.draft import Outgoing, draft, drafts
 from filao.engine import (
     Ack,
     Delivery,
     EngineTransaction,
+    Feature,
     Nack,
     Operation,
     Outcome,
@@ -27,37 +28,15 @@ from filao.engine import (
     Send,
     Settle,
     instant,
+    require,
 )
 from filao.errors import ConfigurationError, FilaoError, LeaseLost
 from filao.queue import Queue, T
+from filao.session import Inside, Session, current_transaction
 
 Guarantee = Literal["at-least-once", "at-most-once"]
 ERROR_MAX = 8 * 1024  # bytes of an error and its traceback that are kept
-current_transaction: "ContextVar[Transaction | None]" = ContextVar("filao_transaction", default=None)
-"""The transaction that the running code is in: other calls of its broker would wait for it for ever."""
 AT_MOST_ONCE = "acked before it was handed over (at most once)"
-
-
-class Settler(Protocol):
-    """What messages and transactions need of their broker."""
-
-    def check_open(self) -> None:
-        """Raise `ConfigurationError` when the broker is closed or was inherited through a fork."""
-
-    def settle(self, delivery: Delivery, outcome: Outcome) -> Awaitable[object]:
-        """End a lease."""
-        ...
-
-    async def extend(self, delivery: Delivery, seconds: float) -> None:
-        """Let a lease end `seconds` from now."""
-
-    def transaction_for(self, message: "Message[Any]") -> AbstractAsyncContextManager["Transaction"]:
-        """Open a transaction with the message's acknowledgement in it."""
-        ...
-
-    def known_within(self, queue: str | Queue[T]) -> Queue[T]:
-        """Return a queue as far as it is known without asking the engine."""
-        ...
 
 
 class Message(Generic[T]):
@@ -67,12 +46,11 @@ class Message(Generic[T]):
     another consumer has received it or once it was settled before.
     """
 
-    __slots__ = ("_ended", "_settler", "body", "delivery")
+    __slots__ = ("_delivery", "_ended", "_session", "body")
 
-    def __init__(self, settler: Settler, delivery: Delivery, body: T) -> None:
-        self._settler = settler
-        self.delivery = delivery
-        """What the engine handed over; for brokers."""
+    def __init__(self, session: Session, delivery: Delivery, body: T) -> None:
+        self._session = session
+        self._delivery = delivery
         self._ended = ""
         self.body = body
         """The body, of the queue's type."""
@@ -80,37 +58,37 @@ class Message(Generic[T]):
     @property
     def id(self) -> str:
         """The message's identity: the same on every attempt, unique across queues and files."""
-        return self.delivery.id
+        return self._delivery.id
 
     @property
     def queue(self) -> str:
         """The name of the queue it came from."""
-        return self.delivery.queue
+        return self._delivery.queue
 
     @property
     def attempt(self) -> int:
         """1 on the first delivery; a crash of its consumer uses an attempt, a `release` gives it back."""
-        return self.delivery.attempt
+        return self._delivery.attempt
 
     @property
     def headers(self) -> dict[str, str]:
         """The sender's headers; a new dict each time."""
-        return decode_headers(self.delivery.headers)
+        return decode_headers(self._delivery.headers)
 
     @property
     def group(self) -> str | None:
         """The ordering key that its sender gave."""
-        return self.delivery.group
+        return self._delivery.group
 
     @property
     def priority(self) -> int:
         """Higher goes first."""
-        return self.delivery.priority
+        return self._delivery.priority
 
     @property
     def sent_at(self) -> datetime:
         """When it was stored, by the engine's clock."""
-        return instant(self.delivery.sent_at)
+        return instant(self._delivery.sent_at)
 
     @property
     def settled(self) -> bool:
@@ -146,8 +124,8 @@ class Message(Generic[T]):
 
     async def extend(self, seconds: float) -> None:
         """Keep the lease for `seconds` from now on."""
-        self.check_held("extend")
-        await self._settler.extend(self.delivery, seconds)
+        self._check_held("extend")
+        await self._session.extend(self._delivery, seconds)
 
     def transaction(self) -> AbstractAsyncContextManager["Transaction"]:
         """Open a transaction that commits the caller's statements, follow-up sends and this acknowledgement together.
@@ -155,21 +133,17 @@ class Message(Generic[T]):
         `async with message.transaction() as tx:`; leaving it normally commits, an exception undoes all of it and the
         message stays leased. See `Broker.transaction`.
         """
-        self.check_held("ack")
-        return self._settler.transaction_for(self)
-
-    def mark_settled(self, how: str) -> None:
-        """Record how it was settled; the broker calls it when that happened otherwise than through this object."""
-        self._ended = how
+        self._check_held("ack")
+        return _transaction_for(self)
 
     async def _settle(self, outcome: Outcome, how: str) -> None:
         if self._ended is AT_MOST_ONCE and isinstance(outcome, Ack):
             return  # so that the same code runs under either guarantee
-        self.check_held(how)
-        await self._settler.settle(self.delivery, outcome)
+        self._check_held(how)
+        await self._session.settle(self._delivery, outcome)
         self._ended = how
 
-    def check_held(self, wanted: str) -> None:
+    def _check_held(self, wanted: str) -> None:
         """Raise `LeaseLost` when this consumer has settled it already."""
         if self._ended:
             raise LeaseLost(
@@ -181,11 +155,10 @@ class Message(Generic[T]):
 class Transaction:
     """What can be done in a transaction; `Broker.transaction` and `Message.transaction` open it."""
 
-    def __init__(self, broker: Settler, within: EngineTransaction) -> None:
-        self.broker = broker
+    def __init__(self, inside: Inside, within: EngineTransaction) -> None:
+        self._inside = inside
         self._within = within
         self._acked: list[Message[Any]] = []
-        self.is_open = True
 
     async def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """Run one statement of your own, with its parameters, and return its rows."""
@@ -206,9 +179,8 @@ class Transaction:
         message_id: str | None = None,
     ) -> Receipt:
         """Send as `Broker.send_to_queue` does; the message appears when the transaction commits."""
-        known = self.broker.known_within(queue)
-        sent = draft(
-            known,
+        known = self._inside.session.known_within(queue)
+        outgoing = Outgoing(
             body,
             headers=headers,
             delay=delay,
@@ -218,12 +190,12 @@ class Transaction:
             ttl=ttl,
             message_id=message_id,
         )
-        return (await self._send(Send(known.name, (sent,))))[0]
+        return (await self._send(Send(known.name, (draft(known, outgoing),))))[0]
 
     async def send_many(
         self,
         queue: str | Queue[T],
-        bodies: Iterable[T],
+        bodies: Iterable[T | Outgoing[T]],
         *,
         headers: Mapping[str, str] | None = None,
         delay: float = 0.0,
@@ -232,24 +204,15 @@ class Transaction:
         ttl: float | None = None,
     ) -> list[Receipt]:
         """Send as `Broker.send_many` does; the messages appear when the transaction commits."""
-        known = self.broker.known_within(queue)
-        sent = drafts(known, bodies, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
-        return await self._send(Send(known.name, sent))
+        known = self._inside.session.known_within(queue)
+        terms = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
+        return await self._send(Send(known.name, drafts(known, bodies, terms)))
 
     async def ack(self, message: Message[Any]) -> None:
         """Acknowledge a message with this transaction. Raises `LeaseLost`, which should undo the rest."""
-        message.check_held("acked")
-        await self._apply(Settle(message.delivery, Ack()))
+        check_held(message, "acked")
+        await self._apply(Settle(delivery_of(message), Ack()))
         self._acked.append(message)
-
-    def end(self) -> None:
-        """Refuse further work; the broker calls it when the block is left."""
-        self.is_open = False
-
-    def mark_settled(self) -> None:
-        """Tell the acknowledged messages that the commit is durable; the broker calls it."""
-        for message in self._acked:
-            message.mark_settled("acked")
 
     async def _send(self, operation: Send) -> list[Receipt]:
         return cast("list[Receipt]", await self._apply(operation))
@@ -262,21 +225,105 @@ class Transaction:
         return result
 
     def _check_open(self) -> None:
-        if not self.is_open:
+        if not self._inside.is_open:
             raise ConfigurationError("this transaction has ended: use it inside its `async with` block")
-        self.broker.check_open()
+        self._inside.session.check_open()
 
 
-@contextmanager
-def inside(transaction: Transaction) -> Generator[None]:
-    """Let the code in this block know which transaction it is in, and end it."""
-    outer = current_transaction.get()
-    current_transaction.set(transaction)
-    try:
-        yield
-    finally:
-        transaction.end()
-        current_transaction.set(outer)
+class Deferred:
+    """A transaction that begins with its first statement, so that what is slow before it makes nobody wait.
+
+    On SQLite a transaction holds the one write lock of the file. See `filao.engine.EngineTransaction`.
+    """
+
+    def __init__(self, opening: Callable[[], AbstractAsyncContextManager[EngineTransaction]]) -> None:
+        self._opening = opening
+        self._opened = AsyncExitStack()
+        self._transaction: EngineTransaction | None = None
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._opened.__aexit__(kind, error, trace)
+
+    async def execute(self, sql: str, parameters: Any) -> list[Any]:
+        """Begin, if nobody has, and run one statement."""
+        return await (await self._begun()).execute(sql, parameters)
+
+    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+        """Begin, if nobody has, and do the operations."""
+        return await (await self._begun()).apply(operations)
+
+    async def _begun(self) -> EngineTransaction:
+        async with self._lock:
+            if self._transaction is None:
+                self._transaction = await self._opened.enter_async_context(self._opening())
+            return self._transaction
+
+
+# --- what insiders may do with them ----------------------------------------------------------------------------------
+
+
+def delivery_of(message: Message[Any]) -> Delivery:
+    """Return what the engine handed over."""
+    return message._delivery  # noqa: SLF001 - the three below too: users do not see what is not for them
+
+
+def mark_settled(message: Message[Any], how: str) -> None:
+    """Record how a message was settled, when that happened otherwise than through itself."""
+    message._ended = how  # noqa: SLF001
+
+
+def check_held(message: Message[Any], wanted: str) -> None:
+    """Raise `LeaseLost` when this consumer has settled a message already."""
+    message._check_held(wanted)  # noqa: SLF001
+
+
+def inside_of(transaction: Transaction) -> Inside:
+    """Return what others look at to know that they are in a transaction."""
+    return transaction._inside  # noqa: SLF001
+
+
+@asynccontextmanager
+async def entered(
+    session: Session, opening: Callable[[], AbstractAsyncContextManager[EngineTransaction]]
+) -> AsyncGenerator[Transaction]:
+    """Open a transaction; the code in its block knows that it is in it."""
+    session.check_usable()
+    require(session.engine, Feature.TRANSACTIONS, "transactions")
+    async with opening() as within:
+        outer, inside = current_transaction.get(), Inside(session)
+        transaction = Transaction(inside, within)
+        current_transaction.set(inside)
+        try:
+            yield transaction
+        finally:
+            inside.is_open = False
+            current_transaction.set(outer)
+    for message in transaction._acked:  # noqa: SLF001
+        mark_settled(message, "acked")
+
+
+@asynccontextmanager
+async def _transaction_for(message: Message[Any]) -> AsyncGenerator[Transaction]:
+    """Open a transaction with the message's acknowledgement in it."""
+    session = message._session  # noqa: SLF001
+    async with entered(session, session.engine.transaction) as transaction:
+        await transaction.ack(message)
+        yield transaction
+
+
+@asynccontextmanager
+async def deferred_transaction_for(message: Message[Any]) -> AsyncGenerator[Transaction]:
+    """Open one that begins with its first statement and acknowledges with its last; for workers."""
+    session = message._session  # noqa: SLF001
+    async with entered(session, lambda: Deferred(session.engine.transaction)) as transaction:
+        yield transaction
+        await transaction.ack(message)
 
 
 def error_text(reason: object) -> str:

@@ -29,7 +29,7 @@ import msgspec
 
 from filao.codec import BYTES, decode_headers
 from filao.connections import connection_of
-from filao.draft import KEY_MAX, PRIORITY_MAX, draft
+from filao.draft import KEY_MAX, PRIORITY_MAX, Outgoing, draft
 from filao.engine import Draft
 from filao.errors import ConfigurationError, FilaoError
 from filao.queue import DURATION_MAX, Queue, T, check_name
@@ -102,8 +102,17 @@ class Outbox:
         `MessageError`, and `ConfigurationError` for a connection without a transaction.
         """
         known: Queue[Any] = queue if isinstance(queue, Queue) else Queue(queue)
-        options = {"headers": headers, "delay": delay, "priority": priority, "group": group, "dedup_key": dedup_key}
-        sent = draft(known, body, ttl=ttl, message_id=message_id or uuid.uuid4().hex, **options)  # type: ignore[arg-type]
+        outgoing = Outgoing(
+            body,
+            headers=headers,
+            delay=delay,
+            priority=priority,
+            group=group,
+            dedup_key=dedup_key,
+            ttl=ttl,
+            message_id=message_id or uuid.uuid4().hex,
+        )
+        sent = draft(known, outgoing)
         on = connection_of(connection, needs_transaction=True)
         on.execute(
             f"INSERT INTO {self.table} ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

@@ -4,36 +4,22 @@ Whatever is received and cannot be handed over is given back: its caller was can
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, cast
 
 from filao.at_most_once import AtMostOnce
-from filao.batching import Batcher, look_away
 from filao.codec import codec_for
-from filao.engine import Delivery, Engine, Receive, Received, Reject, Release, Settle
-from filao.message import Guarantee, Message, Settler
+from filao.engine import Delivery, Receive, Received, Reject
+from filao.message import Guarantee, Message, delivery_of
 from filao.queue import Queue, T
-
-R = TypeVar("R")
+from filao.session import Session
 
 
 class Receiving:
     """What a broker does to receive."""
 
-    def __init__(
-        self,
-        settler: Settler,
-        engine: Engine,
-        batcher: Batcher,
-        check_usable: Callable[[], None],
-        is_open: Callable[[], bool],
-    ) -> None:
-        self._settler = settler
-        self._engine = engine
-        self._batcher = batcher
-        self._check_usable = check_usable
-        self._is_open = is_open
-        self.at_most_once = AtMostOnce(settler)
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.at_most_once = AtMostOnce(session)
 
     async def wait(
         self, known: Queue[T], receive: Receive, wait: float | None, guarantee: Guarantee
@@ -42,8 +28,8 @@ class Receiving:
         now = asyncio.get_running_loop().time
         deadline = None if wait is None else now() + wait
         while True:
-            self._check_usable()
-            place = self._engine.waiter(receive, self._batcher.submit, self.return_unread)
+            self._session.check_usable()
+            place = self._session.engine.waiter(receive, self._session.submit, self._session.give_back_unread)
             messages, due_in = ([], None) if place.is_behind() else await self.look(known, receive, guarantee)
             if not messages:
                 left = None if deadline is None else max(0.0, deadline - now())
@@ -63,18 +49,18 @@ class Receiving:
         if guarantee == "at-most-once" and (deleted := self.at_most_once.left(known.name, receive.limit)):
             return deleted, None
         while True:
-            received = cast("Received", await self._taken(self._batcher.submit(receive)))
+            received = cast("Received", await self._taken(self._session.submit(receive)))
             messages = await self._read(known, received, guarantee) if received.deliveries else []
             if messages or not received.deliveries:  # else all that came was malformed, and is dead now
                 return messages, received.due_in
 
-    async def _taken(self, future: "asyncio.Future[R]") -> R:
+    async def _taken(self, future: "asyncio.Future[Any]") -> Any:
         """Return what was received, or give it back when our caller was cancelled in the turn in which it came."""
         try:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self.return_unread(future.result())
+                self._session.give_back_unread(future.result())
             raise
 
     async def _read(self, known: Queue[T], received: Received, guarantee: Guarantee) -> list[Message[T]]:
@@ -84,32 +70,21 @@ class Receiving:
         malformed: list[tuple[Delivery, str]] = []
         for delivery in received.deliveries:
             try:
-                messages.append(Message(self._settler, delivery, read(delivery.kind, delivery.content)))
+                messages.append(Message(self._session, delivery, read(delivery.kind, delivery.content)))
             except ValueError as error:
                 malformed.append((delivery, f"the body does not fit the queue's type: {error}"))
         try:
             for delivery, why in malformed:
-                await self._settler.settle(delivery, Reject(why, malformed=True))
+                await self._session.settle(delivery, Reject(why, malformed=True))
         except asyncio.CancelledError:
-            self.return_unread(received)
+            self._session.give_back_unread(received)
             raise
         return await self.at_most_once.deleted(messages) if guarantee == "at-most-once" else messages
 
-    def return_unread(self, result: object) -> None:
-        """Give back what nobody will look at, because its caller was cancelled: deliveries, or messages."""
-        if isinstance(result, Received):
-            for delivery in result.deliveries:
-                self.give_back(delivery)
-        messages = cast("list[object]", result) if isinstance(result, list) else [result]
+    def give_back(self, *messages: Message[Any]) -> None:
+        """Give back messages that nobody will look at, because their caller was cancelled."""
         for message in messages:
-            if isinstance(message, Message):
-                unread = cast("Message[object]", message)
-                if unread.settled:
-                    self.at_most_once.leave([unread])  # which was deleted already
-                else:
-                    self.give_back(unread.delivery)
-
-    def give_back(self, delivery: Delivery) -> None:
-        """Release a message, and wait for nothing."""
-        if self._is_open():  # a closing engine gives back all it holds
-            self._batcher.submit(Settle(delivery, Release())).add_done_callback(look_away)
+            if message.settled:
+                self.at_most_once.leave([message])  # which was deleted already
+            else:
+                self._session.give_back(delivery_of(message))

@@ -15,7 +15,7 @@ from contextlib import suppress
 from itertools import groupby
 from typing import Any, TypeVar
 
-from filao.broker import Broker
+from filao.broker import Broker, session_of
 from filao.errors import ConfigurationError, EngineError, FilaoError, QueueFull, QueueNotFound
 from filao.outbox import Failed, Outbox, Recorded
 from filao.printable import printable
@@ -43,7 +43,7 @@ class Relay:
             raise ConfigurationError(f"relay of {outbox.table!r}: poll is {poll!r}; it must be above 0 seconds")
         self._outbox = outbox
         self._connect = connect
-        self._broker = broker
+        self._session = session_of(broker)
         self._poll = poll
         self._connection: Any = None
         self._refused: dict[str, float] = {}
@@ -121,7 +121,8 @@ class Relay:
         while done < len(recorded):
             some = recorded[done : done + size]
             try:
-                await self._broker.send_drafts(queue, [one.draft for one in some])
+                await self._session.known(queue)
+                await self._session.send(queue, [one.draft for one in some])
             except EngineError:
                 raise
             except (FilaoError, *_OF_A_ROW) as error:
@@ -135,7 +136,7 @@ class Relay:
                     log.warning("relay of %s: %d messages stay in it: %s", *told)
                     self._refused[queue] = time.monotonic() + REFUSED_FOR
                     return
-                self._broker.check_usable()  # else it is not this row that cannot be sent
+                self._session.check_usable()  # else it is not this row that cannot be sent
                 size = len(recorded)
                 done += 1
                 failed.append(Failed(some[0].number, some[0].draft.message_id or "", queue, _reason(error)))

@@ -23,16 +23,19 @@ from msgspec import UNSET, UnsetType
 
 from filao.broker import Broker as AsyncBroker
 from filao.broker import connect as connect_async
+from filao.broker import receiving_of, session_of
 from filao.calls import Caller, Held
-from filao.engine import Delivery, Feature, Finding, QueueStats, Receipt, State, StoredMessage
+from filao.draft import Outgoing
+from filao.engine import Feature, Finding, QueueStats, Receipt, State, StoredMessage
 from filao.engines import Durability
 from filao.errors import ConfigurationError
 from filao.forks import keep
 from filao.loop_thread import LoopThread
-from filao.message import Guarantee, current_transaction
+from filao.message import Guarantee, inside_of
 from filao.message import Message as AsyncMessage
 from filao.message import Transaction as AsyncTransaction
 from filao.queue import Queue, T
+from filao.session import Session, current_transaction
 
 R = TypeVar("R")
 
@@ -80,7 +83,7 @@ class Broker:
             if self._caller is not None:
                 return
             if self._is_used:
-                self._broker = self._broker.again()  # the last one may still be closing: a close that was interrupted
+                self._broker = _again(self._broker)  # the last one may still be closing: a close that was interrupted
             self._is_used = True
             thread = LoopThread(self._broker)
             try:
@@ -106,14 +109,6 @@ class Broker:
         if thread is not None:
             thread.join()
 
-    def inherit(self) -> None:
-        """Become, in a child process, a broker that opens itself when it is used."""
-        keep((self._broker, self._thread))
-        self._is_inherited = self._caller is not None
-        self._opening = threading.RLock()
-        self._broker, self._is_used = self._broker.again(), False
-        self._caller = self._thread = None
-
     @property
     def features(self) -> frozenset[Feature]:
         """See `filao.Broker.features`."""
@@ -126,15 +121,15 @@ class Broker:
 
     def declare(self, *queues: Queue[Any]) -> None:
         """See `filao.Broker.declare`."""
-        self.call(self._broker.declare, *queues)
+        self._call(self._broker.declare, *queues)
 
     def queues(self) -> list[Queue[Any]]:
         """See `filao.Broker.queues`."""
-        return self.call(self._broker.queues)
+        return self._call(self._broker.queues)
 
     def delete_queue(self, queue: str | Queue[Any], *, messages: bool = False) -> None:
         """See `filao.Broker.delete_queue`."""
-        self.call(partial(self._broker.delete_queue, queue, messages=messages))
+        self._call(partial(self._broker.delete_queue, queue, messages=messages))
 
     def send_to_queue(
         self,
@@ -164,12 +159,12 @@ class Broker:
             message_id=message_id,
             within=within,
         )
-        return self.call(send) if within is None else _run_here(send())
+        return self._call(send) if within is None else _run_here(send())
 
     def send_many(
         self,
         queue: str | Queue[T],
-        bodies: Iterable[T],
+        bodies: Iterable[T | Outgoing[T]],
         *,
         headers: Mapping[str, str] | None = None,
         delay: float = 0.0,
@@ -190,7 +185,7 @@ class Broker:
             ttl=ttl,
             within=within,
         )
-        return self.call(send) if within is None else _run_here(send())
+        return self._call(send) if within is None else _run_here(send())
 
     @overload
     def receive_from_queue(
@@ -234,7 +229,7 @@ class Broker:
         """See `filao.Broker.receive_many`."""
         caller = self._usable()
         receive = partial(self._broker.receive_many, queue, limit, wait=wait, lease=lease, guarantee=guarantee)
-        return [Message(caller, message) for message in caller.take(receive, self._broker.return_unread)]
+        return [Message(caller, message) for message in caller.take(receive, _back(self._broker))]
 
     def consume(
         self,
@@ -249,7 +244,7 @@ class Broker:
         messages = self._broker.consume(queue, prefetch=prefetch, lease=lease, guarantee=guarantee)
         try:
             while True:
-                yield Message(caller, caller.take(messages.__anext__, self._broker.return_unread))
+                yield Message(caller, caller.take(messages.__anext__, receiving_of(self._broker).give_back))
         finally:
             with suppress(ConfigurationError):  # it was closed, and gave back what it held
                 caller.call(messages.aclose)
@@ -264,7 +259,7 @@ class Broker:
     def stats(self, queue: None = None) -> list[QueueStats]: ...
     def stats(self, queue: str | Queue[Any] | None = None) -> QueueStats | list[QueueStats]:
         """See `filao.Broker.stats`."""
-        return self.call(self._broker.stats) if queue is None else self.call(self._broker.stats, queue)
+        return self._call(self._broker.stats) if queue is None else self._call(self._broker.stats, queue)
 
     def peek(
         self,
@@ -275,13 +270,13 @@ class Broker:
         after: str | None = None,
     ) -> list[StoredMessage]:
         """See `filao.Broker.peek`."""
-        return self.call(partial(self._broker.peek, queue, state=state, limit=limit, after=after))
+        return self._call(partial(self._broker.peek, queue, state=state, limit=limit, after=after))
 
     def dead_letters(
         self, queue: str | Queue[Any], *, limit: int = 100, after: str | None = None
     ) -> list[StoredMessage]:
         """See `filao.Broker.dead_letters`."""
-        return self.call(partial(self._broker.dead_letters, queue, limit=limit, after=after))
+        return self._call(partial(self._broker.dead_letters, queue, limit=limit, after=after))
 
     def redrive(
         self,
@@ -293,36 +288,31 @@ class Broker:
         headers: Mapping[str, str] | None = None,
     ) -> int:
         """See `filao.Broker.redrive`."""
-        return self.call(partial(self._broker.redrive, queue, ids=ids, limit=limit, body=body, headers=headers))
+        return self._call(partial(self._broker.redrive, queue, ids=ids, limit=limit, body=body, headers=headers))
 
     def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:
         """See `filao.Broker.purge`."""
-        return self.call(partial(self._broker.purge, queue, state=state))
+        return self._call(partial(self._broker.purge, queue, state=state))
 
     def cancel(self, queue: str | Queue[Any], message_id: str) -> bool:
         """See `filao.Broker.cancel`."""
-        return self.call(self._broker.cancel, queue, message_id)
+        return self._call(self._broker.cancel, queue, message_id)
 
     def pause(self, queue: str | Queue[Any]) -> None:
         """See `filao.Broker.pause`."""
-        self.call(self._broker.pause, queue)
+        self._call(self._broker.pause, queue)
 
     def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
         """See `filao.Broker.resume`."""
-        self.call(partial(self._broker.resume, queue, group=group))
+        self._call(partial(self._broker.resume, queue, group=group))
 
     def doctor(self) -> list[Finding]:
         """See `filao.Broker.doctor`."""
-        return self.call(self._broker.doctor)
+        return self._call(self._broker.doctor)
 
-    # --- what messages and transactions need of their broker ---------------------------------------------------------
+    # --- below the door ----------------------------------------------------------------------------------------------------
 
-    @property
-    def inner(self) -> AsyncBroker:
-        """The async broker, for what runs on its loop by `call`; for tests."""
-        return self._broker
-
-    def call(self, function: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> R:
+    def _call(self, function: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> R:
         """Run a coroutine function on the loop and wait for it; a caller that is interrupted takes its call back."""
         return self._usable().call(function, *arguments)
 
@@ -335,6 +325,14 @@ class Broker:
         if caller is None:
             raise ConfigurationError(self._refusal)
         return caller
+
+    def _inherit(self) -> None:
+        """Become, in a child process, a broker that opens itself when it is used."""
+        keep((self._broker, self._thread))
+        self._is_inherited = self._caller is not None
+        self._opening = threading.RLock()
+        self._broker, self._is_used = _again(self._broker), False
+        self._caller = self._thread = None
 
 
 class Message(Generic[T]):
@@ -390,16 +388,6 @@ class Message(Generic[T]):
     def settled(self) -> bool:
         """True once this consumer has settled it."""
         return self._message.settled
-
-    @property
-    def delivery(self) -> Delivery:
-        """What the engine handed over; for brokers."""
-        return self._message.delivery
-
-    @property
-    def inner(self) -> AsyncMessage[T]:
-        """The async message; for brokers."""
-        return self._message
 
     def __getitem__(self, key: Any) -> Any:
         """Read a key of the body, as `message["claim_id"]`."""
@@ -475,7 +463,7 @@ class Transaction:
     def send_many(
         self,
         queue: str | Queue[T],
-        bodies: Iterable[T],
+        bodies: Iterable[T | Outgoing[T]],
         *,
         headers: Mapping[str, str] | None = None,
         delay: float = 0.0,
@@ -498,7 +486,33 @@ class Transaction:
 
     def ack(self, message: Message[Any]) -> None:
         """See `filao.Transaction.ack`."""
-        self._caller.call(self._transaction.ack, message.inner)
+        self._caller.call(self._transaction.ack, inner_of(message))
+
+
+def inner_of(message: Message[T]) -> AsyncMessage[T]:
+    """Return the async message behind a blocking one."""
+    return message._message  # noqa: SLF001
+
+
+def door_of(broker: Broker) -> AsyncBroker:
+    """Return the async broker behind a blocking one, for what runs on its loop by `call_on`."""
+    return broker._broker  # noqa: SLF001
+
+
+def call_on(broker: Broker, function: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> R:
+    """Run a coroutine function on a broker's loop, and return what it does."""
+    return broker._call(function, *arguments)  # noqa: SLF001
+
+
+def _again(broker: AsyncBroker) -> AsyncBroker:
+    """Return another broker on the same storage."""
+    return AsyncBroker(Session(session_of(broker).make))
+
+
+def _back(broker: AsyncBroker) -> Callable[[list[AsyncMessage[Any]]], None]:
+    """Return what gives back messages that came for somebody who has gone away."""
+    give_back = receiving_of(broker).give_back
+    return lambda came: give_back(*came)
 
 
 def _transaction(caller: Caller, opening: Callable[[], Any]) -> Held[AsyncTransaction, Transaction]:
@@ -506,7 +520,7 @@ def _transaction(caller: Caller, opening: Callable[[], Any]) -> Held[AsyncTransa
     outer = current_transaction.get()
 
     def entered(transaction: AsyncTransaction) -> Transaction:
-        current_transaction.set(transaction)
+        current_transaction.set(inside_of(transaction))
         return Transaction(caller, transaction)
 
     return caller.held(opening, entered, lambda: current_transaction.set(outer))
@@ -527,7 +541,7 @@ def _after_fork() -> None:
     brokers = list(_open_brokers)
     _open_brokers.clear()
     for broker in brokers:
-        broker.inherit()
+        broker._inherit()  # noqa: SLF001 - the ones below too: users do not see what is not for them
 
 
 if hasattr(os, "register_at_fork"):

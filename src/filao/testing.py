@@ -56,5 +56,5 @@ def drain(worker: Worker, broker: sync.Broker | None = None, *, limit: int = DRA
     """
     if broker is None:
         return asyncio.run(worker.drain(limit=limit))
-    inner = broker.inner
-    return broker.call(lambda: worker.drain(inner, limit=limit))
+    inner = sync.door_of(broker)
+    return sync.call_on(broker, lambda: worker.drain(inner, limit=limit))

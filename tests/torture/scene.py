@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 import filao
+from filao.message import delivery_of
 from tests.torture.checker import Kept
 from tests.torture.history import History, Outcome, Record, Verb, now
 
@@ -110,7 +111,7 @@ def described(message: Any) -> dict[str, Any]:
     """Return what is written down about a delivery."""
     sent = message.body
     about = {"key": sent["key"], "group": sent["group"], "place": tuple(sent["place"]), "epoch": sent["epoch"]}
-    return {"id": message.id, "attempt": message.attempt, "token": message.delivery.token, **about}
+    return {"id": message.id, "attempt": message.attempt, "token": delivery_of(message).token, **about}
 
 
 def lease_of(message: Any) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def lease_of(message: Any) -> dict[str, Any]:
     return {
         "queue": message.queue,
         "id": message.id,
-        "token": message.delivery.token,
+        "token": delivery_of(message).token,
         "attempt": message.attempt,
         "epoch": message.body["epoch"],
     }

@@ -2,34 +2,19 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, TypeVar
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import msgspec
+from msgspec.structs import replace
 
-from filao.draft import draft
+from filao.draft import Outgoing, draft
 from filao.errors import FilaoError, MessageNotEncodable, MessageTooLarge
 from filao.queue import BODY_MAX_EVER, Queue
 
 SLICE_MAX = 1_000  # messages stored as one: they share a flush of the disk, and hold the write lock for some 10 ms
 READ_MAX = 1024 * 1024  # bytes taken from the input at once, which bounds what a slice of long lines holds in memory
 LINE_MAX = 2 * BODY_MAX_EVER  # bytes: the largest body there may be, in base64, with its headers
-
-R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outgoing:
-    """A message to be sent, with its terms."""
-
-    body: bytes | msgspec.Raw = b""
-    headers: dict[str, str]
-    group: str | None
-    delay: float
-    priority: int
-    ttl: float | None
-    dedup_key: str | None
-    message_id: str | None
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -66,31 +51,31 @@ class _Base64(msgspec.Struct, forbid_unknown_fields=True):
     base64: bytes
 
 
-Reader = Callable[[bytes], Outgoing]
+Reader = Callable[[bytes], Outgoing[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
     """Messages that are stored as one."""
 
-    messages: list[Outgoing]
+    messages: list[Outgoing[Any]]
     last_line: int
     """The number of lines of the input up to its end."""
     last_byte: int
     """The number of bytes of the input up to its end."""
 
 
-def reader(queue: Queue[Any], terms: Outgoing, *, raw: bool, messages: bool) -> Reader:
+def reader(queue: Queue[Any], terms: Outgoing[Any], *, raw: bool, messages: bool) -> Reader:
     """Return what makes a message of a line, or raises the error that says why it cannot be one."""
 
-    def read(line: bytes) -> Outgoing:
+    def read(line: bytes) -> Outgoing[Any]:
         if raw:
             outgoing = replace(terms, body=line)
         elif messages:
             outgoing = _whole_message(line, terms)
         else:
             outgoing = replace(terms, body=json_text(line))
-        with_terms(draft, queue, outgoing)  # raises what sending would raise, while its line can still be told
+        draft(queue, outgoing)  # raises what sending would raise, while its line can still be told
         return outgoing
 
     return read
@@ -109,7 +94,7 @@ def json_text(line: bytes) -> msgspec.Raw:
     return msgspec.Raw(text)
 
 
-def _whole_message(line: bytes, terms: Outgoing) -> Outgoing:
+def _whole_message(line: bytes, terms: Outgoing[Any]) -> Outgoing[Any]:
     """Return the message that a line of `send --messages` is."""
     try:
         read = msgspec.json.decode(line, type=_Line)
@@ -117,8 +102,8 @@ def _whole_message(line: bytes, terms: Outgoing) -> Outgoing:
     except (ValueError, RecursionError) as error:
         raise MessageNotEncodable(f"not a message: {error}. See: filao send --help") from error
     return Outgoing(
-        body=body,
-        headers=terms.headers | (read.headers or {}),
+        body,
+        headers={**(terms.headers or {}), **(read.headers or {})},
         group=terms.group if read.group is None else read.group,
         delay=terms.delay if read.delay is None else read.delay,
         priority=terms.priority if read.priority is None else read.priority,
@@ -128,26 +113,11 @@ def _whole_message(line: bytes, terms: Outgoing) -> Outgoing:
     )
 
 
-def with_terms(verb: Callable[..., R], queue: Queue[Any], outgoing: Outgoing) -> R:
-    """Call one of those that take a message and its terms: `draft`, or a broker's or transaction's `send_to_queue`."""
-    return verb(
-        queue,
-        outgoing.body,
-        headers=outgoing.headers,
-        group=outgoing.group,
-        delay=outgoing.delay,
-        priority=outgoing.priority,
-        ttl=outgoing.ttl,
-        dedup_key=outgoing.dedup_key,
-        message_id=outgoing.message_id,
-    )
-
-
 def slices(stream: BinaryIO, read: Reader, *, blank: bool) -> Iterator[Slice]:
     """Yield what may be stored as one; raise at a bad line, behind those before it. A `blank` line may be a message."""
     number = position = 0
     for lines in _arriving(stream):
-        ready: list[Outgoing] = []
+        ready: list[Outgoing[Any]] = []
         for line in lines:
             try:
                 if blank or line.strip():
@@ -165,7 +135,7 @@ def slices(stream: BinaryIO, read: Reader, *, blank: bool) -> Iterator[Slice]:
             yield Slice(ready, number, position)
 
 
-def _read_line(line: bytes, read: Reader) -> Outgoing:
+def _read_line(line: bytes, read: Reader) -> Outgoing[Any]:
     if len(line) > LINE_MAX:
         raise MessageTooLarge(f"it is longer than {LINE_MAX:,} bytes, which no message takes")
     return read(line)

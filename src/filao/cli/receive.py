@@ -11,7 +11,7 @@ import click
 from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines, shown_body, usage
 from filao.errors import LeaseLost
 from filao.printable import printable
-from filao.sync import Broker, Message
+from filao.sync import Broker, Message, call_on, inner_of
 
 PREFETCH = 100  # messages leased at once: their acks share a flush of the disk
 SLOW_AFTER = 0.5  # seconds of a slow reader after which what it has not yet taken goes back to the queue
@@ -82,14 +82,14 @@ def _hand_over(broker: Broker, messages: Sequence[Message[Any]], *, raw: bool) -
             if time.monotonic() - started > SLOW_AFTER:
                 break
     finally:
-        broker.call(_settle, messages[:printed], messages[printed:])
+        call_on(broker, _settle, messages[:printed], messages[printed:])
     return printed
 
 
 async def _settle(printed: Sequence[Message[Any]], unread: Sequence[Message[Any]]) -> None:
     """Ack and release together, in one flush of the disk; tell of those that somebody else has by now."""
-    acks = [message.inner.ack() for message in printed]
-    releases = [message.inner.release() for message in unread if not message.settled]
+    acks = [inner_of(message).ack() for message in printed]
+    releases = [inner_of(message).release() for message in unread if not message.settled]
     for outcome in await asyncio.gather(*acks, *releases, return_exceptions=True):
         if isinstance(outcome, LeaseLost):
             note(f"the reader was slower than the lease: {outcome}")

@@ -3,15 +3,15 @@
 import os
 import stat
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import click
 
-from filao.cli.lines import Outgoing, Reader, reader, slices, with_terms
+from filao.cli.lines import Reader, reader, slices
 from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines, standard_input, usage
-from filao.engine import Receipt
+from filao.draft import Outgoing
 from filao.queue import Queue, not_found
 from filao.sync import Broker
 
@@ -72,7 +72,8 @@ def send(
         raise usage("--raw and --messages are two ways to read a line: give one")
     if not body and (dedup_key or message_id):
         raise usage("--dedup-key and --message-id belong to one message: give BODY, or put them in lines of --messages")
-    terms = Outgoing(
+    terms: Outgoing[Any] = Outgoing(
+        b"",
         headers=headers,
         group=group,
         delay=delay,
@@ -85,10 +86,10 @@ def send(
         queue = _declared(broker, name)
         read = reader(queue, terms, raw=raw, messages=messages)
         if body:
-            receipt = with_terms(broker.send_to_queue, queue, read(os.fsencode(body[0])))
+            (receipt,) = broker.send_many(queue, [read(os.fsencode(body[0]))])
             print_lines([_summary(1, int(receipt.duplicate)) if quiet else as_json(receipt)])
         else:
-            _load(broker, queue, source or standard_input(), read, quiet=quiet, raw=raw, together=not messages)
+            _load(broker, queue, source or standard_input(), read, quiet=quiet, raw=raw)
 
 
 def _declared(broker: Broker, name: str) -> Queue[Any]:
@@ -99,9 +100,7 @@ def _declared(broker: Broker, name: str) -> Queue[Any]:
     return queues[name]
 
 
-def _load(
-    broker: Broker, queue: Queue[Any], stream: BinaryIO, read: Reader, *, quiet: bool, raw: bool, together: bool
-) -> None:
+def _load(broker: Broker, queue: Queue[Any], stream: BinaryIO, read: Reader, *, quiet: bool, raw: bool) -> None:
     """Send every line of the input, and print receipts; when it must stop, say first how far it came."""
     size = _size(stream)
     quiet = quiet or (size is not None and is_terminal(sys.stdout))
@@ -111,7 +110,7 @@ def _load(
             note("reading lines from the terminal; Ctrl-D ends them")
         with _progress(size) as advance:
             for part in slices(stream, read, blank=raw):
-                receipts = _send_slice(broker, queue, part.messages, together=together)
+                receipts = broker.send_many(queue, part.messages)
                 sent, lines = sent + len(receipts), part.last_line
                 duplicates += sum(receipt.duplicate for receipt in receipts)
                 advance(part.last_byte, sent)
@@ -122,23 +121,6 @@ def _load(
         raise
     if quiet:
         print_lines([_summary(sent, duplicates)])
-
-
-def _send_slice(broker: Broker, queue: Queue[Any], outgoing: Sequence[Outgoing], *, together: bool) -> list[Receipt]:
-    """Store messages, all or none: `together` when they share their terms, else each with its own."""
-    if not together:
-        with broker.transaction() as transaction:
-            return [with_terms(transaction.send_to_queue, queue, message) for message in outgoing]
-    terms = outgoing[0]
-    return broker.send_many(
-        queue,
-        [message.body for message in outgoing],
-        headers=terms.headers,
-        delay=terms.delay,
-        priority=terms.priority,
-        group=terms.group,
-        ttl=terms.ttl,
-    )
 
 
 def _size(stream: BinaryIO) -> int | None:

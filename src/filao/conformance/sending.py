@@ -9,7 +9,8 @@ from typing import Any
 
 from filao.broker import Broker
 from filao.conformance.stage import Stage, equal, needs, raises
-from filao.engine import Draft, Feature, Receipt
+from filao.draft import Outgoing
+from filao.engine import Feature, Receipt
 from filao.errors import (
     ConfigurationError,
     MessageError,
@@ -72,23 +73,38 @@ async def check_concurrent_duplicates_are_stored_once(stage: Stage) -> None:
     equal(len({receipt.id for receipt in receipts}), 1)
 
 
-def _named(*keys: tuple[str | None, str | None]) -> list[Draft]:
-    """Return a draft for each dedup_key and message_id."""
-    return [Draft(0, b"1", dedup_key=dedup_key, message_id=message_id) for dedup_key, message_id in keys]
+def _named(*keys: tuple[str | None, str | None]) -> list[Outgoing[int]]:
+    """Return a message for each dedup_key and message_id."""
+    return [Outgoing(1, dedup_key=dedup_key, message_id=message_id) for dedup_key, message_id in keys]
 
 
 def _new(receipts: list[Receipt]) -> list[bool]:
     return [not receipt.duplicate for receipt in receipts]
 
 
+@needs()
+async def check_messages_of_one_send_have_terms_of_their_own(stage: Stage) -> None:
+    queue = await stage.queue()
+    own = [Outgoing(1, headers={"by": "itself"}), 2, Outgoing(3, message_id="three")]
+    receipts = await stage.broker.send_many(queue, own, headers={"by": "the call"})
+    equal(receipts[2].id, "three")
+    messages = await stage.broker.receive_many(queue, 9, wait=0)
+    while len(messages) < len(own):
+        messages.append(await stage.back(queue))
+    by = {message.body: message.headers for message in messages}
+    equal(by, {1: {"by": "itself"}, 2: {"by": "the call"}, 3: {}})
+    for message in messages:
+        await message.ack()
+
+
 @needs(Feature.DEDUPLICATION, Feature.ATOMIC)
 async def check_only_what_is_new_claims_its_keys_for_those_behind_it_in_one_send(stage: Stage) -> None:
     queue = await stage.queue()
-    receipts = await stage.broker.send_drafts(queue.name, _named(("a", "1"), ("a", "2"), ("b", "2")))
+    receipts = await stage.broker.send_many(queue.name, _named(("a", "1"), ("a", "2"), ("b", "2")))
     equal((_new(receipts), [receipt.id for receipt in receipts]), ([True, False, True], ["1", "1", "2"]))
-    receipts = await stage.broker.send_drafts(queue.name, _named((None, "3"), ("c", "3"), ("c", None)))
+    receipts = await stage.broker.send_many(queue.name, _named((None, "3"), ("c", "3"), ("c", None)))
     equal((_new(receipts), receipts[1].id), ([True, False, True], "3"))
-    receipts = await stage.broker.send_drafts(queue.name, _named(("d", None), (None, "4"), ("d", "4"), ("a", "4")))
+    receipts = await stage.broker.send_many(queue.name, _named(("d", None), (None, "4"), ("d", "4"), ("a", "4")))
     equal((_new(receipts), receipts[2].id, receipts[3].id), ([True, True, False, False], receipts[0].id, "1"))
     equal((await stage.broker.stats(queue)).ready, 6)
 
@@ -101,19 +117,19 @@ async def check_a_full_queue_counts_of_a_send_what_would_be_stored(stage: Stage)
         _named(("a", None), (None, "1"), ("a", "1")),
     ):
         queue = await stage.queue(max_length=1)
-        await raises(QueueFull, stage.broker.send_drafts(queue.name, named), queue.name, "2")
+        await raises(QueueFull, stage.broker.send_many(queue.name, named), queue.name, "2")
         equal((await stage.broker.stats(queue)).ready, 0)
         queue = await stage.queue(max_length=2)
-        equal(sum(_new(await stage.broker.send_drafts(queue.name, named))), 2)
+        equal(sum(_new(await stage.broker.send_many(queue.name, named))), 2)
         equal((await stage.broker.stats(queue)).ready, 2)
-        equal(_new(await stage.broker.send_drafts(queue.name, named[:2])).count(True), 0)
+        equal(_new(await stage.broker.send_many(queue.name, named[:2])).count(True), 0)
 
 
 @needs(Feature.DEDUPLICATION, Feature.ATOMIC, Feature.MAX_LENGTH, Feature.DEAD_LETTERS)
 async def check_what_is_dropped_to_make_room_frees_no_key_for_that_send(stage: Stage) -> None:
     queue = await stage.queue(max_length=1, overflow="drop_oldest", dedup_window=0)
-    (first,) = await stage.broker.send_drafts(queue.name, _named(("a", None)))
-    receipts = await stage.broker.send_drafts(queue.name, _named((None, None), ("a", None)))
+    (first,) = await stage.broker.send_many(queue.name, _named(("a", None)))
+    receipts = await stage.broker.send_many(queue.name, _named((None, None), ("a", None)))
     equal((_new(receipts), receipts[1].id), ([True, False], first.id))
     stats = await stage.broker.stats(queue)
     equal((stats.ready, stats.dead), (1, 1))

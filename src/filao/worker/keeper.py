@@ -18,9 +18,9 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Protocol
 
-from filao.broker import Broker
 from filao.engine import Delivery
 from filao.errors import FilaoError, LeaseLost
+from filao.session import Session
 from filao.worker.outage import Outages, pauses
 
 log = logging.getLogger("filao.worker")
@@ -50,11 +50,11 @@ class Kept(Protocol):
 class Keeper:
     """Keeps what it is given until it is let go."""
 
-    def __init__(self, broker: Broker, lease_min: float, state: Callable[[], str]) -> None:
+    def __init__(self, session: Session, lease_min: float, state: Callable[[], str]) -> None:
         self._state = state
         self._tick = max(0.02, min(TICK_MAX, lease_min / TICKS_PER_LEASE))
         self._worker_loop = asyncio.get_running_loop()
-        self._broker = broker
+        self._session = session
         self._kept: dict[int, Kept] = {}
         self._outages = Outages()
         self._stopped = threading.Event()
@@ -65,9 +65,9 @@ class Keeper:
 
     async def start(self) -> None:
         """Start the thread and connect it, now: while a handler keeps the interpreter busy, that would take too long."""
-        twin = self._broker.twin()
+        twin = self._session.sibling()
         if twin is None:
-            keeping = asyncio.create_task(self._keep_and_report(self._broker))
+            keeping = asyncio.create_task(self._keep_and_report(self._session))
             keeping.add_done_callback(lambda _: self._end())
             self._stop = keeping.cancel  # type: ignore[assignment]  # which returns what nobody asks for
             return
@@ -103,7 +103,7 @@ class Keeper:
         finally:
             _tell(self._worker_loop, self._end)
 
-    async def _main(self, twin: Broker, ready: "Future[None]") -> None:
+    async def _main(self, twin: Session, ready: "Future[None]") -> None:
         work = asyncio.create_task(self._work(twin, ready))
         loop = asyncio.get_running_loop()
         self._stop = lambda: _tell(loop, work.cancel)
@@ -113,7 +113,7 @@ class Keeper:
         with suppress(FilaoError):
             await twin.close()
 
-    async def _work(self, twin: Broker, ready: "Future[None]") -> None:
+    async def _work(self, twin: Session, ready: "Future[None]") -> None:
         for pause in pauses():
             try:
                 await twin.open()
@@ -125,28 +125,28 @@ class Keeper:
         ready.set_result(None)
         await self._keep_and_report(twin)
 
-    async def _keep_and_report(self, broker: Broker) -> None:
+    async def _keep_and_report(self, session: Session) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._keep(broker))
-            tasks.create_task(self._report(broker))
+            tasks.create_task(self._keep(session))
+            tasks.create_task(self._report(session))
 
-    async def _keep(self, broker: Broker) -> None:
+    async def _keep(self, session: Session) -> None:
         while not self._worker_loop.is_closed():  # for then nobody works any more
             await asyncio.sleep(self._tick)
             due = self._due(time.monotonic())
             if not due:
                 continue
             try:
-                await self._extend(broker, due)
+                await self._extend(session, due)
             except Exception as error:
                 self._outages.fails("extending leases", error)
             else:
                 self._outages.is_over("extending leases")
 
-    async def _report(self, broker: Broker) -> None:
+    async def _report(self, session: Session) -> None:
         while not self._worker_loop.is_closed():
             with suppress(Exception):  # who works says so
-                await broker.report(self._state())
+                await session.report(self._state())
             await asyncio.sleep(REPORT_EVERY)
 
     def _due(self, now: float) -> list[Kept]:
@@ -155,10 +155,10 @@ class Keeper:
         kept = [one for one in list(self._kept.values()) if one.keep_until is None or now < one.keep_until]
         return [one for one in kept if late - one.extended_at >= one.lease / 3]
 
-    async def _extend(self, broker: Broker, due: Sequence[Kept]) -> None:
+    async def _extend(self, session: Session, due: Sequence[Kept]) -> None:
         now = time.monotonic()
         failed: BaseException | None = None
-        extensions = [broker.extend(one.delivery, one.lease) for one in due]
+        extensions = [session.extend(one.delivery, one.lease) for one in due]
         for one, error in zip(due, await asyncio.gather(*extensions, return_exceptions=True), strict=True):
             if error is None:
                 one.extended_at = now

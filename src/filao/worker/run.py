@@ -24,8 +24,9 @@ from filao import engine, sync
 from filao.broker import Broker
 from filao.calls import Caller
 from filao.errors import EngineError, EngineUnavailable, LeaseLost
-from filao.message import AT_MOST_ONCE, Message, error_text
+from filao.message import AT_MOST_ONCE, Message, deferred_transaction_for, delivery_of, error_text, mark_settled
 from filao.queue import Queue, retry_delay
+from filao.session import Session
 from filao.worker.handlers import Handler
 from filao.worker.keeper import Keeper
 from filao.worker.outage import Outages, pauses
@@ -79,6 +80,7 @@ class Shared:
     """What all runs of a worker share."""
 
     broker: Broker
+    session: Session
     caller: Caller
     """For plain handlers, in their threads."""
     keeper: Keeper
@@ -171,7 +173,7 @@ class Run:
         """Tasks that the handler has started."""
         self.is_over = False
         self._has_made_room = False
-        self.delivery = message.delivery
+        self.delivery = delivery_of(message)
         self.lease = consumer.queue.lease
         self.extended_at = time.monotonic()
         self.keep_until: float | None = None
@@ -238,21 +240,21 @@ class Run:
     async def _work_once_at_most(self) -> engine.Outcome | None:
         """Delete the message before its handler runs; when that fails, the handler does not run."""
         try:
-            await self._shared.broker.settle(self.delivery, engine.Ack(before_work=True))
+            await self._shared.session.settle(self.delivery, engine.Ack(before_work=True))
         except LeaseLost as error:
             log.warning("%s", error)
             return None
         except EngineError as error:
             log.warning("%s: its handler does not run, as it could not be deleted before: %s", self.about(), error)
             return engine.Release()
-        self._message.mark_settled(AT_MOST_ONCE)
+        mark_settled(self._message, AT_MOST_ONCE)
         return self._decided(await self._handled())
 
     async def _work_in_transaction(self) -> engine.Outcome | None:
         """Commit the handler's work and the ack together, or undo it, also when the handler never ends."""
         outcome: engine.Outcome | None = None
         try:
-            async with self._shared.broker.deferred_transaction_for(self._message) as transaction:
+            async with deferred_transaction_for(self._message) as transaction:
                 outcome = self._decided(await self._handled(transaction))
                 if not isinstance(outcome, engine.Ack):
                     raise _Undone
@@ -409,7 +411,7 @@ class Run:
         elif outcome is None:
             self._end("lost", None)
         else:
-            self._shared.broker.settle(self.delivery, outcome).add_done_callback(partial(self._answered, outcome))
+            self._shared.session.settle(self.delivery, outcome).add_done_callback(partial(self._answered, outcome))
 
     @_whatever_happens
     def _answered(self, outcome: engine.Outcome, answer: "asyncio.Future[Any]") -> None:
@@ -417,7 +419,7 @@ class Run:
             error = EngineUnavailable("cancelled") if answer.cancelled() else answer.exception()
             self._beside(self._settle_again(outcome, error), lambda how: self._end(how, outcome))
         else:
-            self._message.mark_settled("settled by its worker")
+            mark_settled(self._message, "settled by its worker")
             self._end(self._how(outcome), outcome)
 
     async def _settle_again(self, outcome: engine.Outcome, error: BaseException | None) -> How:
@@ -437,12 +439,12 @@ class Run:
             self._shared.outages.fails("settling", error)
             await asyncio.sleep(pause)
             try:
-                await self._shared.broker.settle(self.delivery, outcome)
+                await self._shared.session.settle(self.delivery, outcome)
                 error = None
             except Exception as raised:
                 error = raised
         self._shared.outages.is_over("settling")
-        self._message.mark_settled("settled by its worker")
+        mark_settled(self._message, "settled by its worker")
         return self._how(outcome)
 
     def _make_room(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from filao.engine import Release
 from filao.errors import EngineUnavailable, QueueNotFound
-from filao.message import Message
+from filao.message import Message, delivery_of
 from filao.worker.outage import pauses
 from filao.worker.pool import Pool
 from filao.worker.run import ENDS_WITHIN, Consumer, Handled, Run, Shared
@@ -161,7 +161,7 @@ class Shift:
                         self._start(pool, pool.consumers[name], message)
                         pool.turns.took(name, 1)
                     else:
-                        await self._shared.broker.settle(message.delivery, Release())
+                        await self._shared.session.settle(delivery_of(message), Release())
         for wait in waits.values():
             if not wait.cancelled():
                 wait.result()
@@ -177,7 +177,7 @@ class Shift:
         try:
             messages = await self._received(pool.consumers[name], limit, wait)
         except Exception as error:
-            self._shared.broker.check_open()
+            self._shared.session.check_open()
             if not self._patient:
                 raise
             self._fails(pool, name, error)
@@ -206,7 +206,7 @@ class Shift:
             if receiving.cancelled() and not current().cancelling():
                 return []  # by a suspect
             for message in _came(receiving):
-                await self._shared.broker.settle(message.delivery, Release())
+                await self._shared.session.settle(delivery_of(message), Release())
             raise
         finally:
             self._receiving.discard(receiving)
@@ -232,7 +232,7 @@ class Shift:
         run = Run(self._shared, consumer, message, self._make_room, self._ended)
         pool.began(run.queue)
         self._runs[run] = pool
-        if not message.delivery.crashed:
+        if not delivery_of(message).crashed:
             run.begin()
         elif self._suspects:
             run.release()  # one at a time: another process may have room for it

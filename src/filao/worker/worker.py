@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filao.broker import Broker, connect
+from filao.broker import Broker, connect, session_of
 from filao.calls import Caller
 from filao.engine import HEALTHY, Feature
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
@@ -320,7 +320,7 @@ class Worker:
             caller = Caller(asyncio.get_running_loop())
             stack.callback(caller.end, "the worker has stopped, so this message is settled without its handler")
             shortest = min(consumer.queue.lease for consumer in consumers.values())
-            keeper = Keeper(broker, shortest, lambda: self.status().told())
+            keeper = Keeper(session_of(broker), shortest, lambda: self.status().told())
             stack.push_async_callback(keeper.stop)
             await keeper.start()
             threads = Threads("filao handler")
@@ -329,7 +329,7 @@ class Worker:
             stack.enter_context(strays.seen(asyncio.get_running_loop()))
             self._pulse = Pulse()
             stack.callback(self._pulse.stop)
-            shared = Shared(broker, caller, keeper, threads, strays, Outages(), self._surroundings)
+            shared = Shared(broker, session_of(broker), caller, keeper, threads, strays, Outages(), self._surroundings)
             self._shift = shift = Shift(shared, self._pools(consumers), stop, count, patient=patient)
             try:
                 yield shift

@@ -12,12 +12,13 @@ from django.db import connections
 from msgspec.structs import replace
 
 from filao import sync
-from filao.broker import connect
+from filao.broker import connect, session_of
 from filao.contrib.django.configuration import alias_at, configured, database, queue_url
-from filao.draft import draft, drafts
+from filao.draft import Outgoing, draft, drafts
 from filao.engine import Draft, Receipt
 from filao.errors import MessageTooLarge
 from filao.queue import Queue, T, name_of, not_found
+from filao.sync import call_on, door_of
 
 D = TypeVar("D")
 
@@ -80,14 +81,15 @@ class Broker(sync.Broker):
         if joined is None or is_ours:
             return super().send_to_queue(queue, body, message_id=message_id, within=joined, **terms)
         chosen = _fresh_id() if message_id is None else message_id
-        sent = self._fit(queue, lambda rules: draft(rules, body, message_id=chosen, **terms))
+        outgoing: Outgoing[Any] = Outgoing(body, message_id=chosen, **terms)
+        sent = self._fit(queue, lambda rules: draft(rules, outgoing))
         self._send_on_commit(joined, name_of(queue), [sent])
         return Receipt(chosen, duplicate=False)
 
     def send_many(
         self,
         queue: str | Queue[T],
-        bodies: Iterable[T],
+        bodies: Iterable[T | Outgoing[T]],
         *,
         headers: Mapping[str, str] | None = None,
         delay: float = 0.0,
@@ -102,8 +104,9 @@ class Broker(sync.Broker):
         if joined is None or is_ours:
             return super().send_many(queue, bodies, within=joined, **terms)
         all_bodies = list(bodies)
-        fit = self._fit(queue, lambda rules: drafts(rules, all_bodies, **terms))
-        sent = [replace(one, message_id=_fresh_id()) for one in fit]
+        common: Outgoing[None] = Outgoing(None, **terms)
+        fit = self._fit(queue, lambda rules: drafts(rules, all_bodies, common))
+        sent = [replace(one, message_id=one.message_id or _fresh_id()) for one in fit]
         self._send_on_commit(joined, name_of(queue), sent)
         return [Receipt(str(one.message_id), duplicate=False) for one in sent]
 
@@ -129,7 +132,12 @@ class Broker(sync.Broker):
         return make(given or self._rules[name])
 
     def _send_on_commit(self, connection: Any, name: str, messages: list[Draft]) -> None:
-        connection.on_commit(partial(self.call, self._broker.send_drafts, name, messages))
+        async def send() -> list[Receipt]:
+            session = session_of(door_of(self))
+            await session.known(name)
+            return await session.send(name, messages)
+
+        connection.on_commit(partial(call_on, self, send))
 
 
 def _fresh_id() -> str:

@@ -1,0 +1,259 @@
+"""What a broker's door, its messages, its transactions and a worker share: one engine, while it is open on one loop.
+
+A settle goes down from here: to the batcher, and with its batch to the engine. Nothing here knows what stands above.
+"""
+
+import asyncio
+import os
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, cast
+
+from filao.batching import Batcher, look_away
+from filao.engine import (
+    Delivery,
+    Draft,
+    Engine,
+    Extend,
+    Feature,
+    Outcome,
+    Receipt,
+    Received,
+    Release,
+    Result,
+    Send,
+    Settle,
+    require,
+)
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.forks import gate, keep
+from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of
+
+CLOSES_WITHIN = 30.0  # seconds, for all that closing does
+_NOT_OPEN = "is not open: use it inside `async with filao.connect(…) as broker`"
+_ON_ANOTHER_LOOP = (
+    "this broker is open on another event loop, and can be used only there: open one on each loop, or use filao.sync, "
+    "which has a loop of its own"
+)
+
+
+class Inside:
+    """A transaction, as those who look whether they are in one know it."""
+
+    __slots__ = ("is_open", "session")
+
+    def __init__(self, session: "Session") -> None:
+        self.session = session
+        self.is_open = True
+
+
+current_transaction: "ContextVar[Inside | None]" = ContextVar("filao_transaction", default=None)
+"""The transaction that the running code is in: other calls of its broker would wait for it for ever."""
+_open_sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
+
+
+class Session:
+    """An engine, what is on its way to it, and what is known of its queues; opened and closed any number of times."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self.make = make
+        """Makes an engine on the same storage."""
+        self._begin_anew()
+        self._unusable = _NOT_OPEN
+        self._is_inherited = False
+
+    def _begin_anew(self) -> None:
+        self.engine = self.make()
+        self._batcher = Batcher(self.engine.execute, self.give_back_unread, self.engine.lanes)
+        self.submit = self._batcher.submit
+        """Do an operation with the next batch."""
+        self._queues: dict[str, Queue] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening = asyncio.Lock()
+        self._is_used = False
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    def check_closed(self) -> None:
+        """Raise `ConfigurationError` when it is open: a block would close it under those who opened it."""
+        if not self._unusable:
+            self._check_loop()
+            raise ConfigurationError("this broker is open already: the block would close it under those who opened it")
+
+    async def open(self) -> None:
+        """Connect to the engine, unless that is done."""
+        if not self._unusable:
+            self._check_loop()
+            return
+        if self._is_inherited:
+            self.check_open()
+        async with self._opening:
+            if not self._unusable:
+                return
+            if self._is_used:
+                opening = self._opening
+                self._begin_anew()
+                self._opening = opening
+            self._is_used = True
+            await self.engine.open()
+            self._loop = asyncio.get_running_loop()
+            self._unusable = ""
+            _open_sessions.add(self)
+
+    async def close(self) -> None:
+        """Finish what was begun, give back the leases that are still held, and let go, all within one bound."""
+        if self._unusable:
+            return
+        is_orphan = self._loop is not None and self._loop.is_closed()
+        if not is_orphan:
+            self._check_loop()
+            self._check_outside()
+        self._unusable = "is closed: open it again, or another with filao.connect"
+        _open_sessions.discard(self)
+        self._opening = asyncio.Lock()
+        if is_orphan:
+            self.engine.drop()
+            return
+        try:
+            async with asyncio.timeout(CLOSES_WITHIN):
+                try:
+                    await self._batcher.drain()
+                finally:
+                    await self.engine.close()
+        except TimeoutError:
+            raise EngineUnavailable(
+                f"closing took longer than {CLOSES_WITHIN:g} s, so the broker has let go at once. What it held comes "
+                f"back when its leases run out."
+            ) from None
+
+    def sibling(self) -> "Session | None":
+        """Return a session on the same storage for another event loop; None where the leases are bound to this one."""
+        engine = self.engine.twin()
+        return None if engine is None else Session(lambda: engine)
+
+    def inherit(self) -> None:
+        """Become unusable in a child process, without touching what is shared with the parent."""
+        self._unusable = (
+            f"was opened by the process that has forked this one (pid {os.getpid()}), and can be used only there: open "
+            f"another here, with filao.connect"
+        )
+        self._is_inherited = True
+        self.engine.abandon()
+        keep((self.engine, self._batcher, self._loop))
+
+    # --- whether it can be used --------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is open, here."""
+        return not self._unusable
+
+    def check_open(self) -> None:
+        """Raise `ConfigurationError` when it is closed, not yet open, or was inherited through a fork."""
+        if self._unusable:
+            raise ConfigurationError(f"this broker {self._unusable}")
+
+    def check_usable(self, *, anywhere: bool = False) -> None:
+        """Raise `ConfigurationError` when a call cannot be made now and, unless it can be `anywhere`, on this loop."""
+        self.check_open()
+        if not anywhere:
+            self._check_loop()
+        self._check_outside()
+
+    def _check_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise ConfigurationError(_ON_ANOTHER_LOOP)
+
+    def _check_outside(self) -> None:
+        transaction = current_transaction.get()
+        if transaction is not None and transaction.is_open and transaction.session is self:
+            raise ConfigurationError(
+                "this call would wait for the transaction that it is made in: use the transaction's own methods"
+            )
+
+    # --- queues ------------------------------------------------------------------------------------------------------
+
+    async def known(self, queue: str | Queue[T], within: object = None) -> Queue[T]:
+        """Return a queue; its rules are asked for when they are not known, but not `within` a user's transaction."""
+        self.check_usable(anywhere=within is not None)
+        if isinstance(queue, Queue):
+            return queue
+        found = self._queues.get(queue)
+        if found is None:
+            found = self.known_within(queue) if within is not None else await self._learn(queue)
+        return found
+
+    def known_within(self, queue: str | Queue[T]) -> Queue[T]:
+        """Return a queue without asking the engine, whose file a transaction holds; it checks against its own rules."""
+        if isinstance(queue, Queue):
+            return queue
+        check_name(queue)
+        return self._queues.get(queue) or Queue(queue, body_max=BODY_MAX_EVER)
+
+    async def _learn(self, queue: str) -> Queue:
+        known = self._queues[name_of(queue)] = await self.engine.find(name_of(queue))
+        return known
+
+    async def declare(self, queue: Queue[Any]) -> None:
+        """Create a queue or give it these rules, and know it from now on."""
+        await self.engine.declare(queue)
+        self._queues[queue.name] = queue
+
+    def forget(self, queue: str) -> None:
+        """Know a queue no longer."""
+        self._queues.pop(queue, None)
+
+    # --- what is done ------------------------------------------------------------------------------------------------
+
+    async def send(self, queue: str, drafts: Sequence[Draft], within: object = None) -> list[Receipt]:
+        """Store messages, all or none; `within` a transaction of the user's, when it is given."""
+        operation = Send(queue, drafts)
+        if within is None:
+            return cast("list[Receipt]", await self.submit(operation))
+        require(self.engine, Feature.WITHIN, "joining a transaction of your own (within=)")
+        receipts = self.engine.send_within(within, operation)
+        if isinstance(receipts, FilaoError):
+            raise receipts
+        return receipts
+
+    def settle(self, delivery: Delivery, outcome: Outcome) -> "asyncio.Future[Result]":
+        """End a lease."""
+        self.check_usable()
+        return self.submit(Settle(delivery, outcome))
+
+    async def extend(self, delivery: Delivery, seconds: float) -> None:
+        """Let a lease end `seconds` from now."""
+        self.check_usable()
+        check_duration(f"queue {delivery.queue!r}", "extend", seconds, least=0.001, most=LEASE_MAX)
+        await self.submit(Extend(delivery, seconds))
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Release a message, and wait for nothing."""
+        if self.is_open:  # a closing engine gives back all it holds
+            self.submit(Settle(delivery, Release())).add_done_callback(look_away)
+
+    def give_back_unread(self, result: Result) -> None:
+        """Give back what was received for a caller who has gone away."""
+        if isinstance(result, Received):
+            for delivery in result.deliveries:
+                self.give_back(delivery)
+
+    def report(self, state: str) -> Awaitable[None]:
+        """Let the doctor tell how this process is doing; for workers."""
+        return self.engine.report(state)
+
+
+def _before_fork() -> None:
+    transaction = current_transaction.get()
+    gate.shut(in_transaction=transaction is not None and transaction.is_open)
+
+
+def _after_fork() -> None:
+    gate.inherit()
+    for session in list(_open_sessions):
+        session.inherit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=gate.open, after_in_child=_after_fork)
