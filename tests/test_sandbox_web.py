@@ -278,7 +278,7 @@ async def test_a_click_on_a_claim_tells_its_story(learner) -> None:
     assert "Attempt 1" in told
     assert "consumer killed" in told
     assert "Attempt 2" in told
-    await learner.press(".attempts .link >> nth=0")
+    await learner.press(".story .link")
     await learner.page.wait_for_selector(".timeline .bar.hero")
     await learner.page.wait_for_selector(".timeline .join")
 

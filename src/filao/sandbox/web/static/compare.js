@@ -19,7 +19,7 @@ export function compare(state) {
     h("div", {}, h("p", { class: "simulated" }, say("simulated")),
       h("fieldset", { class: "rules" }, h("legend", {}, say("compare_with")), Object.keys(RULES).map((key) => h("label", { class: key === chosen ? "on" : "" },
         h("input", { type: "radio", name: "rule", checked: key === chosen, onchange: () => state.choose(key) }), say(`rule_${key}`))))),
-    h("div", { class: "compared" }, drawn(rule, chosen), h("p", {}, say(`rule_${chosen}_why`))));
+    h("div", { class: "compared", tabindex: 0, role: "region", "aria-label": say("tab_compare") }, drawn(rule, chosen), h("p", {}, say(`rule_${chosen}_why`))));
 }
 
 function drawn(rule, chosen) {
