@@ -6,6 +6,8 @@ The language tag says what becomes of a block: `python` is run, with `await` at 
 
 import ast
 import asyncio
+import dataclasses
+import inspect
 import os
 import re
 import sys
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+import filao
+from filao.cli import commands
 
 pytestmark = pytest.mark.anyio
 
@@ -164,9 +169,25 @@ def test_both_sites_are_built_alike() -> None:
     assert rest("zensical.toml") == rest("zensical.fr.toml")
 
 
-def test_the_diagram_is_the_one_of_the_package() -> None:
-    import filao
+@pytest.mark.parametrize("folder", [ENGLISH, FRENCH], ids=_named)
+def test_the_reference_names_every_command_rule_term_and_error(folder: Path) -> None:
+    def said(page: str) -> str:
+        return (folder / "reference" / page).read_text(encoding="utf-8")
 
+    rules = [field.name for field in dataclasses.fields(filao.Queue) if field.name != "name"]
+    terms = list(inspect.signature(filao.Broker.send_to_queue).parameters)[3:]
+    errors = [
+        name for name, value in vars(filao).items() if isinstance(value, type) and issubclass(value, filao.FilaoError)
+    ]
+    assert [name for name in commands.commands if f"`filao {name}" not in said("command-line.md")] == []
+    assert [name for name in rules + terms if f"`{name}`" not in said("rules.md")] == []
+    assert [name for name in errors if name not in said("errors.md")] == []
+    made = [name for name in filao.__all__ if inspect.isroutine(it := getattr(filao, name)) or inspect.isclass(it)]
+    public = [name for name in made if name not in errors]
+    assert [name for name in public if f"::: filao.{name}\n" not in said("api.md")] == []
+
+
+def test_the_diagram_is_the_one_of_the_package() -> None:
     def lines(text: str) -> list[str]:
         return [line.strip() for line in text.splitlines()]
 
