@@ -2,7 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from enum import Enum
 from typing import Any, TypedDict
+from uuid import UUID
 
 import msgspec
 import pydantic
@@ -30,6 +34,16 @@ class Typed(TypedDict):
 
 class Model(pydantic.BaseModel):
     claim_id: int
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclass(frozen=True)
+class Dated:
+    on: date
+    amount: Decimal
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))  # half a surrogate pair is no text that UTF-8 can hold
@@ -78,6 +92,69 @@ def test_a_number_in_quotes_is_no_number(body: Any) -> None:
 def test_what_is_no_number_is_refused_wherever_it_hides(value: float, wrap: Any) -> None:
     with pytest.raises(MessageNotEncodable, match=r"nan|inf"):
         codec_for(None).encode("q", wrap(value))
+
+
+COERCED: list[Any] = [
+    Decimal("1.5"),
+    {1, 2},
+    (1, 2),
+    datetime(2026, 1, 1),  # noqa: DTZ001  # naive on purpose
+    datetime(2026, 1, 1, tzinfo=UTC),
+    date(2026, 1, 1),
+    timedelta(1),
+    UUID(int=7),
+    Colour.RED,
+    {1: 2},
+    {1: "a", "1": "b"},
+    {None: 1},
+    {"photo": b"bytes"},
+]
+
+
+@pytest.mark.parametrize("value", COERCED, ids=repr)
+@pytest.mark.parametrize("wrap", [lambda v: v, lambda v: {"a": [v]}], ids=["itself", "inside"])
+def test_what_would_come_back_as_something_else_is_refused(value: Any, wrap: Any) -> None:
+    for body in (None, dict, list):
+        with pytest.raises(MessageNotEncodable, match=r"come back as|Expected|cannot be written"):
+            codec_for(body).encode("q", wrap(value))
+
+
+def test_the_place_of_what_is_refused_is_told() -> None:
+    with pytest.raises(MessageNotEncodable, match=r"the Decimal at \['lines'\]\[1\]\['amount'\]"):
+        codec_for(None).encode("q", {"lines": [{}, {"amount": Decimal(1)}]})
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (Decimal, Decimal("1.5")),
+        (set[int], {1, 2}),
+        (tuple[int, int], (1, 2)),
+        (dict[int, int], {1: 2}),
+        (datetime, datetime(2026, 1, 1)),  # noqa: DTZ001
+        (Dated, Dated(date(2026, 1, 1), Decimal(1))),
+        (dict[str, Dated], {"a": Dated(date(2026, 1, 1), Decimal(1))}),
+    ],
+    ids=repr,
+)
+def test_what_the_queues_type_restores_is_sent(body: Any, value: Any) -> None:
+    codec = codec_for(body)
+    assert codec.decode(*codec.encode("q", value)) == value
+
+
+def test_a_record_in_a_plain_body_is_its_consumers_to_restore() -> None:
+    sent = Dated(date(2026, 1, 1), Decimal(1))
+    assert codec_for(Dated).decode(*codec_for(None).encode("q", sent)) == sent
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
+@pytest.mark.parametrize("wrong", [Plain("seven"), Struct("seven"), Model.model_construct(claim_id="seven")], ids=repr)  # type: ignore[arg-type]
+def test_an_instance_whose_fields_are_of_another_type_is_refused(wrong: Any) -> None:
+    for body in (type(wrong), None):
+        with pytest.raises(MessageNotEncodable, match=type(wrong).__name__):
+            codec_for(body).encode("q", wrong)
+    with pytest.raises(MessageNotEncodable, match=type(wrong).__name__):
+        codec_for(None).encode("q", {"claims": [wrong]})
 
 
 def test_null_in_a_body_is_fine() -> None:

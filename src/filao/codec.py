@@ -1,13 +1,14 @@
 """How a body becomes bytes and comes back: JSON through msgspec, pydantic's own models, raw bytes untouched.
 
-A body is never coerced. What cannot be written exactly raises `MessageNotEncodable` when it is sent; what does not
+A body is never coerced. What would not come back as it was raises `MessageNotEncodable` when it is sent; what does not
 decode to its queue's type raises `ValueError` here, and the broker makes it a dead letter. Pickle is never used: a
 queue outlives the code that filled it, and reading a message must not run anything.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 from typing import Any, Protocol, cast
 
@@ -57,23 +58,33 @@ class Codec:
             return BYTES, content
         try:
             content = _encode_json(body)
-            if b"null" in content:  # msgspec writes NaN and the infinities as null; the search costs less than a walk
-                _check_finite(body)
+            if is_too_deep(content):
+                raise _too_deep(queue, body)
+            self._check_comes_back(queue, body, content)
         except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError) as error:
             raise MessageNotEncodable(
                 f"queue {queue!r}: the body {shown(body)} cannot be written as JSON: {error}. Nothing was sent."
             ) from error
-        if is_too_deep(content):
-            raise MessageNotEncodable(
-                f"queue {queue!r}: the body {shown(body)} is nested more than {DEPTH_MAX} deep, which not every reader "
-                f"bears. Nothing was sent. Send it flatter, or as bytes."
-            )
-        if self.body is not None and type(body) is not self.body:
-            try:
-                self.read(content)
-            except ValueError as error:
-                raise _not_of_type(queue, self.body, body, str(error)) from error
         return JSON, content
+
+    def _check_comes_back(self, queue: str, body: object, content: bytes) -> None:
+        """Raise unless who reads the content gets what was sent.
+
+        Reading it is quicker than walking through the body in Python, which tells only what is wrong when something is.
+        """
+        if self.body is None:
+            if msgspec.json.decode(content) != body:  # a NaN, which is written as null, is not equal to itself
+                _check(body, "", typed=False)
+            return
+        try:
+            read = self.read(content)
+        except ValueError as error:
+            raise _not_of_type(queue, self.body, body, str(error)) from error
+        if isinstance(read, dict | list | tuple | set | frozenset) and read != body:
+            if msgspec.json.decode(content) != body:
+                _check(body, "", typed=False)
+        elif b"null" in content:
+            _check(body, "", typed=True)
 
     def decode(self, kind: int, content: bytes) -> Any:
         """Return the body, or raise `ValueError` when the content is not of the queue's type."""
@@ -188,28 +199,71 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
 
 
-def _check_finite(value: object) -> None:
+def _check(value: object, where: str, *, typed: bool) -> None:
+    """Raise `ValueError` for what JSON has no form for; within what is `typed`, its type says what other forms mean."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"JSON has no {value!r}")
+        raise ValueError(f"JSON has no {value!r}{_at(where)}")
     if isinstance(value, Mapping):
-        for item in cast("Mapping[object, object]", value).values():
-            _check_finite(item)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for item in cast("list[object]", value):
-            _check_finite(item)
-    elif not isinstance(value, str | int | float | None):
-        _check_finite_fields(value)
+        for key, item in cast("Mapping[object, object]", value).items():
+            if not typed and type(key) is not str:
+                raise ValueError(f"the key {shown(key)}{_at(where)} would come back as a text, as all keys do in JSON")
+            _check(item, f"{where}[{shown(key)}]", typed=typed)
+    elif isinstance(value, list) or (typed and isinstance(value, tuple | set | frozenset)):
+        for place, item in enumerate(cast("list[object]", value)):
+            _check(item, f"{where}[{place}]", typed=typed)
+    elif isinstance(value, Enum):
+        if not typed and not isinstance(value, str | int):
+            raise _other(value, where)
+    elif value is None or isinstance(value, str | int | float | msgspec.Raw):
+        return
+    elif (fields := _fields(value)) is not None:
+        if not typed:
+            _check_instance(value, where)
+        for name in fields:
+            _check(getattr(value, name), f"{where}.{name}", typed=True)
+    elif not typed:
+        raise _other(value, where)
 
 
-def _check_finite_fields(value: object) -> None:
-    """Walk into dataclasses, attrs classes and Structs; other values are written by rules of their own."""
-    fields = (
-        getattr(value, "__struct_fields__", None)
-        or getattr(value, "__dataclass_fields__", None)
-        or [attribute.name for attribute in getattr(type(value), "__attrs_attrs__", ())]
+def _fields(value: object) -> Iterable[str] | None:
+    """Return the names of the fields of a dataclass, an attrs class, a Struct or pydantic's model; None for what is none."""
+    kind = type(value)
+    for fields in ("__struct_fields__", "__dataclass_fields__", "__pydantic_fields__"):
+        if hasattr(kind, fields):
+            return cast("Iterable[str]", getattr(kind, fields))
+    attributes = getattr(kind, "__attrs_attrs__", None)
+    return None if attributes is None else [attribute.name for attribute in attributes]
+
+
+def _check_instance(value: object, where: str) -> None:
+    """Raise `ValueError` when what is in its fields is not what its class says: its consumer could not read it."""
+    try:
+        read = codec_for(type(value)).read
+    except (ConfigurationError, NameError, AttributeError):
+        return  # nobody can read it by this class, so nobody will
+    try:
+        read(_encode_json(value))
+    except ValueError as error:
+        raise ValueError(f"the {type(value).__qualname__}{_at(where)} is none: {error}") from error
+
+
+def _other(value: object, where: str) -> ValueError:
+    kind = type(value).__qualname__
+    return ValueError(
+        f"the {kind}{_at(where)} would come back as something else, as JSON has no {kind}. Convert it yourself, or say "
+        f"{kind} in the queue's type, as in filao.Queue(…, body=…)"
     )
-    for name in fields:
-        _check_finite(getattr(value, name))
+
+
+def _at(where: str) -> str:
+    return f" at {where}" if where else ""
+
+
+def _too_deep(queue: str, body: object) -> MessageNotEncodable:
+    return MessageNotEncodable(
+        f"queue {queue!r}: the body {shown(body)} is nested more than {DEPTH_MAX} deep, which not every reader "
+        f"bears. Nothing was sent. Send it flatter, or as bytes."
+    )
 
 
 def _not_of_type(queue: str, body: object, value: object, why: str) -> MessageNotEncodable:
