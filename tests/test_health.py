@@ -6,8 +6,9 @@ from collections.abc import Generator
 
 import pytest
 
-from filao.cli import health
-from filao.cli.health import CONNECTIONS_MAX, health_check
+from filao.cli import pages
+from filao.cli.health import health_check
+from filao.cli.pages import CONNECTIONS_MAX
 
 PATIENCE = 30.0
 
@@ -63,7 +64,7 @@ def test_half_requests_take_nothing_from_a_probe(port) -> None:
 
 
 def test_a_request_that_does_not_end_is_ended(state, monkeypatch) -> None:
-    monkeypatch.setattr(health, "ANSWERS_WITHIN", 0.2)
+    monkeypatch.setattr(pages, "ANSWERS_WITHIN", 0.2)
     with (
         health_check("127.0.0.1", 0, lambda: state) as port,
         socket.create_connection(("127.0.0.1", port), PATIENCE) as half,

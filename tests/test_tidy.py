@@ -101,7 +101,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
     ),
     *(f"worker.{name}" for name in ("signals", "outage", "outcomes", "handlers", "threads", "pulse", "keeper")),
     *(f"worker.{name}" for name in ("surroundings", "strays", "run", "pool", "shift", "worker")),
-    *("worker", "worker.supervisor", "testing", "contrib", "conformance.stage"),
+    *("worker", "worker.supervisor", "testing", "contrib", "prometheus", "prometheus.store", "conformance.stage"),
     *(f"conformance.{name}" for name in ("control", "delivery", "effects", "failure", "ordering", "sending")),
     *("conformance.verification", "conformance", "sandbox", "cli", "__main__"),
 ]

@@ -18,6 +18,7 @@ import click
 from filao.cli.backup import backup, restore
 from filao.cli.control import cancel, delete, pause, resume
 from filao.cli.declare import declare
+from filao.cli.metrics import metrics
 from filao.cli.move import move_command
 from filao.cli.receive import receive
 from filao.cli.sandbox import sandbox_command
@@ -89,6 +90,6 @@ def commands() -> None:
 
 for command in (
     *(declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, move_command, work),
-    *(pause, resume, cancel, delete, backup, restore, sandbox_command),
+    *(pause, resume, cancel, delete, metrics, backup, restore, sandbox_command),
 ):
     commands.add_command(command)

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from filao.cli.health import health_check
+from filao.cli.pages import address_of
 from filao.cli.shell import note, usage
 from filao.errors import FilaoError
 from filao.worker.supervisor import Supervisor, report
@@ -66,7 +67,7 @@ def work(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(process)d %(levelname)s %(message)s", stream=sys.stderr
     )
-    address = _address(health)
+    address = None if health is None else address_of("--health", health)
     worker = _load(target)
     if queues:
         worker.only(queues)
@@ -179,15 +180,6 @@ def _load(target: str) -> Worker:
     if not isinstance(found, Worker):
         raise usage(f"{attribute!r} in {name!r} is {found!r}; it must be a filao.Worker")
     return found
-
-
-def _address(health: str | None) -> tuple[str, int] | None:
-    if health is None:
-        return None
-    host, _, port = health.rpartition(":")
-    if not port.isdecimal() or int(port) > 65_535:
-        raise usage(f"--health {health!r}: give a port, or HOST:PORT")
-    return host or "127.0.0.1", int(port)
 
 
 def _is_used_up(worker: Worker, max_messages: int | None, max_memory: int | None) -> Callable[[], bool]:

@@ -1,0 +1,115 @@
+"""`filao metrics`: a store's figures for Prometheus, and the alert rules and the dashboard that go with them."""
+
+import asyncio
+import logging
+import threading
+from importlib import resources
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import click
+
+from filao.cli.pages import ANSWERS_WITHIN, Page, address_of, in_use, served, shown_address
+from filao.cli.shell import addressed, broker_at, file_of, note, print_lines, safe
+from filao.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from filao.prometheus.store import StoreCollector
+
+log = logging.getLogger("filao.metrics")
+
+TEXT = b"text/plain; version=0.0.4; charset=utf-8"  # the content type of Prometheus' text format
+READ_WITHIN = ANSWERS_WITHIN - 1.0  # seconds for reading the store; a scrape after that says that it is not up
+_NOT_UP = b"# TYPE filao_store_up gauge\nfilao_store_up 0.0\n"
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="[URL]")
+@click.option("--listen", metavar="[HOST:]PORT", help="Serve /metrics until Ctrl-C, on loopback unless HOST is given.")
+@click.option("--queue", "only", multiple=True, metavar="NAME", help="Only these queues; * stands for anything.")
+@click.option(
+    "--queues-max", type=click.IntRange(1, 100_000), default=500, show_default=True, help="How many are told."
+)
+@click.option("--rules", is_flag=True, help="Print alert rules for Prometheus.")
+@click.option("--grafana", is_flag=True, help="Print a dashboard for Grafana.")
+def metrics(
+    *,
+    arguments: tuple[str, ...],
+    listen: str | None,
+    only: tuple[str, ...],
+    queues_max: int,
+    rules: bool,
+    grafana: bool,
+) -> int:
+    """Print the figures of a store for Prometheus once, or serve them.
+
+    They are read from the store itself: depth and totals are right with no worker alive, and counted once. It needs
+    pip install 'filao[prometheus]'; --rules and --grafana need neither that nor a URL. What a worker measures is served
+    by filao work --metrics.
+    """
+    if rules or grafana:
+        folder = resources.files("filao.prometheus")
+        names = [name for name, is_wanted in (("rules.yml", rules), ("grafana.json", grafana)) if is_wanted]
+        print_lines(folder.joinpath(name).read_bytes().rstrip() for name in names)
+        return 0
+    url, _ = addressed(arguments, least=0, most=0)
+    check_extra()
+    from filao.prometheus.store import StoreCollector, Told, exposition
+
+    with broker_at(url) as broker:
+        file, features = file_of(url), broker.features
+        collector = StoreCollector(lambda: Told(broker.stats(), features, file), only=only, most=queues_max)
+        if listen is not None:
+            return _serve(collector, *address_of("--listen", listen))
+        text, error = exposition(collector)
+        if error is not None:
+            raise error
+        print_lines([text.rstrip()])
+    return 0
+
+
+def check_extra() -> None:
+    """Raise `ConfigurationError` when what writes metrics is not installed."""
+    if not find_spec("prometheus_client"):
+        raise ConfigurationError("metrics need prometheus-client: pip install 'filao[prometheus]'")
+
+
+def _serve(collector: "StoreCollector", host: str, port: int) -> int:
+    """Serve until interrupted."""
+    scraper = Scraper(collector)
+    try:
+        with served(host, port, scraper.answer, name="filao metrics") as listening:
+            note(f"metrics at {shown_address(host, listening)}metrics")
+            threading.Event().wait()
+    except OSError as error:
+        raise in_use("--listen", error, host, port) from error
+    return 0
+
+
+class Scraper:
+    """Answers scrapes; those that come while the store is being read get what that one gets."""
+
+    def __init__(self, collector: "StoreCollector") -> None:
+        self._collector = collector
+        self._reading: asyncio.Task[bytes] | None = None
+        self._has_failed = False
+
+    async def answer(self, path: bytes) -> Page:
+        """Return the metrics; of a store that does not answer, that it is not up."""
+        if path not in (b"/metrics", b"/"):
+            return Page(b"see /metrics\n", b"text/plain", b"404 Not Found")
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(asyncio.to_thread(self._read))
+        done, _ = await asyncio.wait([self._reading], timeout=READ_WITHIN)
+        return Page(self._reading.result() if done else _NOT_UP, TEXT)
+
+    def _read(self) -> bytes:
+        from filao.prometheus.store import exposition
+
+        text, error = exposition(self._collector)
+        if error is not None and not self._has_failed:
+            note(safe(f"the store cannot be read: {error}"))
+        elif error is None and self._has_failed:
+            note("the store can be read again")
+        self._has_failed = error is not None
+        return text

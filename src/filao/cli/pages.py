@@ -1,0 +1,132 @@
+"""Pages over HTTP for probes and scrapers: GET and HEAD, one request for each connection.
+
+It answers from a thread and a loop of its own, so also while a handler blocks the worker's. Strangers may reach its port:
+each connection has a few seconds in all, and when there are many the oldest makes room, so that half a request takes nothing
+from a probe.
+"""
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import click
+
+from filao.cli.shell import usage
+
+log = logging.getLogger("filao.worker")
+
+ANSWERS_WITHIN = 5.0  # seconds from a connection to its end
+CONNECTIONS_MAX = 32  # at once; a probe that comes then takes the place of the oldest
+REQUEST_MAX = 8_192  # bytes of a request, headers included
+
+
+class Page(NamedTuple):
+    """An answer."""
+
+    body: bytes
+    kind: bytes = b"application/json"
+    """Its content type."""
+    status: bytes = b"200 OK"
+
+
+Answer = Callable[[bytes], Awaitable[Page]]
+"""Returns the page of a path; on the loop of the server."""
+
+
+@contextmanager
+def served(host: str, port: int, answer: Answer, *, name: str) -> Generator[int]:
+    """Serve pages; yield the port, which port 0 lets the system choose. `name` is the thread's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listening:
+        loop = asyncio.new_event_loop()
+        stopped = asyncio.Event()
+        serving = _Server(answer).serve(listening, stopped)
+        thread = threading.Thread(target=_run, args=(loop, serving), name=name, daemon=True)
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            loop.call_soon_threadsafe(stopped.set)
+            thread.join(ANSWERS_WITHIN)
+
+
+def address_of(option: str, given: str) -> tuple[str, int]:
+    """Return the host and port of `[HOST:]PORT`; loopback where no host is given."""
+    host, _, port = given.rpartition(":")
+    if not port.isdecimal() or int(port) > 65_535:
+        raise usage(f"{option} {given!r}: give a port, or HOST:PORT")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+def shown_address(host: str, port: int) -> str:
+    """Return an address as a URL shows it."""
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def in_use(option: str, error: OSError, host: str, port: int) -> click.ClickException:
+    """Return the error for an address that cannot be listened on."""
+    return usage(
+        f"{option}: {host}:{port} cannot be listened on: {error.strerror}. Give another port; 0 is any that is free"
+    )
+
+
+def _run(loop: asyncio.AbstractEventLoop, serving: Coroutine[Any, Any, None]) -> None:
+    try:
+        loop.run_until_complete(serving)
+    finally:
+        loop.close()
+
+
+class _Server:
+    """Answers, one request for each connection."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._page = answer
+        self._open: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        """The connections, the oldest first."""
+
+    async def serve(self, listening: socket.socket, stopped: asyncio.Event) -> None:
+        """Serve until stopped."""
+        server = await asyncio.start_server(self._met, sock=listening, limit=REQUEST_MAX)
+        await stopped.wait()
+        server.close()
+        for task in list(self._open):
+            task.cancel()
+        if self._open:
+            await asyncio.wait(self._open)
+
+    def _met(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._meet(reader, writer))
+        self._open[task] = writer
+        task.add_done_callback(self._end)
+        if len(self._open) > CONNECTIONS_MAX:
+            next(iter(self._open)).cancel()
+
+    def _end(self, task: "asyncio.Task[None]") -> None:
+        self._open.pop(task).transport.abort()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a page could not be given: %s: %s", type(error).__name__, error)
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):
+            async with asyncio.timeout(ANSWERS_WITHIN):
+                request = await reader.readuntil(b"\r\n\r\n")
+                writer.write(await self._answer(request.partition(b"\r\n")[0]))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+
+    async def _answer(self, line: bytes) -> bytes:
+        method, _, rest = line.partition(b" ")
+        if method not in (b"GET", b"HEAD"):
+            return (
+                b"HTTP/1.1 405 Method Not Allowed\r\nAllow: GET, HEAD\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
+        path = rest.partition(b" ")[0].partition(b"?")[0]
+        body, kind, status = await self._page(path)
+        head = b"HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+        return head % (status, kind, len(body)) + (b"" if method == b"HEAD" else body)

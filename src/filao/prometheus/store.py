@@ -1,0 +1,152 @@
+"""What a store tells, as metrics: depth, age and totals of its queues, right though no worker lives, and counted once.
+
+Names are those of `QueueStats`, in base units. A label never has more values than there are queues told, states or reasons.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from filao.engine import Feature, QueueStats, State
+
+QUEUES_MAX = (
+    500  # queues that are told: some 20 series each, which is what one small Prometheus takes without a thought
+)
+_REASONS = ("max_attempts", "rejected", "expired", "malformed", "overflow")
+_TOTALS = {
+    "sent": "Messages stored.",
+    "duplicates": "Sends that found their message already there.",
+    "refused": "Sends that found the queue full.",
+    "received": "Deliveries; a message delivered twice counts twice.",
+    "acked": "Messages done.",
+    "late": "Settles that came after the lease had ended, before anyone else took the message.",
+    "nacked": "Failed attempts after which the message comes again, or dies.",
+    "released": "Messages given back, the attempt unused.",
+    "dropped": "Messages that outlived their ttl in a queue whose rule is to drop them.",
+    "redriven": "Dead letters sent back to their queue.",
+    "purged": "Messages deleted by a purge.",
+    "cancelled": "Messages deleted one by one.",
+}
+
+
+class Told(NamedTuple):
+    """What was read of a store."""
+
+    queues: Sequence[QueueStats]
+    features: Collection[Feature]
+    file: Path | None = None
+    """Of SQLite."""
+
+
+class StoreCollector:
+    """Reads a store at each scrape; one that cannot be read is told by `filao_store_up`, never by an error."""
+
+    def __init__(self, read: Callable[[], Told], *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> None:
+        self._read = read
+        self._only = only
+        """Names or patterns of the queues to tell; none: all."""
+        self._most = most
+        self._reading = Lock()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics as they are now."""
+        up = GaugeMetricFamily("filao_store_up", "Whether the store could be read.")
+        try:
+            with self._reading:  # scrapes that come meanwhile wait, so that a slow store is read once at a time
+                told = self._read()
+        except Exception:
+            up.add_metric([], 0)
+            yield up
+            raise
+        up.add_metric([], 1)
+        yield up
+        yield from metrics(told, only=self._only, most=self._most)
+
+
+def exposition(collector: StoreCollector) -> tuple[bytes, Exception | None]:
+    """Return metrics in Prometheus' text format, as far as they came, and what ended them."""
+    came: list[Metric] = []
+    error: Exception | None = None
+    try:
+        for metric in collector.collect():
+            came.append(metric)  # noqa: PERF402  # what came before an error is kept
+    except Exception as raised:
+        error = raised
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Came(came))
+    return generate_latest(registry), error
+
+
+class _Came:
+    """Metrics that were collected before."""
+
+    def __init__(self, came: Sequence[Metric]) -> None:
+        self._came = came
+
+    def collect(self) -> Iterable[Metric]:
+        return self._came
+
+
+def metrics(told: Told, *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> Iterator[Metric]:
+    """Yield what is told of the chosen queues, the first `most` by name, and how many that hides."""
+    chosen = [one for one in told.queues if not only or any(fnmatchcase(one.name, pattern) for pattern in only)]
+    queues = chosen[:most]
+    hidden = GaugeMetricFamily("filao_queues_hidden", f"Queues beyond the first {most} by name, which are not told.")
+    hidden.add_metric([], len(chosen) - len(queues))
+    yield hidden
+    has_counters = Feature.COUNTERS in told.features
+    yield _messages(queues, tuple(State) if has_counters else (State.READY, State.DEAD))
+    if has_counters:
+        yield from _counted(queues)
+    yield from _sizes(told.file)
+
+
+def _messages(queues: Sequence[QueueStats], states: Sequence[State]) -> Metric:
+    messages = GaugeMetricFamily("filao_queue_messages", "Messages by state.", labels=["queue", "state"])
+    for queue in queues:
+        for state in states:
+            messages.add_metric([queue.name, state.value], getattr(queue, state.value))
+    return messages
+
+
+def _counted(queues: Sequence[QueueStats]) -> Iterator[Metric]:
+    ages = GaugeMetricFamily(
+        "filao_queue_oldest_age_seconds",
+        "Since the oldest message of a state was sent; of delayed ones, since the first was due. 0: there is none.",
+        labels=["queue", "state"],
+    )
+    paused = GaugeMetricFamily("filao_queue_paused", "Whether nothing is delivered.", labels=["queue"])
+    receivers = GaugeMetricFamily(
+        "filao_queue_receivers", "Processes that wait for messages or hold some.", labels=["queue"]
+    )
+    lost = CounterMetricFamily("filao_leases_lost", "Leases that ended without a word.", labels=["queue"])
+    died = CounterMetricFamily("filao_messages_died", "Messages that became dead letters.", labels=["queue", "reason"])
+    for queue in queues:
+        for state in State:
+            ages.add_metric([queue.name, state.value], queue.oldest_age(state) or 0.0)
+        paused.add_metric([queue.name], int(queue.paused))
+        receivers.add_metric([queue.name], len(queue.receivers))
+        lost.add_metric([queue.name], queue.lost)
+        for reason in sorted({*_REASONS, *queue.died_by_reason}):  # from 0 on, or the first would be no increase
+            died.add_metric([queue.name, reason], queue.died_by_reason.get(reason, 0))
+    yield from (ages, paused, receivers, lost, died)
+    for name, what in _TOTALS.items():
+        total = CounterMetricFamily(f"filao_messages_{name}", what, labels=["queue"])
+        for queue in queues:
+            total.add_metric([queue.name], getattr(queue, name))
+        yield total
+
+
+def _sizes(file: Path | None) -> Iterator[Metric]:
+    """Tell what a SQLite file takes of the disk; what is not there takes nothing."""
+    if file is None:
+        return
+    sizes = GaugeMetricFamily("filao_store_bytes", "Bytes of the database and of its WAL.", labels=["part"])
+    for part, path in (("database", file), ("wal", file.with_name(file.name + "-wal"))):
+        sizes.add_metric([part], path.stat().st_size if path.exists() else 0)
+    yield sizes
