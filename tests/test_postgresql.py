@@ -652,6 +652,29 @@ async def test_a_consumer_that_was_paused_past_its_lease_changes_nothing(url, br
     assert (await broker.stats("claims")).acked == 1
 
 
+async def test_a_lease_that_ended_before_its_claim_was_committed_is_found_by_who_looked_meanwhile(url, broker) -> None:
+    await broker.send_to_queue("claims", 7)
+    look = "SELECT r.id FROM filao.queue q, filao.receive(q.id, %s, %s, 1000, %s, 1, 0) r WHERE q.name = 'claims'"
+    now = 1_900_000_000_000
+    with psycopg.connect(url) as slow, psycopg.connect(url, autocommit=True) as other:
+        claimed = slow.execute(look, (now, 1, 1)).fetchone()
+        assert other.execute(look, (now + 2_000, 2, 2)).fetchone() == (None,)
+        slow.commit()
+        assert other.execute(look, (now + 3_000, 2, 3)).fetchone() == claimed != (None,)
+
+
+async def test_a_lease_that_ran_out_after_the_clock_was_set_back_is_found_by_who_looked_before(url, broker) -> None:
+    await broker.send_to_queue("claims", 7)
+    look = "SELECT r.id FROM filao.queue q, filao.receive(q.id, %s, %s, 1000, %s, 1, 0) r WHERE q.name = 'claims'"
+    now = 1_900_000_000_000
+    with psycopg.connect(url, autocommit=True) as early, psycopg.connect(url, autocommit=True) as late:
+        early.execute("UPDATE filao.queue SET paused = true")
+        early.execute(look, (now + 3_600_000, 1, 1))
+        early.execute("UPDATE filao.queue SET paused = false")
+        claimed = late.execute(look, (now, 2, 2)).fetchone()
+        assert early.execute(look, (now + 5_000, 1, 3)).fetchone() == claimed != (None,)
+
+
 async def test_the_leases_of_a_process_that_died_are_taken_over_long_before_they_end(url, broker, monkeypatch) -> None:
     monkeypatch.setattr(watch, "COME_BACK_WITHIN", 0.0)  # as if others had been here for a while
     await broker.send_to_queue("claims", 7)

@@ -94,6 +94,19 @@ async def test_a_process_takes_no_queue_of_a_schema_made_anew_for_the_one_it_kne
             assert message.body == 3
 
 
+async def test_what_is_restored_under_those_who_wait_is_found(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", range(3))
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute("CREATE TABLE kept AS TABLE filao.message")
+            await asyncio.gather(*(message.ack() for message in await broker.receive_many("claims", 3)))
+            assert await broker.receive_from_queue("claims", wait=0) is None
+            operator.execute("TRUNCATE filao.message, filao.waiting")
+            operator.execute("INSERT INTO filao.message TABLE kept")
+        assert [message.body for message in await broker.receive_many("claims", 3, wait=5)] == [0, 1, 2]
+
+
 async def test_a_server_that_became_read_only_is_left_for_the_one_behind_the_same_name(url) -> None:
     """As a host name that points to the new primary: the session with the old one stays open, and refuses to write."""
     database = url.rpartition("/")[2]

@@ -181,3 +181,20 @@ async def test_a_transaction_that_drops_the_oldest_locks_no_group(url, broker) -
         await broker.send_to_queue("news", 2, within=holder)
         groups = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid()"
         assert holder.execute(groups).fetchone() == (0,)
+
+
+async def test_what_a_transaction_has_locked_lets_those_who_wait_rest(url, broker) -> None:
+    await broker.declare(filao.Queue("slow", lease=0.01))
+    await broker.send_to_queue("slow", 1)
+    message = await broker.receive_from_queue("slow")
+    look = """
+        SELECT r.due_in > 0 FROM filao.queue q, filao.receive(q.id, filao.clock() + 1000, 1, NULL, 1, 1, 1) r
+        WHERE q.name = 'slow'
+    """
+    async with message.transaction() as tx:
+        await tx.execute("SELECT 1")
+        with psycopg.connect(url, autocommit=True) as other:
+            assert other.execute(look).fetchall() == [
+                (False,)
+            ]  # it has just gone on the waiting list, and looks once more
+            assert other.execute(look).fetchall() == [(True,)]

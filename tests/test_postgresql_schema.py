@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {7: "498e6177020b4557"}
+DIGESTS = {8: "d86355e794a3f2d4"}
 """Of the SQL of a version, the newest alone."""
 
 

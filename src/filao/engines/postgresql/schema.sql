@@ -58,7 +58,7 @@ CREATE TABLE filao.message (
   reason     text,                       -- why it is dead
   content    bytea       NOT NULL,
   salt       bigint,                     -- the first part of its id; NULL: meta.database, as before version 2
-  moved_in   xid8 DEFAULT pg_current_xact_id()  -- ready, delayed or blocked: since which transaction; see seen.sql
+  moved_in   xid8 DEFAULT pg_current_xact_id()  -- since which transaction it waits, or is leased for a short time; see seen.sql
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000,
         autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 100000,
         autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 100000,

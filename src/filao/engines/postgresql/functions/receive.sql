@@ -102,8 +102,8 @@ BEGIN
           WHERE picked.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, picked.grp))
         ), leased AS (
           UPDATE filao.message AS m
-          SET state = 'leased', at = now + coalesce(lease, rules.lease), token = receive.token, moved_in = NULL,
-              attempts = m.attempts + 1
+          SET state = 'leased', at = now + coalesce(lease, rules.lease), token = receive.token,
+              moved_in = filao.news_of(coalesce(lease, rules.lease)), attempts = m.attempts + 1
           WHERE m.id = ANY (ARRAY(SELECT mine.id FROM mine))
           RETURNING m.*
         )
@@ -141,11 +141,14 @@ BEGIN
 END
 $$;
 
--- Milliseconds until the next delayed message or running lease is due; NULL when none was seen.
+-- Milliseconds until the next delayed message or running lease is due; NULL when none was seen. What is due by now and was
+-- not taken is locked by somebody's transaction, which may last: those who wait must not look again and again.
 CREATE OR REPLACE FUNCTION filao.due_in(seen filao.seen, now bigint) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+  locked CONSTANT integer := 250;  -- milliseconds until the next look for it
+  due    bigint := least(seen.delayed, seen.leased);
 BEGIN
-  RETURN CASE WHEN coalesce(seen.delayed, seen.leased) IS NOT NULL
-              THEN greatest(0, least(seen.delayed, seen.leased) - now) END;
+  RETURN CASE WHEN due <= now THEN locked ELSE due - now END;
 END
 $$;
 
@@ -153,14 +156,15 @@ $$;
 -- session, as in seen.sql.
 CREATE OR REPLACE FUNCTION filao.wait(q integer, p integer, wanted integer) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
-  place bigint := nullif(current_setting(format('filao.place_%s_%s', q, p), true), '');
+  setting text   := filao.setting('place', q, 'filao.waiting') || '_' || p;
+  place   bigint := nullif(current_setting(setting, true), '');
 BEGIN
   IF EXISTS (SELECT FROM filao.waiting WHERE queue = q AND since = place AND process = p) THEN
     RETURN false;
   END IF;
   place := nextval('filao.place');
   INSERT INTO filao.waiting (queue, since, process, wants) VALUES (q, place, p, wanted);
-  PERFORM set_config(format('filao.place_%s_%s', q, p), place::text, false);
+  PERFORM set_config(setting, place::text, false);
   RETURN true;
 END
 $$;
@@ -168,7 +172,7 @@ $$;
 -- Where the list of a queue begins, as far as this session remembers.
 CREATE OR REPLACE FUNCTION filao.list_from(q integer) RETURNS bigint LANGUAGE plpgsql AS $$
 BEGIN
-  RETURN coalesce(nullif(current_setting('filao.called_' || q, true), '')::bigint, 0);
+  RETURN coalesce(nullif(current_setting(filao.setting('called', q, 'filao.waiting'), true), '')::bigint, 0);
 END
 $$;
 
@@ -207,7 +211,7 @@ BEGIN
       wanted := wanted - w.wants;
     END LOOP;
     IF first > floor + 2 * margin THEN
-      PERFORM set_config('filao.called_' || q, (first - margin)::text, false);
+      PERFORM set_config(filao.setting('called', q, 'filao.waiting'), (first - margin)::text, false);
     END IF;
   END LOOP;
 END

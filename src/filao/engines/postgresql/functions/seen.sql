@@ -12,6 +12,14 @@
 -- What was seen is a setting of the session: it is rolled back with the transaction and ends with the session. A pooler may
 -- hand it to another client, for it is true of the database. A session without it begins at the bottom.
 
+-- The name of a setting in which a session remembers something of a table's rows. It names the table's file too: a table
+-- that was restored, emptied or made anew holds rows that came there in transactions of another time.
+CREATE OR REPLACE FUNCTION filao.setting(what text, q integer, held regclass) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN format('filao.%s_%s_%s', what, q, pg_relation_filenode(held));
+END
+$$;
+
 -- Nothing: the floors are the bottom.
 CREATE OR REPLACE FUNCTION filao.nothing_seen() RETURNS filao.seen LANGUAGE sql VOLATILE AS $$
   SELECT ROW (pg_current_snapshot(), pg_current_xact_id_if_assigned(), '{}', '{}', 2147483647, 0, 0, 0, 0, 0)::filao.seen
@@ -19,7 +27,14 @@ $$;
 
 -- What this session has seen of a queue.
 CREATE OR REPLACE FUNCTION filao.seen(q integer) RETURNS filao.seen LANGUAGE sql VOLATILE AS $$
-  SELECT coalesce(nullif(current_setting('filao.saw_' || q, true), '')::filao.seen, filao.nothing_seen())
+  SELECT coalesce(nullif(current_setting(filao.setting('saw', q, 'filao.message'), true), '')::filao.seen,
+                  filao.nothing_seen())
+$$;
+
+-- What a lease of so many milliseconds tells of its transaction: nothing, unless it may end before that does, and so before
+-- a session looked that did not see it. A transaction that receives takes no longer than 30 s, or a statement is ended.
+CREATE OR REPLACE FUNCTION filao.news_of(lease bigint) RETURNS xid8 LANGUAGE sql VOLATILE AS $$
+  SELECT CASE WHEN lease < 30000 THEN pg_current_xact_id() END
 $$;
 
 -- Lower the floors to what has moved since the session looked; after too much of it, to the bottom.
@@ -53,6 +68,8 @@ BEGIN
       seen.delayed := least(seen.delayed, news.at);
     ELSIF news.state = 'blocked' THEN
       seen.blocked := least(seen.blocked, news.id);
+    ELSIF news.state = 'leased' THEN
+      seen.leased := least(seen.leased, news.at);
     ELSIF news.state = 'ready' AND (seen.below IS NULL OR news.priority >= seen.below) THEN
       i := array_position(seen.priorities, news.priority);
       IF i IS NULL THEN
@@ -115,13 +132,14 @@ END
 $$;
 
 -- Raise the floors in time to the first that is seen: where that may be due, or always with `ahead`. Leases that others took
--- since end later than the last look, but for those that were shorter than their transaction took: hence 200 ms.
+-- since end later than the last look, or are news. Where the clock was set back since, they may end at any time.
 CREATE OR REPLACE FUNCTION filao.look_at_times(q integer, seen filao.seen, now bigint, ahead boolean = false)
 RETURNS filao.seen LANGUAGE plpgsql AS $$
 DECLARE
   lapsed bigint := (
     SELECT at FROM filao.message
-    WHERE queue = q AND state = 'leased' AND at <= now AND at >= least(seen.leased, seen.looked_at - 200, now - 200)
+    WHERE queue = q AND state = 'leased' AND at <= now
+      AND at >= CASE WHEN now < seen.looked_at THEN 0 ELSE least(seen.leased, seen.looked_at) END
     ORDER BY at LIMIT 1
   );
 BEGIN
@@ -150,6 +168,6 @@ $$;
 -- Remember what was seen.
 CREATE OR REPLACE FUNCTION filao.remember_seen(q integer, seen filao.seen) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-  PERFORM set_config('filao.saw_' || q, seen::text, false);
+  PERFORM set_config(filao.setting('saw', q, 'filao.message'), seen::text, false);
 END
 $$;

@@ -110,7 +110,9 @@ BEGIN
       FOR UPDATE SKIP LOCKED
     ) AS held
   ), extended AS (
-    UPDATE filao.message t SET at = now + (SELECT mine.length FROM mine WHERE mine.id = t.id)
+    UPDATE filao.message t SET (at, moved_in) = (
+      SELECT now + mine.length, filao.news_of(mine.length) FROM mine WHERE mine.id = t.id
+    )
     WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.id
   )
   SELECT coalesce(array_agg(extended.id), '{}') INTO done FROM extended;
@@ -129,7 +131,8 @@ BEGIN
       RETURN NEXT i;
     ELSIF FOUND THEN
       PERFORM filao.count(q, ARRAY['late'], ARRAY[1]);
-      UPDATE filao.message t SET state = 'leased', at = now + lengths[i], moved_in = NULL WHERE t.id = m.id;
+      UPDATE filao.message t SET state = 'leased', at = now + lengths[i], moved_in = filao.news_of(lengths[i])
+      WHERE t.id = m.id;
       PERFORM filao.count_move(q, m.state, 'leased');
     END IF;
   END LOOP;
