@@ -77,6 +77,30 @@ async def test_a_connection_with_rows_of_another_kind_is_joined(url, broker) -> 
     assert await until_found(broker) == 7
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "EUC_JP", "SQL_ASCII"])
+async def test_a_connection_with_another_client_encoding_is_joined(url, broker, encoding) -> None:
+    with psycopg.connect(url, client_encoding=encoding) as connection:
+        first = await broker.send_to_queue("claims", "日本€", within=connection, message_id="m")
+        assert (await broker.send_to_queue("claims", 7, within=connection, message_id="m")).id == first.id
+    assert await until_found(broker) == "日本€"
+
+
+async def test_text_that_the_users_connection_cannot_carry_is_refused_in_words(url, broker) -> None:
+    with psycopg.connect(url, client_encoding="LATIN1") as connection:
+        with pytest.raises(filao.MessageNotEncodable, match=r"'€'. Nothing was sent; set its client_encoding to UTF8"):
+            await broker.send_to_queue("claims", 7, within=connection, group="€")
+        await broker.send_to_queue("claims", 8, within=connection)
+    assert await until_found(broker) == 8
+
+
+async def test_a_read_only_transaction_of_the_users_is_refused_in_words(url, broker) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("SET TRANSACTION READ ONLY")
+        with pytest.raises(filao.ConfigurationError, match=r"transaction of the within= connection is read-only"):
+            await broker.send_to_queue("claims", 7, within=connection)
+    assert not engine_of(broker)._server.is_distrusted(engine_of(broker)._main._connection)
+
+
 async def test_a_connection_that_commits_each_statement_is_joined_in_its_transaction_only(url, broker) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         with pytest.raises(filao.ConfigurationError, match=r"connection\.transaction"):

@@ -279,9 +279,9 @@ class PostgresqlEngine:
         given = connection_of(connection, needs_transaction=True)
         for error in verbs.unwritable([operation], self._server.charset).values():
             return error
-        with self._server.mapped():
+        with self._server.mapped_within():
             is_ours = given.dialect == "postgresql" and given.execute(_IS_HERE).fetchone()[0]
-            about = given.execute(_ABOUT, (operation.queue,)).fetchone() if is_ours else None
+            (about,) = _texts(given.execute(_ABOUT, (operation.queue,)).fetchall()) if is_ours else (None,)
             if about is None or about[2] != self._database:
                 raise ConfigurationError(
                     f"within= was given a connection to another database than this broker's, {self._server.name}"
@@ -291,7 +291,7 @@ class PostgresqlEngine:
                 return not_found(operation.queue, self._rules)
             salt = verbs.new_salt()
             parameters = verbs.send_parameters([operation], number, self._moment(), salt, later=True)
-            rows = given.execute(verbs.SEND.replace("%s", "?"), parameters).fetchall()
+            rows = _texts(given.execute(verbs.SEND.replace("%s", "?"), parameters).fetchall())
         return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules), salt)[0]
 
     @asynccontextmanager
@@ -531,6 +531,11 @@ class _Done(NamedTuple):
     """Queues that nobody declared, whose operations were left out."""
     calls: Sequence[verbs.Call]
     rows: list[verbs.Rows]
+
+
+def _texts(rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Return rows without bytes, as which a connection with the client_encoding SQL_ASCII gives text."""
+    return [tuple(value.decode() if isinstance(value, bytes) else value for value in row) for row in rows]
 
 
 _IDENTITY = """

@@ -248,6 +248,23 @@ class Server:
         except OSError as error:
             raise EngineUnavailable(f"{self.name} cannot be reached: {error}. {_doubt(begun=attempt.begun)}") from error
 
+    @contextmanager
+    def mapped_within(self) -> Generator[None]:
+        """Turn the errors of a user's own connection into ours. It says nothing about the server that others use."""
+        with self.mapped():
+            try:
+                yield
+            except errors.ReadOnlySqlTransaction as error:
+                raise ConfigurationError(
+                    f"{self.name}: the transaction of the within= connection is read-only. Nothing was sent; give a "
+                    f"connection whose transaction may write."
+                ) from error
+            except UnicodeEncodeError as error:
+                raise MessageNotEncodable(
+                    f"{self.name}: the client_encoding of the within= connection cannot hold "
+                    f"{shown(error.object[error.start : error.end])}. Nothing was sent; set its client_encoding to UTF8."
+                ) from error
+
     def engine_error(self, error: psycopg.Error, *, begun: bool = True) -> EngineError | ConfigurationError:
         """Return what an error of the server means."""
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
