@@ -3,6 +3,9 @@
 import asyncio
 import dataclasses
 import logging
+import os
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -309,3 +312,30 @@ async def test_a_loop_that_runs_tasks_eagerly_loses_no_place(url, broker) -> Non
             await until_stats(broker, acked=20)
     finally:
         loop.set_task_factory(None)
+
+
+@pytest.mark.parametrize(("end", "code"), [("return", 0), ("raise", 1), ("exit", 3)])
+async def test_a_child_that_a_plain_handler_forks_ends_with_it(url, broker, end, code) -> None:
+    children: list[int] = []
+    worker = filao.Worker(url)
+
+    @worker.consumer("claims")
+    def handle(message: filao.sync.Message) -> None:
+        if child := os.fork():
+            children.append(child)
+        elif end == "raise":
+            raise ValueError(end)
+        elif end == "exit":
+            sys.exit(code)
+
+    await broker.send_to_queue("claims", 1)
+    async with running(worker):
+        await until_stats(broker, acked=1)
+    ended: list[tuple[int, int]] = []
+    try:
+        await until(lambda: ended.append(os.waitpid(children[0], os.WNOHANG)) or ended[-1][0])
+    finally:
+        if not ended[-1][0]:
+            os.kill(children[0], signal.SIGKILL)
+            os.waitpid(children[0], 0)
+    assert os.waitstatus_to_exitcode(ended[-1][1]) == code

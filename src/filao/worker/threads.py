@@ -8,11 +8,14 @@ is never used again, so that a late exception hits nobody else.
 import asyncio
 import contextvars
 import ctypes
+import os
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 
 class InterruptedHandlerError(BaseException):
@@ -37,10 +40,13 @@ class Call:
             if self.was_interrupted:
                 return
             self._thread = threading.get_ident()
+        here = os.getpid()
         try:
             result, error = self.job(), None
         except BaseException as raised:
             result, error = None, raised
+        if os.getpid() != here:
+            _end_child(error)
         with self._lock:
             self._thread = 0
         with suppress(RuntimeError):  # the loop was closed: nobody waits for it any more
@@ -97,6 +103,21 @@ class Threads:
             calls.put(None)
         else:
             self._idle.append(calls)
+
+
+def _end_child(error: BaseException | None) -> NoReturn:
+    """End a child that its function has forked and not ended: this thread is its only one, and nobody gives it work."""
+    code = 0
+    try:
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        elif error is not None:
+            code = 1
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _work(calls: "SimpleQueue[Call | None]") -> None:
