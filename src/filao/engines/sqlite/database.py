@@ -23,6 +23,7 @@ from filao.engines.sqlite.clock import FileClock
 from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
 from filao.engines.sqlite.receive import Lessee
+from filao.engines.sqlite.thread import Ticket
 from filao.engines.sqlite.turnstile import Turnstile
 from filao.engines.sqlite.waitlist import Call, calls
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
@@ -39,19 +40,6 @@ BUSY_AGAIN = (0.001, 0.05)  # seconds before the second try to begin beside anot
 
 _inherited: set[Path] = set()
 """Files that were open when this process was forked, because a job on them would not end: SQLite is mistaken about them."""
-
-
-class Ticket:
-    """Decides whether a job that waits for its turn begins: the job or the timer takes it first, and then it is gone."""
-
-    def __init__(self, until: float) -> None:
-        self.until = until
-        """Monotonic time after which the job must have begun."""
-        self._lock = threading.Lock()
-
-    def take(self) -> bool:
-        """Return whether it was there to be taken."""
-        return self._lock.acquire(blocking=False)
 
 
 class Database:

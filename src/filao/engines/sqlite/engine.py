@@ -43,13 +43,13 @@ from filao.engine import (
 from filao.engines.rows import LEAVING, RowPacking
 from filao.engines.sqlite import files, moves, moving, operators, processes, verbs, waitlist
 from filao.engines.sqlite.books import Books, QueueRow
-from filao.engines.sqlite.database import Database, Ticket, check_stands
+from filao.engines.sqlite.database import Database, check_stands
 from filao.engines.sqlite.doctor import examine
 from filao.engines.sqlite.foreign import open_transaction
 from filao.engines.sqlite.receive import Lessee, look
 from filao.engines.sqlite.send import send
 from filao.engines.sqlite.stats import stats
-from filao.engines.sqlite.thread import DatabaseThread
+from filao.engines.sqlite.thread import DatabaseThread, Ticket
 from filao.engines.statements import check_statement
 from filao.engines.waiters import Line, Place
 from filao.errors import EngineUnavailable, FilaoError

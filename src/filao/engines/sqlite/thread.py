@@ -17,6 +17,19 @@ R = TypeVar("R")
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
 
+class Ticket:
+    """Decides whether a job that waits for its turn begins: the job or the timer takes it first, and then it is gone."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        """Monotonic time after which the job must have begun."""
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Return whether it was there to be taken."""
+        return self._lock.acquire(blocking=False)
+
+
 class DatabaseThread:
     """Runs jobs one after the other; started at once, ended by `stop`."""
 
