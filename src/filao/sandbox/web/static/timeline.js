@@ -3,7 +3,6 @@
 import { h } from "./dom.js";
 import { number, say, seconds } from "./say.js";
 
-const LABEL = 164;
 const BAR_LEAST = 36; // pixels, so that every bar carries its number
 const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, because the lane's next bar begins after them
 const GLYPHS = {
@@ -24,7 +23,8 @@ export function timeline(told, width, height, options) {
   const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
   const lengths = bars.map((bar) => Math.max(SHORTEST, (bar.to ?? now) - bar.from));
   const wanted = lengths.length ? BAR_LEAST / Math.min(...lengths) : 0;
-  const room = width - LABEL - 20;
+  const [label, named] = width < 500 ? [84, "consumer_short"] : [164, "consumer_n"];
+  const room = width - label - 20;
   const scale = Math.max(room / Math.max(8, now * 1.04), Math.min(wanted, 144));
   const end = Math.max(now * 1.04, room / scale);
   const full = Math.max(room + 20, 20 + end * scale);
@@ -34,9 +34,9 @@ export function timeline(told, width, height, options) {
   const bottom = 6 + lanes.length * tall;
   const grown = (value) => `${value * options.scale}px`;
   return h("div", { class: "timeline-box" },
-    h("div", { class: "lane-names", style: `width:${grown(LABEL)}` }, lanes.map((lane) => h("span", { style: `top:${grown(y.get(lane.number) + tall / 2)}` },
-      lane.guest ? say("guest") : say("consumer_n", { n: lane.number })))),
-    h("div", { class: "timeline", tabindex: 0, role: "group", "aria-label": say("timeline"), style: `left:${grown(LABEL)}`, onscroll: options.onscroll },
+    h("div", { class: "lane-names", style: `width:${grown(label)}` }, lanes.map((lane) => h("span", { style: `top:${grown(y.get(lane.number) + tall / 2)}` },
+      lane.guest ? say("guest") : say(named, { n: lane.number })))),
+    h("div", { class: "timeline", tabindex: 0, role: "group", "aria-label": say("timeline"), style: `left:${grown(label)}`, onscroll: options.onscroll },
       h("svg", { width: full * options.scale, height: (bottom + 24) * options.scale, viewBox: `0 0 ${full} ${bottom + 24}` },
         ticks(end, scale).map((at) => h("g", { key: `t${at}`, class: "tick" },
           h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: at ? "mid" : "start" }, `${number(at)} s`))),
