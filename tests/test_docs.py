@@ -107,6 +107,7 @@ async def _shell(code: str, where: str) -> None:
 @pytest.mark.parametrize("page", [*READMES, *SITE], ids=_named)
 def test_every_block_says_by_its_language_whether_it_runs(page) -> None:
     assert {block.language for block in blocks_of(page)} <= SHOWN | {"python", "sh"}
+    assert [block.code for block in blocks_of(page) if block.language == "sh" and "pip install" in block.code] == []
 
 
 OTHERS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs" / "decisions").glob("*.md")])
