@@ -39,6 +39,9 @@ torture: $(VENV)/test
 	$(RUN) -m tests.torture --engine postgresql $(ARGS)
 	$(RUN) -m tests.torture.insurer
 
+chaos: $(VENV)/test
+	$(RUN) -m tests.chaos $(ARGS)
+
 bench: $(VENV)/peers
 	$(RUN) -m bench $(ARGS)
 

@@ -48,6 +48,11 @@ class Proxy:
         """Pass on what has come meanwhile, and whatever comes."""
         self._flowing.set()
 
+    def lead_to(self, port: int) -> None:
+        """Pass new connections on to another port, as a name does that points elsewhere; those there are end."""
+        self._target = port
+        self.reset()
+
     def reset(self) -> None:
         """Reset all connections there are."""
         for line in list(self._lines):
