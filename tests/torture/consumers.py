@@ -135,7 +135,7 @@ async def commit(pen: Pen, message: filao.Message[Any]) -> None:
         async with message.transaction() as transaction:
             await transaction.execute(EFFECT, (message.id,))
             if sent is not None:
-                body = {"key": key, "group": "", "place": (), "epoch": 0}
+                body = {"key": key, "group": "", "place": [], "epoch": 0}
                 receipt = await transaction.send_to_queue(CLAIMS, body)
     except filao.LeaseLost:
         pen.end(began, "lease_lost")

@@ -102,7 +102,7 @@ async def send(
         "delay": delay,
         "ttl": ttl or None,
     }
-    body = {"key": key, "group": group, "place": place, "epoch": 0}
+    body = {"key": key, "group": group, "place": list(place), "epoch": 0}
     outcome: Outcome = "done"
     about_it = {}
     try:
@@ -121,7 +121,7 @@ async def send_and_undo(broker: filao.Broker, pen: Pen, key: str, *, group: str,
     began = pen.begin("send", queue=CLAIMS.name, key=key, group=group, place=place)
     try:
         async with sending(broker, pen.scene, pen.chance.choice(("transaction", "within"))) as door:
-            body = {"key": key, "group": group, "place": place, "epoch": 0}
+            body = {"key": key, "group": group, "place": list(place), "epoch": 0}
             await door.send_to_queue(CLAIMS, body, group=group or None)
             raise Undo
     except Undo:

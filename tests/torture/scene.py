@@ -111,7 +111,7 @@ def described(message: Any) -> dict[str, Any]:
     """Return what is written down about a delivery."""
     sent = message.body
     about = {"key": sent["key"], "group": sent["group"], "place": tuple(sent["place"]), "epoch": sent["epoch"]}
-    return {"id": message.id, "attempt": message.attempt, "token": delivery_of(message).token, **about}
+    return {"id": message.id, "attempt": message.attempt, "token": token_of(message), **about}
 
 
 def lease_of(message: Any) -> dict[str, Any]:
@@ -119,7 +119,13 @@ def lease_of(message: Any) -> dict[str, Any]:
     return {
         "queue": message.queue,
         "id": message.id,
-        "token": delivery_of(message).token,
+        "token": token_of(message),
         "attempt": message.attempt,
         "epoch": message.body["epoch"],
     }
+
+
+def token_of(message: Any) -> int:
+    """Look inside a message, of either face, for what tells this delivery from the next."""
+    inner: filao.Message[Any] = getattr(message, "_message", message)
+    return delivery_of(inner).token
