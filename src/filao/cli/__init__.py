@@ -26,6 +26,7 @@ from filao.cli.send import send
 from filao.cli.shell import OutputClosedError, note, safe
 from filao.cli.stats import doctor, stats
 from filao.cli.stored import dead, peek, purge, redrive
+from filao.cli.top import top
 from filao.cli.verify import verify_command
 from filao.cli.work import work
 from filao.errors import EngineError, FilaoError
@@ -90,6 +91,6 @@ def commands() -> None:
 
 for command in (
     *(declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, move_command, work),
-    *(pause, resume, cancel, delete, metrics, backup, restore, sandbox_command),
+    *(pause, resume, cancel, delete, top, metrics, backup, restore, sandbox_command),
 ):
     commands.add_command(command)

@@ -7,6 +7,7 @@ import msgspec
 
 from filao.cli.shell import addressed, as_json, broker_at, file_of, is_terminal, note, print_lines
 from filao.cli.tables import age_text, draw
+from filao.cli.top import watch
 from filao.engine import Finding, QueueStats, State
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.urls import shown_url
@@ -19,12 +20,15 @@ _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold re
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[URL] [QUEUE]")
 @_json_option
-def stats(*, arguments: tuple[str, ...], wants_json: bool) -> int:
+@click.option("--watch", "is_watched", is_flag=True, help="Again and again: see filao top.")
+def stats(*, arguments: tuple[str, ...], wants_json: bool, is_watched: bool) -> int:
     """Count the messages of every queue, or of one.
 
     It costs the same at any depth.
     """
     url, names = addressed(arguments, least=0, most=1)
+    if is_watched:
+        return watch(url, names[0] if names else None, every=1.0)
     with broker_at(url, *names) as broker:
         found = [broker.stats(name) for name in names] or broker.stats()
     if wants_json or not is_terminal(sys.stdout):

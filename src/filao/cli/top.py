@@ -1,0 +1,289 @@
+"""`filao top`: the queues as they are now, again and again; into a pipe, plain lines.
+
+On a terminal it draws on the other screen and gives the first one back, whatever ends it. What is drawn is a pure function of
+what was read and of the view, which keys change.
+"""
+
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from shutil import get_terminal_size
+
+import click
+
+from filao.cli.shell import addressed, broker_at, is_terminal, print_lines
+from filao.engine import QueueStats, State
+from filao.errors import EngineError
+from filao.printable import printable
+from filao.urls import shown_url
+
+_NAME = 27  # columns of a queue's name: with the rest a line takes 80
+_KEYS = {
+    b"\x1b[A": "up",
+    b"\x1b[B": "down",
+    b"\x1b[C": "in",
+    b"\x1b[D": "out",
+    b"\x1b": "out",
+    b"\r": "in",
+    b"\n": "in",
+}
+_KEYS |= {
+    b"k": "up",
+    b"j": "down",
+    b"l": "in",
+    b"h": "out",
+    b"q": "quit",
+    b"s": "sort",
+    b"\x03": "quit",
+    b"\x04": "quit",
+}
+_SORTS = ("age", "ready", "dead", "name")
+_OTHER_SCREEN, _FIRST_SCREEN = b"\x1b[?1049h\x1b[?25l", b"\x1b[?25h\x1b[?1049l"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What is looked at."""
+
+    sort: str = "age"
+    chosen: str = ""
+    """The queue under the cursor."""
+    is_inside: bool = False
+    """Only that queue is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was read, and what changed since the last time, per second."""
+
+    at: float
+    queues: Sequence[QueueStats] = ()
+    rates: Mapping[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    """Sent and acked, by queue."""
+    trouble: str = ""
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="[URL] [QUEUE]")
+@click.option(
+    "--every", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds between looks."
+)
+@click.option("--times", type=click.IntRange(1), help="How many looks; without it until q or Ctrl-C.")
+def top(*, arguments: tuple[str, ...], every: float, times: int | None) -> int:
+    """Watch the queues: depth, age, rates, and who receives.
+
+    \b
+    Keys: up and down (or k, j) choose a queue; Enter looks into it, Esc goes
+    back; s sorts by age, ready, dead or name; q ends it.
+
+    Where stdout is no terminal it prints a plain line for each queue and look.
+    """  # noqa: D301  # click's mark for a paragraph that is not wrapped is a real backspace
+    url, names = addressed(arguments, least=0, most=1)
+    return watch(url, names[0] if names else None, every=every, times=times)
+
+
+def watch(url: str, queue: str | None, *, every: float, times: int | None = None) -> int:
+    """Watch all queues, or one, until told to stop."""
+    with broker_at(url, *([queue] if queue else [])) as broker:
+
+        def look() -> Sequence[QueueStats]:
+            return broker.stats() if queue is None else [broker.stats(queue)]
+
+        first = Reading(time.monotonic(), look())
+        if is_terminal(sys.stdout) and is_terminal(sys.stdin):
+            _on_terminal(
+                look,
+                first,
+                View(chosen=queue or "", is_inside=queue is not None),
+                shown_url(url),
+                every=every,
+                times=times,
+            )
+        else:
+            _in_lines(look, first, every, times)
+    return 0
+
+
+def read_again(look: Callable[[], Sequence[QueueStats]], before: Reading) -> Reading:
+    """Look again; of a store that is away, keep what was seen last and say so."""
+    now = time.monotonic()
+    try:
+        queues = look()
+    except EngineError as error:
+        return replace(before, trouble=str(error))
+    was, past = {one.name: one for one in before.queues}, max(now - before.at, 0.001)
+    rates = {
+        one.name: ((one.sent - was[one.name].sent) / past, (one.acked - was[one.name].acked) / past)
+        for one in queues
+        if one.name in was
+    }
+    return Reading(now, queues, rates)
+
+
+def _in_lines(look: Callable[[], Sequence[QueueStats]], reading: Reading, every: float, times: int | None) -> None:
+    print_lines([heading().encode()])
+    done = 0
+    while True:
+        lines = [line(one, reading.rates) for one in sorted_by(reading.queues, "age")]
+        print_lines([text.encode(errors="replace") for text in lines or [reading.trouble or "no queue is declared"]])
+        done += 1
+        if done == times:
+            return
+        time.sleep(every)
+        reading = read_again(look, reading)
+
+
+def _on_terminal(
+    look: Callable[[], Sequence[QueueStats]], first: Reading, view: View, title: str, *, every: float, times: int | None
+) -> None:
+    reading, done, until = first, 0, time.monotonic() + every
+    with _other_screen():
+        while True:
+            size = get_terminal_size()
+            _draw(screen(reading, view, title, columns=size.columns, rows=size.lines))
+            key = _key(max(0.0, until - time.monotonic()))
+            if key == "quit":
+                return
+            if key is not None:
+                view = moved(view, key, reading)
+                continue
+            done += 1
+            if done == times:
+                return
+            reading, until = read_again(look, reading), time.monotonic() + every
+
+
+def _draw(lines: Sequence[str]) -> None:
+    """Write over what was there, so that nothing flickers."""
+    os.write(1, b"\x1b[H" + b"\r\n".join(text.encode(errors="replace") + b"\x1b[K" for text in lines) + b"\x1b[J")
+
+
+@contextmanager
+def _other_screen() -> Generator[None]:
+    before = termios.tcgetattr(0)
+    try:
+        tty.setcbreak(0)
+        os.write(1, _OTHER_SCREEN)
+        yield
+    finally:
+        os.write(1, _FIRST_SCREEN)
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def _key(seconds: float) -> str | None:
+    """Return what the next key means; None when there was none in time."""
+    if not select.select([0], [], [], seconds)[0]:
+        return None
+    pressed = os.read(0, 16)
+    return _KEYS.get(pressed, "other") if pressed else "quit"
+
+
+# --- what is shown, as pure functions --------------------------------------------------------------------------------
+
+
+def moved(view: View, key: str, reading: Reading) -> View:
+    """Return the view after a key."""
+    names = [one.name for one in sorted_by(reading.queues, view.sort)]
+    at = names.index(view.chosen) if view.chosen in names else 0
+    match key:
+        case "up" | "down" if names and not view.is_inside:
+            return replace(view, chosen=names[max(0, min(len(names) - 1, at + (1 if key == "down" else -1)))])
+        case "in" if names:
+            return replace(view, chosen=names[at], is_inside=True)
+        case "out":
+            return replace(view, is_inside=False)
+        case "sort":
+            return replace(view, sort=_SORTS[(_SORTS.index(view.sort) + 1) % len(_SORTS)])
+        case _:
+            return view
+
+
+def sorted_by(queues: Sequence[QueueStats], sort: str) -> list[QueueStats]:
+    """Return the queues with what needs a look first."""
+
+    def figure(one: QueueStats) -> float:
+        match sort:
+            case "age":
+                return one.oldest_ready_age or 0.0
+            case "ready":
+                return one.ready
+            case "dead":
+                return one.dead
+            case _:
+                return 0.0
+
+    return sorted(queues, key=lambda one: (-figure(one), one.name))
+
+
+def heading() -> str:
+    """Return the words above the lines."""
+    return (
+        f"{'queue':<{_NAME}} {'ready':>7} {'leased':>7} {'later':>7} {'dead':>7} {'oldest':>7} {'in/s':>6} {'out/s':>5}"
+    )
+
+
+def line(queue: QueueStats, rates: Mapping[str, tuple[float, float]]) -> str:
+    """Return a queue on a line of 80 columns; `later` are those delayed and blocked."""
+    name = printable(f"{queue.name} (paused)" if queue.paused else queue.name)
+    name = name if len(name) <= _NAME else name[: _NAME - 1] + "…"
+    counts = (queue.ready, queue.leased, queue.delayed + queue.blocked, queue.dead)
+    rate_in, rate_out = (short(rate) for rate in rates[queue.name]) if queue.name in rates else ("-", "-")
+    figures = " ".join(f"{short(count):>7}" for count in counts)
+    return f"{name:<{_NAME}} {figures} {age(queue.oldest_ready_age):>7} {rate_in:>6} {rate_out:>5}"
+
+
+def screen(reading: Reading, view: View, title: str, *, columns: int, rows: int) -> list[str]:
+    """Return what fits on the terminal, the line of the cursor in reverse."""
+    queues = sorted_by(reading.queues, view.sort)
+    inside = next((one for one in queues if one.name == view.chosen), None) if view.is_inside else None
+    head = f"filao top  {printable(title)}"
+    told = [head, printable(reading.trouble) or f"{len(queues):,} queues, by {view.sort}", ""]
+    if inside is not None:
+        told += [heading(), line(inside, reading.rates), "", *_told(inside)]
+        keys = "Esc back  q quit"
+    else:
+        at = next((place for place, one in enumerate(queues) if one.name == view.chosen), 0)
+        room = max(1, rows - len(told) - 3)
+        first = max(0, min(at - room // 2, len(queues) - room))
+        told.append(heading())
+        cut = [line(one, reading.rates)[:columns] for one in queues[first : first + room]]
+        told += [f"\x1b[7m{text}\x1b[27m" if first + place == at else text for place, text in enumerate(cut)]
+        keys = "up/down choose  Enter look into  s sort  q quit"
+    told = [text if text.startswith("\x1b") else text[:columns] for text in told[: max(1, rows - 2)]]
+    return [*told, "", keys[:columns]]
+
+
+def _told(queue: QueueStats) -> list[str]:
+    """Return what there is to know of one queue."""
+    lines = [f"{state:<9}{getattr(queue, state):>12,}   oldest {age(queue.oldest_age(state))}" for state in State]
+    totals = ("sent", "received", "acked", "nacked", "lost")
+    lines += ["", "  ".join(f"{name} {getattr(queue, name):,}" for name in totals)]
+    lines += ["", *(f"dead: {printable(reason)}  {count:,}" for reason, count in queue.dead_by_reason.items())]
+    for one in queue.receivers:
+        worker = f"; its worker is {printable(one.worker)}" if one.worker else ""
+        lines.append(f"{printable(one.name)} holds {one.held:,}, since {one.since:%Y-%m-%d %H:%M}{worker}")
+    return lines if queue.receivers else [*lines, "nobody receives"]
+
+
+def short(number: float) -> str:
+    """Return a number in six characters at most."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e5, "k")):
+        if number >= size:
+            return f"{number / (1e3 if unit == 'k' else size):.{0 if unit == 'k' else 1}f}{unit}"
+    return f"{number:.0f}"
+
+
+def age(seconds: float | None) -> str:
+    """Return an age as people say it, shortly."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s"

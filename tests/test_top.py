@@ -1,0 +1,128 @@
+"""`filao top`: what is drawn is a pure function; and a terminal that is given back."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import filao
+import filao.sync
+from filao.cli.top import Reading, View, heading, line, moved, read_again, screen
+from filao.errors import EngineUnavailable
+
+PATIENCE = 60.0  # seconds after which a program that hangs is given up
+FILAO = [sys.executable, "-m", "filao"]
+
+
+def stats(
+    name: str, *, ready: int = 0, age: float | None = None, sent: int = 0, paused: bool = False
+) -> filao.QueueStats:
+    return filao.QueueStats(name, paused, ready, 0, 0, 0, 0, age, sent=sent)
+
+
+QUEUES = (stats("a", ready=9), stats("b", ready=1, age=90.0), stats("c", ready=2, age=5.0))
+READING = Reading(0.0, QUEUES)
+
+
+def test_the_queue_whose_message_waits_longest_stands_first() -> None:
+    shown = screen(READING, View(), "claims.db", columns=80, rows=24)
+    assert [text.lstrip("\x1b[7m")[0] for text in shown[4:7]] == ["b", "c", "a"]
+
+
+def test_a_line_takes_eighty_columns_whatever_stands_in_it() -> None:
+    wide = stats("q" * 128, ready=123_456_789_012, age=9e7, paused=True)
+    assert len(line(wide, {wide.name: (1e9, 0.1)})) <= 80
+    assert len(heading()) == 80
+    assert "\x1b" not in line(stats("a\x1b[2J"), {})
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (40, 6), (20, 3)])
+def test_it_never_takes_more_than_the_terminal_has(columns, rows) -> None:
+    many = Reading(0.0, [stats(f"queue-{number}", ready=number) for number in range(1_000)])
+    for view in (View(), View(chosen="queue-777"), View(chosen="queue-777", is_inside=True)):
+        shown = screen(many, view, "x" * 200, columns=columns, rows=rows)
+        assert len(shown) <= max(rows, 3)
+        assert max(len(re.sub(r"\x1b\[\d+m", "", text)) for text in shown) <= columns
+    assert any("queue-777" in text for text in screen(many, View(chosen="queue-777"), "", columns=80, rows=24))
+
+
+def test_keys_choose_sort_and_look_into_a_queue() -> None:
+    view = moved(View(), "down", READING)
+    assert view.chosen == "c"
+    view = moved(view, "in", READING)
+    assert view.is_inside
+    assert "nobody receives" in screen(READING, view, "", columns=80, rows=24)
+    view = moved(moved(view, "out", READING), "sort", READING)
+    assert (view.is_inside, view.sort) == (False, "ready")
+    assert moved(View(), "down", Reading(0.0)) == View()
+
+
+def test_a_store_that_is_away_is_told_and_what_was_seen_stays() -> None:
+    def fail() -> list[filao.QueueStats]:
+        raise EngineUnavailable("the server is away")
+
+    again = read_again(fail, READING)
+    assert again.queues == QUEUES
+    assert "the server is away" in screen(again, View(), "", columns=80, rows=24)
+
+
+def test_rates_are_what_was_sent_since_the_last_look() -> None:
+    was = Reading(time.monotonic() - 10.0, [stats("a", sent=100)])
+    rate, _ = read_again(lambda: [stats("a", sent=200), stats("new", sent=5)], was).rates["a"]
+    assert 5 < rate <= 10
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    with filao.sync.connect(tmp_path / "claims.db") as broker:
+        broker.declare(filao.Queue("claims"))
+        broker.send_many("claims", range(3))
+    return tmp_path / "claims.db"
+
+
+def test_into_a_pipe_it_prints_plain_lines(db) -> None:
+    done = subprocess.run(
+        [*FILAO, "top", db, "--times", "2", "--every", "0.1"], capture_output=True, timeout=PATIENCE, check=True
+    )
+    head, *lines = done.stdout.decode().splitlines()
+    assert head.split()[:2] == ["queue", "ready"]
+    assert [text.split()[:2] for text in lines] == [["claims", "3"]] * 2
+    assert b"\x1b" not in done.stdout
+
+
+def test_on_a_terminal_keys_work_and_it_is_given_back(db) -> None:
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ |= {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+        os.execv(sys.executable, [*FILAO, "stats", "--watch", str(db)])
+    try:
+        seen = until_seen(terminal, "q quit")
+        assert "claims" in seen
+        os.write(terminal, b"\r")
+        until_seen(terminal, "nobody receives")
+        os.write(terminal, b"q")
+        assert "\x1b[?1049l" in until_seen(terminal, "\x1b[?1049l")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        child = 0
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        os.close(terminal)
+
+
+def until_seen(terminal: int, wanted: str) -> str:
+    """Read what a terminal shows until something is there."""
+    seen, until = "", time.monotonic() + PATIENCE
+    while wanted not in seen:
+        assert time.monotonic() < until, seen
+        if select.select([terminal], [], [], 1.0)[0]:
+            seen += os.read(terminal, 65_536).decode(errors="replace")
+    return seen
