@@ -107,6 +107,24 @@ async def test_an_operator_may_see_and_move_everything(url) -> None:
             assert not [finding for finding in await operator.doctor() if finding.level == "error"]
 
 
+async def test_a_sender_can_neither_move_the_clock_nor_take_an_id_of_ours(url) -> None:
+    as_role(url, "sender")
+    send = """
+        SELECT * FROM filao.send((SELECT id FROM filao.queue), %s, false, 1, ARRAY[0], ARRAY[0::smallint], ARRAY[''::bytea],
+                                 NULL, NULL, NULL, NULL, NULL, NULL, ARRAY[%s])
+    """
+    never = 9_000_000_000_000
+    with psycopg.connect(as_url(url, "sender"), autocommit=True) as connection:
+        for sql, parameters in (
+            (send, (never, "m")),
+            (send, (None, "0123456789abcdef-1")),
+            ("SELECT filao.tidy(%s, %s)", (never, 0)),
+        ):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(sql.encode(), parameters)
+        connection.execute(send.encode(), (None, "m"))
+
+
 async def test_every_function_that_is_called_from_outside_has_a_search_path_of_its_own(url) -> None:
     python = "".join(path.read_text(encoding="utf-8") for path in SOURCE.glob("*.py"))
     with psycopg.connect(url) as connection:

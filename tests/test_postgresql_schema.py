@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {8: "d86355e794a3f2d4"}
+DIGESTS = {9: "d2830ca101fa94af"}
 """Of the SQL of a version, the newest alone."""
 
 

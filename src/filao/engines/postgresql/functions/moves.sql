@@ -18,6 +18,23 @@ CREATE OR REPLACE FUNCTION filao.clock() RETURNS bigint LANGUAGE sql VOLATILE AS
   SELECT floor(extract(epoch FROM clock_timestamp()) * 1000::numeric)::bigint
 $$;
 
+-- Whether whoever called us owns the tables, and so is trusted with all that is in them.
+CREATE OR REPLACE FUNCTION filao.is_owner() RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN pg_has_role(session_user, (SELECT relowner FROM pg_class WHERE oid = 'filao.message'::regclass), 'MEMBER');
+END
+$$;
+
+-- The time, or the moment that an owner's test says it is: in the future all leases, keys and times to live are over.
+CREATE OR REPLACE FUNCTION filao.now(moment bigint) RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+  IF moment IS NOT NULL AND NOT filao.is_owner() THEN
+    RAISE insufficient_privilege USING MESSAGE = 'only the owner of the schema filao may say what time it is';
+  END IF;
+  RETURN coalesce(moment, filao.clock());
+END
+$$;
+
 -- A function that reads tables is in PL/pgSQL, which keeps its plans; one in SQL is planned anew at each call.
 
 -- Add to the counters of a queue.
@@ -387,7 +404,7 @@ DECLARE
   q integer;
 BEGIN
   FOR q IN SELECT id FROM filao.queue ORDER BY id LOOP
-    PERFORM filao.expire_some(q, 5000, coalesce(moment, filao.clock()), false);
+    PERFORM filao.expire_some(q, 5000, filao.now(moment), false);
   END LOOP;
 END
 $$;

@@ -40,7 +40,7 @@ CREATE OR REPLACE FUNCTION filao.redrive(
   new_headers text, OUT done integer, OUT last bigint
 ) LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now bigint := coalesce(moment, filao.clock());
+  now bigint := filao.now(moment);
   m   filao.message;
 BEGIN
   done := 0;
@@ -69,7 +69,7 @@ CREATE OR REPLACE FUNCTION filao.remove(
   OUT done integer, OUT last bigint
 ) LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now bigint := coalesce(moment, filao.clock());
+  now bigint := filao.now(moment);
   m   filao.message;
 BEGIN
   done := 0;
@@ -89,7 +89,7 @@ $$;
 CREATE OR REPLACE FUNCTION filao.make_all_due(q integer, moment bigint) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 BEGIN
-  PERFORM filao.make_due(q, filao.nothing_seen(), coalesce(moment, filao.clock()));
+  PERFORM filao.make_due(q, filao.nothing_seen(), filao.now(moment));
 END
 $$;
 
@@ -101,7 +101,7 @@ CREATE OR REPLACE FUNCTION filao.amend(
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
-  now bigint := coalesce(moment, filao.clock());
+  now bigint := filao.now(moment);
   m   filao.message;
 BEGIN
   UPDATE filao.message AS s SET attempts = t.attempts, failures = t.failures, sent_at = t.sent, expires_at = t.expires
@@ -165,7 +165,7 @@ CREATE OR REPLACE FUNCTION filao.resume_group(q integer, moment bigint, g text) 
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 BEGIN
   DELETE FROM filao.halted WHERE queue = q AND grp = g;
-  PERFORM filao.arrange(q, g, coalesce(moment, filao.clock()), false);
+  PERFORM filao.arrange(q, g, filao.now(moment), false);
 END
 $$;
 

@@ -5,7 +5,7 @@
 CREATE OR REPLACE FUNCTION filao.strike_off(p integer, moment bigint, died boolean, most integer DEFAULT 2000) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now  bigint := coalesce(moment, filao.clock());
+  now  bigint := filao.now(moment);
   m    filao.message;
   q    integer;
   done integer := 0;
@@ -59,7 +59,7 @@ $$;
 CREATE OR REPLACE FUNCTION filao.watch(p integer, moment bigint, alive bigint, OUT living integer, OUT missing integer[])
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now    bigint := coalesce(moment, filao.clock());
+  now    bigint := filao.now(moment);
   lively integer[] := ARRAY(
     SELECT objid::bigint::integer FROM pg_locks
     WHERE locktype = 'advisory' AND classid::bigint = alive AND objsubid = 2
@@ -82,6 +82,7 @@ $$;
 CREATE OR REPLACE FUNCTION filao.tidy(moment bigint, since bigint = 0) RETURNS bigint
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
+  now   bigint := filao.now(moment);
   most  CONSTANT integer := 1000;  -- keys in one transaction, which takes some 10 ms
   slice tid[];
   upto  bigint;
@@ -89,7 +90,7 @@ BEGIN
   SELECT array_agg(old.ctid), max(old.until) INTO slice, upto
   FROM (
     SELECT ctid, until FROM filao.dedup
-    WHERE until >= since AND until <= coalesce(moment, filao.clock()) ORDER BY until LIMIT most FOR UPDATE SKIP LOCKED
+    WHERE until >= since AND until <= now ORDER BY until LIMIT most FOR UPDATE SKIP LOCKED
   ) AS old;
   DELETE FROM filao.dedup WHERE ctid = ANY (slice);
   IF since > 0 THEN
@@ -97,7 +98,7 @@ BEGIN
   END IF;
   IF pg_try_advisory_xact_lock(filao.group_key(0, 'tidy')) THEN
     DELETE FROM filao.process p -- behind a pooler nobody sees a process die
-    WHERE NOT p.has_session AND p.started_at < coalesce(moment, filao.clock()) - 86400000 AND NOT EXISTS (
+    WHERE NOT p.has_session AND p.started_at < now - 86400000 AND NOT EXISTS (
       SELECT FROM filao.message m WHERE m.state = 'leased' AND m.token >> 32 = p.id
     );
     WITH old AS MATERIALIZED ( -- a user's transaction may still be counting in one

@@ -66,7 +66,7 @@ CREATE OR REPLACE FUNCTION filao.receive(
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-  now    bigint := coalesce(moment, filao.clock());
+  now    bigint := filao.now(moment);
   rules  filao.queue;
   seen   filao.seen;
   found  bigint := 0;

@@ -156,7 +156,7 @@ CREATE OR REPLACE FUNCTION filao.send(
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-  now      bigint := coalesce(moment, filao.clock());
+  now      bigint := filao.now(moment);
   isolated boolean := current_setting('transaction_isolation') <> 'read committed';
   numbers  bigint[] := ARRAY(SELECT nextval('filao.number') FROM generate_series(1, cardinality(contents)));
   rules    filao.queue;
@@ -166,6 +166,10 @@ DECLARE
   new      bigint;  -- how many messages, for a queue that has a limit
   i        integer;
 BEGIN
+  IF message_ids IS NOT NULL AND EXISTS (SELECT FROM unnest(message_ids) AS m WHERE m ~ '^[0-9a-f]{16}-[0-9]+$')
+     AND NOT filao.is_owner() THEN  -- who moves messages from another engine
+    RAISE insufficient_privilege USING MESSAGE = 'a message_id that looks like one of Filao''s own';
+  END IF;
   PERFORM pg_advisory_xact_lock_shared(1718184290, q);  -- see filao.delete
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
   IF isolated THEN  -- its snapshot may be older than a deletion, which this then finds

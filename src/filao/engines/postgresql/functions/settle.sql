@@ -16,7 +16,7 @@ CREATE OR REPLACE FUNCTION filao.settle(
 ) RETURNS SETOF integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now   bigint := coalesce(moment, filao.clock());
+  now   bigint := filao.now(moment);
   rules filao.queue;
   m     filao.message;
   acked bigint[];
@@ -97,7 +97,7 @@ CREATE OR REPLACE FUNCTION filao.extend(q integer, moment bigint, ids bigint[], 
 RETURNS SETOF integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now  bigint := coalesce(moment, filao.clock());
+  now  bigint := filao.now(moment);
   m    filao.message;
   done bigint[];
   i    integer;

@@ -15,7 +15,7 @@ DECLARE
   first bigint;
   floor bigint := filao.list_from(q);
 BEGIN
-  now := coalesce(moment, filao.clock());
+  now := filao.now(moment);
   seen := filao.look_at_times(q, filao.look(q, filao.seen(q)), now, ahead => true);
   IF (counted ->> 'ready')::bigint > 0 THEN
     WHILE seen.below IS NOT NULL AND cardinality(seen.priorities) < 512 LOOP
