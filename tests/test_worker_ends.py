@@ -314,6 +314,12 @@ async def test_a_loop_that_runs_tasks_eagerly_loses_no_place(url, broker) -> Non
         loop.set_task_factory(None)
 
 
+def has_ended(child: int, ended: list[tuple[int, int]]) -> bool:
+    """Return whether a child of ours has ended, and note how."""
+    ended.append(os.waitpid(child, os.WNOHANG))
+    return ended[-1][0] != 0
+
+
 @pytest.mark.parametrize(("end", "code"), [("return", 0), ("raise", 1), ("exit", 3)])
 async def test_a_child_that_a_plain_handler_forks_ends_with_it(url, broker, end, code) -> None:
     children: list[int] = []
@@ -333,9 +339,9 @@ async def test_a_child_that_a_plain_handler_forks_ends_with_it(url, broker, end,
         await until_stats(broker, acked=1)
     ended: list[tuple[int, int]] = []
     try:
-        await until(lambda: ended.append(os.waitpid(children[0], os.WNOHANG)) or ended[-1][0])
+        await until(lambda: has_ended(children[0], ended))
     finally:
         if not ended[-1][0]:
             os.kill(children[0], signal.SIGKILL)
-            os.waitpid(children[0], 0)
+            os.waitpid(children[0], 0)  # noqa: ASYNC222  # it was killed
     assert os.waitstatus_to_exitcode(ended[-1][1]) == code

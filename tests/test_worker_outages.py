@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 import filao
+from filao.engines.sqlite import backup
 from filao.worker import keeper as keeper_module
 from filao.worker import outage as outage_module
 from filao.worker import pulse as pulse_module
@@ -44,6 +45,47 @@ def handling(url: str | filao.Broker, *queues: filao.Queue[Any], concurrency: in
 
 
 # --- storage ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_ends_when_another_file_lies_in_the_place_of_its_own(tmp_path) -> None:
+    db, copy = tmp_path / "claims.db", tmp_path / "claims.backup"
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+    await asyncio.to_thread(backup.back_up, db, copy)
+    worker, ready = handling(str(db), CLAIMS), asyncio.Event()
+    async with asyncio.timeout(PATIENCE):
+        working = asyncio.create_task(worker.run(ready=ready.set))
+        await ready.wait()
+        await asyncio.to_thread(backup.restore, copy, db)
+        with pytest.raises(filao.EngineError, match="open it again"):
+            await working
+
+
+async def test_a_worker_waits_while_its_file_is_away_and_ends_when_it_is_back(tmp_path, caplog) -> None:
+    db, away = tmp_path / "claims.db", tmp_path / "away.db"
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+    worker, ready = handling(str(db), CLAIMS), asyncio.Event()
+    async with asyncio.timeout(PATIENCE):
+        working = asyncio.create_task(worker.run(ready=ready.set))
+        await ready.wait()
+        db.rename(away)
+        await until(lambda: "receiving from 'claims' fails" in caplog.text)
+        assert not working.done()
+        assert not db.exists()
+        away.rename(db)
+        with pytest.raises(filao.EngineError, match="was moved"):
+            await working
+
+
+async def test_a_worker_waits_while_its_file_is_not_sound(tmp_path, caplog) -> None:
+    db = tmp_path / "claims.db"
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+    async with running(handling(str(db), CLAIMS)) as working:
+        db.with_name("claims.db-wal").unlink()  # the last process that closes the file writes it back
+        await until(lambda: "receiving from 'claims' fails" in caplog.text)
+        assert not working.done()
 
 
 @pytest.mark.parametrize("concurrency", [None, 2], ids=["apart", "shared"])

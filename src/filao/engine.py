@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from filao.errors import FilaoError, UnsupportedFeature
+from filao.errors import EngineError, FilaoError, UnsupportedFeature
 from filao.queue import Queue
 
 HISTORY_MAX = 20  # failed attempts that are remembered of one message
@@ -74,6 +74,10 @@ class State(StrEnum):
     LEASED = "leased"
     BLOCKED = "blocked"
     DEAD = "dead"
+
+
+class OpenAgain(EngineError):
+    """An open engine lost its storage for good, and a sound one is in its place: whoever opens it anew works with that."""
 
 
 class Receipt(msgspec.Struct, frozen=True):

@@ -1,7 +1,8 @@
 """One run of a worker: it receives what it can start now, starts it, and brings all of it to an end.
 
 A shift is made when the engine has been reached, and dropped when it ends. While the storage fails it waits, for as long
-as that takes: only a broker that was closed under it ends it, as that is its program's own doing.
+as that takes. Two things end it: a broker that was closed under it, as that is its program's own doing, and a storage that
+is there again but must be opened anew, as a file that was restored; whoever supervises the process starts it again.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from filao.engine import Release
+from filao.engine import OpenAgain, Release
 from filao.errors import EngineUnavailable, QueueNotFound
 from filao.message import Message, delivery_of
 from filao.worker.outage import pauses
@@ -178,7 +179,7 @@ class Shift:
             messages = await self._received(pool.consumers[name], limit, wait)
         except Exception as error:
             self._shared.session.check_open()
-            if not self._patient:
+            if not self._patient or isinstance(error, OpenAgain):
                 raise
             self._fails(pool, name, error)
             return []

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from filao.broker import Broker, connect, session_of
 from filao.calls import Caller
-from filao.engine import HEALTHY, Feature
+from filao.engine import HEALTHY, Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.queue import Queue, check_duration, check_name, not_found
 from filao.worker.handlers import handler_of
@@ -214,7 +214,8 @@ class Worker:
         While its storage is away, full, locked or read-only it waits and tries again, for as long as that takes, and so
         for a queue that was deleted. `ready` is called when it begins to receive; it stops when `until` says so after a
         message. Raises `QueueNotFound`, `UnsupportedFeature` and `ConfigurationError` at its start, and later only what
-        `until` raises, or `ConfigurationError` when its broker was closed.
+        `until` raises, `ConfigurationError` when its broker was closed, and `EngineError` when another file lies in the
+        place of its own, after a restore say: start it again, to work with that.
         """
 
         def on_handled(_: Handled) -> None:
@@ -371,6 +372,8 @@ async def _reached(reach: Callable[[], Awaitable[dict[str, Consumer]]], stop: St
                 if told.done():
                     return None
                 consumers = reaching.result()
+            except OpenAgain:
+                raise
             except EngineError as error:
                 outages.fails("reaching the engine", error)
             else:

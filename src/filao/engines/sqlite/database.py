@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from filao.engine import OpenAgain
 from filao.engines.sqlite import files, moves, operators, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books
@@ -391,7 +392,8 @@ class Database:
 
     def _check_lost(self) -> None:
         if self._lost is not None:
-            raise EngineError(
+            again = self._ground is not None and self._ground.may_be_opened_again(self._lost)
+            raise (OpenAgain if again else EngineError)(
                 f"{self.path} {self._lost.what}. This call is not confirmed, and nothing more is done with the file that was "
                 f"opened. What to do: stop the processes that use it, then {self._lost.remedy}."
             )

@@ -106,6 +106,15 @@ class Ground:
         except OSError:
             return False
 
+    def may_be_opened_again(self, loss: Loss) -> bool:
+        """Return whether what lies there now is sound: another file, or this one with its own WAL, back in its place."""
+        try:
+            about = self._main.stat()
+        except OSError:
+            return False
+        is_another = _identity(about) != self._identity
+        return is_another or (loss is not _OVERWRITTEN and self._missing(about, self._journal) is None)
+
     def _missing(self, about: os.stat_result, names: dict[Path, _Identity]) -> Loss | None:
         if _identity(about) != self._identity:
             return _REPLACED
