@@ -60,7 +60,7 @@ function drawn(bar, x, now, y, tall, options) {
   const digits = String(bar.claim).length * 10;
   const paidAt = bar.paid === null ? null : Math.min(x(bar.paid), to - (glyph ? 24 : 8));
   return h("g", {
-    key: `${bar.id}-${bar.attempt}`, class: `bar ${how}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
+    key: `${bar.id}-${bar.from}`, class: `bar ${how}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
     onclick: () => options.follow(bar.claim), "data-claim": bar.claim, "data-how": how,
   },
   h("title", {}, about(bar)),
@@ -84,7 +84,7 @@ function joins(bars) {
   const byClaim = new Map();
   for (const bar of bars) byClaim.set(bar.id, [...(byClaim.get(bar.id) ?? []), bar]);
   return [...byClaim.values()].flatMap((all) => {
-    const sorted = all.sort((a, b) => a.attempt - b.attempt);
+    const sorted = all.sort((a, b) => a.from - b.from);
     return sorted.slice(1).map((next, at) => [sorted[at], next]);
   });
 }
@@ -93,6 +93,6 @@ function join(one, next, x, y, tall, options) {
   const left = { x: x(Math.min(one.to ?? next.from, next.from)), y: y.get(one.lane) + tall / 2 };
   const right = { x: x(next.from), y: y.get(next.lane) + tall / 2 };
   const bend = Math.max(18, (right.x - left.x) / 2);
-  return h("g", { key: `j${next.id}-${next.attempt}`, class: `join${options.claim === one.claim ? " hero" : ""}` },
+  return h("g", { key: `j${next.id}-${next.from}`, class: `join${options.claim === one.claim ? " hero" : ""}` },
     h("path", { d: `M${left.x},${left.y} C${left.x + bend},${left.y} ${right.x - bend},${right.y} ${right.x},${right.y}` }));
 }
