@@ -6,10 +6,11 @@ After each fault the promises are the same: what was confirmed is there, what wa
 import asyncio
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,19 @@ def strace() -> None:
         pytest.skip(reason)
 
 
-def clerk_with(fault: str, db: Path, *, only: Path | None = None, rounds: int) -> subprocess.CompletedProcess[str]:
-    """Run a clerk whose system calls meet a fault; an empty one is none."""
+def with_fault(fault: str, command: Sequence[str], *, only: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program whose system calls, or those on one file `only`, meet a fault; an empty one is none."""
     calls, _, _ = fault.partition(":")
     where = [] if only is None else ["-P", str(only)]
     tracer = ["strace", "-f", "--quiet=all", "-o", os.devnull, *where, "-e", f"trace={calls}", "-e", f"inject={fault}"]
-    command = [sys.executable, "-m", "tests.torture.clerk", str(db), "--rounds", str(rounds)]
-    whole = [*tracer, *command] if fault else command
+    whole = [*tracer, *command] if fault else list(command)
     return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def clerk_with(fault: str, db: Path, *, only: Path | None = None, rounds: int) -> subprocess.CompletedProcess[str]:
+    """Run a clerk whose system calls meet a fault."""
+    command = [sys.executable, "-B", "-m", "tests.torture.clerk", str(db), "--rounds", str(rounds)]
+    return with_fault(fault, command, only=only)
 
 
 def check_what_is_left(lines: Sequence[str], db: Path) -> None:
@@ -92,17 +98,7 @@ def test_a_restore_that_is_killed_at_its_nth_step_can_be_made_again_and_loses_no
         backup.back_up(db, copy)
         broker.send_to_queue("claims", "later")
         command = [sys.executable, "-B", "-m", "filao", "restore", str(db), str(copy), "--replace"]
-        fault = [
-            "strace",
-            "-f",
-            "--quiet=all",
-            "-o",
-            os.devnull,
-            "-e",
-            f"inject=link,linkat,rename,unlink:signal=KILL:when={nth}",
-            *command,
-        ]
-        killed = subprocess.run(fault, cwd=ROOT, capture_output=True, timeout=60, check=False)
+        killed = with_fault(f"link,linkat,rename,unlink:signal=KILL:when={nth}", command)
         assert killed.returncode == SIGKILL
     (tmp_path / "claims.db.restoring").unlink(missing_ok=True)
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -114,6 +110,98 @@ def test_a_restore_that_is_killed_at_its_nth_step_can_be_made_again_and_loses_no
         with filao.sync.connect(kept) as broker:
             bodies |= {message.body for message in broker.peek("claims")}
     assert "later" in bodies
+
+
+BACK_UP = [sys.executable, "-B", "-m", "filao", "backup"]
+
+
+@needs_strace
+@pytest.mark.parametrize("nth", [1, 2, 4, 6, 8])
+def test_a_backup_that_is_killed_leaves_the_queue_as_it_is_and_no_half_copy(tmp_path, nth) -> None:
+    db, copy = tmp_path / "claims.db", tmp_path / "claims.backup"
+    with filao.sync.connect(db) as broker:
+        broker.declare(filao.Queue("claims"))
+        broker.send_to_queue("claims", "kept")
+        killed = with_fault(f"{WRITE},{FLUSH},rename:signal=KILL:when={nth}", [*BACK_UP, str(db), str(copy)])
+        assert killed.returncode == SIGKILL, killed.stderr
+        assert not copy.exists()
+        (tmp_path / "claims.backup.partial").unlink(missing_ok=True)
+        again = with_fault("", [*BACK_UP, str(db), str(copy)])
+        assert again.returncode == 0, again.stderr
+        assert [message.body for message in broker.peek("claims")] == ["kept"]
+    with filao.sync.connect(copy) as broker:
+        assert [message.body for message in broker.peek("claims")] == ["kept"]
+
+
+@needs_strace
+@pytest.mark.parametrize("fault", [f"{WRITE}:error=ENOSPC", f"{WRITE}:error=EIO:when=3+", f"{FLUSH}:error=EIO"])
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_a_disk_that_fails_under_a_copy_leaves_the_queue_as_it_is_and_nothing_beside_it(
+    tmp_path, command, fault
+) -> None:
+    db, copy = tmp_path / "claims.db", tmp_path / "claims.backup"
+    with filao.sync.connect(db) as broker:
+        broker.declare(filao.Queue("claims"))
+        broker.send_to_queue("claims", "kept")
+        if command == "restore":
+            backup.back_up(db, copy)
+        partial = tmp_path / ("claims.backup.partial" if command == "backup" else "claims.db.restoring")
+        options = [] if command == "backup" else ["--replace"]
+        failed = with_fault(fault, [*BACK_UP[:-1], command, str(db), str(copy), *options], only=partial)
+        assert failed.returncode == 4, failed.stdout + failed.stderr
+        assert str(tmp_path) in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert copy.exists() == (command == "restore")
+        assert not list(tmp_path.glob(f"{partial.name}*"))
+        broker.send_to_queue("claims", "after")
+        assert [message.body for message in broker.peek("claims")] == ["kept", "after"]
+
+
+# --- beside the file, and its clock ----------------------------------------------------------------------------------
+
+
+@needs_strace
+@pytest.mark.parametrize("fault", [*(f"mkdir,bind,flock:signal=KILL:when={nth}" for nth in (1, 2, 3, 5, 8))])
+def test_who_is_killed_while_making_what_lies_beside_the_file_is_in_nobodys_way(tmp_path, fault) -> None:
+    db = tmp_path / "claims.db"
+    killed = clerk_with(fault, db, rounds=1_000)
+    assert killed.returncode == SIGKILL, killed.stderr
+    later = clerk_with("", db, rounds=1)
+    assert later.returncode == 0, later.stderr
+    check_what_is_left([*killed.stdout.splitlines(keepends=True), *later.stdout.splitlines(keepends=True)], db)
+
+
+@needs_strace
+@pytest.mark.parametrize("fault", ["mkdir:error=ENOSPC", "flock:error=ENOLCK"])
+def test_what_cannot_be_made_beside_the_file_is_an_error_that_names_it_and_harms_nothing(tmp_path, fault) -> None:
+    db = tmp_path / "claims.db"
+    refused = clerk_with(fault, db, rounds=1)
+    assert "Traceback" not in refused.stderr
+    said = clerk.understood(refused.stdout.splitlines(keepends=True))
+    assert said.errors, "the fault was not met"
+    for error in said.errors:
+        assert error.startswith("Engine")
+        assert str(db) in error
+    later = clerk_with("", db, rounds=1)
+    assert later.returncode == 0, later.stderr
+    check_what_is_left([*refused.stdout.splitlines(keepends=True), *later.stdout.splitlines(keepends=True)], db)
+
+
+@needs_strace
+@pytest.mark.parametrize("nth", [1, 2, 3, 5])
+def test_who_is_killed_while_setting_the_clock_after_a_start_of_the_machine_loses_nothing(tmp_path, nth) -> None:
+    db = tmp_path / "claims.db"
+    before = clerk_with("", db, rounds=10)
+    with closing(sqlite3.connect(db)) as file, file:
+        file.execute(
+            "UPDATE filao_meta SET value = 'another-boot' || substr(value, instr(value, ' ')) WHERE name = 'clock'"
+        )
+    killed = clerk_with(f"{WRITE}:signal=KILL:when={nth}", db, rounds=1_000)
+    assert killed.returncode == SIGKILL, killed.stderr
+    check_what_is_left([*before.stdout.splitlines(keepends=True), *killed.stdout.splitlines(keepends=True)], db)
+    with closing(sqlite3.connect(db)) as file:
+        (clock,) = file.execute("SELECT value FROM filao_meta WHERE name = 'clock'").fetchone()
+    assert not clock.startswith("another-boot")
 
 
 # --- a disk that fails for a while -----------------------------------------------------------------------------------
