@@ -29,6 +29,7 @@ lint: $(VENV)/test
 	$(RUN) -m bandit --quiet --recursive --configfile pyproject.toml src
 	$(RUN) -m mypy
 	$(RUN) -m pyright --pythonpath $(RUN)
+	$(RUN) -m tests.completeness
 
 format: $(VENV)/test
 	$(RUN) -m ruff format .

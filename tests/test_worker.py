@@ -923,7 +923,7 @@ def test_two_consumers_that_were_prepared_before_either_was_given_are_refused_to
 
 def test_a_handler_of_another_type_than_its_queue_is_refused() -> None:
     assert "queue 'claims' has <class 'int'>" in refused(
-        lambda worker: worker.consumer(filao.Queue("claims", body=int))(of_claims)
+        lambda worker: worker.consumer(filao.Queue("claims", body=int))(of_claims)  # type: ignore[arg-type]  # which type checkers see, too
     )
 
 

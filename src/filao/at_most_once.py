@@ -16,7 +16,7 @@ from filao.errors import LeaseLost
 from filao.message import AT_MOST_ONCE, Message, delivery_of, mark_settled
 from filao.session import Session
 
-log = logging.getLogger("filao")
+log: logging.Logger = logging.getLogger("filao")
 
 Taken = Callable[["asyncio.Future[Received]"], Awaitable[Received]]
 

@@ -136,7 +136,7 @@ class Gate:
         self._storages = weakref.WeakSet()
 
 
-gate = Gate()
+gate: Gate = Gate()
 
 
 def keep(inherited: object) -> None:

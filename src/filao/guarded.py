@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from filao.errors import FilaoError
 
-log = logging.getLogger("filao")
+log: logging.Logger = logging.getLogger("filao")
 
 PAUSE_MIN = 0.1  # seconds after a first turn that failed
 PAUSE_MAX = 5.0  # seconds at most after one of many that failed in a row

@@ -17,7 +17,7 @@ from filao.calls import Caller, signals_left_to_others
 from filao.errors import EngineUnavailable, FilaoError
 from filao.session import CLOSES_WITHIN
 
-log = logging.getLogger("filao")
+log: logging.Logger = logging.getLogger("filao")
 
 JOINED_WITHIN = CLOSES_WITHIN + 5.0  # seconds: closing has its own bound, and the loop ends what is left at once
 
@@ -85,7 +85,7 @@ class LoopThread:
             _threads.discard(self)
 
     async def _live(self) -> None:
-        self.caller = Caller(asyncio.get_running_loop())
+        self.caller: Caller = Caller(asyncio.get_running_loop())
         self._stopping = asyncio.Event()
         if self._is_stopping:
             self._stopping.set()

@@ -52,7 +52,7 @@ class Message(Generic[T]):
         self._session = session
         self._delivery = delivery
         self._ended = ""
-        self.body = body
+        self.body: T = body
         """The body, of the queue's type."""
 
     @property

@@ -71,7 +71,7 @@ class Outbox:
     """A table of sends, in the user's database."""
 
     def __init__(self, table: str = "filao_outbox") -> None:
-        self.table = _checked(table)
+        self.table: str = _checked(table)
         """The name of the table."""
 
     def create(self, connection: Any) -> None:
@@ -181,7 +181,7 @@ class Inbox:
     """A table of the messages whose work is done, in the user's database."""
 
     def __init__(self, table: str = "filao_inbox") -> None:
-        self.table = _checked(table)
+        self.table: str = _checked(table)
         """The name of the table."""
 
     def create(self, connection: Any) -> None:

@@ -19,7 +19,7 @@ class Receiving:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.at_most_once = AtMostOnce(session)
+        self.at_most_once: AtMostOnce = AtMostOnce(session)
 
     async def wait(
         self, known: Queue[T], receive: Receive, wait: float | None, guarantee: Guarantee

@@ -20,7 +20,7 @@ from filao.errors import ConfigurationError, EngineError, FilaoError, QueueFull,
 from filao.outbox import Failed, Outbox, Recorded
 from filao.printable import printable
 
-log = logging.getLogger("filao.relay")
+log: logging.Logger = logging.getLogger("filao.relay")
 
 R = TypeVar("R")
 

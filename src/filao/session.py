@@ -17,6 +17,7 @@ from filao.engine import (
     Engine,
     Extend,
     Feature,
+    Operation,
     Outcome,
     Receipt,
     Received,
@@ -44,8 +45,8 @@ class Inside:
     __slots__ = ("is_open", "session")
 
     def __init__(self, session: "Session") -> None:
-        self.session = session
-        self.is_open = True
+        self.session: Session = session
+        self.is_open: bool = True
 
 
 current_transaction: "ContextVar[Inside | None]" = ContextVar("filao_transaction", default=None)
@@ -64,9 +65,9 @@ class Session:
         self._is_inherited = False
 
     def _begin_anew(self) -> None:
-        self.engine = self.make()
+        self.engine: Engine = self.make()
         self._batcher = Batcher(self.engine.execute, self.give_back_unread, self.engine.lanes)
-        self.submit = self._batcher.submit
+        self.submit: Callable[[Operation], asyncio.Future[Result]] = self._batcher.submit
         """Do an operation with the next batch."""
         self._queues: dict[str, Queue] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

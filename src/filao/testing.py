@@ -24,7 +24,7 @@ class Clock:
     """
 
     def __init__(self, now: float = 1_700_000_000.0) -> None:
-        self.now = now
+        self.now: float = now
         """Seconds since 1970."""
 
     def __call__(self) -> float:

@@ -89,8 +89,8 @@ def commands() -> None:
     """  # noqa: D301  # click's mark for a paragraph that is not wrapped is a real backspace
 
 
-for command in (
+for _command in (
     *(declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, move_command, work),
     *(pause, resume, cancel, delete, top, metrics, backup, restore, sandbox_command),
 ):
-    commands.add_command(command)
+    commands.add_command(_command)

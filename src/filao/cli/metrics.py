@@ -16,7 +16,7 @@ from filao.errors import ConfigurationError
 if TYPE_CHECKING:
     from filao.prometheus.store import StoreCollector
 
-log = logging.getLogger("filao.metrics")
+log: logging.Logger = logging.getLogger("filao.metrics")
 
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"  # the content type of Prometheus' text format
 READ_WITHIN = ANSWERS_WITHIN - 1.0  # seconds for reading the store; a scrape after that says that it is not up

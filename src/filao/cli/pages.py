@@ -17,7 +17,7 @@ import click
 
 from filao.cli.shell import usage
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 ANSWERS_WITHIN = 5.0  # seconds from a connection to its end
 CONNECTIONS_MAX = 32  # at once; a probe that comes then takes the place of the oldest

@@ -62,7 +62,7 @@ class Effects:
         self.fates: dict[str, Fate] = {}
         """By message."""
         self.payments: list[Payment] = []
-        self.cents = 0
+        self.cents: int = 0
         self._by_claim: dict[int, Fate] = {}
         self._again: list[str] = []
         """Messages that were paid more than once."""

@@ -67,11 +67,11 @@ class Exercise:
         self._folder = folder
         self._runs = 0
         self._task: asyncio.Task[None] | None = None
-        self.results = {check: Result() for check in CHECKS}
-        self.output = ""
+        self.results: dict[str, Result] = {check: Result() for check in CHECKS}
+        self.output: str = ""
         """The last that the processes printed."""
-        self.code = ""
-        self.started = 0
+        self.code: str = ""
+        self.started: int = 0
         """How often code was checked."""
 
     @property

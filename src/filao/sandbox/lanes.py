@@ -117,9 +117,9 @@ class Lanes:
         self.by_number: dict[int, Lane] = {}
         self.events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self.moves: deque[Move] = deque(maxlen=MOVES_MAX)
-        self.moved = 0
+        self.moved: int = 0
         """Moves so far."""
-        self.told = 0
+        self.told: int = 0
         """Events so far."""
         self.order: list[str] = []
         """Messages in the order in which they were paid first."""

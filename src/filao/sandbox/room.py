@@ -122,20 +122,20 @@ class Room:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.file = folder / FILE
-        self.setting = Setting()
+        self.file: Path = folder / FILE
+        self.setting: Setting = Setting()
         self._rows = Rows(self.file)
-        self.lanes = Lanes(self._rows.row)
-        self.effects = Effects()
-        self.view = View(None, None)
-        self.portal_pid = 0
+        self.lanes: Lanes = Lanes(self._rows.row)
+        self.effects: Effects = Effects()
+        self.view: View = View(None, None)
+        self.portal_pid: int = 0
         self.answer_ms: float | None = None
         """What the portal needed to answer the last customer."""
-        self.refused = 0
+        self.refused: int = 0
         """Claims that the queue did not take."""
         self.letters: list[int] = []
         """Claims for which a letter was written."""
-        self.printing = 0
+        self.printing: int = 0
         """The claim whose letter is being written."""
         self.trials: dict[tuple[Guarantee, Moment], int] = {}
         """The claims whose consumers were killed, see `trials.py`."""
@@ -143,10 +143,10 @@ class Room:
         """Messages that were seen among the dead letters."""
         self.policies: dict[int, int] = {}
         """By claim, for those that were submitted here."""
-        self.exercise = Exercise(folder / "exercise")
+        self.exercise: Exercise = Exercise(folder / "exercise")
         self.history: deque[Sample] = deque(maxlen=REMEMBERED)
-        self.is_frozen = False
-        self.last_claim = 0
+        self.is_frozen: bool = False
+        self.last_claim: int = 0
         self._free: list[int] = []  # numbers whose claims the queue refused, a heap
         self._broker = filao.connect(self.file)
         self._crew = Crew(folder)

@@ -47,7 +47,7 @@ class Face:
         self._visit = visit
         self._language: Language = language
         self._words = words(language)
-        self.note = ""
+        self.note: str = ""
 
     def say(self, key: str, **values: object) -> str:
         """Return a text of the page."""

@@ -29,7 +29,7 @@ LOOK_EVERY = 0.1  # seconds between two looks into a room
 PREFIX = "filao-sandbox-"
 LOCK = "in-use"
 
-log = logging.getLogger("filao.sandbox")
+log: logging.Logger = logging.getLogger("filao.sandbox")
 
 
 class NoRoomError(Exception):
@@ -59,12 +59,12 @@ class Visit:
 
     def __init__(self, room: Room) -> None:
         self.room = room
-        self.progress = Progress()
-        self.pages = 0
-        self.left_at = time.monotonic()
-        self.loaded_at = 0.0
+        self.progress: Progress = Progress()
+        self.pages: int = 0
+        self.left_at: float = time.monotonic()
+        self.loaded_at: float = 0.0
         """When the sliders were moved last: what was before is not measured."""
-        self.busy = False
+        self.busy: bool = False
         self._rests_since: float | None = None
         self._looking = asyncio.create_task(self._keep_looking())
 

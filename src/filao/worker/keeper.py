@@ -23,7 +23,7 @@ from filao.errors import FilaoError, LeaseLost
 from filao.session import Session
 from filao.worker.outage import Outages, pauses
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 TICKS_PER_LEASE = 6  # looks while the shortest lease runs: the first extension has four thirds of a try to spare
 TICK_MAX = 1.0  # seconds between looks

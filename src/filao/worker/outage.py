@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Iterator
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 RETRY_FIRST, RETRY_MAX = 0.1, 5.0  # seconds between two tries while something fails
 SAID_EVERY = 60.0  # seconds after which it is said again that something still fails

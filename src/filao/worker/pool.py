@@ -16,9 +16,9 @@ class Pool:
     """Counts what runs. All who wait for room are woken when some comes free."""
 
     def __init__(self, consumers: Iterable[Consumer], limit: int) -> None:
-        self.consumers = {consumer.queue.name: consumer for consumer in consumers}
-        self.turns = Turns({name: consumer.weight for name, consumer in self.consumers.items()})
-        self.polled_at = time.monotonic()
+        self.consumers: dict[str, Consumer] = {consumer.queue.name: consumer for consumer in consumers}
+        self.turns: Turns = Turns({name: consumer.weight for name, consumer in self.consumers.items()})
+        self.polled_at: float = time.monotonic()
         """Monotonic time of the last look at the queues that succeeded, or from which on one can."""
         self._limit = limit
         self._running = dict.fromkeys(self.consumers, 0)

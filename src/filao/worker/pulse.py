@@ -8,7 +8,7 @@ import time
 import traceback
 from contextlib import suppress
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 TICK = 1.0  # seconds between two signs of life
 BLOCKED_AFTER = 10.0  # seconds without one after which the loop counts as blocked, and where it stands is logged

@@ -35,7 +35,7 @@ from filao.worker.strays import Children, Strays
 from filao.worker.surroundings import Surroundings
 from filao.worker.threads import Call, Threads
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -171,11 +171,11 @@ class Run:
         self._began = 0.0
         self.children: Children = {}
         """Tasks that the handler has started."""
-        self.is_over = False
+        self.is_over: bool = False
         self._has_made_room = False
-        self.delivery = delivery_of(message)
-        self.lease = consumer.queue.lease
-        self.extended_at = time.monotonic()
+        self.delivery: engine.Delivery = delivery_of(message)
+        self.lease: float = consumer.queue.lease
+        self.extended_at: float = time.monotonic()
         self.keep_until: float | None = None
         if consumer.guarantee != "at-most-once":  # which has no lease while its handler runs
             shared.keeper.keep(self)  # from now on: before it begins, another handler may block the loop

@@ -20,7 +20,7 @@ from filao.worker.outage import pauses
 from filao.worker.pool import Pool
 from filao.worker.run import ENDS_WITHIN, Consumer, Handled, Run, Shared
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 POLL = 5.0  # seconds after which a wait for messages begins anew, which shows that the queue can still be reached
 SILENT_AFTER = 30.0  # seconds without a successful look, with room to start something, after which a pool is unhealthy
@@ -32,8 +32,8 @@ class Stop:
     """What a worker was told: nothing, to stop gracefully, or to stop at once. For its own loop."""
 
     def __init__(self) -> None:
-        self.told = asyncio.Event()
-        self.at_once = asyncio.Event()
+        self.told: asyncio.Event = asyncio.Event()
+        self.at_once: asyncio.Event = asyncio.Event()
 
     def tell(self) -> None:
         """Tell it to stop gracefully; the second time, at once."""

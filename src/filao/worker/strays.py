@@ -12,7 +12,7 @@ from contextvars import Context, ContextVar, copy_context
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 Children = dict["asyncio.Task[Any]", Any]
 """Tasks that a handler started, and what each of them runs."""

@@ -22,7 +22,7 @@ import msgspec
 from filao.worker.signals import told_by_signals
 from filao.worker.worker import Status, Worker
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 PAUSE_FIRST = 0.1  # seconds before a process that died is started again; doubled each time
 PAUSE_MAX = 30.0

@@ -24,7 +24,7 @@ from typing import Any, cast
 from filao.errors import ConfigurationError
 from filao.worker.handlers import Handler
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 ENDS_WITHIN = 30.0  # seconds for what all lifespans do when the worker has stopped
 

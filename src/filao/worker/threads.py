@@ -32,7 +32,7 @@ class Call:
         self._lock = threading.Lock()
         self._thread = 0
         """The identity of its thread while it runs."""
-        self.was_interrupted = False
+        self.was_interrupted: bool = False
 
     def run(self) -> None:
         """Run it in the calling thread."""

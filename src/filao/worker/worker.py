@@ -12,13 +12,15 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, null
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
+from filao import sync
 from filao.broker import Broker, connect, session_of
 from filao.calls import Caller
 from filao.engine import HEALTHY, Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
-from filao.queue import Queue, check_duration, check_name, not_found
+from filao.message import Message
+from filao.queue import Queue, T, check_duration, check_name, not_found
 from filao.worker.handlers import handler_of
 from filao.worker.keeper import Keeper
 from filao.worker.outage import Outages, pauses
@@ -32,14 +34,29 @@ from filao.worker.strays import Strays
 from filao.worker.surroundings import Lifespan, Middleware, Surroundings, check_lifespan, lived, supplied
 from filao.worker.threads import Threads
 
-log = logging.getLogger("filao.worker")
+log: logging.Logger = logging.getLogger("filao.worker")
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 L = TypeVar("L", bound=Lifespan)
 M = TypeVar("M", bound=Middleware)
 
 CONCURRENCY_MAX = 1_000  # messages at once in one process: what one receive and one group commit can carry
 DRAINED_MAX = 10_000  # attempts of one `drain`, so that a handler that always releases does not run for ever
+
+
+class Registering(Protocol[T]):
+    """Takes a handler of messages with such bodies: a coroutine function's are `filao.Message`, a plain one's `filao.sync.Message`."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[Message[T], P], Awaitable[R]], /
+    ) -> Callable[Concatenate[Message[T], P], Awaitable[R]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[sync.Message[T], P], R], /
+    ) -> Callable[Concatenate[sync.Message[T], P], R]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +114,21 @@ class Worker:
         self._pulse: Pulse | None = None
         self.handled = 0
         """How many attempts have ended."""
-        self.has_hung = False
+        self.has_hung: bool = False
         """Whether the last run left handlers that had not ended though they were told to: a process ends without them."""
 
     # --- consumers ---------------------------------------------------------------------------------------------------
 
     def consumer(
         self,
-        queue: str | Queue[Any],
+        queue: str | Queue[T],
         *,
         concurrency: int = 1,
         timeout: float | None = 600.0,
         guarantee: WorkerGuarantee = "at-least-once",
         weight: float = 1.0,
         outcomes: Outcomes | None = None,
-    ) -> Callable[[F], F]:
+    ) -> "Registering[T]":
         """Let the decorated function handle a queue's messages, up to `concurrency` at once in this process.
 
         A `Queue` is declared when the worker starts; a name must have been. A coroutine function runs on the event loop
@@ -157,7 +174,7 @@ class Worker:
             self._consumers[name] = Consumer(rules, handler, concurrency, timeout, guarantee, weight, mapped)
             return function
 
-        return register
+        return cast("Registering[T]", register)
 
     def lifespan(self, function: L) -> L:
         """Let the decorated generator function open what a process needs once, such as a pool of connections.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from django.conf import settings
-from django.core.checks import CheckMessage, Error, Warning  # noqa: A004  # Django's own name
+from django.core.checks import Error, Warning  # noqa: A004  # Django's own name
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.module_loading import import_string
@@ -16,12 +16,12 @@ from filao.contrib.django.configuration import KEYS, alias_at, configured, queue
 from filao.errors import FilaoError
 
 
-def check(app_configs: Any, databases: Any = None, **_: Any) -> list[CheckMessage]:
+def check(app_configs: Any, databases: Any = None, **_: Any) -> list[Any]:
     """Return what is wrong with the settings."""
     return list(_problems())
 
 
-def _problems() -> Iterator[CheckMessage]:
+def _problems() -> Iterator[Any]:
     given: object = getattr(settings, "FILAO", {})
     if not isinstance(given, dict):
         yield Error(f"FILAO is {type(given).__name__}; it must be a dict.", id="filao.E001")

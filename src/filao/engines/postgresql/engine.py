@@ -58,7 +58,7 @@ class PostgresqlEngine:
     """See `filao.engine.Engine`."""
 
     name = "PostgreSQL"
-    features = frozenset(Feature)
+    features: frozenset[Feature] = frozenset(Feature)
     emulated: frozenset[Feature] = frozenset()
     lanes = 1
 

@@ -28,14 +28,14 @@ class Listener:
         self._server = server
         self._call = call
         self._connection: Connection | None = None
-        self.name = f"{socket.gethostname()}:{os.getpid()}"
-        self.process = 0
+        self.name: str = f"{socket.gethostname()}:{os.getpid()}"
+        self.process: int = 0
         """The number of this process; 0 before it has received anything."""
         self._tokens = 0
         self._registered = asyncio.Event()
         self._reachable = asyncio.Event()
         """Set when the server answered on another connection."""
-        self.since = 0.0
+        self.since: float = 0.0
         """When its session began, by the monotonic clock."""
 
     @property

@@ -110,13 +110,15 @@ class Server:
         self.url = url
         self.durable = durable
         host, port = about.get("host") or "localhost", about.get("port") or 5432
-        self.name = f"PostgreSQL at {host}:{port}, database {about.get('dbname') or about.get('user') or '(default)'}"
+        self.name: str = (
+            f"PostgreSQL at {host}:{port}, database {about.get('dbname') or about.get('user') or '(default)'}"
+        )
         """What it is called in error texts; without the password."""
-        self.is_pooled = False
+        self.is_pooled: bool = False
         """A pooler stands before it that gives a transaction any connection, so that nothing outlives one."""
         self.has_served = False
         """It was of use to this process: what makes it useless now may pass."""
-        self.charset = Charset("UTF8")
+        self.charset: Charset = Charset("UTF8")
         """What text it can hold."""
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._distrusted: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -358,7 +360,7 @@ class Link:
         self._opened = opened
         """Called when the server answers after it was lost."""
         self._connection: Connection | None = None
-        self.lock = asyncio.Lock()
+        self.lock: asyncio.Lock = asyncio.Lock()
         """Held by whoever uses it."""
 
     @asynccontextmanager

@@ -59,7 +59,7 @@ from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, Leas
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, retry_delay
 
-log = logging.getLogger("filao.rabbitmq")
+log: logging.Logger = logging.getLogger("filao.rabbitmq")
 
 TIDY_INTERVAL = 0.5  # seconds between looks for messages that were pushed for nobody
 LEARN_INTERVAL = 30.0  # seconds after which the rules of the queues are read again
@@ -69,8 +69,8 @@ class RabbitmqEngine:
     """See `filao.engine.Engine`."""
 
     name = "RabbitMQ"
-    features = frozenset({Feature.LIVENESS, Feature.TTL, Feature.DEAD_LETTERS})
-    emulated = frozenset({Feature.DELAY})
+    features: frozenset[Feature] = frozenset({Feature.LIVENESS, Feature.TTL, Feature.DEAD_LETTERS})
+    emulated: frozenset[Feature] = frozenset({Feature.DELAY})
     lanes = 64  # the server flushes its disk for all that are on their way
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:

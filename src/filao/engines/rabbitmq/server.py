@@ -36,7 +36,7 @@ from filao.urls import checked, hosts, is_bare, shown_url
 
 AWAY = (AMQPError, ChannelInvalidStateError, TimeoutError, OSError)  # what the client raises when something has ended
 
-log = logging.getLogger("filao.rabbitmq")
+log: logging.Logger = logging.getLogger("filao.rabbitmq")
 
 for _name in (
     "aiormq",
@@ -82,9 +82,9 @@ class Server:
         named = [node if port else f"{node}:{default}" for node, port in zip(nodes, ports, strict=True)]
         self._transports = _Transports(is_safe=parts.scheme == "amqps")
         self.vhost = vhost
-        self.name = f"RabbitMQ at {', '.join(named)}, virtual host {vhost!r}"
+        self.name: str = f"RabbitMQ at {', '.join(named)}, virtual host {vhost!r}"
         """What it is called in error texts; without the password."""
-        self.version = ""
+        self.version: str = ""
 
     async def connect(self) -> "Session":
         """Open a connection to the first node that answers; the next time, that one is asked first."""
@@ -197,10 +197,10 @@ class Session:
         self._publishing: Channel | None = None
         self._opening = asyncio.Lock()
         properties = connection.transport.connection.server_properties if connection.transport else {}
-        self.version = str(properties.get("version", "0"))
-        self.cluster = str(properties.get("cluster_name", ""))
-        self.opened_at = asyncio.get_running_loop().time()
-        self.ended_by = ""
+        self.version: str = str(properties.get("version", "0"))
+        self.cluster: str = str(properties.get("cluster_name", ""))
+        self.opened_at: float = asyncio.get_running_loop().time()
+        self.ended_by: str = ""
         """The error that it ended with."""
 
     @property

@@ -26,9 +26,10 @@ class Bell:
     """The bell of this process."""
 
     def __init__(self, folder: Folder) -> None:
-        self.name = secrets.token_hex(8)
+        self.name: str = secrets.token_hex(8)
         self._folder = folder
-        self.reader, self._writer = folder.make_bell(self.name), -1
+        self.reader: int = folder.make_bell(self.name)
+        self._writer = -1
         try:
             # A writer of our own: otherwise the reader would see "end of file" whenever nobody is ringing.
             self._writer = folder.open_bell(self.name)

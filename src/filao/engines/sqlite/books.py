@@ -70,16 +70,16 @@ class QueueRow:
     __slots__ = ("_loaded", "count", "delayed", "fresh", "id", "paused", "reasons", "rules")
 
     def __init__(self, row: Sequence[int], rules: Queue) -> None:
-        self.id = row[0]
-        self.rules = rules
-        self.paused = bool(row[2])
+        self.id: int = row[0]
+        self.rules: Queue[Any] = rules
+        self.paused: bool = bool(row[2])
         self._loaded = row[3:]
-        self.count = dict(zip(COUNTERS, row[3:], strict=True))
+        self.count: dict[str, int] = dict(zip(COUNTERS, row[3:], strict=True))
         self.reasons: list[tuple[str, int, int]] = []
         """Of dead letters: why, how many more lie there, and how many have died."""
-        self.fresh = False
+        self.fresh: bool = False
         """Whether a message has become ready, or was left by one who took others."""
-        self.delayed = 0
+        self.delayed: int = 0
         """How many were delayed: those who wait must learn when each is due."""
 
     def pending(self) -> int:

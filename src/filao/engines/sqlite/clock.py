@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-log = logging.getLogger("filao.sqlite")
+log: logging.Logger = logging.getLogger("filao.sqlite")
 
 JUMP = 1_000  # milliseconds between the wall clock and ours that are taken for a jump
 SLEW = 20  # ours follows by at most a twentieth of the time that passes, ...

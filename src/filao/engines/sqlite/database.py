@@ -47,20 +47,20 @@ class Database:
     """One process's hold on a Filao file, or on a private one in memory."""
 
     def __init__(self, path: Path, *, durable: bool, clock: Callable[[], float], wake: Callable[[int], None]) -> None:
-        self.path = path
+        self.path: Path = path
         self.folder: Folder | None = None
         """Where the turnstile and the bells are; None in memory and on Windows."""
-        self.file = ""
+        self.file: str = ""
         """The random name of the file, the first part of its message ids."""
         self.lessee: Lessee | None = None
         self.bell: Bell | None = None
         self.ticket: Ticket | None = None
         """Of the running job: see `SqliteEngine._in_turn`."""
-        self.loop_thread = threading.get_ident()
+        self.loop_thread: int = threading.get_ident()
         """See `filao.forks.Storage`."""
         self._durable = durable
         self._flushes = durable
-        self.clock = FileClock(clock)
+        self.clock: FileClock = FileClock(clock)
         self._wake = wake
         self._wal = path
         self._given = path

@@ -73,7 +73,7 @@ class SqliteEngine:
     """See `filao.engine.Engine`."""
 
     name = "SQLite"
-    features = frozenset(Feature)
+    features: frozenset[Feature] = frozenset(Feature)
     emulated: frozenset[Feature] = frozenset()
     lanes = 1
 

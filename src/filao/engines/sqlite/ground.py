@@ -61,7 +61,7 @@ class Ground:
         self._base = (about.st_mtime_ns, about.st_size)
         self._fds: dict[_Identity, int] = {}
         self._checkpoint = self._read_checkpoint()
-        self.cookie = schema_cookie(self._read(self._identity, HEADER))
+        self.cookie: int = schema_cookie(self._read(self._identity, HEADER))
         """The count of changes of the schema in the file itself: it never goes back, and a copy's begins anew."""
 
     def look(self) -> Loss | None:

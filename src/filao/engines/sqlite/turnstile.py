@@ -27,7 +27,7 @@ class Turnstile:
     """Lets one process at a time through; `None` as its folder lets everybody through."""
 
     def __init__(self, folder: Folder | None) -> None:
-        self.is_held = False
+        self.is_held: bool = False
         self._file = -1
         if folder is not None and sys.platform != "win32":
             self._file = folder.open_turnstile()

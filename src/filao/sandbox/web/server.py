@@ -38,7 +38,7 @@ AT_ONCE = 8  # events of one page that are being done
 STATIC = files("filao.sandbox.web") / "static"
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 
-log = logging.getLogger("filao.sandbox")
+log: logging.Logger = logging.getLogger("filao.sandbox")
 
 
 def serve(
