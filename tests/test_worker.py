@@ -14,6 +14,7 @@ import pytest
 
 import filao
 import filao.sync
+from filao.engines.sqlite import processes
 from filao.message import delivery_of
 from filao.worker import run as run_module
 from filao.worker import shift as shift_module
@@ -562,7 +563,8 @@ async def test_what_may_have_killed_its_process_is_handled_alone(url, broker) ->
         database = engine_of(dying)._database
         await broker.send_many("claims", range(10))
         await broker.send_many("other", range(10))
-        database.bury(database.lessee.process, database.bell.name)  # as another process does when this one is dead
+        with database.write(durable=True) as books:  # as another process does when this one is dead
+            processes.bury(books, database.lessee.process)
     async with running(worker):
         await until_stats(broker, acked=13)
         await until_stats(broker, "other", acked=10)
@@ -847,7 +849,7 @@ def refused(register: Callable[[Worker], Any]) -> str:
     return str(refusal.value)
 
 
-async def of_two(message: filao.Message, other: int) -> None: ...
+async def of_two(message: filao.Message, other) -> None: ...  # nothing says what a lifespan should give
 async def of_none() -> None: ...
 async def of_an_int(message: int) -> None: ...
 async def of_sync(message: filao.sync.Message) -> None: ...
