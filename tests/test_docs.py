@@ -110,7 +110,7 @@ def test_every_block_says_by_its_language_whether_it_runs(page) -> None:
     assert [block.code for block in blocks_of(page) if block.language == "sh" and "pip install" in block.code] == []
 
 
-OTHERS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs" / "decisions").glob("*.md")])
+OTHERS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "decisions").glob("*.md")])
 
 
 @pytest.mark.parametrize("page", [*OTHERS, *SITE], ids=_named)
