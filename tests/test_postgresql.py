@@ -264,6 +264,18 @@ async def test_a_transaction_commits_in_peace_while_a_queue_is_deleted(broker) -
     assert (await broker.receive_from_queue("claims")).body == 7
 
 
+async def test_what_a_statement_sets_ends_with_its_transaction(broker) -> None:
+    async with broker.transaction() as tx:
+        await tx.execute("/* faster */ SET synchronous_commit = off")
+        assert await tx.execute("SHOW synchronous_commit") == [("off",)]
+    async with broker.transaction() as tx:
+        assert await tx.execute("SHOW synchronous_commit") == [("on",)]
+        await tx.execute("SET LOCAL synchronous_commit = off")
+        backend = await tx.execute("SELECT pg_backend_pid()")
+    async with broker.transaction() as tx:
+        assert await tx.execute("SELECT pg_backend_pid()") == backend
+
+
 async def test_statements_are_written_as_on_sqlite_or_as_psycopg_wants(broker) -> None:
     async with broker.transaction() as tx:
         await tx.execute("CREATE TABLE t (a text, b integer)")

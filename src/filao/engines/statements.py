@@ -36,6 +36,12 @@ def check_statement(sql: str) -> None:
         )
 
 
+def first_words(sql: str) -> str:
+    """Return a statement without what an engine skips before it."""
+    found = _FIRST_WORD.match(sql)
+    return sql[found.start(1) :] if found else sql
+
+
 def for_psycopg(sql: str, parameters: Any) -> tuple[str, Any]:
     """Write `?` and `:name`, which SQLite knows, as psycopg wants them, so that a statement runs on both.
 

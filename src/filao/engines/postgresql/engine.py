@@ -299,7 +299,11 @@ class PostgresqlEngine:
         """Hold a transaction for the user's own statements, on a connection of its own."""
         async with self._transactions.begin() as connection:
             within = PostgresqlTransaction(connection, self.apply_within)
-            yield within
+            try:
+                yield within
+            finally:
+                if within.has_set:
+                    self._server.distrust_one(connection)
             within.check_open()
         if fresh := verbs.fresh(within.done):
             with suppress(FilaoError):  # it is committed; whoever waits polls as well

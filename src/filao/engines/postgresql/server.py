@@ -204,6 +204,10 @@ class Server:
         """Let no connection that is open now be used again: its server has become one that cannot write."""
         self._distrusted.update(self._connections)
 
+    def distrust_one(self, connection: Connection) -> None:
+        """Let a connection not be used again, on which a user's statement has set what the promises rest on."""
+        self._distrusted.add(connection)
+
     def is_lost(self, connection: Connection) -> bool:
         """Return whether a connection is closed or distrusted, or its server has said something unasked: farewell."""
         try:

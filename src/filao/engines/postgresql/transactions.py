@@ -1,5 +1,6 @@
 """Transactions of the user's own, each on a connection of its own, and what a transaction of ours does when it lost."""
 
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from psycopg.errors import DeadlockDetected, LockNotAvailable, NoDataFound, Seri
 from filao.codec import shown
 from filao.engine import Operation, Result, Send, Settle
 from filao.engines.postgresql.server import Connection, Pool, PoolExhausted, Server, in_time
-from filao.engines.statements import check_statement, for_psycopg
+from filao.engines.statements import check_statement, first_words, for_psycopg
 from filao.errors import EngineError, EngineUnavailable
 
 R = TypeVar("R")
@@ -19,6 +20,7 @@ BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever is the database's def
 CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
 TRIES = 5  # of a transaction that met another and lost: nothing of it was done
+_LASTS = re.compile(r"(?!SET\s+(LOCAL|TRANSACTION|CONSTRAINTS)\b)(SET|RESET|LISTEN|DISCARD)\b", re.IGNORECASE)
 _ENDS = frozenset({"BEGIN", "COMMIT", "COMMIT PREPARED", "PREPARE TRANSACTION", "ROLLBACK", "START TRANSACTION"})
 
 
@@ -77,6 +79,8 @@ class PostgresqlTransaction:
         self._connection = connection
         self._apply = apply
         self._ended_by: str | None = None
+        self.has_set = False
+        """A statement has set what outlasts the transaction: its connection must not serve another."""
         self.done: list[Operation] = []
         """What is to be made known when it has committed."""
 
@@ -85,6 +89,7 @@ class PostgresqlTransaction:
         self.check_open()
         check_statement(sql)
         statement, written = for_psycopg(sql, parameters)
+        self.has_set = self.has_set or _LASTS.match(first_words(sql)) is not None
         async with in_time():
             async with self._connection.pipeline():  # in which the server takes one statement at a time, as SQLite does
                 cursor = await self._connection.execute(statement.encode(), written)
