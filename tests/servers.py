@@ -203,7 +203,12 @@ class Rabbitmq:
         environment = os.environ | self._environment
         quiet = subprocess.DEVNULL
         self._server = subprocess.Popen(
-            [_rabbitmq("rabbitmq-server")], env=environment, stdout=quiet, stderr=quiet, start_new_session=True
+            [_rabbitmq("rabbitmq-server")],
+            env=environment,
+            cwd=self._folder,  # where it leaves its core when it dies
+            stdout=quiet,
+            stderr=quiet,
+            start_new_session=True,
         )
 
     def start(self) -> None:
