@@ -71,8 +71,8 @@ async def resume(broker: filao.Broker, pen: Pen) -> None:
 
 async def purge(broker: filao.Broker, pen: Pen, state: filao.State | None) -> None:
     """Delete letters."""
-    there = await broker.stats(LETTERS)
-    most = there.sent + 1_000  # were it killed, it would have deleted so many at most
+    dead = (await broker.stats(LETTERS)).dead
+    most = dead + 1_000 if state is filao.State.DEAD else LETTERS.max_length  # deleted, were it killed meanwhile
     began = pen.begin("purge", queue=LETTERS.name, limit=most)
     pen.end(began, "done", {"count": await broker.purge(LETTERS, state=state)})
 
