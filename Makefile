@@ -8,20 +8,32 @@ TEST_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproj
 EXAMPLE_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["example"])')
 DOCS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["docs"])')
 PEERS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["peers"])')
+QUICK := $(addprefix tests/test_,$(addsuffix .py,batching codec engines public queue release sqlite_engine surroundings sync testing tidy within))
 AXE := axe-core@4.14.1
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo insurer test lint format torture bench docs clean
+.PHONY: demo insurer test quick dist lint format torture bench docs clean
 
 demo: $(VENV)/web
-	$(VENV)/bin/filao sandbox $(ARGS)
+	@$(VENV)/bin/filao sandbox $(ARGS); code=$$?; [ $$code -eq 130 ] || exit $$code
 
 insurer: $(VENV)/example
 	$(RUN) -m examples.insurance $(ARGS)
 
 # Most tests wait for a server or a process: two at a time take half as long.
 test: lint
-	$(RUN) -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
+	$(RUN) -m pytest --durations=10 $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
+
+# What takes a minute: no server, no browser, no fault of a disk.
+quick: lint
+	$(RUN) -m pytest --durations=10 -n 2 $(QUICK) $(ARGS)
+	$(RUN) -m pytest -n 2 tests/test_conformance.py -k sqlite $(ARGS)
+
+# Two builds of one commit are the same, byte for byte: every time stamp is the commit's.
+dist: $(VENV)/test
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(RUN) -m build --no-isolation --outdir dist
+	ls -l dist
 
 lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
@@ -60,6 +72,7 @@ $(VENV)/web: $(VENV)/filao
 	touch $@
 
 $(VENV)/filao: pyproject.toml constraints.txt
+	@echo "installing Filao and what it needs into $(VENV) ..."
 	@test -n "$(PYTHON)" || { echo "Filao needs Python 3.11 or newer; none was found. Set PYTHON=/path/to/python3." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable '.[cli]'
