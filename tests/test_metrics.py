@@ -243,6 +243,48 @@ def test_a_real_prometheus_scrapes_a_store_that_changes(db, tmp_path) -> None:
             until_scraped(port, 'filao_messages_sent_total{queue="claims"}', "7")
 
 
+APP = """
+import filao
+
+worker = filao.Worker("claims.db")
+
+@worker.consumer("claims")
+async def handle(message: filao.Message) -> None: ...
+"""
+
+
+def test_each_process_of_a_worker_serves_what_it_measures(db, tmp_path) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    port = free_port()
+    arguments = [*FILAO, "work", "app:worker", "--processes", "2", "--metrics", str(port)]
+    with subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        try:
+            until = time.monotonic() + PATIENCE
+            while (
+                sum(handled(port + n) for n in range(2)) < 1
+                or "filao_" not in page(port)
+                or "filao_" not in page(port + 1)
+            ):
+                assert time.monotonic() < until
+                time.sleep(0.1)
+        finally:
+            process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+def page(port: int) -> str:
+    """Return what is served there; empty while nothing is."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            return str(answer.read().decode())
+    except (urllib.error.URLError, OSError):
+        return ""
+
+
+def handled(port: int) -> float:
+    return samples(page(port)).get(("filao_handler_seconds_count", "acked", "claims"), 0.0)
+
+
 def until_scraped(port: int, query: str, wanted: str) -> None:
     until, found = time.monotonic() + PATIENCE, ""
     while found != wanted:

@@ -37,6 +37,7 @@ from filao.errors import (
     UnsupportedFeature,
 )
 from filao.message import Guarantee, Message, Transaction
+from filao.observing import Observer, Observers, Operated
 from filao.outbox import Inbox, Outbox
 from filao.queue import Backoff, Queue
 from filao.relay import Relay
@@ -63,6 +64,9 @@ __all__ = [
     "MessageError",
     "MessageNotEncodable",
     "MessageTooLarge",
+    "Observer",
+    "Observers",
+    "Operated",
     "Outbox",
     "Outcomes",
     "Outgoing",

@@ -37,6 +37,7 @@ from filao.engine import (
 from filao.engines import Durability, engine_for, located
 from filao.errors import ConfigurationError
 from filao.message import Guarantee, Message, Transaction, entered
+from filao.observing import Observers
 from filao.queue import LEASE_MAX, Queue, T, check_duration, name_of
 from filao.receiving import Receiving
 from filao.session import Session
@@ -64,6 +65,11 @@ class Broker:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._receiving = Receiving(session)
+
+    @property
+    def observers(self) -> Observers:
+        """Those that are told what this broker does: `broker.observers.add(…)`, see `filao.Observer`."""
+        return self._session.observers
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 

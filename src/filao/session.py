@@ -29,6 +29,7 @@ from filao.engine import (
 )
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
 from filao.forks import gate, keep
+from filao.observing import Observers
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of
 
 CLOSES_WITHIN = 30.0  # seconds, for all that closing does
@@ -57,16 +58,18 @@ _open_sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
 class Session:
     """An engine, what is on its way to it, and what is known of its queues; opened and closed any number of times."""
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
+    def __init__(self, make: Callable[[], Engine], observers: Observers | None = None) -> None:
         self.make = make
         """Makes an engine on the same storage."""
+        self.observers = Observers() if observers is None else observers
+        """Those that are told what is done."""
         self._begin_anew()
         self._unusable = _NOT_OPEN
         self._is_inherited = False
 
     def _begin_anew(self) -> None:
         self.engine: Engine = self.make()
-        self._batcher = Batcher(self.engine.execute, self.give_back_unread, self.engine.lanes)
+        self._batcher = Batcher(self.observers.watch(self.engine.execute), self.give_back_unread, self.engine.lanes)
         self.submit: Callable[[Operation], asyncio.Future[Result]] = self._batcher.submit
         """Do an operation with the next batch."""
         self._queues: dict[str, Queue] = {}
@@ -131,7 +134,7 @@ class Session:
     def sibling(self) -> "Session | None":
         """Return a session on the same storage for another event loop; None where the leases are bound to this one."""
         engine = self.engine.twin()
-        return None if engine is None else Session(lambda: engine)
+        return None if engine is None else Session(lambda: engine, self.observers)
 
     def inherit(self) -> None:
         """Become unusable in a child process, without touching what is shared with the parent."""

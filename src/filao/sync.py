@@ -34,6 +34,7 @@ from filao.loop_thread import LoopThread
 from filao.message import Guarantee, inside_of
 from filao.message import Message as AsyncMessage
 from filao.message import Transaction as AsyncTransaction
+from filao.observing import Observers
 from filao.queue import Queue, T
 from filao.session import Session, current_transaction
 
@@ -65,6 +66,11 @@ class Broker:
         self._opening = threading.RLock()  # a signal's handler may close what it finds half open
         self._is_inherited = False
         self._is_used = False
+
+    @property
+    def observers(self) -> Observers:
+        """See `filao.Broker.observers`; they are called in the thread of the event loop."""
+        return self._broker.observers
 
     def __enter__(self) -> Self:
         if self._caller is not None:
@@ -506,7 +512,8 @@ def call_on(broker: Broker, function: Callable[..., Coroutine[Any, Any, R]], *ar
 
 def _again(broker: AsyncBroker) -> AsyncBroker:
     """Return another broker on the same storage."""
-    return AsyncBroker(Session(session_of(broker).make))
+    session = session_of(broker)
+    return AsyncBroker(Session(session.make, session.observers))
 
 
 def _back(broker: AsyncBroker) -> Callable[[list[AsyncMessage[Any]]], None]:

@@ -24,7 +24,7 @@ from filao.printable import printable
 from filao.urls import shown_url
 
 _NAME = 27  # columns of a queue's name: with the rest a line takes 80
-_KEYS = {
+_ARROWS = {
     b"\x1b[A": "up",
     b"\x1b[B": "down",
     b"\x1b[C": "in",
@@ -33,7 +33,7 @@ _KEYS = {
     b"\r": "in",
     b"\n": "in",
 }
-_KEYS |= {
+_LETTERS = {
     b"k": "up",
     b"j": "down",
     b"l": "in",
@@ -43,6 +43,7 @@ _KEYS |= {
     b"\x03": "quit",
     b"\x04": "quit",
 }
+_KEYS = _ARROWS | _LETTERS
 _SORTS = ("age", "ready", "dead", "name")
 _OTHER_SCREEN, _FIRST_SCREEN = b"\x1b[?1049h\x1b[?25l", b"\x1b[?25h\x1b[?1049l"
 

@@ -10,13 +10,14 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import click
 
 from filao.cli.health import health_check
-from filao.cli.pages import address_of
+from filao.cli.metrics import TEXT, check_extra
+from filao.cli.pages import Page, address_of, in_use, served, shown_address
 from filao.cli.shell import note, usage
 from filao.errors import FilaoError
 from filao.worker.supervisor import Supervisor, report
@@ -43,7 +44,9 @@ ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stoppe
 )
 @click.option("--queue", "queues", multiple=True, metavar="QUEUE", help="Only this one of its queues. May be repeated.")
 @click.option("--reload", is_flag=True, help="Start anew when a .py file here changes; for development.")
+@click.option("--metrics", metavar="[HOST:]PORT", help="Serve measures to Prometheus; the nth process at PORT + n - 1.")
 @click.option("--report-to", type=int, hidden=True)
+@click.option("--slot", type=int, default=1, hidden=True)
 def work(
     *,
     target: str,
@@ -54,7 +57,9 @@ def work(
     max_memory: int | None,
     health: str | None,
     log_level: str,
+    metrics: str | None,
     report_to: int | None,
+    slot: int,
 ) -> int:
     """Run a filao.Worker, such as app:worker for `worker` in app.py, until SIGTERM or Ctrl-C.
 
@@ -75,10 +80,12 @@ def work(
     if report_to is None and (processes > 1 or limits or reload):
         command = [sys.executable, "-m", "filao", "work", target, "--log-level", log_level]
         command += [part for queue in queues for part in ("--queue", queue)]
+        command += ["--metrics", metrics] if metrics else []
         for name, value in limits:
             command += [f"--max-{name}", str(value)]
         return asyncio.run(_supervise(command, processes, address, reload=reload))
-    return asyncio.run(_work(worker, _is_used_up(worker, max_messages, max_memory), report_to, address))
+    with _measured(worker, metrics, slot):
+        return asyncio.run(_work(worker, _is_used_up(worker, max_messages, max_memory), report_to, address))
 
 
 async def _supervise(command: list[str], processes: int, address: tuple[str, int] | None, *, reload: bool) -> int:
@@ -150,6 +157,32 @@ def _has_ended(executor: ThreadPoolExecutor) -> bool:
     ending.start()
     ending.join(ENDS_WITHIN)
     return not ending.is_alive()
+
+
+@contextmanager
+def _measured(worker: Worker, metrics: str | None, slot: int) -> Generator[None]:
+    """Serve what a worker's process measures."""
+    if metrics is None:
+        yield
+        return
+    check_extra()
+    from filao.prometheus.worker import WorkerMetrics
+
+    host, port = address_of("--metrics", metrics)
+    port = min(port + slot - 1, 65_535) if port else 0
+    measures = WorkerMetrics()
+    worker.observers.append(measures)
+
+    async def answer(path: bytes) -> Page:
+        return Page(measures.text(), TEXT)
+
+    with ExitStack() as stack:
+        try:
+            listening = stack.enter_context(served(host, port, answer, name="filao metrics"))
+        except OSError as error:
+            raise in_use("--metrics", error, host, port) from error
+        note(f"metrics at {shown_address(host, listening)}metrics")
+        yield
 
 
 @contextmanager

@@ -282,6 +282,8 @@ class Run:
     def _start(self, then: Callable[[object], None], *transaction: Any) -> None:
         loop, timeout = asyncio.get_running_loop(), self._consumer.timeout
         self._then = then
+        if self._shared.session.observers:
+            self._shared.session.observers.began(self.delivery)
         if timeout is not None:
             self.keep_until = self._began + timeout + ENDS_WITHIN
             self._timers.append(loop.call_later(timeout, self.end, "timeout"))
@@ -467,6 +469,8 @@ class Run:
         self._tell(how, outcome)
         error = outcome.error if isinstance(outcome, (engine.Nack, engine.Reject)) else ""
         seconds = time.monotonic() - self._began if self._task is not None else 0.0
+        if self._shared.session.observers and self._task is not None:
+            self._shared.session.observers.ended(self.delivery, how, seconds)
         self._ended(self, Handled(self.queue, self.delivery.id, self.delivery.attempt, how, error, seconds))
 
     def _settled_before(self, outcome: engine.Outcome | None) -> How:

@@ -166,8 +166,7 @@ class Supervisor:
         try:
             slot.process = await asyncio.create_subprocess_exec(
                 *self._command,
-                "--report-to",
-                str(writing),
+                *("--report-to", str(writing), "--slot", str(slot.number)),
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=[writing],
                 start_new_session=True,  # a Ctrl-C is for the supervisor, which passes it on

@@ -20,6 +20,7 @@ from filao.calls import Caller
 from filao.engine import HEALTHY, Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.message import Message
+from filao.observing import Observer
 from filao.queue import Queue, T, check_duration, check_name, not_found
 from filao.worker.handlers import handler_of
 from filao.worker.keeper import Keeper
@@ -112,6 +113,8 @@ class Worker:
         self._shift: Shift | None = None
         """The run under way, once the engine was reached."""
         self._pulse: Pulse | None = None
+        self.observers: list[Observer] = []
+        """Those that are told what it does while it runs; see `filao.Observer`."""
         self.handled = 0
         """How many attempts have ended."""
         self.has_hung: bool = False
@@ -335,6 +338,9 @@ class Worker:
             on_handled(handled)
 
         async with AsyncExitStack() as stack:
+            for observer in self.observers:
+                broker.observers.add(observer)
+                stack.callback(broker.observers.remove, observer)
             caller = Caller(asyncio.get_running_loop())
             stack.callback(caller.end, "the worker has stopped, so this message is settled without its handler")
             shortest = min(consumer.queue.lease for consumer in consumers.values())

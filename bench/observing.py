@@ -1,0 +1,51 @@
+"""What observers cost: send-one and drain on a file, without any and with a worker's measures. Run: python -m bench.observing"""
+
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import filao
+from filao.prometheus.worker import WorkerMetrics
+
+MESSAGES, SENDERS, ROUNDS = 10_000, 64, 7
+
+
+async def _rates(path: Path, *, observed: bool) -> tuple[float, float]:
+    """Return messages per second, each sent, and each received and acked, by many tasks at once."""
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        if observed:
+            broker.observers.add(WorkerMetrics())
+
+        async def send() -> None:
+            for number in range(MESSAGES // SENDERS):
+                await broker.send_to_queue("claims", {"claim_id": number})
+
+        async def drain() -> None:
+            while (message := await broker.receive_from_queue("claims", wait=0)) is not None:
+                await message.ack()
+
+        rates: list[float] = []
+        for work in (send, drain):
+            began = time.perf_counter()
+            await asyncio.gather(*(work() for _ in range(SENDERS)))
+            rates.append(MESSAGES / (time.perf_counter() - began))
+    return rates[0], rates[1]
+
+
+def main() -> None:
+    """Alternate, so that a machine that slows down slows both."""
+    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(2 * ROUNDS):
+            observed = bool(number % 2)
+            found[observed].append(asyncio.run(_rates(Path(folder) / f"{number}.db", observed=observed)))
+    for place, name in enumerate(("send-one", "drain")):
+        off, on = (median(rates[place] for rates in found[observed]) for observed in (False, True))
+        print(f"{name:<9} {off:9,.0f}/s without, {on:9,.0f}/s with: {100 * (1 - on / off):+.1f} % (median of {ROUNDS})")
+
+
+if __name__ == "__main__":
+    main()
