@@ -18,6 +18,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 import filao
 from filao.broker import session_of
@@ -469,7 +470,8 @@ async def test_a_paused_consumer_whose_message_was_taken_over_can_change_nothing
         os.kill(paused.pid, signal.SIGCONT)
         assert await paused.says() == "LeaseLost"
         after = await broker.stats(CLAIMS)
-        assert after == before
+        ages = {"oldest_leased_age": None, "receivers": ()}  # which go on
+        assert structs.replace(after, **ages) == structs.replace(before, **ages)
         assert (message.attempt, after.leased) == (2, 1)
         await message.ack()
 

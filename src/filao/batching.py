@@ -7,15 +7,15 @@ must wait for its own turn takes, when it comes, whatever has gathered by then: 
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from filao.engine import Abandoned, Batch, Operation, Receive, Result
 from filao.errors import EngineUnavailable, FilaoError
+from filao.observing import Execute, Observers
 
 BATCH_MAX = 1_000  # operations in one transaction: some 20 ms of the write lock, and a bound on what a failure repeats
 
-Execute = Callable[[Batch], Awaitable[Sequence["Result | asyncio.Future[Result]"]]]
 _Entry = tuple[Operation, "asyncio.Future[Result]"]
 
 
@@ -25,8 +25,11 @@ class Batcher:
     It is written with callbacks: a task of its own would cost a lone operation two more turns of the loop.
     """
 
-    def __init__(self, execute: Execute, abandoned: Abandoned, lanes: int = 1) -> None:
+    def __init__(
+        self, execute: Execute, abandoned: Abandoned, lanes: int = 1, observers: Observers | None = None
+    ) -> None:
         self._execute = execute
+        self._observers = Observers() if observers is None else observers
         self._abandoned = abandoned
         self._lanes = lanes
         self._gathered: deque[_Entry] = deque()
@@ -66,7 +69,8 @@ class Batcher:
             receives = sum(isinstance(operation, Receive) for operation, _ in waiting)
             taken: list[_Entry] = []
             take = partial(self._take, asyncio.get_running_loop(), taken)
-            doing = asyncio.ensure_future(self._execute(Batch(receives > 0, receives < len(waiting), take)))
+            execute = self._observers.watch(self._execute) if self._observers.all else self._execute
+            doing = asyncio.ensure_future(execute(Batch(receives > 0, receives < len(waiting), take)))
             self._doing.add(doing)
             doing.add_done_callback(partial(self._finish, taken))
         elif not self._doing and not self._late:

@@ -54,21 +54,22 @@ class Observers:
     """Those that watch one broker."""
 
     def __init__(self) -> None:
-        self._all: list[Observer] = []
+        self.all: list[Observer] = []
+        """A batcher looks at it for each batch, and so pays nothing for those that are not there."""
         self._failed: set[int] = set()
         """Those that were complained of."""
 
     def __bool__(self) -> bool:
-        return bool(self._all)
+        return bool(self.all)
 
     def add(self, observer: Observer) -> None:
         """Tell it from now on."""
-        self._all.append(observer)
+        self.all.append(observer)
 
     def remove(self, observer: Observer) -> None:
         """Tell it no more; harmless when it was not told."""
-        if observer in self._all:
-            self._all.remove(observer)
+        if observer in self.all:
+            self.all.remove(observer)
             self._failed.discard(id(observer))
 
     def began(self, delivery: Delivery) -> None:
@@ -80,12 +81,8 @@ class Observers:
         self._tell(lambda observer: observer.ended(delivery, how, seconds))
 
     def watch(self, execute: Execute) -> Execute:
-        """Return what executes batches and tells of them."""
-
-        def watched(batch: Batch) -> "Awaitable[Sequence[Result | asyncio.Future[Result]]]":
-            return self._executed(execute, batch) if self._all else execute(batch)
-
-        return watched
+        """Return what executes a batch and tells of it."""
+        return partial(self._executed, execute)
 
     async def _executed(self, execute: Execute, batch: Batch) -> "Sequence[Result | asyncio.Future[Result]]":
         taken: list[Operation] = []
@@ -131,7 +128,7 @@ class Observers:
             self._tell(partial(_operated, Operated(verb, queue, number, messages, seconds, error)))
 
     def _tell(self, call: Callable[[Observer], None]) -> None:
-        for observer in list(self._all):
+        for observer in list(self.all):
             try:
                 call(observer)
             except Exception:

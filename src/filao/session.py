@@ -69,7 +69,7 @@ class Session:
 
     def _begin_anew(self) -> None:
         self.engine: Engine = self.make()
-        self._batcher = Batcher(self.observers.watch(self.engine.execute), self.give_back_unread, self.engine.lanes)
+        self._batcher = Batcher(self.engine.execute, self.give_back_unread, self.engine.lanes, self.observers)
         self.submit: Callable[[Operation], asyncio.Future[Result]] = self._batcher.submit
         """Do an operation with the next batch."""
         self._queues: dict[str, Queue] = {}
