@@ -302,11 +302,19 @@ async def test_what_waits_for_a_transaction_of_its_own_broker_has_a_bound(db, mo
 
 @contextmanager
 def foreign_writer(db: Path) -> Iterator[None]:
-    """Hold SQLite's write lock as another program would."""
-    with closing(sqlite3.connect(db, isolation_level=None)) as foreign:
-        foreign.execute("BEGIN IMMEDIATE")
-        yield
-        foreign.execute("ROLLBACK")
+    """Hold SQLite's write lock in another program."""
+    code = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None); db.execute('BEGIN IMMEDIATE'); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(db)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as foreign:
+        assert foreign.stdout is not None
+        assert foreign.stdout.readline() == b"held\n"
+        try:
+            yield
+        finally:
+            foreign.communicate()
 
 
 @pytest.mark.anyio

@@ -37,6 +37,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "engines.sqlite.ground",
         "engines.sqlite.turnstile",
         "engines.sqlite.bell",
+        "engines.sqlite.own",
         "engines.sqlite.files",
         "engines.sqlite.scrutiny",
         "engines.sqlite.thread",

@@ -2,12 +2,18 @@
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import sqlalchemy
 from sqlalchemy.orm import Session
 
 import filao
+import filao.sync
+from filao.engines.sqlite import own
 
 pytestmark = pytest.mark.anyio
 
@@ -123,3 +129,64 @@ async def test_a_connection_without_a_transaction_is_refused(broker, tmp_path) -
     connection.execute("COMMIT")
     connection.close()
     assert await waiting(broker) == 1
+
+
+FORGOTTEN = r"transaction of this very process.*send with within="
+
+
+async def test_a_send_that_forgot_within_is_told_at_once_whose_lock_it_is(broker, tmp_path) -> None:
+    connection = sqlite3.connect(tmp_path / "claims.db", isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    with pytest.raises(filao.EngineUnavailable, match=FORGOTTEN):
+        await broker.send_to_queue("claims", 1)
+    with pytest.raises(filao.EngineUnavailable, match=FORGOTTEN):
+        await broker.declare(filao.Queue("others"))
+    await broker.send_to_queue("claims", 2, within=connection)
+    connection.execute("COMMIT")
+    connection.close()
+    assert (await broker.receive_from_queue("claims", wait=0)).body == 2
+
+
+def test_the_blocking_twin_tells_it_too(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "claims.db") as broker:
+        broker.declare(filao.Queue("claims"))
+        connection = sqlite3.connect(tmp_path / "claims.db")
+        with connection:
+            connection.execute("CREATE TABLE claim (id INTEGER)")
+            connection.execute("INSERT INTO claim VALUES (1)")
+            with pytest.raises(filao.EngineUnavailable, match=FORGOTTEN):
+                broker.send_to_queue("claims", 1)
+        connection.close()
+
+
+def test_a_send_waits_for_the_transaction_of_another_thread(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "claims.db") as broker:
+        broker.declare(filao.Queue("claims"))
+        begun = threading.Event()
+
+        def hold() -> None:
+            connection = sqlite3.connect(tmp_path / "claims.db", isolation_level=None)
+            connection.execute("BEGIN IMMEDIATE")
+            begun.set()
+            time.sleep(2 * own.ALONE_WAITS)  # what this is about is time that passes
+            connection.execute("COMMIT")
+            connection.close()
+
+        holding = threading.Thread(target=hold)
+        holding.start()
+        begun.wait()
+        broker.send_to_queue("claims", 1)
+        holding.join()
+        assert broker.stats("claims").ready == 1
+
+
+def test_the_lock_of_another_process_is_not_taken_for_ones_own(tmp_path) -> None:
+    path = tmp_path / "claims.db"
+    with filao.sync.connect(path) as broker:
+        broker.declare(filao.Queue("claims"))
+        hold = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN IMMEDIATE'); print('held', flush=True); input()"
+        other = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert not own.holds_lock(path)
+        other.communicate(b"\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from filao.engine import OpenAgain
-from filao.engines.sqlite import files, moves, operators, processes, scrutiny
+from filao.engines.sqlite import files, moves, operators, own, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry, Bell
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.clock import FileClock
@@ -250,6 +250,7 @@ class Database:
         assert self._books is None, "a transaction inside a transaction"
         until = time.monotonic() + files.BUSY_TIMEOUT if self.ticket is None else self.ticket.until
         pause, pause_max = BUSY_AGAIN
+        began = time.monotonic()
         while True:
             self._check_lost()
             self._take_turn()
@@ -263,6 +264,8 @@ class Database:
                     if isinstance(error, files.FAILURES):
                         raise self._error(error) from error
                     raise
+                if time.monotonic() - began > own.patience() and own.holds_lock(self.path):
+                    raise EngineUnavailable(own.refusal(self.path)) from error
             with gate.outside(self):
                 time.sleep(pause)
             pause = min(2 * pause, pause_max)

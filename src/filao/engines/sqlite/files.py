@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from filao.engines.sqlite import ground
+from filao.engines.sqlite import ground, own
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 MEMORY = Path(":memory:")
@@ -381,6 +381,8 @@ def engine_error(path: Path, error: Exception) -> EngineError:
             )
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR if not _has_descriptors():
             return EngineUnavailable(_no_descriptors(path))
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED if own.holds_lock(path):
+            return EngineUnavailable(own.refusal(path))
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return EngineUnavailable(
                 f"{path} is locked by another program's transaction ({said}). Nothing was done; try again when it ends."
