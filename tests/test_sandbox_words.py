@@ -1,6 +1,9 @@
 """What the sandbox says: the same in both languages, in the chapter's words, and typeset as each language is."""
 
+import io
 import re
+import tokenize
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import filao.sandbox.web.server
 from filao.sandbox.claims import TEXTS
 from filao.sandbox.exercise import CHECKS
 from filao.sandbox.steps import STEPS
-from filao.sandbox.words import fill, french, lesson, page_words, wanted, words
+from filao.sandbox.words import FOLDER, PROGRAMS, fill, french, lesson, page_words, program, wanted, words
 
 STATIC = Path(filao.sandbox.web.server.__file__).parent / "static"
 
@@ -53,6 +56,27 @@ def test_every_step_is_told_and_has_a_right_answer() -> None:
     for key in {key for text in told.values() for key in text.get("hints", {})}:
         assert f'"{key}"' in source
     assert list(told["implement"]["conditions"]) == list(CHECKS)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PROGRAMS.glob("*.py")))
+def test_a_french_program_is_the_same_program_with_french_comments(name) -> None:
+    english, found = program(name), program(name, "fr")
+    comments = {one.string for one in tokens(english) if one.type == tokenize.COMMENT}
+    assert comments.isdisjoint(one.string for one in tokens(found) if one.type == tokenize.COMMENT)
+    assert [one.string for one in tokens(english) if one.type in (tokenize.NAME, tokenize.OP)] == [
+        one.string for one in tokens(found) if one.type in (tokenize.NAME, tokenize.OP)
+    ]
+    assert max(map(len, found.splitlines())) <= 120
+
+
+def tokens(code: str) -> list[tokenize.TokenInfo]:
+    return list(tokenize.generate_tokens(io.StringIO(code).readline))
+
+
+def test_no_translation_of_the_programs_is_left_over() -> None:
+    source = "".join(path.read_text() for path in PROGRAMS.glob("*.py"))
+    told = tomllib.loads((FOLDER / "programs.fr.toml").read_text())
+    assert [english for english in told if english not in source] == []
 
 
 def test_whatever_can_go_wrong_has_words() -> None:

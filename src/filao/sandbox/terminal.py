@@ -225,7 +225,7 @@ class Face:
         """Check the learner's file; where there is none yet, the skeleton is put there."""
         path = Path(CODE)
         if not path.exists():
-            path.write_text(program("my_consumer"), encoding="utf-8")
+            path.write_text(program("my_consumer", self._language), encoding="utf-8")
         self._visit.begin()
         await self._visit.room.exercise.start(path.read_text(encoding="utf-8", errors="replace"))
 

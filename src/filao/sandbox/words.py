@@ -31,9 +31,14 @@ def lesson(language: Language) -> Mapping[str, Mapping[str, Any]]:
 
 
 @cache
-def program(name: str) -> str:
-    """Return a program that can be run as it stands."""
-    return (PROGRAMS / f"{name}.py").read_text(encoding="utf-8")
+def program(name: str, language: Language = "en") -> str:
+    """Return a program that can be run as it stands, with its comments and what it prints in a language."""
+    text = (PROGRAMS / f"{name}.py").read_text(encoding="utf-8")
+    if language != "en":
+        told = tomllib.loads((FOLDER / f"programs.{language}.toml").read_text(encoding="utf-8"))
+        for english, translated in told.items():
+            text = text.replace(english, translated)
+    return text
 
 
 def wanted(accepted: str) -> Language:
@@ -75,7 +80,7 @@ def page_words(language: Language) -> dict[str, Any]:
         {"key": step.key, "acts": list(step.acts), "conditions": list(step.conditions), "answer": step.answer}
         for step in STEPS
     ]
-    programs = {path.stem: program(path.stem) for path in sorted(PROGRAMS.glob("*.py"))}
+    programs = {path.stem: program(path.stem, language) for path in sorted(PROGRAMS.glob("*.py"))}
     told = {"language": language, "words": found, "lesson": lesson(language), "steps": steps, "programs": programs}
     return told | {"glossary": glossary}
 
