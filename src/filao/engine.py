@@ -115,7 +115,7 @@ class Ack(msgspec.Struct, frozen=True):
     """Done: delete it."""
 
     before_work: bool = False
-    """It is received at most once: whoever acks must know that it is gone before he begins."""
+    """It is received at most once: the consumer must know that it is gone before the work begins."""
 
 
 class Nack(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """Those of this process who wait for one queue. One look serves them all, so that waking many costs no more than one.
 
-Whoever may have to wait takes a place before he looks for himself, and joins the line when he found nothing. A call
-that came in between is not lost: the line then has had more calls than when the place was taken.
+Take a place before the first look, so that a call in between is not lost, and join the line when the look found nothing:
+the line then has had more calls than when the place was taken.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ class Line:
         return Place(self, receive, self._calls)
 
     def is_quiet(self) -> bool:
-        """Return whether somebody waits and nothing has come since he looked."""
+        """Return whether somebody waits and nothing has come since they looked."""
         return not self._looking and any(not future.done() for future in self._waiting)
 
     def wanted(self) -> int:
@@ -75,7 +75,7 @@ class Line:
             self._wanted -= place.receive.limit
 
     def _time_out(self, future: "asyncio.Future[Received]") -> None:
-        """Send one home with nothing; but if a look is under way for him, after it, for it may bring something."""
+        """Send one home with nothing; if a look is under way for it, after that, which may bring something."""
         if future in self._looking:
             self._leave(future)
         elif not future.done():

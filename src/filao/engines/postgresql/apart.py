@@ -18,7 +18,7 @@ from filao.engines.postgresql.verbs import queue_of
 from filao.errors import EngineUnavailable, FilaoError
 
 LOCKED_APART = 0.05  # seconds that a try waits for a lock
-TRIES_MAX = 32  # in one round, which then takes 1.6 s at most; whoever came meanwhile has his turn in the next
+TRIES_MAX = 32  # in one round, which then takes 1.6 s at most; what came meanwhile has its turn in the next
 TOGETHER_MAX = 1_000  # operations in one try
 
 Do = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]

@@ -20,7 +20,7 @@ if sys.platform != "win32":  # there SQLite's own locks must do
     from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
 _NOTE = 8  # bytes
-TRIED_EVERY = 0.002  # seconds, by who only wants to know whether he would get through
+TRIED_EVERY = 0.002  # seconds, by a caller that only wants to know whether it would get through
 
 
 class Turnstile:
