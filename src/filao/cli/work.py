@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import importlib
-import logging
 import os
 import resource
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from filao.cli import logs
 from filao.cli.health import health_check
 from filao.cli.metrics import TEXT, check_extra
 from filao.cli.pages import Page, address_of, in_use, served, shown_address
@@ -42,6 +42,13 @@ ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stoppe
     show_default=True,
     help="What is logged: debug tells of each success, info of each decision.",
 )
+@click.option(
+    *("--log", "log_form"),
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Lines for people, or an object for each, with queue, message_id and attempt.",
+)
 @click.option("--queue", "queues", multiple=True, metavar="QUEUE", help="Only this one of its queues. May be repeated.")
 @click.option("--reload", is_flag=True, help="Start anew when a .py file here changes; for development.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve measures to Prometheus; the nth process at PORT + n - 1.")
@@ -57,6 +64,7 @@ def work(
     max_memory: int | None,
     health: str | None,
     log_level: str,
+    log_form: str,
     metrics: str | None,
     report_to: int | None,
     slot: int,
@@ -69,16 +77,14 @@ def work(
     With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends. While the
     storage is away it waits for it, for ever. Exit codes are those of `filao --help`; a stop by a signal is 0.
     """
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(process)d %(levelname)s %(message)s", stream=sys.stderr
-    )
+    logs.begin(log_level, log_form)
     address = None if health is None else address_of("--health", health)
     worker = _load(target)
     if queues:
         worker.only(queues)
     limits = [(name, value) for name, value in (("messages", max_messages), ("memory", max_memory)) if value]
     if report_to is None and (processes > 1 or limits or reload):
-        command = [sys.executable, "-m", "filao", "work", target, "--log-level", log_level]
+        command = [sys.executable, "-m", "filao", "work", target, "--log-level", log_level, "--log", log_form]
         command += [part for queue in queues for part in ("--queue", queue)]
         command += ["--metrics", metrics] if metrics else []
         for name, value in limits:

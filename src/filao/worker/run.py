@@ -115,7 +115,7 @@ def _whatever_happens(step: Callable[Concatenate["Run", P], None]) -> Callable[C
         try:
             step(run, *arguments, **options)
         except Exception:
-            log.exception("%s: an error of the worker's own; its lease runs out", run.about())
+            run.log.exception("%s: an error of the worker's own; its lease runs out", run.about())
             run.abandon()
 
     return guarded
@@ -200,6 +200,13 @@ class Run:
         if self._task is not None:
             self._task.add_done_callback(lambda _: callback())
 
+    @property
+    def log(self) -> "logging.LoggerAdapter[logging.Logger]":
+        """The log, whose records carry the queue, the message's id and the attempt as fields."""
+        delivery = self.delivery
+        fields = {"queue": delivery.queue, "message_id": delivery.id, "attempt": delivery.attempt}
+        return logging.LoggerAdapter(log, fields)
+
     def about(self) -> str:
         """Return the words for it in the log."""
         return f"message {self.delivery.id} of {self.queue!r}, attempt {self.delivery.attempt}"
@@ -230,7 +237,7 @@ class Run:
             if task.cancelled():
                 self._end("lost", None)
             elif (error := task.exception()) is not None:
-                log.error("%s: an error of the worker's own; its lease runs out", self.about(), exc_info=error)
+                self.log.error("%s: an error of the worker's own; its lease runs out", self.about(), exc_info=error)
                 self._end("lost", None)
             else:
                 then(task.result())
@@ -242,10 +249,10 @@ class Run:
         try:
             await self._shared.session.settle(self.delivery, engine.Ack(before_work=True))
         except LeaseLost as error:
-            log.warning("%s", error)
+            self.log.warning("%s", error)
             return None
         except EngineError as error:
-            log.warning("%s: its handler does not run, as it could not be deleted before: %s", self.about(), error)
+            self.log.warning("%s: its handler does not run, as it could not be deleted before: %s", self.about(), error)
             return engine.Release()
         mark_settled(self._message, AT_MOST_ONCE)
         return self._decided(await self._handled())
@@ -261,13 +268,13 @@ class Run:
         except _Undone:
             return outcome
         except LeaseLost as error:
-            log.warning("%s The work of its handler is undone.", error)
+            self.log.warning("%s The work of its handler is undone.", error)
             return None
         except Exception as error:
             if not isinstance(outcome, engine.Ack):  # the engine undoes it by itself
-                log.warning("%s: its transaction could not be ended properly: %s", self.about(), error)
+                self.log.warning("%s: its transaction could not be ended properly: %s", self.about(), error)
                 return outcome
-            log.warning("%s: its work could not be committed: %s: %s", self.about(), type(error).__name__, error)
+            self.log.warning("%s: its work could not be committed: %s: %s", self.about(), type(error).__name__, error)
             return engine.Nack(error=error_text(error))
         return None
 
@@ -379,24 +386,24 @@ class Run:
             return self._outcome(lambda: of_value(ending))
         if self._why == "timeout":
             text = f"TimeoutError: the handler ran longer than its timeout of {self._consumer.timeout:g} s"
-            log.warning("%s: %s", self.about(), text)
+            self.log.warning("%s: %s", self.about(), text)
             return engine.Nack(error=text)
         if self._why == "lost":
-            log.warning("%s: its lease was lost, so its handler was told to end", self.about())
+            self.log.warning("%s: its lease was lost, so its handler was told to end", self.about())
             return None
         if not isinstance(ending, _Raised) or self._why == "stopped":
             return engine.Release()
         raised = without_our_frames(ending.error)
         if not is_decision(raised, self._consumer.outcomes):
             trace = (type(raised), raised, raised.__traceback__)
-            log.warning("%s failed: %s", self.about(), last_line(raised), exc_info=trace)
+            self.log.warning("%s failed: %s", self.about(), last_line(raised), exc_info=trace)
         return self._outcome(lambda: of_error(raised, self._consumer.outcomes))
 
     def _outcome(self, decide: Callable[[], engine.Outcome]) -> engine.Outcome:
         try:
             return decide()
         except Exception as error:  # what the handler gave cannot be read: that is its failure
-            log.warning("%s: what its handler decided cannot be read", self.about(), exc_info=True)
+            self.log.warning("%s: what its handler decided cannot be read", self.about(), exc_info=True)
             return engine.Nack(error=error_text(error))
 
     # --- the settle --------------------------------------------------------------------------------------------------
@@ -429,13 +436,13 @@ class Run:
         plain = _in_plain_characters(outcome)
         for pause in pauses():
             if isinstance(error, LeaseLost):
-                log.warning("%s", error)
+                self.log.warning("%s", error)
                 return "lost"
             if error is None:
                 break
             if not isinstance(error, EngineUnavailable):
                 if outcome is plain and not isinstance(error, EngineError):
-                    log.error("%s could not be settled: its lease runs out", self.about(), exc_info=error)
+                    self.log.error("%s could not be settled: its lease runs out", self.about(), exc_info=error)
                     return "lost"
                 outcome = plain
             self._shared.outages.fails("settling", error)
@@ -462,7 +469,7 @@ class Run:
         self._shared.keeper.let_go(self)
         self._make_room()
         if self.has_hung:
-            log.error(
+            self.log.error(
                 "%s: its handler %s was told to end and still runs; the message was settled without it (%s)",
                 *(self.about(), self._consumer.handler.name, how),
             )
@@ -489,7 +496,7 @@ class Run:
         """Say in one line what follows."""
         if how in ("acked", "settled"):
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("%s: %s", self.about(), how)
+                self.log.debug("%s: %s", self.about(), how)
             return
         text = outcome.error.strip().rpartition("\n")[2] if isinstance(outcome, (engine.Nack, engine.Reject)) else ""
         follows: str = how
@@ -500,7 +507,7 @@ class Run:
             follows = f"again in {when}, attempt {self.delivery.attempt + 1} of {tries}"
         elif how == "dead":
             follows = "a dead letter"
-        log.info("%s: %s%s", self.about(), follows, f": {text}" if text else "")
+        self.log.info("%s: %s%s", self.about(), follows, f": {text}" if text else "")
 
 
 def _result(handler: Handler, result: object) -> object:

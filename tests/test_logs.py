@@ -1,0 +1,38 @@
+"""The log of a worker: what its records carry, and the form that machines read."""
+
+import json
+import logging
+
+import pytest
+
+import filao
+from filao.cli.logs import JsonFormatter
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_each_record_of_a_run_carries_queue_message_and_attempt(tmp_path, caplog) -> None:
+    caplog.set_level(logging.DEBUG, "filao.worker")
+    worker = filao.Worker(tmp_path / "claims.db")
+
+    @worker.consumer(filao.Queue("claims", max_attempts=1))
+    async def handle(message: filao.Message[str]) -> None:
+        raise ValueError(message.body)
+
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims", max_attempts=1))
+        receipt = await broker.send_to_queue("claims", "bad")
+        await worker.drain(broker)
+    records = [record for record in caplog.records if receipt.id in record.getMessage()]
+    assert len(records) == 2
+    for record in records:
+        written = json.loads(JsonFormatter().format(record))
+        assert (written["queue"], written["message_id"], written["attempt"]) == ("claims", receipt.id, 1)
+    assert "ValueError: bad" in json.loads(JsonFormatter().format(records[0]))["error"]
+
+
+def test_a_record_stays_on_one_line_whatever_stands_in_it() -> None:
+    record = logging.LogRecord("filao", logging.WARNING, "", 0, "two\nlines \x1b[2J %s", ("\ud800",), None)
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    assert "\x1b" not in line
