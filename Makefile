@@ -12,7 +12,7 @@ QUICK := $(addprefix tests/test_,$(addsuffix .py,batching codec engines public q
 AXE := axe-core@4.14.1
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo insurer test quick dist lint format torture bench docs clean
+.PHONY: demo insurer test quick dist lint format torture chaos bench docs clean
 
 demo: $(VENV)/web
 	@$(VENV)/bin/filao sandbox $(ARGS); code=$$?; [ $$code -eq 130 ] || exit $$code
