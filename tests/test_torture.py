@@ -430,6 +430,10 @@ def test_the_checker_sees_a_damaged_file(forger) -> None:
     assert "the file is damaged: row 3" in verdict(forger, Left(integrity="row 3 missing from index"))
 
 
+def test_the_checker_sees_what_could_not_be_received_in_the_end(forger) -> None:
+    assert "cannot be received: bills after 60 s" in verdict(forger, Left(undrained="bills after 60 s: 3 ready"))
+
+
 def test_a_history_is_read_as_it_was_written(tmp_path, forger) -> None:
     history = History(tmp_path / "history")
     history.write(*forger.history[:2])

@@ -1,6 +1,5 @@
 """The cast: who is who, what they find at the beginning, and what is found in the end."""
 
-import asyncio
 from collections.abc import Callable
 
 import msgspec
@@ -8,7 +7,7 @@ import msgspec
 import filao
 from tests.torture import auditor, consumers, operator, producers, workers
 from tests.torture.checker import Left
-from tests.torture.history import History
+from tests.torture.history import History, now
 from tests.torture.scene import BILLS, CLAIMS, EFFECTS, QUEUES, Pen, Scene
 
 PARTS: dict[str, Callable[[Scene], None]] = {
@@ -23,7 +22,7 @@ CAST = (
     *("producer-1", "producer-2", "consumer-1", "consumer-2", "blocking-1", "worker-1", "worker-2"),
     *("operator-1", "auditor-1"),
 )
-DRAINED_WITHIN = 120.0  # seconds
+DRAINED_WITHIN = 60.0  # seconds for each queue
 DRAIN_LIMIT = 100  # messages received at once at the end
 
 
@@ -48,11 +47,10 @@ async def prepare(db: object) -> None:
 async def drain(scene: Scene) -> Left:
     """When all others are gone: handle what is left, and tell what is found then."""
     pen = Pen(scene, History(scene.histories / scene.name))
-    async with filao.connect(scene.db) as broker, asyncio.timeout(DRAINED_WITHIN):
+    async with filao.connect(scene.db) as broker:
         await broker.declare(*QUEUES)
         await operator.resume(broker, pen)
-        for queue in QUEUES:
-            await _empty(broker, pen, queue)
+        undrained = [rest for queue in QUEUES if (rest := await _empty(broker, pen, queue))]
         dead = {letter.id: letter for queue in QUEUES for letter in await _dead(broker, queue)}
         async with broker.transaction() as transaction:
             effects = [found[0] for found in await transaction.execute("SELECT message FROM effect")]
@@ -67,17 +65,22 @@ async def drain(scene: Scene) -> Left:
         counters=counters,
         queue=CLAIMS.name,
         integrity="; ".join(integrity) or "ok",
+        undrained="; ".join(undrained),
     )
 
 
-async def _empty(broker: filao.Broker, pen: Pen, queue: filao.Queue) -> None:
-    """Handle what waits; what a killed process holds comes back when its lease ends."""
+async def _empty(broker: filao.Broker, pen: Pen, queue: filao.Queue) -> str:
+    """Handle what waits; what a killed process holds comes back when its lease ends. Return what never came."""
+    until = now() + DRAINED_WITHIN
     stats = await broker.stats(queue)
     while stats.ready + stats.delayed + stats.blocked + stats.leased:
+        if now() > until:
+            return f"{queue.name} after {DRAINED_WITHIN:g} s: {stats}"
         for message in await consumers.receive(broker, pen, queue, DRAIN_LIMIT, lease=DRAINED_WITHIN):
             if queue is not BILLS:
                 await consumers.attempt(pen, "ack", message, message.ack())
         stats = await broker.stats(queue)
+    return ""
 
 
 async def _dead(broker: filao.Broker, queue: filao.Queue) -> list[filao.StoredMessage]:

@@ -35,6 +35,8 @@ class Left:
     counters: dict[str, int] = field(default_factory=dict)
     """The queue's own statistics; empty: not examined."""
     integrity: str = "ok"
+    undrained: str = ""
+    """What could not be received in the end, though it should be there."""
     epochs: dict[str, int] = field(default_factory=dict)
     """How often the dead letters had been sent back before."""
     keys: dict[str, str] = field(default_factory=dict)
@@ -154,6 +156,7 @@ def check(history: Sequence[Record], left: Left, kept: Mapping[str, Kept] | None
         *_counters(story, left),
         *(f"audit: {end.text}" for call in story.did("audit") for end in call.ends if end.text),
         *([] if left.integrity == "ok" else [f"the file is damaged: {left.integrity}"]),
+        *([f"cannot be received: {left.undrained}"] if left.undrained else []),
     ]
 
 
