@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
 
-from filao.engine import Batch, Delivery, Extend, Operation, Received, Result, Send, Settle
+from filao.engine import Batch, Delivery, Operation, Receive, Received, Result, Send, Settle
 from filao.errors import FilaoError
 
 log = logging.getLogger("filao.observing")
@@ -98,13 +98,8 @@ class Observers:
         except (Exception, asyncio.CancelledError) as error:
             self._tell_all(taken, [error] * len(taken), time.perf_counter() - began)
             raise
-        done = [(operation, result) for operation, result in zip(taken, results, strict=True)]
-        self._tell_all(
-            [operation for operation, result in done if not isinstance(result, asyncio.Future)],
-            [result for _, result in done if not isinstance(result, asyncio.Future)],
-            time.perf_counter() - began,
-        )
-        for operation, result in done:
+        self._tell_all(taken, results, time.perf_counter() - began)
+        for operation, result in zip(taken, results, strict=True):
             if isinstance(result, asyncio.Future):  # it waits for somebody, and is told when it is done
                 result.add_done_callback(partial(self._tell_late, operation, began))
         return results
@@ -114,16 +109,25 @@ class Observers:
             self._tell_all([operation], [late.exception() or late.result()], time.perf_counter() - began)
 
     def _tell_all(
-        self, operations: Sequence[Operation], results: Sequence[Result | BaseException], seconds: float
+        self,
+        operations: Sequence[Operation],
+        results: "Sequence[Result | asyncio.Future[Result] | BaseException]",
+        seconds: float,
     ) -> None:
         counts: dict[tuple[Verb, str, str], list[int]] = {}
         for operation, result in zip(operations, results, strict=True):
-            verb, queue, messages = _described(operation, result)
+            if isinstance(result, asyncio.Future):
+                continue
             error = type(result).__name__ if isinstance(result, BaseException) else ""
+            verb, queue, messages = _described(operation, result)
             if messages or error:
-                count = counts.setdefault((verb, queue, error), [0, 0])
-                count[0] += 1
-                count[1] += messages
+                key = (verb, queue, error)
+                if key in counts:
+                    count = counts[key]
+                    count[0] += 1
+                    count[1] += messages
+                else:
+                    counts[key] = [1, messages]
         for (verb, queue, error), (number, messages) in counts.items():
             self._tell(partial(_operated, Operated(verb, queue, number, messages, seconds, error)))
 
@@ -143,12 +147,10 @@ def _operated(done: Operated, observer: Observer) -> None:
 
 def _described(operation: Operation, result: Result | BaseException) -> tuple[Verb, str, int]:
     """Return what was done, to which queue, and to how many messages."""
-    match operation:
-        case Send():
-            return "send", operation.queue, 0 if isinstance(result, FilaoError) else len(operation.drafts)
-        case Settle():
-            return "settle", operation.delivery.queue, 1
-        case Extend():
-            return "extend", operation.delivery.queue, 1
-        case _:
-            return "receive", operation.queue, len(result.deliveries) if isinstance(result, Received) else 0
+    if isinstance(operation, Settle):
+        return "settle", operation.delivery.queue, 1
+    if isinstance(operation, Receive):
+        return "receive", operation.queue, len(result.deliveries) if isinstance(result, Received) else 0
+    if isinstance(operation, Send):
+        return "send", operation.queue, 0 if isinstance(result, FilaoError) else len(operation.drafts)
+    return "extend", operation.delivery.queue, 1
