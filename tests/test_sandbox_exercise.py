@@ -80,13 +80,19 @@ async def test_the_skeleton_is_red_everywhere_with_reasons(checked) -> None:
         "survives": ("red", "lost_by_kill"),
         "nacks": ("red", "acked_failed"),
         "nothing_lost": ("red", "lost_some"),
-        "once": ("red", "not_paid"),
+        "once": ("red", "too_early"),
     }
 
 
 @pytest.mark.parametrize("body", [TRANSACTION, IDEMPOTENT], ids=["in one transaction", "idempotent"])
 async def test_good_code_is_green_everywhere(checked, body) -> None:
     assert {state for state, _ in (await results(checked, code(body))).values()} == {"green"}
+
+
+async def test_a_kill_finds_code_at_work_however_it_reads_the_claim(checked) -> None:
+    text = code(TRANSACTION).replace('sleep(message["effort"])', 'sleep(message.body.get("effort"))')
+    assert {state for state, _ in (await results(checked, text)).values()} == {"green"}
+    assert checked.results["survives"].values["attempt"] == 2
 
 
 async def test_code_that_is_not_idempotent_pays_twice(checked) -> None:

@@ -1,7 +1,8 @@
 """Runs a learner's consumer as it stands, in a process of its own, and writes down what it does to messages.
 
-It hears no orders. It ends when its parent does, however deep in a loop the learner's code is; and it may be told to
-die by SIGKILL just before it acknowledges a claim, as a process does that loses its power after the work.
+It hears no orders. It ends when its parent does, however deep in a loop the learner's code is. It may be told to die
+by SIGKILL just before it acknowledges a claim, as a process does that loses its power after the work; or to be at
+work on a claim until it is killed, so that the kill finds it there on every machine.
 """
 
 import json
@@ -24,6 +25,7 @@ import filao
 from filao.sandbox.journal import Journal, What, journal_of
 from filao.sandbox.orders import number_in
 
+ENDLESS = 3_600.0  # seconds of work on a claim whose holder is to be killed
 WRITTEN_MAX = 16 * 1024 * 1024  # bytes of a file that a learner's code may write, its output included
 
 
@@ -36,6 +38,25 @@ class Trial(msgspec.Struct, frozen=True):
     number: int
     kill_at_ack: int = 0
     """The claim before whose first acknowledgement the process dies."""
+    endless: int = 0
+    """The claim whose first holder is at work until it is killed."""
+
+
+class _Endless(dict[str, Any]):
+    """The body of such a claim; who reads its effort is at work."""
+
+    def __init__(self, body: dict[str, Any], begun: Callable[[], None]) -> None:
+        super().__init__(body)
+        self._begun = begun
+
+    def __getitem__(self, key: str) -> Any:
+        if key != "effort":
+            return super().__getitem__(key)
+        self._begun()
+        return ENDLESS
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key == "effort" else super().get(key, default)
 
 
 class Trap:
@@ -90,6 +111,8 @@ class Trap:
             message = await verb(*arguments, **named)
             if message is not None:
                 self.note("received", message, "once" if message.settled else "")
+                if message.attempt == 1 and number_in(message.body, "claim_id") == self._trial.endless:
+                    message.body = _Endless(message.body, lambda: self.note("halted", message))
             return message
 
         return receive
