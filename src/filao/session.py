@@ -61,7 +61,7 @@ class Session:
     def __init__(self, make: Callable[[], Engine], observers: Observers | None = None) -> None:
         self.make = make
         """Makes an engine on the same storage."""
-        self.observers = Observers() if observers is None else observers
+        self.observers: Observers = Observers() if observers is None else observers
         """Those that are told what is done."""
         self._begin_anew()
         self._unusable = _NOT_OPEN
