@@ -124,3 +124,15 @@ def test_a_broker_that_was_never_opened_says_so() -> None:
 def test_a_broker_that_cannot_open_leaves_no_thread_behind(tmp_path) -> None:
     with pytest.raises(filao.ConfigurationError, match="folder"), filao.sync.connect(tmp_path):
         raise AssertionError("it opened")
+
+
+def test_consume_ends_when_nothing_came_for_a_while(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "claims.db") as broker:
+        broker.declare(filao.Queue("claims"))
+        broker.send_many("claims", [1, 2, 3])
+        seen = []
+        for message in broker.consume("claims", prefetch=2, wait=0.01):
+            seen.append(message.body)
+            message.ack()
+        assert seen == [1, 2, 3]
+        assert list(broker.consume("claims", wait=0)) == []

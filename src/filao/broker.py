@@ -286,10 +286,11 @@ class Broker:
         queue: str | Queue[T],
         *,
         prefetch: int = 1,
+        wait: float | None = None,
         lease: float | None = None,
         guarantee: Guarantee = "at-least-once",
     ) -> AsyncGenerator[Message[T]]:
-        """Yield messages for ever; the caller settles each.
+        """Yield messages, for ever or until none came for `wait` seconds; the caller settles each.
 
         Up to `prefetch` are leased at once, which is faster; but those that wait for their turn wait within their
         lease. When the loop is left, those that were not yielded go back, their attempts unused.
@@ -297,7 +298,9 @@ class Broker:
         ahead: list[Message[T]] = []
         try:
             while True:
-                ahead = await self.receive_many(queue, prefetch, lease=lease, guarantee=guarantee)
+                ahead = await self.receive_many(queue, prefetch, wait=wait, lease=lease, guarantee=guarantee)
+                if not ahead:
+                    return
                 ahead.reverse()
                 while ahead:
                     yield ahead.pop()

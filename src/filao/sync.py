@@ -242,15 +242,18 @@ class Broker:
         queue: str | Queue[T],
         *,
         prefetch: int = 1,
+        wait: float | None = None,
         lease: float | None = None,
         guarantee: Guarantee = "at-least-once",
     ) -> "Generator[Message[T]]":
         """See `filao.Broker.consume`."""
         caller = self._usable()
-        messages = self._broker.consume(queue, prefetch=prefetch, lease=lease, guarantee=guarantee)
+        messages = self._broker.consume(queue, prefetch=prefetch, wait=wait, lease=lease, guarantee=guarantee)
         try:
             while True:
                 yield Message(caller, caller.take(messages.__anext__, receiving_of(self._broker).give_back))
+        except StopAsyncIteration:
+            return
         finally:
             with suppress(ConfigurationError):  # it was closed, and gave back what it held
                 caller.call(messages.aclose)
