@@ -267,7 +267,8 @@ def _stored_twice(story: Story) -> Iterator[str]:
 def _at_the_wrong_time(story: Story) -> Iterator[str]:
     """Find deliveries before the delay was over, after the time to live, or while the queue was paused.
 
-    Of a delivery to a worker (whose lease has no seconds) it is not known when it was asked for.
+    Of a delivery to a worker (whose lease has no seconds) it is not known when it was asked for. What was sent back no
+    longer expires; where the operator sends back all at once, it is not known what.
     """
     pauses = _pauses(story)
     for message, delivered in story.deliveries.items():
@@ -277,10 +278,14 @@ def _at_the_wrong_time(story: Story) -> Iterator[str]:
                 yield f"message {message} was delivered before its delay was over"
             if not delivery.seconds:
                 continue
-            if sent and sent.ttl and not delivery.epoch and delivery.began > sent.ended + sent.ttl + TIMELY:
+            if sent and _has_outlived(sent, delivery) and story.keeps(sent) == "all":
                 yield f"message {message} was delivered after its time to live, as attempt {delivery.attempt}"
             if any(delivery.began > start and delivery.ended < over for start, over in pauses[delivery.queue]):
                 yield f"message {message} was delivered while its queue was paused"
+
+
+def _has_outlived(sent: Record, delivery: Record) -> bool:
+    return bool(sent.ttl and not delivery.epoch and delivery.began > sent.ended + sent.ttl + TIMELY)
 
 
 def _pauses(story: Story) -> defaultdict[str, list[Span]]:
