@@ -25,7 +25,7 @@ function predict(step, text, told, ask) {
   return h("fieldset", { class: "predict" }, h("legend", {}, h("span", { class: "cap" }, say("predict")), h("span", { class: "question" }, rich(text.question, told.values, h))),
     text.options.map((option, place) => h("label", { class: `option${chosen === place ? " on" : ""}${told.is_done && place === step.answer ? " right" : ""}` },
       h("input", { type: "radio", name: `predict-${step.key}`, checked: chosen === place, onchange: () => ask({ do: "predict", place }) }), h("span", {}, rich(option, told.values, h)))),
-    h("p", { class: "noted", role: "status" }, chosen === undefined ? "\u00a0" : told.is_done ? say(chosen === step.answer ? "right" : "wrong") : say("noted")));
+    h("p", { class: "noted", role: "status" }, chosen === undefined ? (told.is_done ? "" : "\u00a0") : told.is_done ? say(chosen === step.answer ? "right" : "wrong") : say("noted")));
 }
 
 function acts(step, text, told, ask) {

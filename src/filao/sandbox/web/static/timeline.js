@@ -23,13 +23,13 @@ export function timeline(told, width, height, options) {
   const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
   const lengths = bars.map((bar) => Math.max(SHORTEST, (bar.to ?? now) - bar.from));
   const wanted = lengths.length ? BAR_LEAST / Math.min(...lengths) : 0;
-  const [label, named] = width < 500 ? [84, "consumer_short"] : [164, "consumer_n"];
+  const [label, named] = width < 500 ? [84, "consumer_short"] : [172, "consumer_n"];
   const room = width - label - 20;
   const scale = Math.max(room / Math.max(8, now * 1.04), Math.min(wanted, 144));
   const end = Math.max(now * 1.04, room / scale);
   const full = Math.max(room + 20, 20 + end * scale);
   const x = (at) => 4 + at * scale;
-  const tall = Math.max(30, Math.min(46, (height - 26) / Math.max(1, lanes.length)));
+  const tall = Math.max(20, Math.min(46, (height - 26) / Math.max(1, lanes.length)));
   const y = new Map(lanes.map((lane, at) => [lane.number, 6 + at * tall]));
   const bottom = 6 + lanes.length * tall;
   const grown = (value) => `${value * options.scale}px`;
@@ -58,7 +58,8 @@ function drawn(bar, x, now, y, tall, options) {
   const middle = y + tall / 2;
   const glyph = GLYPHS[bar.how];
   const digits = String(bar.claim).length * 10;
-  const paidAt = bar.paid === null ? null : Math.min(x(bar.paid), to - (glyph ? 24 : 8));
+  const fits = w > digits + 29; // beside the number; a lane's last bar has room behind it
+  const paidAt = bar.paid === null ? null : Math.min(x(bar.paid), to - (glyph && fits ? 24 : 8));
   return h("g", {
     key: `${bar.id}-${bar.from}`, class: `bar ${how}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
     onclick: () => options.follow(bar.claim), "data-claim": bar.claim, "data-how": how,
@@ -68,7 +69,7 @@ function drawn(bar, x, now, y, tall, options) {
   bar.extended.filter((at) => x(at) < to).map((at) => h("line", { class: "extended", x1: x(at), x2: x(at), y1: y + tall - 10, y2: y + tall - 4 })),
   h("text", { x: from + 8, y: middle + 5 }, String(bar.claim || "?")),
   paidAt !== null && paidAt > from + digits + 12 ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
-  glyph && w > digits + 22 ? h("path", { class: "glyph", d: glyph, transform: `translate(${to - 12} ${middle - 1})` }) : null,
+  glyph && (fits || bar.how === "killed") ? h("path", { class: "glyph", d: glyph, transform: `translate(${fits ? to - 12 : to + 10} ${middle - 1})` }) : null,
   bar.lease_end !== null ? h("g", { class: "lease-end" },
     h("line", { x1: x(bar.lease_end), x2: x(bar.lease_end), y1: y - 1, y2: y + tall }),
     h("text", { x: x(bar.lease_end) + 4, y: middle + 5 }, say("lease_end"))) : null);
