@@ -14,8 +14,9 @@ import filao.sandbox.web.server
 from filao.sandbox.claims import TEXTS
 from filao.sandbox.exercise import CHECKS
 from filao.sandbox.steps import STEPS
-from filao.sandbox.words import FOLDER, PROGRAMS, fill, french, lesson, page_words, program, wanted, words
+from filao.sandbox.words import FOLDER, LANGUAGES, PROGRAMS, fill, french, lesson, page_words, program, wanted, words
 
+ROOT = Path(__file__).parents[1]
 STATIC = Path(filao.sandbox.web.server.__file__).parent / "static"
 
 
@@ -90,6 +91,13 @@ def test_whatever_can_go_wrong_has_words() -> None:
         assert f"told_{''.join(key)}" in said
     for key in re.findall(r'RegisterError\("(\w+)"', source):
         assert f"fault_{key}" in said
+
+
+def test_the_sheet_names_files_that_are_there() -> None:
+    named = re.findall(r"\[[\"`]([\w./${}-]+)[\"`], \"further_", (STATIC / "sheet.js").read_text())
+    assert len(named) == 5
+    for language in LANGUAGES:
+        assert all((ROOT / path.replace("${language}", language)).exists() for path in named)
 
 
 def test_all_that_the_page_asks_for_has_words_and_no_word_is_left_over() -> None:

@@ -68,6 +68,10 @@ export function slots(box, top, bottom) {
   }));
 }
 
+// A low box has its words in one line, above one row of chips.
+export const isLow = (box) => box.h < 112;
+export const queueSlots = (box) => (isLow(box) ? slots(box, 34, 2) : slots(box, 44, 34));
+
 export const middle = (box) => ({ x: box.x + box.w / 2, y: box.y + box.h / 2 });
 
 export function pipe(from, to) {

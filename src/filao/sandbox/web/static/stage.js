@@ -1,7 +1,7 @@
 // The stage: producer, queue with its slots, consumers, what is done; a second queue where one feeds another.
 // It is drawn from whole scenes. A claim is one element wherever it is, so it travels when its place changes.
 
-import { boxes, CARD, CHIP, middle, pipe, slots } from "./boxes.js";
+import { boxes, CARD, CHIP, isLow, middle, pipe, queueSlots, slots } from "./boxes.js";
 import { h } from "./dom.js";
 import { euros, number, say, seconds } from "./say.js";
 
@@ -80,7 +80,7 @@ function producer(scene, box) {
       text(right - 122, box.y + 50, number(told.sent), { class: "huge mid" }), text(right - 14, box.y + 48, sent, { class: "soft end" }));
   }
   if (box.h < 130) {
-    return h("g", { key: "producer" }, frame(box, "box"), text(x, box.y + 24, say("producer"), { class: "name mid" }), text(x, box.y + 56, number(told.sent), { class: "huge mid" }), text(x, box.y + 76, sent, { class: "soft mid" }));
+    return h("g", { key: "producer" }, frame(box, "box"), text(x, box.y + 21, say("producer"), { class: "name mid" }), text(x, box.y + 49, number(told.sent), { class: "huge mid" }), text(x, box.y + 68, sent, { class: "soft mid" }));
   }
   const answers = told.answer_ms !== null && box.h > 165;
   return h("g", { key: "producer" }, frame(box, "box"), text(x, box.y + 28, say("producer"), { class: "name mid" }), text(x, box.y + 50, say("portal"), { class: "soft mid" }),
@@ -95,16 +95,16 @@ function queue(scene, place, ask, options) {
     return h("g", { key: "queue" }, frame(box, "box missing"),
       text(middle(box).x, middle(box).y, say("no_queue"), { class: "soft mid" }));
   }
-  const fits = slots(box, 44, 34).length;
+  const fits = queueSlots(box).length;
   const more = Math.max(0, told.ready - fits);
   return h("g", { key: "queue" },
     text(middle(box).x, box.y - 9, h("tspan", { class: "mono strong" }, `queue · ${told.name}`), { class: "mid" }),
     frame(box, "box queue"),
-    text(box.x + box.w - 12, box.y + 28, say(box.w > 280 ? "fifo_long" : "fifo"), { class: "soft end" }),
-    more ? text(box.x + 14, box.y + 28, `+${number(more)}`, { class: "strong accent" }) : null,
-    slots(box, 44, 34).map((slot) => h("rect", { x: slot.x, y: slot.y, width: CHIP.w, height: CHIP.h, rx: 9, class: "slot" })),
-    text(box.x + 14, box.y + box.h - 12, say("ready_n", { n: told.ready }), { class: "strong" }),
-    told.ready && box.w > 230 ? text(box.x + box.w - 12, box.y + box.h - 12, say("oldest", { s: told.oldest.toFixed(1) }), { class: "soft end" }) : null,
+    text(box.x + box.w - 12, box.y + (isLow(box) ? 25 : 28), say(box.w > 280 && !isLow(box) ? "fifo_long" : "fifo"), { class: "soft end" }),
+    more && !isLow(box) ? text(box.x + 14, box.y + 28, `+${number(more)}`, { class: "strong accent" }) : null,
+    queueSlots(box).map((slot) => h("rect", { x: slot.x, y: slot.y, width: CHIP.w, height: CHIP.h, rx: 9, class: "slot" })),
+    text(box.x + 14, box.y + (isLow(box) ? 25 : box.h - 12), say("ready_n", { n: told.ready }), { class: "strong" }),
+    told.ready && box.w > 230 && !isLow(box) ? text(box.x + box.w - 12, box.y + box.h - 12, say("oldest", { s: told.oldest.toFixed(1) }), { class: "soft end" }) : null,
     tray(place.delayed, say("delayed"), told.delayed, seconds(Math.max(0, told.late[0]?.due ?? 0)), "delayed"),
     tray(place.dead, say("dead_letters"), told.dead, number(told.dead), told.dead ? "deadbox" : ""));
 }
@@ -198,12 +198,12 @@ function buttons(one, box, size, ask) {
   ].slice(0, size === "small" ? 2 : 4);
   const tall = 28;
   const y = size === "small" ? box.y + (box.h - tall) / 2 : box.y + box.h - tall - (size === "full" ? 12 : 9);
-  let x = size === "small" ? box.x + 100 : box.x + 12;
+  let x = size === "small" ? box.x + 111 : box.x + 12;
   return all.map((button) => {
     const isWide = button.wide && size !== "small";
-    const w = isWide ? 78 : 38;
+    const w = isWide ? 78 : size === "small" ? 36 : 38;
     const at = { x, y };
-    x += w + 6;
+    x += w + (size === "small" ? 3 : 6);
     return control(button, at, w, tall, isWide, () => ask({ do: button.act, consumer: one.number }), one.number);
   });
 }
@@ -238,7 +238,7 @@ function chips(scene, place, shown, ask, options) {
     put(one.over ? `${one.holds.id}-z` : one.holds.id, one.holds, spot, one.over ? " zombie" : " held");
   });
   if (scene.queue) {
-    const spots = slots(place.queue, 44, 34);
+    const spots = queueSlots(place.queue);
     scene.queue.waiting.slice(0, spots.length).forEach((chip, at) => put(chip.id, chip, spots[at], chip.locked ? " locked" : ""));
     row(place.delayed, 2).forEach((spot, at) => scene.queue.late[at] && put(scene.queue.late[at].id, scene.queue.late[at], spot, " delayed"));
     row(place.dead, 2).forEach((spot, at) => scene.queue.letters[at] && put(scene.queue.letters[at].id, scene.queue.letters[at], spot, " dead"));
