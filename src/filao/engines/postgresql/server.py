@@ -85,7 +85,7 @@ def _about(url: str) -> dict[str, Any] | None:
     """Return what a URL says, None where psycopg cannot read it: its message may hold the password, and is dropped."""
     try:
         return dict(conninfo.conninfo_to_dict(url))
-    except psycopg.Error:
+    except (psycopg.Error, UnicodeDecodeError):
         return None
 
 
@@ -104,7 +104,7 @@ class Server:
         about = _about(url)
         if about is None:
             raise ConfigurationError(
-                f"the URL {shown_url(url)} cannot be read: a % in it begins no escape, or a setting behind its ? is none "
+                f"the URL {shown_url(url)} cannot be read: a % in it begins no escape of UTF-8, or a setting behind its ? is none "
                 f"of PostgreSQL's. Write % as %25"
             )
         self.url = url
