@@ -434,7 +434,7 @@ SERVER_FORK = """
     broker.declare(claims)
     broker.send_many(claims, range(2))
     message = broker.receive_from_queue(claims)
-    inherited = broker._broker, broker._thread
+    inherited = broker._inner, broker._thread
     child = os.fork()
     if child == 0:
         signal.alarm(30)

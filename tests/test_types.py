@@ -12,6 +12,7 @@ import filao
 
 PRELUDE = """
 from dataclasses import dataclass
+from typing import assert_type
 import filao
 import filao.sync
 
@@ -35,11 +36,28 @@ async def by_name(message: filao.Message[Claim], transaction: filao.Transaction)
 
 @worker.consumer(filao.Queue("untyped"))
 async def untyped(message: filao.Message) -> None: ...
+
+def in_a_script(broker: filao.sync.Broker) -> None:
+    broker.send_to_queue(claims, Claim(1), delay=2.5, group="a")
+    broker.send_many(queue=claims, bodies=[Claim(1)], priority=1)
+    assert_type(broker.stats("claims"), filao.QueueStats)
+    assert_type(broker.stats(), list[filao.QueueStats])
+    assert_type(broker.redrive(claims, ids=["1-1"], body=Claim(3)), int)
+    assert_type(broker.receive_from_queue(claims), filao.sync.Message[Claim])
+    assert_type(broker.receive_from_queue(claims, wait=1), filao.sync.Message[Claim] | None)
+    for message in broker.consume(claims):
+        with message.transaction() as transaction:
+            assert_type(transaction.send_to_queue(claims, message.body), filao.Receipt)
+        message.nack(delay=1.0, reason=OSError())
 """
 WRONG = [
     "@worker.consumer(claims)\nasync def on_loop(message: filao.Message[int]) -> None: ...",
     "@worker.consumer(claims)\ndef in_thread(message: filao.sync.Message[int]) -> None: ...",
     "async def send(broker: filao.Broker) -> None:\n    await broker.send_to_queue(claims, 7)",
+    "def send_blocking(broker: filao.sync.Broker) -> None:\n    broker.send_to_queue(claims, 7)",
+    "def send_many(broker: filao.sync.Broker) -> None:\n    broker.send_many(claims, [7])",
+    "def misspelled(broker: filao.sync.Broker) -> None:\n    broker.send_to_queue(claims, Claim(1), delai=7)",
+    "def too_many(message: filao.sync.Message[Claim]) -> None:\n    message.ack(7)",
 ]
 MYPY = ["-m", "mypy", "--strict", "--no-error-summary", "--cache-dir"]
 PYRIGHT = ["-m", "pyright", "--pythonpath", sys.executable]

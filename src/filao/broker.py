@@ -168,8 +168,8 @@ class Broker:
         in order. While a message with the same `dedup_key`, or with the same `message_id`, is pending, and for the
         queue's `dedup_window` after, nothing is stored and the first one's id is returned with `duplicate=True`: after
         an error that left open whether the message was stored, send again with the same `message_id`. `within` is an
-        open `sqlite3` or psycopg connection (or SQLAlchemy's or Django's) on the same storage: the message then appears if and when
-        the transaction that it holds commits.
+        open `sqlite3` or psycopg connection (or SQLAlchemy's or Django's) on the same storage, and is used in the
+        calling thread: the message then appears if and when the transaction that it holds commits.
 
         Raises `QueueNotFound`, `MessageTooLarge`, `MessageNotEncodable`, `MessageError`, `QueueFull`, `EngineError`;
         then nothing was stored.

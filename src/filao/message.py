@@ -130,8 +130,8 @@ class Message(Generic[T]):
     def transaction(self) -> AbstractAsyncContextManager["Transaction"]:
         """Open a transaction that commits the caller's statements, follow-up sends and this acknowledgement together.
 
-        `async with message.transaction() as tx:`; leaving it normally commits, an exception undoes all of it and the
-        message stays leased. See `Broker.transaction`.
+        Leaving its block normally commits; an exception undoes all of it, and the message stays leased. See
+        `Broker.transaction`.
         """
         self._check_held("ack")
         return _transaction_for(self)

@@ -2,7 +2,8 @@
 
 One event-loop thread runs an async broker, and every call is handed to it. So a `Broker` may be shared by any number of
 threads, and what they do at the same moment shares commits, as concurrent tasks do. Guarantees, units and errors are
-those of `filao.broker` and `filao.message`.
+those of `filao.broker` and `filao.message`, from which the calls are derived, with their types and docstrings. Written
+out is only what differs: opening and closing, what hands messages out, what is no coroutine, what takes a message.
 
 A program without a place for `with` opens it where it likes, a module included: `broker = filao.sync.connect(url);
 broker.open()`. It closes itself when the interpreter ends, and opens itself again in a child process that uses it.
@@ -11,22 +12,19 @@ broker.open()`. It closes itself when the interpreter ends, and opens itself aga
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, overload
-
-from msgspec import UNSET, UnsetType
+from typing import Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar, cast, overload
 
 from filao.broker import Broker as AsyncBroker
 from filao.broker import connect as connect_async
 from filao.broker import receiving_of, session_of
 from filao.calls import Caller, Held
-from filao.draft import Outgoing
-from filao.engine import Feature, Finding, QueueStats, Receipt, State, StoredMessage
+from filao.engine import Feature
 from filao.engines import Durability
 from filao.errors import ConfigurationError
 from filao.forks import keep
@@ -38,7 +36,10 @@ from filao.observing import Observers
 from filao.queue import Queue, T
 from filao.session import Session, current_transaction
 
+P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+K = TypeVar("K", bound=type[Any])
 
 _FORMS = "`with filao.sync.connect(…) as broker:`, or `broker.open()` in a program without a place for `with`"
 _NOT_OPEN = f"this broker is not open: use {_FORMS}"
@@ -51,6 +52,47 @@ def connect(url: str | Path, *, durability: Durability = "full", clock: Callable
     return Broker(connect_async(url, durability=durability, clock=clock))
 
 
+def _blocking(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
+    """Return a method that has a coroutine function run on the loop, for `_inner`, by `_caller`, and waits for it.
+
+    Type checkers carry parameters, overloads and type variables over; `wraps` carries docstring and signature. Such
+    methods are `Final`, because checkers do not rely on types that they infer for anything else in an installed package.
+    """
+
+    @wraps(function)
+    def call(self: Any, /, *arguments: P.args, **keywords: P.kwargs) -> R:
+        if keywords.get("within") is not None:  # a connection, which belongs to the calling thread
+            return _run_here(function(self._inner, *arguments, **keywords))
+        caller: Caller = self._caller
+        return caller.call(partial(function, self._inner, *arguments, **keywords))
+
+    call.__module__ = __name__
+    return call
+
+
+def _reading(send: F) -> F:
+    """Return a method that reads the bodies in the calling thread: where they come from may belong to it, or block."""
+
+    @wraps(send)
+    def call(self: Any, /, queue: Any, bodies: Iterable[Any], **terms: Any) -> Any:
+        return send(self, queue, list(bodies), **terms)
+
+    return cast("F", call)
+
+
+def _documented_by(twin: type[Any]) -> Callable[[K], K]:
+    """Give what is written out, and says nothing of its own, the docstring of its twin."""
+
+    def documented(ours: K) -> K:
+        for name, member in vars(ours).items():
+            if not name.startswith("_") and member.__doc__ is None:
+                member.__doc__ = vars(twin)[name].__doc__
+        return ours
+
+    return documented
+
+
+@_documented_by(AsyncBroker)
 class Broker:
     """See `filao.Broker`; safe from many threads.
 
@@ -59,8 +101,7 @@ class Broker:
     """
 
     def __init__(self, broker: AsyncBroker) -> None:
-        self._broker = broker
-        self._caller: Caller | None = None
+        self._inner = broker
         self._thread: LoopThread | None = None
         self._refusal = _NOT_OPEN
         self._opening = threading.RLock()  # a signal's handler may close what it finds half open
@@ -69,11 +110,11 @@ class Broker:
 
     @property
     def observers(self) -> Observers:
-        """See `filao.Broker.observers`; they are called in the thread of the event loop."""
-        return self._broker.observers
+        """Those that are told what this broker does, in the thread of its event loop; see `filao.Observer`."""
+        return self._inner.observers
 
     def __enter__(self) -> Self:
-        if self._caller is not None:
+        if self._thread is not None:
             raise ConfigurationError("this broker is open already: the block would close it under those who opened it")
         self.open()
         return self
@@ -86,16 +127,16 @@ class Broker:
     def open(self) -> None:
         """Connect to the engine; `with` does it. Idempotent; what is closed can be opened again."""
         with self._opening:
-            if self._caller is not None:
+            if self._thread is not None:
                 return
             if self._is_used:
-                self._broker = _again(self._broker)  # the last one may still be closing: a close that was interrupted
+                self._inner = _again(self._inner)  # the last one may still be closing: a close that was interrupted
             self._is_used = True
-            thread = LoopThread(self._broker)
+            thread = LoopThread(self._inner)
             try:
                 thread.start()
                 _open_brokers.add(self)
-                self._thread, self._caller = thread, thread.caller
+                self._thread = thread
             except BaseException:
                 thread.stop()
                 raise
@@ -109,7 +150,7 @@ class Broker:
                 thread.leave(threading.get_ident())
                 thread.stop()
                 self._refusal = _CLOSED
-            self._thread = self._caller = None
+            self._thread = None
             self._is_inherited = False
             _open_brokers.discard(self)
         if thread is not None:
@@ -117,81 +158,18 @@ class Broker:
 
     @property
     def features(self) -> frozenset[Feature]:
-        """See `filao.Broker.features`."""
-        return self._broker.features
+        return self._inner.features
 
     @property
     def emulated(self) -> frozenset[Feature]:
-        """See `filao.Broker.emulated`."""
-        return self._broker.emulated
+        return self._inner.emulated
 
-    def declare(self, *queues: Queue[Any]) -> None:
-        """See `filao.Broker.declare`."""
-        self._call(self._broker.declare, *queues)
+    declare: Final = _blocking(AsyncBroker.declare)
+    queues: Final = _blocking(AsyncBroker.queues)
+    delete_queue: Final = _blocking(AsyncBroker.delete_queue)
 
-    def queues(self) -> list[Queue[Any]]:
-        """See `filao.Broker.queues`."""
-        return self._call(self._broker.queues)
-
-    def delete_queue(self, queue: str | Queue[Any], *, messages: bool = False) -> None:
-        """See `filao.Broker.delete_queue`."""
-        self._call(partial(self._broker.delete_queue, queue, messages=messages))
-
-    def send_to_queue(
-        self,
-        queue: str | Queue[T],
-        body: T,
-        *,
-        headers: Mapping[str, str] | None = None,
-        delay: float = 0.0,
-        priority: int = 0,
-        group: str | None = None,
-        dedup_key: str | None = None,
-        ttl: float | None = None,
-        message_id: str | None = None,
-        within: object = None,
-    ) -> Receipt:
-        """See `filao.Broker.send_to_queue`; `within` is used in the calling thread, to which the connection belongs."""
-        send = partial(
-            self._broker.send_to_queue,
-            queue,
-            body,
-            headers=headers,
-            delay=delay,
-            priority=priority,
-            group=group,
-            dedup_key=dedup_key,
-            ttl=ttl,
-            message_id=message_id,
-            within=within,
-        )
-        return self._call(send) if within is None else _run_here(send())
-
-    def send_many(
-        self,
-        queue: str | Queue[T],
-        bodies: Iterable[T | Outgoing[T]],
-        *,
-        headers: Mapping[str, str] | None = None,
-        delay: float = 0.0,
-        priority: int = 0,
-        group: str | None = None,
-        ttl: float | None = None,
-        within: object = None,
-    ) -> list[Receipt]:
-        """See `filao.Broker.send_many`."""
-        send = partial(
-            self._broker.send_many,
-            queue,
-            list(bodies),
-            headers=headers,
-            delay=delay,
-            priority=priority,
-            group=group,
-            ttl=ttl,
-            within=within,
-        )
-        return self._call(send) if within is None else _run_here(send())
+    send_to_queue: Final = _blocking(AsyncBroker.send_to_queue)
+    send_many: Final = _reading(_blocking(AsyncBroker.send_many))
 
     @overload
     def receive_from_queue(
@@ -219,7 +197,6 @@ class Broker:
         lease: float | None = None,
         guarantee: Guarantee = "at-least-once",
     ) -> "Message[T] | None":
-        """See `filao.Broker.receive_from_queue`."""
         messages = self.receive_many(queue, 1, wait=wait, lease=lease, guarantee=guarantee)
         return messages[0] if messages else None
 
@@ -232,10 +209,9 @@ class Broker:
         lease: float | None = None,
         guarantee: Guarantee = "at-least-once",
     ) -> "list[Message[T]]":
-        """See `filao.Broker.receive_many`."""
-        caller = self._usable()
-        receive = partial(self._broker.receive_many, queue, limit, wait=wait, lease=lease, guarantee=guarantee)
-        return [Message(caller, message) for message in caller.take(receive, _back(self._broker))]
+        caller = self._caller
+        receive = partial(self._inner.receive_many, queue, limit, wait=wait, lease=lease, guarantee=guarantee)
+        return [Message(caller, message) for message in caller.take(receive, _back(self._inner))]
 
     def consume(
         self,
@@ -246,12 +222,11 @@ class Broker:
         lease: float | None = None,
         guarantee: Guarantee = "at-least-once",
     ) -> "Generator[Message[T]]":
-        """See `filao.Broker.consume`."""
-        caller = self._usable()
-        messages = self._broker.consume(queue, prefetch=prefetch, wait=wait, lease=lease, guarantee=guarantee)
+        caller = self._caller
+        messages = self._inner.consume(queue, prefetch=prefetch, wait=wait, lease=lease, guarantee=guarantee)
         try:
             while True:
-                yield Message(caller, caller.take(messages.__anext__, receiving_of(self._broker).give_back))
+                yield Message(caller, caller.take(messages.__anext__, receiving_of(self._inner).give_back))
         except StopAsyncIteration:
             return
         finally:
@@ -259,258 +234,131 @@ class Broker:
                 caller.call(messages.aclose)
 
     def transaction(self) -> "AbstractContextManager[Transaction]":
-        """See `filao.Broker.transaction`."""
-        return _transaction(self._usable(), self._broker.transaction)
+        return _transaction(self._caller, self._inner.transaction)
 
-    @overload
-    def stats(self, queue: str | Queue[Any]) -> QueueStats: ...
-    @overload
-    def stats(self, queue: None = None) -> list[QueueStats]: ...
-    def stats(self, queue: str | Queue[Any] | None = None) -> QueueStats | list[QueueStats]:
-        """See `filao.Broker.stats`."""
-        return self._call(self._broker.stats) if queue is None else self._call(self._broker.stats, queue)
-
-    def peek(
-        self,
-        queue: str | Queue[Any],
-        *,
-        state: State | str = State.READY,
-        limit: int = 10,
-        after: str | None = None,
-    ) -> list[StoredMessage]:
-        """See `filao.Broker.peek`."""
-        return self._call(partial(self._broker.peek, queue, state=state, limit=limit, after=after))
-
-    def dead_letters(
-        self, queue: str | Queue[Any], *, limit: int = 100, after: str | None = None
-    ) -> list[StoredMessage]:
-        """See `filao.Broker.dead_letters`."""
-        return self._call(partial(self._broker.dead_letters, queue, limit=limit, after=after))
-
-    def redrive(
-        self,
-        queue: str | Queue[T],
-        *,
-        ids: Iterable[str] | None = None,
-        limit: int | None = None,
-        body: T | UnsetType = UNSET,
-        headers: Mapping[str, str] | None = None,
-    ) -> int:
-        """See `filao.Broker.redrive`."""
-        return self._call(partial(self._broker.redrive, queue, ids=ids, limit=limit, body=body, headers=headers))
-
-    def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:
-        """See `filao.Broker.purge`."""
-        return self._call(partial(self._broker.purge, queue, state=state))
-
-    def cancel(self, queue: str | Queue[Any], message_id: str) -> bool:
-        """See `filao.Broker.cancel`."""
-        return self._call(self._broker.cancel, queue, message_id)
-
-    def pause(self, queue: str | Queue[Any]) -> None:
-        """See `filao.Broker.pause`."""
-        self._call(self._broker.pause, queue)
-
-    def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
-        """See `filao.Broker.resume`."""
-        self._call(partial(self._broker.resume, queue, group=group))
-
-    def doctor(self) -> list[Finding]:
-        """See `filao.Broker.doctor`."""
-        return self._call(self._broker.doctor)
+    stats: Final = _blocking(AsyncBroker.stats)
+    peek: Final = _blocking(AsyncBroker.peek)
+    dead_letters: Final = _blocking(AsyncBroker.dead_letters)
+    redrive: Final = _blocking(AsyncBroker.redrive)
+    purge: Final = _blocking(AsyncBroker.purge)
+    cancel: Final = _blocking(AsyncBroker.cancel)
+    pause: Final = _blocking(AsyncBroker.pause)
+    resume: Final = _blocking(AsyncBroker.resume)
+    doctor: Final = _blocking(AsyncBroker.doctor)
 
     # --- below the door ----------------------------------------------------------------------------------------------------
 
-    def _call(self, function: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> R:
-        """Run a coroutine function on the loop and wait for it; a caller that is interrupted takes its call back."""
-        return self._usable().call(function, *arguments)
-
-    def _usable(self) -> Caller:
-        """Return whom to ask. Raises `ConfigurationError` when it is not open."""
-        caller = self._caller
-        if caller is None and self._is_inherited:
+    @property
+    def _caller(self) -> Caller:
+        """Whom to ask. Raises `ConfigurationError` when it is not open."""
+        if self._thread is None and self._is_inherited:
             self.open()
-            caller = self._caller
-        if caller is None:
+        thread = self._thread
+        if thread is None:
             raise ConfigurationError(self._refusal)
-        return caller
+        return thread.caller
 
     def _inherit(self) -> None:
         """Become, in a child process, a broker that opens itself when it is used."""
-        keep((self._broker, self._thread))
-        self._is_inherited = self._caller is not None
+        keep((self._inner, self._thread))
+        self._is_inherited = self._thread is not None
         self._opening = threading.RLock()
-        self._broker, self._is_used = _again(self._broker), False
-        self._caller = self._thread = None
+        self._inner, self._is_used = _again(self._inner), False
+        self._thread = None
 
 
+@_documented_by(AsyncMessage)
 class Message(Generic[T]):
     """See `filao.Message`."""
 
-    __slots__ = ("_caller", "_message")
+    __slots__ = ("_caller", "_inner")
 
     def __init__(self, caller: Caller, message: AsyncMessage[T]) -> None:
         self._caller = caller
-        self._message = message
+        self._inner = message
 
     @property
     def body(self) -> T:
         """The body, of the queue's type."""
-        return self._message.body
+        return self._inner.body
 
     @property
     def id(self) -> str:
-        """See `filao.Message.id`."""
-        return self._message.id
+        return self._inner.id
 
     @property
     def queue(self) -> str:
-        """The name of the queue it came from."""
-        return self._message.queue
+        return self._inner.queue
 
     @property
     def attempt(self) -> int:
-        """See `filao.Message.attempt`."""
-        return self._message.attempt
+        return self._inner.attempt
 
     @property
     def headers(self) -> dict[str, str]:
-        """The sender's headers; a new dict each time."""
-        return self._message.headers
+        return self._inner.headers
 
     @property
     def group(self) -> str | None:
-        """The ordering key that its sender gave."""
-        return self._message.group
+        return self._inner.group
 
     @property
     def priority(self) -> int:
-        """Higher goes first."""
-        return self._message.priority
+        return self._inner.priority
 
     @property
     def sent_at(self) -> datetime:
-        """When it was stored, by the engine's clock."""
-        return self._message.sent_at
+        return self._inner.sent_at
 
     @property
     def settled(self) -> bool:
-        """True once this consumer has settled it."""
-        return self._message.settled
+        return self._inner.settled
 
     def __getitem__(self, key: Any) -> Any:
-        """Read a key of the body, as `message["claim_id"]`."""
-        return self._message[key]
+        return self._inner[key]
 
     def __repr__(self) -> str:
-        return repr(self._message)
+        return repr(self._inner)
 
-    def ack(self) -> None:
-        """See `filao.Message.ack`."""
-        self._caller.call(self._message.ack)
-
-    def nack(self, *, delay: float | None = None, reason: str | BaseException = "") -> None:
-        """See `filao.Message.nack`."""
-        self._caller.call(partial(self._message.nack, delay=delay, reason=reason))
-
-    def reject(self, reason: str | BaseException = "") -> None:
-        """See `filao.Message.reject`."""
-        self._caller.call(self._message.reject, reason)
-
-    def release(self) -> None:
-        """See `filao.Message.release`."""
-        self._caller.call(self._message.release)
-
-    def extend(self, seconds: float) -> None:
-        """See `filao.Message.extend`."""
-        self._caller.call(self._message.extend, seconds)
+    ack: Final = _blocking(AsyncMessage[Any].ack)
+    nack: Final = _blocking(AsyncMessage[Any].nack)
+    reject: Final = _blocking(AsyncMessage[Any].reject)
+    release: Final = _blocking(AsyncMessage[Any].release)
+    extend: Final = _blocking(AsyncMessage[Any].extend)
 
     def transaction(self) -> "AbstractContextManager[Transaction]":
-        """See `filao.Message.transaction`."""
-        return _transaction(self._caller, self._message.transaction)
+        return _transaction(self._caller, self._inner.transaction)
 
 
+@_documented_by(AsyncTransaction)
 class Transaction:
     """See `filao.Transaction`."""
 
     def __init__(self, caller: Caller, transaction: AsyncTransaction) -> None:
         self._caller = caller
-        self._transaction = transaction
+        self._inner = transaction
 
-    def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
-        """See `filao.Transaction.execute`."""
-        return self._caller.call(self._transaction.execute, sql, parameters)
-
-    def send_to_queue(
-        self,
-        queue: str | Queue[T],
-        body: T,
-        *,
-        headers: Mapping[str, str] | None = None,
-        delay: float = 0.0,
-        priority: int = 0,
-        group: str | None = None,
-        dedup_key: str | None = None,
-        ttl: float | None = None,
-        message_id: str | None = None,
-    ) -> Receipt:
-        """See `filao.Transaction.send_to_queue`."""
-        send = partial(
-            self._transaction.send_to_queue,
-            queue,
-            body,
-            headers=headers,
-            delay=delay,
-            priority=priority,
-            group=group,
-            dedup_key=dedup_key,
-            ttl=ttl,
-            message_id=message_id,
-        )
-        return self._caller.call(send)
-
-    def send_many(
-        self,
-        queue: str | Queue[T],
-        bodies: Iterable[T | Outgoing[T]],
-        *,
-        headers: Mapping[str, str] | None = None,
-        delay: float = 0.0,
-        priority: int = 0,
-        group: str | None = None,
-        ttl: float | None = None,
-    ) -> list[Receipt]:
-        """See `filao.Transaction.send_many`."""
-        send = partial(
-            self._transaction.send_many,
-            queue,
-            list(bodies),
-            headers=headers,
-            delay=delay,
-            priority=priority,
-            group=group,
-            ttl=ttl,
-        )
-        return self._caller.call(send)
+    execute: Final = _blocking(AsyncTransaction.execute)
+    send_to_queue: Final = _blocking(AsyncTransaction.send_to_queue)
+    send_many: Final = _reading(_blocking(AsyncTransaction.send_many))
 
     def ack(self, message: Message[Any]) -> None:
-        """See `filao.Transaction.ack`."""
-        self._caller.call(self._transaction.ack, inner_of(message))
+        self._caller.call(self._inner.ack, inner_of(message))
 
 
 def inner_of(message: Message[T]) -> AsyncMessage[T]:
     """Return the async message behind a blocking one."""
-    return message._message  # noqa: SLF001
+    return message._inner  # noqa: SLF001
 
 
 def door_of(broker: Broker) -> AsyncBroker:
     """Return the async broker behind a blocking one, for what runs on its loop by `call_on`."""
-    return broker._broker  # noqa: SLF001
+    return broker._inner  # noqa: SLF001
 
 
 def call_on(broker: Broker, function: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> R:
     """Run a coroutine function on a broker's loop, and return what it does."""
-    return broker._call(function, *arguments)  # noqa: SLF001
+    return broker._caller.call(function, *arguments)  # noqa: SLF001
 
 
 def _again(broker: AsyncBroker) -> AsyncBroker:
