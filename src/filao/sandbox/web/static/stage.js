@@ -104,7 +104,7 @@ function queue(scene, place, ask, options) {
     more && !isLow(box) ? text(box.x + 14, box.y + 28, `+${number(more)}`, { class: "strong accent" }) : null,
     queueSlots(box).map((slot) => h("rect", { x: slot.x, y: slot.y, width: CHIP.w, height: CHIP.h, rx: 9, class: "slot" })),
     text(box.x + 14, box.y + (isLow(box) ? 25 : box.h - 12), say("ready_n", { n: told.ready }), { class: "strong" }),
-    told.ready && box.w > 230 && !isLow(box) ? text(box.x + box.w - 12, box.y + box.h - 12, say("oldest", { s: told.oldest.toFixed(1) }), { class: "soft end" }) : null,
+    told.ready && told.oldest > 0 && box.w > 230 && !isLow(box) ? text(box.x + box.w - 12, box.y + box.h - 12, say("oldest", { s: told.oldest.toFixed(1) }), { class: "soft end" }) : null,
     tray(place.delayed, say("delayed"), told.delayed, seconds(Math.max(0, told.late[0]?.due ?? 0)), "delayed"),
     tray(place.dead, say("dead_letters"), told.dead, number(told.dead), told.dead ? "deadbox" : ""));
 }
