@@ -5,6 +5,7 @@ import { number, say, seconds } from "./say.js";
 
 const BAR_LEAST = 36; // pixels, so that every bar carries its number
 const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, because the lane's next bar begins after them
+const LANES_MAX = 7;
 const GLYPHS = {
   acked: "M-5,0 L-1,4 L6,-5",
   settled: "M-5,0 L-1,4 L6,-5",
@@ -18,7 +19,10 @@ const GLYPHS = {
 export const PAID = "M0,-6 L6,0 L0,6 L-6,0 Z";
 
 export function timeline(told, width, height, options) {
-  const lanes = told.lanes.filter((lane) => lane.bars.length || !["gone", "killed", "crashed"].includes(lane.state)).slice(-7);
+  const lives = (lane) => !["gone", "killed", "crashed"].includes(lane.state);
+  const dead = told.lanes.filter((lane) => lane.bars.length && !lives(lane)).reverse();
+  const kept = new Set([...told.lanes.filter(lives), ...dead].slice(0, LANES_MAX)); // who lives has taken over from who died
+  const lanes = told.lanes.filter((lane) => kept.has(lane));
   const now = Math.max(told.now, 0.1);
   const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
   const lengths = bars.map((bar) => Math.max(SHORTEST, (bar.to ?? now) - bar.from));
