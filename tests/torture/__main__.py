@@ -188,6 +188,13 @@ def report(verdict: Verdict) -> None:
         print(f"{count:9,} {what}")
     for line in verdict.broken[:50]:
         print(f"          {line}")
+    row = (
+        *(f"{len(story.killed) - len(story.ended):,}", f"{len(story.ended):,}", f"{len(story.stops):,}"),
+        *(f"{outcomes['done']:,}", f"{sum(map(len, story.deliveries.values())):,}", f"{deeds.total():,}"),
+        *(f"{len(story.did('audit')):,}", len(verdict.broken)),
+    )
+    print("| SIGKILLs | SIGTERMs | SIGSTOPs | confirmed sends | deliveries | operator | audits | promises broken |")
+    print("|", " | ".join(map(str, row)), "|")
 
 
 def _listed(counts: Mapping[Any, int]) -> str:
