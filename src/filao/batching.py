@@ -32,6 +32,8 @@ class Batcher:
         self._observers = Observers() if observers is None else observers
         self._abandoned = abandoned
         self._lanes = lanes
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """That of the first operation, and so of all: asking for the running one costs a system call before Python 3.12."""
         self._gathered: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""
@@ -44,7 +46,9 @@ class Batcher:
 
     def submit(self, operation: Operation) -> "asyncio.Future[Result]":
         """Return the future result; a `FilaoError` that is the operation's result is raised by it."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         self._gathered.append((operation, future))
         if not self._is_called and len(self._doing) < self._lanes:
@@ -106,8 +110,10 @@ class Batcher:
                 if isinstance(result, asyncio.Future):
                     self._late.add(result)
                     result.add_done_callback(partial(self._finish_late, future))
-                else:
+                elif future.done() or isinstance(result, FilaoError):
                     self._deliver(future, result)
+                else:
+                    future.set_result(result)
         elif len(entries) > 1 and not isinstance(error, EngineUnavailable):
             self._suspects.extend(entries)
         else:

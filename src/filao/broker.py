@@ -18,12 +18,12 @@ from filao.draft import (
     PEEK_MAX,
     RECEIVE_MANY_MAX,
     Outgoing,
-    by_rules,
     check_ids,
     check_limit,
     check_state,
     draft,
     drafts,
+    larger,
 )
 from filao.engine import (
     Feature,
@@ -35,13 +35,14 @@ from filao.engine import (
     StoredMessage,
 )
 from filao.engines import Durability, engine_for, located
-from filao.errors import ConfigurationError
+from filao.errors import ConfigurationError, MessageTooLarge
 from filao.message import Guarantee, Message, Transaction, entered
 from filao.observing import Observers
 from filao.queue import LEASE_MAX, Queue, T, check_duration, name_of
 from filao.receiving import Receiving
 from filao.session import Session
 
+_GUARANTEES = get_args(Guarantee)
 _WAITING = (State.READY, State.DELAYED, State.BLOCKED)
 
 
@@ -184,12 +185,11 @@ class Broker:
             ttl=ttl,
             message_id=message_id,
         )
-        known = await self._session.known(queue, within)
-        sent = await by_rules(
-            known,
-            None if within else self._session.engine.find,
-            lambda rules: draft(rules, outgoing),
-        )
+        known = self._session.known_already(queue, within) or await self._session.known(queue)
+        try:
+            sent = draft(known, outgoing)
+        except MessageTooLarge as error:
+            sent = draft(await larger(known, None if within else self._session.engine.find, error), outgoing)
         return (await self._session.send(known.name, (sent,), within))[0]
 
     async def send_many(
@@ -210,8 +210,11 @@ class Broker:
         """
         known = await self._session.known(queue, within)
         terms = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
-        fit = partial(drafts, bodies=list(bodies), terms=terms)
-        sent = await by_rules(known, None if within else self._session.engine.find, fit)
+        bodies = list(bodies)
+        try:
+            sent = drafts(known, bodies, terms)
+        except MessageTooLarge as error:
+            sent = drafts(await larger(known, None if within else self._session.engine.find, error), bodies, terms)
         return await self._session.send(known.name, sent, within)
 
     # --- receive -----------------------------------------------------------------------------------------------------
@@ -268,14 +271,14 @@ class Broker:
 
         Their leases run from now: take no more than you can start soon. See `receive_from_queue`.
         """
-        known: Queue[T] = await self._session.known(queue)
+        known = self._session.known_already(queue) or await self._session.known(queue)
         check_limit(known.name, limit, RECEIVE_MANY_MAX)
         if wait is not None:
             check_duration(f"queue {known.name!r}", "wait", wait)
         if lease is not None:
             check_duration(f"queue {known.name!r}", "lease", lease, least=0.001, most=LEASE_MAX)
-        if guarantee not in get_args(Guarantee):
-            raise ConfigurationError(f"guarantee is {guarantee!r}; it must be {' or '.join(get_args(Guarantee))}")
+        if guarantee not in _GUARANTEES:
+            raise ConfigurationError(f"guarantee is {guarantee!r}; it must be {' or '.join(_GUARANTEES)}")
         receive = Receive(known.name, limit, lease, waiting=int(wait != 0))
         if wait == 0:
             return (await self._receiving.look(known, receive, guarantee))[0]

@@ -28,6 +28,9 @@ HEADERS_COUNT_MAX = 64
 SHOWN_MAX = 80  # characters of a wrong value that an error text repeats
 
 
+_RAW = (bytes, bytearray, memoryview)  # once: a union in the call would be made anew for every body
+
+
 class _PydanticModel(Protocol):
     def model_dump_json(self) -> str: ...
 
@@ -50,8 +53,12 @@ class Codec:
     read: Callable[[bytes], Any]
 
     def encode(self, queue: str, body: object) -> tuple[int, bytes]:
-        """Return what the content is (`JSON` or `BYTES`) and the content, or raise `MessageNotEncodable`."""
-        if isinstance(body, bytes | bytearray | memoryview):
+        """Return what the content is (`JSON` or `BYTES`) and the content, or raise `MessageNotEncodable`.
+
+        Whether it comes back as it was is seen by reading it, which is quicker than walking through the body in Python: that
+        tells only what is wrong when something is.
+        """
+        if isinstance(body, _RAW):
             content = bytes(cast("bytes", body))
             if self.body not in (None, bytes):
                 raise _not_of_type(queue, self.body, content, "it is raw bytes")
@@ -60,22 +67,18 @@ class Codec:
             content = _encode_json(body)
             if is_too_deep(content):
                 raise _too_deep(queue, body)
-            self._check_comes_back(queue, body, content)
+            if self.body is not None:
+                self._check_is_of_type(queue, body, content)
+            elif msgspec.json.decode(content) != body:  # a NaN, which is written as null, is not equal to itself
+                _check(body, "", typed=False)
         except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError) as error:
             raise MessageNotEncodable(
                 f"queue {queue!r}: the body {shown(body)} cannot be written as JSON: {error}. Nothing was sent."
             ) from error
         return JSON, content
 
-    def _check_comes_back(self, queue: str, body: object, content: bytes) -> None:
-        """Raise unless who reads the content gets what was sent.
-
-        Reading it is quicker than walking through the body in Python, which tells only what is wrong when something is.
-        """
-        if self.body is None:
-            if msgspec.json.decode(content) != body:  # a NaN, which is written as null, is not equal to itself
-                _check(body, "", typed=False)
-            return
+    def _check_is_of_type(self, queue: str, body: object, content: bytes) -> None:
+        """Raise unless who reads the content by the queue's type gets what was sent."""
         try:
             read = self.read(content)
         except ValueError as error:
@@ -166,8 +169,11 @@ def seen_headers(headers: str | None) -> dict[str, str]:
 
 
 def is_too_deep(content: bytes) -> bool:
-    """Return whether a JSON text is nested deeper than `DEPTH_MAX`. What holds few brackets costs only their count."""
-    if content.count(b"[") + content.count(b"{") <= DEPTH_MAX:
+    """Return whether a JSON text is nested deeper than `DEPTH_MAX`.
+
+    What is too short for so many pairs of brackets costs nothing, and what holds few costs only their count.
+    """
+    if len(content) <= 2 * DEPTH_MAX or content.count(b"[") + content.count(b"{") <= DEPTH_MAX:
         return False
     if b"\\" in content:
         content = content.replace(rb"\\", b"").replace(rb"\"", b"")  # escapes are read from the left, as here

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, cast
 
 import msgspec
 
@@ -12,7 +12,6 @@ from filao.engine import Draft, State
 from filao.errors import ConfigurationError, MessageError, MessageTooLarge
 from filao.queue import Queue, T, check_duration
 
-R = TypeVar("R")
 SEND_MANY_MAX = 10_000  # messages that one atomic `send_many` takes: about 0.1 s of the write lock
 RECEIVE_MANY_MAX = 10_000  # messages that one `receive_many` returns
 PEEK_MAX = 10_000  # messages that one look returns
@@ -97,17 +96,14 @@ def _draft(queue: Queue[Any], body: object, terms: Outgoing[Any]) -> Draft:
     return Draft(kind, content, written, terms.delay, terms.priority, *keys)
 
 
-async def by_rules(
-    known: Queue[Any], learn: Callable[[str], Awaitable[Queue[Any]]] | None, make: Callable[[Queue[Any]], R]
-) -> R:
-    """Return what `make` drafts by the rules that are known; or, when it is too large, by those that are declared by now."""
-    try:
-        return make(known)
-    except MessageTooLarge:
-        declared = None if learn is None else await learn(known.name)
-        if declared is None or declared.body_max <= known.body_max:
-            raise
-        return make(dataclasses.replace(known, body_max=declared.body_max))
+async def larger(
+    known: Queue[T], learn: Callable[[str], Awaitable[Queue[Any]]] | None, error: MessageTooLarge
+) -> Queue[T]:
+    """Return the rules for another try, if the queue takes larger bodies by now than those known say; else raise the error."""
+    declared = None if learn is None else await learn(known.name)
+    if declared is None or declared.body_max <= known.body_max:
+        raise error
+    return dataclasses.replace(known, body_max=declared.body_max)
 
 
 def too_large(queue: str, size: int, most: int) -> MessageTooLarge:

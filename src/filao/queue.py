@@ -22,6 +22,7 @@ T = TypeVar("T", default=Any)  # a queue without a body type carries plain JSON:
 NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 BODY_MAX = 256 * 1024  # bytes; a message is a note, not a parcel: send a reference to what is larger
 BODY_MAX_EVER = 64 * 1024 * 1024  # bytes; a queue may raise its own limit up to here
+_NUMBER = (int, float)  # once: a union in the call would be made anew for every check
 LEASE_MAX = 7 * 86_400.0  # seconds
 DURATION_MAX = 10 * 365 * 86_400.0  # seconds; for delays, time to live and windows
 
@@ -191,7 +192,7 @@ def name_of(queue: "str | Queue[Any]") -> str:
 
 def check_duration(owner: str, what: str, value: object, *, least: float = 0.0, most: float = DURATION_MAX) -> None:
     """Raise `ConfigurationError` unless `value` is a number of seconds from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not least <= value <= most:
         raise ConfigurationError(f"{owner}: {what} is {value!r}; it must be from {least:g} to {most:g} seconds")
 
 

@@ -160,10 +160,12 @@ class Session:
 
     def check_usable(self, *, anywhere: bool = False) -> None:
         """Raise `ConfigurationError` when a call cannot be made now and, unless it can be `anywhere`, on this loop."""
-        self.check_open()
-        if not anywhere:
-            self._check_loop()
-        self._check_outside()
+        if self._unusable:
+            self.check_open()
+        if not anywhere and asyncio.get_running_loop() is not self._loop:
+            raise ConfigurationError(_ON_ANOTHER_LOOP)
+        if current_transaction.get() is not None:
+            self._check_outside()
 
     def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
@@ -180,13 +182,14 @@ class Session:
 
     async def known(self, queue: str | Queue[T], within: object = None) -> Queue[T]:
         """Return a queue; its rules are asked for when they are not known, but not `within` a user's transaction."""
+        return self.known_already(queue, within) or await self._learn(name_of(queue))
+
+    def known_already(self, queue: str | Queue[T], within: object = None) -> Queue[T] | None:
+        """Return a queue that `known` need not ask for, without the price of a coroutine; else None."""
         self.check_usable(anywhere=within is not None)
         if isinstance(queue, Queue):
             return queue
-        found = self._queues.get(queue)
-        if found is None:
-            found = self.known_within(queue) if within is not None else await self._learn(queue)
-        return found
+        return self._queues.get(queue) or (None if within is None else self.known_within(queue))
 
     def known_within(self, queue: str | Queue[T]) -> Queue[T]:
         """Return a queue without asking the engine, whose file a transaction holds; it checks against its own rules."""
@@ -196,7 +199,7 @@ class Session:
         return self._queues.get(queue) or Queue(queue, body_max=BODY_MAX_EVER)
 
     async def _learn(self, queue: str) -> Queue:
-        known = self._queues[name_of(queue)] = await self.engine.find(name_of(queue))
+        known = self._queues[queue] = await self.engine.find(queue)
         return known
 
     async def declare(self, queue: Queue[Any]) -> None:
@@ -210,11 +213,16 @@ class Session:
 
     # --- what is done ------------------------------------------------------------------------------------------------
 
-    async def send(self, queue: str, drafts: Sequence[Draft], within: object = None) -> list[Receipt]:
+    def send(self, queue: str, drafts: Sequence[Draft], within: object = None) -> Awaitable[list[Receipt]]:
         """Store messages, all or none; `within` a transaction of the user's, when it is given."""
         operation = Send(queue, drafts)
-        if within is None:
-            return cast("list[Receipt]", await self.submit(operation))
+        return (
+            cast("asyncio.Future[list[Receipt]]", self.submit(operation))
+            if within is None
+            else self._send(operation, within)
+        )
+
+    async def _send(self, operation: Send, within: object) -> list[Receipt]:
         require(self.engine, Feature.WITHIN, "joining a transaction of your own (within=)")
         receipts = self.engine.send_within(within, operation)
         if isinstance(receipts, FilaoError):

@@ -238,6 +238,7 @@ def slices(rows: Sequence[R]) -> Iterator[Sequence[R]]:
             first += size
 
 
+@lru_cache(maxsize=64)  # the messages of one send, or of a batch, share theirs
 def _hexadecimal(salt: int) -> str:
     return f"{salt + 2**63:016x}"
 
