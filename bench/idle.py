@@ -1,7 +1,7 @@
 """What idle consumers cost a PostgreSQL server, and how long a message takes to one of them.
 
-`python -m bench.idle [--consumers 8 200] [--seconds 20]`: so many brokers wait for one queue, spread over a few processes.
-It prints the server's share of a core, its commits a second, and the wait from a send to its receipt.
+`python -m bench.idle [--consumers 8 200] [--seconds 20]`: so many brokers wait for one queue, spread over a few
+processes. It prints the server's share of a core, its commits a second, and the wait from a send to its receipt.
 """
 
 import argparse

@@ -152,7 +152,9 @@ def fairness(ground: Ground) -> dict[str, Any]:
 
 
 def waking(ground: Ground) -> dict[str, Any]:
-    """Milliseconds from before the send to the receipt in a waiting process; the cost of waiting in percent of a core."""
+    """Milliseconds from before the send to the receipt in a waiting process; the cost of waiting in percent of
+    a core.
+    """
     found: dict[str, Any] = {}
     peers = [peer for peer in ("Filao", "Redis") if peer in ground.peers]
     rounds: dict[str, list[float]] = {peer: [] for peer in peers}

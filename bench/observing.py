@@ -1,4 +1,6 @@
-"""What observers cost the processor: send-one and drain on a file, without any and with a worker's measures. Run: python -m bench.observing"""
+"""What observers cost the processor: send-one and drain on a file, without any and with a worker's measures. Run:
+python -m bench.observing
+"""
 
 import asyncio
 import tempfile

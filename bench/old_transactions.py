@@ -1,4 +1,5 @@
-"""A queue under somebody's old transaction: what a claim costs, and what gets through, while no dead row can be removed.
+"""A queue under somebody's old transaction: what a claim costs, and what gets through, while no dead row can be
+removed.
 
 `python -m bench.old_transactions [--seconds 600] [--rate 1000]` runs it alone. Each peer gets a database of its own. It
 is measured for a quarter of the time without the transaction, then with an idle REPEATABLE READ transaction held open.

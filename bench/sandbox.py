@@ -1,4 +1,6 @@
-"""The sandbox under a burst of 2,000 claims: how fast its server answers, and how long its page stands still, in a real browser."""
+"""The sandbox under a burst of 2,000 claims: how fast its server answers, and how long its page stands still, in a real
+browser.
+"""
 
 import asyncio
 import statistics

@@ -1,4 +1,6 @@
-"""Look at a built site: every link in it leads somewhere, and nothing of it is fetched from elsewhere. `make docs` runs it."""
+"""Look at a built site: every link in it leads somewhere, and nothing of it is fetched from elsewhere. `make docs` runs
+it.
+"""
 
 import re
 import sys

@@ -1,4 +1,6 @@
-"""What tests share: a clock that they move, the event loop they run on, and servers, which are started when first needed."""
+"""What tests share: a clock that they move, the event loop they run on, and servers, which are started when first
+needed.
+"""
 
 import os
 import tempfile

@@ -1,4 +1,6 @@
-"""Senders and consumers that go on whatever happens, and afterwards the account: nothing confirmed is lost or doubled."""
+"""Senders and consumers that go on whatever happens, and afterwards the account: nothing confirmed is lost or
+doubled.
+"""
 
 import asyncio
 from collections import Counter

@@ -50,7 +50,8 @@ class Model:
     now: int
     messages: dict[int, Held] = field(default_factory=dict)
     keys: dict[str, tuple[int, int | None]] = field(default_factory=dict)
-    """Of a dedup_key as it is, and of a message_id behind a #: who has it, and until when; None: while it is pending."""
+    """Of a dedup_key as it is, and of a message_id behind a #: who has it, and until when; None: while it is pending.
+    """
     halted: set[str] = field(default_factory=set)
     last: int = 0
     leases: int = 0

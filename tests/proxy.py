@@ -1,4 +1,6 @@
-"""A TCP proxy that can stall, reset, or swallow the answer to something: what networks do between a client and a server."""
+"""A TCP proxy that can stall, reset, or swallow the answer to something: what networks do between a client and a
+server.
+"""
 
 import socket
 import struct
@@ -59,7 +61,9 @@ class Proxy:
             line.reset()
 
     def swallow(self, question: bytes, answer: bytes) -> None:
-        """Once: let the `question` pass, wait for the server's `answer`, and reset the connection instead of passing it on."""
+        """Once: let the `question` pass, wait for the server's `answer`, and reset the connection instead of passing it
+        on.
+        """
         self.swallowed.clear()
         self._swallow = (question, answer)
 

@@ -1,4 +1,6 @@
-"""Servers of our own for tests and figures: on free loopback ports, their data in a folder of ours, ended with the block."""
+"""Servers of our own for tests and figures: on free loopback ports, their data in a folder of ours, ended with the
+block.
+"""
 
 import os
 import shutil
@@ -132,7 +134,9 @@ def has_pgbouncer() -> bool:
 
 @contextmanager
 def pgbouncer(folder: Path, target: int, pool_mode: str = "transaction") -> Generator[int]:
-    """Run PgBouncer, pooling transactions or as `pool_mode` says, before a PostgreSQL on port `target`; yield its own port."""
+    """Run PgBouncer, pooling transactions or as `pool_mode` says, before a PostgreSQL on port `target`; yield its own
+    port.
+    """
     port = free_port()
     folder.mkdir()
     (folder / "users").write_text('"filao" ""\n')
@@ -167,7 +171,9 @@ def redis_server(folder: Path) -> Generator[str]:
 
 
 class Rabbitmq:
-    """A node of RabbitMQ of our own, with a name, a cookie and a port mapper of its own; or one of a cluster of them."""
+    """A node of RabbitMQ of our own, with a name, a cookie and a port mapper of its own; or one of a cluster of
+    them.
+    """
 
     def __init__(self, folder: Path, *, mapper: int, cluster: Sequence[str] = (), name: str = "") -> None:
         self.port = free_port()

@@ -463,7 +463,9 @@ def test_options_that_contradict_each_other_are_wrong_usage(db):
 
 
 def test_whole_messages_have_terms_of_their_own(db):
-    lines = b'{"body": 1, "group": "a", "headers": {"x": "1"}}\n{"body": null, "dedup_key": "k"}\n{"body": 3, "dedup_key": "k"}'
+    lines = b"""{"body": 1, "group": "a", "headers": {"x": "1"}}
+        {"body": null, "dedup_key": "k"}
+        {"body": 3, "dedup_key": "k"}"""
     ran = run("send", db, "claims", "--messages", "--group", "b", "--header", "y=2", given=lines)
     assert [receipt["duplicate"] for receipt in ran.lines] == [False, False, True]
     with filao.sync.connect(db) as broker:

@@ -1,7 +1,8 @@
 """The code of the README and of the site runs as it stands, block after block, in an empty folder for each page.
 
-The language tag says what becomes of a block: `python` is run, with `await` at the top level; with a title it is a file that is written;
-`sh` is run by a shell. Everything else is only shown: `py` and `console` what needs a server, another machine or another terminal.
+The language tag says what becomes of a block: `python` is run, with `await` at the top level; with a title it is a file
+that is written; `sh` is run by a shell. Everything else is only shown: `py` and `console` what needs a server, another
+machine or another terminal.
 """
 
 import ast

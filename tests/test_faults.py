@@ -1,4 +1,5 @@
-"""Disks that fail and processes that die in the middle of a write, by `strace`'s fault injection; and disks that are full.
+"""Disks that fail and processes that die in the middle of a write, by `strace`'s fault injection; and disks that are
+full.
 
 After each fault the promises are the same: what was confirmed is there, what was acked is not, and the file is whole.
 """

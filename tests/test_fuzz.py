@@ -1,4 +1,6 @@
-"""Whatever others write, what reads it ends in our own errors, or in none: rules, envelopes, the register, tables, URLs."""
+"""Whatever others write, what reads it ends in our own errors, or in none: rules, envelopes, the register, tables,
+URLs.
+"""
 
 import struct
 from contextlib import suppress

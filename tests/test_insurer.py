@@ -151,7 +151,8 @@ def test_whatever_is_sent_to_the_portal_the_answer_blames_the_sender(tmp_path, m
                 whole.replace("12000", "true"), whole.replace("r1", "r" * 300), whole.replace("storm", ""),
                 "{" * 10, whole + "x", b"\\x00", b"")]
             answers += [client.get("/claims/" + number) for number in (digits, "-1", "1e3", "%00", "%F0%9F%8E%B2", "²")]
-            answers += [client.post("/policies/", content=body) for body in (deep, r'{"holder": "\\ud800"}', '{"holder": 7}')]
+            unreadable = (deep, r'{"holder": "\\ud800"}', '{"holder": 7}')
+            answers += [client.post("/policies/", content=body) for body in unreadable]
             answers += [client.post(path, content=endless()) for path in ("/claims", "/policies/")]
             answers += [client.post("/claims", content=body) for body in (
                 whole, whole, whole.replace("12000", "5"), whole.replace("12,", "13,"))]
@@ -190,7 +191,8 @@ def test_the_simple_versions_are_those_of_the_mission(tmp_path, monkeypatch) -> 
         async def main():
             async with filao.connect(settings.QUEUES) as broker:
                 await broker.declare(settings.claims)
-                answer = await portal.submit_simply(broker, {"reference": "r", "policy": 1, "type": "hail", "amount": 5})
+                hail = {"reference": "r", "policy": 1, "type": "hail", "amount": 5}
+                answer = await portal.submit_simply(broker, hail)
                 await claims.process_simply(broker)
                 claim = await portal.db.get_claim(answer["claim_id"])
                 stats = await broker.stats("claims.processing")

@@ -1,4 +1,5 @@
-"""Opening and closing: at module level, in loops and threads, at the end of the interpreter, across forks, under signals.
+"""Opening and closing: at module level, in loops and threads, at the end of the interpreter, across forks, under
+signals.
 
 Most of it can only be seen from outside, so programs are written down and run in a process of their own.
 """

@@ -778,7 +778,9 @@ async def test_a_group_whose_message_is_being_claimed_lets_no_other_through(url,
 
 
 async def test_many_groups_fit_into_the_locks_of_a_server(url, broker) -> None:
-    """A default server has room for some 6,400 locks, for all its databases; this one has 200 connections, so for twice as many, and more where memory is left."""
+    """A default server has room for some 6,400 locks, for all its databases; this one has 200 connections, so for twice
+    as many, and more where memory is left.
+    """
     groups = 60_000
     with psycopg.connect(url, autocommit=True) as operator:
         operator.execute(
@@ -790,7 +792,8 @@ async def test_many_groups_fit_into_the_locks_of_a_server(url, broker) -> None:
             (groups,),
         )
         operator.execute(
-            "INSERT INTO filao.counter SELECT id, 0, 0, n.name, %s FROM filao.queue, unnest(ARRAY['ready', 'sent']) AS n (name) "
+            "INSERT INTO filao.counter SELECT id, 0, 0, n.name, %s FROM filao.queue, "
+            "unnest(ARRAY['ready', 'sent']) AS n (name) "
             "WHERE filao.queue.name = 'claims'",
             (groups,),
         )

@@ -1,4 +1,6 @@
-"""PostgreSQL: what one transaction holds stops nobody but those who need it; and who waits, waits for a bounded time."""
+"""PostgreSQL: what one transaction holds stops nobody but those who need it; and who waits, waits for a bounded
+time.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -19,7 +19,8 @@ def digest() -> str:
 
 def test_a_change_of_the_sql_is_a_new_version_of_the_schema() -> None:
     assert {schema.VERSION: digest()} == DIGESTS, (
-        f"the SQL has changed, and databases that were built before do not know: raise VERSION in schema.py, with a step for "
+        "the SQL has changed, and databases that were built before do not know: raise VERSION "
+        "in schema.py, with a step for "
         f"what is stored, and write down {{{schema.VERSION}: {digest()!r}}} here"
     )
 

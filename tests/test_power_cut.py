@@ -1,7 +1,8 @@
-"""The power is cut while messages are sent, received and acked: what was confirmed survives, and what was acked is gone.
+"""The power is cut while messages are sent, received and acked: what was confirmed survives, and what was acked is
+gone.
 
-The disk is an ext4 file system in a file that is shut down without flushing its log (`torture/disk.py`); the clerks that
-work on it report through pipes, which the cut does not touch.
+The disk is an ext4 file system in a file that is shut down without flushing its log (`torture/disk.py`); the clerks
+that work on it report through pipes, which the cut does not touch.
 """
 
 import subprocess

@@ -1,4 +1,6 @@
-"""The file's clock: what a wall clock that is set, a machine that slept and one that was started anew do to messages."""
+"""The file's clock: what a wall clock that is set, a machine that slept and one that was started anew do to
+messages.
+"""
 
 import asyncio
 import logging

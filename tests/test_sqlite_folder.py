@@ -1,4 +1,6 @@
-"""The folder beside the file, and who made what lies in it: an attacker, root, another of the group, or nobody any more."""
+"""The folder beside the file, and who made what lies in it: an attacker, root, another of the group, or nobody any
+more.
+"""
 
 import os
 import socket

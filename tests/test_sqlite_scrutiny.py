@@ -1,4 +1,6 @@
-"""Files that somebody else made, or that are damaged: an error says what is wrong, within seconds, and the doctor does."""
+"""Files that somebody else made, or that are damaged: an error says what is wrong, within seconds, and the
+doctor does.
+"""
 
 import asyncio
 import json

@@ -121,7 +121,8 @@ async def test_dead_letters_of_an_older_file_are_counted_by_reason(tmp_path: Pat
         )
         for number, reason in enumerate(("rejected", "expired", "rejected"), 1):
             db.execute(
-                "INSERT INTO filao_message VALUES (?, 1, 6, 0, 0, 0, 1, 0, 0, NULL, NULL, NULL, NULL, NULL, ?, 0, x'31', 1)",
+                "INSERT INTO filao_message VALUES (?, 1, 6, 0, 0, 0, 1, 0, 0, NULL, NULL, "
+                "NULL, NULL, NULL, ?, 0, x'31', 1)",
                 (number, reason),
             )
     async with filao.connect(path) as broker:

@@ -1,4 +1,6 @@
-"""A short run of the kill test, and proof that its checker goes red: on forged histories, one broken promise in each."""
+"""A short run of the kill test, and proof that its checker goes red: on forged histories, one broken promise in
+each.
+"""
 
 import subprocess
 import sys

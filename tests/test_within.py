@@ -184,7 +184,10 @@ def test_the_lock_of_another_process_is_not_taken_for_ones_own(tmp_path) -> None
     path = tmp_path / "claims.db"
     with filao.sync.connect(path) as broker:
         broker.declare(filao.Queue("claims"))
-        hold = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN IMMEDIATE'); print('held', flush=True); input()"
+        hold = (
+            "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); "
+            "c.execute('BEGIN IMMEDIATE'); print('held', flush=True); input()"
+        )
         other = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"

@@ -136,7 +136,9 @@ async def test_a_database_that_is_read_only_or_missing_for_a_while_is_waited_for
 
 
 def _cut(admin: "psycopg.Connection[Any]", name: str, statement: str) -> None:
-    """Do something to a database, and end the sessions in it; some may come in between, which prevents a change of name."""
+    """Do something to a database, and end the sessions in it; some may come in between, which prevents a change of
+    name.
+    """
     for _ in range(200):
         with suppress(psycopg.errors.ObjectInUse):
             admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))

@@ -1,4 +1,6 @@
-"""How many jobs each worker process has done, and when its first and its last: in a file that all can read meanwhile."""
+"""How many jobs each worker process has done, and when its first and its last: in a file that all can read
+meanwhile.
+"""
 
 import mmap
 import os

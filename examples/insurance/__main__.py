@@ -90,7 +90,8 @@ def _work(port: int, folder: Path, claims: int, policies: int) -> int:
             break
         time.sleep(0.1)
     print(
-        f"{states.count('paid')} claims paid, {states.count('refused')} refused, {states.count('submitted')} not settled"
+        f"{states.count('paid')} claims paid, {states.count('refused')} refused, "
+        f"{states.count('submitted')} not settled"
     )
     print(f"{sum(map(Path.exists, printed))} of {policies} policies printed")
     return int("submitted" in states or not all(map(Path.exists, printed)))

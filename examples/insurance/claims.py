@@ -1,9 +1,9 @@
 """The claims workers: `filao work examples.insurance.claims:worker --processes 3`.
 
-`process_simply` is the loop of the textbooks. A worker that dies after `notify_customer` and before `ack` pays the claim
-again when the next one receives it. `process_claim` cannot: the payment, the letter and the message's id are committed
-together, so a second run finds the id and changes nothing. INSURANCE_GUARANTEE chooses what it promises, to see the
-difference.
+`process_simply` is the loop of the textbooks. A worker that dies after `notify_customer` and before `ack` pays the
+claim again when the next one receives it. `process_claim` cannot: the payment, the letter and the message's id are
+committed together, so a second run finds the id and changes nothing. INSURANCE_GUARANTEE chooses what it promises, to
+see the difference.
 """
 
 import sqlite3

@@ -63,10 +63,13 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def insert_claim(connection: sqlite3.Connection, data: dict[str, Any]) -> tuple[Claim, bool]:
-    """Store a claim, and say whether it is new: the policy may have one with the same reference, which must say the same."""
+    """Store a claim, and say whether it is new: the policy may have one with the same reference, which must say the
+    same.
+    """
     row = (data["reference"], data["policy"], data["type"], data["amount"])
     new = connection.execute(
-        "INSERT INTO claim (reference, policy, type, amount, state) VALUES (?, ?, ?, ?, 'submitted') ON CONFLICT DO NOTHING",
+        "INSERT INTO claim (reference, policy, type, amount, state) VALUES (?, ?, ?, ?, "
+        "'submitted') ON CONFLICT DO NOTHING",
         row,
     ).rowcount
     claim = Claim(*connection.execute("SELECT * FROM claim WHERE reference = ? AND policy = ?", row[:2]).fetchone())

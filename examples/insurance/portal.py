@@ -1,13 +1,14 @@
 """The customer portal: it answers at once, with the claim's id and "submitted"; the work is done elsewhere.
 
-    POST /claims {"policy": 12, "type": "storm", "amount": 12000, "reference": "…"}  →  202 {"claim_id": 7, "status": "submitted"}
-    GET /claims/7  →  {"claim_id": 7, "status": "paid"}
+    POST /claims {"policy": 12, "type": "storm", "amount": 12000, "reference": "…"}  →  202 {"claim_id": 7, "status":
+    "submitted"} GET /claims/7  →  {"claim_id": 7, "status": "paid"}
 
 `submit_simply` is the two lines that everybody writes first. Between them the portal can die: the claim is stored, the
-message is not sent, and nobody ever works on it. `submit_safely` records the message with the claim, in one transaction.
+message is not sent, and nobody ever works on it. `submit_safely` records the message with the claim, in one
+transaction.
 
-It asks nobody who they are: put it behind your sign-in, and let it show a claim to its own customer only. A reference belongs to
-its policy, so that nobody is told of another's claim by guessing one.
+It asks nobody who they are: put it behind your sign-in, and let it show a claim to its own customer only. A reference
+belongs to its policy, so that nobody is told of another's claim by guessing one.
 """
 
 import sqlite3

@@ -1,8 +1,8 @@
 """At most once: a message is deleted, durably, before it is handed over.
 
-Invariant: a message that was deleted for a receive is given to a receive. Should its own be cancelled while the deletion
-is under way, the next one of the same queue and broker gets it, waiting or yet to come. What is left when the broker
-closes is lost, as it may be with this guarantee.
+Invariant: a message that was deleted for a receive is given to a receive. Should its own be cancelled while the
+deletion is under way, the next one of the same queue and broker gets it, waiting or yet to come. What is left when the
+broker closes is lost, as it may be with this guarantee.
 """
 
 import asyncio

@@ -2,7 +2,8 @@
 
 While a batch commits, new operations gather; the next batch takes them all. Nobody waits for company: a lone operation
 leaves on the next turn of the event loop, together with whatever others joined it during this one. But an engine that
-must wait for its own turn takes, when it comes, whatever has gathered by then: the longer the wait, the larger the batch.
+must wait for its own turn takes, when it comes, whatever has gathered by then: the longer the wait, the larger the
+batch.
 """
 
 import asyncio
@@ -33,7 +34,9 @@ class Batcher:
         self._abandoned = abandoned
         self._lanes = lanes
         self._loop: asyncio.AbstractEventLoop | None = None
-        """That of the first operation, and so of all: asking for the running one costs a system call before Python 3.12."""
+        """That of the first operation, and so of all: asking for the running one costs a system call before Python
+        3.12.
+        """
         self._gathered: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""

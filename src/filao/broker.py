@@ -49,9 +49,9 @@ _WAITING = (State.READY, State.DELAYED, State.BLOCKED)
 def connect(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> "Broker":
     """Return a broker for the engine that `url` names; `async with` opens it and closes it.
 
-    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:`, `postgresql://…`, `amqp://…`.
-    With `durability="full"` a send survives a power cut once it returned; with "relaxed" a power cut may undo the last
-    moments, but a crash of the process may not. `clock` tells the seconds since 1970, for tests. Raises
+    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:`, `postgresql://…`,
+    `amqp://…`. With `durability="full"` a send survives a power cut once it returned; with "relaxed" a power cut may
+    undo the last moments, but a crash of the process may not. `clock` tells the seconds since 1970, for tests. Raises
     `ConfigurationError` for a URL that cannot be right; opening raises it too, or `EngineError`.
     """
     return Broker(Session(partial(engine_for, located(url), durability=durability, clock=clock)))
@@ -133,7 +133,8 @@ class Broker:
     async def delete_queue(self, queue: str | Queue[Any], *, messages: bool = False) -> None:
         """Delete a queue, with its rules, its counters and what deduplication remembers of it; no other call does.
 
-        Raises `ConfigurationError` when it still holds messages, dead letters included, unless `messages` are to go too.
+        Raises `ConfigurationError` when it still holds messages, dead letters included, unless `messages` are to go
+        too.
         """
         self._session.check_usable()
         name = name_of(queue)
@@ -143,7 +144,8 @@ class Broker:
         self._session.forget(name)
         if held:
             raise ConfigurationError(
-                f"queue {name!r} was not deleted: it holds {held:,} messages. Receive or purge them first, or delete them "
+                f"queue {name!r} was not deleted: it holds {held:,} messages. Receive or "
+                "purge them first, or delete them "
                 f"with it: delete_queue({name!r}, messages=True)"
             )
 
@@ -343,8 +345,8 @@ class Broker:
     ) -> list[StoredMessage]:
         """Return stored messages of one state, in their order, and change nothing.
 
-        `after` is the id of the last message seen: ask again with it for the next page. Raises `ConfigurationError` when
-        that message has left the queue meanwhile.
+        `after` is the id of the last message seen: ask again with it for the next page. Raises `ConfigurationError`
+        when that message has left the queue meanwhile.
         """
         self._session.check_usable()
         name = name_of(queue)

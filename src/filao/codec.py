@@ -55,8 +55,8 @@ class Codec:
     def encode(self, queue: str, body: object) -> tuple[int, bytes]:
         """Return what the content is (`JSON` or `BYTES`) and the content, or raise `MessageNotEncodable`.
 
-        Whether it comes back as it was is seen by reading it, which is quicker than walking through the body in Python: that
-        tells only what is wrong when something is.
+        Whether it comes back as it was is seen by reading it, which is quicker than walking through the body in Python:
+        that tells only what is wrong when something is.
         """
         if isinstance(body, _RAW):
             content = bytes(cast("bytes", body))
@@ -232,7 +232,9 @@ def _check(value: object, where: str, *, typed: bool) -> None:
 
 
 def _fields(value: object) -> Iterable[str] | None:
-    """Return the names of the fields of a dataclass, an attrs class, a Struct or pydantic's model; None for what is none."""
+    """Return the names of the fields of a dataclass, an attrs class, a Struct or pydantic's model; None for what is
+    none.
+    """
     kind = type(value)
     for fields in ("__struct_fields__", "__dataclass_fields__", "__pydantic_fields__"):
         if hasattr(kind, fields):

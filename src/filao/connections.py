@@ -1,4 +1,5 @@
-"""The user's own database connection, of whatever library: how its statements are written, and whether it holds a transaction.
+"""The user's own database connection, of whatever library: how its statements are written, and whether it holds a
+transaction.
 
 A DB-API connection (PEP 249: `sqlite3`, psycopg) is used through its cursors; SQLAlchemy's connections and sessions and
 Django's through what they document, so that none has to be installed.
@@ -66,7 +67,8 @@ def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:
             dialect = "postgresql" if name.startswith("psycopg") else name
             return Connection(dialect, str(getattr(module, "paramstyle", "")), _through_cursor(given.cursor))
     raise ConfigurationError(
-        f"a {type(given).__module__}.{type(given).__qualname__} is no connection that Filao knows: give a DB-API connection "
+        f"a {type(given).__module__}.{type(given).__qualname__} is no connection that Filao "
+        "knows: give a DB-API connection "
         f"(sqlite3, psycopg), a SQLAlchemy connection or session, or a Django connection"
     )
 
@@ -83,7 +85,8 @@ def _of_psycopg(given: Any, psycopg: Any, *, needs_transaction: bool) -> Connect
 def _check_transaction(holds: object, needs: bool, advice: str) -> None:  # noqa: FBT001  # private, and always named by its value
     if needs and not holds:
         raise ConfigurationError(
-            f"this connection commits each statement for itself and holds no transaction, so there is nothing to join: {advice}"
+            "this connection commits each statement for itself and holds no transaction, so "
+            f"there is nothing to join: {advice}"
         )
 
 

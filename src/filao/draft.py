@@ -42,7 +42,8 @@ class _Terms(msgspec.Struct, frozen=True, kw_only=True):
 class Outgoing(_Terms, Generic[T], frozen=True):
     """A message to be sent, with terms of its own: `send_many` takes such values beside plain bodies.
 
-        await broker.send_many("claims", [{"claim_id": 7}, filao.Outgoing({"claim_id": 8}, delay=60, group="policy-12")])
+        await broker.send_many("claims", [{"claim_id": 7}, filao.Outgoing({"claim_id": 8}, delay=60,
+        group="policy-12")])
 
     See `Broker.send_to_queue` for the terms.
     """
@@ -99,7 +100,9 @@ def _draft(queue: Queue[Any], body: object, terms: Outgoing[Any]) -> Draft:
 async def larger(
     known: Queue[T], learn: Callable[[str], Awaitable[Queue[Any]]] | None, error: MessageTooLarge
 ) -> Queue[T]:
-    """Return the rules for another try, if the queue takes larger bodies by now than those known say; else raise the error."""
+    """Return the rules for another try, if the queue takes larger bodies by now than those known say; else raise the
+    error.
+    """
     declared = None if learn is None else await learn(known.name)
     if declared is None or declared.body_max <= known.body_max:
         raise error
@@ -109,7 +112,8 @@ async def larger(
 def too_large(queue: str, size: int, most: int) -> MessageTooLarge:
     """Return the error for a body above its queue's limit."""
     return MessageTooLarge(
-        f"queue {queue!r}: the body takes {size:,} bytes and the limit is {most:,}. Nothing was sent. Store the content "
+        f"queue {queue!r}: the body takes {size:,} bytes and the limit is {most:,}. "
+        "Nothing was sent. Store the content "
         f"elsewhere and send a reference to it, or declare the queue with a larger body_max."
     )
 
@@ -143,7 +147,8 @@ def _check_priority(queue: str, priority: object) -> None:
     whole = isinstance(priority, int) and not isinstance(priority, bool)
     if not whole or not -PRIORITY_MAX <= priority <= PRIORITY_MAX:  # type: ignore[operator]  # whole says that it is an int
         raise ConfigurationError(
-            f"queue {queue!r}: priority is {shown(priority)}; it must be a whole number from {-PRIORITY_MAX} to {PRIORITY_MAX}"
+            f"queue {queue!r}: priority is {shown(priority)}; it must be a whole number from "
+            f"{-PRIORITY_MAX} to {PRIORITY_MAX}"
         )
 
 
@@ -158,7 +163,8 @@ def _check_own_id(queue: str, message_id: str) -> None:
     """Refuse an id of the shape that engines give: whoever could choose one could claim what is another's."""
     if GIVEN_ID.fullmatch(message_id):
         raise MessageError(
-            f"queue {queue!r}: message_id {message_id!r} has the shape of the ids that Filao gives, 16 hexadecimal digits "
+            f"queue {queue!r}: message_id {message_id!r} has the shape of the ids that "
+            "Filao gives, 16 hexadecimal digits "
             f"and a number; put something before it, such as 'copy-{message_id}'. Nothing was sent."
         )
 

@@ -77,7 +77,9 @@ class State(StrEnum):
 
 
 class OpenAgain(EngineError):
-    """An open engine lost its storage for good, and a sound one is in its place: whoever opens it anew works with that."""
+    """An open engine lost its storage for good, and a sound one is in its place: whoever opens it anew works
+    with that.
+    """
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -245,7 +247,10 @@ class StoredMessage(msgspec.Struct, frozen=True):
 
 
 class Parcel(msgspec.Struct, frozen=True):
-    """A message with all that is known of it, on its way from one engine to another. Times are milliseconds since 1970."""
+    """A message with all that is known of it, on its way from one engine to another.
+
+    Times are milliseconds since 1970.
+    """
 
     handle: int
     """What its own engine finds it by."""
@@ -376,7 +381,9 @@ class QueueStats(msgspec.Struct, frozen=True):
     dead_by_reason: dict[str, int] = {}
     """The dead letters that lie there, by why they died."""
     died_by_reason: dict[str, int] = {}
-    """The messages that became dead letters, ever, by why; of those from before it was counted, those that still lay there."""
+    """The messages that became dead letters, ever, by why; of those from before it was counted, those that still lay
+    there.
+    """
     receivers: tuple[Receiver, ...] = ()
     """The processes that receive from it, by name: 1,000 at most."""
 

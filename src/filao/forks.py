@@ -145,7 +145,9 @@ def keep(inherited: object) -> None:
 
 
 def cut_off(descriptor: Callable[[], int]) -> None:
-    """Replace a child's end of a socket by nothing: whatever closes it politely, or goes on using it, reaches nobody."""
+    """Replace a child's end of a socket by nothing: whatever closes it politely, or goes on using it, reaches
+    nobody.
+    """
     with suppress(Exception):  # it was closed before, in whatever way its library says so
         number = descriptor()
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

@@ -48,7 +48,8 @@ class LoopThread:
             error, self._error = self._error, None
             if isinstance(error, OSError):
                 raise EngineUnavailable(
-                    f"the broker cannot start its event loop ({error}): most likely this process has no file descriptor left. "
+                    f"the broker cannot start its event loop ({error}): most likely this "
+                    "process has no file descriptor left. "
                     f"Nothing was done; close what is not needed, or raise the limit (ulimit -n)"
                 ) from error
             raise error

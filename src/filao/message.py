@@ -1,6 +1,7 @@
 """What a consumer holds: a `Message` to settle, and the `Transaction` in which it can do so together with its work.
 
-Receiving makes messages of an engine's deliveries; each settles itself through the session that it came from, once: `ack`, `nack`, `reject` or `release`. Until then its consumer holds a lease on it, and no one else does.
+Receiving makes messages of an engine's deliveries; each settles itself through the session that it came from, once:
+`ack`, `nack`, `reject` or `release`. Until then its consumer holds a lease on it, and no one else does.
 """
 
 import asyncio
@@ -147,7 +148,8 @@ class Message(Generic[T]):
         """Raise `LeaseLost` when this consumer has settled it already."""
         if self._ended:
             raise LeaseLost(
-                f"message {self.id} of queue {self.queue!r} was already {self._ended} by this consumer, so it cannot be "
+                f"message {self.id} of queue {self.queue!r} was already {self._ended} by "
+                "this consumer, so it cannot be "
                 f"{wanted} again. Nothing was changed. Settle each message once."
             )
 

@@ -29,7 +29,9 @@ class Moved(msgspec.Struct, frozen=True):
     keys: int = 0
     """Deduplication keys of messages that had ended."""
     held: int = 0
-    """Messages that stay, because consumers of the source hold them, or they wait on RabbitMQ's ladder: move again later."""
+    """Messages that stay, because consumers of the source hold them, or they wait on RabbitMQ's ladder: move again
+    later.
+    """
 
 
 async def plan(source: Engine, target: Engine, names: Sequence[str]) -> list[Moved]:

@@ -1,7 +1,7 @@
 """The seam for whoever watches a program: observers are told of operations and of the runs of a worker.
 
-A broker without observers pays one look at an empty list for each batch. What an observer raises is logged once and never
-reaches a message.
+A broker without observers pays one look at an empty list for each batch. What an observer raises is logged once and
+never reaches a message.
 """
 
 import asyncio
@@ -36,7 +36,8 @@ class Operated:
 
 
 class Observer(Protocol):
-    """What is told of everything. It is called on event loops, the broker's and that of a worker's keeper, so in two threads;
+    """What is told of everything. It is called on event loops, the broker's and that of a worker's keeper, so in two
+    threads;
     and must return at once.
     """
 

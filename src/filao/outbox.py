@@ -144,7 +144,8 @@ class Outbox:
         """Return the oldest sends that a relay has set aside, because they could never be sent, and why."""
         on = connection_of(connection, needs_transaction=False)
         rows = on.execute(
-            f"SELECT number, id, queue, failed FROM {self.table} WHERE failed IS NOT NULL ORDER BY number LIMIT {limit:d}"
+            f"SELECT number, id, queue, failed FROM {self.table} WHERE failed IS NOT NULL "
+            f"ORDER BY number LIMIT {limit:d}"
         )
         return [Failed(number, str(name), str(queue), reason) for number, name, queue, reason in rows.fetchall()]
 
@@ -185,7 +186,8 @@ class Inbox:
         """The name of the table."""
 
     def create(self, connection: Any) -> None:
-        """Create the table where there is none; one of an earlier version, whose key was the id alone, is brought up to date.
+        """Create the table where there is none; one of an earlier version, whose key was the id alone, is brought up to
+        date.
 
         Run it once when you install a version of Filao that is newer than the table.
         """
@@ -263,6 +265,7 @@ def _read(row: Sequence[Any]) -> Recorded | Failed:
 
 
 _OLD_INBOX = (
-    "the table {table!r} is of an earlier version, whose key was the id alone, so that one id in two queues was one message: "
+    "the table {table!r} is of an earlier version, whose key was the id alone, so that one id "
+    "in two queues was one message: "
     "call Inbox({table!r}).create(connection) once, which changes the key to (queue, id)"
 )

@@ -80,7 +80,10 @@ class Queue(Generic[T]):
     backoff: Backoff = field(default_factory=Backoff)
     """How long a failed message waits before its next attempt."""
     ttl: float | None = None
-    """Messages older than this are no longer delivered, unless their sender gave another `ttl`. None: they never age."""
+    """Messages older than this are no longer delivered, unless their sender gave another `ttl`.
+
+    None: they never age.
+    """
     on_expiry: Expiry = "dead"
     """What becomes of a message that outlived its `ttl`: a dead letter, or nothing."""
     dedup_window: float = 300.0
@@ -112,7 +115,8 @@ class Queue(Generic[T]):
             raise ConfigurationError(f"queue {self.name!r}: backoff is {self.backoff!r}; give a filao.Backoff(first=…)")
         if not isinstance(self.emulate, tuple) or not set(self.emulate) <= set(EMULATED):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
             raise ConfigurationError(
-                f"queue {self.name!r}: emulate is {self.emulate!r}; it must be a tuple of some of: {', '.join(EMULATED)}"
+                f"queue {self.name!r}: emulate is {self.emulate!r}; it must be a tuple of "
+                f"some of: {', '.join(EMULATED)}"
             )
         for rule, allowed in _CHOICES.items():
             if getattr(self, rule) not in allowed:
@@ -149,7 +153,9 @@ def rules_to_json(queue: "Queue[Any]") -> str:
 
 
 def rules_from_json(name: str, rules: str) -> "Queue[Any]":
-    """Read back what `rules_to_json` wrote; a rule that a newer version added and this one does not know is passed over."""
+    """Read back what `rules_to_json` wrote; a rule that a newer version added and this one does not know is passed
+    over.
+    """
     try:
         stored = msgspec.json.decode(rules, type=dict[str, Any])
         known = {rule: stored[rule] for rule in _RULES if rule in stored and rule not in ("backoff", "emulate")}

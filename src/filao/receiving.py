@@ -1,4 +1,5 @@
-"""Receiving: look, wait in line, decode; bury what does not fit its queue's type, delete first what is had at most once.
+"""Receiving: look, wait in line, decode; bury what does not fit its queue's type, delete first what is had at most
+once.
 
 Whatever is received and cannot be handed over is given back: its caller was cancelled, or the broker closes.
 """

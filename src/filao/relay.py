@@ -1,7 +1,7 @@
 """The relay: it sends what an outbox has recorded, in order, and deletes it there once it is sent.
 
-A relay that dies between the two sends again when it is back; the queue recognises the message by its id, for as long as
-it is pending and for the queue's `dedup_window` after. Where the relay may be away for longer, or the engine has no
+A relay that dies between the two sends again when it is back; the queue recognises the message by its id, for as long
+as it is pending and for the queue's `dedup_window` after. Where the relay may be away for longer, or the engine has no
 deduplication, let the receiver use an inbox. Several relays of one outbox may run: the same holds.
 """
 
@@ -89,7 +89,8 @@ class Relay:
 
         A queue that refuses (it is full, or nobody has declared it) keeps its messages in the outbox, in order, and is
         tried again a second later; the others go on. A message that can never be sent as it is (its body is above the
-        queue's `body_max`, say) is set aside, and those behind it go on: see `Outbox.failed` and `Outbox.retry`. Raises what the database raises, and `EngineError`.
+        queue's `body_max`, say) is set aside, and those behind it go on: see `Outbox.failed` and `Outbox.retry`. Raises
+        what the database raises, and `EngineError`.
         """
         now = time.monotonic()
         self._refused = {queue: until for queue, until in self._refused.items() if until > now}

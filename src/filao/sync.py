@@ -56,7 +56,8 @@ def _blocking(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -
     """Return a method that has a coroutine function run on the loop, for `_inner`, by `_caller`, and waits for it.
 
     Type checkers carry parameters, overloads and type variables over; `wraps` carries docstring and signature. Such
-    methods are `Final`, because checkers do not rely on types that they infer for anything else in an installed package.
+    methods are `Final`, because checkers do not rely on types that they infer for anything else in an installed
+    package.
     """
 
     @wraps(function)
@@ -246,7 +247,8 @@ class Broker:
     resume: Final = _blocking(AsyncBroker.resume)
     doctor: Final = _blocking(AsyncBroker.doctor)
 
-    # --- below the door ----------------------------------------------------------------------------------------------------
+    # --- below the door
+    # ----------------------------------------------------------------------------------------------------
 
     @property
     def _caller(self) -> Caller:

@@ -43,7 +43,8 @@ def create_outbox(on: Connection, table: str) -> None:
     """Create the table of sends, or give one of an earlier version what it lacks."""
     if on.dialect not in NUMBERS:
         raise ConfigurationError(
-            f"the tables of an outbox are known for {', '.join(NUMBERS)}, not for {on.dialect}: create it yourself, with the "
+            f"the tables of an outbox are known for {', '.join(NUMBERS)}, not for "
+            f"{on.dialect}: create it yourself, with the "
             f"columns number (growing), {COLUMNS}, failed (a text, NULL as a rule)"
         )
     on.execute(
@@ -75,7 +76,9 @@ def update_outbox(on: Connection, table: str) -> None:
 
 
 def create_inbox(on: Connection, table: str) -> None:
-    """Create the table of messages that are done, or give one of an earlier version its key: (queue, id), not id alone."""
+    """Create the table of messages that are done, or give one of an earlier version its key: (queue, id), not
+    id alone.
+    """
     on.execute(f"CREATE TABLE IF NOT EXISTS {table} {_INBOX}")
     if on.dialect not in _KEY or len(on.execute(_KEY[on.dialect], (table,)).fetchall()) == 2:
         return

@@ -1,4 +1,5 @@
-"""For tests of programs that use Filao: a queue in memory, a clock that they move, and a worker's handlers without a worker.
+"""For tests of programs that use Filao: a queue in memory, a clock that they move, and a worker's handlers without a
+worker.
 
 The fixtures are pytest's: `pytest_plugins = ["filao.testing"]` in a `conftest.py`. All of it works in plain tests; an
 asynchronous one opens its own broker, `async with filao.connect("sqlite://:memory:", clock=filao_clock) as broker`, and
@@ -50,9 +51,11 @@ def filao_broker(filao_clock: Clock) -> Generator[sync.Broker]:
 
 
 def drain(worker: Worker, broker: sync.Broker | None = None, *, limit: int = DRAINED_MAX) -> list[Handled]:
-    """Handle everything that is ready, and what becomes ready meanwhile, and return what happened: `Worker.drain`, blocking.
+    """Handle everything that is ready, and what becomes ready meanwhile, and return what happened: `Worker.drain`,
+    blocking.
 
-    `broker` is an open one, such as `filao_broker`, in place of the worker's own. Coroutine functions run in its thread.
+    `broker` is an open one, such as `filao_broker`, in place of the worker's own. Coroutine functions run in its
+    thread.
     """
     if broker is None:
         return asyncio.run(worker.drain(limit=limit))

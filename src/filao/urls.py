@@ -40,7 +40,9 @@ def shown_url(url: str) -> str:
 
 
 def _masked(rest: str) -> str:
-    """Hide what may be a password: all between the first colon and the last @, or behind a colon that begins no port."""
+    """Hide what may be a password: all between the first colon and the last @, or behind a colon that begins no
+    port.
+    """
     user, at, place = rest.rpartition("@")
     if at:
         slashes = "//" if user.startswith("//") else ""

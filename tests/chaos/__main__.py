@@ -12,7 +12,10 @@ from tests.chaos import postgresql, rabbitmq
 from tests.chaos.account import SCENARIOS, Scenario
 
 HEAD = (
-    "| scenario | engine | recovery, s | silence, s | confirmed | lost | acknowledged twice | delivered again | remarks |",
+    (
+        "| scenario | engine | recovery, s | silence, s | confirmed | lost | acknowledged twice | delivered again "
+        "| remarks |"
+    ),
     "|---|---|---|---|---|---|---|---|---|",
 )
 MODULES = (postgresql, rabbitmq)  # whose import registers their scenarios

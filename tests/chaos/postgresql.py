@@ -1,4 +1,6 @@
-"""What happens to PostgreSQL: sessions that end, servers that stop, connections that run out, transactions that stay open."""
+"""What happens to PostgreSQL: sessions that end, servers that stop, connections that run out, transactions that stay
+open.
+"""
 
 import asyncio
 import time

@@ -1,4 +1,5 @@
-"""The auditor: it compares the counters with what is there, again and again, in one read transaction of its own connection.
+"""The auditor: it compares the counters with what is there, again and again, in one read transaction of its own
+connection.
 
 It alone knows the tables. What it finds it writes down; the checker makes it a broken promise.
 """

@@ -21,7 +21,8 @@ SETTLES: tuple[Verb, ...] = (*ACKS, "nack", "reject", "release")
 TIMELY = 0.05  # seconds: by how much the engine's clock and a process's may differ over a time to live
 Span = tuple[float, float]
 Kept = Literal["all", "while allowed", "until received"]
-"""What a queue keeps: all that was sent, all but what the operator deletes or its limits drop, or what nobody received."""
+"""What a queue keeps: all that was sent, all but what the operator deletes or its limits drop, or what nobody received.
+"""
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def _lost(story: Story, left: Left) -> Iterator[str]:
     """Find messages that were confirmed, or seen, and then neither handled nor kept as dead letters."""
     for message, record in story.first_seen.items():
         if story.keeps(record) == "all" and not _has_ended(story, left, message):
-            yield f"lost message {message}: {'confirmed' if message in story.stored else 'seen'}, never handled, not dead"
+            known = "confirmed" if message in story.stored else "seen"
+            yield f"lost message {message}: {known}, never handled, not dead"
 
 
 def _has_ended(story: Story, left: Left, message: str) -> bool:
@@ -414,7 +416,8 @@ def _attempts(story: Story, left: Left) -> Iterator[str]:
             unseen += sum(max(0, 1 + released[attempt] - times[attempt]) for attempt in range(1, last + 1))
     room = unseen_room(story, *queues)
     if unseen > room:
-        yield f"attempts don't add up: {unseen} deliveries were seen by nobody, but kills can have hidden {room} at most"
+        hidden = f"kills can have hidden {room} at most"
+        yield f"attempts don't add up: {unseen} deliveries were seen by nobody, but {hidden}"
 
 
 def _releases(story: Story, message: str, epoch: int) -> tuple[Counter[int], Counter[int]]:

@@ -2,9 +2,10 @@
 
     python -m tests.torture.clerk claims.db --senders 3 --ackers 1 --rounds 100
 
-A line is a time of CLOCK_MONOTONIC and `sent KEY`, `acking KEY`, `acked KEY` or `error TYPE TEXT`. It is written with one
-`os.write` before the next call is made, so what it says happened, whatever happens to the clerk. After an error the clerk tries the same again, as
-the documentation says it may. What it said is compared with what is found in the file by `contradictions`.
+A line is a time of CLOCK_MONOTONIC and `sent KEY`, `acking KEY`, `acked KEY` or `error TYPE TEXT`. It is written with
+one `os.write` before the next call is made, so what it says happened, whatever happens to the clerk. After an error the
+clerk tries the same again, as the documentation says it may. What it said is compared with what is found in the file by
+`contradictions`.
 """
 
 import argparse
@@ -92,7 +93,9 @@ class Said:
 
 
 def understood(lines: Iterable[str], before: float = math.inf) -> Said:
-    """Sort the lines of clerks; a last one that was cut off is passed over, and so are confirmations from `before` on."""
+    """Sort the lines of clerks; a last one that was cut off is passed over, and so are confirmations from
+    `before` on.
+    """
     said = Said()
     for line in lines:
         if not line.endswith("\n"):

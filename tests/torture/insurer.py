@@ -1,4 +1,5 @@
-"""The insurer under fire: claims go through its portal while portal, relay and workers are killed, under each guarantee.
+"""The insurer under fire: claims go through its portal while portal, relay and workers are killed, under each
+guarantee.
 
 The client repeats a request until it is answered, with the same reference, and writes down what was confirmed. The
 checker reads only that log and the insurer's own database: it knows nothing of queues.
@@ -242,7 +243,8 @@ def prove(folder: Path, guarantee: str, claims: Sequence[Submitted], kills: int,
     killed = ", ".join(f"{count} {name}" for name, count in sorted(company.kills.items()))
     print(f"{guarantee}: {company.kills.total()} kills ({killed}), {time.monotonic() - began:.0f} s")
     print(
-        f"    {verdict.confirmed:,} confirmed, {verdict.paid:,} paid, {verdict.lost:,} lost, {verdict.doubled:,} doubled"
+        f"    {verdict.confirmed:,} confirmed, {verdict.paid:,} paid, {verdict.lost:,} "
+        f"lost, {verdict.doubled:,} doubled"
     )
     print(
         f"    {verdict.total / 100:,.2f} paid in all", *verdict.complaints, sep="\n    ! " if verdict.complaints else ""

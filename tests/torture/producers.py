@@ -1,4 +1,6 @@
-"""Producers: they send with every option, alone, in a transaction of the broker's, or within one of their own connection."""
+"""Producers: they send with every option, alone, in a transaction of the broker's, or within one of their own
+connection.
+"""
 
 import asyncio
 import sqlite3

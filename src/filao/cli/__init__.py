@@ -1,8 +1,8 @@
 """The command line: `filao`, for operators and for shell scripts.
 
-But for `work` it relies on the blocking twin alone, so that Ctrl-C interrupts whatever waits: a disk, a queue or a pipe.
-Data go to stdout as JSON lines, past every buffer; whatever is for people goes to stderr. A command returns its exit code; what
-it raises becomes one here. click reads the arguments and rich draws, both from the extra `cli`.
+But for `work` it relies on the blocking twin alone, so that Ctrl-C interrupts whatever waits: a disk, a queue or a
+pipe. Data go to stdout as JSON lines, past every buffer; whatever is for people goes to stderr. A command returns its
+exit code; what it raises becomes one here. click reads the arguments and rich draws, both from the extra `cli`.
 """
 
 import signal
@@ -66,9 +66,9 @@ def _run() -> int:
 def commands() -> None:
     """Durable point-to-point queues: send, receive and look after them.
 
-    Every command but work and sandbox takes the URL first: a path such as claims.db, or sqlite:///claims.db. It may be left out when the
-    environment variable FILAO_URL holds it. Where the arguments could then be read both ways, the first is taken for
-    a URL only if it holds a "/" or a ":", as in ./claims.db.
+    Every command but work and sandbox takes the URL first: a path such as claims.db, or sqlite:///claims.db. It may be
+    left out when the environment variable FILAO_URL holds it. Where the arguments could then be read both ways, the
+    first is taken for a URL only if it holds a "/" or a ":", as in ./claims.db.
 
     Data are JSON lines on stdout, and all else is on stderr. stats, peek, dead and doctor draw a table on a terminal.
     Durations are seconds; sizes are bytes.

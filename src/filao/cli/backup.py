@@ -14,8 +14,8 @@ from filao.errors import ConfigurationError, UnsupportedFeature
 def backup(*, arguments: tuple[str, ...]) -> int:
     """Copy a SQLite queue to FILE, while others use it.
 
-    The copy is of one moment, whole and checked: messages, leases, dead letters, counters, and your own tables. A copy made
-    by cp is not. FILE must not exist. Prints {"backup": FILE, "bytes": N}.
+    The copy is of one moment, whole and checked: messages, leases, dead letters, counters, and your own tables. A copy
+    made by cp is not. FILE must not exist. Prints {"backup": FILE, "bytes": N}.
     """
     url, (copy,) = addressed(arguments, least=1, most=1)
     path = _sqlite_file(url)
@@ -29,8 +29,8 @@ def backup(*, arguments: tuple[str, ...]) -> int:
 def restore(*, arguments: tuple[str, ...], replace: bool) -> int:
     """Put FILE, which filao backup made, in the place of a SQLite queue.
 
-    Stop the processes that use the queue first: those that go on notice it, and confirm nothing until they open it again.
-    Prints {"restored": PATH, "replaced": PATH or null}.
+    Stop the processes that use the queue first: those that go on notice it, and confirm nothing until they open it
+    again. Prints {"restored": PATH, "replaced": PATH or null}.
     """
     url, (copy,) = addressed(arguments, least=1, most=1)
     path = _sqlite_file(url)
@@ -51,8 +51,10 @@ def _sqlite_file(url: str) -> Path:
     path = file_of(url)
     if path is None:
         raise UnsupportedFeature(
-            "backup and restore are of SQLite files. PostgreSQL has pg_dump and pg_basebackup for its databases; RabbitMQ "
-            "copies its quorum queues to several nodes, and has no backup of messages: filao move carries them elsewhere"
+            "backup and restore are of SQLite files. PostgreSQL has pg_dump and "
+            "pg_basebackup for its databases; RabbitMQ "
+            "copies its quorum queues to several nodes, and has no backup of messages: "
+            "filao move carries them elsewhere"
         )
     if str(path) == ":memory:":
         raise ConfigurationError("a queue in memory ends with its process, and has no backup: give the path of a file")

@@ -41,7 +41,8 @@ def move_command(*, source: str, target: str, queues: tuple[str, ...], dry_run: 
     held = sum(queue.held for queue in moved)
     if held:
         note(
-            f"{held:,} messages stay at {shown_url(source)}: consumers hold them, or they wait on a ladder of delays. Move "
+            f"{held:,} messages stay at {shown_url(source)}: consumers hold them, or they "
+            "wait on a ladder of delays. Move "
             f"again once they are done"
         )
     return 1 if held else 0

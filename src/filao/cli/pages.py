@@ -1,8 +1,8 @@
 """Pages over HTTP for probes and scrapers: GET and HEAD, one request for each connection.
 
-It answers from a thread and a loop of its own, so also while a handler blocks the worker's. Strangers may reach its port:
-each connection has a few seconds in all, and when there are many the oldest makes room, so that half a request takes nothing
-from a probe.
+It answers from a thread and a loop of its own, so also while a handler blocks the worker's. Strangers may reach its
+port: each connection has a few seconds in all, and when there are many the oldest makes room, so that half a request
+takes nothing from a probe.
 """
 
 import asyncio

@@ -73,7 +73,9 @@ def receive(
 
 
 def _hand_over(broker: Broker, messages: Sequence[Message[Any]], *, raw: bool) -> int:
-    """Print messages, acknowledge those, give back what could not be printed or a slow reader left; return how many it took."""
+    """Print messages, acknowledge those, give back what could not be printed or a slow reader left; return how many it
+    took.
+    """
     started, printed = time.monotonic(), 0
     try:
         for message in messages:

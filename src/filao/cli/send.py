@@ -61,8 +61,8 @@ def send(
     Lines are sent as they come, up to 1,000 at a time, which are stored all or none. The first bad line ends it: all
     that stood before it is stored, nothing after it, and its number is told on stderr.
 
-    With --messages a line is such as {"body": ..., "headers": {...}, "group": ..., "priority": ..., "delay": ..., "ttl":
-    ..., "dedup_key": ..., "message_id": ...}; only body must be there, and the options hold for what it does not
+    With --messages a line is such as {"body": ..., "headers": {...}, "group": ..., "priority": ..., "delay": ...,
+    "ttl": ..., "dedup_key": ..., "message_id": ...}; only body must be there, and the options hold for what it does not
     say. Thus messages are moved: filao receive a.db q --all | filao send b.db q --messages
     """
     url, (name, *body) = addressed(arguments, least=1, most=2)

@@ -130,7 +130,9 @@ def note(text: str) -> None:
 
 
 def safe(text: str) -> str:
-    """Return a text as stderr may show it: what came from others can do nothing there, and no argument shows a password."""
+    """Return a text as stderr may show it: what came from others can do nothing there, and no argument shows a
+    password.
+    """
     for given in [*sys.argv[1:], os.environ.get("FILAO_URL", "")]:
         shown = shown_url(given)
         if shown != given:

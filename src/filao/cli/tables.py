@@ -21,7 +21,8 @@ def draw(
     keeps: int = 0,
     styles: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw a table on the terminal; `figures`, to the right of the first column, are never broken, nor are the first `keeps`.
+    """Draw a table on the terminal; `figures`, to the right of the first column, are never broken, nor are the first
+    `keeps`.
 
     `styles` are those of words in the first column. Text from others is never read as markup.
     """
@@ -103,7 +104,8 @@ def _story(message: StoredMessage) -> Iterator[str]:
     for failure in message.history:
         yield ""
         yield printable(
-            f"attempt {failure.attempt}, {failure.at:%Y-%m-%d %H:%M:%S %Z}: {failure.outcome}, by {failure.consumer or 'nobody known'}"
+            f"attempt {failure.attempt}, {failure.at:%Y-%m-%d %H:%M:%S %Z}: {failure.outcome}, by "
+            f"{failure.consumer or 'nobody known'}"
         )
         for line in failure.error.splitlines():
             yield f"  {printable(line)}"

@@ -1,7 +1,7 @@
 """`filao top`: the queues as they are now, again and again; into a pipe, plain lines.
 
-On a terminal it draws on the other screen and gives the first one back, whatever ends it. What is drawn is a pure function of
-what was read and of the view, which keys change.
+On a terminal it draws on the other screen and gives the first one back, whatever ends it. What is drawn is a pure
+function of what was read and of the view, which keys change.
 """
 
 import os

@@ -74,8 +74,8 @@ def work(
     The first signal stops it gracefully: it receives no more, gives back what has not begun, and finishes the rest
     within the worker's grace. The second stops it at once. Nothing is lost either way.
 
-    With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends. While the
-    storage is away it waits for it, for ever. Exit codes are those of `filao --help`; a stop by a signal is 0.
+    With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends. While
+    the storage is away it waits for it, for ever. Exit codes are those of `filao --help`; a stop by a signal is 0.
     """
     logs.begin(log_level, log_form)
     address = None if health is None else address_of("--health", health)
@@ -158,7 +158,9 @@ async def _work(
 
 
 def _has_ended(executor: ThreadPoolExecutor) -> bool:
-    """Return whether the threads of `asyncio.to_thread` end in a moment: whoever was cancelled there has left them running."""
+    """Return whether the threads of `asyncio.to_thread` end in a moment: whoever was cancelled there has left them
+    running.
+    """
     ending = threading.Thread(target=executor.shutdown, daemon=True)
     ending.start()
     ending.join(ENDS_WITHIN)

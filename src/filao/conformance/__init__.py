@@ -1,4 +1,5 @@
-"""The contract, as checks that any engine can be run against: what `send`, `receive` and the rest promise, line by line.
+"""The contract, as checks that any engine can be run against: what `send`, `receive` and the rest promise, line by
+line.
 
 Each `check_…` is a coroutine function that is given a `Stage`: a broker, a clock that can be moved, and a way to open a
 second broker on the same storage. It raises `AssertionError` when a promise does not hold. `checks(features)` lists

@@ -71,7 +71,8 @@ def sqlite_path(url: str | Path) -> Path:
     if not has_scheme(url):
         if is_bare(url):  # not the name of a file: errors would show its password
             raise ConfigurationError(
-                f"{shown_url(url)!r} looks like a URL without its scheme; give postgresql://… or amqp://…, or ./ before a path"
+                f"{shown_url(url)!r} looks like a URL without its scheme; give postgresql://… "
+                "or amqp://…, or ./ before a path"
             )
         return Path(url)
     if url in ("sqlite://:memory:", "sqlite:///:memory:"):
@@ -79,7 +80,8 @@ def sqlite_path(url: str | Path) -> Path:
     scheme, _, path = url.partition("://")
     if scheme.lower() != "sqlite" or not path.startswith("/") or not path[1:] or "?" in path:
         raise ConfigurationError(
-            f"{shown_url(url)!r} is no URL that Filao knows; give a path, sqlite:///relative.db, sqlite:////absolute.db, "
+            f"{shown_url(url)!r} is no URL that Filao knows; give a path, "
+            "sqlite:///relative.db, sqlite:////absolute.db, "
             f"sqlite://:memory:, postgresql://user@host/database or amqp://user@host/vhost"
         )
     return Path(unquote(path[1:]))

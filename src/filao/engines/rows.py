@@ -1,4 +1,7 @@
-"""What the SQL engines have in common when they carry messages to another engine, and store what came from one. Pure."""
+"""What the SQL engines have in common when they carry messages to another engine, and store what came from one.
+
+Pure.
+"""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any

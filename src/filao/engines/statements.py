@@ -9,7 +9,8 @@ from filao.errors import ConfigurationError
 _NOT_IN_TRANSACTIONS = frozenset(
     {"ABORT", "ATTACH", "BEGIN", "COMMIT", "DETACH", "END", "RELEASE", "ROLLBACK", "SAVEPOINT", "START", "VACUUM"}
 )
-# What an engine skips before a statement: spaces, empty statements, a byte order mark, comments, but none in another one.
+# What an engine skips before a statement: spaces, empty statements, a byte order mark, comments, but none in another
+# one.
 _FIRST_WORD = re.compile(r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*(?:(?!/\*).)*?\*/)*(/\*|[A-Za-z]*)", re.DOTALL)
 _PARTS = re.compile(
     r"""

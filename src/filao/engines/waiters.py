@@ -1,7 +1,7 @@
 """Those of this process who wait for one queue. One look serves them all, so that waking many costs no more than one.
 
-Take a place before the first look, so that a call in between is not lost, and join the line when the look found nothing:
-the line then has had more calls than when the place was taken.
+Take a place before the first look, so that a call in between is not lost, and join the line when the look found
+nothing: the line then has had more calls than when the place was taken.
 """
 
 import asyncio

@@ -1,6 +1,7 @@
 """What a store tells, as metrics: depth, age and totals of its queues, right though no worker lives, and counted once.
 
-Names are those of `QueueStats`, in base units. A label never has more values than there are queues told, states or reasons.
+Names are those of `QueueStats`, in base units. A label never has more values than there are queues told, states or
+reasons.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence

@@ -67,7 +67,9 @@ TEXTS = {  # by key; the sandbox's page says the same in its own languages
 
 
 class BadClaimsError(Exception):
-    """The file of claims cannot be used; the text says why, and what to do; `key` and `values` are for other languages."""
+    """The file of claims cannot be used; the text says why, and what to do; `key` and `values` are for other
+    languages.
+    """
 
     def __init__(self, key: str, **values: str | int) -> None:
         super().__init__(TEXTS[key].format(**values))

@@ -178,7 +178,9 @@ async def _groups(room: Room, _: Facts) -> None:
 
 
 def _by_policy(room: Room) -> list[Case]:
-    """Return three claims of each of four policies; the first of each is long, and would be overtaken without groups."""
+    """Return three claims of each of four policies; the first of each is long, and would be overtaken without
+    groups.
+    """
     return [room.case(policy=policy, effort=effort) for policy in (12, 27, 33, 48) for effort in (2.5, 1.0, 1.0)]
 
 

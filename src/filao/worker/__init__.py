@@ -1,8 +1,8 @@
 """Workers: handlers for queues, with leases kept, timeouts, retries and a graceful stop.
 
-`worker` is what is declared, `shift` one run of it; `pool` says what may start; `run` is one attempt at one message, with
-`handlers`, `threads`, `outcomes` and `strays`; `keeper` extends the leases, `pulse` watches the event loop, `outage` tells
-what fails, `signals` who is told to stop. `supervisor` runs several processes.
+`worker` is what is declared, `shift` one run of it; `pool` says what may start; `run` is one attempt at one message,
+with `handlers`, `threads`, `outcomes` and `strays`; `keeper` extends the leases, `pulse` watches the event loop,
+`outage` tells what fails, `signals` who is told to stop. `supervisor` runs several processes.
 """
 
 from filao.worker.outcomes import Outcomes, Reject, Release, Retry

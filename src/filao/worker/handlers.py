@@ -1,8 +1,8 @@
 """What a handler is: a function of one message, or of a message and a transaction, whose signature is read once.
 
 A coroutine function runs on the event loop and gets `filao.Message`; a plain one runs in a thread and gets the blocking
-`filao.sync.Message`. What it says of the body's type is what the body is decoded to. What else it asks for, by a type, is
-what a lifespan of its worker gives.
+`filao.sync.Message`. What it says of the body's type is what the body is decoded to. What else it asks for, by a type,
+is what a lifespan of its worker gives.
 """
 
 import functools
@@ -82,7 +82,8 @@ def _first_parameter(
         form = f"{'async ' * is_async}def {name.rsplit('.', 1)[-1]}({', '.join(wanted)})"
         more = ' With guarantee="exactly-once" it takes the transaction too.' if len(wanted) > 1 else ""
         raise ConfigurationError(
-            f"the handler {name} cannot be called as {form}: {error}.{more} What a lifespan gives is asked for by its type"
+            f"the handler {name} cannot be called as {form}: {error}.{more} What a lifespan "
+            "gives is asked for by its type"
         ) from error
     return next(iter(signature.parameters.values()))
 
@@ -126,7 +127,9 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def _read(parameter: inspect.Parameter, bearer: Callable[..., Any]) -> Any:
-    """Return the type that an annotation means; those of other parameters, and of the result, are none of our business."""
+    """Return the type that an annotation means; those of other parameters, and of the result, are none of our
+    business.
+    """
 
     def only() -> None: ...
 

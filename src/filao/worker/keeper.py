@@ -1,8 +1,8 @@
 """The keeper: it extends the leases of a worker's messages from a thread, a loop and a connection of its own.
 
 Invariant: it extends only what it was given and what was not let go; a run is let go when its task ends, however that
-comes about. So neither a handler that blocks the event loop nor one that keeps the interpreter busy loses its lease, and
-no message is kept that nobody works on.
+comes about. So neither a handler that blocks the event loop nor one that keeps the interpreter busy loses its lease,
+and no message is kept that nobody works on.
 
 All that are due are extended by one statement, when a third of their time has passed. It also reports to the doctor, in
 a task of its own: a storage that makes one of the two wait does not hold up the other. On an engine of which there can
@@ -64,7 +64,9 @@ class Keeper:
     # --- on the worker's loop ----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the thread and connect it, now: while a handler keeps the interpreter busy, that would take too long."""
+        """Start the thread and connect it, now: while a handler keeps the interpreter busy, that would take too
+        long.
+        """
         twin = self._session.sibling()
         if twin is None:
             keeping = asyncio.create_task(self._keep_and_report(self._session))

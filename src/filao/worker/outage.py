@@ -1,4 +1,6 @@
-"""What fails for now: it is said once, then rarely, and is tried again after pauses that grow, for as long as it takes."""
+"""What fails for now: it is said once, then rarely, and is tried again after pauses that grow, for as long as
+it takes.
+"""
 
 import logging
 import random

@@ -76,7 +76,8 @@ def check_outcomes(outcomes: Mapping[Any, Any]) -> None:
     for kind, steer in outcomes.items():
         if not (isinstance(kind, type) and issubclass(kind, BaseException)) or _steer(steer) is None:
             raise ConfigurationError(
-                f"outcomes maps {kind!r} to {steer!r}; map exception classes to filao.Retry, filao.Reject or filao.Release"
+                f"outcomes maps {kind!r} to {steer!r}; map exception classes to "
+                "filao.Retry, filao.Reject or filao.Release"
             )
 
 

@@ -1,8 +1,8 @@
 """Who may start how many: consumers that share a worker's capacity, or one that has its own.
 
 Whose turn it is among those that share is decided by stride scheduling (Waldspurger and Weihl, 1995), so that in the
-long run each gets its weight's share: each has a pass that grows, by what it got over its weight; the lowest goes first.
-A queue that had nothing to do does not save up turns.
+long run each gets its weight's share: each has a pass that grows, by what it got over its weight; the lowest goes
+first. A queue that had nothing to do does not save up turns.
 """
 
 import asyncio

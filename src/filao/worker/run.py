@@ -68,7 +68,8 @@ class Handled:
     id: str
     attempt: int
     how: How
-    """acked, retried (it comes again), dead (it does not), released, lost (this worker does not hold it any more), failed
+    """acked, retried (it comes again), dead (it does not), released, lost (this worker does not hold it any more),
+    failed
     (it was received at most once, and is gone), settled (its handler did it by itself)."""
     error: str
     """What the handler raised, with its traceback; empty when it did not."""
@@ -124,8 +125,8 @@ def _whatever_happens(step: Callable[Concatenate["Run", P], None]) -> Callable[C
 class Run:
     """Runs a message's handler once; see `filao.worker.keeper.Kept` for what the keeper sees of it.
 
-    It is written with callbacks: a message costs one task, the handler's. `freed` is called when its place is another's,
-    `ended` when it has ended, in any case.
+    It is written with callbacks: a message costs one task, the handler's. `freed` is called when its place is
+    another's, `ended` when it has ended, in any case.
     """
 
     __slots__ = (
@@ -410,7 +411,8 @@ class Run:
 
     @_whatever_happens
     def _settle(self, outcome: engine.Outcome | None) -> None:
-        """End the lease as the handler decided, and the run with it. The place is another's before that, so that the next
+        """End the lease as the handler decided, and the run with it. The place is another's before that, so that the
+        next
         receive travels in the settle's transaction.
         """
         self.keep_until = None

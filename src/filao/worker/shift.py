@@ -1,8 +1,9 @@
 """One run of a worker: it receives what it can start now, starts it, and brings all of it to an end.
 
-A shift is made when the engine has been reached, and dropped when it ends. While the storage fails it waits, for as long
-as that takes. Two things end it: a broker that was closed under it, as that is its program's own doing, and a storage that
-is there again but must be opened anew, as a file that was restored; whoever supervises the process starts it again.
+A shift is made when the engine has been reached, and dropped when it ends. While the storage fails it waits, for as
+long as that takes. Two things end it: a broker that was closed under it, as that is its program's own doing, and a
+storage that is there again but must be opened anew, as a file that was restored; whoever supervises the process starts
+it again.
 """
 
 import asyncio
@@ -245,7 +246,9 @@ class Shift:
             self._try_suspect()
 
     def _try_suspect(self) -> None:
-        """Begin a suspect when this process holds no other message, nor asks for any: should it die, only that was there."""
+        """Begin a suspect when this process holds no other message, nor asks for any: should it die, only that was
+        there.
+        """
         for run in list(self._suspects):
             if run.has_begun:
                 continue

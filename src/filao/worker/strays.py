@@ -1,4 +1,5 @@
-"""Tasks that a handler started and did not wait for: they run on after its message is acknowledged, and are lost in a crash.
+"""Tasks that a handler started and did not wait for: they run on after its message is acknowledged, and are lost in a
+crash.
 
 A worker reports each kind once; it neither waits for them nor cancels them, because some libraries start their
 housekeeping within the first call, which may be a handler's.

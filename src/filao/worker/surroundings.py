@@ -1,8 +1,8 @@
 """What stands around handlers: lifespans, which open what a process needs once, and middleware, around each message.
 
-Both are generator functions that yield once, as those of `contextlib` do. A lifespan's value is what a handler gets that asks
-for its type. Middleware that is a coroutine runs on the event loop; a plain one runs where the handler does, which
-for a plain handler is its thread.
+Both are generator functions that yield once, as those of `contextlib` do. A lifespan's value is what a handler gets
+that asks for its type. Middleware that is a coroutine runs on the event loop; a plain one runs where the handler does,
+which for a plain handler is its thread.
 """
 
 import asyncio
@@ -35,7 +35,9 @@ Middleware = Callable[[Any], AsyncGenerator[None] | Generator[None] | _Entered]
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The middleware of a worker, the first of each kind outermost; those on the event loop are around the plain ones."""
+    """The middleware of a worker, the first of each kind outermost; those on the event loop are around the
+    plain ones.
+    """
 
     on_loop: list[Callable[[Any], Any]] = field(default_factory=list[Callable[[Any], Any]])
     in_place: list[Callable[[Any], Any]] = field(default_factory=list[Callable[[Any], Any]])
@@ -141,7 +143,8 @@ def _chosen(handler: Handler, values: Sequence[Any]) -> Iterator[tuple[str, Any]
         if len(fitting) != 1:
             given = ", ".join(type(value).__qualname__ for value in values if value is not None) or "nothing"
             raise ConfigurationError(
-                f"the handler {handler.name} asks for {name}: {wanted.__qualname__}, and the lifespans of its worker give "
+                f"the handler {handler.name} asks for {name}: {wanted.__qualname__}, and "
+                "the lifespans of its worker give "
                 f"{given}: let exactly one @worker.lifespan yield a {wanted.__qualname__}"
             )
         yield name, fitting[0]

@@ -1,8 +1,9 @@
 """The worker: it receives from queues, calls their handlers, keeps the leases meanwhile, and settles what they decided.
 
-Here is what is declared, and what a run needs; `shift.py` is one run. It claims only what it can start now. A message whose last consumer's process died is handled alone, so that if it kills
-this one too, it takes no other message's attempt with it. Told to stop, it receives no more, gives back what has not
-started, and lets the rest finish for a while; told again, it gives everything back at once.
+Here is what is declared, and what a run needs; `shift.py` is one run. It claims only what it can start now. A message
+whose last consumer's process died is handled alone, so that if it kills this one too, it takes no other message's
+attempt with it. Told to stop, it receives no more, gives back what has not started, and lets the rest finish for a
+while; told again, it gives everything back at once.
 """
 
 import asyncio
@@ -48,7 +49,9 @@ DRAINED_MAX = 10_000  # attempts of one `drain`, so that a handler that always r
 
 
 class Registering(Protocol[T]):
-    """Takes a handler of messages with such bodies: a coroutine function's are `filao.Message`, a plain one's `filao.sync.Message`."""
+    """Takes a handler of messages with such bodies: a coroutine function's are `filao.Message`, a plain one's
+    `filao.sync.Message`.
+    """
 
     @overload
     def __call__(
@@ -118,7 +121,8 @@ class Worker:
         self.handled = 0
         """How many attempts have ended."""
         self.has_hung: bool = False
-        """Whether the last run left handlers that had not ended though they were told to: a process ends without them."""
+        """Whether the last run left handlers that had not ended though they were told to: a process ends without them.
+        """
 
     # --- consumers ---------------------------------------------------------------------------------------------------
 
@@ -183,8 +187,8 @@ class Worker:
         """Let the decorated generator function open what a process needs once, such as a pool of connections.
 
         It runs up to its `yield` before messages are received, on the event loop, and from there when the worker has
-        stopped and handlers have ended. A handler that has a parameter of the type of what it yields, behind the message
-        (and the transaction), gets it. What it raises ends the worker.
+        stopped and handlers have ended. A handler that has a parameter of the type of what it yields, behind the
+        message (and the transaction), gets it. What it raises ends the worker.
         """
         check_lifespan(function)
         self._lifespans.append(function)
@@ -201,12 +205,16 @@ class Worker:
         return function
 
     def only(self, queues: Iterable[str]) -> None:
-        """Consume from now on only these of its queues. Raises `ConfigurationError` for one that it has no consumer of."""
+        """Consume from now on only these of its queues.
+
+        Raises `ConfigurationError` for one that it has no consumer of.
+        """
         chosen = list(queues)
         for name in chosen:
             if name not in self._consumers:
                 raise ConfigurationError(
-                    f"this worker has no consumer of queue {name!r}; it has those of {', '.join(map(repr, self._consumers))}"
+                    f"this worker has no consumer of queue {name!r}; it has those of "
+                    f"{', '.join(map(repr, self._consumers))}"
                 )
         self._consumers = {name: self._consumers[name] for name in self._consumers if name in chosen}
         self._declared = [queue for queue in self._declared if queue.name in chosen]
@@ -417,7 +425,8 @@ def _supplied(consumers: Mapping[str, Consumer], values: Sequence[Any]) -> dict[
 
 def _second(queue: str, first: Consumer) -> ConfigurationError:
     return ConfigurationError(
-        f"queue {queue!r} has a consumer in this worker already, {first.handler.name}: two would take each other's messages. "
+        f"queue {queue!r} has a consumer in this worker already, {first.handler.name}: two "
+        "would take each other's messages. "
         f"Let one function handle both kinds, or use two queues."
     )
 

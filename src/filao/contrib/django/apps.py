@@ -1,4 +1,6 @@
-"""The Django application: it declares queues after a migration, opens the broker before requests, and checks the settings."""
+"""The Django application: it declares queues after a migration, opens the broker before requests, and checks the
+settings.
+"""
 # pyright: basic, reportMissingTypeStubs=false
 # Django has no types of its own.
 

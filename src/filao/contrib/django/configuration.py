@@ -41,7 +41,8 @@ def url_of(alias: str) -> "str | Path":
     if connection.vendor == "sqlite":
         if connection.is_in_memory_db():
             raise ImproperlyConfigured(
-                f"Filao cannot keep a queue in the database {alias!r}, which is in memory and no other process sees: name a "
+                f"Filao cannot keep a queue in the database {alias!r}, which is in memory and "
+                "no other process sees: name a "
                 f'file, in tests too ("TEST": {{"NAME": BASE_DIR / "test.sqlite3"}}), or another place, as FILAO["URL"]'
             )
         return Path(given["NAME"])
@@ -57,7 +58,8 @@ def url_of(alias: str) -> "str | Path":
             f"?{urlencode(query)}" * bool(query)
         )
     raise ImproperlyConfigured(
-        f'Filao cannot keep a queue in the database {alias!r}, which is {connection.vendor}: name a place as FILAO["URL"]'
+        f"Filao cannot keep a queue in the database {alias!r}, which is {connection.vendor}: name a place as "
+        'FILAO["URL"]'
     )
 
 

@@ -1,8 +1,9 @@
 """Operations that wait for a lock which somebody's transaction holds: apart from the batches, which go on meanwhile.
 
-A batch waits for a lock only briefly. When it cannot have one, nothing of it is done, and those of its operations that may
-need one come here: on a connection of their own they are tried again, together and by halves, until the lock is free or
-their time is over. So a key, a group or a full queue that one transaction holds stops nobody but those who need it.
+A batch waits for a lock only briefly. When it cannot have one, nothing of it is done, and those of its operations that
+may need one come here: on a connection of their own they are tried again, together and by halves, until the lock is
+free or their time is over. So a key, a group or a full queue that one transaction holds stops nobody but those who need
+it.
 """
 
 import asyncio
@@ -43,7 +44,9 @@ class Apart:
         self._running: asyncio.Task[None] | None = None
 
     def has(self, queue: str) -> bool:
-        """Return whether an operation on a queue waits here: what may need the same lock need not stop a batch to see it."""
+        """Return whether an operation on a queue waits here: what may need the same lock need not stop a batch to see
+        it.
+        """
         return self._queues[queue] > 0
 
     def add(self, operation: Operation) -> "asyncio.Future[Result]":

@@ -97,7 +97,9 @@ def _age(now: int, since: int | None) -> float | None:
 async def peek(
     connection: Connection, queue: tuple[int, str], state: State, *, limit: int, after: str | None
 ) -> list[StoredMessage]:
-    """Return messages of one state in its order; `after` is the id of the last one seen; a queue is a number and a name."""
+    """Return messages of one state in its order; `after` is the id of the last one seen; a queue is a number and a
+    name.
+    """
     number, name = queue
     behind, last = ("", ()) if after is None else await _behind(connection, number, name, state, after)
     grouped = "AND grp IS NOT NULL" if state == State.BLOCKED else ""

@@ -1,4 +1,6 @@
-"""What an operator should know of the database: its version, what it promises, who holds it up, and how large it has grown."""
+"""What an operator should know of the database: its version, what it promises, who holds it up, and how large it has
+grown.
+"""
 
 from collections.abc import AsyncGenerator
 
@@ -21,9 +23,11 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
     yield Finding("server", "ok", f"{server.name}, version {version}")
     if server.is_pooled:
         yield Finding(
-            "pooler", "note", "a pooler gives each transaction another connection: waking is by polling, and the leases of "
-            "a process that died run out instead of being taken over early",
-        )  # fmt: skip
+            "pooler",
+            "note",
+            "a pooler gives each transaction another connection: waking is by polling, and the leases of a process "
+            "that died run out instead of being taken over early",
+        )
     for setting in ("fsync", "full_page_writes"):
         if await _value(connection, f"SHOW {setting}") != "on":
             yield Finding(
@@ -36,9 +40,11 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
     ).fetchall():
         end = f"End it, or SELECT pg_terminate_backend({pid})" if pid else "End it"
         yield Finding(
-            "transactions", "warning", f"{holder} has been open for {age:,} s: until it ends, nothing that was acknowledged "
-            f"since can be removed, and the table grows. {end}.{_last(query)}",
-        )  # fmt: skip
+            "transactions",
+            "warning",
+            f"{holder} has been open for {age:,} s: until it ends, nothing that was acknowledged since can be removed, "
+            f"and the table grows. {end}.{_last(query)}",
+        )
     used, most = (
         int(await _value(connection, "SELECT count(*) FROM pg_stat_activity")),
         int(await _value(connection, "SHOW max_connections")),
@@ -60,7 +66,8 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
 _HOLDERS = """
     SELECT holder, pid, age::bigint, query
     FROM (
-      SELECT format('the transaction of %%s (process %%s, %%s)', usename, pid, coalesce(nullif(application_name, ''), state)),
+      SELECT format('the transaction of %%s (process %%s, %%s)', usename, pid,
+                    coalesce(nullif(application_name, ''), state)),
              pid, extract(epoch FROM clock_timestamp() - xact_start), query
       FROM pg_stat_activity
       WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
@@ -72,7 +79,8 @@ _HOLDERS = """
     ) AS open (holder, pid, age, query)
     WHERE age >= %s ORDER BY age DESC LIMIT %s
 """
-"""Whose snapshots or changes keep dead rows; of other users' transactions a role without pg_read_all_stats sees no age."""
+"""Whose snapshots or changes keep dead rows; of other users' transactions a role without pg_read_all_stats sees no age.
+"""
 
 
 def _last(query: str | None) -> str:

@@ -1,8 +1,8 @@
 """The PostgreSQL engine: many machines, one database.
 
-A batch is one transaction and one round trip: its calls (`verbs.py`) of the functions in the database (`functions/`)
-go out as one pipeline, on one connection. Whoever waits is called after the commit. Users' transactions have connections of
-their own, from a pool.
+A batch is one transaction and one round trip: its calls (`verbs.py`) of the functions in the database (`functions/`) go
+out as one pipeline, on one connection. Whoever waits is called after the commit. Users' transactions have connections
+of their own, from a pool.
 """
 
 import asyncio
@@ -197,7 +197,9 @@ class PostgresqlEngine:
         ]
 
     def _not_found(self, operation: Operation) -> FilaoError:
-        """Return the error of an operation on a queue that nobody declared, or that was deleted with what was leased."""
+        """Return the error of an operation on a queue that nobody declared, or that was deleted with what was
+        leased.
+        """
         if isinstance(operation, Send | Receive):
             return not_found(operation.queue, self._rules)
         return verbs.lease_lost(operation.delivery, None)
@@ -376,7 +378,8 @@ class PostgresqlEngine:
                 return int(held)
             await asyncio.sleep(UNLOCKED_POLL)
         raise EngineError(
-            f"{self._server.name}: queue {queue!r} was not deleted: transactions that have sent to it have been open for "
+            f"{self._server.name}: queue {queue!r} was not deleted: transactions that have "
+            "sent to it have been open for "
             f"{LOCKED_FOR:g} s. Nothing was done; delete it when its senders have stopped."
         )
 

@@ -37,7 +37,8 @@ _CONFIGURATION: tuple[tuple[type[psycopg.Error], str], ...] = (
     (
         errors.InsufficientPrivilege,
         (
-            "Grant it: GRANT CREATE ON DATABASE …; or, if schema filao exists, USAGE on it, EXECUTE on its FUNCTIONS and "
+            "Grant it: GRANT CREATE ON DATABASE …; or, if schema filao exists, USAGE on "
+            "it, EXECUTE on its FUNCTIONS and "
             "SELECT on its TABLES; see SECURITY.md for what a sender, a receiver and an operator need."
         ),
     ),
@@ -60,7 +61,8 @@ _UNDONE: tuple[tuple[type[psycopg.Error] | UnionType, str], ...] = (
     (
         errors.SerializationFailure | errors.DeadlockDetected,
         (
-            "other transactions came first, again and again. Nothing was done; in a transaction of your own, roll it back and "
+            "other transactions came first, again and again. Nothing was done; in a transaction "
+            "of your own, roll it back and "
             "do it again."
         ),
     ),
@@ -104,7 +106,8 @@ class Server:
         about = _about(url)
         if about is None:
             raise ConfigurationError(
-                f"the URL {shown_url(url)} cannot be read: a % in it begins no escape of UTF-8, or a setting behind its ? is none "
+                f"the URL {shown_url(url)} cannot be read: a % in it begins no escape of UTF-8, or "
+                "a setting behind its ? is none "
                 f"of PostgreSQL's. Write % as %25"
             )
         self.url = url
@@ -238,7 +241,8 @@ class Server:
     def mapped(self, *, begun: bool = True) -> Generator[Attempt]:
         """Turn psycopg's errors into ours, which name the server and say what to do.
 
-        What it gives is told when the server is asked for anything that matters; before that, nothing can have been done.
+        What it gives is told when the server is asked for anything that matters; before that, nothing can have been
+        done.
         """
         attempt = Attempt(begun)
         try:
@@ -268,7 +272,8 @@ class Server:
             except UnicodeEncodeError as error:
                 raise MessageNotEncodable(
                     f"{self.name}: the client_encoding of the within= connection cannot hold "
-                    f"{shown(error.object[error.start : error.end])}. Nothing was sent; set its client_encoding to UTF8."
+                    f"{shown(error.object[error.start : error.end])}. Nothing was sent; "
+                    "set its client_encoding to UTF8."
                 ) from error
 
     def engine_error(self, error: psycopg.Error, *, begun: bool = True) -> EngineError | ConfigurationError:
@@ -324,7 +329,8 @@ class Charset:
         for what in ("headers", "group", "dedup_key", "message_id"):
             if not self.fits(getattr(draft, what)):
                 raise MessageNotEncodable(
-                    f"queue {queue!r}: {what} is {shown(getattr(draft, what))}, and the database's encoding, {self.name}, "
+                    f"queue {queue!r}: {what} is {shown(getattr(draft, what))}, and the "
+                    f"database's encoding, {self.name}, "
                     f"cannot hold it. Nothing was sent. Put it into the body, or use a database with the encoding UTF8."
                 )
 
@@ -345,7 +351,8 @@ def _doubt(*, begun: bool) -> str:
     if not begun:
         return "Nothing was done."
     return (
-        "If this was a send, it is open whether the message was stored: send it again with the same message_id, and it is "
+        "If this was a send, it is open whether the message was stored: send it again with "
+        "the same message_id, and it is "
         "stored once."
     )
 

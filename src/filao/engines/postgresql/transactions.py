@@ -46,7 +46,9 @@ class Transactions:
 
     @asynccontextmanager
     async def connection(self, *, begins: bool = False) -> AsyncGenerator[Connection]:
-        """Give a connection of its own, on which a transaction `begins`; to have one and to begin has one time limit."""
+        """Give a connection of its own, on which a transaction `begins`; to have one and to begin has one time
+        limit.
+        """
         async with AsyncExitStack() as stack:
             attempt = stack.enter_context(self._server.mapped(begun=False))
             async with in_time():
@@ -55,7 +57,8 @@ class Transactions:
                 except PoolExhausted:
                     raise EngineUnavailable(
                         f"{self._server.name}: no connection became free within {POOL_WAIT:g} s: {CONNECTIONS_MAX} "
-                        f"transactions of this process are open. Nothing was done; keep transactions short, and try again."
+                        "transactions of this process are open. Nothing was done; keep "
+                        "transactions short, and try again."
                     ) from None
                 if begins:
                     await connection.execute(BEGIN)
@@ -102,7 +105,8 @@ class PostgresqlTransaction:
         """Raise `EngineError` if a statement of the user's has ended this transaction."""
         if self._ended_by is not None:
             raise EngineError(
-                f"the statement {shown(self._ended_by)} ended the transaction that Filao holds: what came before it may be "
+                f"the statement {shown(self._ended_by)} ended the transaction that Filao "
+                "holds: what came before it may be "
                 f"stored, and what comes after it is refused. Leaving the block commits; an exception rolls back."
             )
 

@@ -1,4 +1,5 @@
-"""From a batch of operations to calls of the database's functions, and from what they return to results. No I/O is done here.
+"""From a batch of operations to calls of the database's functions, and from what they return to results. No I/O is done
+here.
 
 Operations of one kind on one queue are one call, whose arguments are arrays. An array that would hold nothing but
 defaults is NULL, because most are, and writing them costs more than the rest of a message.
@@ -317,7 +318,8 @@ def lease_lost(delivery: Delivery, now: tuple[str, int] | None) -> LeaseLost:
     else:
         doing = f"it is {now[0]} again" if now[0] == "ready" else f"it is {now[0]}"
     return LeaseLost(
-        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost; {doing}. "
+        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt "
+        f"{delivery.attempt} was lost; {doing}. "
         f"Nothing was changed. Work that takes longer than the queue's lease must extend it."
     )
 

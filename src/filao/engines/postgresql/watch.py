@@ -1,4 +1,5 @@
-"""What each process does for all: it calls those who wait for what nobody called them for, sees to the dead, and tidies up.
+"""What each process does for all: it calls those who wait for what nobody called them for, sees to the dead, and tidies
+up.
 
 See docs/decisions/taking-turns.md.
 """
@@ -57,10 +58,11 @@ class Watch:
         """What died before this transaction was removed, as far as it could be."""
 
     async def look(self) -> None:
-        """Take turns with the others in looking after all who wait; where nobody can call this process, poll for itself.
+        """Take turns with the others in looking after all who wait; where nobody can call this process, poll for
+        itself.
 
-        However many processes there are, together they look about twice in POLL_INTERVAL; one that stands still is missed
-        by its share of the looks.
+        However many processes there are, together they look about twice in POLL_INTERVAL; one that stands still is
+        missed by its share of the looks.
         """
         await asyncio.sleep(self._until_next_look())
         with suppress(FilaoError):  # a server that fails says so to those who call it
@@ -98,7 +100,9 @@ class Watch:
                 await self._strike_off(process)
 
     async def keep_house(self) -> None:
-        """Every now and then forget what is old, a little at a time, between which others have the connection; and vacuum."""
+        """Every now and then forget what is old, a little at a time, between which others have the connection; and
+        vacuum.
+        """
         await asyncio.sleep(min(TIDY_INTERVAL, VACUUM_INTERVAL) * self._share() * random.uniform(0.5, 1.5))
         if time.monotonic() - self._tidied > TIDY_INTERVAL * self._share():
             self._tidied = time.monotonic()
@@ -108,7 +112,8 @@ class Watch:
         await self.vacuum()
 
     async def vacuum(self) -> None:
-        """Let the room of what is gone be used again, unless another process is at it; of a table at rest, give it back.
+        """Let the room of what is gone be used again, unless another process is at it; of a table at rest, give it
+        back.
 
         While an old transaction keeps what died since the last time, it would be in vain.
         """

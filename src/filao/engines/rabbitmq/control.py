@@ -113,7 +113,8 @@ async def redrive(
 
 @asynccontextmanager
 async def _dead(session: Session, queue: str) -> AsyncGenerator[tuple[Channel, AsyncGenerator[DeliveredMessage]]]:
-    """Give the dead letters there are now, in order; those that were not acknowledged go back when the block ends, or we die.
+    """Give the dead letters there are now, in order; those that were not acknowledged go back when the block ends, or
+    we die.
 
     What goes back lines up behind what went back before, so to keep the order all go together, the unseen as well.
     """

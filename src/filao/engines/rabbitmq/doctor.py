@@ -35,13 +35,19 @@ async def examine(
         findings.append(Finding("register", "warning", _STRANGE.format(what="; ".join(strange[:5]))))
     undelivered = await control.depth(session, UNDELIVERED)
     if undelivered:
-        text = f"{undelivered:,} messages were delayed for queues that have been deleted meanwhile: they are in {UNDELIVERED!r}"
+        text = (
+            f"{undelivered:,} messages were delayed for queues that have been deleted meanwhile: they are in "
+            f"{UNDELIVERED!r}"
+        )
         findings.append(Finding("delays", "warning", text))
     return [*findings, await _expiry(server), Finding("leases", "note", _CONSUMER_TIMEOUT)]
 
 
 async def _expiry(server: Server) -> Finding:
-    """Let a message expire, and look whether the server passes it on. It uses a connection, which a sick server ends."""
+    """Let a message expire, and look whether the server passes it on.
+
+    It uses a connection, which a sick server ends.
+    """
     session = await server.connect()
     try:
         async with asyncio.timeout(PROBED_WITHIN + ANSWERS_WITHIN):
@@ -83,12 +89,16 @@ def _finding(queue: Queue[Any], level: str, text: str) -> Finding:
 
 
 _STRANGE = (
-    f"{REGISTER!r} holds what is not Filao's, and is passed over: {{what}}. Take from producers the right to write there "
-    f"(SECURITY.md says how); declare anew the queue of a rule that cannot be, and take other messages out by your own means"
+    f"{REGISTER!r} holds what is not Filao's, and is passed over: {{what}}. Take from "
+    "producers the right to write there "
+    "(SECURITY.md says how); declare anew the queue of a rule that cannot be, and take other "
+    "messages out by your own means"
 )
 _STUCK = (
-    "the server no longer passes on what expired: dead letters by age and delayed messages of all queues wait. On 3.10 one "
-    "message with a header 'x-death' that is no list of tables, and an expiration, ends the server's own worker: find its "
+    "the server no longer passes on what expired: dead letters by age and delayed messages "
+    "of all queues wait. On 3.10 one "
+    "message with a header 'x-death' that is no list of tables, and an expiration, ends the "
+    "server's own worker: find its "
     "queue by 'rabbit_fifo_dlx' in the server's log, move the rest of it elsewhere, delete it, and restart the node."
 )
 _CONSUMER_TIMEOUT = (

@@ -207,7 +207,9 @@ class RabbitmqEngine:
                 return Received(deliveries)
 
     async def _is_alive(self, queue: Queue, delivery: Delivery, message: DeliveredMessage, consumer: Consumer) -> bool:
-        """Return whether a message may be handed over; one that is unreadable, spent or expired becomes a dead letter."""
+        """Return whether a message may be handed over; one that is unreadable, spent or expired becomes a dead
+        letter.
+        """
         used = delivery.attempt - 1
         unreadable = wire.trouble(message.header.properties)
         if unreadable:
@@ -513,6 +515,8 @@ def _alike() -> Callable[[Operation], bool]:
 
 def _lost(delivery: Delivery) -> LeaseLost:
     return LeaseLost(
-        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost: it was settled, "
-        f"or the connection that it was had on has ended, and the message goes to the next consumer. Nothing was changed."
+        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt "
+        f"{delivery.attempt} was lost: it was settled, "
+        "or the connection that it was had on has ended, and the message goes to the next "
+        "consumer. Nothing was changed."
     )

@@ -52,7 +52,8 @@ def written(queue: str, draft: Draft, name: str, ttl: float | None, moment: int)
     for header in headers:
         if header.startswith(_OTHERS) or header in _COPIES:
             raise MessageNotEncodable(
-                f"queue {queue!r}: header {header!r}: RabbitMQ or Filao acts upon headers of this name. Nothing was sent. Choose another name."
+                f"queue {queue!r}: header {header!r}: RabbitMQ or Filao acts upon headers of this name. Nothing "
+                "was sent. Choose another name."
             )
         if len(header.encode()) > SHORT_MAX:
             raise MessageTooLarge(
@@ -182,7 +183,9 @@ def stored(queue: str, message: DeliveredMessage) -> StoredMessage:
 
 
 def _servers_record(deaths: object) -> tuple[str, datetime]:
-    """Return why and when a message died, as the server has it, the latest death first; a stranger may have forged it."""
+    """Return why and when a message died, as the server has it, the latest death first; a stranger may have
+    forged it.
+    """
     latest = cast("list[object]", deaths)[0] if isinstance(deaths, list) and deaths else None
     record = cast("dict[str, object]", latest) if isinstance(latest, dict) else {}
     reason, died_at = record.get("reason"), record.get("time")
@@ -228,7 +231,9 @@ def _number(value: object) -> int:
 
 
 def _cleaned(properties: Properties) -> dict[str, Any]:
-    """Return the headers without those that the server acts upon, such as deaths, by which it finds what goes in circles."""
+    """Return the headers without those that the server acts upon, such as deaths, by which it finds what goes in
+    circles.
+    """
     headers = properties.headers or {}
     return carried(
         {name: value for name, value in headers.items() if not name.startswith(_SERVERS) and name not in _COPIES}

@@ -117,5 +117,6 @@ def deleted(queue: str) -> QueueNotFound:
     owner = queue.removesuffix(DEAD)
     what = f"queue {queue!r}" if owner == queue else f"the queue of the dead letters of {owner!r}, {queue!r},"
     return QueueNotFound(
-        f"{what} was deleted on the server, with what was in it. Declare it again with broker.declare(Queue({owner!r}))."
+        f"{what} was deleted on the server, with what was in it. Declare it again with "
+        f"broker.declare(Queue({owner!r}))."
     )

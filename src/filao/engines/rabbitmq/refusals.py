@@ -20,7 +20,8 @@ _RULES = {
 }
 _TERMS = {"group": "groups", "dedup_key": "deduplication", "priority": "priorities on quorum queues"}
 _OPT_IN = (
-    "delays, but what resembles them: messages wait in a ladder of queues, to a tenth of a second and more, come back behind "
+    "delays, but what resembles them: messages wait in a ladder of queues, to a tenth of a "
+    "second and more, come back behind "
     'all others, and may double in a crash. Where that will do, declare the queue with emulate=("delay",)'
 )
 
@@ -36,7 +37,8 @@ def check_rules(queue: Queue[Any]) -> None:
     """Raise for a queue that cannot be declared here."""
     if queue.name.endswith(DEAD) or queue.name.startswith(_RESERVED):
         raise ConfigurationError(
-            f"queue name {queue.name!r}: on RabbitMQ, names that end in {DEAD!r} or begin with {' or '.join(_RESERVED)} are "
+            f"queue name {queue.name!r}: on RabbitMQ, names that end in {DEAD!r} or begin "
+            f"with {' or '.join(_RESERVED)} are "
             f"taken for other things. Choose another"
         )
     for rule, lacks in _RULES.items():

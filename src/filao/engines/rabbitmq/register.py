@@ -102,9 +102,12 @@ async def _held(session: Session, server: Server) -> AsyncGenerator[_Hold]:
 def _missing(server: Server, hold: _Hold) -> str:
     others = f" What lies there instead: {'; '.join(hold.strange[:3])}." if hold.strange else ""
     return (
-        f"{server.name}: the register, the one message of the queue {REGISTER!r}, has not been there for {HELD_MAX:g} s. "
-        f"Nothing was done.{others} Either another process holds it: end one that is paused, or try again in a minute. Or "
-        f"somebody has purged that queue, or filled it: then purge it, delete the exchange {REGISTER!r}, and declare your "
+        f"{server.name}: the register, the one message of the queue {REGISTER!r}, has not "
+        f"been there for {HELD_MAX:g} s. "
+        f"Nothing was done.{others} Either another process holds it: end one that is "
+        "paused, or try again in a minute. Or "
+        "somebody has purged that queue, or filled it: then purge it, delete the exchange "
+        f"{REGISTER!r}, and declare your "
         f"queues again; their messages are not touched."
     )
 

@@ -67,7 +67,8 @@ class Server:
         parts = checked(url)
         if is_bare(parts.query):  # which the client library would write into its log
             raise ConfigurationError(
-                f"the URL {shown_url(url)} cannot be read: RabbitMQ takes the password before the host, amqp://user:password@host"
+                f"the URL {shown_url(url)} cannot be read: RabbitMQ takes the password before the "
+                "host, amqp://user:password@host"
             )
         user = parts.netloc.rpartition("@")[0]
         nodes = hosts(parts)
@@ -153,7 +154,8 @@ class Server:
                 return EngineUnavailable(f"{self.name} did not store the message: {said}. Send it again.")
             case TimeoutError():
                 return EngineUnavailable(
-                    f"{self.name} has not answered for {ANSWERS_WITHIN:g} s; it blocks those who send while its memory or "
+                    f"{self.name} has not answered for {ANSWERS_WITHIN:g} s; it blocks "
+                    "those who send while its memory or "
                     f"its disk runs out, or most nodes of its cluster are away. {DOUBT}"
                 )
             case _:

@@ -52,7 +52,8 @@ async def declare_queue(channel: Channel, queue: Queue[Any]) -> None:
             await channel.queue_declare(name, durable=True, arguments=dict(arguments))
         except ChannelPreconditionFailed as error:
             raise ConfigurationError(
-                f"queue {queue.name!r}: {name!r} is on the server already, with other arguments: {error.args[-1]}. Filao needs "
+                f"queue {queue.name!r}: {name!r} is on the server already, with other arguments: "
+                f"{error.args[-1]}. Filao needs "
                 f"{arguments}. Move what is in it elsewhere and delete it there, or choose another name."
             ) from None
 

@@ -1,4 +1,5 @@
-"""What a stranger wrote, read so that nothing of it can end our connection, and written so that AMQP can carry it again.
+"""What a stranger wrote, read so that nothing of it can end our connection, and written so that AMQP can carry it
+again.
 
 The client library decodes each frame in the task that reads the connection. What it raises there ends the connection,
 the message goes back to the head of its queue, and the next connection ends as well. So the decoders that raise are
@@ -61,7 +62,9 @@ def text(value: object) -> str:
 
 
 def carried(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return headers as AMQP can carry them once more: a value that it cannot becomes a text, and the largest ones go."""
+    """Return headers as AMQP can carry them once more: a value that it cannot becomes a text, and the largest
+    ones go.
+    """
     kept: dict[str, Any] = {}
     sizes: dict[str, int] = {}
     for name, value in headers.items():

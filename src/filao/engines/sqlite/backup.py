@@ -1,8 +1,8 @@
 """Copies of a live queue that are whole, and putting one back.
 
-A copy is made by SQLite's own backup, of one moment, while others send and receive: with the file alone, as `cp` copies it,
-would go what its WAL holds, and what is written meanwhile would be half in it. A copy is a single file without a WAL, which
-keeps all: messages, leases, dead letters, counters, deduplication keys, and the user's own tables.
+A copy is made by SQLite's own backup, of one moment, while others send and receive: with the file alone, as `cp` copies
+it, would go what its WAL holds, and what is written meanwhile would be half in it. A copy is a single file without a
+WAL, which keeps all: messages, leases, dead letters, counters, deduplication keys, and the user's own tables.
 """
 
 import os
@@ -47,8 +47,8 @@ def back_up(path: Path, copy: Path) -> int:
 def restore(copy: Path, path: Path) -> Path | None:
     """Put a backup in a queue's place; return where the file that it replaced is kept, with its WAL.
 
-    Processes that have the replaced file open notice it, and confirm nothing any more. What was leased when the backup was
-    made is leased until its lease ends, or until somebody who waits finds its holder dead.
+    Processes that have the replaced file open notice it, and confirm nothing any more. What was leased when the backup
+    was made is leased until its lease ends, or until somebody who waits finds its holder dead.
     """
     path = files.resolved(path)
     if not copy.is_file():
@@ -66,7 +66,8 @@ def restore(copy: Path, path: Path) -> Path | None:
                 _copy(source, partial, cookie=turnstile.noted() + 1)
             if not is_passable(folder.path, files.BUSY_TIMEOUT):
                 raise EngineUnavailable(
-                    f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process. Nothing was changed: stop the "
+                    f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process. "
+                    "Nothing was changed: stop the "
                     f"processes that use it, and try again"
                 )
             with turnstile.turn():
@@ -90,7 +91,8 @@ def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Pat
         fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
         raise ConfigurationError(
-            f"{partial} is there already: another backup is being made, or one was interrupted. Remove it if nobody is at it"
+            f"{partial} is there already: another backup is being made, or one was "
+            "interrupted. Remove it if nobody is at it"
         ) from error
     try:
         if like is not None:

@@ -1,7 +1,7 @@
 """The books of one SQLite transaction: each queue's row, read once, counted in memory, written back at the end.
 
-What moves a message from state to state stands in `moves.py`. Books live as long as the transaction that they belong to,
-whose opening and commit are the caller's.
+What moves a message from state to state stands in `moves.py`. Books live as long as the transaction that they belong
+to, whose opening and commit are the caller's.
 """
 
 import re
@@ -35,8 +35,8 @@ _COUNT_REASON = """
     INSERT INTO filao_reason (queue, reason, dead, died) VALUES (?, ?, ?, ?)
     ON CONFLICT DO UPDATE SET dead = dead + excluded.dead, died = died + excluded.died
 """
-# Python gives its lock up around each step of a statement, and must get it back from the busy event loop: so a statement
-# takes many rows at once. The sizes are few, so that every statement is compiled once.
+# Python gives its lock up around each step of a statement, and must get it back from the busy event loop: so a
+# statement takes many rows at once. The sizes are few, so that every statement is compiled once.
 ROWS_AT_ONCE = (256, 64, 16, 4, 1)
 _INSERTS = {
     rows: f"""
@@ -133,7 +133,9 @@ class Books:
 
     @cached_property
     def salt(self) -> int:
-        """Return the random part of the ids that this transaction gives: nobody can guess it, and no copy repeats it."""
+        """Return the random part of the ids that this transaction gives: nobody can guess it, and no copy
+        repeats it.
+        """
         return secrets.randbits(64) - 2**63
 
     @cached_property

@@ -1,9 +1,9 @@
 """The clock of a file: it goes evenly whatever becomes of the machine's, and says nearly what that says.
 
-It is `CLOCK_BOOTTIME`, which never jumps and counts while the machine sleeps, and an offset that all processes read in the
-file. When the wall clock is set, the offset follows so slowly that durations hardly change: no lease ends, nothing expires
-and no delay is prolonged by more than a twentieth. When the machine was started anew the wall clock says where to begin, but
-never before the time that the file has seen.
+It is `CLOCK_BOOTTIME`, which never jumps and counts while the machine sleeps, and an offset that all processes read in
+the file. When the wall clock is set, the offset follows so slowly that durations hardly change: no lease ends, nothing
+expires and no delay is prolonged by more than a twentieth. When the machine was started anew the wall clock says where
+to begin, but never before the time that the file has seen.
 """
 
 import logging
@@ -24,7 +24,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class FileClock:
     """What one process knows of a file's clock.
 
-    `wall` tells the seconds since 1970. A test's clock may have a `steady` of its own, and a `boot`; without, it is both.
+    `wall` tells the seconds since 1970. A test's clock may have a `steady` of its own, and a `boot`; without, it is
+    both.
     """
 
     def __init__(self, wall: Callable[[], float]) -> None:
@@ -55,7 +56,9 @@ class FileClock:
         return found is not None and found[0] == self._boot
 
     def now(self, db: sqlite3.Connection, *, writes: bool = False) -> int:
-        """Return the file's time in milliseconds since 1970; in a transaction that `writes`, note down how far it went."""
+        """Return the file's time in milliseconds since 1970; in a transaction that `writes`, note down how far
+        it went.
+        """
         wall, steady = _milliseconds(self._wall), _milliseconds(self.steady)
         found = _stored(db)
         if found is None or found[0] != self._boot:
@@ -83,7 +86,8 @@ class FileClock:
     def _tell(self, ahead: int) -> None:
         if abs(ahead) > abs(self._told):
             log.warning(
-                "the wall clock jumped: it is %+.1f s from the time by which queues measure delays and times to live, which "
+                "the wall clock jumped: it is %+.1f s from the time by which queues measure "
+                "delays and times to live, which "
                 "follows it by a twentieth of the time that passes. Leases are not affected.",
                 ahead / 1000,
             )

@@ -40,7 +40,9 @@ TIDY_EXPIRED = 500  # messages that outlived their ttl and are ended in one turn
 BUSY_AGAIN = (0.001, 0.05)  # seconds before the second try to begin beside another program's transaction, and at most
 
 _inherited: set[Path] = set()
-"""Files that were open when this process was forked, because a job on them would not end: SQLite is mistaken about them."""
+"""Files that were open when this process was forked, because a job on them would not end: SQLite is mistaken about
+them.
+"""
 
 
 class Database:
@@ -397,7 +399,8 @@ class Database:
         if self._lost is not None:
             again = self._ground is not None and self._ground.may_be_opened_again(self._lost)
             raise (OpenAgain if again else EngineError)(
-                f"{self.path} {self._lost.what}. This call is not confirmed, and nothing more is done with the file that was "
+                f"{self.path} {self._lost.what}. This call is not confirmed, and nothing more "
+                "is done with the file that was "
                 f"opened. What to do: stop the processes that use it, then {self._lost.remedy}."
             )
 
@@ -544,6 +547,7 @@ def check_stands(books: Books) -> None:
     """Raise `ConfigurationError` when a statement of the user's has ended the transaction that the books belong to."""
     if not books.db.in_transaction:
         raise ConfigurationError(
-            "a statement ended this transaction, as OR ROLLBACK and a trigger's RAISE(ROLLBACK) do: all that was done in "
+            "a statement ended this transaction, as OR ROLLBACK and a trigger's "
+            "RAISE(ROLLBACK) do: all that was done in "
             "it is undone, and nothing more can be. Leave the block; OR ABORT and RAISE(ABORT) undo one statement"
         )

@@ -15,7 +15,8 @@ from filao.errors import EngineError
 
 _MISCOUNTED = " UNION ALL ".join(
     f"""
-    SELECT name, '{name}', {name}, (SELECT count(*) FROM filao_message WHERE queue = filao_queue.id AND state = {number}) AS there
+    SELECT name, '{name}', {name},
+           (SELECT count(*) FROM filao_message WHERE queue = filao_queue.id AND state = {number}) AS there
     FROM filao_queue
     WHERE {name} <> there
     """
@@ -55,13 +56,17 @@ def _version() -> Finding:
     return Finding(
         "SQLite",
         "note",
-        f"{sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3, 3.50.7, 3.44.6). Filao's own processes are safe, "
+        f"{sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3, 3.50.7, 3.44.6). "
+        "Filao's own processes are safe, "
         f"because they take turns to commit and to checkpoint; other programs that write to this file are not.",
     )
 
 
 def wal_reset_fixed(version: tuple[int, ...]) -> bool:
-    """Return whether this SQLite is free of the WAL-reset bug. 3.52.0 was withdrawn. (https://www.sqlite.org/wal.html)"""
+    """Return whether this SQLite is free of the WAL-reset bug.
+
+    3.52.0 was withdrawn. (https://www.sqlite.org/wal.html)
+    """
     if version[:2] in ((3, 44), (3, 50), (3, 51)):
         return version[2] >= {44: 6, 50: 7, 51: 3}[version[1]]
     return version[:2] >= (3, 52)
@@ -103,7 +108,10 @@ def _clock(books: Books, database: Database) -> Finding:
     ahead = database.clock.ahead(books.db)
     if abs(ahead) * 1000 <= JUMP:
         return Finding("clock", "ok", "the file's time is the wall clock's")
-    text = f"the wall clock is {ahead:+,.1f} s from the file's time, which follows it by a twentieth of the time that passes"
+    text = (
+        f"the wall clock is {ahead:+,.1f} s from the file's time, which follows it by a twentieth of the time that "
+        "passes"
+    )
     return Finding("clock", "note", text)
 
 

@@ -1,8 +1,8 @@
 """The SQLite engine: one file, no server, many processes.
 
 This is the side that lives on the event loop. It hands batches to the database thread, where each is one transaction
-(`database.py`) of the queue's verbs (`send.py`, `receive.py`, `settle.py`), and it wakes those who wait: at a ring of the bell, when something is
-due, and every now and then to see what no bell tells.
+(`database.py`) of the queue's verbs (`send.py`, `receive.py`, `settle.py`), and it wakes those who wait: at a ring of
+the bell, when something is due, and every now and then to see what no bell tells.
 
 A batch that only receives is not flushed to the disk. A power cut that undoes the lease also ends its holder, and the
 WAL keeps the order of commits, so that the next flushed one carries it along. All else is durable before it returns.
@@ -152,7 +152,9 @@ class SqliteEngine:
         self._thread.stop()
 
     def abandon(self) -> None:
-        """Do nothing in a child after a fork: nothing of SQLite's was open across it, and the gate has told the rest."""
+        """Do nothing in a child after a fork: nothing of SQLite's was open across it, and the gate has told the
+        rest.
+        """
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
@@ -229,7 +231,8 @@ class SqliteEngine:
                 await self._gate.acquire()
         except TimeoutError:
             raise EngineUnavailable(
-                f"{self._database.path}: a transaction of this broker has been open for {files.BUSY_TIMEOUT:g} seconds, "
+                f"{self._database.path}: a transaction of this broker has been open for "
+                f"{files.BUSY_TIMEOUT:g} seconds, "
                 f"and all else waits for it. Nothing was done; do what is slow before a transaction begins."
             ) from None
         try:
@@ -441,7 +444,9 @@ class SqliteEngine:
         return total
 
     async def _let_expire(self) -> None:
-        """Let what is expired go where nobody received and saw to it; should the file be locked, whoever asks sees it."""
+        """Let what is expired go where nobody received and saw to it; should the file be locked, whoever asks
+        sees it.
+        """
         slices = EXPIRED_SLICES_MAX
         with suppress(EngineUnavailable):
             for queue in await self._look_up(operators.outlived):

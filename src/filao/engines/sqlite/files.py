@@ -48,7 +48,9 @@ _MOUNTS = Path("/proc/self/mountinfo")
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 FAILURES = (sqlite3.Error, OverflowError, UnicodeDecodeError)
-"""What Python's sqlite3 raises: of SQLite's, and for a number or a text that no file should hold, or that an error tells."""
+"""What Python's sqlite3 raises: of SQLite's, and for a number or a text that no file should hold, or that an error
+tells.
+"""
 
 Migration = Callable[[sqlite3.Connection], None]
 
@@ -70,7 +72,8 @@ def check_path(path: Path) -> None:
     """Raise `ConfigurationError` when no Filao file can live at this path."""
     if sqlite3.sqlite_version_info < SQLITE_MIN:
         raise ConfigurationError(
-            f"this Python carries SQLite {sqlite3.sqlite_version}; Filao needs {'.'.join(map(str, SQLITE_MIN))} or newer"
+            f"this Python carries SQLite {sqlite3.sqlite_version}; Filao needs "
+            f"{'.'.join(map(str, SQLITE_MIN))} or newer"
         )
     if ground.is_abandoned(path):
         raise EngineError(
@@ -83,7 +86,8 @@ def check_path(path: Path) -> None:
     check_folder(path)
     if path.exists() and path.stat().st_nlink > 1:
         raise ConfigurationError(
-            f"{path} has {path.stat().st_nlink} names (hard links), so it may be open by another one with a WAL of its own, and "
+            f"{path} has {path.stat().st_nlink} names (hard links), so it may be open by another "
+            "one with a WAL of its own, and "
             f"what either writes would be lost. Find the others with: find DIRECTORY -samefile {path}; and remove them"
         )
 
@@ -98,7 +102,8 @@ def check_folder(path: Path) -> None:
     kind = file_system(path)
     if kind in NETWORK_FILE_SYSTEMS:
         raise ConfigurationError(
-            f"{path} lies on a network file system ({kind}), whose locks and shared memory SQLite's WAL cannot rely on. "
+            f"{path} lies on a network file system ({kind}), whose locks and shared "
+            "memory SQLite's WAL cannot rely on. "
             f"Use a local disk, or a postgresql:// URL for several machines."
         )
 
@@ -108,7 +113,8 @@ def _check_mounts(path: Path) -> None:
     for name in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-filao"))):
         if is_mounted(name):
             raise ConfigurationError(
-                f"{name} is mounted by itself, so the file may be open elsewhere with a WAL of its own, and what either writes "
+                f"{name} is mounted by itself, so the file may be open elsewhere with a WAL of "
+                "its own, and what either writes "
                 f"would be lost. Mount the folder that holds it instead: -v ./data:{path.parent}"
             )
 
@@ -187,7 +193,8 @@ def create(path: Path) -> None:
 def connect(path: Path, *, full: bool, cookie: int = 0) -> sqlite3.Connection:
     """Open the database with the settings that the promises rest on; call it within a turn of the turnstile.
 
-    `cookie` is what was last noted of its schema: a file that has gone back behind it is not the one that its WAL belongs to.
+    `cookie` is what was last noted of its schema: a file that has gone back behind it is not the one that its WAL
+    belongs to.
     """
     db = sqlite3.connect(
         path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=256
@@ -240,7 +247,9 @@ def _add_reports(db: sqlite3.Connection) -> None:
 
 
 def _salt_ids(db: sqlite3.Connection) -> None:
-    """Let each transaction begin its ids with 64 random bits; NULL: the file's name, as before, or an id of the sender's."""
+    """Let each transaction begin its ids with 64 random bits; NULL: the file's name, as before, or an id of the
+    sender's.
+    """
     db.execute("ALTER TABLE filao_message ADD COLUMN salt INTEGER")
 
 
@@ -267,7 +276,10 @@ def _count_reasons(db: sqlite3.Connection) -> None:
 
 
 MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports, _salt_ids, _count_reasons)
-"""Step n brings a file from version n to n + 1. A released step is never edited; a change of the tables is a new step."""
+"""Step n brings a file from version n to n + 1.
+
+A released step is never edited; a change of the tables is a new step.
+"""
 
 
 def migrate(db: sqlite3.Connection, path: Path, steps: tuple[Migration, ...] = MIGRATIONS) -> bool:
@@ -328,7 +340,8 @@ def mapped(path: Path) -> Generator[None]:
 
 def _no_descriptors(path: Path) -> str:
     return (
-        f"{path} cannot be opened: this process has no file descriptor left. Nothing was done; close what is not needed, or raise "
+        f"{path} cannot be opened: this process has no file descriptor left. Nothing was done; "
+        "close what is not needed, or raise "
         f"the limit (ulimit -n)."
     )
 
@@ -369,7 +382,8 @@ def engine_error(path: Path, error: Exception) -> EngineError:
     """Return our error for one of `FAILURES`: which file, what happened, what to do."""
     if not isinstance(error, sqlite3.Error):
         return EngineError(
-            f"{path} holds, or was given, what cannot be right ({type(error).__name__}: {error}). Nothing was done; run: filao "
+            f"{path} holds, or was given, what cannot be right ({type(error).__name__}: "
+            f"{error}). Nothing was done; run: filao "
             f"doctor {path}"
         )
     said = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"

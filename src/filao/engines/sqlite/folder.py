@@ -1,9 +1,9 @@
 """The folder beside a database, with its turnstile and its bells: whom it belongs to, and what may be opened in it.
 
 Somebody else may have made it, or what lies in it, and names that lead here are read from a file that somebody else may
-have written. So all is opened relative to a descriptor of the folder and without following links, and is looked at before
-anything is written to it, locked or removed. What we make belongs to the file's owner, and to its group where the
-file is shared with its group, whoever we are: a look by root must not lock a service out of its own queue.
+have written. So all is opened relative to a descriptor of the folder and without following links, and is looked at
+before anything is written to it, locked or removed. What we make belongs to the file's owner, and to its group where
+the file is shared with its group, whoever we are: a look by root must not lock a service out of its own queue.
 """
 
 import errno
@@ -31,7 +31,10 @@ class Folder:
     """A folder as this process holds it; made when it is missing and ours to make."""
 
     def __init__(self, path: Path, file: os.stat_result) -> None:
-        """Open the folder of a database of which `file` tells the owner. Raises `ConfigurationError` when it is not safe."""
+        """Open the folder of a database of which `file` tells the owner.
+
+        Raises `ConfigurationError` when it is not safe.
+        """
         self.path = path
         self._file = file
         made = self._make()
@@ -53,7 +56,8 @@ class Folder:
             return False
         if _me() not in (0, self._file.st_uid):
             raise ConfigurationError(
-                f"{self.path} does not exist, and only the file's owner (user {self._file.st_uid}) may make it: open the "
+                f"{self.path} does not exist, and only the file's owner (user "
+                f"{self._file.st_uid}) may make it: open the "
                 f"queue as that user first, for instance with filao stats"
             )
         try:
@@ -74,7 +78,8 @@ class Folder:
 
     def _refusal(self, what: str, remedy: str) -> ConfigurationError:
         return ConfigurationError(
-            f"{self.path} {what}, so another user could stop this queue or make it write elsewhere. Look who made it; then {remedy}."
+            f"{self.path} {what}, so another user could stop this queue or make it write elsewhere. "
+            f"Look who made it; then {remedy}."
         )
 
     def _entrust(self, fd: int, mode: int) -> None:
@@ -91,7 +96,9 @@ class Folder:
             os.fchmod(fd, mode)
 
     def trusts(self, about: os.stat_result) -> bool:
-        """Return whether something here was made by us, by root, by the file's owner, or by its group if that shares it."""
+        """Return whether something here was made by us, by root, by the file's owner, or by its group if that shares
+        it.
+        """
         known = about.st_uid in (_me(), 0, self._file.st_uid)
         return known or (is_shared(self._file) and about.st_gid == self._file.st_gid)
 
@@ -111,7 +118,8 @@ class Folder:
             about = os.fstat(fd)
             if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1 or not self.trusts(about):
                 raise EngineError(
-                    f"{self.path / TURNSTILE} is no file of this queue's own (user {about.st_uid}, {about.st_nlink} names): "
+                    f"{self.path / TURNSTILE} is no file of this queue's own (user "
+                    f"{about.st_uid}, {about.st_nlink} names): "
                     f"look who made it, then remove it"
                 )
             self._entrust(fd, 0o600)

@@ -1,12 +1,14 @@
-"""What an open connection stands on: the file, its WAL and its shared memory, each under the name by which it was opened.
+"""What an open connection stands on: the file, its WAL and its shared memory, each under the name by which it was
+opened.
 
 SQLite keeps on writing into a file that was deleted, moved or replaced, and replays a WAL onto whatever lies under the
 name beside it. So before anything is confirmed we look whether the names still lead to what was opened.
 
-A file that was overwritten in place, as `cp` does it, is still the same file. Only checkpoints write to a database in WAL
-mode, and each says in the shared memory first that it begins, and how far it has come. So a file that changed without
-one was overwritten. (https://www.sqlite.org/walformat.html, "The WAL-Index File Format"; https://www.sqlite.org/fileformat.html)
-What is read for that is read through SQLite's own descriptors: closing one of ours would drop this process's locks.
+A file that was overwritten in place, as `cp` does it, is still the same file. Only checkpoints write to a database in
+WAL mode, and each says in the shared memory first that it begins, and how far it has come. So a file that changed
+without one was overwritten. (https://www.sqlite.org/walformat.html, "The WAL-Index File Format";
+https://www.sqlite.org/fileformat.html) What is read for that is read through SQLite's own descriptors: closing one of
+ours would drop this process's locks.
 """
 
 import ctypes
@@ -65,7 +67,10 @@ class Ground:
         """The count of changes of the schema in the file itself: it never goes back, and a copy's begins anew."""
 
     def look(self) -> Loss | None:
-        """Return what happened to the file, if anything did. Three `stat`s and a read of memory; one thread at a time."""
+        """Return what happened to the file, if anything did.
+
+        Three `stat`s and a read of memory; one thread at a time.
+        """
         begun = self._read_checkpoint()  # before the file: what it explains must not have been seen before it
         try:
             about = self._main.stat()
@@ -107,7 +112,9 @@ class Ground:
             return False
 
     def may_be_opened_again(self, loss: Loss) -> bool:
-        """Return whether what lies there now is sound: another file, or this one with its own WAL, back in its place."""
+        """Return whether what lies there now is sound: another file, or this one with its own WAL, back in its
+        place.
+        """
         try:
             about = self._main.stat()
         except OSError:
@@ -128,7 +135,8 @@ class Ground:
             if not same:
                 return Loss(
                     f"lost {name}, which was deleted or replaced while it was open",
-                    "look at it with filao doctor, and put a backup in its place with filao restore if messages are missing",
+                    "look at it with filao doctor, and put a backup in its place with filao "
+                    "restore if messages are missing",
                 )
         return None
 
@@ -227,7 +235,8 @@ def left_over(path: Path, cookie: int) -> Loss | None:
     if header.startswith(_MAGIC) and (header[18:20] != _WAL_MODE or schema_cookie(header) < cookie):
         return Loss(
             f"is not the file to which {wal} belongs: it was overwritten or replaced",
-            f"to keep the file as it is, move {wal} and {path}-shm away; to put a backup in its place, use filao restore",
+            f"to keep the file as it is, move {wal} and {path}-shm away; to put a backup "
+            "in its place, use filao restore",
         )
     return None
 

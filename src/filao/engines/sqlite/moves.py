@@ -1,7 +1,7 @@
 """How a message moves from state to state, and what that does to the counters, to its group and to those who wait.
 
-The verbs of the queue (`send.py`, `receive.py`, `settle.py`) and of its operators (`operators.py`) are written with these
-moves, on the books of one transaction. `postgresql/functions/moves.sql` is the same, in the same order.
+The verbs of the queue (`send.py`, `receive.py`, `settle.py`) and of its operators (`operators.py`) are written with
+these moves, on the books of one transaction. `postgresql/functions/moves.sql` is the same, in the same order.
 """
 
 from collections.abc import Iterable

@@ -195,7 +195,9 @@ def history(db: sqlite3.Connection, number: int) -> tuple[Failure, ...]:
 def chosen(
     books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int
 ) -> Sequence[int]:
-    """Return the numbers of the messages that a command is about, each once: what comes later is none of its business."""
+    """Return the numbers of the messages that a command is about, each once: what comes later is none of its
+    business.
+    """
     if ids is not None:
         numbers = [number for name in ids if (number := books.number_of(row, name)) is not None]
         return list(dict.fromkeys(numbers))[:limit]

@@ -1,7 +1,8 @@
-"""Whether it is a transaction of this very process that keeps a file locked: it may be waiting for the call that waits for it.
+"""Whether it is a transaction of this very process that keeps a file locked: it may be waiting for the call that waits
+for it.
 
-Linux tells who holds which lock, in /proc/locks (https://man7.org/linux/man-pages/man5/proc_locks.5.html); elsewhere the
-wait ends with its bound. Opening the file to ask would drop the process's own locks.
+Linux tells who holds which lock, in /proc/locks (https://man7.org/linux/man-pages/man5/proc_locks.5.html); elsewhere
+the wait ends with its bound. Opening the file to ask would drop the process's own locks.
 """
 
 import os
@@ -43,7 +44,9 @@ def _is_ours(fields: list[str], place: str) -> bool:
 def refusal(path: Path) -> str:
     """Return what to say of it."""
     return (
-        f"{path} is locked by a transaction of this very process (pid {os.getpid()}), on a connection that is not the broker's. "
+        f"{path} is locked by a transaction of this very process (pid {os.getpid()}), on a "
+        "connection that is not the broker's. "
         f"Nothing was done. If the transaction is the caller's own, it would wait for this call, and this call for it: "
-        f"send with within= that connection, or end the transaction first; open brokers and declare queues before it begins."
+        "send with within= that connection, or end the transaction first; open brokers and "
+        "declare queues before it begins."
     )

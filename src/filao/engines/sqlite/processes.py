@@ -21,7 +21,9 @@ def enter(books: Books, bell: str, name: str) -> int:
 
 
 def watched(books: Books, process: int) -> list[tuple[int, str]]:
-    """Return the processes, and their bells, that this one watches: should it die too, its own watcher goes on with them."""
+    """Return the processes, and their bells, that this one watches: should it die too, its own watcher goes on with
+    them.
+    """
     found: list[tuple[int, str]] = []
     for which in ("id > ?", "id < ?"):
         found += books.db.execute(
@@ -42,7 +44,9 @@ def bury(books: Books, process: int) -> bool:
 
 
 def resign(books: Books, process: int) -> bool:
-    """Give back a slice of the leases of a process that leaves, the attempts unused; when none is left, strike it off."""
+    """Give back a slice of the leases of a process that leaves, the attempts unused; when none is left, strike
+    it off.
+    """
     left = LEASES_AT_ONCE
     for row in _leasing(books):
         held = books.entries(
@@ -67,7 +71,9 @@ def _leasing(books: Books) -> Iterator[QueueRow]:
 
 
 def void_leases(db: sqlite3.Connection, now: int) -> None:
-    """End all leases, and the waiting of all processes: none of them lives. Receives see to it, as to those that ran out."""
+    """End all leases, and the waiting of all processes: none of them lives. Receives see to it, as to those that ran
+    out.
+    """
     db.execute("UPDATE filao_message INDEXED BY filao_leased SET at = ? WHERE state = 4 AND at > ?", (now, now))
     db.execute("DELETE FROM filao_waiting")
 

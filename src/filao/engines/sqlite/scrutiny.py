@@ -1,7 +1,9 @@
-"""Whether a file that somebody else may have made is what we would have made: our tables, and nothing that hangs on them.
+"""Whether a file that somebody else may have made is what we would have made: our tables, and nothing that hangs on
+them.
 
-A view in a table's place may never end, a trigger may do whatever its maker likes with what we write. So before anything
-is read from them, the tables and indexes are compared with those that this version makes, in an empty database.
+A view in a table's place may never end, a trigger may do whatever its maker likes with what we write. So before
+anything is read from them, the tables and indexes are compared with those that this version makes, in an empty
+database.
 """
 
 import re
@@ -19,7 +21,11 @@ DOUBTED_FOR = 5.0  # seconds that statements on a file may take in all, until it
 _STEPS_AT_ONCE = 10_000  # of SQLite's virtual machine, between looks at the clock: some 0.1 ms
 _FILE = re.compile(r"[0-9a-f]{16}")
 _COMMENT = re.compile(r"--[^\n]*")
-_OURS = "SELECT type, lower(name), lower(tbl_name), sql FROM sqlite_schema WHERE lower(tbl_name) LIKE 'filao\\_%' ESCAPE '\\'"
+_OURS = r"""
+    SELECT type, lower(name), lower(tbl_name), sql
+    FROM sqlite_schema
+    WHERE lower(tbl_name) LIKE 'filao\_%' ESCAPE '\'
+"""
 
 _Made = dict[str, tuple[str, str]]
 
@@ -30,7 +36,8 @@ def check(db: sqlite3.Connection, path: Path) -> None:
         wrong = "; ".join(differences(db))
     if wrong:
         raise EngineError(
-            f"{path} is damaged, or was not made by Filao: {wrong}. Nothing was changed. Look who made it; to go on from a "
+            f"{path} is damaged, or was not made by Filao: {wrong}. Nothing was changed. "
+            "Look who made it; to go on from a "
             f"backup: filao restore {path} FILE --replace"
         )
 
@@ -121,7 +128,8 @@ def bounded(db: sqlite3.Connection, path: Path, seconds: float = DOUBTED_FOR) ->
     except sqlite3.OperationalError as error:
         if files.was_interrupted(error):
             raise EngineError(
-                f"{path} did not answer within {seconds:g} seconds, so that it is damaged, or was made to hold up those who open "
+                f"{path} did not answer within {seconds:g} seconds, so that it is damaged, or was "
+                "made to hold up those who open "
                 f"it. Nothing was changed"
             ) from error
         raise

@@ -37,8 +37,8 @@ def send(books: Books, operation: Send) -> list[Receipt] | FilaoError:
 def _came_first(books: Books, row: QueueRow, claims: Sequence[Sequence[tuple[int, str]]]) -> list[str | int | None]:
     """Say of each draft what came first: the id of a message, or the place of another draft; None when it is new.
 
-    Draft by draft: only what is new claims its keys, for those behind it in the same send. This is decided before room is
-    made, so what is dropped to make room frees no key for this send, and what is counted as new is what is stored.
+    Draft by draft: only what is new claims its keys, for those behind it in the same send. This is decided before room
+    is made, so what is dropped to make room frees no key for this send, and what is counted as new is what is stored.
     """
     claimed: dict[tuple[int, str], int] = {}
     found: list[str | int | None] = []
@@ -106,7 +106,9 @@ def _full(row: QueueRow, new: int) -> QueueFull:
 
 
 def _drop_oldest(books: Books, row: QueueRow, surplus: int) -> bool:
-    """Make so many waiting messages dead letters, the oldest first; or none, and return False, when they are too few."""
+    """Make so many waiting messages dead letters, the oldest first; or none, and return False, when they are
+    too few.
+    """
     books.flush()
     counted = dict(row.count)
     books.db.execute("SAVEPOINT room")

@@ -168,7 +168,9 @@ def is_plain_ack(operation: Operation) -> bool:
 
 
 def ack_together(books: Books, acks: Sequence[Operation]) -> bool:
-    """Delete the messages of many acks with a few statements; if one of them is not in time, undo it and return False."""
+    """Delete the messages of many acks with a few statements; if one of them is not in time, undo it and return
+    False.
+    """
     deliveries = [ack.delivery for ack in acks if isinstance(ack, Settle)]
     if not _all_in_time(books, _DELETES, (), deliveries):
         return False

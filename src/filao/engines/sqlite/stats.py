@@ -1,4 +1,5 @@
-"""What there is, by state: counters, ages, and who receives. Each is a look-up or a bounded number of them, at any depth.
+"""What there is, by state: counters, ages, and who receives. Each is a look-up or a bounded number of them, at any
+depth.
 
 `postgresql/functions/stats.sql` and `postgresql/control.py` are the same.
 """
@@ -84,7 +85,9 @@ def _age(now: int, since: int | None) -> float | None:
 
 
 def _receivers(db: sqlite3.Connection, now: int, queue: int, tokens: list[int]) -> tuple[Receiver, ...]:
-    """Return the processes that hold messages or stand on the waiting list; who has been struck off is not among them."""
+    """Return the processes that hold messages or stand on the waiting list; who has been struck off is not
+    among them.
+    """
     held = Counter((token - TOKEN_MIN) // TOKENS_PER_PROCESS for token in tokens)
     waiting = [process for (process,) in db.execute(_WAITING, (queue, RECEIVERS_MAX))]
     receivers: list[Receiver] = []

@@ -18,7 +18,9 @@ _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
 
 class Ticket:
-    """Decides whether a job that waits for its turn begins: the job or the timer takes it first, and then it is gone."""
+    """Decides whether a job that waits for its turn begins: the job or the timer takes it first, and then it is
+    gone.
+    """
 
     def __init__(self, until: float) -> None:
         self.until = until
