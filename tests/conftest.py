@@ -4,7 +4,7 @@ needed.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,14 @@ from tests.servers import Postgres, Rabbitmq, has_postgres, has_rabbitmq, postgr
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let a report be sent from one process to another, whatever text a test has logged: a lone surrogate cannot be."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture
