@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 import filao
+import filao.sync
 from filao.message import delivery_of
 from tests.torture.checker import Kept
 from tests.torture.history import History, Outcome, Record, Verb, now
@@ -127,5 +128,5 @@ def lease_of(message: Any) -> dict[str, Any]:
 
 def token_of(message: Any) -> int:
     """Look inside a message, of either face, for what tells this delivery from the next."""
-    inner: filao.Message[Any] = getattr(message, "_message", message)
+    inner: filao.Message[Any] = message._inner if isinstance(message, filao.sync.Message) else message
     return delivery_of(inner).token
