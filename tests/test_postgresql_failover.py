@@ -138,10 +138,10 @@ async def test_after_a_restart_nobody_is_struck_off_before_everybody_had_time_to
             await near.send_to_queue("claims", 1)
             held = await far.receive_from_queue("claims")
             assert await near.receive_from_queue("claims", wait=0) is None
+            before = engine_of(near)._listener._connection
             await asyncio.to_thread(primary.stop, "immediate")
             proxy.stall()  # it comes back later
             await asyncio.to_thread(primary.start)
-            before = engine_of(near)._listener._connection
             async with asyncio.timeout(30):
                 while engine_of(near)._listener._connection in (None, before):
                     await asyncio.sleep(0.01)
