@@ -14,8 +14,9 @@ def main() -> int:
     """Return 0 when it is enough, and tell what lacks a type when it is not."""
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
     command += ["--verifytypes", "filao", "--ignoreexternal", "--outputjson"]
-    # pyright does not follow the link of an editable installation.
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    # With --verifytypes pyright asks the `python` of the PATH, and follows no link of an editable installation.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
     ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     told = json.loads(ran.stdout)["typeCompleteness"]
     score = told["completenessScore"]
