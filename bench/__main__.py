@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.servers import rabbitmq_server, redis_server
+from tests.support.servers import rabbitmq_server, redis_server
 
 from bench import report
 from bench.idle import idle

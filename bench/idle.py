@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from tests.servers import postgres_server
+from tests.support.servers import postgres_server
 
 import filao
 from bench.measures import Ground

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
-from tests.servers import postgres_server
+from tests.support.servers import postgres_server
 
 import filao
 from bench.measures import Ground

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from tests.servers import Postgres, postgres_server
+from tests.support.servers import Postgres, postgres_server
 
 import filao
 from bench.measures import ROUNDS, Ground

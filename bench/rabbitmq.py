@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.servers import Rabbitmq, rabbitmq_server
+from tests.support.servers import Rabbitmq, rabbitmq_server
 
 import filao
 from bench.measures import Ground

@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 import httpx
-from tests.learner import TOKEN, browser, learning
-from tests.learner import sandbox as running
+from tests.support.learner import TOKEN, browser, learning
+from tests.support.learner import sandbox as running
 
 from bench.measures import Ground
 

@@ -13,7 +13,7 @@ import pytest
 
 from filao.broker import session_of
 from filao.testing import Clock, filao_broker, filao_clock  # noqa: F401  # fixtures
-from tests.servers import Postgres, Rabbitmq, has_postgres, has_rabbitmq, postgres_server, rabbitmq_server
+from tests.support.servers import Postgres, Rabbitmq, has_postgres, has_rabbitmq, postgres_server, rabbitmq_server
 
 
 @pytest.fixture

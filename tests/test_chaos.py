@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.chaos import __main__ as chaos
 from tests.chaos.account import SCENARIOS, Chaos, Scenario
-from tests.load import Load
+from tests.support.load import Load
 
 ROOT = Path(__file__).parent.parent
 

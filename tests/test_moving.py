@@ -17,7 +17,7 @@ import pytest
 import filao
 from filao.engines import engine_for
 from filao.moving import Moved, move
-from tests.servers import Postgres, Rabbitmq
+from tests.support.servers import Postgres, Rabbitmq
 
 pytestmark = pytest.mark.anyio
 

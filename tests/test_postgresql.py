@@ -26,9 +26,9 @@ from filao.engines.postgresql import engine as engine_module
 from filao.message import delivery_of
 from filao.session import Session as FilaoSession
 from tests.conftest import engine_of, let_pass
-from tests.load import QUEUE, loaded
-from tests.proxy import Proxy
-from tests.servers import Postgres, postgres_server
+from tests.support.load import QUEUE, loaded
+from tests.support.proxy import Proxy
+from tests.support.servers import Postgres, postgres_server
 
 pytestmark = pytest.mark.anyio
 
@@ -976,7 +976,7 @@ async def test_a_worker_goes_on_after_a_crash_of_the_server(frail, frail_url) ->
 @pytest.fixture
 def pooled(postgres, url, tmp_path) -> Iterator[str]:
     """Return the URL of the same database through PgBouncer, which gives each transaction any connection."""
-    from tests.servers import has_pgbouncer, pgbouncer
+    from tests.support.servers import has_pgbouncer, pgbouncer
 
     if not has_pgbouncer():
         from tests.conftest import missing

@@ -12,8 +12,8 @@ import pytest
 import filao
 from filao.engines.postgresql import watch
 from tests.conftest import engine_of, let_pass
-from tests.proxy import Proxy
-from tests.servers import Postgres, postgres_server, postgres_standby
+from tests.support.proxy import Proxy
+from tests.support.servers import Postgres, postgres_server, postgres_standby
 
 pytestmark = pytest.mark.anyio
 

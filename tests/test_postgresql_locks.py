@@ -11,7 +11,7 @@ import pytest
 
 import filao
 from filao.engines.postgresql import apart, engine
-from tests.servers import Postgres
+from tests.support.servers import Postgres
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ import pytest
 import filao
 from filao.engines.postgresql import engine
 from tests.conftest import engine_of
-from tests.servers import Postgres
+from tests.support.servers import Postgres
 
 pytestmark = pytest.mark.anyio
 

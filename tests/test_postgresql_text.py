@@ -9,7 +9,7 @@ from psycopg import errors
 import filao
 from filao.engines.postgresql.server import Charset, Server
 from tests.conftest import let_pass, missing
-from tests.servers import Postgres, has_pgbouncer, pgbouncer
+from tests.support.servers import Postgres, has_pgbouncer, pgbouncer
 
 pytestmark = pytest.mark.anyio
 

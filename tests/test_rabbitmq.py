@@ -15,9 +15,9 @@ from filao.conformance import Verdict, checks, verify
 from filao.engine import Feature
 from filao.engines.rabbitmq import RabbitmqEngine, consumer, engine, server, topology
 from tests.conftest import engine_of
-from tests.load import loaded
-from tests.proxy import Proxy
-from tests.servers import Rabbitmq, rabbitmq_cluster, rabbitmq_server
+from tests.support.load import loaded
+from tests.support.proxy import Proxy
+from tests.support.servers import Rabbitmq, rabbitmq_cluster, rabbitmq_server
 
 pytestmark = pytest.mark.anyio
 

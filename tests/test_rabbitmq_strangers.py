@@ -18,8 +18,8 @@ import pytest
 import filao
 from filao.engines.rabbitmq import topology
 from tests.conftest import engine_of
-from tests.proxy import Proxy
-from tests.servers import Rabbitmq, rabbitmq_server
+from tests.support.proxy import Proxy
+from tests.support.servers import Rabbitmq, rabbitmq_server
 
 pytestmark = pytest.mark.anyio
 

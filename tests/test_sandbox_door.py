@@ -23,7 +23,7 @@ from filao.sandbox.crew import Crew
 from filao.sandbox.room import Room
 from filao.sandbox.visits import ROOMS_MAX, Visit
 from filao.sandbox.web.events import BOUNDS, VERBS, Asked
-from tests.learner import TOKEN, Sandbox, sandbox, until, until_soon
+from tests.support.learner import TOKEN, Sandbox, sandbox, until, until_soon
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ import pytest
 from filao.sandbox import exercise
 from filao.sandbox.exercise import CHECKS, Exercise
 from filao.sandbox.words import program
-from tests.learner import until_soon
+from tests.support.learner import until_soon
 
 pytestmark = pytest.mark.anyio
 

@@ -20,7 +20,7 @@ from playwright.async_api import Browser
 from filao.sandbox.steps import STEPS
 from filao.sandbox.words import lesson, program
 from tests.conftest import missing
-from tests.learner import TABS, TOKEN, Learner, Sandbox, browser, chromium, learning, sandbox, until_soon
+from tests.support.learner import TABS, TOKEN, Learner, Sandbox, browser, chromium, learning, sandbox, until_soon
 
 pytestmark = pytest.mark.anyio
 

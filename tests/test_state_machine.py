@@ -23,7 +23,7 @@ import filao
 import filao.sync
 from filao.conformance.stage import SOON, add_up
 from filao.testing import Clock
-from tests.model import Model, QuorumModel, Terms
+from tests.support.model import Model, QuorumModel, Terms
 
 RULES = st.fixed_dictionaries(
     {

@@ -6,8 +6,8 @@ recover.
     python -m tests.chaos --list
 
 A scenario is an async function in `postgresql.py` or `rabbitmq.py`, decorated with `@scenario`; its docstring says what
-happens. It gets a folder of its own, starts the servers that it needs (`tests/servers.py`), keeps them busy with
-`under_load`, makes the fault, and calls `chaos.recovered()` at the moment at which the fault is over. The account is
-kept by the senders and consumers themselves (`tests/load.py`); no engine is asked what it believes. What a scenario
-promises beyond that it asserts itself.
+happens. It gets a folder of its own, starts the servers that it needs (`tests/support/servers.py`), keeps them busy
+with `under_load`, makes the fault, and calls `chaos.recovered()` at the moment at which the fault is over. The account
+is kept by the senders and consumers themselves (`tests/support/load.py`); no engine is asked what it believes. What a
+scenario promises beyond that it asserts itself.
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 import filao
 from filao.engine import Feature
-from tests.load import QUEUE, Load, loaded
+from tests.support.load import QUEUE, Load, loaded
 
 SAMPLED = 0.002  # seconds
 RECOVERS_WITHIN = 60.0  # seconds: a bound on a hang; how long it took is in the account

@@ -12,9 +12,9 @@ from pathlib import Path
 import psycopg
 
 from tests.chaos.account import Chaos, scenario, under_load
-from tests.load import QUEUE
-from tests.proxy import Proxy
-from tests.servers import Postgres, postgres_server, postgres_standby
+from tests.support.load import QUEUE
+from tests.support.proxy import Proxy
+from tests.support.servers import Postgres, postgres_server, postgres_standby
 
 HELD = 10.0  # seconds for which what holds things up stays
 HIGH = 10.0  # seconds of the highest load

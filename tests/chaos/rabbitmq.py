@@ -9,8 +9,8 @@ from pathlib import Path
 
 import filao
 from tests.chaos.account import Chaos, scenario, under_load
-from tests.proxy import Proxy
-from tests.servers import rabbitmq_cluster, rabbitmq_server
+from tests.support.proxy import Proxy
+from tests.support.servers import rabbitmq_cluster, rabbitmq_server
 
 ALARM = 5.0  # seconds for which senders are blocked
 CLAIMS: filao.Queue = filao.Queue("claims.processing", max_attempts=1_000, backoff=filao.Backoff(first=0.0))

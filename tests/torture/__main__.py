@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.servers import postgres_server
+from tests.support.servers import postgres_server
 from tests.torture import actors, checker, workers
 from tests.torture.history import History, Outcome, Record, now, read
 from tests.torture.scene import KEPT, Scene
