@@ -19,6 +19,7 @@ from typing import Protocol
 
 WITHIN = 30.0  # seconds that a fork waits for jobs and transactions to end: the bound of every wait
 INTERRUPTED_WITHIN = 2.0  # seconds more for a job that was interrupted then
+LOOKED_IN_WITHIN = 0.1  # seconds more for those who entered, and leave because they see that somebody forks
 _INHERITED: list[object] = []  # what a child must never close, and the collector must not either
 
 
@@ -65,17 +66,22 @@ class Gate:
         self._storages.add(storage)
 
     def enter(self, storage: Storage) -> None:
-        """Begin a job."""
+        """Begin a job. Without a lock, while nobody forks: who enters first and looks then is seen by who shuts."""
+        self._inside.add(threading.get_ident())
+        if not self._is_wanted:
+            return
         with self._changed:
+            self._inside.discard(threading.get_ident())
+            self._changed.notify_all()
             while self._is_shut or (self._is_wanted and not storage.is_in_transaction):
                 self._changed.wait()
             self._inside.add(threading.get_ident())
 
     def leave(self) -> None:
-        """End a job."""
-        with self._changed:
-            self._inside.discard(threading.get_ident())
-            if self._is_wanted:
+        """End a job, if one was begun."""
+        self._inside.discard(threading.get_ident())
+        if self._is_wanted:
+            with self._changed:
                 self._changed.notify_all()
 
     @contextmanager
@@ -117,7 +123,7 @@ class Gate:
                     storage.interrupt()
                 self._changed.wait(0.01)
             self._is_shut = True
-            is_free = not self._inside
+            is_free = self._changed.wait_for(lambda: not self._inside, LOOKED_IN_WITHIN)
         if is_free:
             for storage in list(self._storages):
                 storage.leave()

@@ -20,6 +20,8 @@ STATES = {READY: "ready", DELAYED: "delayed", LEASED: "leased", BLOCKED: "blocke
 NO_TOKEN = -(2**62)  # 8 bytes, as every token, so that a lease is written in place
 TOKEN_MIN = 2**62  # and so is a lease's
 TOKENS_PER_PROCESS = 2**32
+NUMBERS_AHEAD = 100  # message numbers that are noted as given before they are: one note for so many lone sends
+QUEUES_KEPT_MAX = 64  # queues of which a process keeps in mind what it knows: some 100 KiB
 DEDUP_KEY, MESSAGE_ID = 0, 1
 _GIVEN_ID = re.compile(r"([0-9a-f]{16})-([0-9]{1,18})")
 
@@ -67,7 +69,7 @@ ENTRY = "id, state, attempts, grp, dedup_key, message_id, salt"
 class QueueRow:
     """A queue's row while a transaction works on it."""
 
-    __slots__ = ("_loaded", "count", "delayed", "fresh", "id", "paused", "reasons", "rules")
+    __slots__ = ("_loaded", "count", "delayed", "fresh", "id", "nobody_to_call", "paused", "reasons", "rules")
 
     def __init__(self, row: Sequence[int], rules: Queue) -> None:
         self.id: int = row[0]
@@ -81,6 +83,8 @@ class QueueRow:
         """Whether a message has become ready, or was left by one who took others."""
         self.delayed: int = 0
         """How many were delayed: those who wait must learn when each is due."""
+        self.nobody_to_call: bool = False
+        """Whether it is known that its waiting list holds nobody who has not been called."""
 
     def pending(self) -> int:
         """Return how many messages count towards `max_length`."""
@@ -93,25 +97,50 @@ class QueueRow:
         self.delayed += state == DELAYED
 
     def changes(self) -> tuple[int, ...] | None:
-        """Return the counters when they have changed."""
+        """Return the counters when they have changed, to be written."""
         counted = tuple(self.count.values())
-        return None if counted == self._loaded else counted
+        if counted == self._loaded:
+            return None
+        self._loaded = counted
+        return counted
+
+    def begin(self) -> None:
+        """Begin another transaction with what is known from the last."""
+        self.fresh = False
+        self.delayed = 0
 
 
 class Books:
     """The queues as one transaction sees and changes them."""
 
-    def __init__(self, db: sqlite3.Connection, file: str, now: int) -> None:
+    def __init__(self, db: sqlite3.Connection, file: str, now: int, *, keeps: bool = False) -> None:
+        """Begin; `keeps` says that another transaction may go on with what these come to know: see `again`."""
         self.db = db
         self.file = file
         self.now = now
         self._queues: dict[str, QueueRow] = {}
         self._inserts: list[tuple[object, ...]] = []
         self._last: int | None = None
+        self._noted = 0
+        """Up to which number the file says that they are given."""
+        self.keeps: bool = keeps
         self.occupied: set[tuple[int, str]] = set()
         """Groups that are known to have a message that the next one must wait for."""
 
     # --- the books themselves ----------------------------------------------------------------------------------------
+
+    def again(self, now: int, *, keeps: bool) -> "Books":
+        """Return the books of another transaction, which know what these knew when theirs had committed.
+
+        Only when nobody else has committed since, and when all that was written went through these.
+        """
+        books = Books(self.db, self.file, now, keeps=keeps)
+        books._last, books._noted = self._last, self._noted
+        if len(self._queues) <= QUEUES_KEPT_MAX:
+            books._queues = self._queues
+            for row in self._queues.values():
+                row.begin()
+        return books
 
     def queue(self, name: str) -> QueueRow | None:
         """Return the queue's row; None when it is not declared."""
@@ -167,7 +196,7 @@ class Books:
         """Return the next place in the order of sending."""
         if self._last is None:
             found = self.db.execute("SELECT value FROM filao_meta WHERE name = 'last'").fetchone()
-            self._last = int(found[0])
+            self._last = self._noted = int(found[0])
         self._last += 1
         return self._last
 
@@ -187,8 +216,9 @@ class Books:
     def write_down(self) -> None:
         """Write what was sent and counted."""
         self.flush()
-        if self._last is not None:
-            self.db.execute("UPDATE filao_meta SET value = ? WHERE name = 'last'", (self._last,))
+        if self._last is not None and self._last > self._noted:
+            self._noted = self._last + NUMBERS_AHEAD * self.keeps
+            self.db.execute("UPDATE filao_meta SET value = ? WHERE name = 'last'", (self._noted,))
         for row in self._queues.values():
             changes = row.changes()
             if changes is not None:

@@ -35,6 +35,8 @@ class FileClock:
         """Seconds that never jump, and go on while the machine sleeps."""
         self._boot = boot or str(getattr(wall, "boot", "unknown"))
         self._told = 0
+        self._known: tuple[str, int, int] | None = None
+        """What the file was last seen to say."""
 
     def begin(self, db: sqlite3.Connection) -> bool:
         """Set the file's clock if this machine was started since it was last set; return whether leases are void.
@@ -55,12 +57,16 @@ class FileClock:
         found = _stored(db)
         return found is not None and found[0] == self._boot
 
-    def now(self, db: sqlite3.Connection, *, writes: bool = False) -> int:
+    def now(self, db: sqlite3.Connection, *, writes: bool = False, again: bool = False) -> int:
         """Return the file's time in milliseconds since 1970; in a transaction that `writes`, note down how far
         it went.
+
+        `again` says that nobody can have set it since the last such transaction.
         """
         wall, steady = _milliseconds(self._wall), _milliseconds(self.steady)
-        found = _stored(db)
+        found = self._known if again else _stored(db)
+        if writes:
+            self._known = found
         if found is None or found[0] != self._boot:
             return wall  # somebody else's boot: a machine that shares the file with ours
         _, offset, noted_at = found
@@ -82,6 +88,7 @@ class FileClock:
 
     def _note(self, db: sqlite3.Connection, offset: int, steady: int) -> None:
         db.execute("INSERT OR REPLACE INTO filao_meta VALUES ('clock', ?)", (f"{self._boot} {offset} {steady}",))
+        self._known = (self._boot, offset, steady)
 
     def _tell(self, ahead: int) -> None:
         if abs(ahead) > abs(self._told):

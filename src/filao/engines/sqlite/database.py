@@ -75,6 +75,10 @@ class Database:
         self._db: sqlite3.Connection | None = None
         self._books: Books | None = None
         """Of the transaction that is open."""
+        self._kept: Books | None = None
+        """Of the last transaction, when all that was written went through its books: the next may go on with them."""
+        self._kept_version = -1
+        """SQLite's count of the commits by others when it committed."""
         self._undone_because = ""
         """Why the last one that did not commit was undone."""
         self._has_failed = False
@@ -134,7 +138,7 @@ class Database:
         except BaseException:
             db.close()
             raise
-        self._db = db
+        self._db, self._kept = db, None
         self._flushes = self._durable
         self._seen_version = -1
         self._has_failed = False
@@ -228,9 +232,12 @@ class Database:
     # --- transactions ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def write(self, *, durable: bool) -> Generator[Books]:
-        """Open a transaction, commit it on leaving, and call those who must look again; an exception undoes it."""
-        books = self.begin(durable=durable)
+    def write(self, *, durable: bool, keeps: bool = False) -> Generator[Books]:
+        """Open a transaction, commit it on leaving, and call those who must look again; an exception undoes it.
+
+        `keeps` says that the books learn of all that is written: the queue's verbs see to that.
+        """
+        books = self.begin(durable=durable, keeps=keeps)
         try:
             yield books
         except BaseException as error:
@@ -240,15 +247,12 @@ class Database:
             raise
         self.commit(books)
 
-    def begin(self, *, durable: bool) -> Books:
+    def begin(self, *, durable: bool, keeps: bool = False) -> Books:
         """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends.
 
         While another program's transaction is in the way, the turn is given up between two tries: nobody waits inside.
         """
-        if self._db is not None and self._flushes != (durable and self._durable):
-            with files.mapped(self.path):
-                files.set_durable(self._db, durable=not self._flushes)
-            self._flushes = not self._flushes
+        self._set_durable(durable=durable)
         assert self._books is None, "a transaction inside a transaction"
         until = time.monotonic() + files.BUSY_TIMEOUT if self.ticket is None else self.ticket.until
         pause, pause_max = BUSY_AGAIN
@@ -257,7 +261,7 @@ class Database:
             self._check_lost()
             self._take_turn()
             try:
-                return self._begin()
+                return self._begin(keeps=keeps)
             except BaseException as error:
                 self.roll_back(error)
                 if self._turnstile.is_held:
@@ -272,14 +276,25 @@ class Database:
                 time.sleep(pause)
             pause = min(2 * pause, pause_max)
 
-    def _begin(self) -> Books:
+    def _set_durable(self, *, durable: bool) -> None:
+        if self._db is not None and self._flushes != (durable and self._durable):
+            with files.mapped(self.path):
+                files.set_durable(self._db, durable=not self._flushes)
+            self._flushes = not self._flushes
+
+    def _begin(self, *, keeps: bool) -> Books:
+        """Begin, and go on with the books of the last transaction when nobody else has committed since."""
         self.take_ticket()
         db = self._db or self._connect()
         db.execute("BEGIN IMMEDIATE")
         self._books = Books(db, self.file, 0)
         if self._is_suspicious or time.monotonic() - self._looked_at > LOOKED_WITHIN:
             self.look()
-        self._books = Books(db, self.file, self.clock.now(db, writes=True))
+        version: int = db.execute("PRAGMA data_version").fetchone()[0]
+        kept = self._kept if version == self._kept_version else None
+        self._kept, self._kept_version = None, version
+        now = self.clock.now(db, writes=True, again=kept is not None)
+        self._books = Books(db, self.file, now, keeps=keeps) if kept is None else kept.again(now, keeps=keeps)
         return self._books
 
     def take_ticket(self) -> None:
@@ -303,6 +318,7 @@ class Database:
                 raise self._error(error) from error
             raise
         self._books = None
+        self._kept = books if books.keeps else None
         self._turnstile.leave()
 
     def check_open(self, books: Books) -> None:
@@ -341,8 +357,9 @@ class Database:
             self._turnstile.leave()
 
     def _take_turn(self) -> None:
-        with gate.outside(self):
-            self._turnstile.enter()
+        if not self._turnstile.try_enter():
+            with gate.outside(self):
+                self._turnstile.enter()
 
     def look_up(self, work: Callable[[Books], R]) -> R:
         """Do what only looks: each statement sees what is committed, and nothing is written down.

@@ -169,7 +169,7 @@ class SqliteEngine:
             self._register()
         lessee = self._database.lessee or _NOBODY
         takes = {Receive: lessee is not _NOBODY, Send: batch.writes, Settle: batch.writes, Extend: batch.writes}
-        with self._database.write(durable=batch.writes) as books:
+        with self._database.write(durable=batch.writes, keeps=True) as books:
             results = verbs.apply(books, batch.take(lambda operation: takes[type(operation)]), lessee)
             self._queue_names.update(books.names())
         self._untidy |= batch.writes

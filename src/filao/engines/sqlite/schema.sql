@@ -14,8 +14,8 @@ CREATE TABLE filao_meta (
 ) STRICT, WITHOUT ROWID;
 -- 'file': random, the first part of every message id, so that ids are unique across files
 -- 'version': of this schema (not PRAGMA user_version: that one is the user's)
--- 'last': the last message number given. It only grows, even when the last message is deleted: a number that came back
---         would stand before older ones and break the order
+-- 'last': the last message number given, or up to a hundred more. It only grows, even when the last message is deleted:
+--         a number that came back would stand before older ones and break the order
 
 CREATE TABLE filao_queue (
   id         INTEGER PRIMARY KEY,

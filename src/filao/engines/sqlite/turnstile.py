@@ -47,6 +47,16 @@ class Turnstile:
             flock(self._file, LOCK_EX)
         self.is_held = True
 
+    def try_enter(self) -> bool:
+        """Take a turn if it is nobody's just now; return whether it is this process's."""
+        if sys.platform != "win32" and self._file >= 0:
+            try:
+                flock(self._file, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                return False
+        self.is_held = True
+        return True
+
     def leave(self) -> None:
         """End the turn."""
         self.is_held = False

@@ -33,6 +33,7 @@ def wait(books: Books, row: QueueRow, process: int, wants: int) -> None:
         """,  # a look in vain writes nothing
         (row.id, process, wants),
     )
+    row.nobody_to_call = False
 
 
 def leave(books: Books, row: QueueRow, process: int) -> None:
@@ -55,7 +56,11 @@ def promised(books: Books, row: QueueRow, process: int) -> int:
 
 def calls(books: Books) -> list[Call]:
     """Choose whom to call after all that was done in this transaction, and note that they were called."""
-    rows = [row for row in books.rows() if not row.paused and (row.delayed or (row.fresh and row.count["ready"] > 0))]
+    rows = [
+        row
+        for row in books.rows()
+        if not row.nobody_to_call and not row.paused and (row.delayed or (row.fresh and row.count["ready"] > 0))
+    ]
     return [call for row in rows for call in _called(books, row)]
 
 
@@ -82,6 +87,10 @@ def _called(books: Books, row: QueueRow) -> list[Call]:
             chosen.append(Call(process, bell, row.id))
             ready -= wants
             delayed -= 1
+    reached = len(waiting) < _CALLED_MAX and all(bell for _, bell, *_ in waiting)
+    row.nobody_to_call = reached and len(chosen) + sum(called for *_, called in waiting) == len(waiting)
+    if not chosen:
+        return chosen
     now = books.now
     promise = "UPDATE filao_waiting SET called_at = ? WHERE queue = ? AND process = ?"
     books.db.executemany(promise, [(now if call.bell else 0, row.id, call.process) for call in chosen])

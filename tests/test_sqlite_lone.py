@@ -1,0 +1,113 @@
+"""What a lone call costs on SQLite, counted where time would be noise; and that it is never paid with what is true."""
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import filao
+from filao.broker import session_of
+from filao.engines.sqlite.engine import SqliteEngine
+from filao.errors import QueueFull, QueueNotFound
+
+pytestmark = pytest.mark.anyio
+FRAME = 4096 + 24  # bytes of a page in the WAL
+
+
+async def counted(broker: filao.Broker, path: Path, call: Callable[[], Awaitable[object]]) -> tuple[list[str], int]:
+    """Return the statements that a call makes, and the pages that it writes."""
+    engine = session_of(broker).engine
+    assert isinstance(engine, SqliteEngine)
+    db = engine._database._db
+    assert db is not None
+    wal = path.with_name(path.name + "-wal")
+    statements: list[str] = []
+    before = wal.stat().st_size
+    db.set_trace_callback(statements.append)
+    try:
+        await call()
+    finally:
+        db.set_trace_callback(None)
+    return statements, (wal.stat().st_size - before) // FRAME
+
+
+async def test_a_lone_send_makes_five_statements_and_writes_three_pages(tmp_path) -> None:
+    path = tmp_path / "lone.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("q"))
+        await broker.send_to_queue("q", "the first learns")
+        statements, pages = await counted(broker, path, lambda: broker.send_to_queue("q", "lone"))
+        assert [statement.split()[0] for statement in statements] == ["BEGIN", "PRAGMA", "INSERT", "UPDATE", "COMMIT"]
+        assert pages <= 3  # the message's, its index's, the counters'
+
+
+async def test_what_another_process_commits_is_known_at_the_next_send(tmp_path) -> None:
+    path = tmp_path / "lone.db"
+    async with filao.connect(path) as one, filao.connect(path) as other:
+        await one.declare(filao.Queue("q"))
+        await one.send_to_queue("q", 1)
+        await other.declare(filao.Queue("q", max_length=1))
+        with pytest.raises(QueueFull):
+            await one.send_to_queue("q", 2)
+        await other.delete_queue("q", messages=True)
+        with pytest.raises(QueueNotFound):
+            await one.send_to_queue("q", 3)
+
+
+async def test_what_an_operator_does_here_is_known_at_the_next_receive(tmp_path) -> None:
+    async with filao.connect(tmp_path / "lone.db") as broker:
+        await broker.declare(filao.Queue("q"))
+        await broker.send_to_queue("q", 1)
+        await broker.pause("q")
+        assert await broker.receive_from_queue("q", wait=0) is None
+        await broker.resume("q")
+        assert await broker.receive_from_queue("q", wait=0) is not None
+
+
+async def test_senders_that_take_turns_keep_the_order_of_sending(tmp_path) -> None:
+    path = tmp_path / "lone.db"
+    async with filao.connect(path) as one, filao.connect(path) as other:
+        await one.declare(filao.Queue("q"))
+        for number in range(0, 20, 4):  # each twice, so that either also goes on with what it knows
+            for broker, at in ((one, 0), (one, 1), (other, 2), (other, 3)):
+                await broker.send_to_queue("q", number + at)
+        assert [message.body for message in await one.receive_many("q", 20)] == list(range(20))
+        assert (await other.stats("q")).sent == 20
+
+
+async def test_a_transaction_that_is_undone_leaves_nothing_in_mind(tmp_path) -> None:
+    async with filao.connect(tmp_path / "lone.db") as broker:
+        await broker.declare(filao.Queue("q"))
+        await broker.send_to_queue("q", 1)
+        with pytest.raises(ZeroDivisionError):
+            await send_in_vain(broker)
+        await broker.send_to_queue("q", 3)
+        stats = await broker.stats("q")
+        assert (stats.sent, stats.ready) == (2, 2)
+
+
+async def send_in_vain(broker: filao.Broker) -> None:
+    async with broker.transaction() as transaction:
+        await transaction.send_to_queue("q", 2)
+        raise ZeroDivisionError
+
+
+async def test_who_comes_to_wait_is_called_by_a_sender_who_knew_of_nobody(tmp_path) -> None:
+    path = tmp_path / "lone.db"
+    async with filao.connect(path) as sender, filao.connect(path) as other:
+        await sender.declare(filao.Queue("q"))
+        for receiver in (other, sender, other, sender):
+            waiting = asyncio.ensure_future(receiver.receive_from_queue("q"))
+            while not is_waited_for(path):
+                await asyncio.sleep(0)
+            statements, _ = await counted(sender, path, lambda: sender.send_to_queue("q", "news"))
+            assert any("UPDATE filao_waiting" in statement for statement in statements)
+            await (await waiting).ack()
+
+
+def is_waited_for(path: Path) -> bool:
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT 1 FROM filao_waiting WHERE called_at = 0").fetchone() is not None
