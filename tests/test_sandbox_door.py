@@ -177,7 +177,7 @@ async def test_no_event_ends_the_housekeeping(served, visitor) -> None:
             await opened.send(json.dumps(event))
         for text in ("not json", "[]", "1", '{"do": "go", "step": NaN}', "[" * 5000):
             await opened.send(text)
-        async with asyncio.timeout(60):  # what comes while too much is being done is dropped
+        async with asyncio.timeout(60):  # what comes while too much is being done waits
             while (told := (await scene(opened))["lesson"])["current"] != 0 or not told["is_done"]:
                 await opened.send(json.dumps({"do": "go", "step": 0}))
                 await opened.send(json.dumps({"do": "act", "key": "create"}))
@@ -249,7 +249,7 @@ def test_no_python_file_that_lies_in_the_current_folder_is_run(tmp_path, monkeyp
     monkeypatch.setenv("PYTHONPATH", f":{entries[0] if entries else ''}:")
     crew = Crew(rooms)
     crew.start(1, "filao.sandbox.worker", Nothing())
-    until(lambda: crew.ended(1))
+    until(lambda: crew.has_ended(1))
     crew.end_all()
     assert not mark.exists()
     assert "file" in (rooms / "consumer-1.err").read_text()  # it came as far as its orders

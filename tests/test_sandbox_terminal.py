@@ -20,6 +20,7 @@ from filao.sandbox.words import program, words
 from tests.test_sandbox_exercise import TRANSACTION, code
 
 PATIENCE = 120.0
+SPEED = "5"  # as in a browser
 WISHES = [  # what the page of each step says, and then the next one
     *("1", "w", "n", "1", "w", "n", "1", "w", "n", "1", "w", "n", "1", "w", "2", "w", "n", "1", "w", "2", "w", "n"),
     *("1", "w1", "2", "w1", "3", "w", "n", "1", "w", "2", "w", "3", "w", "n", "1", "w", "n", "1", "w", "n", "c", "w"),
@@ -35,7 +36,7 @@ class Pipe:
         (folder / "files").mkdir()
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "filao", "sandbox", "--terminal", "--language", language],
+                [sys.executable, "-m", "filao", "sandbox", "--terminal", "--language", language, "--speed", SPEED],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -8,7 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+import time
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,32 +18,23 @@ import httpx
 import pytest
 from playwright.async_api import Browser
 
+import filao
 from filao.sandbox.steps import STEPS
 from filao.sandbox.words import lesson, program
 from tests.conftest import missing
-from tests.support.learner import TABS, TOKEN, Learner, Sandbox, browser, chromium, learning, sandbox, until_soon
+from tests.support.learner import AXE, TABS, TOKEN, Learner, Sandbox, browser, chromium, learning, sandbox, until_soon
+from tests.support.path import PATH, QUEUE, SOLUTION, kill, with_body
 
 pytestmark = pytest.mark.anyio
 
 ROOT = Path(__file__).parents[1]
 SHOTS = ROOT / "build" / "sandbox"
-AXE = Path(sys.prefix) / "npm" / "node_modules" / "axe-core" / "axe.min.js"
-QUEUE = "claims.processing"
-
-SOLUTION = """\
-        try:
-            await evaluate_claim(message)
-            async with message.transaction() as tx:
-                await pay(tx, message)
-        except Exception as error:
-            await message.nack(reason=error)
-"""
+SPEED = "5"  # times as fast as for people: what is seen in each step is the same, by construction
 
 
-def with_body(body: str) -> str:
-    """Return the skeleton with another body of its loop."""
-    head, _, rest = program("my_consumer").partition("        # 1.")
-    return head + body + "\n\n# What follows" + rest.partition("# What follows")[2]
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +42,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     """Run a sandbox for all tests that do not end it."""
     if chromium() is None:
         missing("Chromium")
-    with sandbox(tmp_path_factory.mktemp("sandbox") / "files") as running:
+    with sandbox(tmp_path_factory.mktemp("sandbox") / "files", "--speed", SPEED) as running:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def chrome() -> AsyncGenerator[Browser]:
+    """Run one browser for all tests; each opens its page in a context of its own."""
     async with browser() as opened:
         yield opened
 
@@ -92,95 +85,6 @@ def sums_hold(learner: Learner) -> None:
     stats = learner.stats()
     gone = stats.acked + stats.purged + stats.cancelled
     assert stats.sent == stats.ready + stats.delayed + stats.blocked + stats.leased + stats.dead + gone
-
-
-async def create(learner: Learner) -> None:
-    await learner.act("create")
-    await learner.sees("created")
-    with learner.broker() as broker:
-        assert [queue.name for queue in broker.queues()] == [QUEUE]
-
-
-async def send(learner: Learner) -> None:
-    await learner.act("send_few")
-    await learner.sees("nobody", "sent", "answered", "waiting")
-    assert learner.stats().ready == 5
-    claims = await learner.page.eval_on_selector_all(".chip", "all => all.map(one => one.dataset.claim).sort()")
-    assert claims == ["1", "2", "3", "4", "5"]
-    with learner.broker() as broker:
-        assert [message.body["claim_id"] for message in broker.peek(QUEUE)] == [1, 2, 3, 4, 5]
-
-
-async def one(learner: Learner) -> None:
-    await learner.act("one_consumer")
-    await learner.sees("one_consumer", "paid", "in_order")
-
-
-async def three(learner: Learner) -> None:
-    await learner.act("three_consumers")
-    await learner.sees("three_consumers", "overtaken", "paid", "shared")
-
-
-async def kill(learner: Learner) -> None:
-    await learner.act("long_claims")
-    await learner.page.wait_for_selector(".hint.kill")
-    await learner.act("kill")
-    await learner.sees("killed", "taken_over", "finished")
-    assert learner.stats().lost >= 1
-
-
-async def poison(learner: Learner) -> None:
-    await learner.act("poison")
-    await learner.sees("retried", "dead")
-    with learner.broker() as broker:
-        (letter,) = broker.dead_letters(QUEUE)
-    assert (letter.reason, letter.attempts) == ("max_attempts", 3)
-    await learner.page.wait_for_selector(".hint.mend")
-    await learner.act("mend")
-    await learner.sees("redriven", "mended")
-
-
-async def guarantees(learner: Learner) -> None:
-    for guarantee, condition in (("at-most-once", "lost"), ("at-least-once", "doubled"), ("exactly-once", "exact")):
-        await learner.act(f"try_{guarantee}")
-        await learner.sees(condition)
-    assert "✖" in await learner.page.inner_text(".verdict")
-
-
-async def zombie(learner: Learner) -> None:
-    await learner.act("short_lease")
-    await learner.page.wait_for_selector(".hint.pause")
-    await learner.act("pause")
-    await learner.page.wait_for_selector(".hint.wake", timeout=60_000)
-    await learner.page.wait_for_selector(".timeline .lease-end")
-    await learner.act("wake")
-    await learner.sees("taken_over", "refused", "safe")
-
-
-async def groups(learner: Learner) -> None:
-    await learner.act("groups")
-    await learner.page.wait_for_selector(".chip.locked")
-    await learner.sees("grouped", "competing", "ordered")
-
-
-async def documents(learner: Learner) -> None:
-    await learner.act("documents")
-    await learner.page.wait_for_selector(".chip.note")
-    await learner.sees("documents", "paid", "letters")
-    assert len(list(learner.room.parent.glob("letter-*.txt"))) == 5
-
-
-async def implement(learner: Learner) -> None:
-    found = await learner.checks()
-    assert set(found.values()) == {"red"}
-    await learner.write(with_body(SOLUTION))
-    found = await learner.checks()
-    assert set(found.values()) == {"green"}
-
-
-PATH: tuple[Callable[[Learner], Awaitable[None]], ...] = (
-    *(create, send, one, three, kill, poison, guarantees, zombie, groups, documents, implement),
-)
 
 
 async def test_a_step_can_be_repeated_and_is_judged_anew(learner) -> None:
@@ -285,14 +189,12 @@ async def test_a_click_on_a_claim_tells_its_story(learner) -> None:
 
 async def test_sliders_react_and_theory_stands_beside_what_is_measured(learner) -> None:
     await learner.act("create")
-    await learner.tab("load")
-    for place, value in enumerate(("6", "0.2", "2"), 1):
-        await learner.page.fill(f".slider:nth-of-type({place}) input", value)
+    await learner.slide(arrivals="6", work="0.2", consumers="2")
     await learner.until("document.querySelector('.theory tbody tr:nth-child(2) td').textContent.startsWith('60')")
     await learner.until(
         "/\\d/.test(document.querySelector('.theory tbody tr:nth-child(4) td:nth-child(3)').textContent)"
     )
-    await learner.page.fill(".slider:nth-of-type(2) input", "2")
+    await learner.slide(work="2")
     await learner.page.wait_for_selector(".theory.over")
     await until_soon(lambda: learner.stats().acked > 3)
 
@@ -377,12 +279,14 @@ async def test_a_file_that_cannot_be_used_is_refused_in_the_language_of_the_page
 
 
 async def test_the_controls_sit_on_the_consumer_and_a_double_click_kills_only_one(learner) -> None:
-    await learner.go(4)
-    await learner.act("three_consumers")
-    await learner.page.wait_for_selector("[data-consumer='3'][data-state=working]")
+    await learner.act("create")
+    await learner.slide(work="4", consumers="3")
+    await learner.press(".controls button:enabled >> nth=1")
+    await learner.page.wait_for_selector("[data-state=working] >> nth=2")
     await learner.page.dblclick("[data-consumer='1'] [data-act=kill]")
     await learner.page.wait_for_selector("[data-consumer='1'][data-state=killed]")
     await learner.press("[data-consumer='2'] [data-act=fail]")
+    await learner.slide(work="0.1")
     await until_soon(lambda: learner.stats().nacked >= 1)
     await learner.press("[data-consumer='2'] [data-act=fail]")
     await learner.press("[data-consumer='3'] [data-act=pause]")
@@ -393,19 +297,21 @@ async def test_the_controls_sit_on_the_consumer_and_a_double_click_kills_only_on
 
 
 async def test_while_all_is_frozen_nobody_loses_a_lease(learner) -> None:
-    await learner.go(4)
-    await learner.act("three_consumers")
-    await learner.page.wait_for_selector("[data-consumer='3'][data-state=working]")
+    await learner.go(8)
+    await learner.act("short_lease")
+    await learner.page.wait_for_selector("[data-state=working]")
     await learner.press(".controls button:has-text('Freeze')")
     await learner.page.wait_for_selector(".stage.frozen")
-    before = learner.stats()
-    await learner.act("three_consumers")
+    await learner.act("short_lease")
     await learner.page.wait_for_selector(".notice >> text=Everything is frozen")
-    await asyncio.sleep(7)  # longer than a lease
-    assert learner.stats().acked == before.acked
+    with learner.broker() as broker:
+        (held,) = broker.peek(QUEUE, state=filao.State.LEASED)
+        await until_soon(lambda: held.at.timestamp() < time.time())  # so long the world stands still
     await learner.press(".controls button:has-text('Go on')")
-    await until_soon(lambda: learner.stats().acked >= 12)
-    assert learner.stats().lost == 0
+    await learner.page.wait_for_selector(".stage:not(.frozen)")
+    await learner.slide(work="0.1")
+    await until_soon(lambda: learner.stats().acked == 1)
+    assert (learner.stats().lost, learner.stats().received) == (0, 1)
 
 
 async def test_a_dead_letter_is_corrected_in_the_ledger(learner) -> None:
@@ -421,6 +327,7 @@ async def test_a_dead_letter_is_corrected_in_the_ledger(learner) -> None:
 
 async def test_strange_bodies_harm_no_page(learner) -> None:
     await learner.act("create")
+    await learner.slide(work="0.1")
     deep: Any = 1
     for _ in range(50):
         deep = [deep]
@@ -538,52 +445,21 @@ async def test_the_page_has_no_barriers(chrome, served, name, context) -> None:
         await learner.sees("dead")
         for tab in TABS:
             await learner.tab(tab)
-            assert await violations(learner) == []
-            assert await texts_too_small(learner) == []
+            assert await learner.violations() == []
+            assert await learner.texts_too_small() == []
             await learner.shoot(SHOTS, f"tab-{tab}-{name}")
         assert await learner.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         await learner.go(11)
         await learner.page.wait_for_selector("textarea.code")
-        assert await violations(learner) == []
-        assert await texts_too_small(learner) == []
+        assert await learner.violations() == []
+        assert await learner.texts_too_small() == []
         await learner.press(".present")
         await learner.page.wait_for_selector(".strip")
-        assert await violations(learner) == []
+        assert await learner.violations() == []
         await learner.press(".present")
         await learner.press(".next")
         await learner.page.wait_for_selector(".paper")
-        assert await violations(learner) == []
-
-
-async def violations(learner: Learner) -> list[str]:
-    await learner.page.add_script_tag(path=AXE)
-    found = await learner.page.evaluate("axe.run({ resultTypes: ['violations'] })")
-    return [
-        f"{one['id']}: {[(node['html'][:160], node['failureSummary'][:200]) for node in one['nodes'][:4]]}"
-        for one in found["violations"]
-    ]
-
-
-async def texts_too_small(learner: Learner) -> list[str]:
-    """Return the texts of less than 14 pixels, and on the stage of less than 16, as they are on the screen."""
-    found: list[str] = await learner.page.evaluate(
-        """() => {
-          const found = [];
-          const walker = document.createTreeWalker(document.getElementById("page"), NodeFilter.SHOW_TEXT);
-          while (walker.nextNode()) {
-            const node = walker.currentNode;
-            const parent = node.parentElement;
-            if (!node.data.trim() || parent.closest("title, .sr-only")) continue;
-            const svg = parent.closest("svg");
-            const scale = svg ? svg.getBoundingClientRect().width / (svg.viewBox.baseVal.width || svg.clientWidth) : 1;
-            const size = parseFloat(getComputedStyle(parent).fontSize) * scale;
-            const least = parent.closest(".stage") ? 16 : 14;
-            if (size < least - 0.1) found.push(`${size.toFixed(1)} px: ${node.data.trim().slice(0, 40)}`);
-          }
-          return [...new Set(found)];
-        }"""
-    )
-    return found
+        assert await learner.violations() == []
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 720), (1920, 1080)])

@@ -24,6 +24,8 @@ from filao.sandbox.visits import ROOMS_MAX
 CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
 PATIENCE = 60.0
 TOKEN = "correct-horse-battery"
+AXE = Path(sys.prefix) / "npm" / "node_modules" / "axe-core" / "axe.min.js"
+TOO_SMALL = Path(__file__).with_name("too_small.js").read_text(encoding="utf-8")
 QUIET = (  # without them a browser looks for its maker, which a test machine cannot reach
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
@@ -101,6 +103,7 @@ class Learner:
 
     def __init__(self, page: Page, sandbox: Sandbox, language: str) -> None:
         self.page = page
+        page.set_default_timeout(PATIENCE * 1000)
         self.language = language
         self._sandbox = sandbox
         self.complaints: list[str] = []
@@ -128,7 +131,7 @@ class Learner:
             return broker.stats("claims.processing")
 
     async def press(self, selector: str) -> None:
-        await self.page.click(selector, timeout=PATIENCE * 1000)
+        await self.page.click(selector)
 
     async def go(self, step: int) -> None:
         await self.press(f".numbers li:nth-child({step}) button")
@@ -144,11 +147,11 @@ class Learner:
     async def sees(self, *conditions: str) -> None:
         """Wait until conditions of the step are shown to hold."""
         for condition in conditions:
-            await self.page.wait_for_selector(f"[data-condition={condition}].met", timeout=PATIENCE * 1000)
+            await self.page.wait_for_selector(f"[data-condition={condition}].met")
 
     async def has_done(self) -> str:
         """Wait until the step is done, and return why."""
-        await self.page.wait_for_selector(".lesson .why", timeout=PATIENCE * 1000)
+        await self.page.wait_for_selector(".lesson .why")
         return await self.page.inner_text(".lesson .why")
 
     async def write(self, code: str) -> None:
@@ -168,17 +171,38 @@ class Learner:
         return dict(found)
 
     async def until(self, expression: str) -> None:
-        await self.page.wait_for_function(expression, timeout=PATIENCE * 1000)
+        await self.page.wait_for_function(expression)
 
     async def tab(self, name: str) -> None:
         await self.press(f"#tab-{name}")
         await self.page.wait_for_selector(f".lower[data-tab={name}]")
+
+    async def slide(self, **wanted: str) -> None:
+        """Move sliders of the load to values."""
+        await self.tab("load")
+        for slider, value in wanted.items():
+            await self.page.fill(f".slider:nth-of-type({SLIDERS.index(slider) + 1}) input", value)
+
+    async def violations(self) -> list[str]:
+        """Return the barriers that axe-core finds."""
+        await self.page.add_script_tag(path=AXE)
+        found = await self.page.evaluate("axe.run({ resultTypes: ['violations'] })")
+        return [
+            f"{one['id']}: {[(node['html'][:160], node['failureSummary'][:200]) for node in one['nodes'][:4]]}"
+            for one in found["violations"]
+        ]
+
+    async def texts_too_small(self) -> list[str]:
+        """Return the texts of less than 14 pixels, and on the stage of less than 16, as they are on the screen."""
+        found: list[str] = await self.page.evaluate(TOO_SMALL)
+        return found
 
     async def shoot(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         await self.page.screenshot(path=folder / f"{name}-{self.language}.png")
 
 
+SLIDERS = ("arrivals", "work", "consumers", "failing")
 TABS = ("timeline", "slow", "story", "load", "books", "python", "compare", "glossary")
 
 

@@ -17,6 +17,7 @@ PORT = 8747
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN_LEAST = 8  # characters
 LANGUAGES = ("en", "fr")
+SPEEDS = (0.25, 10.0)  # slower, nobody waits for it; faster, nobody sees it
 OPENER = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0;url={address}">'
 
 
@@ -29,7 +30,16 @@ OPENER = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" conten
 @click.option("--no-browser", is_flag=True, help="Open no browser: print the address only.")
 @click.option("--terminal", is_flag=True, help="Play the same lesson in this terminal.")
 @click.option("--language", type=click.Choice(LANGUAGES), default="en", show_default=True, help="Of the terminal.")
-def sandbox_command(*, port: int, host: str, allow_code: bool, no_browser: bool, terminal: bool, language: str) -> int:
+@click.option(
+    "--speed",
+    type=click.FloatRange(*SPEEDS),
+    default=1.0,
+    show_default=True,
+    help="How many times as fast the lesson's consumers work.",
+)
+def sandbox_command(
+    *, port: int, host: str, allow_code: bool, no_browser: bool, terminal: bool, language: str, speed: float
+) -> int:
     """Open the sandbox of EVT-02: create the claims queue, and watch competing consumers at work.
 
     It runs real processes on a real queue in a temporary folder. Every browser has a room of its own, which ends when
@@ -41,7 +51,7 @@ def sandbox_command(*, port: int, host: str, allow_code: bool, no_browser: bool,
     if terminal:
         from filao.sandbox.terminal import play
 
-        return play("fr" if language == "fr" else "en")
+        return play("fr" if language == "fr" else "en", speed)
     if not (find_spec("starlette") and find_spec("uvicorn") and find_spec("websockets")):
         raise usage("the sandbox needs the extra `web`: pip install 'filao[web]'. Or play it here, with --terminal")
     token = os.environ.get("FILAO_TOKEN") or secrets.token_urlsafe(16)
@@ -54,7 +64,8 @@ def sandbox_command(*, port: int, host: str, allow_code: bool, no_browser: bool,
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listening.getsockname()[1]}/?token={token}"
         opened = _opened(address, browser=not no_browser)
-        serve(listening, token, opened, open_to_others=is_open, may_run_code=allow_code or not is_open)
+        may_run_code = allow_code or not is_open
+        serve(listening, token, opened, open_to_others=is_open, may_run_code=may_run_code, speed=speed)
     return 0
 
 

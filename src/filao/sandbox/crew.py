@@ -55,10 +55,14 @@ class Crew:
             return True
         return False
 
-    def ended(self, number: int) -> str | None:
-        """Return how a process ended, with its last words; None while it lives, and of one that was told to end."""
+    def has_ended(self, number: int) -> bool:
+        """Return whether a process is there no more."""
+        return self._processes[number].poll() is not None
+
+    def failure(self, number: int) -> str:
+        """Return how a process ended that was not told to, with its last words; nothing of one that was."""
         code = self._processes[number].poll()
-        return None if code is None or number in self._meant else self._failure(number, code)
+        return "" if code is None or number in self._meant else self._failure(number, code)
 
     def stop_if(self, number: int, wanted: Callable[[], bool]) -> bool:
         """Let a process stand still, look, and leave it so if that is right; return whether it stands still now.
@@ -128,6 +132,17 @@ class Crew:
     @staticmethod
     def _name(number: int) -> str:
         return {PORTAL: "the portal", PRINTER: "the printer"}.get(number, f"consumer {number}")
+
+
+def is_there(pid: int) -> bool:
+    """Return whether a process of this machine lives; 0, which names none, is believed to."""
+    try:
+        os.kill(pid, 0) if pid else None
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def own_environment() -> dict[str, str]:

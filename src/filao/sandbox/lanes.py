@@ -19,7 +19,7 @@ EVENTS_MAX = 200  # that are remembered
 MOVES_MAX = 3_000  # that can be stepped through
 GUESTS_FROM = 101  # the number of the first consumer that is not ours
 
-State = Literal["starting", "waiting", "working", "paused", "killed", "crashed", "gone"]
+State = Literal["starting", "waiting", "working", "paused", "leaving", "killed", "crashed", "gone"]
 End = Literal["", "acked", "nacked", "dead", "failed", "released", "refused", "killed", "settled"]
 _ENDS: dict[str, End] = {
     "acked": "acked",
@@ -105,8 +105,13 @@ class Lane:
 
     @property
     def lives(self) -> bool:
-        """Whether its process is there, at work or standing still."""
+        """Whether its process is there, at work, standing still or on its way home."""
         return self.state not in ("killed", "crashed", "gone")
+
+    def turns(self, state: State) -> None:
+        """Take note of what it writes down that it does: that wakes nobody who stands still, and keeps nobody."""
+        if self.state in ("starting", "waiting", "working"):
+            self.state = state
 
 
 class Lanes:
@@ -139,7 +144,7 @@ class Lanes:
         lease = self._lease_of(record)
         match record.what:
             case "started":
-                lane.state = "waiting"
+                lane.turns("waiting")
                 self.tell(record.at, "started", consumer=lane.number, pid=record.pid)
             case "received":
                 self._received(lane, record)
@@ -187,8 +192,7 @@ class Lanes:
         self._attempts.setdefault(message, []).append(lease)
         lane.leases.append(lease)
         lane.holds = lease
-        if lane.state != "paused":
-            lane.state = "working"
+        lane.turns("working")
         return lease
 
     def _paid(self, lane: Lane, lease: Lease, at: float) -> None:
@@ -201,7 +205,7 @@ class Lanes:
         lease.ended, lease.how, lease.why = at, how, why
         if lane.holds is lease:
             lane.holds = None
-            lane.state = "waiting" if lane.state == "working" else lane.state
+            lane.turns("waiting")
         if how in ("nacked", "failed", "refused"):
             about = {"consumer": lane.number, "claim": lease.claim, "attempt": lease.attempt}
             self.tell(at, how, why=why, **about)
@@ -218,8 +222,12 @@ class Lanes:
             about = (lease.claim, lease.lane, lease.attempt, self._row_of(message), message)
             self.moves.append(Move(self.moved, lease.ended or now, "dead", *about))
 
+    def leaves(self, number: int) -> None:
+        """Take note of a consumer that was sent home: it ends what it has in hand, and then its process."""
+        self.by_number[number].state = "leaving"
+
     def left(self, number: int, at: float, state: State, words: str = "") -> None:
-        """Take note of a consumer whose process has ended."""
+        """Take note of a consumer whose process has ended, and of whom all is read that it wrote down."""
         lane = self.by_number[number]
         lane.state, lane.words, lane.left_at = state, words, at
         claim = lane.holds.claim if lane.holds else 0
@@ -280,7 +288,8 @@ class Lanes:
     def _let_go(self, lane: Lane, now: float) -> None:
         if lane.holds is not None:
             lane.holds.ended, lane.holds.how = now, "settled"
-            lane.holds, lane.state = None, "waiting"
+            lane.holds = None
+            lane.turns("waiting")
 
     def tell(self, at: float, key: str, **values: int | str) -> None:
         """Write down an event."""
@@ -294,8 +303,14 @@ class Lanes:
         return self._attempts.get(message, [])
 
     def living(self) -> list[Lane]:
-        """Return the consumers of ours whose process is there."""
-        return [lane for lane in self.by_number.values() if lane.lives and not lane.is_guest]
+        """Return the consumers of ours whose process is there, and was not sent home."""
+        return [
+            lane for lane in self.by_number.values() if lane.lives and lane.state != "leaving" and not lane.is_guest
+        ]
+
+    def leaving(self) -> list[Lane]:
+        """Return the consumers of ours that were sent home, and whose process is still there."""
+        return [lane for lane in self.by_number.values() if lane.state == "leaving"]
 
     def since(self, at: float) -> Iterator[Lease]:
         """Yield the attempts that last, or ended after a moment."""

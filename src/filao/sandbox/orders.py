@@ -38,14 +38,14 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     lease: float = 6.0
     max_attempts: int = 3
-    backoff: float = 1.0
+    backoff: float
     """Seconds before the second attempt; doubled each time."""
     guarantee: Guarantee = "at-least-once"
     grouped: bool = False
     """Claims of one policy go in order."""
     documents: bool = False
     """Every decision is announced to the queue of the documents."""
-    work: float = 2.0
+    work: float
     """Seconds that a claim of ordinary effort takes."""
     failing: float = 0.0
     """The share of attempts that fail."""
@@ -68,6 +68,8 @@ class Post(msgspec.Struct, frozen=True):
     file: str
     journals: str
     number: int
+    speed: float = 1.0
+    """How many times as fast it works, where nobody sets the seconds."""
 
 
 class Halt(msgspec.Struct, frozen=True):

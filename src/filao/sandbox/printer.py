@@ -14,7 +14,7 @@ from filao.sandbox.journal import Journal, journal_of
 from filao.sandbox.orders import DOCUMENTS, Post, number_in
 from filao.sandbox.parent import lines_of_parent
 
-PRINTING = 0.8  # seconds for a letter
+PRINTING = 0.8  # seconds for a letter, at the ordinary speed
 LETTER = """\
 Claim {claim_id}
 
@@ -31,7 +31,7 @@ async def print_letters(broker: filao.Broker, post: Post) -> None:
         claim, cents = number_in(message.body, "claim_id"), number_in(message.body, "cents")
         with suppress(OSError):
             journal.write("received", message=message.id, claim=claim, attempt=message.attempt)
-        await asyncio.sleep(PRINTING)
+        await asyncio.sleep(PRINTING / post.speed)
         letter = Path(post.journals) / f"letter-{claim}.txt"
         letter.write_text(LETTER.format(claim_id=claim, cents=cents / 100), encoding="utf-8")
         await message.ack()

@@ -6,7 +6,6 @@ end and its folder goes. Nothing here knows how it is drawn.
 
 import asyncio
 import heapq
-import os
 import shutil
 import socket
 import sqlite3
@@ -27,7 +26,7 @@ from filao.draft import PEEK_MAX
 from filao.engine import QueueStats, State, StoredMessage
 from filao.engines.sqlite.turnstile import is_passable
 from filao.sandbox import journal
-from filao.sandbox.crew import Crew
+from filao.sandbox.crew import Crew, is_there
 from filao.sandbox.effects import Effects, Payment
 from filao.sandbox.exercise import Exercise
 from filao.sandbox.journal import PORTAL, PRINTER, Record, Tail, journal_of
@@ -60,6 +59,8 @@ ROOM_LEAST = 2_000_000  # bytes: with less of it left, the disk is full for SQLi
 STOP_TRIES, STOP_PAUSE, PASSES_WITHIN = 40, 0.02, 0.05  # to stop a consumer outside its turn to write
 THAWED_WITHIN = 2.0  # seconds in which consumers that were frozen extend their leases
 ARRIVING_MAX = 50  # claims that come in by themselves between two looks
+WORK, BACKOFF = 2.0, 1.0  # seconds, at the ordinary speed: of a claim, and before its second attempt
+READY_WITHIN = 30.0  # seconds that a scene waits for the consumers that it starts
 
 POLICIES = (12, 27, 33, 48, 56, 71)
 KINDS = ("collision", "glass", "water", "storm", "theft", "hail", "fire")
@@ -120,10 +121,12 @@ class View(msgspec.Struct, frozen=True):
 class Room:
     """One learner's insurer; `async with` opens and closes it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, speed: float = 1.0) -> None:
         self.folder = folder
+        self.speed: float = speed
+        """How many times as fast as ordinarily the lesson's scenes go: the work, and what is waited after a failure."""
         self.file: Path = folder / FILE
-        self.setting: Setting = Setting()
+        self.setting: Setting = Setting(work=WORK / speed, backoff=BACKOFF / speed)
         self._rows = Rows(self.file)
         self.lanes: Lanes = Lanes(self._rows.row)
         self.effects: Effects = Effects()
@@ -324,7 +327,7 @@ class Room:
             lane = living[-1]
             self._crew.go_on(lane.number)
             self._crew.dismiss(lane.number)
-            self.lanes.left(lane.number, time.monotonic(), "gone")
+            self.lanes.leaves(lane.number)
 
     async def have_consumers(self, count: int) -> None:
         """Start or send home consumers until there are so many, all of them able."""
@@ -337,6 +340,13 @@ class Room:
             self.remove_consumer()
         while len(self.lanes.living()) < count:
             self.add_consumer()
+
+    async def until_ready(self) -> None:
+        """Wait until no consumer starts any more, so that those that are quick to start do not do the work of all."""
+        until = time.monotonic() + READY_WITHIN
+        while any(lane.state == "starting" for lane in self.lanes.living()) and time.monotonic() < until:
+            self._listen()
+            await asyncio.sleep(STOP_PAUSE)
 
     def set_consumer(self, number: int, *, slow: float | None = None, fails: bool | None = None) -> None:
         """Make a consumer slow, or make it fail, or mend it."""
@@ -421,14 +431,14 @@ class Room:
 
     def lane(self, number: int) -> Lane:
         """Return a consumer of ours that lives. Raises `RoomError`."""
-        lane = self.lanes.by_number.get(number)
-        if lane is None or not lane.lives or lane.is_guest:
+        lane = next((lane for lane in self.lanes.living() if lane.number == number), None)
+        if lane is None:
             raise RoomError("no_consumer", consumer=number)
         return lane
 
     def _start(self, number: int, module: str) -> int:
         self._tails[number] = Tail(journal_of(self.folder, number))
-        post = Post(str(self.file), str(self.folder), number)
+        post = Post(str(self.file), str(self.folder), number, self.speed)
         return self._crew.start(number, f"filao.sandbox.{module}", post)
 
     def _tell_all(self) -> None:
@@ -536,16 +546,17 @@ class Room:
             self.lanes.tell(record.at, "unsent", claim=record.claim, why=record.note)
 
     def _check_processes(self, now: float) -> None:
-        """Find those that ended and were not told to."""
-        for lane in self.lanes.living():
-            words = self._crew.ended(lane.number)
-            if words is not None:
-                self.lanes.left(lane.number, now, "crashed", words)
+        """Find those that ended, and whether they were told to."""
+        for lane in (*self.lanes.living(), *self.lanes.leaving()):
+            if self._crew.has_ended(lane.number):
+                words = self._crew.failure(lane.number)
+                self._listen()  # to what it wrote down before
+                self.lanes.left(lane.number, now, "crashed" if words else "gone", words)
         for lane in self.lanes.guests():
-            if not _is_there(lane.pid):
+            if not is_there(lane.pid):
                 self.lanes.left(lane.number, now, "gone")
         for number, module in ((PORTAL, "portal"), (PRINTER, "printer")):
-            if number in self._tails and self._crew.ended(number) is not None:
+            if number in self._tails and self._crew.has_ended(number):
                 self.lanes.tell(now, f"{module}_died")
                 tail = self._tails[number]
                 pid = self._start(number, module)
@@ -562,14 +573,3 @@ _SHOWN_STATES = (State.READY, State.DELAYED, State.BLOCKED, State.LEASED, State.
 def number_of(message: StoredMessage) -> int:
     """Return the number of the claim in a message."""
     return number_in(message.body, "claim_id")
-
-
-def _is_there(pid: int) -> bool:
-    """Return whether a process of this machine lives; whose name tells none is believed to."""
-    try:
-        os.kill(pid, 0) if pid else None
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

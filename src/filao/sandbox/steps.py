@@ -81,7 +81,8 @@ async def _send_few(room: Room, _: Facts) -> None:
 
 async def _one(room: Room, _: Facts) -> None:
     await room.create()
-    await room.change(work=1.0, lease=6.0, grouped=False, documents=False, guarantee="at-least-once", arrivals=0.0)
+    rules = {"lease": 6.0, "grouped": False, "documents": False, "guarantee": "at-least-once", "arrivals": 0.0}
+    await room.change(work=1.0 / room.speed, **rules)
     stats = room.view.stats
     if stats is None or stats.ready < FEW:
         await room.submit(room.cases(FEW))
@@ -89,15 +90,16 @@ async def _one(room: Room, _: Facts) -> None:
 
 
 async def _plain(room: Room, consumers: int, *, work: float, lease: float = 6.0) -> None:
-    """Empty the scene, and have consumers under plain rules."""
+    """Empty the scene, and have consumers under plain rules, all of them ready."""
     await room.clear()
-    rules = {"lease": lease, "max_attempts": 3, "backoff": 1.0, "guarantee": "at-least-once"}
+    rules = {"lease": lease, "max_attempts": 3, "backoff": 1.0 / room.speed, "guarantee": "at-least-once"}
     await room.change(work=work, grouped=False, documents=False, **rules)
     await room.have_consumers(consumers)
+    await room.until_ready()
 
 
 async def _three(room: Room, _: Facts) -> None:
-    await _plain(room, 3, work=1.0)
+    await _plain(room, 3, work=1.0 / room.speed)
     await room.submit([room.case(effort=SLOW_CLAIM), *room.cases(MANY - 1)])
 
 
@@ -121,11 +123,11 @@ def _holder(facts: Facts) -> int:
 async def _hurry(room: Room, facts: Facts) -> None:
     """Once the phenomenon is there, let the work last no longer than it is looked at."""
     if room.setting.work == LONG and facts.killed() is not None:
-        await room.change(work=2.0)
+        await room.change(work=2.0 / room.speed)
 
 
 async def _poison(room: Room, _: Facts) -> None:
-    await _plain(room, 3, work=1.0)
+    await _plain(room, 3, work=1.0 / room.speed)
     await room.submit([room.case(policy=0), *room.cases(4)])
 
 
@@ -166,13 +168,13 @@ async def _follow_sleeper(room: Room, facts: Facts) -> None:
         return
     lane = room.lanes.by_number[sleeper.lane]
     if sleeper.how == "refused" or not lane.lives:
-        await room.change(work=1.0)
+        await room.change(work=1.0 / room.speed)
     elif lane.state != "paused" and lane.slow == 1.0:
-        room.set_consumer(lane.number, slow=2.0 / LONG)
+        room.set_consumer(lane.number, slow=2.0 / room.speed / LONG)
 
 
 async def _groups(room: Room, _: Facts) -> None:
-    await _plain(room, 3, work=0.8)
+    await _plain(room, 3, work=0.8 / room.speed)
     await room.change(grouped=True)
     await room.submit(_by_policy(room))
 
@@ -185,7 +187,7 @@ def _by_policy(room: Room) -> list[Case]:
 
 
 async def _documents(room: Room, _: Facts) -> None:
-    await _plain(room, 3, work=1.0)
+    await _plain(room, 3, work=1.0 / room.speed)
     await room.change(documents=True, guarantee="exactly-once")
     await room.submit(room.cases(FEW))
 

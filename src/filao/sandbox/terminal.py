@@ -252,17 +252,17 @@ def _chips(claims: list[scene.Json]) -> str:
 # --- the terminal ----------------------------------------------------------------------------------------------------
 
 
-def play(language: Language) -> int:
+def play(language: Language, speed: float) -> int:
     """Play the lesson until the learner leaves; return the exit code. No file and no process is left."""
     with own_folder() as folder:
-        return asyncio.run(_play(folder, language))
+        return asyncio.run(_play(folder, language, speed))
 
 
-async def _play(folder: Path, language: Language) -> int:
+async def _play(folder: Path, language: Language, speed: float) -> int:
     signalled = _end_on_signals()
     room = folder / "room-1"
     room.mkdir(mode=0o700)
-    visit = Visit(await Room(room).__aenter__())
+    visit = Visit(await Room(room, speed).__aenter__())
     visit.enter()
     try:
         await _converse(Face(visit, language))

@@ -17,7 +17,7 @@ WORK, CONSUMERS = 1.0, 3
 async def try_kills(room: Room, guarantee: Guarantee) -> None:
     """Kill the consumer of one claim before it pays, and that of another between payment and acknowledgement."""
     await room.clear()
-    await room.change(guarantee=guarantee, work=WORK, lease=6.0, grouped=False, documents=False)
+    await room.change(guarantee=guarantee, work=WORK / room.speed, lease=6.0, grouped=False, documents=False)
     for moment in MOMENTS:
         await room.have_consumers(CONSUMERS)
         await _kill_at(room, guarantee, moment)

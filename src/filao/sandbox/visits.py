@@ -226,8 +226,9 @@ class Visit:
 class Visits:
     """All visits, by session, in a folder that goes with them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, speed: float) -> None:
         self._folder = folder
+        self._speed = speed
         self._by_session: dict[str, Visit] = {}
         self._rooms = 0
         self._opening = asyncio.Lock()
@@ -241,7 +242,7 @@ class Visits:
                 self._rooms += 1
                 folder = self._folder / f"room-{self._rooms}"
                 folder.mkdir(mode=0o700)
-                self._by_session[session] = Visit(await Room(folder).__aenter__())
+                self._by_session[session] = Visit(await Room(folder, self._speed).__aenter__())
             return self._by_session[session]
 
     async def close_those_over(self) -> None:

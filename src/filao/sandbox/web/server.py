@@ -42,11 +42,17 @@ log: logging.Logger = logging.getLogger("filao.sandbox")
 
 
 def serve(
-    listening: socket.socket, token: str, opened: Callable[[str], None], *, open_to_others: bool, may_run_code: bool
+    listening: socket.socket,
+    token: str,
+    opened: Callable[[str], None],
+    *,
+    open_to_others: bool,
+    may_run_code: bool,
+    speed: float,
 ) -> None:
     """Serve until SIGINT or SIGTERM; `opened` is called with the folder once pages are answered. Nothing is left."""
     with own_folder() as folder:
-        visits = Visits(folder)
+        visits = Visits(folder, speed)
 
         @asynccontextmanager
         async def living(_: Starlette) -> AsyncGenerator[None]:
@@ -176,6 +182,8 @@ class _Sitting:
                 text = await self._page.receive_text()
                 with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
                     self._begin(decode(text))
+                if len(self._doing) >= AT_ONCE:  # what else the page asks for waits in its socket: no press is lost
+                    await asyncio.wait(self._doing, return_when=asyncio.FIRST_COMPLETED)
 
     def _begin(self, asked: dict[str, Any]) -> None:
         if asked.get("do") == "story":
@@ -183,7 +191,7 @@ class _Sitting:
             self._claim = claim if type(claim) is int and 0 <= claim < 2**53 else 0
         elif asked.get("do") == "anew":
             self._known = 0
-        elif len(self._doing) < AT_ONCE:
+        else:
             task = asyncio.create_task(self._do(asked))
             self._doing.add(task)
             task.add_done_callback(self._doing.discard)

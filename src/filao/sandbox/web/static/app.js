@@ -212,7 +212,7 @@ function controls(scene) {
       h("label", { class: `plain file${off ? " off" : ""}`, title: say("csv_hint") }, say("csv"), h("input", { class: "sr-only", type: "file", accept: ".csv,text/csv", disabled: off, onchange: read }))),
     h("span", { class: "group" }, h("button", { class: "plain", disabled: off, onclick: () => ask({ do: "purge" }) }, say("purge")),
       h("button", { class: "plain", disabled: off, "aria-pressed": String(busy), onclick: () => ask({ do: "freeze" }) }, say(busy ? "thaw" : "freeze"))),
-    h("span", { class: "group" }, h("button", { class: "plain", disabled: off || busy || scene.stage.consumers.length === 0, "data-do": "remove", "aria-label": say("remove_consumer"), title: say("remove_consumer"), onclick: () => ask({ do: "remove" }) }, "−"),
+    h("span", { class: "group" }, h("button", { class: "plain", disabled: off || busy || scene.load.consumers === 0, "data-do": "remove", "aria-label": say("remove_consumer"), title: say("remove_consumer"), onclick: () => ask({ do: "remove" }) }, "−"),
       h("span", {}, say("consumers_word")),
       h("button", { class: "plain", disabled: off || busy || scene.load.consumers >= 6, "aria-label": say("add_consumer"), title: say("add_consumer"), onclick: () => ask({ do: "add" }) }, "+")));
 }

@@ -151,7 +151,7 @@ function consumer(one, box, ask, options) {
   const size = box.h >= 86 ? "full" : box.h >= 64 ? "medium" : "small";
   const name = one.guest ? say("guest") : say(size === "full" ? "consumer_n" : "consumer_short", { n: one.number });
   const kind = gone ? "box gone" : one.over ? "box zombie" : one.state === "paused" ? "box paused" : one.holds ? "box working" : "box";
-  const controls = gone || one.guest || options.still ? null : buttons(one, box, size, ask);
+  const controls = gone || one.guest || options.still || one.state === "leaving" ? null : buttons(one, box, size, ask);
   return h("g", { key: `consumer-${one.number}`, class: "consumer", "data-consumer": one.number, "data-state": one.state },
     frame(box, kind),
     text(box.x + 14, box.y + (size === "small" ? box.h / 2 + 6 : 23), name, { class: "name" }),

@@ -1,0 +1,57 @@
+"""A room without a page: its consumers are real processes, which come and go while others work."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from filao.sandbox.journal import journal_of
+from filao.sandbox.lanes import Lane
+from filao.sandbox.lesson import Facts, mark
+from filao.sandbox.room import Room, RoomError
+from tests.support.learner import PATIENCE, until_soon
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def room(tmp_path) -> AsyncGenerator[Room]:
+    folder = tmp_path / "room"
+    folder.mkdir()
+    async with Room(folder) as opened:
+        await opened.create()
+        yield opened
+
+
+async def until_seen(room: Room, lane: Lane, state: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while lane.state != state:
+            await room.look()
+            await asyncio.sleep(0.02)
+
+
+async def test_a_consumer_that_is_sent_home_while_it_starts_does_not_come_back(room) -> None:
+    lane = room.add_consumer()
+    room.remove_consumer()
+    assert room.lanes.living() == []
+    journal = journal_of(room.folder, lane.number)
+    await until_soon(lambda: journal.exists() and "started" in journal.read_text())
+    await room.look()
+    assert room.lanes.living() == []
+    await until_seen(room, lane, "gone")
+    assert Facts(room, mark(room)).consumers == 0
+
+
+async def test_a_consumer_that_is_sent_home_with_a_claim_in_hand_gives_it_back_and_was_not_killed(room) -> None:
+    await room.change(work=60.0)
+    since = mark(room)
+    lane = room.add_consumer()
+    await room.submit([room.case()])
+    await until_seen(room, lane, "working")
+    room.remove_consumer()
+    assert Facts(room, since).killed() is None
+    with pytest.raises(RoomError):
+        room.kill(lane.number)
+    await until_seen(room, lane, "gone")
+    assert [lease.how for lease in lane.leases] == ["released"]
+    assert "killed" not in [move.what for move in room.lanes.moves]
