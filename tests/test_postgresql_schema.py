@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {9: "d2830ca101fa94af"}
+DIGESTS = {10: "4fce319eaf9f2704"}
 """Of the SQL of a version, the newest alone."""
 
 

@@ -61,6 +61,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         for name in (
             "server",
             "schema",
+            "clock",
             "verbs",
             "apart",
             "transactions",

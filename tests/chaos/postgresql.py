@@ -14,7 +14,7 @@ import psycopg
 from tests.chaos.account import Chaos, scenario, under_load
 from tests.support.load import QUEUE
 from tests.support.proxy import Proxy
-from tests.support.servers import Postgres, postgres_server, postgres_standby
+from tests.support.servers import Postgres, free_port, postgres_server, postgres_standby
 
 HELD = 10.0  # seconds for which what holds things up stays
 HIGH = 10.0  # seconds of the highest load
@@ -125,6 +125,35 @@ async def high_load(folder: Path) -> Chaos:
             first.remarks.append(f"{(first.acked - before) / HIGH:,.0f} acknowledged per second")
             await first.recovered()
         return first
+
+
+@scenario("PostgreSQL")
+async def clock_jumps(folder: Path) -> Chaos:
+    """Set the server's wall clock by an hour and by a year, forward and back; nothing is delivered again for it."""
+    (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")  # of the package faketime
+    offset = folder / "offset"
+    offset.write_text("+0")
+    server = Postgres(folder / "server", free_port())
+    server.initialise()
+    server.environment = {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    server.start()
+    try:
+        async with under_load(server.create("chaos")) as chaos:
+            for jump in ("+3600", "+0", "-3600", "+31536000", "-31536000", "+0"):
+                offset.write_text(jump)
+                await chaos.recovered()
+            await asyncio.sleep(1)
+            chaos.remarks.append(f"{chaos.again} delivered again by six jumps")
+    finally:
+        server.environment = {}
+        await asyncio.to_thread(server.stop, "immediate")
+    return chaos
 
 
 @scenario("PostgreSQL")

@@ -31,6 +31,8 @@ class Postgres:
         self._data = folder / "data"
         self._folder = folder
         self.port = port
+        self.environment: dict[str, str] = {}
+        """What it is started with, besides ours."""
 
     def url(self, database: str = "postgres", port: int | None = None) -> str:
         """Return the URL of one of its databases; `port` is that of something in between."""
@@ -83,7 +85,7 @@ class Postgres:
 
     def _run(self, program: str, *arguments: str) -> None:
         found = shutil.which(program, path=_postgres_path())
-        command = [str(found), *arguments]
+        command = ["env", *(f"{name}={value}" for name, value in self.environment.items()), str(found), *arguments]
         if os.geteuid() == 0:
             command = ["setpriv", f"--reuid={_UNPRIVILEGED}", "--clear-groups", *command]
         log = self._folder / "commands.log"

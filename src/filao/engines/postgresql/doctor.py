@@ -5,6 +5,7 @@ grown.
 from collections.abc import AsyncGenerator
 
 from filao.engine import Finding, process_finding
+from filao.engines.postgresql.clock import JUMP
 from filao.engines.postgresql.server import Connection, Server
 
 TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the oldest transaction began
@@ -53,6 +54,7 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
     yield Finding(
         "connections", level, f"{used} of {most} are in use; a worker process takes up to three, a sender one"
     )
+    yield _clock(int(await _value(connection, _AHEAD)) / 1000)
     size = int(await _value(connection, "SELECT pg_total_relation_size('filao.message')"))
     level = "note" if size > TABLE_LARGE else "ok"
     yield Finding("size", level, f"the messages take {size / 1024**2:,.1f} MiB")
@@ -63,6 +65,17 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
         yield process_finding(name, held, state, float(reported_ago))
 
 
+def _clock(ahead: float) -> Finding:
+    if abs(ahead) * 1000 <= JUMP:
+        return Finding("clock", "ok", "the queues' time is the server's")
+    text = (
+        f"the server's wall clock is {ahead:+,.1f} s from the queues' time, which follows it by a twentieth of the "
+        "time that passes"
+    )
+    return Finding("clock", "note", text)
+
+
+_AHEAD = "SELECT even + jumped - filao.clock() FROM filao.even_clock()"
 _HOLDERS = """
     SELECT holder, pid, age::bigint, query
     FROM (

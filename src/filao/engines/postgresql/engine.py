@@ -37,6 +37,7 @@ from filao.engine import (
 )
 from filao.engines.postgresql import control, moving, verbs
 from filao.engines.postgresql.apart import Apart
+from filao.engines.postgresql.clock import MOMENT, ServerClock
 from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import Listener
 from filao.engines.postgresql.schema import migrate
@@ -67,6 +68,7 @@ class PostgresqlEngine:
         self._durable = durable
         self._clock = clock
         self._listener = Listener(self._server, self._heard)
+        self._time = ServerClock(self._server.name)
         self._main = Link(self._server, LOCKED_BRIEFLY, self._listener.nudge)
         self._apart = Apart(self._server, self._batch)
         self._transactions = Transactions(self._server)
@@ -77,7 +79,6 @@ class PostgresqlEngine:
             row=self._row,
             connection=self._transactions.connection,
             strike_off=strike_off,
-            moment=self._moment,
         )
         self._database = ""
         self._lines: dict[str, Line] = {}
@@ -94,6 +95,7 @@ class PostgresqlEngine:
         try:
             async with self._main.use() as connection:
                 self._database = await migrate(connection, self._server)
+                await self._time.compare(connection)
         except BaseException:
             await self._main.close()
             raise
@@ -139,8 +141,12 @@ class PostgresqlEngine:
         task.add_done_callback(self._tasks.discard)
 
     def _moment(self) -> int | None:
-        """Return the time of a clock that a test moves; None: the server's own decides."""
+        """Return the time of a clock that a test moves; None: the server's own decides, jumped or not."""
         return None if self._clock is time.time else round(self._clock() * 1000)
+
+    def _expected(self) -> int | None:
+        """Return what a call that can be made again says of the time: see `ServerClock`."""
+        return self._time.moment() if self._clock is time.time else self._moment()
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
@@ -186,7 +192,7 @@ class PostgresqlEngine:
         """Do operations as one transaction, again if it met another and lost."""
         if not operations:
             return []
-        done = await retried(connection, lambda: self._do(connection, operations), self._numbers.clear)
+        done = await retried(connection, lambda: self._do(connection, operations), self._time, self._numbers.clear)
         results = await self._results(connection, done.operations, done.calls, done.rows)
         if not done.unknown:
             return results
@@ -214,8 +220,9 @@ class PostgresqlEngine:
     def _setting(self, *, later: bool) -> verbs.Setting:
         listener = self._listener
         about = (listener.process, listener.name, listener.next_token)
+        moment = self._moment() if later else self._expected()
         return verbs.Setting(
-            self._rules, self._numbers, self._database, *about, self._moment(), later, self._server.charset.fitted
+            self._rules, self._numbers, self._database, *about, moment, later, self._server.charset.fitted
         )
 
     async def _learn(self, connection: Connection, operations: Sequence[Operation]) -> set[str]:
@@ -340,10 +347,12 @@ class PostgresqlEngine:
 
     async def _keep_house(self) -> None:
         await self._watch.keep_house()
+        async with self._main.use() as connection:
+            await self._time.compare(connection)
         await self._transactions.close(UNUSED_MAX)
 
     async def _strike_off(self, process: int, *, died: bool) -> None:
-        about = (process, self._moment(), died, SLICE)
+        about = (process, MOMENT, died, SLICE)
         while int(await self._value("SELECT filao.strike_off(%s, %s, %s, %s)", *about)) == SLICE:
             pass
 
@@ -351,9 +360,7 @@ class PostgresqlEngine:
 
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""
-        number = await self._value(
-            "SELECT filao.declare(%s, %s::jsonb, %s)", queue.name, rules_to_json(queue), self._moment()
-        )
+        number = await self._value("SELECT filao.declare(%s, %s::jsonb, %s)", queue.name, rules_to_json(queue), MOMENT)
         while await self._value("SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", number, self._moment()):
             pass  # in transactions of a bounded size; whatever others hold is arranged by whoever receives next
         self._numbers[queue.name], self._rules[queue.name] = number, queue
@@ -385,14 +392,14 @@ class PostgresqlEngine:
 
     async def stats(self, queue: str | None = None) -> list[QueueStats]:
         """Read the counters of every queue, or of one."""
-        await self._value("SELECT filao.expire_all(%s)", self._moment())
+        await self._value("SELECT filao.expire_all(%s)", MOMENT)
         async with self._main.use() as connection:
             return await control.stats(connection, self._moment(), queue)
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
         number = await self._number(queue)
-        await self._value("SELECT filao.expire_all(%s)", self._moment())
+        await self._value("SELECT filao.expire_all(%s)", MOMENT)
         async with self._main.use() as connection:
             return await control.peek(connection, (number, queue), state, limit=limit, after=after)
 
@@ -402,7 +409,7 @@ class PostgresqlEngine:
         new = (None, None, None) if edited is None else (edited.kind, edited.content, edited.headers)
 
         sql = "SELECT * FROM filao.redrive(%s, %s, %s::text[], %s, %s, %s, %s::smallint, %s::bytea, %s)"
-        done = await self._in_slices(sql, (number, self._moment(), chosen), new, limit)
+        done = await self._in_slices(sql, (number, MOMENT, chosen), new, limit)
         await self._wake(number, done)
         return done
 
@@ -410,7 +417,7 @@ class PostgresqlEngine:
         """Delete messages in these states."""
         number, chosen = await self._number(queue), None if ids is None else list(ids)
         sql = "SELECT * FROM filao.remove(%s, %s, %s::filao.state[], %s::text[], %s, %s, %s)"
-        done = await self._in_slices(sql, (number, self._moment(), list(map(str, states)), chosen), (), None)
+        done = await self._in_slices(sql, (number, MOMENT, list(map(str, states)), chosen), (), None)
         await self._wake(number, done)
         return done
 
@@ -434,7 +441,7 @@ class PostgresqlEngine:
     async def resume_group(self, queue: str, group: str) -> None:
         """Let a halted group go on."""
         number = await self._number(queue)
-        await self._value("SELECT filao.resume_group(%s, %s, %s)", number, self._moment(), group)
+        await self._value("SELECT filao.resume_group(%s, %s, %s)", number, MOMENT, group)
         await self._wake(number, 1)
 
     def check(self, queue: Queue) -> None:
@@ -513,7 +520,8 @@ class PostgresqlEngine:
         return (await self._row(sql, *parameters))[0]
 
     async def _row(self, sql: str, *parameters: Any) -> tuple[Any, ...]:
-        """Run a statement that is a transaction, and return its first row.
+        """Run a statement that is a transaction, and return its first row; MOMENT among its parameters is what time it
+        expects.
 
         It waits for locks briefly and without the connection, which is the batches', again and again.
         """
@@ -521,11 +529,12 @@ class PostgresqlEngine:
             async with self._main.use() as connection:
 
                 async def run() -> tuple[Any, ...]:
-                    row: tuple[Any, ...] | None = await (await connection.execute(sql.encode(), parameters)).fetchone()
+                    given = [self._expected() if value is MOMENT else value for value in parameters]
+                    row: tuple[Any, ...] | None = await (await connection.execute(sql.encode(), given)).fetchone()
                     return (None,) if row is None else row
 
                 with suppress(LockNotAvailable):
-                    return await retried(connection, run)
+                    return await retried(connection, run, self._time)
             await asyncio.sleep(UNLOCKED_POLL)
         raise self._server.engine_error(LockNotAvailable("a lock was not free in time"))
 

@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 9
+VERSION = 10
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -54,6 +54,7 @@ STEPS: dict[int, str] = {
     7: "SELECT",  # of the functions alone
     8: "SELECT",  # of the functions alone
     9: "SELECT",  # of the functions alone
+    10: "SELECT",  # of the functions alone
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """

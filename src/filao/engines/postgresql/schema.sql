@@ -1,5 +1,5 @@
 -- The tables of Filao in a PostgreSQL database, in a schema of their own. Times are integer milliseconds since 1970, by
--- the clock of the server.
+-- the clock of the server, less its jumps.
 --
 -- As on SQLite, every state has an index of its own, so that a claim costs the same whatever lies in the queue.
 
@@ -9,6 +9,8 @@ CREATE TABLE filao.meta (
 );
 -- 'database': random; also the first part of the ids of messages that were sent before version 2
 -- 'version':  of this schema, see schema.py
+-- 'clock':    {the sum of the jumps of the server's wall clock, by how much it was ahead of the queues' time after the last,
+--             when that was by the wall clock}, see filao.note_jump; there is none before the first
 
 CREATE TYPE filao.state AS ENUM ('ready', 'delayed', 'leased', 'blocked', 'dead');
 

@@ -5,11 +5,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
-from psycopg import pq
+from psycopg import DatabaseError, pq
 from psycopg.errors import DeadlockDetected, LockNotAvailable, NoDataFound, SerializationFailure, UniqueViolation
 
 from filao.codec import shown
 from filao.engine import Operation, Result, Send, Settle
+from filao.engines.postgresql.clock import DIFFER, ServerClock
 from filao.engines.postgresql.server import Connection, Pool, PoolExhausted, Server, in_time
 from filao.engines.statements import check_statement, first_words, for_psycopg
 from filao.errors import EngineError, EngineUnavailable
@@ -20,6 +21,7 @@ BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever is the database's def
 CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
 TRIES = 5  # of a transaction that met another and lost: nothing of it was done
+_LOST = (DeadlockDetected, SerializationFailure, UniqueViolation, NoDataFound)
 _LASTS = re.compile(r"(?!SET\s+(LOCAL|TRANSACTION|CONSTRAINTS)\b)(SET|RESET|LISTEN|DISCARD)\b", re.IGNORECASE)
 _ENDS = frozenset({"BEGIN", "COMMIT", "COMMIT PREPARED", "PREPARE TRANSACTION", "ROLLBACK", "START TRANSACTION"})
 
@@ -120,22 +122,30 @@ class PostgresqlTransaction:
 
 
 async def retried(
-    connection: Connection, work: Callable[[], Awaitable[R]], forget: Callable[[], None] = lambda: None
+    connection: Connection,
+    work: Callable[[], Awaitable[R]],
+    clock: ServerClock,
+    forget: Callable[[], None] = lambda: None,
 ) -> R:
-    """Do the work of a transaction again when it met another and lost, or when a queue it knew was deleted.
+    """Do the work of a transaction again when it met another and lost, when a queue it knew was deleted, or when the
+    clock of the server is not where the work expected it.
 
     A violation is that of a number which was drawn at random and is taken.
     """
     for _ in range(TRIES - 1):
         try:
             return await work()
-        except (DeadlockDetected, SerializationFailure, UniqueViolation, NoDataFound) as error:
-            if isinstance(error, NoDataFound):
-                forget()
-            await _roll_back(connection)
         except LockNotAvailable:
             await _roll_back(connection)
             raise
+        except DatabaseError as error:
+            if not isinstance(error, _LOST) and error.sqlstate != DIFFER:
+                raise
+            await _roll_back(connection)
+            if isinstance(error, NoDataFound):
+                forget()
+            if error.sqlstate == DIFFER:
+                await clock.compare(connection, for_call=True)
     return await work()
 
 

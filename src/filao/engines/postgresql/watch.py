@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
+from filao.engines.postgresql.clock import MOMENT
 from filao.engines.postgresql.listener import ALIVE, Listener
 from filao.engines.postgresql.server import Connection
 from filao.errors import FilaoError
@@ -37,7 +38,6 @@ class Watch:
         row: Callable[..., Awaitable[tuple[Any, ...]]],
         connection: Callable[[], AbstractAsyncContextManager[Connection]],
         strike_off: Callable[[int], Awaitable[None]],
-        moment: Callable[[], int | None],
     ) -> None:
         self._listener = listener
         self._call = call
@@ -45,7 +45,6 @@ class Watch:
         """Run a statement that is a transaction, on the connection that all share, and return its first row."""
         self._connection = connection
         self._strike_off = strike_off
-        self._moment = moment
         self._missed: dict[int, float] = {}
         """Processes that showed no sign of life, and since when."""
         self._living = 1
@@ -90,7 +89,7 @@ class Watch:
         over the leases of those that are still on their way.
         """
         began = time.monotonic()
-        found = await self._row("SELECT * FROM filao.watch(%s, %s, %s)", self._listener.process, self._moment(), ALIVE)
+        found = await self._row("SELECT * FROM filao.watch(%s, %s, %s)", self._listener.process, MOMENT, ALIVE)
         self._living, missing = found
         now = time.monotonic()
         self._look_took = now - began
@@ -108,7 +107,7 @@ class Watch:
             self._tidied = time.monotonic()
             upto = 0
             while upto is not None:
-                (upto,) = await self._row("SELECT filao.tidy(%s, %s)", self._moment(), upto)
+                (upto,) = await self._row("SELECT filao.tidy(%s, %s)", MOMENT, upto)
         await self.vacuum()
 
     async def vacuum(self) -> None:

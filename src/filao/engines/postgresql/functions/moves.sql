@@ -13,9 +13,46 @@
 -- A function that is called from outside sets what its plans rest on. They are made once, when a table may be empty, and
 -- must serve when it holds millions: so a sequential scan is never right, and no plan is worth compiling.
 
--- The time, in milliseconds since 1970.
-CREATE OR REPLACE FUNCTION filao.clock() RETURNS bigint LANGUAGE sql VOLATILE AS $$
+-- The server's wall clock, in milliseconds since 1970.
+CREATE OR REPLACE FUNCTION filao.wall() RETURNS bigint LANGUAGE sql VOLATILE AS $$
   SELECT floor(extract(epoch FROM clock_timestamp()) * 1000::numeric)::bigint
+$$;
+
+-- By how much the wall clock is ahead when so much time has passed since it was so much ahead: the queues' time follows it
+-- by a twentieth of the time that passes, so that a jump changes no duration by more than that.
+CREATE OR REPLACE FUNCTION filao.still_ahead(ahead bigint, passed bigint) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
+  SELECT CASE WHEN ahead > 0 THEN greatest(ahead - greatest(passed, 0) / 20, 0)
+              ELSE least(ahead + greatest(passed, 0) / 20, 0) END
+$$;
+
+-- The queues' time, in milliseconds since 1970, for calls from outside.
+CREATE OR REPLACE FUNCTION filao.clock() RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN filao.now(NULL);
+END
+$$;
+
+-- What the wall clock would show if it had never jumped, and the sum of its jumps: see filao.note_jump.
+CREATE OR REPLACE FUNCTION filao.even_clock(OUT even bigint, OUT jumped bigint) LANGUAGE plpgsql AS $$
+BEGIN
+  jumped := coalesce((SELECT (value::bigint[])[1] FROM filao.meta WHERE name = 'clock'), 0);
+  even := filao.wall() - jumped;
+END
+$$;
+
+-- Note that the wall clock jumped by so many milliseconds since the sum of its jumps was `was`, unless somebody did so.
+CREATE OR REPLACE FUNCTION filao.note_jump(was bigint, by bigint) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  wall bigint := filao.wall();
+  j    bigint[];
+BEGIN
+  INSERT INTO filao.meta VALUES ('clock', '{0,0,0}') ON CONFLICT DO NOTHING;
+  SELECT value::bigint[] INTO j FROM filao.meta WHERE name = 'clock' FOR UPDATE;
+  IF j[1] = was THEN
+    UPDATE filao.meta SET value = ARRAY[was + by, filao.still_ahead(j[2], wall - by - j[3]) + by, wall]::text
+    WHERE name = 'clock';
+  END IF;
+END
 $$;
 
 -- Whether whoever called us owns the tables, and so is trusted with all that is in them.
@@ -25,13 +62,26 @@ BEGIN
 END
 $$;
 
--- The time, or the moment that an owner's test says it is: in the future all leases, keys and times to live are over.
+-- The queues' time. A negative `moment` is what the even clock shows, as far as the caller knows: it is an error when that
+-- is not so, for then the wall clock may have jumped, and nobody has noted it. Another is what an owner's test says that it
+-- is: in the future all leases, keys and times to live are over.
 CREATE OR REPLACE FUNCTION filao.now(moment bigint) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+  jump CONSTANT bigint := 1000;  -- as in clock.py
+  wall bigint := filao.wall();
+  j    bigint[];
 BEGIN
-  IF moment IS NOT NULL AND NOT filao.is_owner() THEN
-    RAISE insufficient_privilege USING MESSAGE = 'only the owner of the schema filao may say what time it is';
+  IF moment >= 0 THEN
+    IF NOT filao.is_owner() THEN
+      RAISE insufficient_privilege USING MESSAGE = 'only the owner of the schema filao may say what time it is';
+    END IF;
+    RETURN moment;
   END IF;
-  RETURN coalesce(moment, filao.clock());
+  SELECT value::bigint[] INTO j FROM filao.meta WHERE name = 'clock';
+  IF abs(wall - coalesce(j[1], 0) + moment) > jump THEN
+    RAISE SQLSTATE 'FL001' USING MESSAGE = 'the clocks of the server and of the process differ';
+  END IF;
+  RETURN wall - coalesce(filao.still_ahead(j[2], wall - j[3]), 0);
 END
 $$;
 
@@ -401,10 +451,11 @@ $$;
 CREATE OR REPLACE FUNCTION filao.expire_all(moment bigint) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  q integer;
+  now bigint := filao.now(moment);
+  q   integer;
 BEGIN
   FOR q IN SELECT id FROM filao.queue ORDER BY id LOOP
-    PERFORM filao.expire_some(q, 5000, filao.now(moment), false);
+    PERFORM filao.expire_some(q, 5000, now, false);
   END LOOP;
 END
 $$;

@@ -1,0 +1,92 @@
+"""The server's clock, as one process sees it: whether it goes as the process's own, which never jumps.
+
+Each call that moves messages says what time it expects. Where the server's clock is more than JUMP from that, the
+server does nothing of the call; the process then compares the clocks, notes a jump in the database, so that the queues'
+time goes on as if there had been none, and calls again. See `filao.now` and docs/decisions/clock.md.
+"""
+
+import logging
+import time
+from typing import Final
+
+from psycopg import errors
+
+from filao.engines.postgresql.server import Connection
+
+log: logging.Logger = logging.getLogger("filao.postgresql")
+
+JUMP = 1_000  # milliseconds between the clocks that are taken for a jump; filao.now has the same
+DRIFT = 0.001  # of the time since they were compared, by which two clocks may drift apart without a jump
+JUMPS_MAX = 3  # that are noted in a row; more, and the clock is taken as it is
+DIFFER = "FL001"  # the SQLSTATE of a call that met a clock which may have jumped
+MOMENT: Final = object()
+"""Among the parameters of a statement: what time the call expects."""
+_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
+
+
+class ServerClock:
+    """What one process knows of it."""
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+        self._offset: float | None = None
+        """What the server's even clock is ahead of ours, in milliseconds; None: they were never compared."""
+        self._compared = 0.0
+        self._jumped: int | None = None
+        self._is_fresh = False
+
+    def moment(self) -> int | None:
+        """Return what a call says of the time; None: nothing is known, or the clocks were compared for this call."""
+        if self._offset is None or self._is_fresh:
+            self._is_fresh = False
+            return None
+        return -round(_now() + self._offset)
+
+    async def compare(self, connection: Connection, *, for_call: bool = False) -> None:
+        """Compare the clocks, and note a jump; the next call is believed when this was done `for_call`.
+
+        A role that may not do this takes the clock as it is.
+        """
+        try:
+            for _ in range(JUMPS_MAX):
+                by = await self._look(connection)
+                if not by:
+                    break
+                await connection.execute("SELECT filao.note_jump(%s, %s)", (self._jumped, by))
+        except errors.InsufficientPrivilege:
+            self._offset = None
+        self._is_fresh = for_call
+
+    async def _look(self, connection: Connection) -> int:
+        """Return by how many milliseconds the server's clock jumped; 0 when it may not have, and is what we expect.
+
+        It was read at some moment between our asking and the answer, however long that took.
+        """
+        asked = _now()
+        row = await (await connection.execute("SELECT even, jumped FROM filao.even_clock()")).fetchone()
+        assert row is not None
+        even, jumped = int(row[0]), int(row[1])
+        came = _now()
+        self._tell(jumped)
+        least, most = even - came, even - asked
+        expected = (least + most) / 2 if self._offset is None else self._offset
+        offset = min(max(expected, least), most)
+        if abs(offset - expected) > JUMP + DRIFT * (came - self._compared):
+            return round(offset - expected)
+        self._offset, self._compared = offset, came
+        return 0
+
+    def _tell(self, jumped: int) -> None:
+        by = 0 if self._jumped is None else jumped - self._jumped
+        self._jumped = jumped
+        if by:
+            log.warning(
+                "the wall clock of %s jumped by %+.1f s. The time by which queues measure follows it by a twentieth of "
+                "the time that passes: leases are not affected, delays and times to live hardly.",
+                self._server,
+                by / 1000,
+            )
+
+
+def _now() -> float:
+    return (time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)) * 1000
