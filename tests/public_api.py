@@ -6,7 +6,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-MODULES = ("filao", "filao.sync", "filao.engine", "filao.conformance", "filao.testing", "filao.contrib.django")
+MODULES = (
+    "filao",
+    "filao.sync",
+    "filao.engine",
+    "filao.moving",
+    "filao.conformance",
+    "filao.testing",
+    "filao.contrib.django",
+)
 LISTING = Path(__file__).with_name("public_api.txt")
 
 

@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 
 from filao import engine as engine_module
-from filao.engine import Feature
+from filao.engine import Engine, Feature, Operators
+from filao.engines import engine_for
 from filao.engines.postgresql import PostgresqlEngine
 from filao.engines.rabbitmq import RabbitmqEngine
 from filao.engines.sqlite import SqliteEngine
+from filao.moving import Movable, Mover
 
 ENGINES = (SqliteEngine, PostgresqlEngine, RabbitmqEngine)
+SEAM_MAX = 14  # members that a broker asks an engine for
 PAGE = Path(__file__).parent.parent / "docs" / "en" / "reference" / "engines.md"
 
 
@@ -58,6 +61,32 @@ def test_the_french_docs_say_the_same() -> None:
         (feature, [french[cell] for cell in cells.split(" | ")[:3]])
         for feature, cells in re.findall(r"^\| `(\w+)` \| (.*) \|", table(), flags=re.MULTILINE)
     ]
+
+
+def _members(seam: type) -> set[str]:
+    return {name for name in vars(seam) if not name.startswith("_")}
+
+
+def _made() -> list[Movable]:
+    return [engine_for(url) for url in ("sqlite://:memory:", "postgresql://localhost/claims", "amqp://localhost/")]
+
+
+def test_a_broker_asks_little_of_an_engine() -> None:
+    assert len(_members(Engine)) <= SEAM_MAX
+
+
+def test_an_engine_and_what_it_hands_out_show_nothing_but_the_seam() -> None:
+    for engine in _made():
+        assert {name for name in dir(engine) if not name.startswith("_")} == _members(Engine) | _members(Movable)
+        assert {name for name in dir(engine.mover) if not name.startswith("_")} == _members(Mover)
+        assert {name for name in dir(engine.operators) if not name.startswith("_")} >= _members(Operators)
+
+
+def test_what_an_engine_cannot_do_it_hands_nothing_out_for() -> None:
+    for engine in _made():
+        assert (engine.transactions is None) == (Feature.TRANSACTIONS not in engine.features)
+        assert (engine.transactions is None) == (Feature.WITHIN not in engine.features)
+        assert (engine.operators.pausing is None) == (Feature.PAUSE not in engine.features)
 
 
 def test_what_can_be_done_natively_is_not_imitated() -> None:

@@ -149,7 +149,7 @@ async def test_a_move_that_is_killed_again_and_again_loses_nothing(place, name, 
     assert json.loads(run.stdout)["held"] == 0
     async with filao.connect(target) as broker:
         bodies: list[int] = []
-        while message := await broker.receive_from_queue(name, wait=0.5):
+        while message := await broker.receive_from_queue(name, wait=0.5 if len(set(bodies)) == MANY else 30):
             bodies.append(message.body)
             await message.ack()
     assert set(bodies) == set(range(MANY))

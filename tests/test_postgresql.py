@@ -239,7 +239,7 @@ async def test_a_transaction_that_lasts_holds_nobody_up(broker) -> None:
     message = await broker.receive_from_queue("claims")
     async with message.transaction() as tx, asyncio.timeout(5):
         await tx.send_to_queue("claims", 2, group="g")
-        other = engine_of(broker).twin()
+        other = engine_of(broker).sibling()
         async with filao.Broker(FilaoSession(lambda: other)) as twin:
             await session_of(twin).extend(delivery_of(message), 60)
             await twin.send_to_queue("claims", 3, group="g")

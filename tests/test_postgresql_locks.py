@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 import filao
-from filao.engines.postgresql import apart, engine
+from filao.engines.postgresql import apart, control
 from tests.support.servers import Postgres
 
 pytestmark = pytest.mark.anyio
@@ -110,7 +110,7 @@ async def test_deleting_a_queue_stops_no_other_while_a_transaction_is_open(url, 
 
 
 async def test_a_queue_whose_senders_never_end_is_not_deleted(url, broker, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "LOCKED_FOR", 0.3)
+    monkeypatch.setattr(control, "LOCKED_FOR", 0.3)
     with psycopg.connect(url) as holder:
         await broker.send_to_queue("claims", 1, within=holder)
         with pytest.raises(filao.EngineError, match="'claims' was not deleted"):

@@ -9,8 +9,8 @@ import pytest
 
 import filao
 from filao.broker import session_of
+from filao.engines.sqlite import control, files
 from filao.engines.sqlite import engine as sqlite_engine
-from filao.engines.sqlite import files
 from filao.engines.sqlite import processes as processes_module
 from tests.conftest import engine_of
 
@@ -166,7 +166,7 @@ async def test_whoever_waits_too_long_for_its_turn_gives_up_and_was_not_done(tmp
 
 
 async def test_a_purge_of_many_messages_lets_others_write_in_between(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sqlite_engine, "SLICE", 10)
+    monkeypatch.setattr(control, "SLICE", 10)
     async with filao.connect(tmp_path / "claims.db") as broker:
         await broker.declare(filao.Queue("claims"))
         await broker.send_many("claims", range(35))
@@ -181,7 +181,7 @@ async def test_a_purge_of_many_messages_lets_others_write_in_between(tmp_path, m
 
 
 async def test_a_redrive_takes_each_dead_letter_once_though_it_dies_again(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sqlite_engine, "SLICE", 5)
+    monkeypatch.setattr(control, "SLICE", 5)
     async with filao.connect(tmp_path / "claims.db") as broker:
         await broker.declare(filao.Queue("claims"))
         await broker.send_many("claims", range(35))
@@ -229,11 +229,11 @@ async def test_a_report_is_about_the_process_that_makes_it(tmp_path) -> None:
         await one.declare(filao.Queue("claims"))
         for broker in (one, other):
             await broker.receive_from_queue("claims", wait=0)
-        twin = session_of(one).sibling()
-        assert twin is not None
-        await twin.open()
-        await twin.report("ready and healthy")
-        await twin.close()
+        sibling = session_of(one).sibling()
+        assert sibling is not None
+        await sibling.open()
+        await sibling.report("ready and healthy")
+        await sibling.close()
         async with one.transaction() as tx:
             states = await tx.execute("SELECT state FROM filao_process ORDER BY id")
         assert states == [("ready and healthy",), ("",)]

@@ -30,6 +30,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "message",
         "connections",
         "tables",
+        "moving",
     ),
     *("engines.waiters", "engines.statements", "engines.rows"),
     *(
@@ -46,16 +47,10 @@ ORDER = [  # what stands above; a module imports only from here upwards
         f"engines.sqlite.{name}"
         for name in (
             *("clock", "books", "moves", "waitlist", "send", "receive", "settle", "verbs", "operators", "processes"),
-            *("stats", "moving", "foreign"),
+            *("stats", "foreign", "database", "transactions", "backup", "doctor", "control", "moving", "engine"),
         )
     ),
-    *(
-        "engines.sqlite.database",
-        "engines.sqlite.backup",
-        "engines.sqlite.doctor",
-        "engines.sqlite.engine",
-        "engines.sqlite",
-    ),
+    *("engines.sqlite",),
     *(
         f"engines.postgresql.{name}"
         for name in (
@@ -65,11 +60,11 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "verbs",
             "apart",
             "transactions",
-            "control",
-            "moving",
             "listener",
             "watch",
             "doctor",
+            "control",
+            "moving",
             "engine",
         )
     ),
@@ -83,16 +78,15 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "envelope",
             "register",
             "consumer",
-            "moving",
             "publisher",
-            "control",
             "doctor",
+            "control",
+            "moving",
             "engine",
         )
     ),
     *("engines.postgresql", "engines.rabbitmq", "engines"),
     *(
-        "moving",
         "outbox",
         "at_most_once",
         "receiving",

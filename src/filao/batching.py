@@ -21,18 +21,18 @@ _Entry = tuple[Operation, "asyncio.Future[Result]"]
 
 
 class Batcher:
-    """Gathers operations and hands them to an engine's `execute`, to as many batches at once as it has lanes.
+    """Gathers operations and hands them to an engine's `execute`, to as many batches at once as that does.
 
     It is written with callbacks: a task of its own would cost a lone operation two more turns of the loop.
     """
 
     def __init__(
-        self, execute: Execute, abandoned: Abandoned, lanes: int = 1, observers: Observers | None = None
+        self, execute: Execute, abandoned: Abandoned, concurrent_batches: int = 1, observers: Observers | None = None
     ) -> None:
         self._execute = execute
         self._observers = Observers() if observers is None else observers
         self._abandoned = abandoned
-        self._lanes = lanes
+        self._concurrent_batches = concurrent_batches
         self._loop: asyncio.AbstractEventLoop | None = None
         """That of the first operation, and so of all: asking for the running one costs a system call before Python
         3.12.
@@ -54,7 +54,7 @@ class Batcher:
             loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         self._gathered.append((operation, future))
-        if not self._is_called and len(self._doing) < self._lanes:
+        if not self._is_called and len(self._doing) < self._concurrent_batches:
             self._is_called = True
             loop.call_soon(self._begin)  # on the next turn, with whatever else is submitted during this one
         return future
@@ -70,7 +70,7 @@ class Batcher:
         """Let the engine do what has gathered, or rest."""
         self._is_called = False
         waiting = self._suspects or self._gathered
-        if len(self._doing) >= self._lanes:
+        if len(self._doing) >= self._concurrent_batches:
             return  # the batch that ends will begin the next: here, somebody was called back while it ended
         if waiting:
             receives = sum(isinstance(operation, Receive) for operation, _ in waiting)
@@ -100,7 +100,7 @@ class Batcher:
             entry = waiting.popleft()
             if not entry[1].cancelled():
                 taken.append(entry)
-        if waiting and self._lanes > 1:  # the rest need not wait for this batch
+        if waiting and self._concurrent_batches > 1:  # the rest need not wait for this batch
             loop.call_soon_threadsafe(self._begin)
         return [operation for operation, _ in taken]
 

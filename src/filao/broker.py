@@ -28,6 +28,7 @@ from filao.draft import (
 from filao.engine import (
     Feature,
     Finding,
+    Pausing,
     QueueStats,
     Receipt,
     Receive,
@@ -35,7 +36,7 @@ from filao.engine import (
     StoredMessage,
 )
 from filao.engines import Durability, engine_for, located
-from filao.errors import ConfigurationError, MessageTooLarge
+from filao.errors import ConfigurationError, MessageTooLarge, UnsupportedFeature
 from filao.message import Guarantee, Message, Transaction, entered
 from filao.observing import Observers
 from filao.queue import LEASE_MAX, Queue, T, check_duration, name_of
@@ -128,7 +129,7 @@ class Broker:
     async def queues(self) -> list[Queue[Any]]:
         """Return every declared queue with its rules, by name."""
         self._session.check_usable()
-        return await self._session.engine.queues()
+        return await self._session.engine.operators.queues()
 
     async def delete_queue(self, queue: str | Queue[Any], *, messages: bool = False) -> None:
         """Delete a queue, with its rules, its counters and what deduplication remembers of it; no other call does.
@@ -139,8 +140,8 @@ class Broker:
         self._session.check_usable()
         name = name_of(queue)
         if messages:
-            await self._session.engine.remove(name, tuple(State), None)
-        held = await self._session.engine.delete(name)
+            await self._session.engine.operators.remove(name, tuple(State), None)
+        held = await self._session.engine.operators.delete(name)
         self._session.forget(name)
         if held:
             raise ConfigurationError(
@@ -321,7 +322,7 @@ class Broker:
         on PostgreSQL a connection: do slow work before. Other calls of this broker wait, so use the transaction's own
         methods inside. Raises `UnsupportedFeature` where the engine has none.
         """
-        return entered(self._session, self._session.engine.transaction)
+        return entered(self._session)
 
     # --- control -----------------------------------------------------------------------------------------------------
 
@@ -332,7 +333,7 @@ class Broker:
     async def stats(self, queue: str | Queue[Any] | None = None) -> QueueStats | list[QueueStats]:
         """Return the counters of one queue, or of all, by name. It costs the same at any depth."""
         self._session.check_usable()
-        found = await self._session.engine.stats(None if queue is None else name_of(queue))
+        found = await self._session.engine.operators.stats(None if queue is None else name_of(queue))
         return found if queue is None else found[0]
 
     async def peek(
@@ -351,7 +352,7 @@ class Broker:
         self._session.check_usable()
         name = name_of(queue)
         check_limit(name, limit, PEEK_MAX)
-        return await self._session.engine.peek(name, check_state(state), limit=limit, after=after)
+        return await self._session.engine.operators.peek(name, check_state(state), limit=limit, after=after)
 
     async def dead_letters(
         self, queue: str | Queue[Any], *, limit: int = 100, after: str | None = None
@@ -381,11 +382,11 @@ class Broker:
         if body is UNSET:
             if headers is not None:
                 raise ConfigurationError(f"queue {name!r}: redrive with headers= needs body= too")
-            return await self._session.engine.redrive(name, chosen, limit, None)
+            return await self._session.engine.operators.redrive(name, chosen, limit, None)
         if chosen is None or len(chosen) != 1:
             raise ConfigurationError(f"queue {name!r}: redrive with a new body needs exactly one id in ids=")
         edited = draft(await self._session.known(queue), Outgoing(body, headers=headers))
-        return await self._session.engine.redrive(name, chosen, limit, edited)
+        return await self._session.engine.operators.redrive(name, chosen, limit, edited)
 
     async def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:
         """Delete all that waits (ready, delayed and blocked), or all in one `state`, and return how many there were.
@@ -393,36 +394,41 @@ class Broker:
         Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease.
         """
         self._session.check_usable()
-        return await self._session.engine.remove(
-            name_of(queue), _WAITING if state is None else (check_state(state),), None
-        )
+        states = _WAITING if state is None else (check_state(state),)
+        return await self._session.engine.operators.remove(name_of(queue), states, None)
 
     async def cancel(self, queue: str | Queue[Any], message_id: str) -> bool:
         """Delete one message if it still waits; False when it is being worked on, dead or gone."""
         self._session.check_usable()
-        return bool(
-            await self._session.engine.remove(name_of(queue), _WAITING, check_ids(name_of(queue), [message_id]))
-        )
+        ids = check_ids(name_of(queue), [message_id])
+        return bool(await self._session.engine.operators.remove(name_of(queue), _WAITING, ids))
 
     async def pause(self, queue: str | Queue[Any]) -> None:
         """Stop deliveries from this queue, for all processes; sends and settles go on."""
-        self._session.check_usable()
-        await self._session.engine.pause(name_of(queue), paused=True)
+        await self._pausing("pause", name_of(queue)).pause(name_of(queue), paused=True)
 
     async def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
         """Resume a paused queue, or one `group` of it that a dead letter halted."""
+        pausing = self._pausing("resume", name_of(queue))
+        if group is None:
+            await pausing.pause(name_of(queue), paused=False)
+        else:
+            await pausing.resume_group(name_of(queue), group)
+
+    def _pausing(self, call: str, queue: str) -> Pausing:
         self._session.check_usable()
-        name = name_of(queue)
-        await (
-            self._session.engine.pause(name, paused=False)
-            if group is None
-            else self._session.engine.resume_group(name, group)
-        )
+        engine = self._session.engine
+        if engine.operators.pausing is None:
+            raise UnsupportedFeature(
+                f"queue {queue!r}: {call}: {engine.name} has no queues that can be paused. Engines that can: SQLite, "
+                f"PostgreSQL."
+            )
+        return engine.operators.pausing
 
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know; on a large file this takes a while."""
         self._session.check_usable()
-        return await self._session.engine.doctor()
+        return await self._session.engine.operators.doctor()
 
 
 def session_of(broker: Broker) -> Session:

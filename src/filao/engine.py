@@ -1,9 +1,10 @@
-"""What a storage engine must do: one Protocol, and the records that cross it.
+"""What a storage engine must do: a Protocol for each who needs something of it, and the records that cross them.
 
 The seam is cut at the verbs of a queue, never at SQL or AMQP. The data plane is one method, `execute`: a batch of
 operations goes in, one result for each comes out. An operation that cannot be done (an unknown queue, a full one, a
 lost lease) has its `FilaoError` as its result and touches nothing; an exception from `execute` itself means that
-nothing of the batch was done. Durations are seconds; the engine's own clock turns them into instants.
+nothing of the batch was done. Durations are seconds; the engine's own clock turns them into instants. What it takes to
+carry queues from one engine to another stands in `moving.py`.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from filao.errors import EngineError, FilaoError, UnsupportedFeature
+from filao.errors import EngineError, FilaoError
 from filao.queue import Queue
 
 HISTORY_MAX = 20  # failed attempts that are remembered of one message
@@ -246,61 +247,6 @@ class StoredMessage(msgspec.Struct, frozen=True):
         return self.history[-1].error if self.history else ""
 
 
-class Parcel(msgspec.Struct, frozen=True):
-    """A message with all that is known of it, on its way from one engine to another.
-
-    Times are milliseconds since 1970.
-    """
-
-    handle: int
-    """What its own engine finds it by."""
-    id: str
-    draft: Draft
-    """With the time to live and the delay that are left."""
-    sent_at: int
-    attempts: int
-    history: tuple[Failure, ...] = ()
-    expires_at: int | None = None
-    reason: str | None = None
-    """Of a dead letter; None: it waits."""
-    died_at: int = 0
-
-
-class Key(msgspec.Struct, frozen=True):
-    """A `dedup_key` or a `message_id` that is remembered though its message has ended."""
-
-    is_id: bool
-    key: str
-    message: str
-    """The id of the message that came first."""
-    until: int
-    """Milliseconds since 1970."""
-
-
-class Memory(msgspec.Struct, frozen=True):
-    """What a queue remembers beside its messages."""
-
-    keys: tuple[Key, ...] = ()
-    halted: tuple[str, ...] = ()
-    """Groups that wait for an operator."""
-
-
-class Packing(Protocol):
-    """Takes messages out of a queue, in the order of sending, but for those that consumers hold."""
-
-    async def take(self, limit: int) -> list[Parcel]:
-        """Return the next messages, which stay where they are."""
-        ...
-
-    async def delivered(self, parcels: Sequence[Parcel]) -> None:
-        """Delete messages that are safe elsewhere."""
-        ...
-
-    async def held(self) -> int:
-        """Return how many messages are there and cannot be taken, as far as it is known: consumers hold them, say."""
-        ...
-
-
 class Batch(msgspec.Struct, frozen=True):
     """Operations that wait to be done as one."""
 
@@ -432,8 +378,77 @@ class EngineTransaction(Protocol):
         ...
 
 
+class Transactions(Protocol):
+    """What an engine hands out that can do `Feature.TRANSACTIONS` and `Feature.WITHIN`."""
+
+    def begin(self) -> AbstractAsyncContextManager[EngineTransaction]:
+        """Begin a transaction, which commits durably when the block is left, and is undone by an exception."""
+        ...
+
+    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
+        """Do a send in the transaction that the user holds on `connection`, on the user's own thread."""
+        ...
+
+
+class Pausing(Protocol):
+    """What the operators of an engine can do that has `Feature.PAUSE`."""
+
+    async def pause(self, queue: str, *, paused: bool) -> None:
+        """Stop or resume deliveries; sends go on."""
+
+    async def resume_group(self, queue: str, group: str) -> None:
+        """Let a group that a dead letter halted go on."""
+
+
+class Operators(Protocol):
+    """What people who look after queues need; no message on its way passes through it.
+
+    All raise `QueueNotFound`. What a call touches is fixed when it begins.
+    """
+
+    @property
+    def pausing(self) -> Pausing | None:
+        """None where a queue cannot be paused."""
+        ...
+
+    async def queues(self) -> list[Queue[Any]]:
+        """Return every declared queue with its rules, by name."""
+        ...
+
+    async def delete(self, queue: str) -> int:
+        """Delete a queue, with its rules and counters, if it holds no message; return how many it holds."""
+        ...
+
+    async def stats(self, queue: str | None = None) -> list[QueueStats]:
+        """Return the counters of every queue, by name, or of one."""
+        ...
+
+    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
+        """Return messages in order, from the one behind `after`, and change nothing."""
+        ...
+
+    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
+        """Make dead letters ready again, in their old places, with fresh attempts; `edited` replaces their content."""
+        ...
+
+    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
+        """Delete messages in these states (`ids`: only those) and return how many there were."""
+        ...
+
+    async def report(self, state: str) -> None:
+        """Write down how this process is doing, for the doctor; an engine that knows of no processes does nothing."""
+
+    async def doctor(self) -> list[Finding]:
+        """Examine the storage and say what an operator should know."""
+        ...
+
+
 class Engine(Protocol):
-    """The storage that keeps the promises. One engine belongs to one event loop."""
+    """The storage that keeps the promises, as a broker needs it. One engine belongs to one event loop.
+
+    Whoever else needs something of it is handed an object: `transactions`, `operators` and, where queues can be carried
+    to another engine, the `mover` of `filao.moving.Movable`.
+    """
 
     @property
     def name(self) -> str:
@@ -449,14 +464,22 @@ class Engine(Protocol):
         ...
 
     @property
-    def lanes(self) -> int:
+    def concurrent_batches(self) -> int:
         """How many batches it does at once."""
         ...
+
+    @property
+    def transactions(self) -> Transactions | None:
+        """None where nothing can commit together with other work."""
+        ...
+
+    @property
+    def operators(self) -> Operators: ...
 
     async def open(self) -> None:
         """Connect, and create or migrate what is stored. Raises `EngineError`, `ConfigurationError`."""
 
-    def twin(self) -> "Engine | None":
+    def sibling(self) -> "Engine | None":
         """Return an engine on the same storage for another event loop; None where there can be only one."""
         ...
 
@@ -466,22 +489,11 @@ class Engine(Protocol):
     def drop(self) -> None:
         """Let go without waiting: the event loop has ended."""
 
-    def abandon(self) -> None:
-        """Let go in a child process after a fork, without touching what is shared with the parent."""
-
     async def declare(self, queue: Queue[Any]) -> None:
         """Create the queue or give it these rules. Idempotent. Raises `UnsupportedFeature`."""
 
-    async def queues(self) -> list[Queue[Any]]:
-        """Return every declared queue with its rules, by name."""
-        ...
-
     async def find(self, queue: str) -> Queue[Any]:
         """Return a declared queue with its rules, at no cost that grows with their number. Raises `QueueNotFound`."""
-        ...
-
-    async def delete(self, queue: str) -> int:
-        """Delete a queue, with its rules and counters, if it holds no message; return how many it holds."""
         ...
 
     def execute(self, batch: Batch) -> "Awaitable[Sequence[Result | asyncio.Future[Result]]]":
@@ -493,66 +505,6 @@ class Engine(Protocol):
 
     def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Waiter:
         """Take a place to wait; `submit` looks again, `abandoned` is told what came for somebody who had gone away."""
-        ...
-
-    def transaction(self) -> AbstractAsyncContextManager[EngineTransaction]: ...
-
-    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
-        """Do a send in the transaction that the user holds on `connection`, on the user's own thread."""
-        ...
-
-    async def stats(self, queue: str | None = None) -> list[QueueStats]:
-        """Return the counters of every queue, by name, or of one. Raises `QueueNotFound`."""
-        ...
-
-    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
-        """Return messages in order, from the one behind `after`, and change nothing."""
-        ...
-
-    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
-        """Make dead letters ready again, in their old places, with fresh attempts; `edited` replaces their content."""
-        ...
-
-    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
-        """Delete messages in these states (`ids`: only those) and return how many there were."""
-        ...
-
-    async def pause(self, queue: str, *, paused: bool) -> None:
-        """Stop or resume deliveries; sends go on."""
-
-    async def resume_group(self, queue: str, group: str) -> None:
-        """Let a group that a dead letter halted go on."""
-
-    def check(self, queue: Queue[Any]) -> None:
-        """Raise `UnsupportedFeature` for a queue that cannot be declared here."""
-
-    def check_draft(self, queue: Queue[Any], draft: Draft) -> None:
-        """Raise `UnsupportedFeature` for a message that cannot be kept here."""
-
-    async def identity(self) -> str:
-        """Return what two engines have in common if, and only if, they are on the same storage."""
-        ...
-
-    def packing(self, queue: str) -> AbstractAsyncContextManager[Packing]:
-        """Begin to carry a queue's messages elsewhere."""
-        ...
-
-    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
-        """Store messages that came from elsewhere, in this order, but for those that came before."""
-        ...
-
-    async def memory(self, queue: str) -> Memory:
-        """Return what the queue remembers beside its messages."""
-        ...
-
-    async def remember(self, queue: str, memory: Memory) -> None:
-        """Remember what another engine remembered, but for what is known here already."""
-
-    async def report(self, state: str) -> None:
-        """Write down how this process is doing, for the doctor; an engine that knows of no processes does nothing."""
-
-    async def doctor(self) -> list[Finding]:
-        """Examine the storage and say what an operator should know."""
         ...
 
 
@@ -571,12 +523,6 @@ def process_finding(name: str, held: int, state: str, reported_ago: float) -> Fi
 
 
 HEALTHY = "ready and healthy"
-
-
-def require(engine: Engine, feature: Feature, what: str) -> None:
-    """Raise `UnsupportedFeature` for what only the SQL engines can do."""
-    if feature not in engine.features:
-        raise UnsupportedFeature(f"{engine.name} has no {what}. Engines that have: SQLite, PostgreSQL.")
 
 
 INSTANT_MAX = 253_402_300_799_000  # milliseconds: the end of the year 9999, which is the last one that Python knows

@@ -46,11 +46,19 @@ class Storage(Protocol):
         """Forget in the child what is the parent's."""
 
 
+class Connected(Protocol):
+    """What holds sockets to a server: they stay open in the parent, which goes on using them."""
+
+    def inherit(self) -> None:
+        """Cut off the child's ends of them."""
+
+
 class Gate:
     """Lets jobs in, and a fork when there are none; a thread in a job may step out while it waits for others."""
 
     def __init__(self) -> None:
         self._storages: weakref.WeakSet[Storage] = weakref.WeakSet()
+        self._connected: weakref.WeakSet[Connected] = weakref.WeakSet()
         self._renew()
 
     def _renew(self) -> None:
@@ -64,6 +72,10 @@ class Gate:
     def watch(self, storage: Storage) -> None:
         """Let go of it before every fork from now on; to be called inside."""
         self._storages.add(storage)
+
+    def connect(self, connected: Connected) -> None:
+        """Let a child cut itself off from it after every fork from now on."""
+        self._connected.add(connected)
 
     def enter(self, storage: Storage) -> None:
         """Begin a job. Without a lock, while nobody forks: who enters first and looks then is seen by who shuts."""
@@ -139,7 +151,9 @@ class Gate:
         self._renew()
         for storage in list(self._storages):
             storage.inherit()
-        self._storages = weakref.WeakSet()
+        for connected in list(self._connected):
+            connected.inherit()
+        self._storages, self._connected = weakref.WeakSet(), weakref.WeakSet()
 
 
 gate: Gate = Gate()

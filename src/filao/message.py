@@ -18,7 +18,6 @@ from filao.engine import (
     Ack,
     Delivery,
     EngineTransaction,
-    Feature,
     Nack,
     Operation,
     Outcome,
@@ -29,7 +28,6 @@ from filao.engine import (
     Send,
     Settle,
     instant,
-    require,
 )
 from filao.errors import ConfigurationError, FilaoError, LeaseLost
 from filao.queue import Queue, T
@@ -291,13 +289,11 @@ def inside_of(transaction: Transaction) -> Inside:
 
 
 @asynccontextmanager
-async def entered(
-    session: Session, opening: Callable[[], AbstractAsyncContextManager[EngineTransaction]]
-) -> AsyncGenerator[Transaction]:
-    """Open a transaction; the code in its block knows that it is in it."""
+async def entered(session: Session, *, deferred: bool = False) -> AsyncGenerator[Transaction]:
+    """Open a transaction, or one that begins with its first statement; the code in its block knows that it is in it."""
     session.check_usable()
-    require(session.engine, Feature.TRANSACTIONS, "transactions")
-    async with opening() as within:
+    begin = session.transactions("transactions").begin
+    async with Deferred(begin) if deferred else begin() as within:
         outer, inside = current_transaction.get(), Inside(session)
         transaction = Transaction(inside, within)
         current_transaction.set(inside)
@@ -314,7 +310,7 @@ async def entered(
 async def _transaction_for(message: Message[Any]) -> AsyncGenerator[Transaction]:
     """Open a transaction with the message's acknowledgement in it."""
     session = message._session  # noqa: SLF001
-    async with entered(session, session.engine.transaction) as transaction:
+    async with entered(session) as transaction:
         await transaction.ack(message)
         yield transaction
 
@@ -323,7 +319,7 @@ async def _transaction_for(message: Message[Any]) -> AsyncGenerator[Transaction]
 async def deferred_transaction_for(message: Message[Any]) -> AsyncGenerator[Transaction]:
     """Open one that begins with its first statement and acknowledges with its last; for workers."""
     session = message._session  # noqa: SLF001
-    async with entered(session, lambda: Deferred(session.engine.transaction)) as transaction:
+    async with entered(session, deferred=True) as transaction:
         yield transaction
         await transaction.ack(message)
 

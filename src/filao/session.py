@@ -16,7 +16,6 @@ from filao.engine import (
     Draft,
     Engine,
     Extend,
-    Feature,
     Operation,
     Outcome,
     Receipt,
@@ -25,9 +24,9 @@ from filao.engine import (
     Result,
     Send,
     Settle,
-    require,
+    Transactions,
 )
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, UnsupportedFeature
 from filao.forks import gate, keep
 from filao.observing import Observers
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of
@@ -69,7 +68,9 @@ class Session:
 
     def _begin_anew(self) -> None:
         self.engine: Engine = self.make()
-        self._batcher = Batcher(self.engine.execute, self.give_back_unread, self.engine.lanes, self.observers)
+        self._batcher = Batcher(
+            self.engine.execute, self.give_back_unread, self.engine.concurrent_batches, self.observers
+        )
         self.submit: Callable[[Operation], asyncio.Future[Result]] = self._batcher.submit
         """Do an operation with the next batch."""
         self._queues: dict[str, Queue] = {}
@@ -133,7 +134,7 @@ class Session:
 
     def sibling(self) -> "Session | None":
         """Return a session on the same storage for another event loop; None where the leases are bound to this one."""
-        engine = self.engine.twin()
+        engine = self.engine.sibling()
         return None if engine is None else Session(lambda: engine, self.observers)
 
     def inherit(self) -> None:
@@ -143,7 +144,6 @@ class Session:
             f"another here, with filao.connect"
         )
         self._is_inherited = True
-        self.engine.abandon()
         keep((self.engine, self._batcher, self._loop))
 
     # --- whether it can be used --------------------------------------------------------------------------------------
@@ -223,8 +223,7 @@ class Session:
         )
 
     async def _send(self, operation: Send, within: object) -> list[Receipt]:
-        require(self.engine, Feature.WITHIN, "joining a transaction of your own (within=)")
-        receipts = self.engine.send_within(within, operation)
+        receipts = self.transactions("joining a transaction of your own (within=)").send_within(within, operation)
         if isinstance(receipts, FilaoError):
             raise receipts
         return receipts
@@ -253,7 +252,13 @@ class Session:
 
     def report(self, state: str) -> Awaitable[None]:
         """Let the doctor tell how this process is doing; for workers."""
-        return self.engine.report(state)
+        return self.engine.operators.report(state)
+
+    def transactions(self, what: str) -> Transactions:
+        """Return what the engine hands out for transactions; where it has none, `what` was asked for in vain."""
+        if self.engine.transactions is None:
+            raise UnsupportedFeature(f"{self.engine.name} has no {what}. Engines that have: SQLite, PostgreSQL.")
+        return self.engine.transactions
 
 
 def _before_fork() -> None:

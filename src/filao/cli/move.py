@@ -11,9 +11,8 @@ from rich.progress import Progress
 
 from filao.cli.shell import as_json, is_terminal, note, print_lines
 from filao.cli.tables import draw
-from filao.engine import Engine
 from filao.engines import engine_for
-from filao.moving import Moved, move, plan
+from filao.moving import Movable, Moved, move, plan
 from filao.printable import printable
 from filao.urls import shown_url
 
@@ -62,7 +61,7 @@ async def _run(source: str, target: str, queues: tuple[str, ...], *, dry_run: bo
         await here.close()
 
 
-async def _watched(here: Engine, there: Engine, queues: tuple[str, ...], planned: list[Moved]) -> list[Moved]:
+async def _watched(here: Movable, there: Movable, queues: tuple[str, ...], planned: list[Moved]) -> list[Moved]:
     """Move, and draw how far it has come for whoever sits at the terminal."""
     with Progress(console=Console(stderr=True), disable=not is_terminal(sys.stderr)) as progress:
         tasks = {

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
-from filao.engine import Engine
 from filao.engines.sqlite import SqliteEngine
 from filao.engines.sqlite.files import MEMORY
 from filao.errors import ConfigurationError
+from filao.moving import Movable
 from filao.urls import has_scheme, is_bare, shown_url
 
 Durability = Literal["full", "relaxed"]
 
 
-def engine_for(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> Engine:
+def engine_for(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> Movable:
     """Return the engine, not yet open, that a URL or a path names."""
     if durability not in ("full", "relaxed"):
         raise ConfigurationError(f'durability is {durability!r}; it must be "full" or "relaxed"')
@@ -42,7 +42,7 @@ def located(url: str | Path) -> str | Path:
     return path if path == MEMORY else path.absolute()
 
 
-def _postgresql(url: str, *, durable: bool, clock: Callable[[], float]) -> Engine:
+def _postgresql(url: str, *, durable: bool, clock: Callable[[], float]) -> Movable:
     try:
         from filao.engines.postgresql import PostgresqlEngine  # an extra
     except ImportError as error:
@@ -52,7 +52,7 @@ def _postgresql(url: str, *, durable: bool, clock: Callable[[], float]) -> Engin
     return PostgresqlEngine(url, durable=durable, clock=clock)
 
 
-def _rabbitmq(url: str, *, clock: Callable[[], float]) -> Engine:
+def _rabbitmq(url: str, *, clock: Callable[[], float]) -> Movable:
     try:
         from filao.engines.rabbitmq import RabbitmqEngine  # an extra
     except ImportError as error:

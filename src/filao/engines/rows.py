@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from filao.engine import Draft, Failure, Packing, Parcel, Result, Send, State
+from filao.engine import Draft, Failure, Operators, Result, Send, State
+from filao.moving import Packing, Parcel
 
 LEAVING = (State.READY, State.DELAYED, State.BLOCKED, State.DEAD)
 """The states in which a message can be carried away: all but in the hands of a consumer."""
@@ -17,15 +18,10 @@ LEAVING = (State.READY, State.DELAYED, State.BLOCKED, State.DEAD)
 class RowPacking(Packing):
     """Takes messages by their numbers, which are their places in the order of sending."""
 
-    def __init__(
-        self,
-        read: Callable[[int, int], Awaitable[list[Parcel]]],
-        remove: Callable[[Sequence[str]], Awaitable[int]],
-        held: Callable[[], Awaitable[int]],
-    ) -> None:
+    def __init__(self, queue: str, read: Callable[[int, int], Awaitable[list[Parcel]]], operators: Operators) -> None:
+        self._queue = queue
         self._read = read
-        self._remove = remove
-        self._held = held
+        self._operators = operators
         self._last = 0
         self._has_delivered = False
 
@@ -40,12 +36,12 @@ class RowPacking(Packing):
 
     async def delivered(self, parcels: Sequence[Parcel]) -> None:
         """Remove rows."""
-        await self._remove([parcel.id for parcel in parcels])
+        await self._operators.remove(self._queue, LEAVING, [parcel.id for parcel in parcels])
         self._has_delivered = True
 
     async def held(self) -> int:
         """Count the leases that have not ended."""
-        return await self._held()
+        return (await self._operators.stats(self._queue))[0].leased
 
 
 def parcel(row: Sequence[Any], name: str, history: tuple[Failure, ...], now: int) -> Parcel:

@@ -67,14 +67,14 @@ class Keeper:
         """Start the thread and connect it, now: while a handler keeps the interpreter busy, that would take too
         long.
         """
-        twin = self._session.sibling()
-        if twin is None:
+        sibling = self._session.sibling()
+        if sibling is None:
             keeping = asyncio.create_task(self._keep_and_report(self._session))
             keeping.add_done_callback(lambda _: self._end())
             self._stop = keeping.cancel  # type: ignore[assignment]  # which returns what nobody asks for
             return
         ready: Future[None] = Future()
-        main = self._main(twin, ready)
+        main = self._main(sibling, ready)
         threading.Thread(target=self._run, args=(main,), name="filao keeper", daemon=True).start()
         await asyncio.wait([asyncio.wrap_future(ready)], timeout=OPENS_WITHIN)
 
@@ -105,27 +105,27 @@ class Keeper:
         finally:
             _tell(self._worker_loop, self._end)
 
-    async def _main(self, twin: Session, ready: "Future[None]") -> None:
-        work = asyncio.create_task(self._work(twin, ready))
+    async def _main(self, sibling: Session, ready: "Future[None]") -> None:
+        work = asyncio.create_task(self._work(sibling, ready))
         loop = asyncio.get_running_loop()
         self._stop = lambda: _tell(loop, work.cancel)
         if self._stopped.is_set():
             work.cancel()
         await asyncio.wait([work])
         with suppress(FilaoError):
-            await twin.close()
+            await sibling.close()
 
-    async def _work(self, twin: Session, ready: "Future[None]") -> None:
+    async def _work(self, sibling: Session, ready: "Future[None]") -> None:
         for pause in pauses():
             try:
-                await twin.open()
+                await sibling.open()
                 break
             except Exception as error:
                 self._outages.fails("connecting to extend leases", error)
             await asyncio.sleep(pause)
         self._outages.is_over("connecting to extend leases")
         ready.set_result(None)
-        await self._keep_and_report(twin)
+        await self._keep_and_report(sibling)
 
     async def _keep_and_report(self, session: Session) -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -1,14 +1,25 @@
-"""What operators see of a PostgreSQL database: queries that change nothing."""
+"""What operators see of a PostgreSQL database and do there.
 
+The queries change nothing; what changes something is a function of the database, called for slices of a bounded size.
+"""
+
+import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Self
 
 from filao.codec import seen_body, seen_headers
-from filao.engine import Failure, QueueStats, Receiver, State, StoredMessage, instant
-from filao.engines.postgresql.server import Connection
-from filao.errors import ConfigurationError
+from filao.engine import Draft, Failure, Finding, QueueStats, Receiver, State, StoredMessage, instant
+from filao.engines.postgresql import verbs
+from filao.engines.postgresql.clock import MOMENT
+from filao.engines.postgresql.doctor import examine
+from filao.engines.postgresql.listener import Listener
+from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server
+from filao.errors import ConfigurationError, EngineError
 from filao.queue import Queue, not_found, rules_from_json
+
+SLICE = 2_000  # messages that operators change in one transaction
+UNLOCKED_POLL = 0.05  # seconds between looks whether a lock is free, such as that of a queue's senders
 
 _STATS = """
     SELECT q.name, q.paused, counters.counted, ages.*
@@ -31,6 +42,133 @@ _SEEN = f"""
     filao.name_of(m), m.kind, m.content, m.headers, m.attempts, m.priority, m.grp, m.dedup_key, m.sent_at, m.at,
     m.expires_at, m.reason, coalesce((SELECT name FROM filao.process WHERE id = m.token >> 32), ''), {HISTORY}
 """
+
+
+class PostgresqlOperators:
+    """See `filao.engine.Operators`, and `Pausing`, which it is as well."""
+
+    def __init__(
+        self,
+        server: Server,
+        link: Link,
+        listener: Listener,
+        row: Callable[..., Awaitable[tuple[Any, ...]]],
+        moment: Callable[[], int | None],
+        *,
+        forget: Callable[[], None],
+    ) -> None:
+        self._server = server
+        self._link = link
+        self._listener = listener
+        self._row = row
+        """Run a statement that is a transaction, on the connection that all share, and return its first row; MOMENT
+        among its parameters is what time it expects.
+        """
+        self._moment = moment
+        self._forget = forget
+        """Know the numbers of queues no longer."""
+
+    @property
+    def pausing(self) -> Self:
+        """Itself: what looks after queues can stop them."""
+        return self
+
+    async def queues(self) -> list[Queue]:
+        """Return every declared queue with its rules, by name."""
+        async with self._link.use() as connection:
+            return [rules for _, rules in (await queues(connection)).values()]
+
+    async def delete(self, queue: str) -> int:
+        """Delete a queue that holds no message."""
+        number = await self.number(queue)
+        for _ in range(round(LOCKED_FOR / UNLOCKED_POLL)):
+            (held,) = await self._row("SELECT filao.delete(%s)", number)
+            if held is not None:
+                self._forget()
+                return int(held)
+            await asyncio.sleep(UNLOCKED_POLL)
+        raise EngineError(
+            f"{self._server.name}: queue {queue!r} was not deleted: transactions that have sent to it have been open "
+            f"for {LOCKED_FOR:g} s. Nothing was done; delete it when its senders have stopped."
+        )
+
+    async def stats(self, queue: str | None = None) -> list[QueueStats]:
+        """Read the counters of every queue, or of one."""
+        await self._row("SELECT filao.expire_all(%s)", MOMENT)
+        async with self._link.use() as connection:
+            return await stats(connection, self._moment(), queue)
+
+    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
+        """Return messages of one state in its order."""
+        number = await self.number(queue)
+        await self._row("SELECT filao.expire_all(%s)", MOMENT)
+        async with self._link.use() as connection:
+            return await peek(connection, (number, queue), state, limit=limit, after=after)
+
+    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
+        """Give dead letters back, each to its old place."""
+        number, chosen = await self.number(queue), None if ids is None else list(ids)
+        new = (None, None, None) if edited is None else (edited.kind, edited.content, edited.headers)
+
+        sql = "SELECT * FROM filao.redrive(%s, %s, %s::text[], %s, %s, %s, %s::smallint, %s::bytea, %s)"
+        done = await self._in_slices(sql, (number, MOMENT, chosen), new, limit)
+        await self._wake(number, done)
+        return done
+
+    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
+        """Delete messages in these states."""
+        number, chosen = await self.number(queue), None if ids is None else list(ids)
+        sql = "SELECT * FROM filao.remove(%s, %s, %s::filao.state[], %s::text[], %s, %s, %s)"
+        done = await self._in_slices(sql, (number, MOMENT, list(map(str, states)), chosen), (), None)
+        await self._wake(number, done)
+        return done
+
+    async def _in_slices(self, sql: str, first: tuple[Any, ...], last: tuple[Any, ...], limit: int | None) -> int:
+        """Change many messages in transactions of a bounded size: none that was sent, or died, after this began."""
+        (mark,) = await self._row("SELECT filao.mark()")
+        after = total = 0
+        while limit is None or total < limit:
+            size = SLICE if limit is None else min(SLICE, limit - total)
+            done, after = await self._row(sql, *first, after, mark, size, *last)
+            if not done:
+                break
+            total += done
+        return total
+
+    async def pause(self, queue: str, *, paused: bool) -> None:
+        """Stop or resume deliveries."""
+        number = await self.number(queue)
+        await self._row("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
+        await self._wake(number, 0 if paused else SLICE)
+
+    async def resume_group(self, queue: str, group: str) -> None:
+        """Let a halted group go on."""
+        number = await self.number(queue)
+        await self._row("SELECT filao.resume_group(%s, %s, %s)", number, MOMENT, group)
+        await self._wake(number, 1)
+
+    async def report(self, state: str) -> None:
+        """Write down how this process is doing."""
+        sql = "UPDATE filao.process SET state = %s, reported_at = filao.clock() WHERE name = %s"
+        async with self._link.use() as connection:
+            await connection.execute(sql, (self._server.charset.fitted(state), self._listener.name))
+
+    async def doctor(self) -> list[Finding]:
+        """Examine the database and say what an operator should know."""
+        async with self._link.use() as connection:
+            return await examine(connection, self._server)
+
+    async def number(self, queue: str) -> int:
+        """Look a queue's number up: a command must not meet another queue, nor what was deleted."""
+        async with self._link.use() as connection:
+            found = await queues(connection)
+        if queue not in found:
+            raise not_found(queue, found)
+        return found[queue][0]
+
+    async def _wake(self, number: int, count: int) -> None:
+        if count:
+            await self._row(verbs.CALL, [number], [count])
 
 
 async def queues(connection: Connection) -> dict[str, tuple[int, Queue]]:

@@ -7,52 +7,40 @@ of their own, from a pool.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.errors import LockNotAvailable
 
-from filao.connections import connection_of
 from filao.engine import (
     Abandoned,
     Batch,
-    Draft,
     Feature,
-    Finding,
-    Memory,
     Operation,
-    Packing,
-    Parcel,
-    QueueStats,
-    Receipt,
     Receive,
     Result,
     Send,
-    State,
-    StoredMessage,
     Submit,
 )
-from filao.engines.postgresql import control, moving, verbs
+from filao.engines.postgresql import control, verbs
 from filao.engines.postgresql.apart import Apart
 from filao.engines.postgresql.clock import MOMENT, ServerClock
-from filao.engines.postgresql.doctor import examine
+from filao.engines.postgresql.control import SLICE, UNLOCKED_POLL, PostgresqlOperators
 from filao.engines.postgresql.listener import Listener
+from filao.engines.postgresql.moving import PostgresqlMover
 from filao.engines.postgresql.schema import migrate
 from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server, in_time
-from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransaction, Transactions, retried
+from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransactions, Transactions, retried
 from filao.engines.postgresql.watch import Watch
-from filao.engines.rows import LEAVING, RowPacking, has_rival, is_new, sends, without_key
 from filao.engines.waiters import Line, Place
-from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
+from filao.errors import EngineUnavailable, FilaoError
 from filao.guarded import for_ever
-from filao.queue import Queue, not_found, rules_from_json, rules_to_json
+from filao.queue import Queue, not_found, rules_to_json
 
-SLICE = 2_000  # messages that operators change in one transaction
 UNUSED_MAX = 60.0  # seconds after which one that nobody used is closed
-UNLOCKED_POLL = 0.05  # seconds between looks whether the senders of a queue that is to be deleted are done
 
 
 class PostgresqlEngine:
@@ -61,7 +49,7 @@ class PostgresqlEngine:
     name = "PostgreSQL"
     features: frozenset[Feature] = frozenset(Feature)
     emulated: frozenset[Feature] = frozenset()
-    lanes = 1
+    concurrent_batches = 1
 
     def __init__(self, url: str, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
         self._server = Server(url, durable=durable)
@@ -80,13 +68,31 @@ class PostgresqlEngine:
             connection=self._transactions.connection,
             strike_off=strike_off,
         )
-        self._database = ""
         self._lines: dict[str, Line] = {}
         self._numbers: dict[str, int] = {}
         self._rules: dict[str, Queue] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_listening = False
         self._is_closing = False
+        self.operators: PostgresqlOperators = PostgresqlOperators(
+            self._server, self._main, self._listener, self._row, self._moment, forget=self._numbers.clear
+        )
+        self.mover: PostgresqlMover = PostgresqlMover(
+            self._server,
+            self._main,
+            self._transactions,
+            apply=self._apply_within,
+            operators=self.operators,
+            moment=self._moment,
+        )
+        self.transactions: PostgresqlTransactions = PostgresqlTransactions(
+            self._server,
+            self._transactions,
+            apply=self._apply_within,
+            committed=self._committed,
+            rules=self._rules,
+            moment=self._moment,
+        )
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
@@ -94,7 +100,7 @@ class PostgresqlEngine:
         """Connect, and create or migrate the schema."""
         try:
             async with self._main.use() as connection:
-                self._database = await migrate(connection, self._server)
+                self._server.database = await migrate(connection, self._server)
                 await self._time.compare(connection)
         except BaseException:
             await self._main.close()
@@ -103,7 +109,7 @@ class PostgresqlEngine:
         self._start(for_ever("the watch over PostgreSQL's queues", self._watch.look))
         self._start(for_ever("the housekeeping of PostgreSQL's queues", self._keep_house))
 
-    def twin(self) -> "PostgresqlEngine":
+    def sibling(self) -> "PostgresqlEngine":
         """Return an engine on the same database."""
         return PostgresqlEngine(self._server.url, durable=self._durable, clock=self._clock)
 
@@ -130,10 +136,6 @@ class PostgresqlEngine:
     def drop(self) -> None:
         """Let go though the event loop has ended."""
         self._server.drop()
-
-    def abandon(self) -> None:
-        """Let go in a child after a fork."""
-        self._server.abandon()
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -222,7 +224,7 @@ class PostgresqlEngine:
         about = (listener.process, listener.name, listener.next_token)
         moment = self._moment() if later else self._expected()
         return verbs.Setting(
-            self._rules, self._numbers, self._database, *about, moment, later, self._server.charset.fitted
+            self._rules, self._numbers, self._server.database, *about, moment, later, self._server.charset.fitted
         )
 
     async def _learn(self, connection: Connection, operations: Sequence[Operation]) -> set[str]:
@@ -283,43 +285,15 @@ class PostgresqlEngine:
                 results[place] = verbs.lease_lost(operation.delivery, now.get(operation.delivery.handle))
         return results
 
-    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
-        """Send on the user's own connection, in the user's own transaction; whoever waits finds it by polling."""
-        given = connection_of(connection, needs_transaction=True)
-        for error in verbs.unwritable([operation], self._server.charset).values():
-            return error
-        with self._server.mapped_within():
-            is_ours = given.dialect == "postgresql" and given.execute(_IS_HERE).fetchone()[0]
-            (about,) = _texts(given.execute(_ABOUT, (operation.queue,)).fetchall()) if is_ours else (None,)
-            if about is None or about[2] != self._database:
-                raise ConfigurationError(
-                    f"within= was given a connection to another database than this broker's, {self._server.name}"
-                )
-            number, rules, _ = about
-            if number is None:
-                return not_found(operation.queue, self._rules)
-            salt = verbs.new_salt()
-            parameters = verbs.send_parameters([operation], number, self._moment(), salt, later=True)
-            rows = _texts(given.execute(verbs.SEND.replace("%s", "?"), parameters).fetchall())
-        return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules), salt)[0]
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[PostgresqlTransaction]:
-        """Hold a transaction for the user's own statements, on a connection of its own."""
-        async with self._transactions.begin() as connection:
-            within = PostgresqlTransaction(connection, self.apply_within)
-            try:
-                yield within
-            finally:
-                if within.has_set:
-                    self._server.distrust_one(connection)
-            within.check_open()
-        if fresh := verbs.fresh(within.done):
+    async def _committed(self, operations: Sequence[Operation]) -> None:
+        """Wake those who wait for what a transaction of the user's has stored."""
+        if fresh := verbs.fresh(operations):
             with suppress(FilaoError):  # it is committed; whoever waits polls as well
-                known = [self._numbers.get(queue) or await self._number(queue) for queue in fresh]  # a delete forgets
+                # A delete forgets numbers.
+                known = [self._numbers.get(queue) or await self.operators.number(queue) for queue in fresh]
                 await self._value(verbs.CALL, known, list(fresh.values()))
 
-    async def apply_within(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
+    async def _apply_within(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
         """Do operations in a transaction that is open on a connection."""
         for error in verbs.unwritable(operations, self._server.charset).values():
             raise error
@@ -356,7 +330,7 @@ class PostgresqlEngine:
         while int(await self._value("SELECT filao.strike_off(%s, %s, %s, %s)", *about)) == SLICE:
             pass
 
-    # --- the control plane -------------------------------------------------------------------------------------------
+    # --- queues ------------------------------------------------------------------------------------------------------
 
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""
@@ -365,155 +339,10 @@ class PostgresqlEngine:
             pass  # in transactions of a bounded size; whatever others hold is arranged by whoever receives next
         self._numbers[queue.name], self._rules[queue.name] = number, queue
 
-    async def queues(self) -> list[Queue]:
-        """Return every declared queue with its rules, by name."""
-        async with self._main.use() as connection:
-            return [rules for _, rules in (await control.queues(connection)).values()]
-
     async def find(self, queue: str) -> Queue:
         """Return a queue with its rules, by one row."""
         async with self._main.use() as connection:
             return await control.find(connection, queue)
-
-    async def delete(self, queue: str) -> int:
-        """Delete a queue that holds no message."""
-        number = await self._number(queue)
-        for _ in range(round(LOCKED_FOR / UNLOCKED_POLL)):
-            held = await self._value("SELECT filao.delete(%s)", number)
-            if held is not None:
-                self._numbers.clear()
-                return int(held)
-            await asyncio.sleep(UNLOCKED_POLL)
-        raise EngineError(
-            f"{self._server.name}: queue {queue!r} was not deleted: transactions that have "
-            "sent to it have been open for "
-            f"{LOCKED_FOR:g} s. Nothing was done; delete it when its senders have stopped."
-        )
-
-    async def stats(self, queue: str | None = None) -> list[QueueStats]:
-        """Read the counters of every queue, or of one."""
-        await self._value("SELECT filao.expire_all(%s)", MOMENT)
-        async with self._main.use() as connection:
-            return await control.stats(connection, self._moment(), queue)
-
-    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
-        """Return messages of one state in its order."""
-        number = await self._number(queue)
-        await self._value("SELECT filao.expire_all(%s)", MOMENT)
-        async with self._main.use() as connection:
-            return await control.peek(connection, (number, queue), state, limit=limit, after=after)
-
-    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
-        """Give dead letters back, each to its old place."""
-        number, chosen = await self._number(queue), None if ids is None else list(ids)
-        new = (None, None, None) if edited is None else (edited.kind, edited.content, edited.headers)
-
-        sql = "SELECT * FROM filao.redrive(%s, %s, %s::text[], %s, %s, %s, %s::smallint, %s::bytea, %s)"
-        done = await self._in_slices(sql, (number, MOMENT, chosen), new, limit)
-        await self._wake(number, done)
-        return done
-
-    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
-        """Delete messages in these states."""
-        number, chosen = await self._number(queue), None if ids is None else list(ids)
-        sql = "SELECT * FROM filao.remove(%s, %s, %s::filao.state[], %s::text[], %s, %s, %s)"
-        done = await self._in_slices(sql, (number, MOMENT, list(map(str, states)), chosen), (), None)
-        await self._wake(number, done)
-        return done
-
-    async def _in_slices(self, sql: str, first: tuple[Any, ...], last: tuple[Any, ...], limit: int | None) -> int:
-        """Change many messages in transactions of a bounded size: none that was sent, or died, after this began."""
-        mark, after, total = await self._value("SELECT filao.mark()"), 0, 0
-        while limit is None or total < limit:
-            size = SLICE if limit is None else min(SLICE, limit - total)
-            done, after = await self._row(sql, *first, after, mark, size, *last)
-            if not done:
-                break
-            total += done
-        return total
-
-    async def pause(self, queue: str, *, paused: bool) -> None:
-        """Stop or resume deliveries."""
-        number = await self._number(queue)
-        await self._value("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
-        await self._wake(number, 0 if paused else SLICE)
-
-    async def resume_group(self, queue: str, group: str) -> None:
-        """Let a halted group go on."""
-        number = await self._number(queue)
-        await self._value("SELECT filao.resume_group(%s, %s, %s)", number, MOMENT, group)
-        await self._wake(number, 1)
-
-    def check(self, queue: Queue) -> None:
-        """Accept every queue."""
-
-    def check_draft(self, queue: Queue, draft: Draft) -> None:
-        """Refuse text that the database's encoding cannot hold; a body is stored as bytes."""
-        self._server.charset.check(queue.name, draft)
-
-    async def identity(self) -> str:
-        """Return the schema's own name, its database, and the run of its server: a copy has another of these."""
-        return str(await self._value(_IDENTITY))
-
-    @asynccontextmanager
-    async def packing(self, queue: str) -> AsyncGenerator[Packing]:
-        """Begin to carry a queue's messages elsewhere."""
-        number = await self._number(queue)
-
-        async def read(after: int, limit: int) -> list[Parcel]:
-            async with self._main.use() as connection:
-                return await moving.pack(connection, number, self._moment(), after, limit)
-
-        async def held() -> int:
-            return (await self.stats(queue))[0].leased
-
-        yield RowPacking(read, partial(self.remove, queue, LEAVING), held)
-
-    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
-        """Store messages that came from elsewhere."""
-        number = await self._number(queue)
-        async with self._transactions.begin() as connection:
-            results = await self.apply_within(connection, sends(queue, parcels))
-            for place, parcel in enumerate(parcels):
-                if has_rival(parcel, results[place]):
-                    (results[place],) = await self.apply_within(connection, sends(queue, [without_key(parcel)]))
-            new = [parcel for parcel, result in zip(parcels, results, strict=True) if is_new(result)]
-            await moving.amend(connection, number, self._moment(), new)
-
-    async def memory(self, queue: str) -> Memory:
-        """Return the keys of messages that have ended, and the groups that are halted."""
-        number = await self._number(queue)
-        async with self._main.use() as connection:
-            return await moving.memory(connection, number, self._moment())
-
-    async def remember(self, queue: str, memory: Memory) -> None:
-        """Remember what another engine remembered."""
-        number = await self._number(queue)
-        async with self._transactions.begin() as connection:
-            await moving.remember(connection, number, self._moment(), memory)
-
-    async def report(self, state: str) -> None:
-        """Write down how this process is doing."""
-        sql = "UPDATE filao.process SET state = %s, reported_at = filao.clock() WHERE name = %s"
-        async with self._main.use() as connection:
-            await connection.execute(sql, (self._server.charset.fitted(state), self._listener.name))
-
-    async def doctor(self) -> list[Finding]:
-        """Examine the database and say what an operator should know."""
-        async with self._main.use() as connection:
-            return await examine(connection, self._server)
-
-    async def _number(self, queue: str) -> int:
-        """Look a queue's number up: an operator's command must not meet another queue, nor what was deleted."""
-        async with self._main.use() as connection:
-            found = await control.queues(connection)
-        if queue not in found:
-            raise not_found(queue, found)
-        return found[queue][0]
-
-    async def _wake(self, number: int, count: int) -> None:
-        if count:
-            await self._value(verbs.CALL, [number], [count])
 
     async def _value(self, sql: str, *parameters: Any) -> Any:
         """Run a statement that is a transaction, and return its first value."""
@@ -547,20 +376,3 @@ class _Done(NamedTuple):
     """Queues that nobody declared, whose operations were left out."""
     calls: Sequence[verbs.Call]
     rows: list[verbs.Rows]
-
-
-def _texts(rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """Return rows without bytes, as which a connection with the client_encoding SQL_ASCII gives text."""
-    return [tuple(value.decode() if isinstance(value, bytes) else value for value in row) for row in rows]
-
-
-_IDENTITY = """
-    SELECT format('postgresql %%s %%s %%s', m.value, d.oid, extract(epoch FROM pg_postmaster_start_time()))
-    FROM filao.meta m, pg_database d WHERE m.name = 'database' AND d.datname = current_database()
-"""
-_IS_HERE = "SELECT to_regclass('filao.queue') IS NOT NULL"
-_ABOUT = """
-    SELECT q.id, q.rules::text, m.value
-    FROM filao.meta m LEFT JOIN filao.queue q ON q.name = ?
-    WHERE m.name = 'database'
-"""

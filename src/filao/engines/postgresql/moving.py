@@ -1,13 +1,21 @@
 """A queue on its way: its messages as they are read for another engine, and stored as they come from one."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 
-from filao.engine import Key, Memory, Parcel
+from filao.engine import Draft
 from filao.engines import rows as carried
-from filao.engines.postgresql.control import HISTORY, history
-from filao.engines.postgresql.server import Connection
+from filao.engines.postgresql.control import HISTORY, PostgresqlOperators, history
+from filao.engines.postgresql.server import Connection, Link, Server
+from filao.engines.postgresql.transactions import Apply, Transactions
+from filao.moving import Key, Memory, Packing, Parcel
+from filao.queue import Queue
 
+_IDENTITY = """
+    SELECT format('postgresql %s %s %s', m.value, d.oid, extract(epoch FROM pg_postmaster_start_time()))
+    FROM filao.meta m, pg_database d WHERE m.name = 'database' AND d.datname = current_database()
+"""
 _NEXT = f"""
     SELECT coalesce(%s, filao.clock()), filao.name_of(m), {HISTORY}, id, state::text, {carried.COLUMNS}
     FROM filao.message m
@@ -24,6 +32,74 @@ _KEYS = """
 _REMEMBER = """
     INSERT INTO filao.dedup (queue, kind, key, message, until) VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
 """
+
+
+class PostgresqlMover:
+    """See `filao.moving.Mover`."""
+
+    def __init__(
+        self,
+        server: Server,
+        link: Link,
+        transactions: Transactions,
+        *,
+        apply: Apply,
+        operators: PostgresqlOperators,
+        moment: Callable[[], int | None],
+    ) -> None:
+        self._server = server
+        self._link = link
+        self._transactions = transactions
+        self._apply = apply
+        self._operators = operators
+        self._moment = moment
+
+    async def identity(self) -> str:
+        """Return the schema's own name, its database, and the run of its server: a copy has another of these."""
+        async with self._link.use() as connection:
+            found = await (await connection.execute(_IDENTITY)).fetchone()
+        assert found is not None
+        return str(found[0])
+
+    def check(self, queue: Queue, drafts: Sequence[Draft] = ()) -> None:
+        """Refuse text that the database's encoding cannot hold; a body is stored as bytes."""
+        for draft in drafts:
+            self._server.charset.check(queue.name, draft)
+
+    @asynccontextmanager
+    async def packing(self, queue: str) -> AsyncGenerator[Packing]:
+        """Begin to carry a queue's messages elsewhere."""
+        number = await self._operators.number(queue)
+
+        async def read(after: int, limit: int) -> list[Parcel]:
+            async with self._link.use() as connection:
+                return await pack(connection, number, self._moment(), after, limit)
+
+        yield carried.RowPacking(queue, read, self._operators)
+
+    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
+        """Store messages that came from elsewhere."""
+        number = await self._operators.number(queue)
+        async with self._transactions.begin() as connection:
+            results = await self._apply(connection, carried.sends(queue, parcels))
+            for place, parcel in enumerate(parcels):
+                if carried.has_rival(parcel, results[place]):
+                    again = carried.sends(queue, [carried.without_key(parcel)])
+                    (results[place],) = await self._apply(connection, again)
+            new = [parcel for parcel, result in zip(parcels, results, strict=True) if carried.is_new(result)]
+            await amend(connection, number, self._moment(), new)
+
+    async def memory(self, queue: str) -> Memory:
+        """Return the keys of messages that have ended, and the groups that are halted."""
+        number = await self._operators.number(queue)
+        async with self._link.use() as connection:
+            return await memory(connection, number, self._moment())
+
+    async def remember(self, queue: str, memory: Memory) -> None:
+        """Remember what another engine remembered."""
+        number = await self._operators.number(queue)
+        async with self._transactions.begin() as connection:
+            await remember(connection, number, self._moment(), memory)
 
 
 async def pack(connection: Connection, queue: int, moment: int | None, after: int, limit: int) -> list[Parcel]:

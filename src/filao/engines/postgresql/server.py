@@ -18,7 +18,7 @@ from psycopg.rows import tuple_row
 from filao.codec import shown
 from filao.engine import Draft
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, MessageNotEncodable
-from filao.forks import cut_off, keep
+from filao.forks import cut_off, gate, keep
 from filao.urls import checked, shown_url
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -125,6 +125,9 @@ class Server:
         """What text it can hold."""
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._distrusted: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self.database: str = ""
+        """The name that this database gave itself when its schema was created."""
+        gate.connect(self)
 
     async def connect(self, *, is_ours: bool = True, locked_for: float = LOCKED_FOR) -> Connection:
         """Open a connection that commits each statement, with the settings that the promises rest on.
@@ -229,7 +232,7 @@ class Server:
         for connection in list(self._connections):
             connection.pgconn.finish()
 
-    def abandon(self) -> None:
+    def inherit(self) -> None:
         """Cut a child off from the sessions of its parent: whatever ends there politely would end them."""
         for connection in list(self._connections):
             cut_off(connection.fileno)

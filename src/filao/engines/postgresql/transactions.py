@@ -1,7 +1,9 @@
-"""Transactions of the user's own, each on a connection of its own, and what a transaction of ours does when it lost."""
+"""Transactions of the user's own, each on a connection of its own or on one that a send joins, and what a transaction
+of ours does when it lost.
+"""
 
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -9,13 +11,18 @@ from psycopg import DatabaseError, pq
 from psycopg.errors import DeadlockDetected, LockNotAvailable, NoDataFound, SerializationFailure, UniqueViolation
 
 from filao.codec import shown
-from filao.engine import Operation, Result, Send, Settle
+from filao.connections import connection_of
+from filao.engine import Operation, Receipt, Result, Send, Settle
+from filao.engines.postgresql import verbs
 from filao.engines.postgresql.clock import DIFFER, ServerClock
 from filao.engines.postgresql.server import Connection, Pool, PoolExhausted, Server, in_time
 from filao.engines.statements import check_statement, first_words, for_psycopg
-from filao.errors import EngineError, EngineUnavailable
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
+from filao.queue import Queue, not_found, rules_from_json
 
 R = TypeVar("R")
+Apply = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
+"""Does operations in a transaction that is open on a connection."""
 
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever is the database's default
 CONNECTIONS_MAX = 10  # for transactions, in one process
@@ -75,12 +82,64 @@ class Transactions:
         await self._pool.close(unused_for)
 
 
+class PostgresqlTransactions:
+    """See `filao.engine.Transactions`."""
+
+    def __init__(
+        self,
+        server: Server,
+        transactions: Transactions,
+        *,
+        apply: Apply,
+        committed: Callable[[Sequence[Operation]], Awaitable[None]],
+        rules: Mapping[str, Queue],
+        moment: Callable[[], int | None],
+    ) -> None:
+        self._server = server
+        self._transactions = transactions
+        self._apply = apply
+        self._committed = committed
+        self._rules = rules
+        self._moment = moment
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncGenerator["PostgresqlTransaction"]:
+        """Hold a transaction for the user's own statements, on a connection of its own."""
+        async with self._transactions.begin() as connection:
+            within = PostgresqlTransaction(connection, self._apply)
+            try:
+                yield within
+            finally:
+                if within.has_set:
+                    self._server.distrust_one(connection)
+            within.check_open()
+        await self._committed(within.done)
+
+    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
+        """Send on the user's own connection, in the user's own transaction; whoever waits finds it by polling."""
+        given = connection_of(connection, needs_transaction=True)
+        for error in verbs.unwritable([operation], self._server.charset).values():
+            return error
+        with self._server.mapped_within():
+            is_ours = given.dialect == "postgresql" and given.execute(_IS_HERE).fetchone()[0]
+            (about,) = _texts(given.execute(_ABOUT, (operation.queue,)).fetchall()) if is_ours else (None,)
+            if about is None or about[2] != self._server.database:
+                raise ConfigurationError(
+                    f"within= was given a connection to another database than this broker's, {self._server.name}"
+                )
+            number, rules, _ = about
+            if number is None:
+                return not_found(operation.queue, self._rules)
+            salt = verbs.new_salt()
+            parameters = verbs.send_parameters([operation], number, self._moment(), salt, later=True)
+            rows = _texts(given.execute(verbs.SEND.replace("%s", "?"), parameters).fetchall())
+        return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules), salt)[0]
+
+
 class PostgresqlTransaction:
     """See `filao.engine.EngineTransaction`."""
 
-    def __init__(
-        self, connection: Connection, apply: Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
-    ) -> None:
+    def __init__(self, connection: Connection, apply: Apply) -> None:
         self._connection = connection
         self._apply = apply
         self._ended_by: str | None = None
@@ -147,6 +206,19 @@ async def retried(
             if error.sqlstate == DIFFER:
                 await clock.compare(connection, for_call=True)
     return await work()
+
+
+def _texts(rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Return rows without bytes, as which a connection with the client_encoding SQL_ASCII gives text."""
+    return [tuple(value.decode() if isinstance(value, bytes) else value for value in row) for row in rows]
+
+
+_IS_HERE = "SELECT to_regclass('filao.queue') IS NOT NULL"
+_ABOUT = """
+    SELECT q.id, q.rules::text, m.value
+    FROM filao.meta m LEFT JOIN filao.queue q ON q.name = ?
+    WHERE m.name = 'database'
+"""
 
 
 async def _roll_back(connection: Connection) -> None:

@@ -3,34 +3,102 @@
 A dead letter is looked at by receiving it and giving it back, so that for a moment nobody else sees it.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
-from aiormq.exceptions import ChannelNotFoundEntity
 
-from filao.engine import Draft, QueueStats, StoredMessage
-from filao.engines.rabbitmq import envelope, topology
-from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Session
+from filao.engine import Draft, Finding, QueueStats, State, StoredMessage
+from filao.engines.rabbitmq import doctor, envelope, register, topology
+from filao.engines.rabbitmq.refusals import refused
+from filao.engines.rabbitmq.register import Declared
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
 from filao.engines.rabbitmq.topology import UNDELIVERED, dead_name, ladder
 from filao.errors import ConfigurationError
+from filao.queue import Queue
 
 
-async def depth(session: Session, queue: str) -> int | None:
-    """Return how many messages are ready in one of the server's queues; None when there is no such queue."""
-    try:
-        async with session.aside() as channel:
-            return (await channel.queue_declare(queue, passive=True, timeout=ANSWERS_WITHIN)).message_count or 0
-    except ChannelNotFoundEntity:
-        return None
+class RabbitmqOperators:
+    """See `filao.engine.Operators`."""
+
+    pausing: None = None
+
+    def __init__(self, server: Server, declared: Declared, held: Callable[[], Mapping[str, int]]) -> None:
+        self._server = server
+        self._declared = declared
+        self._held = held
+
+    async def queues(self) -> list[Queue]:
+        """Return every declared queue with its rules, by name."""
+        return await self._declared.learn()
+
+    async def delete(self, queue: str) -> int:
+        """Delete a queue of which nothing is ready or dead; the server does not tell what others hold of it."""
+        await self._declared.rules_of(queue)
+        async with self._declared.apart() as session:
+            held = await session.depth(queue) or 0
+            held += await session.depth(dead_name(queue)) or 0
+            if not held:
+                async with asyncio.timeout(ANSWERS_WITHIN), session.aside() as channel:
+                    await channel.queue_delete(queue)
+                    await channel.queue_delete(dead_name(queue))
+                await register.strike_out(session, self._server, queue, partial(remove_ladder, session))
+                self._declared.rules.pop(queue, None)
+        return held
+
+    async def stats(self, queue: str | None = None) -> list[QueueStats]:
+        """Ask the server for the depth of every queue, or of one, and of its dead letters."""
+        if queue is not None:
+            await self._declared.rules_of(queue)
+        queues = [known.name for known in await self._declared.learn() if queue in (None, known.name)]
+        held = self._held()
+        async with self._declared.apart() as session:
+            return [await stats(session, one, held.get(one, 0)) for one in queues]
+
+    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
+        """Return dead letters; nothing else can be looked at."""
+        await self._declared.rules_of(queue)
+        if state is not State.DEAD:
+            raise refused(queue, f"peek at {state} messages", "way to look at a message without receiving it")
+        async with self._declared.apart() as session:
+            return await peek(session, queue, limit, after)
+
+    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
+        """Publish dead letters behind what is ready."""
+        await self._declared.rules_of(queue)
+        async with self._declared.apart() as session:
+            return await redrive(session, queue, ids, limit, edited)
+
+    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
+        """Delete what is ready, or the dead letters."""
+        await self._declared.rules_of(queue)
+        if ids is not None:
+            raise refused(queue, "to cancel one message", "way to find a message in a queue")
+        async with self._declared.apart() as session:
+            if not {State.READY, State.DEAD} & set(states):
+                raise refused(queue, f"to purge {' and '.join(states)} messages", "way to reach them")
+            ready = await purge(session, queue) if State.READY in states else 0
+            dead = await purge(session, dead_name(queue)) if State.DEAD in states else 0
+        return ready + dead
+
+    async def report(self, state: str) -> None:
+        """Do nothing: the server keeps no list of processes that others could read."""
+
+    async def doctor(self) -> list[Finding]:
+        """Examine the server and its queues and say what an operator should know."""
+        queues = await self._declared.learn()
+        async with self._declared.apart() as session:
+            return await doctor.examine(session, self._server, queues, self._declared.strange)
 
 
 async def on_the_ladder(session: Session) -> int:
     """Return how many messages wait on the ladder, of whatever queue; 0 when there is none."""
     waiting = 0
     for name in ladder():
-        found = await depth(session, name)
+        found = await session.depth(name)
         if found is None:
             return waiting
         waiting += found
@@ -39,14 +107,14 @@ async def on_the_ladder(session: Session) -> int:
 
 async def remove_ladder(session: Session) -> None:
     """Delete the ladder if nothing waits on it, nor came down it for a queue that was deleted."""
-    if not await on_the_ladder(session) and await depth(session, UNDELIVERED) == 0:
+    if not await on_the_ladder(session) and await session.depth(UNDELIVERED) == 0:
         async with session.aside() as channel:
             await topology.remove_ladder(channel)
 
 
 async def stats(session: Session, queue: str, held: int) -> QueueStats:
     """Return what the server knows of a queue; `held` is what this process holds of it, for it tells of no other."""
-    ready, dead = await depth(session, queue), await depth(session, dead_name(queue))
+    ready, dead = await session.depth(queue), await session.depth(dead_name(queue))
     return QueueStats(
         name=queue,
         paused=False,
@@ -118,7 +186,7 @@ async def _dead(session: Session, queue: str) -> AsyncGenerator[tuple[Channel, A
 
     What goes back lines up behind what went back before, so to keep the order all go together, the unseen as well.
     """
-    most = await depth(session, dead_name(queue)) or 0  # those that die meanwhile have no end
+    most = await session.depth(dead_name(queue)) or 0  # those that die meanwhile have no end
     async with session.aside(confirms=True) as channel:
         messages = _each(channel, dead_name(queue), most)
         yield channel, messages

@@ -9,7 +9,6 @@ from aiormq.exceptions import ChannelAccessRefused
 from pamqp.commands import Basic
 
 from filao.engine import Finding
-from filao.engines.rabbitmq import control
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server, Session
 from filao.engines.rabbitmq.topology import PROBE, QUORUM, REGISTER, SAFE_DEATH, UNDELIVERED, dead_name
 from filao.queue import Queue
@@ -25,7 +24,7 @@ async def examine(
     """Examine; `strange` is what of the register cannot be read."""
     findings = [Finding("server", "ok", f"{server.name}, version {session.version}")]
     for queue in queues:
-        ready, dead = await control.depth(session, queue.name), await control.depth(session, dead_name(queue.name))
+        ready, dead = await session.depth(queue.name), await session.depth(dead_name(queue.name))
         if ready is None or dead is None:
             missing = queue.name if ready is None else dead_name(queue.name)
             findings.append(_finding(queue, "error", f"{missing!r} was deleted on the server: declare the queue again"))
@@ -33,7 +32,7 @@ async def examine(
             findings.append(_finding(queue, "note" if dead else "ok", f"{ready:,} ready, {dead:,} dead letters"))
     if strange:
         findings.append(Finding("register", "warning", _STRANGE.format(what="; ".join(strange[:5]))))
-    undelivered = await control.depth(session, UNDELIVERED)
+    undelivered = await session.depth(UNDELIVERED)
     if undelivered:
         text = (
             f"{undelivered:,} messages were delayed for queues that have been deleted meanwhile: they are in "

@@ -7,11 +7,10 @@ between the two doubles it, and nothing is lost.
 """
 
 import asyncio
-import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any
@@ -25,17 +24,10 @@ from filao.engine import (
     Ack,
     Batch,
     Delivery,
-    Draft,
-    EngineTransaction,
     Extend,
     Feature,
-    Finding,
-    Memory,
     Nack,
     Operation,
-    Packing,
-    Parcel,
-    QueueStats,
     Receipt,
     Receive,
     Received,
@@ -44,22 +36,20 @@ from filao.engine import (
     Result,
     Send,
     Settle,
-    State,
-    StoredMessage,
     Submit,
 )
-from filao.engines.rabbitmq import control, doctor, envelope, register, topology, wire
+from filao.engines.rabbitmq import envelope, register, topology, wire
 from filao.engines.rabbitmq.consumer import Consumer
-from filao.engines.rabbitmq.moving import QueuePacking
+from filao.engines.rabbitmq.control import RabbitmqOperators
+from filao.engines.rabbitmq.moving import RabbitmqMover
 from filao.engines.rabbitmq.publisher import Publisher, deleted
-from filao.engines.rabbitmq.refusals import check_delay, check_draft, check_rules, has_delay, refused
+from filao.engines.rabbitmq.refusals import check_delay, check_rules, has_delay, refused
+from filao.engines.rabbitmq.register import Declared
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Link, Server, Session
 from filao.engines.waiters import Line, Place
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost, UnsupportedFeature
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, retry_delay
-
-log: logging.Logger = logging.getLogger("filao.rabbitmq")
 
 TIDY_INTERVAL = 0.5  # seconds between looks for messages that were pushed for nobody
 LEARN_INTERVAL = 30.0  # seconds after which the rules of the queues are read again
@@ -71,7 +61,7 @@ class RabbitmqEngine:
     name = "RabbitMQ"
     features: frozenset[Feature] = frozenset({Feature.LIVENESS, Feature.TTL, Feature.DEAD_LETTERS})
     emulated: frozenset[Feature] = frozenset({Feature.DELAY})
-    lanes = 64  # the server flushes its disk for all that are on their way
+    concurrent_batches = 64  # the server flushes its disk for all that are on their way
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
         if clock is not time.time:
@@ -80,24 +70,24 @@ class RabbitmqEngine:
         self._sending = Link(self._server, self._call_all)
         self._receiving = Link(self._server, self._call_all)
         self._publisher = Publisher(self._sending)
-        self._rules: dict[str, Queue] = {}
-        self._strange: list[str] = []
-        """What of the register cannot be read, in words."""
-        self._learnt_at = 0.0
+        self._declared = Declared(self._server)
         self._consumers: dict[str, Consumer] = {}
         self._opening = asyncio.Lock()
         self._tokens = count(1)
         self._lines: dict[str, Line] = {}
         self._is_closing = False
+        self.operators: RabbitmqOperators = RabbitmqOperators(self._server, self._declared, self._held)
+        self.mover: RabbitmqMover = RabbitmqMover(self._server, self._declared, self._publisher)
+        self.transactions: None = None
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Connect, and read which queues there are."""
-        await self.queues()
+        await self._declared.learn()
         self._tidying = asyncio.get_running_loop().create_task(for_ever("tidying up on RabbitMQ", self._tidy))
 
-    def twin(self) -> None:
+    def sibling(self) -> None:
         """Return None: a lease lives and dies with the connection that it was had on."""
 
     async def close(self) -> None:
@@ -118,10 +108,6 @@ class RabbitmqEngine:
         """Let go though the event loop has ended."""
         self._server.drop()
 
-    def abandon(self) -> None:
-        """Let go in a child after a fork."""
-        self._server.abandon()
-
     # --- the data plane ----------------------------------------------------------------------------------------------
 
     async def execute(self, batch: Batch) -> list[Result]:
@@ -132,8 +118,8 @@ class RabbitmqEngine:
         operations = batch.take(_alike())  # so that a receive does not wait for what the server must confirm
         try:
             async with asyncio.timeout(ANSWERS_WITHIN):
-                if not {_queue_of(operation) for operation in operations} <= self._rules.keys():
-                    await self.queues()
+                if not {_queue_of(operation) for operation in operations} <= self._declared.rules.keys():
+                    await self._declared.learn()
                 return await self._do(operations, session)
         except TimeoutError as error:
             await session.close()
@@ -165,9 +151,9 @@ class RabbitmqEngine:
             return self._server.engine_error(error)
 
     async def _work(self, operation: Operation, session: Session) -> Result:
-        queue = self._rules.get(_queue_of(operation))
+        queue = self._declared.rules.get(_queue_of(operation))
         if queue is None:
-            return not_found(_queue_of(operation), self._rules)
+            return not_found(_queue_of(operation), self._declared.rules)
         match operation:
             case Send():
                 return [Receipt(name) for name in await self._publisher.send(queue, operation.drafts)]
@@ -193,7 +179,7 @@ class RabbitmqEngine:
                 consumer = await self._consumer(queue.name, session)
                 messages = await consumer.take(receive.limit, waiting)
             except ChannelNotFoundEntity:
-                del self._rules[queue.name]
+                del self._declared.rules[queue.name]
                 raise deleted(queue.name) from None
             try:
                 for message in messages:
@@ -317,177 +303,30 @@ class RabbitmqEngine:
                 line = self._lines.get(queue)
                 if consumer.is_open:
                     await consumer.tidy(is_wanted=line is not None and line.wanted() > 0)
-            if now() - self._learnt_at > LEARN_INTERVAL:
-                await self.queues()
+            if now() - self._declared.learnt_at > LEARN_INTERVAL:
+                await self._declared.learn()
 
-    # --- the control plane -------------------------------------------------------------------------------------------
+    # --- queues ------------------------------------------------------------------------------------------------------
 
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""
-        self.check(queue)
-        async with self._apart() as session:
+        check_rules(queue)
+        async with self._declared.apart() as session:
             async with asyncio.timeout(ANSWERS_WITHIN), session.aside() as channel:
                 await topology.declare_queue(channel, queue)
                 if has_delay(queue):
                     await topology.declare_ladder(channel)
                     await topology.bind_to_ladder(channel, queue.name)
             await register.enter(session, self._server, queue)
-        self._rules[queue.name] = queue
-
-    async def queues(self) -> list[Queue]:
-        """Return every declared queue with its rules, by name."""
-        async with self._apart() as session:
-            self._rules, strange = await register.queues(session, self._server)
-        for what in strange:
-            if what not in self._strange:
-                log.warning("%s: the register %r holds %s", self._server.name, topology.REGISTER, what)
-        self._strange = strange
-        self._learnt_at = asyncio.get_running_loop().time()
-        return list(self._rules.values())
+        self._declared.rules[queue.name] = queue
 
     async def find(self, queue: str) -> Queue:
         """Return a queue with its rules; the register is read whole."""
-        known = {found.name: found for found in await self.queues()}
-        if queue not in known:
-            raise not_found(queue, known)
-        return known[queue]
+        return await self._declared.rules_of(queue, anew=True)
 
-    async def delete(self, queue: str) -> int:
-        """Delete a queue of which nothing is ready or dead; the server does not tell what others hold of it."""
-        await self._check_declared(queue)
-        async with self._apart() as session:
-            held = await control.depth(session, queue) or 0
-            held += await control.depth(session, topology.dead_name(queue)) or 0
-            if not held:
-                async with asyncio.timeout(ANSWERS_WITHIN), session.aside() as channel:
-                    await channel.queue_delete(queue)
-                    await channel.queue_delete(topology.dead_name(queue))
-                await register.strike_out(session, self._server, queue, partial(control.remove_ladder, session))
-                self._rules.pop(queue, None)
-        return held
-
-    async def stats(self, queue: str | None = None) -> list[QueueStats]:
-        """Ask the server for the depth of every queue, or of one, and of its dead letters."""
-        if queue is not None:
-            await self._check_declared(queue)
-        queues = [known for known in await self.queues() if queue in (None, known.name)]
-        held = {name: len(consumer.held) for name, consumer in self._consumers.items()}
-        async with self._apart() as session:
-            return [await control.stats(session, one.name, held.get(one.name, 0)) for one in queues]
-
-    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
-        """Return dead letters; nothing else can be looked at."""
-        await self._check_declared(queue)
-        if state is not State.DEAD:
-            raise refused(queue, f"peek at {state} messages", "way to look at a message without receiving it")
-        async with self._apart() as session:
-            return await control.peek(session, queue, limit, after)
-
-    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
-        """Publish dead letters behind what is ready."""
-        await self._check_declared(queue)
-        async with self._apart() as session:
-            return await control.redrive(session, queue, ids, limit, edited)
-
-    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
-        """Delete what is ready, or the dead letters."""
-        await self._check_declared(queue)
-        if ids is not None:
-            raise refused(queue, "to cancel one message", "way to find a message in a queue")
-        async with self._apart() as session:
-            if not {State.READY, State.DEAD} & set(states):
-                raise refused(queue, f"to purge {' and '.join(states)} messages", "way to reach them")
-            ready = await control.purge(session, queue) if State.READY in states else 0
-            dead = await control.purge(session, topology.dead_name(queue)) if State.DEAD in states else 0
-        return ready + dead
-
-    async def pause(self, queue: str, *, paused: bool) -> None:
-        """Refuse."""
-        await self._check_declared(queue)
-        raise refused(queue, "pause" if paused else "resume", "queues that can be paused")
-
-    async def resume_group(self, queue: str, group: str) -> None:
-        """Refuse."""
-        await self._check_declared(queue)
-        raise refused(queue, f"to resume group {group!r}", "groups")
-
-    async def report(self, state: str) -> None:
-        """Do nothing: the server keeps no list of processes that others could read."""
-
-    async def doctor(self) -> list[Finding]:
-        """Examine the server and its queues and say what an operator should know."""
-        queues = await self.queues()
-        async with self._apart() as session:
-            return await doctor.examine(session, self._server, queues, self._strange)
-
-    def check(self, queue: Queue) -> None:
-        """Raise `UnsupportedFeature` for a queue that cannot be declared here."""
-        check_rules(queue)
-
-    def check_draft(self, queue: Queue, draft: Draft) -> None:
-        """Raise `UnsupportedFeature` for a message that cannot be sent here."""
-        check_draft(queue, draft)
-
-    async def identity(self) -> str:
-        """Return the name of the cluster and the virtual host."""
-        async with self._apart() as session:
-            return f"rabbitmq {session.cluster} {self._server.vhost}"
-
-    @asynccontextmanager
-    async def packing(self, queue: str) -> AsyncGenerator[Packing]:
-        """Begin to carry a queue's messages elsewhere; those that were not delivered go back when the block ends."""
-        await self._check_declared(queue)
-        async with self._apart() as session, session.aside() as channel:
-
-            async def held() -> int:
-                return await control.on_the_ladder(session) if has_delay(self._rules[queue]) else 0
-
-            yield QueuePacking(channel, queue, self._publisher.name, held)
-
-    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
-        """Publish messages that came from elsewhere; those that came before are doubled."""
-        await self._check_declared(queue)
-        with self._server.mapped():
-            await self._publisher.store(self._rules[queue], parcels)
-
-    async def memory(self, queue: str) -> Memory:
-        """Return that nothing is remembered."""
-        await self._check_declared(queue)
-        return Memory()
-
-    async def remember(self, queue: str, memory: Memory) -> None:
-        """Refuse groups that are halted; the keys of messages that have ended are not known here."""
-        await self._check_declared(queue)
-        if memory.halted:
-            raise refused(queue, f"group {memory.halted[0]!r} is halted", "groups")
-
-    def transaction(self) -> AbstractAsyncContextManager[EngineTransaction]:
-        """Refuse."""
-        raise UnsupportedFeature(_NO_TRANSACTIONS)
-
-    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:  # noqa: ARG002
-        """Refuse."""
-        return UnsupportedFeature(_NO_TRANSACTIONS)
-
-    @asynccontextmanager
-    async def _apart(self) -> AsyncGenerator[Session]:
-        """Give a session of its own: what goes wrong there costs no lease and leaves no send in doubt."""
-        session = await self._server.connect()
-        try:
-            with self._server.mapped():
-                yield session
-        finally:
-            await session.close()
-
-    async def _check_declared(self, queue: str) -> None:
-        """Raise `QueueNotFound` unless the queue is declared."""
-        if queue not in self._rules:
-            await self.queues()
-        if queue not in self._rules:
-            raise not_found(queue, self._rules)
-
-
-_NO_TRANSACTIONS = "RabbitMQ has no transactions with other work. Engines that have: SQLite, PostgreSQL."
+    def _held(self) -> dict[str, int]:
+        """Return how many messages of each queue this process holds."""
+        return {name: len(consumer.held) for name, consumer in self._consumers.items()}
 
 
 def _queue_of(operation: Operation) -> str:

@@ -17,8 +17,10 @@ from pamqp.commands import Basic
 from filao.codec import BYTES, JSON, decode_headers, seen_body
 from filao.draft import KEY_MAX
 from filao.engine import Delivery, Draft, Failure, State, StoredMessage, instant
+from filao.engines.rabbitmq.topology import dead_name
 from filao.engines.rabbitmq.wire import SHORT_MAX, carried, text
 from filao.errors import MessageNotEncodable, MessageTooLarge
+from filao.moving import Parcel
 
 Properties = Basic.Properties
 
@@ -193,6 +195,18 @@ def _servers_record(deaths: object) -> tuple[str, datetime]:
         _REASONS.get(reason, "rejected") if isinstance(reason, str) else "rejected",
         died_at if isinstance(died_at, datetime) else instant(0),
     )
+
+
+def of_parcel(queue: str, parcel: Parcel) -> tuple[str, Properties]:
+    """Return where a message that came from elsewhere is published, and with what."""
+    properties = written(queue, parcel.draft, parcel.id, parcel.draft.ttl, now())
+    properties.headers = dict(properties.headers or {}) | {SENT_AT: parcel.sent_at}
+    if parcel.attempts:
+        properties.headers[ATTEMPT] = parcel.attempts
+    if parcel.reason is None:
+        return queue, properties
+    error = parcel.history[-1].error if parcel.history else ""
+    return dead_name(queue), dead(properties, parcel.attempts, parcel.reason, error, parcel.died_at)
 
 
 def name_of(properties: Properties) -> str:

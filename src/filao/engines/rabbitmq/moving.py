@@ -3,15 +3,70 @@
 What lies on the ladder cannot be reached: it is carried once it has come down.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 
-from filao.engine import Draft, Packing, Parcel
+from filao.engine import Draft
 from filao.engines.rabbitmq import envelope
-from filao.engines.rabbitmq.server import ANSWERS_WITHIN
+from filao.engines.rabbitmq.control import on_the_ladder
+from filao.engines.rabbitmq.publisher import Publisher
+from filao.engines.rabbitmq.refusals import check_draft, check_rules, has_delay, refused
+from filao.engines.rabbitmq.register import Declared
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server
 from filao.engines.rabbitmq.topology import dead_name
+from filao.moving import Memory, Packing, Parcel
+from filao.queue import Queue
+
+
+class RabbitmqMover:
+    """See `filao.moving.Mover`."""
+
+    def __init__(self, server: Server, declared: Declared, publisher: Publisher) -> None:
+        self._server = server
+        self._declared = declared
+        self._publisher = publisher
+
+    async def identity(self) -> str:
+        """Return the name of the cluster and the virtual host."""
+        async with self._declared.apart() as session:
+            return f"rabbitmq {session.cluster} {self._server.vhost}"
+
+    def check(self, queue: Queue, drafts: Sequence[Draft] = ()) -> None:
+        """Raise for a queue that cannot be declared here, or a message that cannot be sent."""
+        check_rules(queue)
+        for draft in drafts:
+            check_draft(queue, draft)
+
+    @asynccontextmanager
+    async def packing(self, queue: str) -> AsyncGenerator[Packing]:
+        """Begin to carry a queue's messages elsewhere; those that were not delivered go back when the block ends."""
+        rules = await self._declared.rules_of(queue)
+        async with self._declared.apart() as session, session.aside() as channel:
+
+            async def held() -> int:
+                return await on_the_ladder(session) if has_delay(rules) else 0
+
+            yield QueuePacking(channel, queue, self._publisher.name, held)
+
+    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
+        """Publish messages that came from elsewhere; those that came before are doubled."""
+        rules = await self._declared.rules_of(queue)
+        with self._server.mapped():
+            await self._publisher.store(rules, parcels)
+
+    async def memory(self, queue: str) -> Memory:
+        """Return that nothing is remembered."""
+        await self._declared.rules_of(queue)
+        return Memory()
+
+    async def remember(self, queue: str, memory: Memory) -> None:
+        """Refuse groups that are halted; the keys of messages that have ended are not known here."""
+        await self._declared.rules_of(queue)
+        if memory.halted:
+            raise refused(queue, f"group {memory.halted[0]!r} is halted", "groups")
 
 
 class QueuePacking(Packing):
@@ -60,16 +115,3 @@ class QueuePacking(Packing):
             *(delivery.handle, delivery.id, draft, delivery.sent_at, dead.attempts, dead.history, None, dead.reason),
             died_at,
         )
-
-
-def properties(queue: str, parcel: Parcel) -> tuple[str, envelope.Properties]:
-    """Return where a message that came from elsewhere is published, and with what."""
-    written = envelope.written(queue, parcel.draft, parcel.id, parcel.draft.ttl, envelope.now())
-    headers = dict(written.headers or {}) | {envelope.SENT_AT: parcel.sent_at}
-    if parcel.attempts:
-        headers[envelope.ATTEMPT] = parcel.attempts
-    written.headers = headers
-    if parcel.reason is None:
-        return queue, written
-    error = parcel.history[-1].error if parcel.history else ""
-    return dead_name(queue), envelope.dead(written, parcel.attempts, parcel.reason, error, parcel.died_at)

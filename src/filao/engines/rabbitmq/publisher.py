@@ -10,12 +10,13 @@ from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
 
-from filao.engine import Delivery, Draft, Parcel
-from filao.engines.rabbitmq import envelope, moving
+from filao.engine import Delivery, Draft
+from filao.engines.rabbitmq import envelope
 from filao.engines.rabbitmq.refusals import check_draft
 from filao.engines.rabbitmq.server import Link, Session
 from filao.engines.rabbitmq.topology import DEAD, dead_name, route
 from filao.errors import MessageTooLarge, QueueNotFound
+from filao.moving import Parcel
 from filao.queue import Queue
 
 LARGE = 128 * 1024  # bytes of a body above which it has a channel of its own, which ends when the server refuses it
@@ -57,7 +58,7 @@ class Publisher:
         for parcel in parcels:
             check_draft(queue, parcel.draft)
         for parcel in parcels:
-            place, properties = moving.properties(queue.name, parcel)
+            place, properties = envelope.of_parcel(queue.name, parcel)
             delay = 0.0 if parcel.reason else parcel.draft.delay
             await self._publish_all(await self._link.session(), place, [(parcel.draft.content, properties, delay)])
 

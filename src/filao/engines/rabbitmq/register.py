@@ -9,6 +9,7 @@ is, a rule that cannot be has its default, and both are reported: nobody's queue
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,9 @@ from filao.engines.rabbitmq.refusals import has_delay
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
 from filao.engines.rabbitmq.topology import QUORUM, REGISTER
 from filao.errors import ConfigurationError, EngineUnavailable
-from filao.queue import Backoff, Queue, check_name, rules_from_json, rules_to_json
+from filao.queue import Backoff, Queue, check_name, not_found, rules_from_json, rules_to_json
+
+log: logging.Logger = logging.getLogger("filao.rabbitmq")
 
 LOOKED_AT_MAX = 100  # messages of the register's queue: two after a crash, and what strangers may have put there
 VERSION_MAX = 2**53  # of a page: it is written once for each change of a rule
@@ -53,6 +56,46 @@ class _Hold:
     pages: Pages
     strange: list[str]
     """What is in its queue and cannot be read, in words."""
+
+
+class Declared:
+    """The queues that this process knows to be declared, as of its last look at the register."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.rules: dict[str, Queue] = {}
+        self.strange: list[str] = []
+        """What of the register cannot be read, in words."""
+        self.learnt_at: float = 0.0
+
+    async def learn(self) -> list[Queue]:
+        """Read the register: every declared queue with its rules, by name."""
+        async with self.apart() as session:
+            self.rules, strange = await queues(session, self._server)
+        for what in strange:
+            if what not in self.strange:
+                log.warning("%s: the register %r holds %s", self._server.name, REGISTER, what)
+        self.strange = strange
+        self.learnt_at = asyncio.get_running_loop().time()
+        return list(self.rules.values())
+
+    async def rules_of(self, queue: str, *, anew: bool = False) -> Queue:
+        """Return a queue with its rules; the register is read if it is not known, or `anew`. Raises `QueueNotFound`."""
+        if anew or queue not in self.rules:
+            await self.learn()
+        if queue not in self.rules:
+            raise not_found(queue, self.rules)
+        return self.rules[queue]
+
+    @asynccontextmanager
+    async def apart(self) -> AsyncGenerator[Session]:
+        """Give a session of its own: what goes wrong there costs no lease and leaves no send in doubt."""
+        session = await self._server.connect()
+        try:
+            with self._server.mapped():
+                yield session
+        finally:
+            await session.close()
 
 
 async def queues(session: Session, server: Server) -> tuple[dict[str, Queue], list[str]]:

@@ -20,6 +20,7 @@ from aiormq.exceptions import (
     AuthenticationError,
     ChannelAccessRefused,
     ChannelInvalidStateError,
+    ChannelNotFoundEntity,
     ChannelPreconditionFailed,
     ConnectionNotAllowed,
     DeliveryError,
@@ -30,7 +31,7 @@ from yarl import URL
 
 from filao.engines.rabbitmq import wire
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
-from filao.forks import cut_off, keep
+from filao.forks import cut_off, gate, keep
 from filao.printable import printable
 from filao.urls import checked, hosts, is_bare, shown_url
 
@@ -120,10 +121,6 @@ class Server:
         """Let go of all connections, in whatever state they are; what was received goes back to its queues."""
         self._transports.drop()
 
-    def abandon(self) -> None:
-        """Cut a child off from the sessions of its parent."""
-        self._transports.abandon()
-
     @contextmanager
     def mapped(self) -> Generator[None]:
         """Turn the client's errors into ours, which name the server and say what to do."""
@@ -168,6 +165,7 @@ class _Transports(TransportFactory):
     def __init__(self, *, is_safe: bool) -> None:
         self._inner = TLSTransportFactory() if is_safe else TCPTransportFactory()
         self._sockets: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
+        gate.connect(self)
 
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open one."""
@@ -182,8 +180,8 @@ class _Transports(TransportFactory):
             with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
                 end.shutdown(socket.SHUT_RDWR)
 
-    def abandon(self) -> None:
-        """Replace all by nothing, in a child."""
+    def inherit(self) -> None:
+        """Replace all by nothing, in a child: so it cannot end the sessions of its parent."""
         for transport in list(self._sockets):
             cut_off(lambda: int(transport.get_extra_info("socket").fileno()))  # noqa: B023 - called at once
             keep(transport)
@@ -248,6 +246,14 @@ class Session:
                 with suppress(*AWAY):
                     async with asyncio.timeout(CONNECTED_WITHIN):
                         await channel.close()
+
+    async def depth(self, queue: str) -> int | None:
+        """Return how many messages are ready in one of the server's queues; None when there is no such queue."""
+        try:
+            async with self.aside() as channel:
+                return (await channel.queue_declare(queue, passive=True, timeout=ANSWERS_WITHIN)).message_count or 0
+        except ChannelNotFoundEntity:
+            return None
 
     async def close(self) -> None:
         """End it; what was received and not settled goes back to its queues."""

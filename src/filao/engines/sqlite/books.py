@@ -152,6 +152,13 @@ class Books:
             row = self._queues[name] = QueueRow(found, read_rules(name, found[1]))
         return row
 
+    def row(self, name: str) -> QueueRow:
+        """Return the queue's row. Raises `QueueNotFound`."""
+        row = self.queue(name)
+        if row is None:
+            raise self.not_found(name)
+        return row
+
     def names(self) -> dict[int, str]:
         """Return the queues that were looked at."""
         return {row.id: name for name, row in self._queues.items()}

@@ -22,35 +22,22 @@ from typing import Any, TypeVar
 from filao.engine import (
     Abandoned,
     Batch,
-    Draft,
     Extend,
     Feature,
-    Finding,
-    Memory,
-    Operation,
-    Packing,
-    Parcel,
-    QueueStats,
-    Receipt,
     Receive,
     Result,
     Send,
     Settle,
-    State,
-    StoredMessage,
     Submit,
 )
-from filao.engines.rows import LEAVING, RowPacking
-from filao.engines.sqlite import files, moves, moving, operators, processes, verbs, waitlist
-from filao.engines.sqlite.books import Books, QueueRow
-from filao.engines.sqlite.database import Database, check_stands
-from filao.engines.sqlite.doctor import examine
-from filao.engines.sqlite.foreign import open_transaction
-from filao.engines.sqlite.receive import Lessee, look
-from filao.engines.sqlite.send import send
-from filao.engines.sqlite.stats import stats
+from filao.engines.sqlite import files, operators, processes, verbs, waitlist
+from filao.engines.sqlite.books import Books
+from filao.engines.sqlite.control import SqliteOperators
+from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.moving import SqliteMover
+from filao.engines.sqlite.receive import NOBODY, look
 from filao.engines.sqlite.thread import DatabaseThread, Ticket
-from filao.engines.statements import check_statement
+from filao.engines.sqlite.transactions import SqliteTransactions, look_away
 from filao.engines.waiters import Line, Place
 from filao.errors import EngineUnavailable, FilaoError
 from filao.queue import Queue
@@ -62,11 +49,7 @@ SLEPT = 0.5  # seconds that the steady clock went on more than the event loop's 
 TIDY_EVERY = 1.0  # seconds between rounds of housekeeping, after a write of ours
 TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic, ...
 TIDY_SLICES_IDLE = 100  # ... and in a second without it
-SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
-EXPIRED_SLICES_MAX = 20  # of 5,000 expired messages, that end before an operator's look: a second; the rest end later
-ALL = 2**62
 CLOSED_WITHIN = 1.0  # seconds more to close the file, when giving back what was held took as long as it may
-_NOBODY = Lessee(0, "")
 
 
 class SqliteEngine:
@@ -75,7 +58,7 @@ class SqliteEngine:
     name = "SQLite"
     features: frozenset[Feature] = frozenset(Feature)
     emulated: frozenset[Feature] = frozenset()
-    lanes = 1
+    concurrent_batches = 1
 
     def __init__(
         self,
@@ -87,8 +70,8 @@ class SqliteEngine:
     ) -> None:
         self._database = database = Database(path, durable=durable, clock=clock, wake=self._call_soon)
         self._beside = beside or database
-        """What holds the leases of this process: a twin keeps those of the engine that it was made from."""
-        self._twin = (
+        """What holds the leases of this process: a sibling keeps those of the engine that it was made from."""
+        self._sibling = (
             None if path == files.MEMORY else lambda: SqliteEngine(path, durable=durable, clock=clock, beside=database)
         )
         self._gate = asyncio.Lock()
@@ -97,6 +80,11 @@ class SqliteEngine:
         self._queue_names: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._untidy = False
+        self.operators: SqliteOperators = SqliteOperators(database, self._beside, self._change, self._look_up)
+        self.mover: SqliteMover = SqliteMover(database.path, self.operators, self._change, self._look_up)
+        self.transactions: SqliteTransactions = SqliteTransactions(
+            database, self._alone_in, self._in_turn, self._submit
+        )
 
     async def open(self) -> None:
         """Open the file, create or migrate its tables, and start the thread that writes."""
@@ -106,15 +94,15 @@ class SqliteEngine:
         try:
             await self._in_turn(self._database.open)
         except BaseException:
-            self._thread.submit(self._database.close).add_done_callback(_look_away)
+            self._thread.submit(self._database.close).add_done_callback(look_away)
             self._thread.stop()
             raise
         self._start(self._keep_tidy())
         self._start(self._watch())
 
-    def twin(self) -> "SqliteEngine | None":
+    def sibling(self) -> "SqliteEngine | None":
         """Return an engine on the same file; None when it is in memory."""
-        return self._twin and self._twin()
+        return self._sibling and self._sibling()
 
     async def close(self) -> None:
         """Send home those who wait, give back the leases that are held, and let go of the file.
@@ -135,7 +123,7 @@ class SqliteEngine:
             if self._database.bell is not None:
                 self._loop.remove_reader(self._database.bell.reader)
             closed = self._in_turn(self._database.close, max(until, time.monotonic() + CLOSED_WITHIN))
-            closed.add_done_callback(_look_away)
+            closed.add_done_callback(look_away)
             self._thread.stop()
         await closed
 
@@ -151,11 +139,6 @@ class SqliteEngine:
         self._thread.submit(end)
         self._thread.stop()
 
-    def abandon(self) -> None:
-        """Do nothing in a child after a fork: nothing of SQLite's was open across it, and the gate has told the
-        rest.
-        """
-
     # --- the data plane ----------------------------------------------------------------------------------------------
 
     def execute(self, batch: Batch) -> Awaitable[list[Result]]:
@@ -167,41 +150,18 @@ class SqliteEngine:
     def _execute(self, batch: Batch) -> list[Result]:
         if batch.receives:
             self._register()
-        lessee = self._database.lessee or _NOBODY
-        takes = {Receive: lessee is not _NOBODY, Send: batch.writes, Settle: batch.writes, Extend: batch.writes}
+        lessee = self._database.lessee or NOBODY
+        takes = {Receive: lessee is not NOBODY, Send: batch.writes, Settle: batch.writes, Extend: batch.writes}
         with self._database.write(durable=batch.writes, keeps=True) as books:
             results = verbs.apply(books, batch.take(lambda operation: takes[type(operation)]), lessee)
             self._queue_names.update(books.names())
         self._untidy |= batch.writes
         return results
 
-    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
-        """Send on the user's own connection, in the user's own transaction; waiting processes find it by polling."""
-        database = self._database
-        database.look()
-        with files.mapped(database.path):
-            books = database.books_on(open_transaction(connection, database.path))
-            receipts = send(books, operation)
-            books.write_down()
-        return receipts
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator["SqliteTransaction"]:
-        """Hold the file for the user's own statements; every other writer waits until this ends."""
-        until = time.monotonic() + files.BUSY_TIMEOUT
-        async with self._alone_in(until):
-            try:
-                books = await self._in_turn(lambda: self._database.begin(durable=True), until)
-                yield SqliteTransaction(self._database, self._thread, books)
-            except BaseException as error:
-                # The thread does jobs in order, so this one ends what was begun. Who is cancelled does not wait for it.
-                undone = self._thread.submit(partial(self._database.roll_back, error))
-                undone.add_done_callback(_look_away)
-                if not isinstance(error, asyncio.CancelledError):
-                    await asyncio.wait([undone])
-                raise
-            await self._thread.submit(lambda: self._database.commit(books))
-            self._untidy = True
+    def _submit(self, job: Callable[[], R]) -> "asyncio.Future[R]":
+        """Run a job of a transaction that has the thread, and so its turn."""
+        self._untidy = True
+        return self._thread.submit(job)
 
     def _in_turn(self, job: Callable[[], R], until: float | None = None) -> "asyncio.Future[R]":
         """Run a job that waits for a turn to write, but not for ever: another process may stand still in the turnstile.
@@ -277,8 +237,8 @@ class SqliteEngine:
             lessee = self._database.lessee
             if lessee is not None:
                 with self._database.write(durable=False) as books:
-                    waitlist.leave(books, _row(books, queue), lessee.process)
-                    _row(books, queue).fresh = True
+                    waitlist.leave(books, books.row(queue), lessee.process)
+                    books.row(queue).fresh = True
 
         with suppress(FilaoError):
             await self._alone(job)
@@ -327,135 +287,19 @@ class SqliteEngine:
         else:
             line.look_in(due_in)
 
-    # --- the control plane -------------------------------------------------------------------------------------------
+    # --- queues and whoever looks after them -------------------------------------------------------------------------
 
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""
         await self._change(lambda books: operators.declare(books, queue))
 
-    async def queues(self) -> list[Queue]:
-        """Return every declared queue with its rules, by name."""
-        return await self._look_up(lambda books: operators.queues(books.db))
-
     async def find(self, queue: str) -> Queue:
         """Return a queue with its rules, by one row."""
-        return await self._look_up(lambda books: _row(books, queue).rules)
-
-    async def delete(self, queue: str) -> int:
-        """Delete a queue that holds no message."""
-        return await self._change(lambda books: operators.delete(books, _row(books, queue)))
-
-    async def stats(self, queue: str | None = None) -> list[QueueStats]:
-        """Read the counters of every queue, or of one."""
-        await self._let_expire()
-        return await self._look_up(lambda books: stats(books, queue))
-
-    async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
-        """Return messages of one state in its order."""
-        await self._let_expire()
-        return await self._look_up(lambda books: operators.peek(books, _row(books, queue), state, limit, after))
-
-    async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
-        """Give dead letters back, each to its old place."""
-        numbers = await self._chosen(queue, (State.DEAD,), ids, limit)
-        return await self._in_slices(
-            queue, numbers, lambda books, row, some: operators.redrive(books, row, some, edited)
-        )
-
-    async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
-        """Delete messages in these states."""
-        numbers = await self._chosen(queue, states, ids, None)
-        purges = ids is None
-        return await self._in_slices(
-            queue, numbers, lambda books, row, some: operators.remove(books, row, some, states, purges=purges)
-        )
-
-    async def pause(self, queue: str, *, paused: bool) -> None:
-        """Stop or resume deliveries."""
-        await self._change(lambda books: operators.pause(books, _row(books, queue), paused=paused))
-
-    async def resume_group(self, queue: str, group: str) -> None:
-        """Let a halted group go on."""
-        await self._change(lambda books: operators.resume_group(books, _row(books, queue), group))
-
-    def check(self, queue: Queue) -> None:
-        """Accept every queue."""
-
-    def check_draft(self, queue: Queue, draft: Draft) -> None:
-        """Accept every message."""
-
-    async def identity(self) -> str:
-        """Return which file it is, by whatever path it was opened."""
-        if self._database.path == files.MEMORY:
-            return f"memory {id(self)}"
-        about = self._database.path.stat()
-        return f"sqlite {about.st_dev}:{about.st_ino}"
-
-    @asynccontextmanager
-    async def packing(self, queue: str) -> AsyncGenerator[Packing]:
-        """Begin to carry a queue's messages elsewhere."""
-
-        async def read(after: int, limit: int) -> list[Parcel]:
-            return await self._change(lambda books: moving.pack(books, _row(books, queue), after, limit))
-
-        async def held() -> int:
-            return (await self.stats(queue))[0].leased
-
-        yield RowPacking(read, partial(self.remove, queue, LEAVING), held)
-
-    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
-        """Store messages that came from elsewhere."""
-        await self._change(lambda books: moving.unpack(books, _row(books, queue), parcels))
-
-    async def memory(self, queue: str) -> Memory:
-        """Return the keys of messages that have ended, and the groups that are halted."""
-        return await self._look_up(lambda books: moving.memory(books, _row(books, queue)))
-
-    async def remember(self, queue: str, memory: Memory) -> None:
-        """Remember what another engine remembered."""
-        await self._change(lambda books: moving.remember(books, _row(books, queue), memory))
-
-    async def report(self, state: str) -> None:
-        """Write down how this process is doing, once it receives."""
-        lessee = self._beside.lessee
-        if lessee is not None:
-            await self._change(lambda books: processes.report(books, lessee.process, state))
-
-    async def doctor(self) -> list[Finding]:
-        """Examine the file and say what an operator should know."""
-        return await self._look_up(lambda books: examine(books, self._database))
-
-    async def _chosen(
-        self, queue: str, states: Sequence[State], ids: Sequence[str] | None, limit: int | None
-    ) -> Sequence[int]:
-        """Return the numbers of the messages that a command is about: fixed when it begins, or it might never end."""
-        await self._let_expire()
-        most = ALL if limit is None else limit
-        return await self._look_up(lambda books: operators.chosen(books, _row(books, queue), states, ids, most))
-
-    async def _in_slices(
-        self, queue: str, numbers: Sequence[int], work: Callable[[Books, QueueRow, Sequence[int]], int]
-    ) -> int:
-        """Change many messages in transactions of a bounded size: others get their turns in between."""
-        total = 0
-        for first in range(0, len(numbers), SLICE):
-            some = numbers[first : first + SLICE]
-            total += await self._change(partial(_on_row, queue, partial(_given, work, some)))
-        return total
-
-    async def _let_expire(self) -> None:
-        """Let what is expired go where nobody received and saw to it; should the file be locked, whoever asks
-        sees it.
-        """
-        slices = EXPIRED_SLICES_MAX
-        with suppress(EngineUnavailable):
-            for queue in await self._look_up(operators.outlived):
-                while await self._change(partial(_on_row, queue, moves.let_expire)):
-                    slices -= 1
-                    if not slices:
-                        return
+        return await self._look_up(lambda books: books.row(queue).rules)
 
     async def _change(self, work: Callable[[Books], R]) -> R:
+        """Do work that changes something, as a durable transaction."""
+
         def job() -> R:
             with self._database.write(durable=True) as books:
                 return work(books)
@@ -464,6 +308,8 @@ class SqliteEngine:
         return await self._alone(job)
 
     async def _look_up(self, work: Callable[[Books], R]) -> R:
+        """Do work that changes nothing."""
+
         def job() -> R:
             self._database.take_ticket()  # it may take its time, as the doctor does, and then nobody else is to blame
             return self._database.look_up(work)
@@ -510,58 +356,6 @@ class SqliteEngine:
             return False
         with self._database.write(durable=False) as books:
             return not processes.resign(books, self._database.lessee.process)
-
-
-class SqliteTransaction:
-    """See `filao.engine.EngineTransaction`."""
-
-    def __init__(self, database: Database, thread: DatabaseThread, books: Books) -> None:
-        self._database = database
-        self._thread = thread
-        self._books = books
-
-    async def execute(self, sql: str, parameters: Any) -> list[Any]:
-        """Run one statement of the user's and return its rows."""
-        check_statement(sql)
-        return await self._do(lambda: self._books.db.execute(sql, parameters).fetchall())
-
-    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
-        """Do operations as part of this transaction."""
-        return await self._do(lambda: verbs.apply(self._books, operations, self._database.lessee or _NOBODY))
-
-    async def _do(self, job: Callable[[], R]) -> R:
-        def mapped() -> R:
-            self._database.check_open(self._books)
-            with files.mapped(self._database.path):
-                check_stands(self._books)
-                try:
-                    return job()
-                finally:
-                    check_stands(self._books)  # or what follows would be stored without what came before
-
-        return await self._thread.submit(mapped)
-
-
-def _on_row(queue: str, work: Callable[[Books, QueueRow], R], books: Books) -> R:
-    return work(books, _row(books, queue))
-
-
-def _given(
-    work: Callable[[Books, QueueRow, Sequence[int]], int], some: Sequence[int], books: Books, row: QueueRow
-) -> int:
-    return work(books, row, some)
-
-
-def _row(books: Books, queue: str) -> QueueRow:
-    row = books.queue(queue)
-    if row is None:
-        raise books.not_found(queue)
-    return row
-
-
-def _look_away(future: "asyncio.Future[Any]") -> None:
-    if not future.cancelled():
-        future.exception()  # what opening raised says it all
 
 
 def _take_back(ticket: Ticket, timer: asyncio.TimerHandle, future: "asyncio.Future[Any]") -> None:

@@ -1,20 +1,67 @@
 """A queue on its way: its messages as they are read for another engine, and stored as they come from one."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
+from pathlib import Path
 
-from filao.engine import Key, Memory, Parcel
+from filao.engine import Draft
 from filao.engines import rows as carried
 from filao.engines.sqlite.books import DEAD, DEDUP_KEY, MESSAGE_ID, STATES, Books, QueueRow
+from filao.engines.sqlite.control import SqliteOperators, Worked
+from filao.engines.sqlite.files import MEMORY
 from filao.engines.sqlite.moves import arrange
 from filao.engines.sqlite.operators import history
 from filao.engines.sqlite.receive import make_due
 from filao.engines.sqlite.send import send
+from filao.moving import Key, Memory, Packing, Parcel
+from filao.queue import Queue
 
 _NEXT = f"""
     SELECT message_id, salt, id, state, {carried.COLUMNS} FROM filao_message
     WHERE id > ? AND queue = ? AND state <> 4 ORDER BY id LIMIT ?
 """
+
+
+class SqliteMover:
+    """See `filao.moving.Mover`."""
+
+    def __init__(self, path: Path, operators: SqliteOperators, change: Worked, look_up: Worked) -> None:
+        self._path = path
+        self._operators = operators
+        self._change = change
+        self._look_up = look_up
+
+    async def identity(self) -> str:
+        """Return which file it is, by whatever path it was opened."""
+        if self._path == MEMORY:
+            return f"memory {id(self)}"
+        about = self._path.stat()
+        return f"sqlite {about.st_dev}:{about.st_ino}"
+
+    def check(self, queue: Queue, drafts: Sequence[Draft] = ()) -> None:
+        """Accept everything: there is nothing that cannot be kept in a file."""
+
+    @asynccontextmanager
+    async def packing(self, queue: str) -> AsyncGenerator[Packing]:
+        """Begin to carry a queue's messages elsewhere."""
+
+        async def read(after: int, limit: int) -> list[Parcel]:
+            return await self._change(lambda books: pack(books, books.row(queue), after, limit))
+
+        yield carried.RowPacking(queue, read, self._operators)
+
+    async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
+        """Store messages that came from elsewhere."""
+        await self._change(lambda books: unpack(books, books.row(queue), parcels))
+
+    async def memory(self, queue: str) -> Memory:
+        """Return the keys of messages that have ended, and the groups that are halted."""
+        return await self._look_up(lambda books: memory(books, books.row(queue)))
+
+    async def remember(self, queue: str, memory: Memory) -> None:
+        """Remember what another engine remembered."""
+        await self._change(lambda books: remember(books, books.row(queue), memory))
 
 
 def pack(books: Books, row: QueueRow, after: int, limit: int) -> list[Parcel]:

@@ -41,6 +41,10 @@ class Lessee:
         return tokens(self.process)[0] + self.leases
 
 
+NOBODY: Lessee = Lessee(0, "")
+"""Stands for a process that has not entered itself among those that receive."""
+
+
 def receive(books: Books, asked: Sequence[Receive], lessee: Lessee) -> Sequence[Received | FilaoError]:
     """Serve receives of the same terms with one statement, and deal what it finds like cards."""
     row = books.queue(asked[0].queue)

@@ -1,0 +1,117 @@
+"""Transactions of the user's: on the file's one writing connection, or on a connection of their own that a send
+joins.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from filao.engine import Operation, Receipt, Result, Send
+from filao.engines.sqlite import files, verbs
+from filao.engines.sqlite.books import Books
+from filao.engines.sqlite.database import Database, check_stands
+from filao.engines.sqlite.foreign import open_transaction
+from filao.engines.sqlite.receive import NOBODY
+from filao.engines.sqlite.send import send
+from filao.engines.statements import check_statement
+from filao.errors import FilaoError
+
+R = TypeVar("R")
+
+
+class InTurn(Protocol):
+    """Runs a job in the database's thread that waits for a turn to write, but not for ever."""
+
+    def __call__(self, job: Callable[[], R], until: float | None = None) -> "asyncio.Future[R]":
+        """Return what it comes to."""
+        ...
+
+
+class Submit(Protocol):
+    """Runs a job in the database's thread, which has its turn."""
+
+    def __call__(self, job: Callable[[], R]) -> "asyncio.Future[R]":
+        """Return what it comes to."""
+        ...
+
+
+class SqliteTransactions:
+    """See `filao.engine.Transactions`."""
+
+    def __init__(
+        self,
+        database: Database,
+        alone_in: Callable[[float], AbstractAsyncContextManager[None]],
+        in_turn: InTurn,
+        submit: Submit,
+    ) -> None:
+        self._database = database
+        self._alone_in = alone_in
+        self._in_turn = in_turn
+        self._submit = submit
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncGenerator["SqliteTransaction"]:
+        """Hold the file for the user's own statements; every other writer waits until this ends."""
+        until = time.monotonic() + files.BUSY_TIMEOUT
+        async with self._alone_in(until):
+            try:
+                books = await self._in_turn(lambda: self._database.begin(durable=True), until)
+                yield SqliteTransaction(self._database, self._submit, books)
+            except BaseException as error:
+                # The thread does jobs in order, so this one ends what was begun. Who is cancelled does not wait for it.
+                undone = self._submit(partial(self._database.roll_back, error))
+                undone.add_done_callback(look_away)
+                if not isinstance(error, asyncio.CancelledError):
+                    await asyncio.wait([undone])
+                raise
+            await self._submit(lambda: self._database.commit(books))
+
+    def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
+        """Send on the user's own connection, in the user's own transaction; waiting processes find it by polling."""
+        database = self._database
+        database.look()
+        with files.mapped(database.path):
+            books = database.books_on(open_transaction(connection, database.path))
+            receipts = send(books, operation)
+            books.write_down()
+        return receipts
+
+
+class SqliteTransaction:
+    """See `filao.engine.EngineTransaction`."""
+
+    def __init__(self, database: Database, submit: Submit, books: Books) -> None:
+        self._database = database
+        self._submit = submit
+        self._books = books
+
+    async def execute(self, sql: str, parameters: Any) -> list[Any]:
+        """Run one statement of the user's and return its rows."""
+        check_statement(sql)
+        return await self._do(lambda: self._books.db.execute(sql, parameters).fetchall())
+
+    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+        """Do operations as part of this transaction."""
+        return await self._do(lambda: verbs.apply(self._books, operations, self._database.lessee or NOBODY))
+
+    async def _do(self, job: Callable[[], R]) -> R:
+        def mapped() -> R:
+            self._database.check_open(self._books)
+            with files.mapped(self._database.path):
+                check_stands(self._books)
+                try:
+                    return job()
+                finally:
+                    check_stands(self._books)  # or what follows would be stored without what came before
+
+        return await self._submit(mapped)
+
+
+def look_away(future: "asyncio.Future[Any]") -> None:
+    """Take the error of a job that nobody waits for."""
+    if not future.cancelled():
+        future.exception()
