@@ -51,7 +51,10 @@ class Stream:
         return self
 
     async def __anext__(self) -> Any:
-        return _awaited(await asyncio.to_thread(next, self._blocking))
+        message = await asyncio.to_thread(next, self._blocking, None)  # a StopIteration would never leave its future
+        if message is None:
+            raise StopAsyncIteration
+        return _awaited(message)
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._blocking.close)

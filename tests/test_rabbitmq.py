@@ -161,6 +161,23 @@ async def test_a_worker_that_wants_transactions_is_refused(url, queue) -> None:
         await worker.run()
 
 
+@pytest.mark.parametrize("wants", [filao.Retry("not yet", delay=5), filao.Release(delay=5)])
+async def test_a_handler_that_wants_a_delay_that_its_queue_has_not_fails_and_holds_nothing(url, queue, wants) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(queue)
+    async def handle(message: filao.Message) -> None:
+        if message.attempt == 1:
+            raise wants
+
+    async with filao.connect(url) as broker:
+        await broker.declare(queue)
+        await broker.send_to_queue(queue, 7)
+    handled = await worker.drain(limit=2)
+    assert [(one.how, one.attempt) for one in handled] == [("retried", 1), ("acked", 2)]
+    assert "delay=5" in handled[0].error
+
+
 async def test_a_queue_with_other_arguments_is_refused_and_they_are_named(broker, foreign, queue) -> None:
     name = f"{queue.name}.classic"
     foreign.queue_declare(name, durable=True)

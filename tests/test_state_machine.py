@@ -113,14 +113,17 @@ class QueueMachine(RuleBasedStateMachine):
             *((message, number, lease) for message, (number, lease) in zip(messages, received, strict=True))
         )
 
-    @rule(delivery=deliveries, how=SETTLEMENTS)
-    def settle(self, delivery: Any, how: Any) -> None:
+    @rule(delivery=deliveries, how=SETTLEMENTS, delay=st.sampled_from([0.0, 0.0, 2.0]))
+    def settle(self, delivery: Any, how: Any, delay: float) -> None:
         message, number, lease = delivery
         if message.settled:
             return
-        accepted = self.model.settle(number, lease, how)
+        accepted = self.model.settle(number, lease, how, round(delay * 1000))
         try:
-            getattr(message, how)()
+            if how == "release":
+                message.release(delay=delay)
+            else:
+                getattr(message, how)()
         except filao.LeaseLost:
             assert not accepted
         else:

@@ -43,6 +43,7 @@ def in_a_script(broker: filao.sync.Broker) -> None:
     assert_type(broker.stats("claims"), filao.QueueStats)
     assert_type(broker.stats(), list[filao.QueueStats])
     assert_type(broker.redrive(claims, ids=["1-1"], body=Claim(3)), int)
+    assert_type(broker.dead_letters(claims), list[filao.StoredMessage[Claim]])
     assert_type(broker.receive_from_queue(claims), filao.sync.Message[Claim])
     assert_type(broker.receive_from_queue(claims, wait=1), filao.sync.Message[Claim] | None)
     for message in broker.consume(claims):

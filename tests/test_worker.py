@@ -152,6 +152,23 @@ async def test_release_gives_it_back_without_using_an_attempt(url, broker, raise
     assert [one.attempt for one in handled] == [1] * 9
 
 
+async def test_a_message_is_put_off_with_no_attempt_used(url, broker, caplog) -> None:
+    caplog.set_level("INFO", "filao.worker")
+    worker = filao.Worker(url)
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> filao.Release | None:
+        return None if message.body == "done" else filao.Release(delay=3600)
+
+    await broker.send_many("claims", ["later", "done"])
+    assert [one.how for one in await worker.drain()] == ["released", "acked"]
+    (waiting,) = await broker.peek("claims", state="delayed")
+    assert (waiting.body, waiting.attempts, waiting.history) == ("later", 0, ())
+    assert "again in 3600 s, the attempt not counted" in caplog.text
+    with pytest.raises(filao.ConfigurationError, match="delay is -1"):
+        filao.Release(delay=-1)
+
+
 async def test_exceptions_are_mapped_to_outcomes_the_most_specific_first(url, broker) -> None:
     worker = filao.Worker(url)
 

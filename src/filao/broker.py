@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Self, get_args, overload
 
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
-from filao.codec import codec_for, shown
+from filao.codec import codec_for, seen_as, shown
 from filao.draft import (
     PEEK_MAX,
     RECEIVE_MANY_MAX,
@@ -338,13 +339,15 @@ class Broker:
 
     async def peek(
         self,
-        queue: str | Queue[Any],
+        queue: str | Queue[T],
         *,
         state: State | str = State.READY,
         limit: int = 10,
         after: str | None = None,
-    ) -> list[StoredMessage]:
+    ) -> list[StoredMessage[T]]:
         """Return stored messages of one state, in their order, and change nothing.
+
+        Asked for by a `Queue`, their bodies are of its type, but for those that are malformed.
 
         `after` is the id of the last message seen: ask again with it for the next page. Raises `ConfigurationError`
         when that message has left the queue meanwhile.
@@ -352,12 +355,15 @@ class Broker:
         self._session.check_usable()
         name = name_of(queue)
         check_limit(name, limit, PEEK_MAX)
-        return await self._session.engine.operators.peek(name, check_state(state), limit=limit, after=after)
+        found = await self._session.engine.operators.peek(name, check_state(state), limit=limit, after=after)
+        if not isinstance(queue, Queue) or queue.body is None:
+            return found
+        return [replace(stored, body=seen_as(queue.body, stored.body)) for stored in found]
 
     async def dead_letters(
-        self, queue: str | Queue[Any], *, limit: int = 100, after: str | None = None
-    ) -> list[StoredMessage]:
-        """Return dead letters, the oldest message first, each with its reason, last error and history."""
+        self, queue: str | Queue[T], *, limit: int = 100, after: str | None = None
+    ) -> list[StoredMessage[T]]:
+        """Return dead letters, the oldest message first, each with its reason, last error and history; see `peek`."""
         return await self.peek(queue, state=State.DEAD, limit=limit, after=after)
 
     async def redrive(

@@ -160,6 +160,16 @@ def seen_body(kind: int, content: bytes) -> Any:
         return content
 
 
+def seen_as(body: type[Any], seen: object) -> Any:
+    """Return what operators see of a body as the type of its queue, and as they see it where it is not of that type."""
+    if isinstance(seen, bytes):
+        return seen
+    try:
+        return codec_for(body).read(_encode_json(seen))
+    except (ValueError, RecursionError):
+        return seen
+
+
 def seen_headers(headers: str | None) -> dict[str, str]:
     """Return stored headers as operators see them: none where they are none."""
     try:

@@ -12,12 +12,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 import msgspec
 
 from filao.errors import EngineError, FilaoError
-from filao.queue import Queue
+from filao.queue import Queue, T
 
 HISTORY_MAX = 20  # failed attempts that are remembered of one message
 
@@ -136,7 +136,9 @@ class Reject(msgspec.Struct, frozen=True):
 
 
 class Release(msgspec.Struct, frozen=True):
-    """Not done and not failed: back to its old place, the attempt given back."""
+    """Not done and not failed: back to its old place, at once or after `delay` seconds, the attempt given back."""
+
+    delay: float = 0.0
 
 
 Outcome = Ack | Nack | Reject | Release
@@ -217,14 +219,16 @@ class Failure(msgspec.Struct, frozen=True):
     """The host and process that held the lease."""
 
 
-class StoredMessage(msgspec.Struct, frozen=True):
+class StoredMessage(msgspec.Struct, Generic[T], frozen=True):
     """A message as operators see it: looking at it changes nothing."""
 
     id: str
     queue: str
     state: State
-    body: Any
-    """The JSON value, the bytes, or the raw bytes of a body that is not valid JSON."""
+    body: T
+    """Of the type of the `Queue` by which it was asked for. What is not of that type, as a malformed message, and what
+    was asked for by a name is the JSON value, or the bytes of what is not valid JSON.
+    """
     headers: dict[str, str]
     attempts: int
     priority: int

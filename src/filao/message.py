@@ -30,7 +30,7 @@ from filao.engine import (
     instant,
 )
 from filao.errors import ConfigurationError, FilaoError, LeaseLost
-from filao.queue import Queue, T
+from filao.queue import Queue, T, check_duration
 from filao.session import Inside, Session, current_transaction
 
 Guarantee = Literal["at-least-once", "at-most-once"]
@@ -111,15 +111,22 @@ class Message(Generic[T]):
         Without `delay` the queue's backoff decides. When `max_attempts` is spent it becomes a dead letter at once.
         `reason` is kept in its history; an exception is kept with its traceback, 8 KiB at most.
         """
+        if delay is not None:
+            self._check_delay(delay)
         await self._settle(Nack(delay, error_text(reason)), "nacked")
 
     async def reject(self, reason: str | BaseException = "") -> None:
         """Say that no attempt can succeed: the message becomes a dead letter now."""
         await self._settle(Reject(error_text(reason)), "rejected")
 
-    async def release(self) -> None:
-        """Give it back unworked: it returns to its old place at once, and the attempt is not counted."""
-        await self._settle(Release(), "released")
+    async def release(self, *, delay: float = 0.0) -> None:
+        """Give it back unworked: it returns to its old place, at once or after `delay` seconds.
+
+        The attempt is not counted, so that it may be put off any number of times; a `ttl` ends that.
+        """
+        if delay:
+            self._check_delay(delay)
+        await self._settle(Release(delay), "released")
 
     async def extend(self, seconds: float) -> None:
         """Keep the lease for `seconds` from now on."""
@@ -141,6 +148,9 @@ class Message(Generic[T]):
         self._check_held(how)
         await self._session.settle(self._delivery, outcome)
         self._ended = how
+
+    def _check_delay(self, delay: object) -> None:
+        check_duration(f"queue {self.queue!r}", "delay", delay)
 
     def _check_held(self, wanted: str) -> None:
         """Raise `LeaseLost` when this consumer has settled it already."""

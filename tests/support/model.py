@@ -96,8 +96,8 @@ class Model:
             received.append((first.number, first.lease))
         return sorted(received, key=lambda one: (-self.messages[one[0]].priority, one[0]))
 
-    def settle(self, number: int, lease: int, how: Settlement) -> bool:
-        """Return whether the lease was still the message's last."""
+    def settle(self, number: int, lease: int, how: Settlement, delay: int = 0) -> bool:
+        """Return whether the lease was still the message's last; `delay` is of a release, in milliseconds."""
         held = self.messages.get(number)
         if held is None or held.lease != lease:
             return False
@@ -108,7 +108,7 @@ class Model:
             self._die(held, "rejected")
         elif how == "release":
             held.attempts -= 1
-            held.state, held.at = "pending", self.now
+            held.state, held.at = "pending", self.now + delay
         else:
             self._fail(held)
         return True

@@ -124,6 +124,17 @@ async def check_consume_yields_message_after_message(stage: Stage) -> None:
 
 
 @needs()
+async def check_consume_ends_when_nothing_came_for_its_wait(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, *range(3))
+    bodies: list[Any] = []
+    async for message in stage.broker.consume(queue, prefetch=2, wait=0.01):
+        bodies.append(message.body)
+        await message.ack()
+    equal(bodies, list(range(3)))
+
+
+@needs()
 async def check_leaving_consume_gives_back_what_was_not_yielded(stage: Stage) -> None:
     queue = await stage.queue()
     await stage.send(queue, "taken", "fetched ahead", "fetched ahead too")

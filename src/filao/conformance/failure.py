@@ -1,8 +1,18 @@
 """What becomes of a message whose work failed: its place, its attempts, its death and its return."""
 
+from dataclasses import dataclass
+
 from filao.conformance.stage import Stage, equal, needs, raises
 from filao.engine import Feature, State
 from filao.errors import ConfigurationError
+from filao.queue import Queue
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A body with a type."""
+
+    claim_id: int
 
 
 @needs()
@@ -67,6 +77,34 @@ async def check_release_uses_no_attempt_and_a_lost_lease_uses_one(stage: Stage) 
     equal((await stage.next(queue)).attempt, 2)
 
 
+@needs(Feature.DELAY)
+async def check_a_release_with_a_delay_comes_back_later_and_uses_no_attempt(stage: Stage) -> None:
+    queue = await stage.queue(max_attempts=2)
+    await stage.send(queue, "not before tomorrow")
+    for _ in range(3):
+        message = await stage.next(queue)
+        equal(message.attempt, 1)
+        await message.release(delay=5)
+        await stage.nothing(queue)
+        await stage.advance(5 + 2 * stage.slack)
+    message = await stage.next(queue)
+    await raises(ConfigurationError, message.release(delay=-1), queue.name, "delay is -1")
+    await raises(ConfigurationError, message.nack(delay=-1), queue.name, "delay is -1")
+    await message.ack()
+
+
+@needs(Feature.DELAY, Feature.PLACE, Feature.GROUPS, Feature.COUNTERS)
+async def check_a_release_with_a_delay_keeps_its_place_and_its_group_waits(stage: Stage) -> None:
+    queue = await stage.queue(max_attempts=1)
+    await stage.send(queue, 1, 2, group="g")
+    await stage.send(queue, 3)
+    await (await stage.next(queue)).release(delay=5)
+    equal(await stage.drain(queue), [3])
+    await stage.counted(queue, ready=0, delayed=1, blocked=1, released=1, nacked=0)
+    await stage.advance(5)
+    equal(await stage.drain(queue), [1, 2])
+
+
 @needs(Feature.GROUPS, Feature.HISTORY)
 async def check_spent_attempts_make_a_dead_letter_with_its_history(stage: Stage) -> None:
     queue = await stage.queue(max_attempts=3)
@@ -102,6 +140,20 @@ async def check_a_rejected_message_dies_at_once(stage: Stage) -> None:
     await (await stage.next(queue)).reject("no such policy")
     (dead,) = await stage.broker.dead_letters(queue)
     equal((dead.reason, dead.error, dead.attempts), ("rejected", "no such policy", 1))
+
+
+@needs(Feature.DEAD_LETTERS)
+async def check_dead_letters_of_a_typed_queue_are_of_its_type(stage: Stage) -> None:
+    queue = await stage.queue()
+    typed = Queue(queue.name, body=Claim)
+    await stage.send(typed, Claim(7))
+    await stage.send(queue, {"claim_id": "seven"}, b"\xff")
+    for _ in range(3):
+        await (await stage.next(queue)).reject("no such policy")
+    found = await stage.broker.dead_letters(typed)
+    equal([letter.body for letter in found], [Claim(7), {"claim_id": "seven"}, b"\xff"])
+    found = await stage.broker.dead_letters(queue.name)
+    equal([letter.body for letter in found], [{"claim_id": 7}, {"claim_id": "seven"}, b"\xff"])
 
 
 @needs(Feature.HISTORY)

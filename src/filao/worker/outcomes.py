@@ -5,6 +5,7 @@ raises                      nack: again after the queue's backoff, a dead letter
 Retry(delay=30)             nack: again after 30 seconds
 Reject("no such policy")    a dead letter now
 Release()                   back to its place at once, the attempt not counted
+Release(delay=30)           back to its place after 30 seconds, the attempt not counted
 """
 
 from collections.abc import Mapping
@@ -39,7 +40,15 @@ class Reject(Exception):
 
 
 class Release(Exception):
-    """Not now and not here: back to its place, the attempt not counted. Raise it or return it."""
+    """Not now, or not here: back to its place, at once or after `delay` seconds, the attempt not counted.
+
+    Raise it or return it. It may be put off any number of times; a `ttl` ends that.
+    """
+
+    def __init__(self, *arguments: object, delay: float = 0.0) -> None:
+        super().__init__(*arguments)
+        check_duration("Release", "delay", delay)
+        self.delay = delay
 
 
 Steer = Retry | Reject | Release
@@ -98,7 +107,7 @@ def _steer(value: object) -> Steer | None:
 def _outcome(steer: Steer, error: BaseException) -> engine.Outcome:
     """`error` is what is kept when the steer itself says nothing: the exception that was mapped to it."""
     if isinstance(steer, Release):
-        return engine.Release()
+        return engine.Release(steer.delay)
     says_nothing = isinstance(steer.reason, str) and not steer.reason
     told = steer.reason if not says_nothing or error is steer else error
     if isinstance(steer, Reject):

@@ -23,7 +23,7 @@ import msgspec
 from filao import engine, sync
 from filao.broker import Broker
 from filao.calls import Caller
-from filao.errors import EngineError, EngineUnavailable, LeaseLost
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable, LeaseLost
 from filao.message import AT_MOST_ONCE, Message, deferred_transaction_for, delivery_of, error_text, mark_settled
 from filao.queue import Queue, retry_delay
 from filao.session import Session
@@ -428,27 +428,35 @@ class Run:
     def _answered(self, outcome: engine.Outcome, answer: "asyncio.Future[Any]") -> None:
         if answer.cancelled() or answer.exception() is not None:
             error = EngineUnavailable("cancelled") if answer.cancelled() else answer.exception()
-            self._beside(self._settle_again(outcome, error), lambda how: self._end(how, outcome))
+            self._beside(self._settle_again(outcome, error), lambda ended: self._end(*ended))
         else:
             mark_settled(self._message, "settled by its worker")
             self._end(self._how(outcome), outcome)
 
-    async def _settle_again(self, outcome: engine.Outcome, error: BaseException | None) -> How:
-        """Settle until it is done. An engine that refuses a text as it is gets it in plain characters."""
-        plain = _in_plain_characters(outcome)
+    async def _settle_again(
+        self, outcome: engine.Outcome, error: BaseException | None
+    ) -> tuple[How, engine.Outcome | None]:
+        """Settle until it is done, and return how. An engine that refuses a text as it is gets it in plain characters;
+        what it cannot do, such as a delay, becomes a failure of the handler that wanted it.
+        """
+        plain, instead = _in_plain_characters(outcome), None
         for pause in pauses():
             if isinstance(error, LeaseLost):
                 self.log.warning("%s", error)
-                return "lost"
+                return "lost", outcome
             if error is None:
                 break
-            if not isinstance(error, EngineUnavailable):
-                if outcome is plain and not isinstance(error, EngineError):
-                    self.log.error("%s could not be settled: its lease runs out", self.about(), exc_info=error)
-                    return "lost"
-                outcome = plain
-            self._shared.outages.fails("settling", error)
-            await asyncio.sleep(pause)
+            if isinstance(error, ConfigurationError) and instead is None:
+                self.log.warning("%s cannot be settled as its handler wants: %s", self.about(), error)
+                outcome = plain = instead = engine.Nack(error=error_text(error))
+            else:
+                if not isinstance(error, EngineUnavailable):
+                    if outcome is plain and not isinstance(error, EngineError):
+                        self.log.error("%s could not be settled: its lease runs out", self.about(), exc_info=error)
+                        return "lost", outcome
+                    outcome = plain
+                self._shared.outages.fails("settling", error)
+                await asyncio.sleep(pause)
             try:
                 await self._shared.session.settle(self.delivery, outcome)
                 error = None
@@ -456,7 +464,7 @@ class Run:
                 error = raised
         self._shared.outages.is_over("settling")
         mark_settled(self._message, "settled by its worker")
-        return self._how(outcome)
+        return self._how(outcome), outcome
 
     def _make_room(self) -> None:
         if not self._has_made_room:
@@ -507,6 +515,8 @@ class Run:
             delay = retry_delay(self._consumer.queue, self.delivery.attempt, 0.0) if outcome.delay is None else None
             when = f"{outcome.delay:g} s" if delay is None else f"about {delay:g} s"
             follows = f"again in {when}, attempt {self.delivery.attempt + 1} of {tries}"
+        elif isinstance(outcome, engine.Release) and outcome.delay and how == "released":
+            follows = f"again in {outcome.delay:g} s, the attempt not counted"
         elif how == "dead":
             follows = "a dead letter"
         self.log.info("%s: %s%s", self.about(), follows, f": {text}" if text else "")

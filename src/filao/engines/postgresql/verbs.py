@@ -24,6 +24,7 @@ from filao.engine import (
     Receive,
     Received,
     Reject,
+    Release,
     Result,
     Send,
     Settle,
@@ -281,8 +282,8 @@ def _told(outcome: Outcome) -> tuple[str, str, int | None]:
             return "nack", error, _milliseconds(delay)
         case Reject(error, malformed):
             return "malformed" if malformed else "rejected", error, None
-        case _:
-            return "release", "", None
+        case Release(delay):
+            return "release", "", _milliseconds(delay) or None
 
 
 def _extend(queue: str, extends: Sequence[tuple[int, Extend]], setting: Setting) -> Call:

@@ -222,8 +222,11 @@ class RabbitmqEngine:
                         await channel.basic_ack(tag, wait=False)
                         if outcome.before_work:
                             await consumer.confirm()
-                    case Release():
+                    case Release(0):
                         await channel.basic_nack(tag, requeue=True, wait=False)
+                    case Release(delay):
+                        await self._later(queue, delivery, message, delay, delivery.attempt - 1)
+                        await channel.basic_ack(tag, wait=False)
                     case Reject(error, malformed):
                         reason = "malformed" if malformed else "rejected"
                         await self._publisher.bury(delivery, message, delivery.attempt, reason, error)
@@ -246,12 +249,18 @@ class RabbitmqEngine:
             await channel.basic_ack(tag, wait=False)
             return
         delay = delay if nack.delay is None else nack.delay
-        check_delay(queue, delay)
         if delay > 0:
-            await self._publisher.again(delivery, message, delay)
+            await self._later(queue, delivery, message, delay, delivery.attempt)
             await channel.basic_ack(tag, wait=False)
         else:
             await channel.basic_reject(tag, requeue=True, wait=False)
+
+    async def _later(
+        self, queue: Queue, delivery: Delivery, message: DeliveredMessage, delay: float, used: int
+    ) -> None:
+        """Let a message come back after `delay` seconds, so many attempts used; what was received is to be acked."""
+        check_delay(queue, delay)
+        await self._publisher.again(delivery.queue, message, delay, used)
 
     async def _consumer(self, queue: str, session: Session) -> Consumer:
         consumer = self._consumers.get(queue)

@@ -62,9 +62,9 @@ class Publisher:
             delay = 0.0 if parcel.reason else parcel.draft.delay
             await self._publish_all(await self._link.session(), place, [(parcel.draft.content, properties, delay)])
 
-    async def again(self, delivery: Delivery, message: DeliveredMessage, delay: float) -> None:
-        """Send a failed message once more, to come back after `delay` seconds."""
-        await self._repeat(delivery.queue, message, envelope.again(message.header.properties, delivery.attempt), delay)
+    async def again(self, queue: str, message: DeliveredMessage, delay: float, used: int) -> None:
+        """Send a message once more, to come back after `delay` seconds, so many attempts used."""
+        await self._repeat(queue, message, envelope.again(message.header.properties, used), delay)
 
     async def bury(self, delivery: Delivery, message: DeliveredMessage, used: int, reason: str, error: str) -> None:
         """Send a message to the dead letters of its queue; it has used so many attempts."""

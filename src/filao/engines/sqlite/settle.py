@@ -8,7 +8,7 @@ changes nothing.
 import random
 from collections.abc import Mapping, Sequence
 
-from filao.engine import Ack, Delivery, Extend, Nack, Operation, Reject, Settle
+from filao.engine import Ack, Delivery, Extend, Nack, Operation, Reject, Release, Settle
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
     BLOCKED,
@@ -74,16 +74,16 @@ def settle(books: Books, operation: Settle, lessee: Lessee) -> FilaoError | None
             reason = "malformed" if malformed else "rejected"
             moves.record(books, entry, reason, error, lessee.name)
             moves.die(books, row, entry, reason)
-        case _:
-            release(books, row, entry)
+        case Release(delay):
+            release(books, row, entry, delay)
     return None
 
 
-def release(books: Books, row: QueueRow, entry: Entry) -> None:
+def release(books: Books, row: QueueRow, entry: Entry, delay: float = 0.0) -> None:
     """Give a leased message back as if it had not been delivered."""
     row.count["released"] += 1
     books.db.execute("UPDATE filao_message SET attempts = attempts - 1 WHERE id = ?", (entry.number,))
-    moves.give_back(books, row, entry)
+    moves.give_back(books, row, entry, at=_due(books, delay))
 
 
 def _ack_in_time(books: Books, delivery: Delivery) -> bool:
@@ -117,8 +117,13 @@ def _fail(books: Books, row: QueueRow, entry: Entry, delay: float | None) -> Non
     if again is None:
         moves.die(books, row, entry, "max_attempts")
         return
-    wait = round((again if delay is None else delay) * 1000)
-    moves.give_back(books, row, entry, at=books.now + wait if wait else None)
+    moves.give_back(books, row, entry, at=_due(books, again if delay is None else delay))
+
+
+def _due(books: Books, delay: float) -> int | None:
+    """Return when so many seconds are over; None for none."""
+    wait = round(delay * 1000)
+    return books.now + wait if wait else None
 
 
 def extend(books: Books, operation: Extend) -> FilaoError | None:

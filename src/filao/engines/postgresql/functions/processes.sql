@@ -19,7 +19,7 @@ BEGIN
       IF died THEN
         PERFORM filao.lose(m, 'crashed', now);
       ELSE
-        PERFORM filao.release(m, now, false);
+        PERFORM filao.release(m, NULL, now, false);
       END IF;
       done := done + 1;
     END LOOP;

@@ -73,7 +73,7 @@ BEGIN
           PERFORM filao.give_back(m, now + nullif(coalesce(delays[i], filao.backoff(rules, m.attempts)), 0), 0, now, later);
         END IF;
       WHEN 'release' THEN
-        PERFORM filao.release(m, now, later);
+        PERFORM filao.release(m, now + delays[i], now, later);
       ELSE
         PERFORM filao.record(m, outcomes[i], coalesce(errors[i], ''), consumer, now);
         PERFORM filao.die(m, outcomes[i], now, later);
@@ -82,12 +82,13 @@ BEGIN
 END
 $$;
 
--- Give a leased message back as if it had not been delivered.
-CREATE OR REPLACE FUNCTION filao.release(m filao.message, now bigint, later boolean) RETURNS void LANGUAGE plpgsql AS $$
+-- Give a leased message back as if it had not been delivered, ready now or delayed until `due`.
+CREATE OR REPLACE FUNCTION filao.release(m filao.message, due bigint, now bigint, later boolean) RETURNS void
+LANGUAGE plpgsql AS $$
 BEGIN
   PERFORM filao.count(m.queue, ARRAY['released'], ARRAY[1]);
   UPDATE filao.message SET attempts = attempts - 1 WHERE id = m.id;
-  PERFORM filao.give_back(m, NULL, 0, now, later);
+  PERFORM filao.give_back(m, due, 0, now, later);
 END
 $$;
 
