@@ -315,7 +315,7 @@ broker()  # before the fork
         assert broker.stats("documents").ready == 4
 
 
-def test_on_postgresql_a_send_joins_the_transaction_too(project, postgres) -> None:
+def test_on_postgresql_a_send_joins_the_transaction_too_or_says_why_not(project, postgres) -> None:
     parts = urlsplit(postgres.create("django"))
     with (project / "settings.py").open("a") as settings:
         settings.write(
@@ -338,5 +338,29 @@ with transaction.atomic():
     receipt = subscribe()
     assert waiting() == 0
 assert broker().receive_from_queue("documents").id == receipt.id
+
+import filao
+from django.db import IntegrityError
+with transaction.atomic():
+    try:
+        Policy.objects.create(id=1000)
+        Policy.objects.create(id=1000)
+    except IntegrityError:
+        pass
+    try:
+        receipt = broker().send_to_queue("documents", 1)
+    except filao.EngineError as error:
+        assert "TransactionManagementError" in str(error) and "Nothing was sent" in str(error), error
+    else:
+        raise AssertionError(receipt)
+    transaction.set_rollback(True)
+with transaction.atomic():
+    connection.cursor().execute("SET TRANSACTION READ ONLY")
+    try:
+        broker().send_to_queue("documents", 1)
+    except filao.ConfigurationError as error:
+        assert "is read-only" in str(error), error
+    transaction.set_rollback(True)
+assert waiting() == 0
 """,
     )

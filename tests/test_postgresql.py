@@ -101,6 +101,36 @@ async def test_a_read_only_transaction_of_the_users_is_refused_in_words(url, bro
     assert not engine_of(broker)._server.is_distrusted(engine_of(broker)._main._connection)
 
 
+async def test_what_sqlalchemy_raises_within_a_transaction_ends_in_our_errors(url, broker) -> None:
+    library = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with library.connect() as failed, suppress(sqlalchemy.exc.DBAPIError):
+        failed.execute(sqlalchemy.text("SELECT nonsense"))
+    with library.connect() as failed:
+        with suppress(sqlalchemy.exc.DBAPIError):
+            failed.execute(sqlalchemy.text("SELECT nonsense"))
+        with pytest.raises(filao.EngineError, match="current transaction is aborted"):
+            await broker.send_to_queue("claims", 1, within=failed)
+    with pytest.raises(filao.EngineError, match=r"within=.*ResourceClosedError.*Nothing was sent"):
+        await broker.send_to_queue("claims", 1, within=failed)
+    with library.connect() as reader:
+        reader.execute(sqlalchemy.text("SET TRANSACTION READ ONLY"))
+        with pytest.raises(filao.ConfigurationError, match=r"transaction of the within= connection is read-only"):
+            await broker.send_to_queue("claims", 1, within=reader)
+    library.dispose()
+
+
+async def test_headers_that_another_program_forged_make_a_message_malformed(url, broker) -> None:
+    with psycopg.connect(url) as connection:
+        for headers in ("nonsense", "[1]", '{"a": 1}', "[" * 100_000):
+            await broker.send_to_queue("claims", 7, within=connection, headers={"a": "b"})
+            connection.execute('UPDATE filao.message SET headers = %s WHERE headers = \'{"a":"b"}\'', (headers,))
+    await broker.send_to_queue("claims", 8)
+    assert (await broker.receive_from_queue("claims")).body == 8
+    letters = await broker.dead_letters("claims")
+    assert [letter.reason for letter in letters] == ["malformed"] * 4
+    assert all("headers of a stored message are unreadable" in letter.error for letter in letters)
+
+
 async def test_a_connection_that_commits_each_statement_is_joined_in_its_transaction_only(url, broker) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         with pytest.raises(filao.ConfigurationError, match=r"connection\.transaction"):
@@ -274,6 +304,45 @@ async def test_what_a_statement_sets_ends_with_its_transaction(broker) -> None:
         backend = await tx.execute("SELECT pg_backend_pid()")
     async with broker.transaction() as tx:
         assert await tx.execute("SELECT pg_backend_pid()") == backend
+
+
+LEFT = {
+    "a setting": ("SELECT set_config('lock_timeout', '1ms', false)", "SELECT current_setting('lock_timeout') <> '10s'"),
+    "a role": ("SELECT set_config('role', 'pg_monitor', false)", "SELECT current_user = 'pg_monitor'"),
+    "a search path": (
+        "SELECT set_config('search_path', 'pg_temp', false)",
+        "SELECT 'pg_temp' = ANY (current_schemas(true))",
+    ),
+    "a lock": (
+        "SELECT pg_advisory_lock(7)",
+        "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 7)",
+    ),
+    "a table": ("CREATE TEMP TABLE claim (id integer)", "SELECT to_regclass('pg_temp.claim') IS NOT NULL"),
+    "a cursor": ("DECLARE c CURSOR WITH HOLD FOR SELECT 1", "SELECT EXISTS (SELECT FROM pg_cursors WHERE name = 'c')"),
+    "an ear": ("LISTEN claims", "SELECT EXISTS (SELECT FROM pg_listening_channels())"),
+}
+
+
+@pytest.mark.parametrize("ends", ["commits", "fails"])
+async def test_what_statements_leave_behind_is_cleared_away(broker, ends) -> None:
+    for what, (leave, is_left) in LEFT.items():
+        with suppress(ZeroDivisionError):
+            async with broker.transaction() as tx:
+                backend = await tx.execute("SELECT pg_backend_pid()")
+                await tx.execute(leave)
+                if ends == "fails":
+                    raise ZeroDivisionError
+        async with broker.transaction() as tx:
+            assert await tx.execute(is_left) == [(False,)], what
+            assert await tx.execute("SELECT pg_backend_pid()") == backend
+
+
+async def test_a_connection_on_which_a_statement_was_prepared_serves_nobody_else(broker) -> None:
+    async with broker.transaction() as tx:
+        backend = await tx.execute("SELECT pg_backend_pid()")
+        await tx.execute("PREPARE look AS SELECT 1")
+    async with broker.transaction() as tx:
+        assert await tx.execute("SELECT pg_backend_pid()") != backend
 
 
 async def test_statements_are_written_as_on_sqlite_or_as_psycopg_wants(broker) -> None:

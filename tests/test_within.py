@@ -9,6 +9,7 @@ import time
 
 import pytest
 import sqlalchemy
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 import filao
@@ -89,6 +90,28 @@ async def test_sqlalchemy_holds_the_transaction(broker, tmp_path, kind) -> None:
         held.commit()
     engine.dispose()
     assert (await broker.receive_from_queue("claims", wait=0)).body == 2
+
+
+async def test_what_sqlalchemy_says_instead_of_joining_ends_in_our_error(broker, tmp_path) -> None:
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path / 'claims.db'}")
+    closed = engine.connect()
+    closed.close()
+    failed = Session(engine)
+    failed.connection().invalidate()
+    for held in (closed, failed):
+        with pytest.raises(filao.EngineError, match=r"within=.*sqlalchemy\.exc\..*Nothing was sent"):
+            await broker.send_to_queue("claims", 1, within=held)
+    failed.close()
+    engine.dispose()
+    assert await waiting(broker) == 0
+
+
+async def test_an_asynchronous_connection_is_refused_with_the_right_form(broker, tmp_path) -> None:
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'claims.db'}")
+    async with engine.connect() as connection:
+        with pytest.raises(filao.ConfigurationError, match=r"AsyncConnection is asynchronous.*run_sync"):
+            await broker.send_to_queue("claims", 1, within=connection)
+    await engine.dispose()
 
 
 async def test_the_rules_hold_within_a_transaction_too(broker, tmp_path) -> None:

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from filao.errors import ConfigurationError
+from filao.errors import ConfigurationError, EngineError
 
 Execute = Callable[[str, Any], Any]
+E = TypeVar("E", bound=BaseException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,7 @@ class Connection:
 
 def connection_of(given: Any, *, needs_transaction: bool) -> Connection:
     """Recognise a connection. Raises `ConfigurationError` for what is none, or holds no transaction though it must."""
-    if hasattr(given, "run_sync"):
-        raise ConfigurationError(
-            f"a {type(given).__name__} is asynchronous: pass the method to it, as in "
-            f"`await connection.run_sync(outbox.send_to_queue, queue, body)`"
-        )
+    refuse_asynchronous(given)
     if callable(getattr(given, "connection", None)) and hasattr(given, "get_bind"):  # SQLAlchemy's Session
         given = given.connection()
     if hasattr(given, "exec_driver_sql"):  # SQLAlchemy's Connection, which begins by itself
@@ -48,6 +45,33 @@ def connection_of(given: Any, *, needs_transaction: bool) -> Connection:
         _check_transaction(given.in_atomic_block, needs_transaction, "use it inside transaction.atomic()")
         return Connection(given.vendor, "format", _through_cursor(given.cursor))
     return _of_driver(given, needs_transaction=needs_transaction)
+
+
+def refuse_asynchronous(given: object) -> None:
+    """Raise `ConfigurationError` for SQLAlchemy's asynchronous connections and sessions."""
+    if hasattr(given, "run_sync"):
+        raise ConfigurationError(
+            f"a {type(given).__name__} is asynchronous: pass the method to it, as in "
+            f"`await connection.run_sync(outbox.send_to_queue, queue, body)`"
+        )
+
+
+def driver_error(error: BaseException, kind: type[E]) -> E | None:
+    """Return the driver's error in one that SQLAlchemy or Django raised from it; None where there is none.
+
+    A cause of the cause says why the transaction failed before, and not what was wrong with this statement.
+    """
+    return next((found for found in (error, error.__cause__) if isinstance(found, kind)), None)
+
+
+def refused(error: Exception) -> EngineError:
+    """Return the error for what a library said instead of doing what was asked of the user's connection."""
+    kind = type(error)
+    said = str(error).strip().partition("\n")[0]
+    return EngineError(
+        f"within=: the connection refused it, with {kind.__module__}.{kind.__qualname__}: {said}. Nothing was sent; "
+        f"give a connection that is open and whose transaction can go on."
+    )
 
 
 def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:

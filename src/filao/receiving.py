@@ -8,8 +8,9 @@ import asyncio
 from typing import Any, cast
 
 from filao.at_most_once import AtMostOnce
-from filao.codec import codec_for
+from filao.codec import codec_for, decode_headers
 from filao.engine import Delivery, Receive, Received, Reject
+from filao.errors import EngineError
 from filao.message import Guarantee, Message, delivery_of
 from filao.queue import Queue, T
 from filao.session import Session
@@ -71,9 +72,13 @@ class Receiving:
         malformed: list[tuple[Delivery, str]] = []
         for delivery in received.deliveries:
             try:
+                if delivery.headers is not None:
+                    decode_headers(delivery.headers)
                 messages.append(Message(self._session, delivery, read(delivery.kind, delivery.content)))
             except ValueError as error:
                 malformed.append((delivery, f"the body does not fit the queue's type: {error}"))
+            except EngineError as error:
+                malformed.append((delivery, str(error)))
         try:
             for delivery, why in malformed:
                 await self._session.settle(delivery, Reject(why, malformed=True))

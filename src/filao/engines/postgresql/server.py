@@ -16,8 +16,9 @@ from psycopg import conninfo, errors
 from psycopg.rows import tuple_row
 
 from filao.codec import shown
+from filao.connections import driver_error, refused
 from filao.engine import Draft
-from filao.errors import ConfigurationError, EngineError, EngineUnavailable, MessageNotEncodable
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError, MessageNotEncodable
 from filao.forks import cut_off, gate, keep
 from filao.urls import checked, shown_url
 
@@ -50,7 +51,7 @@ _UNDONE: tuple[tuple[type[psycopg.Error] | UnionType, str], ...] = (
         errors.LockNotAvailable,
         (
             "another transaction has held a message, key or queue that this needs for too long. Nothing was done; keep "
-            "transactions short, and try again."
+            "transactions short, and try again. If it is the caller's own, send with within= that connection."
         ),
     ),
     (errors.DiskFull, "its disk is full. Nothing was done; make room, and try again."),
@@ -73,6 +74,11 @@ _UNDONE: tuple[tuple[type[psycopg.Error] | UnionType, str], ...] = (
     ),
 )
 """What the server undid, and what to do."""
+_CLEAN = (
+    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_catalog.pg_advisory_unlock_all(); "
+    "DISCARD SEQUENCES; DISCARD TEMP"
+)
+"""What DISCARD ALL does, but for plans and prepared statements, which are the driver's."""
 _REFUSALS = (
     "authentication failed",
     "no password supplied",
@@ -127,6 +133,8 @@ class Server:
         self._distrusted: weakref.WeakSet[Connection] = weakref.WeakSet()
         self.database: str = ""
         """The name that this database gave itself when its schema was created."""
+        self._settings: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
+        """The statement that gives a connection its settings, unless a pooler stands before it."""
         gate.connect(self)
 
     async def connect(self, *, is_ours: bool = True, locked_for: float = LOCKED_FOR) -> Connection:
@@ -187,9 +195,16 @@ class Server:
         }
         if is_ours:  # so that nobody can put an operator or a function in the way of ours
             settings["search_path"] = "pg_catalog, pg_temp"
-        one = "pg_catalog.set_config(%s, %s, false)"
-        values = [value for setting in settings.items() for value in setting]
-        await connection.execute(f"SELECT {', '.join([one] * len(settings))}".encode(), values)
+        calls = [f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()]
+        self._settings[connection] = f"SELECT {', '.join(calls)}"
+        await connection.execute(self._settings[connection].encode())
+
+    async def clean(self, connection: Connection) -> None:
+        """Clear away what a user's statements may have left on a connection: settings, a role, locks, temporary tables,
+        cursors. Behind a pooler, that is the pooler's business.
+        """
+        if connection in self._settings:
+            await connection.execute(f"{_CLEAN}; {self._settings[connection]}".encode(), prepare=False)
 
     def local_settings(self, *, ours: bool = True) -> str | None:
         """Return a statement that a transaction begins with behind a pooler, which keeps no settings.
@@ -211,7 +226,7 @@ class Server:
         self._distrusted.update(self._connections)
 
     def distrust_one(self, connection: Connection) -> None:
-        """Let a connection not be used again, on which a user's statement has set what the promises rest on."""
+        """Let a connection not be used again, on which a user's statement has changed what cannot be set right."""
         self._distrusted.add(connection)
 
     def is_lost(self, connection: Connection) -> bool:
@@ -263,21 +278,29 @@ class Server:
 
     @contextmanager
     def mapped_within(self) -> Generator[None]:
-        """Turn the errors of a user's own connection into ours. It says nothing about the server that others use."""
-        with self.mapped():
-            try:
-                yield
-            except errors.ReadOnlySqlTransaction as error:
-                raise ConfigurationError(
-                    f"{self.name}: the transaction of the within= connection is read-only. Nothing was sent; give a "
-                    f"connection whose transaction may write."
-                ) from error
-            except UnicodeEncodeError as error:
-                raise MessageNotEncodable(
-                    f"{self.name}: the client_encoding of the within= connection cannot hold "
-                    f"{shown(error.object[error.start : error.end])}. Nothing was sent; "
-                    "set its client_encoding to UTF8."
-                ) from error
+        """Turn the errors of a user's own connection into ours, whatever library has raised them. It says nothing about
+        the server that others use.
+        """
+        try:
+            yield
+        except FilaoError:
+            raise
+        except Exception as error:
+            raise self._within_error(error) from error
+
+    def _within_error(self, error: Exception) -> FilaoError:
+        if (wrong := driver_error(error, UnicodeEncodeError)) is not None:
+            return MessageNotEncodable(
+                f"{self.name}: the client_encoding of the within= connection cannot hold "
+                f"{shown(wrong.object[wrong.start : wrong.end])}. Nothing was sent; set its client_encoding to UTF8."
+            )
+        drivers = driver_error(error, psycopg.Error)
+        if isinstance(drivers, errors.ReadOnlySqlTransaction):
+            return ConfigurationError(
+                f"{self.name}: the transaction of the within= connection is read-only. Nothing was sent; give a "
+                f"connection whose transaction may write."
+            )
+        return refused(error) if drivers is None else self.engine_error(drivers)
 
     def engine_error(self, error: psycopg.Error, *, begun: bool = True) -> EngineError | ConfigurationError:
         """Return what an error of the server means."""
@@ -420,6 +443,7 @@ class Pool:
         self._room = asyncio.Semaphore(most)
         self._free: list[tuple[float, Connection]] = []
         """With the time of the last use, the last used at the end."""
+        self._soiled: weakref.WeakSet[Connection] = weakref.WeakSet()
 
     @asynccontextmanager
     async def use(self, wait: float) -> AsyncGenerator[Connection]:
@@ -434,12 +458,34 @@ class Pool:
             try:
                 yield connection
             finally:
-                if await _is_idle(connection):
-                    self._free.append((time.monotonic(), connection))
-                else:
-                    await connection.close()
+                await self._take_back(connection)
         finally:
             self._room.release()
+
+    def soil(self, connection: Connection) -> None:
+        """Let a connection that is in use be cleaned when it comes back."""
+        self._soiled.add(connection)
+
+    async def _take_back(self, connection: Connection) -> None:
+        is_fit = False
+        try:
+            is_fit = await _is_idle(connection) and await self._is_clean(connection)
+        finally:
+            if is_fit:
+                self._free.append((time.monotonic(), connection))
+            else:
+                await connection.close()
+
+    async def _is_clean(self, connection: Connection) -> bool:
+        if connection not in self._soiled:
+            return True
+        self._soiled.discard(connection)
+        try:
+            async with asyncio.timeout(UNDONE_WITHIN):
+                await self._server.clean(connection)
+        except (psycopg.Error, TimeoutError):
+            return False
+        return True
 
     async def _usable(self) -> Connection:
         while self._free:

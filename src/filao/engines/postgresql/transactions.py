@@ -29,7 +29,7 @@ CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
 TRIES = 5  # of a transaction that met another and lost: nothing of it was done
 _LOST = (DeadlockDetected, SerializationFailure, UniqueViolation, NoDataFound)
-_LASTS = re.compile(r"(?!SET\s+(LOCAL|TRANSACTION|CONSTRAINTS)\b)(SET|RESET|LISTEN|DISCARD)\b", re.IGNORECASE)
+_PREPARES = re.compile(r"(PREPARE|DEALLOCATE|DISCARD)\b", re.IGNORECASE)
 _ENDS = frozenset({"BEGIN", "COMMIT", "COMMIT PREPARED", "PREPARE TRANSACTION", "ROLLBACK", "START TRANSACTION"})
 
 
@@ -77,6 +77,10 @@ class Transactions:
             attempt.begun = True
             yield connection
 
+    def soil(self, connection: Connection) -> None:
+        """Let what a user's statements may have left on a connection be cleared away before it serves another."""
+        self._pool.soil(connection)
+
     async def close(self, unused_for: float = 0.0) -> None:
         """Close the connections that nobody has used for so many seconds."""
         await self._pool.close(unused_for)
@@ -110,17 +114,19 @@ class PostgresqlTransactions:
             try:
                 yield within
             finally:
-                if within.has_set:
+                if within.has_executed:
+                    self._transactions.soil(connection)
+                if within.has_prepared:
                     self._server.distrust_one(connection)
             within.check_open()
         await self._committed(within.done)
 
     def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
         """Send on the user's own connection, in the user's own transaction; whoever waits finds it by polling."""
-        given = connection_of(connection, needs_transaction=True)
         for error in verbs.unwritable([operation], self._server.charset).values():
             return error
         with self._server.mapped_within():
+            given = connection_of(connection, needs_transaction=True)
             is_ours = given.dialect == "postgresql" and given.execute(_IS_HERE).fetchone()[0]
             (about,) = _texts(given.execute(_ABOUT, (operation.queue,)).fetchall()) if is_ours else (None,)
             if about is None or about[2] != self._server.database:
@@ -143,8 +149,10 @@ class PostgresqlTransaction:
         self._connection = connection
         self._apply = apply
         self._ended_by: str | None = None
-        self.has_set = False
-        """A statement has set what outlasts the transaction: its connection must not serve another."""
+        self.has_executed = False
+        """A statement of the user's has run, and may have left something on the connection."""
+        self.has_prepared = False
+        """One has changed what is prepared there, which only the driver may: its connection must not serve another."""
         self.done: list[Operation] = []
         """What is to be made known when it has committed."""
 
@@ -153,7 +161,8 @@ class PostgresqlTransaction:
         self.check_open()
         check_statement(sql)
         statement, written = for_psycopg(sql, parameters)
-        self.has_set = self.has_set or _LASTS.match(first_words(sql)) is not None
+        self.has_executed = True
+        self.has_prepared = self.has_prepared or _PREPARES.match(first_words(sql)) is not None
         async with in_time():
             async with self._connection.pipeline():  # in which the server takes one statement at a time, as SQLite does
                 cursor = await self._connection.execute(statement.encode(), written)

@@ -7,7 +7,9 @@ attributes those libraries document, so that neither has to be installed.
 import sqlite3
 from pathlib import Path
 
-from filao.errors import ConfigurationError
+from filao.connections import driver_error, refuse_asynchronous, refused
+from filao.engines.sqlite.files import engine_error
+from filao.errors import ConfigurationError, FilaoError
 
 _WRAPPERS = ("driver_connection", "dbapi_connection", "connection")
 _DEPTH_MAX = 5  # wrappers around wrappers: SQLAlchemy has a session, a connection, a pooled one, the driver's
@@ -15,7 +17,13 @@ _DEPTH_MAX = 5  # wrappers around wrappers: SQLAlchemy has a session, a connecti
 
 def open_transaction(connection: object, path: Path) -> sqlite3.Connection:
     """Return the `sqlite3` connection inside `connection`, its transaction begun, or say why it cannot be joined."""
-    db = _unwrap(connection)
+    try:
+        db = _unwrap(connection)
+    except FilaoError:
+        raise
+    except Exception as error:  # of the library that wraps it
+        drivers = driver_error(error, sqlite3.Error)
+        raise (refused(error) if drivers is None else engine_error(path, drivers)) from error
     _check_file(db, path)
     if not db.in_transaction:
         if db.isolation_level is None:
@@ -28,6 +36,7 @@ def open_transaction(connection: object, path: Path) -> sqlite3.Connection:
 
 
 def _unwrap(connection: object) -> sqlite3.Connection:
+    refuse_asynchronous(connection)
     inner = connection
     for _ in range(_DEPTH_MAX):
         if isinstance(inner, sqlite3.Connection):
