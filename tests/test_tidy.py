@@ -93,6 +93,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "broker",
         "relay",
         "calls",
+        "outside",
         "loop_thread",
         "sync",
     ),

@@ -40,6 +40,7 @@ class Batcher:
         self._gathered: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""
+        self._had_company = False
         self._is_called = False
         """The loop will begin a batch on its next turn."""
         self._doing: set[asyncio.Future[Sequence[Result | asyncio.Future[Result]]]] = set()
@@ -58,6 +59,13 @@ class Batcher:
             self._is_called = True
             loop.call_soon(self._begin)  # on the next turn, with whatever else is submitted during this one
         return future
+
+    def is_idle(self) -> bool:
+        """Return whether nothing waits for its batch, and what came last came alone; from any thread.
+
+        Those who shared a batch a moment ago will come together again: whoever goes ahead alone keeps them waiting.
+        """
+        return not self._gathered and not self._suspects and not self._had_company
 
     async def drain(self) -> None:
         """Wait until everything that was submitted has been done."""
@@ -107,6 +115,7 @@ class Batcher:
     def _finish(self, entries: list[_Entry], done: "asyncio.Future[Sequence[Result | asyncio.Future[Result]]]") -> None:
         """Give each caller its result, and begin the next batch."""
         self._doing.discard(done)
+        self._had_company = len(entries) > 1
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
         if error is None:
             for (_, future), result in zip(entries, done.result(), strict=True):

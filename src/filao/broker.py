@@ -193,7 +193,7 @@ class Broker:
         try:
             sent = draft(known, outgoing)
         except MessageTooLarge as error:
-            sent = draft(await larger(known, None if within else self._session.engine.find, error), outgoing)
+            sent = draft(await larger(known, None if within else self._session.find, error), outgoing)
         return (await self._session.send(known.name, (sent,), within))[0]
 
     async def send_many(
@@ -218,7 +218,7 @@ class Broker:
         try:
             sent = drafts(known, bodies, terms)
         except MessageTooLarge as error:
-            sent = drafts(await larger(known, None if within else self._session.engine.find, error), bodies, terms)
+            sent = drafts(await larger(known, None if within else self._session.find, error), bodies, terms)
         return await self._session.send(known.name, sent, within)
 
     # --- receive -----------------------------------------------------------------------------------------------------
@@ -276,14 +276,7 @@ class Broker:
         Their leases run from now: take no more than you can start soon. See `receive_from_queue`.
         """
         known = self._session.known_already(queue) or await self._session.known(queue)
-        check_limit(known.name, limit, RECEIVE_MANY_MAX)
-        if wait is not None:
-            check_duration(f"queue {known.name!r}", "wait", wait)
-        if lease is not None:
-            check_duration(f"queue {known.name!r}", "lease", lease, least=0.001, most=LEASE_MAX)
-        if guarantee not in _GUARANTEES:
-            raise ConfigurationError(f"guarantee is {guarantee!r}; it must be {' or '.join(_GUARANTEES)}")
-        receive = Receive(known.name, limit, lease, waiting=int(wait != 0))
+        receive = _asked(known.name, limit, wait, lease, guarantee)
         if wait == 0:
             return (await self._receiving.look(known, receive, guarantee))[0]
         return await self._receiving.wait(known, receive, wait, guarantee)
@@ -435,6 +428,28 @@ class Broker:
         """Examine the storage and say what an operator should know; on a large file this takes a while."""
         self._session.check_usable()
         return await self._session.engine.operators.doctor()
+
+
+def _asked(queue: str, limit: int, wait: float | None, lease: float | None, guarantee: Guarantee) -> Receive:
+    """Return what is asked for, once it is checked."""
+    check_limit(queue, limit, RECEIVE_MANY_MAX)
+    if wait is not None:
+        check_duration(f"queue {queue!r}", "wait", wait)
+    if lease is not None:
+        check_duration(f"queue {queue!r}", "lease", lease, least=0.001, most=LEASE_MAX)
+    if guarantee not in _GUARANTEES:
+        raise ConfigurationError(f"guarantee is {guarantee!r}; it must be {' or '.join(_GUARANTEES)}")
+    return Receive(queue, limit, lease, waiting=int(wait != 0))
+
+
+async def received_at_once(
+    broker: Broker, queue: str | Queue[T], limit: int, *, wait: float | None, lease: float | None, guarantee: Guarantee
+) -> list[Message[T]] | None:
+    """Return what `receive_many` would, if the calling thread can have it without waiting; else None."""
+    known = session_of(broker).known_already(queue)
+    if known is None or guarantee != "at-least-once":
+        return None
+    return await receiving_of(broker).at_once(known, _asked(known.name, limit, wait, lease, guarantee))
 
 
 def session_of(broker: Broker) -> Session:

@@ -56,10 +56,14 @@ class Caller:
             call.take_back()
             raise
 
-    def begin(self, call: "Call[Any]") -> None:
-        """Begin a call. Raises `ConfigurationError` when there is no loop any more."""
+    def check(self) -> None:
+        """Raise `ConfigurationError` when no call can be made any more."""
         if self._refusal:
             raise ConfigurationError(self._refusal)
+
+    def begin(self, call: "Call[Any]") -> None:
+        """Begin a call. Raises `ConfigurationError` when there is no loop any more."""
+        self.check()
         self._calls.add(call)
         try:
             call.begin()

@@ -507,6 +507,14 @@ class Engine(Protocol):
         """
         ...
 
+    def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
+        """Do operations durably in the calling thread, whichever it is, if that needs no waiting for anybody.
+
+        Return whether it was done; then `results` has one for each. What it raises means that none was done. It may be
+        interrupted between any two instructions; then what stands in `results` may have been done.
+        """
+        ...
+
     def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Waiter:
         """Take a place to wait; `submit` looks again, `abandoned` is told what came for somebody who had gone away."""
         ...

@@ -89,6 +89,14 @@ class Gate:
                 self._changed.wait()
             self._inside.add(threading.get_ident())
 
+    def try_enter(self) -> bool:
+        """Begin a job unless somebody forks just now; return whether it was begun."""
+        self._inside.add(threading.get_ident())
+        if self._is_wanted:
+            self.leave()
+            return False
+        return True
+
     def leave(self) -> None:
         """End a job, if one was begun."""
         self._inside.discard(threading.get_ident())

@@ -12,9 +12,10 @@ import threading
 import time
 from contextlib import suppress
 
-from filao.broker import Broker
+from filao.broker import Broker, session_of
 from filao.calls import Caller, signals_left_to_others
 from filao.errors import EngineUnavailable, FilaoError
+from filao.outside import outside
 from filao.session import CLOSES_WITHIN
 
 log: logging.Logger = logging.getLogger("filao")
@@ -91,6 +92,8 @@ class LoopThread:
         if self._is_stopping:
             self._stopping.set()
         async with self._broker:
+            self.here: Broker = Broker(outside(session_of(self._broker), self.caller))
+            """The same broker for other threads; its coroutines block, and never suspend."""
             self._opened.set()
             await self._stopping.wait()
 

@@ -283,6 +283,12 @@ def delivery_of(message: Message[Any]) -> Delivery:
     return message._delivery  # noqa: SLF001 - the three below too: users do not see what is not for them
 
 
+def settled_by(message: Message[T], session: Session) -> Message[T]:
+    """Let a message be settled through another session on the same engine, and return it."""
+    message._session = session  # noqa: SLF001
+    return message
+
+
 def mark_settled(message: Message[Any], how: str) -> None:
     """Record how a message was settled, when that happened otherwise than through itself."""
     message._ended = how  # noqa: SLF001

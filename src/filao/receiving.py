@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from filao.at_most_once import AtMostOnce
 from filao.codec import codec_for, decode_headers
-from filao.engine import Delivery, Receive, Received, Reject
-from filao.errors import EngineError
+from filao.engine import Delivery, Receive, Received, Reject, Result
+from filao.errors import EngineError, FilaoError
 from filao.message import Guarantee, Message, delivery_of
 from filao.queue import Queue, T
 from filao.session import Session
@@ -55,6 +55,26 @@ class Receiving:
             messages = await self._read(known, received, guarantee) if received.deliveries else []
             if messages or not received.deliveries:  # else all that came was malformed, and is dead now
                 return messages, received.due_in
+
+    async def at_once(self, known: Queue[T], receive: Receive) -> list[Message[T]] | None:
+        """Return the messages that are there, if the calling thread can have them without waiting; else None.
+
+        Whatever exception meets the thread meanwhile, what it got is given back.
+        """
+        results: list[Result] = []
+        try:
+            if not self._session.at_once(receive, results):
+                return None
+            (received,) = results
+            if isinstance(received, FilaoError):
+                raise received
+            deliveries = cast("Received", received).deliveries
+            messages = await self._read(known, cast("Received", received), "at-least-once")
+        except BaseException:
+            for result in results:
+                self._session.give_back_unread(result)
+            raise
+        return messages if messages or not (deliveries or receive.waiting) else None
 
     async def _taken(self, future: "asyncio.Future[Any]") -> Any:
         """Return what was received, or give it back when our caller was cancelled in the turn in which it came."""

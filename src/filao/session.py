@@ -4,6 +4,7 @@ A settle goes down from here: to the batcher, and with its batch to the engine. 
 """
 
 import asyncio
+import copy
 import os
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 from filao.batching import Batcher, look_away
 from filao.engine import (
+    Abandoned,
     Delivery,
     Draft,
     Engine,
@@ -62,6 +64,8 @@ class Session:
         """Makes an engine on the same storage."""
         self.observers: Observers = Observers() if observers is None else observers
         """Those that are told what is done."""
+        self.give_back_unread: Abandoned = self._give_back_unread
+        """Give back what was received for a caller who has gone away."""
         self._begin_anew()
         self._unusable = _NOT_OPEN
         self._is_inherited = False
@@ -73,8 +77,12 @@ class Session:
         )
         self.submit: Callable[[Operation], asyncio.Future[Result]] = self._batcher.submit
         """Do an operation with the next batch."""
+        self.find: Callable[[str], Awaitable[Queue]] = self.engine.find
+        """Return a declared queue. Raises `QueueNotFound`."""
         self._queues: dict[str, Queue] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.is_anywhere: bool = False
+        """Whether it can be used in any thread, for as long as it is open."""
         self._opening = asyncio.Lock()
         self._is_used = False
 
@@ -132,6 +140,20 @@ class Session:
                 f"back when its leases run out."
             ) from None
 
+    def anywhere(
+        self,
+        submit: Callable[[Operation], Awaitable[Result]],
+        find: Callable[[str], Awaitable[Queue]],
+        give_back_unread: Abandoned,
+    ) -> "Session":
+        """Return this session, which is open, as it can be used in any thread, given the ways for that."""
+        twin = copy.copy(self)
+        twin.is_anywhere = True
+        twin.submit = cast("Callable[[Operation], asyncio.Future[Result]]", submit)  # those who use it just await it
+        twin.find = find
+        twin.give_back_unread = give_back_unread
+        return twin
+
     def sibling(self) -> "Session | None":
         """Return a session on the same storage for another event loop; None where the leases are bound to this one."""
         engine = self.engine.sibling()
@@ -162,7 +184,7 @@ class Session:
         """Raise `ConfigurationError` when a call cannot be made now and, unless it can be `anywhere`, on this loop."""
         if self._unusable:
             self.check_open()
-        if not anywhere and asyncio.get_running_loop() is not self._loop:
+        if not (anywhere or self.is_anywhere) and asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(_ON_ANOTHER_LOOP)
         if current_transaction.get() is not None:
             self._check_outside()
@@ -173,7 +195,7 @@ class Session:
 
     def _check_outside(self) -> None:
         transaction = current_transaction.get()
-        if transaction is not None and transaction.is_open and transaction.session is self:
+        if transaction is not None and transaction.is_open and transaction.session.engine is self.engine:
             raise ConfigurationError(
                 "this call would wait for the transaction that it is made in: use the transaction's own methods"
             )
@@ -199,7 +221,7 @@ class Session:
         return self._queues.get(queue) or Queue(queue, body_max=BODY_MAX_EVER)
 
     async def _learn(self, queue: str) -> Queue:
-        known = self._queues[queue] = await self.engine.find(queue)
+        known = self._queues[queue] = await self.find(queue)
         return known
 
     async def declare(self, queue: Queue[Any]) -> None:
@@ -228,6 +250,11 @@ class Session:
             raise receipts
         return receipts
 
+    def at_once(self, operation: Operation, results: list[Result]) -> bool:
+        """Do an operation in the calling thread as `Engine.at_once` does; not when observers are to be told."""
+        is_free = self._batcher.is_idle() and not self.observers.all
+        return is_free and self.engine.at_once((operation,), results)
+
     def settle(self, delivery: Delivery, outcome: Outcome) -> "asyncio.Future[Result]":
         """End a lease."""
         self.check_usable()
@@ -244,8 +271,7 @@ class Session:
         if self.is_open:  # a closing engine gives back all it holds
             self.submit(Settle(delivery, Release())).add_done_callback(look_away)
 
-    def give_back_unread(self, result: Result) -> None:
-        """Give back what was received for a caller who has gone away."""
+    def _give_back_unread(self, result: Result) -> None:
         if isinstance(result, Received):
             for delivery in result.deliveries:
                 self.give_back(delivery)

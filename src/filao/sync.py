@@ -1,7 +1,8 @@
 """The blocking twin: the same names without `await`, for programs that have no event loop.
 
-One event-loop thread runs an async broker, and every call is handed to it. So a `Broker` may be shared by any number of
-threads, and what they do at the same moment shares commits, as concurrent tasks do. Guarantees, units and errors are
+One event-loop thread runs an async broker. A lone call that need not wait is done in the thread that makes it; others
+are handed to the loop. So a `Broker` may be shared by any number of threads, and what they do at the same moment shares
+commits, as concurrent tasks do. Guarantees, units and errors are
 those of `filao.broker` and `filao.message`, from which the calls are derived, with their types and docstrings. Written
 out is only what differs: opening and closing, what hands messages out, what is no coroutine, what takes a message.
 
@@ -22,14 +23,14 @@ from typing import Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar, c
 
 from filao.broker import Broker as AsyncBroker
 from filao.broker import connect as connect_async
-from filao.broker import receiving_of, session_of
+from filao.broker import received_at_once, receiving_of, session_of
 from filao.calls import Caller, Held
 from filao.engine import Feature
 from filao.engines import Durability
 from filao.errors import ConfigurationError
 from filao.forks import keep
 from filao.loop_thread import LoopThread
-from filao.message import Guarantee, inside_of
+from filao.message import Guarantee, inside_of, settled_by
 from filao.message import Message as AsyncMessage
 from filao.message import Transaction as AsyncTransaction
 from filao.observing import Observers
@@ -62,10 +63,19 @@ def _blocking(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -
 
     @wraps(function)
     def call(self: Any, /, *arguments: P.args, **keywords: P.kwargs) -> R:
-        if keywords.get("within") is not None:  # a connection, which belongs to the calling thread
-            return _run_here(function(self._inner, *arguments, **keywords))
         caller: Caller = self._caller
         return caller.call(partial(function, self._inner, *arguments, **keywords))
+
+    call.__module__ = __name__
+    return call
+
+
+def _done_here(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
+    """Return a method that runs a coroutine function in the calling thread, for `_here`, whose session blocks."""
+
+    @wraps(function)
+    def call(self: Any, /, *arguments: P.args, **keywords: P.kwargs) -> R:
+        return _run_here(function(self._here, *arguments, **keywords))
 
     call.__module__ = __name__
     return call
@@ -169,8 +179,8 @@ class Broker:
     queues: Final = _blocking(AsyncBroker.queues)
     delete_queue: Final = _blocking(AsyncBroker.delete_queue)
 
-    send_to_queue: Final = _blocking(AsyncBroker.send_to_queue)
-    send_many: Final = _reading(_blocking(AsyncBroker.send_many))
+    send_to_queue: Final = _done_here(AsyncBroker.send_to_queue)
+    send_many: Final = _reading(_done_here(AsyncBroker.send_many))
 
     @overload
     def receive_from_queue(
@@ -210,9 +220,13 @@ class Broker:
         lease: float | None = None,
         guarantee: Guarantee = "at-least-once",
     ) -> "list[Message[T]]":
+        here = self._here
         caller = self._caller
-        receive = partial(self._inner.receive_many, queue, limit, wait=wait, lease=lease, guarantee=guarantee)
-        return [Message(caller, message) for message in caller.take(receive, _back(self._inner))]
+        messages = _run_here(received_at_once(here, queue, limit, wait=wait, lease=lease, guarantee=guarantee))
+        if messages is None:
+            receive = partial(self._inner.receive_many, queue, limit, wait=wait, lease=lease, guarantee=guarantee)
+            messages = caller.take(receive, _back(self._inner))
+        return [Message(caller, session_of(here), message) for message in messages]
 
     def consume(
         self,
@@ -223,11 +237,12 @@ class Broker:
         lease: float | None = None,
         guarantee: Guarantee = "at-least-once",
     ) -> "Generator[Message[T]]":
+        outside = session_of(self._here)
         caller = self._caller
         messages = self._inner.consume(queue, prefetch=prefetch, wait=wait, lease=lease, guarantee=guarantee)
         try:
             while True:
-                yield Message(caller, caller.take(messages.__anext__, receiving_of(self._inner).give_back))
+                yield Message(caller, outside, caller.take(messages.__anext__, receiving_of(self._inner).give_back))
         except StopAsyncIteration:
             return
         finally:
@@ -253,12 +268,20 @@ class Broker:
     @property
     def _caller(self) -> Caller:
         """Whom to ask. Raises `ConfigurationError` when it is not open."""
+        return self._usable().caller
+
+    @property
+    def _here(self) -> AsyncBroker:
+        """What does it in this thread. Raises `ConfigurationError` when it is not open."""
+        return self._usable().here
+
+    def _usable(self) -> LoopThread:
         if self._thread is None and self._is_inherited:
             self.open()
         thread = self._thread
         if thread is None:
             raise ConfigurationError(self._refusal)
-        return thread.caller
+        return thread
 
     def _inherit(self) -> None:
         """Become, in a child process, a broker that opens itself when it is used."""
@@ -273,11 +296,11 @@ class Broker:
 class Message(Generic[T]):
     """See `filao.Message`."""
 
-    __slots__ = ("_caller", "_inner")
+    __slots__ = ("_caller", "_here", "_inner")
 
-    def __init__(self, caller: Caller, message: AsyncMessage[T]) -> None:
+    def __init__(self, caller: Caller, outside: Session, message: AsyncMessage[T]) -> None:
         self._caller = caller
-        self._inner = message
+        self._inner = self._here = settled_by(message, outside)
 
     @property
     def body(self) -> T:
@@ -322,11 +345,11 @@ class Message(Generic[T]):
     def __repr__(self) -> str:
         return repr(self._inner)
 
-    ack: Final = _blocking(AsyncMessage[Any].ack)
-    nack: Final = _blocking(AsyncMessage[Any].nack)
-    reject: Final = _blocking(AsyncMessage[Any].reject)
-    release: Final = _blocking(AsyncMessage[Any].release)
-    extend: Final = _blocking(AsyncMessage[Any].extend)
+    ack: Final = _done_here(AsyncMessage[Any].ack)
+    nack: Final = _done_here(AsyncMessage[Any].nack)
+    reject: Final = _done_here(AsyncMessage[Any].reject)
+    release: Final = _done_here(AsyncMessage[Any].release)
+    extend: Final = _done_here(AsyncMessage[Any].extend)
 
     def transaction(self) -> "AbstractContextManager[Transaction]":
         return _transaction(self._caller, self._inner.transaction)
@@ -387,14 +410,14 @@ def _transaction(caller: Caller, opening: Callable[[], Any]) -> Held[AsyncTransa
 
 
 def _run_here(coroutine: Coroutine[Any, Any, R]) -> R:
-    """Run a coroutine that never waits in the calling thread: a send within its transaction touches no loop."""
+    """Run a coroutine that never suspends in the calling thread."""
     try:
         coroutine.send(None)
     except StopIteration as returned:
         result: R = returned.value
         return result
     coroutine.close()
-    raise AssertionError("a send within a transaction waited")
+    raise AssertionError("what is done in the calling thread waited")
 
 
 def _after_fork() -> None:

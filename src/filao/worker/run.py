@@ -83,7 +83,9 @@ class Shared:
     broker: Broker
     session: Session
     caller: Caller
-    """For plain handlers, in their threads."""
+    """For plain handlers, in their threads, ..."""
+    outside: Session
+    """... and what they settle by."""
     keeper: Keeper
     threads: Threads
     strays: Strays
@@ -319,7 +321,9 @@ class Run:
         calling = function if around is None else partial(around.call_plain, function)
         caller = self._shared.caller
         blocking = [sync.Transaction(caller, one) for one in transaction]
-        self._call = self._shared.threads.start(calling, sync.Message(caller, self._message), *blocking)
+        self._call = self._shared.threads.start(
+            calling, sync.Message(caller, self._shared.outside, self._message), *blocking
+        )
         return _result(handler, await self._call.future)
 
     def _handler_ended(self, task: "asyncio.Task[object]") -> None:

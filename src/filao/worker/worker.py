@@ -22,6 +22,7 @@ from filao.engine import HEALTHY, Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.message import Message
 from filao.observing import Observer
+from filao.outside import outside
 from filao.queue import Queue, T, check_duration, check_name, not_found
 from filao.worker.handlers import handler_of
 from filao.worker.keeper import Keeper
@@ -361,7 +362,10 @@ class Worker:
             stack.enter_context(strays.seen(asyncio.get_running_loop()))
             self._pulse = Pulse()
             stack.callback(self._pulse.stop)
-            shared = Shared(broker, session_of(broker), caller, keeper, threads, strays, Outages(), self._surroundings)
+            session = session_of(broker)
+            around = self._surroundings
+            beyond = outside(session, caller)
+            shared = Shared(broker, session, caller, beyond, keeper, threads, strays, Outages(), around)
             self._shift = shift = Shift(shared, self._pools(consumers), stop, count, patient=patient)
             try:
                 yield shift

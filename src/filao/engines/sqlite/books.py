@@ -8,7 +8,7 @@ import re
 import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -110,46 +110,53 @@ class QueueRow:
         self.delayed = 0
 
 
+class Known:
+    """What books know of their file; it holds until somebody else commits."""
+
+    __slots__ = ("last", "noted", "queues")
+
+    def __init__(self) -> None:
+        self.queues: dict[str, QueueRow] = {}
+        self.last: int | None = None
+        """The last number given."""
+        self.noted: int = 0
+        """Up to which number the file says that they are given."""
+
+    def begin(self) -> "Known":
+        """Return what another transaction may begin with."""
+        if len(self.queues) > QUEUES_KEPT_MAX:
+            self.queues.clear()
+        for row in self.queues.values():
+            row.begin()
+        return self
+
+
 class Books:
     """The queues as one transaction sees and changes them."""
 
     def __init__(self, db: sqlite3.Connection, file: str, now: int, *, keeps: bool = False) -> None:
-        """Begin; `keeps` says that another transaction may go on with what these come to know: see `again`."""
+        """Begin; `keeps` says that another transaction may go on with what these come to know."""
         self.db = db
         self.file = file
         self.now = now
-        self._queues: dict[str, QueueRow] = {}
+        self.known = Known()
         self._inserts: list[tuple[object, ...]] = []
-        self._last: int | None = None
-        self._noted = 0
-        """Up to which number the file says that they are given."""
         self.keeps: bool = keeps
+        self._salt: int | None = None
+        self._prefix = ""
         self.occupied: set[tuple[int, str]] = set()
         """Groups that are known to have a message that the next one must wait for."""
 
     # --- the books themselves ----------------------------------------------------------------------------------------
 
-    def again(self, now: int, *, keeps: bool) -> "Books":
-        """Return the books of another transaction, which know what these knew when theirs had committed.
-
-        Only when nobody else has committed since, and when all that was written went through these.
-        """
-        books = Books(self.db, self.file, now, keeps=keeps)
-        books._last, books._noted = self._last, self._noted
-        if len(self._queues) <= QUEUES_KEPT_MAX:
-            books._queues = self._queues
-            for row in self._queues.values():
-                row.begin()
-        return books
-
     def queue(self, name: str) -> QueueRow | None:
         """Return the queue's row; None when it is not declared."""
-        row = self._queues.get(name)
+        row = self.known.queues.get(name)
         if row is None:
             found = self.db.execute(_SELECT_QUEUE, (name,)).fetchone()
             if found is None:
                 return None
-            row = self._queues[name] = QueueRow(found, read_rules(name, found[1]))
+            row = self.known.queues[name] = QueueRow(found, read_rules(name, found[1]))
         return row
 
     def row(self, name: str) -> QueueRow:
@@ -161,23 +168,21 @@ class Books:
 
     def names(self) -> dict[int, str]:
         """Return the queues that were looked at."""
-        return {row.id: name for name, row in self._queues.items()}
+        return {row.id: name for name, row in self.known.queues.items()}
 
     def not_found(self, name: str) -> QueueNotFound:
         """Return the error for a queue that is not declared."""
         return not_found(name, (row[0] for row in self.db.execute("SELECT name FROM filao_queue")))
 
-    @cached_property
-    def salt(self) -> int:
-        """Return the random part of the ids that this transaction gives: nobody can guess it, and no copy
-        repeats it.
-        """
-        return secrets.randbits(64) - 2**63
+    def salted(self, number: int) -> tuple[str, int]:
+        """Return the id that this transaction gives to its message with this number, and the salt.
 
-    @cached_property
-    def prefix(self) -> str:
-        """Return what the ids that this transaction gives begin with."""
-        return f"{_hexadecimal(self.salt)}-"
+        That is random and the transaction's own: nobody can guess it, and no copy repeats it.
+        """
+        if self._salt is None:
+            self._salt = secrets.randbits(64) - 2**63
+            self._prefix = f"{_hexadecimal(self._salt)}-"
+        return self._prefix + str(number), self._salt
 
     def name_of(self, number: int, message_id: str | None, salt: int | None) -> str:
         """Return a message's public id; those of old files carry the file's name in place of a salt."""
@@ -201,11 +206,12 @@ class Books:
 
     def next_number(self) -> int:
         """Return the next place in the order of sending."""
-        if self._last is None:
+        known = self.known
+        if known.last is None:
             found = self.db.execute("SELECT value FROM filao_meta WHERE name = 'last'").fetchone()
-            self._last = self._noted = int(found[0])
-        self._last += 1
-        return self._last
+            known.last = known.noted = int(found[0])
+        known.last += 1
+        return known.last
 
     def insert(self, row: QueueRow, state: int, fields: tuple[object, ...]) -> None:
         """Store a new message with the next flush; `fields` are the columns of `_INSERT`."""
@@ -223,10 +229,11 @@ class Books:
     def write_down(self) -> None:
         """Write what was sent and counted."""
         self.flush()
-        if self._last is not None and self._last > self._noted:
-            self._noted = self._last + NUMBERS_AHEAD * self.keeps
-            self.db.execute("UPDATE filao_meta SET value = ? WHERE name = 'last'", (self._noted,))
-        for row in self._queues.values():
+        known = self.known
+        if known.last is not None and known.last > known.noted:
+            known.noted = known.last + NUMBERS_AHEAD * self.keeps
+            self.db.execute("UPDATE filao_meta SET value = ? WHERE name = 'last'", (known.noted,))
+        for row in self.known.queues.values():
             changes = row.changes()
             if changes is not None:
                 self.db.execute(_UPDATE_QUEUE, (*changes, row.id))
@@ -236,7 +243,7 @@ class Books:
 
     def rows(self) -> Iterable[QueueRow]:
         """Return the queues that were looked at."""
-        return self._queues.values()
+        return self.known.queues.values()
 
     def entries(self, where: str, parameters: Sequence[object]) -> list[Entry]:
         """Return the stored messages that a clause (`INDEXED BY … WHERE …`) finds."""

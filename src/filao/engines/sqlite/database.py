@@ -12,14 +12,14 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from filao.engine import OpenAgain
 from filao.engines.sqlite import files, moves, operators, own, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry, Bell
-from filao.engines.sqlite.books import Books
+from filao.engines.sqlite.books import Books, Known
 from filao.engines.sqlite.clock import FileClock
 from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
@@ -75,12 +75,14 @@ class Database:
         self._db: sqlite3.Connection | None = None
         self._books: Books | None = None
         """Of the transaction that is open."""
-        self._kept: Books | None = None
-        """Of the last transaction, when all that was written went through its books: the next may go on with them."""
+        self._kept: Known | None = None
+        """By the books of the last transaction, when all that it wrote went through them: for the next."""
         self._kept_version = -1
         """SQLite's count of the commits by others when it committed."""
         self._undone_because = ""
         """Why the last one that did not commit was undone."""
+        self._is_visited = False
+        """Whether a visit may have something open: see `mend`."""
         self._has_failed = False
         """The disk failed: what the file holds must be looked at before it is used again."""
         self._seen_version = -1
@@ -231,21 +233,28 @@ class Database:
 
     # --- transactions ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def write(self, *, durable: bool, keeps: bool = False) -> Generator[Books]:
+    def write(self, *, durable: bool, keeps: bool = False) -> AbstractContextManager[Books]:
         """Open a transaction, commit it on leaving, and call those who must look again; an exception undoes it.
 
         `keeps` says that the books learn of all that is written: the queue's verbs see to that.
         """
-        books = self.begin(durable=durable, keeps=keeps)
+        return self.ending(self.begin(durable=durable, keeps=keeps))
+
+    @contextmanager
+    def ending(self, books: Books) -> Generator[Books]:
+        """Commit a transaction on leaving, and call those who must look again; an exception undoes it."""
         try:
             yield books
         except BaseException as error:
-            self.roll_back(error)
-            if isinstance(error, files.FAILURES):
-                raise self._error(error) from error
-            raise
+            self.undo(error)
         self.commit(books)
+
+    def undo(self, error: BaseException) -> NoReturn:
+        """Undo what was begun because of an error, and raise it, or ours for it."""
+        self.roll_back(error)
+        if isinstance(error, files.FAILURES):
+            raise self._error(error) from error
+        raise error
 
     def begin(self, *, durable: bool, keeps: bool = False) -> Books:
         """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends.
@@ -262,14 +271,9 @@ class Database:
             self._take_turn()
             try:
                 return self._begin(keeps=keeps)
-            except BaseException as error:
-                self.roll_back(error)
-                if self._turnstile.is_held:
-                    self._turnstile.leave()
-                if not files.is_busy(error) or time.monotonic() > until:
-                    if isinstance(error, files.FAILURES):
-                        raise self._error(error) from error
-                    raise
+            except sqlite3.Error as error:
+                if time.monotonic() > until:
+                    raise self._error(error) from error
                 if time.monotonic() - began > own.patience() and own.holds_lock(self.path):
                     raise EngineUnavailable(own.refusal(self.path)) from error
             with gate.outside(self):
@@ -282,20 +286,59 @@ class Database:
                 files.set_durable(self._db, durable=not self._flushes)
             self._flushes = not self._flushes
 
+    def try_begin(self, *, durable: bool) -> Books | None:
+        """Begin a transaction of the queue's verbs in a visit, if nobody is in the way; else return None."""
+        if self._books is not None or self._db is None or self._lost is not None:
+            return None
+        self._is_visited = True
+        if not self._turnstile.try_enter():
+            self._is_visited = False
+            return None
+        try:
+            self._set_durable(durable=durable)
+            return self._begin(keeps=True)
+        except sqlite3.Error as error:
+            if not files.is_busy(error):
+                raise
+            return None
+
+    def mend(self) -> None:
+        """Undo what a visit has left, wherever it was interrupted."""
+        if self._is_visited:
+            self._books = self._kept = None
+            with suppress(sqlite3.Error):
+                if self._db is not None and self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+            self._turnstile.leave()
+            self._is_visited = False
+
     def _begin(self, *, keeps: bool) -> Books:
+        """Begin in a turn, which ends when that fails; an error that is not mapped says that somebody is in the way."""
+        try:
+            return self._begun(keeps=keeps)
+        except BaseException as error:
+            self.roll_back(error)
+            if self._turnstile.is_held:
+                self._turnstile.leave()
+            if isinstance(error, files.FAILURES) and not files.is_busy(error):
+                raise self._error(error) from error
+            raise
+
+    def _begun(self, *, keeps: bool) -> Books:
         """Begin, and go on with the books of the last transaction when nobody else has committed since."""
         self.take_ticket()
         db = self._db or self._connect()
         db.execute("BEGIN IMMEDIATE")
-        self._books = Books(db, self.file, 0)
+        self._books = books = Books(db, self.file, 0, keeps=keeps)
         if self._is_suspicious or time.monotonic() - self._looked_at > LOOKED_WITHIN:
             self.look()
         version: int = db.execute("PRAGMA data_version").fetchone()[0]
         kept = self._kept if version == self._kept_version else None
         self._kept, self._kept_version = None, version
-        now = self.clock.now(db, writes=True, again=kept is not None)
-        self._books = Books(db, self.file, now, keeps=keeps) if kept is None else kept.again(now, keeps=keeps)
-        return self._books
+        books.now = self.clock.now(db, writes=True, again=kept is not None)
+        if kept is not None:
+            books.known = kept.begin()
+        return books
 
     def take_ticket(self) -> None:
         """Begin the running job for good: it waits for nobody from here on."""
@@ -313,13 +356,11 @@ class Database:
             books.db.execute("COMMIT")
             self.look()  # before anything is confirmed
         except BaseException as error:
-            self.roll_back(error)
-            if isinstance(error, files.FAILURES):
-                raise self._error(error) from error
-            raise
+            self.undo(error)
         self._books = None
-        self._kept = books if books.keeps else None
+        self._kept = books.known if books.keeps else None
         self._turnstile.leave()
+        self._is_visited = False
 
     def check_open(self, books: Books) -> None:
         """Raise `EngineUnavailable` when a transaction is open no more: a fork or a close has ended it."""
@@ -347,6 +388,7 @@ class Database:
                     books.db.execute("ROLLBACK")
         finally:
             self._turnstile.leave()
+            self._is_visited = False
 
     @contextmanager
     def _turn(self) -> Generator[None]:

@@ -57,9 +57,11 @@ class Ground:
         self._wal, self._shm = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
         about = self._main.stat()
         self._identity = _identity(about)
-        self._journal = {name: _identity(name.stat()) for name in (self._wal, self._shm)}
+        self._name = str(path)
+        self._journal = {str(name): _identity(name.stat()) for name in (self._wal, self._shm)}
+        self._index = self._journal[str(self._shm)]
         others = [given] * (given != path) + ([folder / TURNSTILE] if folder is not None else [])
-        self._others = {name: _identity(name.stat()) for name in others}
+        self._others = {str(name): _identity(name.stat()) for name in others}
         self._base = (about.st_mtime_ns, about.st_size)
         self._fds: dict[_Identity, int] = {}
         self._checkpoint = self._read_checkpoint()
@@ -73,7 +75,7 @@ class Ground:
         """
         begun = self._read_checkpoint()  # before the file: what it explains must not have been seen before it
         try:
-            about = self._main.stat()
+            about = os.stat(self._name)  # noqa: PTH116 - for each commit: a Path costs as much as the call
         except OSError:
             return self._without_file()
         loss = self._missing(about, self._journal)
@@ -94,7 +96,7 @@ class Ground:
 
     def watch(self, name: Path) -> None:
         """Look after one more name."""
-        self._others = {**self._others, name: _identity(name.stat())}  # another thread may be reading the old one
+        self._others = {**self._others, str(name): _identity(name.stat())}  # another thread may be reading the old one
 
     def missing(self) -> Loss | None:
         """Return which name leads elsewhere by now, with those beside the file; at any time, in any thread."""
@@ -122,14 +124,14 @@ class Ground:
         is_another = _identity(about) != self._identity
         return is_another or (loss is not _OVERWRITTEN and self._missing(about, self._journal) is None)
 
-    def _missing(self, about: os.stat_result, names: dict[Path, _Identity]) -> Loss | None:
+    def _missing(self, about: os.stat_result, names: dict[str, _Identity]) -> Loss | None:
         if _identity(about) != self._identity:
             return _REPLACED
         if about.st_nlink > 1:
             return _LINKED
         for name, known in names.items():
             try:
-                same = _identity(name.stat()) == known
+                same = _identity(os.stat(name)) == known  # noqa: PTH116 - as above
             except OSError:
                 same = False
             if not same:
@@ -169,10 +171,10 @@ class Ground:
 
     def _read_checkpoint(self) -> "_Checkpoint | None":
         """Return how far the last checkpoint has come; None where we may not look."""
-        index = self._read(self._journal[self._shm], _INDEX)
+        index = self._read(self._index, _INDEX)
         if index is None or len(index) < _INDEX:
             return None
-        return _Checkpoint(*(int.from_bytes(index[at : at + 4], sys.byteorder) for at in (96, 128, 32, 36)))
+        return _Checkpoint(index[96:100], index[128:132], index[32:40])
 
     def _read(self, file: _Identity, size: int) -> bytes | None:
         """Read a file's beginning through the descriptor by which SQLite has it open."""
@@ -208,10 +210,9 @@ class Ground:
 class _Checkpoint(NamedTuple):
     """Pages written back, pages that are to be, and the salts of their WAL."""
 
-    done: int
-    begun: int
-    salt: int
-    pepper: int
+    done: bytes
+    begun: bytes
+    salts: bytes
 
     def is_under_way(self) -> bool:
         """Return whether somebody is writing back, or died of it."""

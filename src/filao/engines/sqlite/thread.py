@@ -1,14 +1,16 @@
 """The one thread in which an engine's SQLite connection lives: jobs go in from the event loop, results come back.
 
-A lean stand-in for a one-thread executor: a lone caller pays for two hops between threads with every operation.
+A lean stand-in for a one-thread executor: a lone caller pays for two hops between threads with every operation. Who
+need not wait for anybody may visit the connection instead, and pays for none.
 Every job runs inside the gate of forks, so that none is half-way when this process forks.
 """
 
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from filao.errors import EngineUnavailable
 from filao.forks import Storage, gate
@@ -32,14 +34,25 @@ class Ticket:
         return self._lock.acquire(blocking=False)
 
 
+class Visited(Storage, Protocol):
+    """What jobs and visits work on."""
+
+    def mend(self) -> None:
+        """Undo what a visit has left, which an exception has met between any two of its instructions."""
+
+
 class DatabaseThread:
     """Runs jobs one after the other; started at once, ended by `stop`."""
 
-    def __init__(self, name: str, storage: Storage) -> None:
+    def __init__(self, name: str, storage: Visited) -> None:
         self._storage = storage
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._is_stopped = False
+        self._given = 0
+        self._done = 0
+        self._busy = threading.RLock()
+        """Held by who uses the connection; it knows its owner, who may have been interrupted before it knew."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -49,8 +62,33 @@ class DatabaseThread:
         if self._is_stopped:
             future.set_exception(EngineUnavailable("the broker was closed meanwhile. Nothing of this was done."))
         else:
+            self._given += 1
             self._jobs.put((job, future))
         return future
+
+    def visit(self, job: Callable[[], bool]) -> bool:
+        """Run `job` in the calling thread, unless another runs or waits for its turn; return what it does, or False.
+
+        Invariant: whatever exception meets the caller between any two instructions (a signal's handler may raise one in
+        the main thread), nothing is left of the visit, but for what it has committed.
+        """
+        if self._given != self._done:
+            return False
+        try:
+            if not self._busy.acquire(blocking=False):
+                return False
+            is_done = gate.try_enter() and job()
+            gate.leave()
+            self._busy.release()
+        except BaseException:
+            if self._busy.acquire(blocking=False):  # it is ours already, or nobody's
+                self._storage.mend()
+                gate.leave()
+                with suppress(RuntimeError):  # it is no more ours
+                    self._busy.release()
+                    self._busy.release()
+            raise
+        return is_done
 
     def stop(self) -> None:
         """End the thread after the jobs that were submitted; later ones fail."""
@@ -60,13 +98,15 @@ class DatabaseThread:
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
             job, future = item
-            gate.enter(self._storage)
-            try:
-                result, error = job(), None
-            except BaseException as raised:
-                result, error = None, raised
-            finally:
-                gate.leave()
+            with self._busy:
+                gate.enter(self._storage)
+                try:
+                    result, error = job(), None
+                except BaseException as raised:
+                    result, error = None, raised
+                finally:
+                    gate.leave()
+            self._done += 1
             try:
                 self._loop.call_soon_threadsafe(_resolve, future, result, error)
             except RuntimeError:

@@ -1,0 +1,42 @@
+"""A session for threads other than its loop's: each operation is done in the thread that asks for it, or on the loop.
+
+Done in the thread is what need wait for nobody (`Engine.at_once`): a lone call crosses no thread. Everything else goes
+to the loop, where it shares a commit with whatever else is there. Coroutines that use such a session never suspend in a
+thread; on the loop they do as with the session itself.
+"""
+
+import threading
+from contextlib import suppress
+from typing import Any
+
+from filao.calls import Caller
+from filao.engine import Operation, Result
+from filao.errors import FilaoError
+from filao.queue import Queue
+from filao.session import Session
+
+
+def outside(session: Session, caller: Caller) -> Session:
+    """Return a session, which is open, for all threads; `caller` makes calls on its loop, in whose thread this is."""
+    loop_thread = threading.get_ident()
+
+    async def submit(operation: Operation) -> Result:
+        if threading.get_ident() == loop_thread:
+            return await session.submit(operation)
+        caller.check()
+        results: list[Result] = []
+        if not session.at_once(operation, results):
+            return caller.call(submit, operation)
+        (result,) = results
+        if isinstance(result, FilaoError):
+            raise result
+        return result
+
+    async def find(queue: str) -> Queue[Any]:
+        return caller.call(session.engine.find, queue)
+
+    def give_back_unread(result: Result) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and gave back what was held
+            caller.loop.call_soon_threadsafe(session.give_back_unread, result)
+
+    return session.anywhere(submit, find, give_back_unread)

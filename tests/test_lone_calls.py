@@ -1,0 +1,125 @@
+"""Lone calls of the blocking twin, done in the thread that makes them: nothing is left of one that is interrupted."""
+
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import filao
+import filao.sync
+from filao.broker import session_of
+from filao.engines.sqlite.engine import SqliteEngine
+from filao.engines.sqlite.turnstile import is_passable
+from filao.sync import door_of
+
+PATIENCE = 20.0  # seconds after which a call that never returns fails its test
+SOURCES = str(Path(filao.__file__).parent)
+
+
+def interrupted(call: Callable[[], object], at: int) -> bool:
+    """Raise KeyboardInterrupt at the instruction of ours that comes as number `at`; return whether there was one."""
+    left = at
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(SOURCES):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return left <= 0
+
+
+def instructions(call: Callable[[], object]) -> int:
+    """Return how many instructions of ours a call takes."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(SOURCES):
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def engine_of(broker: filao.sync.Broker) -> SqliteEngine:
+    engine = session_of(door_of(broker)).engine
+    assert isinstance(engine, SqliteEngine)
+    return engine
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # met between its making and its first step
+@pytest.mark.parametrize("call", ["send", "receive", "ack"])
+def test_whatever_instruction_is_interrupted_nothing_is_left_of_a_lone_call(tmp_path, call: str) -> None:
+    path = tmp_path / "lone.db"
+    with filao.sync.connect(path, durability="relaxed") as broker:
+        broker.declare(filao.Queue("q", lease=1.0))
+        broker.send_to_queue("q", "known")
+        broker.receive_from_queue("q").ack()
+        held: list[filao.sync.Message[Any]] = []
+
+        def do() -> object:
+            if call == "send":
+                return broker.send_to_queue("q", 1)
+            if call == "receive":
+                return broker.receive_from_queue("q")
+            return held[-1].ack()
+
+        def prepare() -> None:
+            if call != "send":
+                broker.send_to_queue("q", 1)
+            if call == "ack":
+                held.append(broker.receive_from_queue("q"))
+
+        prepare()
+        total = instructions(do)
+        for at in range(1, total, max(1, total // 150)):
+            prepare()
+            interrupted(do, at)
+            engine = engine_of(broker)
+            assert engine._thread._busy.acquire(timeout=PATIENCE), at
+            assert not engine._database.is_in_transaction, at
+            assert not engine._database._turnstile.is_held, at
+            engine._thread._busy.release()
+        assert is_passable(path.with_name("lone.db-filao"), PATIENCE)
+        other = threading.Thread(target=broker.send_to_queue, args=("q", "after"), daemon=True)
+        other.start()
+        other.join(PATIENCE)
+        assert not other.is_alive()
+        settle_all(broker)
+        stats = broker.stats("q")
+        assert (stats.leased, stats.ready, stats.sent) == (0, 0, stats.acked + stats.dead)
+
+
+def settle_all(broker: filao.sync.Broker) -> None:
+    """Receive and ack until nothing is held by anybody: what came for an interrupted call is given back soon."""
+    while (stats := broker.stats("q")).ready or stats.leased:
+        message = broker.receive_from_queue("q", wait=1)
+        if message is not None:
+            with suppress(filao.LeaseLost):
+                message.ack()
