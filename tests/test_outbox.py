@@ -179,11 +179,11 @@ async def test_a_relay_goes_on_when_its_databases_are_back(business, connection,
 
     begin, fails = engine_of(broker)._database.begin, [2]
 
-    def failing(*, durable: bool) -> object:
+    def failing(*, durable: bool, **rest: bool) -> object:
         if fails[0] and durable:
             fails[0] -= 1
             raise filao.EngineUnavailable("the disk is away")
-        return begin(durable=durable)
+        return begin(durable=durable, **rest)
 
     with connection:
         outbox.send_to_queue(connection, "claims", 1)

@@ -786,11 +786,11 @@ async def test_it_goes_on_when_its_engine_is_back(url, broker, monkeypatch) -> N
     engine = engine_of(broker)
     execute, fails = engine._database.begin, [5]
 
-    def begin(*, durable: bool) -> object:
+    def begin(*, durable: bool, **rest: bool) -> object:
         if fails[0]:
             fails[0] -= 1
             raise filao.EngineUnavailable("the disk is away")
-        return execute(durable=durable)
+        return execute(durable=durable, **rest)
 
     async with running(worker):
         monkeypatch.setattr(engine._database, "begin", begin)
@@ -805,11 +805,11 @@ async def test_an_ack_is_tried_again_while_the_engine_is_away(url, broker, monke
     engine = engine_of(broker)
     begin = engine._database.begin
 
-    def failing(*, durable: bool) -> object:
+    def failing(*, durable: bool, **rest: bool) -> object:
         if fails[0] and durable:
             fails[0] -= 1
             raise filao.EngineUnavailable("the disk is away")
-        return begin(durable=durable)
+        return begin(durable=durable, **rest)
 
     @worker.consumer(CLAIMS)
     async def handle(message: filao.Message) -> None:
