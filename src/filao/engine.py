@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Protocol, runtime_checkable
 
 import msgspec
 
@@ -447,6 +447,19 @@ class Operators(Protocol):
         ...
 
 
+@runtime_checkable
+class Immediate(Protocol):
+    """What an engine can do that need not always wait: see `filao.outside`."""
+
+    def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
+        """Do operations durably in the calling thread, whichever it is, if that needs no waiting for anybody.
+
+        Return whether it was done; then `results` has one for each. What it raises means that none was done. It may be
+        interrupted between any two instructions; then what stands in `results` may have been done.
+        """
+        ...
+
+
 class Engine(Protocol):
     """The storage that keeps the promises, as a broker needs it. One engine belongs to one event loop.
 
@@ -504,14 +517,6 @@ class Engine(Protocol):
         """Do all operations that it takes durably, and return one result each; if it raises, none was done.
 
         An operation that must wait for somebody has a future as its result: it keeps nobody else waiting.
-        """
-        ...
-
-    def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
-        """Do operations durably in the calling thread, whichever it is, if that needs no waiting for anybody.
-
-        Return whether it was done; then `results` has one for each. What it raises means that none was done. It may be
-        interrupted between any two instructions; then what stands in `results` may have been done.
         """
         ...
 

@@ -1,8 +1,8 @@
 """A session for threads other than its loop's: each operation is done in the thread that asks for it, or on the loop.
 
-Done in the thread is what need wait for nobody (`Engine.at_once`): a lone call crosses no thread. Everything else goes
-to the loop, where it shares a commit with whatever else is there. Coroutines that use such a session never suspend in a
-thread; on the loop they do as with the session itself.
+Done in the thread is what need wait for nobody (`Immediate.at_once`): a lone call crosses no thread. Everything else
+goes to the loop, where it shares a commit with whatever else is there. Coroutines that use such a session never suspend
+in a thread; on the loop they do as with the session itself.
 """
 
 import threading

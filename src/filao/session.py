@@ -18,6 +18,7 @@ from filao.engine import (
     Draft,
     Engine,
     Extend,
+    Immediate,
     Operation,
     Outcome,
     Receipt,
@@ -72,6 +73,7 @@ class Session:
 
     def _begin_anew(self) -> None:
         self.engine: Engine = self.make()
+        self._at_once = self.engine.at_once if isinstance(self.engine, Immediate) else None
         self._batcher = Batcher(
             self.engine.execute, self.give_back_unread, self.engine.concurrent_batches, self.observers
         )
@@ -251,9 +253,10 @@ class Session:
         return receipts
 
     def at_once(self, operation: Operation, results: list[Result]) -> bool:
-        """Do an operation in the calling thread as `Engine.at_once` does; not when observers are to be told."""
-        is_free = self._batcher.is_idle() and not self.observers.all
-        return is_free and self.engine.at_once((operation,), results)
+        """Do an operation in the calling thread as `Immediate.at_once` does; not when observers are to be told."""
+        if self._at_once is None or self.observers or not self._batcher.is_idle():
+            return False
+        return self._at_once((operation,), results)
 
     def settle(self, delivery: Delivery, outcome: Outcome) -> "asyncio.Future[Result]":
         """End a lease."""

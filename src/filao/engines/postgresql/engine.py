@@ -152,10 +152,6 @@ class PostgresqlEngine:
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
-    def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:  # noqa: ARG002 - see below
-        """Return False: a server's answer must be waited for."""
-        return False
-
     async def execute(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
         """Do a batch as one transaction, with what joined it while we waited for the connection."""
         async with self._main.use() as connection:

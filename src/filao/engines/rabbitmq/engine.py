@@ -110,10 +110,6 @@ class RabbitmqEngine:
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
-    def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:  # noqa: ARG002 - see below
-        """Return False: a server's answer must be waited for."""
-        return False
-
     async def execute(self, batch: Batch) -> list[Result]:
         """Do a batch: what must be confirmed is on its way at once, the rest is done in order."""
         if self._is_closing:
