@@ -47,7 +47,18 @@ ORDER = [  # what stands above; a module imports only from here upwards
         f"engines.sqlite.{name}"
         for name in (
             *("clock", "books", "moves", "waitlist", "send", "receive", "settle", "verbs", "operators", "processes"),
-            *("stats", "foreign", "database", "transactions", "backup", "doctor", "control", "moving", "engine"),
+            *(
+                "stats",
+                "foreign",
+                "housekeeping",
+                "database",
+                "transactions",
+                "backup",
+                "doctor",
+                "control",
+                "moving",
+                "engine",
+            ),
         )
     ),
     *("engines.sqlite",),

@@ -275,6 +275,16 @@ class Books:
         return found[0] if found else ""
 
 
+def check_stands(books: Books) -> None:
+    """Raise `ConfigurationError` when a statement of the user's has ended the transaction that the books belong to."""
+    if not books.db.in_transaction:
+        raise ConfigurationError(
+            "a statement ended this transaction, as OR ROLLBACK and a trigger's "
+            "RAISE(ROLLBACK) do: all that was done in "
+            "it is undone, and nothing more can be. Leave the block; OR ABORT and RAISE(ABORT) undo one statement"
+        )
+
+
 def slices(rows: Sequence[R]) -> Iterator[Sequence[R]]:
     """Yield the rows in slices of as many as one statement takes."""
     first = 0

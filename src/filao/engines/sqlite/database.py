@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from filao.engine import OpenAgain
-from filao.engines.sqlite import files, moves, operators, own, processes, scrutiny
+from filao.engines.sqlite import files, housekeeping, own, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry, Bell
-from filao.engines.sqlite.books import Books, Known
+from filao.engines.sqlite.books import Books, Known, check_stands
 from filao.engines.sqlite.clock import FileClock
 from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
@@ -32,17 +32,11 @@ from filao.forks import gate, keep
 
 R = TypeVar("R")
 
-FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
-FREE_PAGES_BUSY = 2_560  # 10 MiB that stay free under traffic
-TIDY_PAGES = 500  # pages given back to the file system in one turn: a few milliseconds of the write lock
 WAL_SETTLED = 1.0  # seconds after the last change of the WAL during which each look goes into the database
-TIDY_EXPIRED = 500  # messages that outlived their ttl and are ended in one turn: some 10 ms of the write lock
 BUSY_AGAIN = (0.001, 0.05)  # seconds before the second try to begin beside another program's transaction, and at most
 
 _inherited: set[Path] = set()
-"""Files that were open when this process was forked, because a job on them would not end: SQLite is mistaken about
-them.
-"""
+"""Files that were open when this process was forked, as a job on them would not end: SQLite is mistaken about them."""
 
 
 class Database:
@@ -135,7 +129,7 @@ class Database:
                 self._turnstile.note(self._ground.cookie)
                 self._watch_bell()
             if self._has_failed:
-                self._examine(db)
+                files.check_whole(db, self.path)
             files.set_patience(db, 0.0)
         except BaseException:
             db.close()
@@ -145,16 +139,6 @@ class Database:
         self._seen_version = -1
         self._has_failed = False
         return db
-
-    def _examine(self, db: sqlite3.Connection) -> None:
-        """Look whether the file is whole after the disk failed.
-
-        What the WAL holds may never have reached the disk, though reading it succeeds: writing it back makes sure.
-        """
-        verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        if verdict != "ok":
-            raise EngineError(f"{self.path} is damaged: {verdict}. Stop the writers; run: filao doctor {self.path}")
 
     def _set_clock(self, db: sqlite3.Connection) -> None:
         """Set the file's clock after a start of the machine, which ended whoever held leases: they are void."""
@@ -573,20 +557,9 @@ class Database:
     # --- housekeeping ------------------------------------------------------------------------------------------------
 
     def tidy(self, *, idle: bool) -> bool:
-        """Do a slice of what nobody waits for: what is expired, forgotten or free; return whether there is more to do.
-
-        Under traffic as many pages stay free as are in use, because they are about to be used again.
-        """
+        """Do a slice of what nobody waits for; return whether there is more to do."""
         with self.write(durable=False) as books:
-            more = processes.forget_keys(books)
-            for queue in operators.outlived(books)[:1]:
-                row = books.queue(queue)
-                more |= row is not None and bool(moves.let_expire(books, row, TIDY_EXPIRED))
-            free, pages = (books.db.execute(f"PRAGMA {name}_count").fetchone()[0] for name in ("freelist", "page"))
-            if free > (FREE_PAGES_KEPT if idle else max(FREE_PAGES_BUSY, pages - free)):
-                books.db.execute(f"PRAGMA incremental_vacuum({TIDY_PAGES})").fetchall()
-                more |= books.db.execute("PRAGMA freelist_count").fetchone()[0] < free
-        return more
+            return housekeeping.tidy(books, idle=idle)
 
     def write_back(self) -> bool:
         """Copy the WAL into the file, so that what was given back leaves the disk, and return whether all of it was.
@@ -600,13 +573,3 @@ class Database:
             is_busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             self.look()
         return not is_busy
-
-
-def check_stands(books: Books) -> None:
-    """Raise `ConfigurationError` when a statement of the user's has ended the transaction that the books belong to."""
-    if not books.db.in_transaction:
-        raise ConfigurationError(
-            "a statement ended this transaction, as OR ROLLBACK and a trigger's "
-            "RAISE(ROLLBACK) do: all that was done in "
-            "it is undone, and nothing more can be. Leave the block; OR ABORT and RAISE(ABORT) undo one statement"
-        )

@@ -24,6 +24,7 @@ from filao.engine import (
     Batch,
     Extend,
     Feature,
+    Operation,
     Receive,
     Result,
     Send,
@@ -162,7 +163,7 @@ class SqliteEngine:
         if books is None:
             return False
         try:
-            results += verbs.apply(books, operations, lessee or _NOBODY)
+            results += verbs.apply(books, operations, lessee or NOBODY)
         except BaseException as error:
             self._database.undo(error)
         self._database.commit(books)

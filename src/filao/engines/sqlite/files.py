@@ -233,6 +233,17 @@ def set_durable(db: sqlite3.Connection, *, durable: bool) -> None:
     db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
 
 
+def check_whole(db: sqlite3.Connection, path: Path) -> None:
+    """Raise `EngineError` unless the file is whole after the disk failed.
+
+    What the WAL holds may never have reached the disk, though reading it succeeds: writing it back makes sure.
+    """
+    verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    if verdict != "ok":
+        raise EngineError(f"{path} is damaged: {verdict}. Stop the writers; run: filao doctor {path}")
+
+
 def _create(db: sqlite3.Connection) -> None:
     schema = resources.files("filao.engines.sqlite").joinpath("schema.sql").read_text(encoding="utf-8")
     for statement in _statements(schema):

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 from filao.engine import Operation, Receipt, Result, Send
 from filao.engines.sqlite import files, verbs
-from filao.engines.sqlite.books import Books
-from filao.engines.sqlite.database import Database, check_stands
+from filao.engines.sqlite.books import Books, check_stands
+from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.foreign import open_transaction
 from filao.engines.sqlite.receive import NOBODY
 from filao.engines.sqlite.send import send
