@@ -290,6 +290,22 @@ async def test_no_row_ends_a_relay(business, connection, broker, change) -> None
         assert outbox.retry(connection) == 1
 
 
+async def test_what_a_relay_logs_of_a_message_carries_its_queue_id_and_attempt(
+    business, connection, broker, caplog
+) -> None:
+    outbox = Outbox()
+    await broker.declare(filao.Queue("small", max_length=1))
+    await broker.send_to_queue("small", "there")
+    with connection:
+        outbox.send_to_queue(connection, "small", "waits", message_id="claim-1")
+        outbox.send_to_queue(connection, filao.Queue("claims", body_max=10**6), "x" * 300_000, message_id="claim-2")
+    relay = Relay(outbox, lambda: sqlite3.connect(business), broker)
+    await relay.step()
+    await relay.close()
+    carried = {(record.queue, record.message_id, record.attempt) for record in caplog.records}
+    assert carried == {("small", "claim-1", 0), ("claims", "claim-2", 0)}
+
+
 async def test_a_broker_that_is_closed_sets_nothing_aside(business, connection, broker) -> None:
     with connection:
         Outbox().send_to_queue(connection, "claims", 1)

@@ -25,6 +25,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "engine",
         "draft",
         "observing",
+        "opentelemetry",
         "batching",
         "session",
         "message",

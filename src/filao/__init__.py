@@ -37,7 +37,7 @@ from filao.errors import (
     UnsupportedFeature,
 )
 from filao.message import Guarantee, Message, Transaction
-from filao.observing import Observer, Observers, Operated
+from filao.observing import Observer, Observers, Operated, Tracer
 from filao.outbox import Inbox, Outbox
 from filao.queue import Backoff, Queue
 from filao.relay import Relay
@@ -83,6 +83,7 @@ __all__ = [
     "State",
     "Status",
     "StoredMessage",
+    "Tracer",
     "Transaction",
     "UnsupportedFeature",
     "Worker",

@@ -70,7 +70,9 @@ class AtMostOnce:
         for queue, left in self._left.items():
             for message in left:
                 log.warning(
-                    "message %s of %r was received at most once, by a call that was cancelled", message.id, queue
+                    "message %s of %r was received at most once, by a call that was cancelled",
+                    *(message.id, queue),
+                    extra={"queue": queue, "message_id": message.id, "attempt": message.attempt},
                 )
             left.clear()
 

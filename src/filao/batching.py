@@ -7,16 +7,22 @@ batch.
 """
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
-from filao.engine import Abandoned, Batch, Operation, Receive, Result
+from msgspec.structs import replace
+
+from filao.engine import Abandoned, Batch, Operation, Receive, Received, Result
 from filao.errors import EngineUnavailable, FilaoError
-from filao.observing import Execute, Observers
+from filao.observing import Observers, Results
 
 BATCH_MAX = 1_000  # operations in one transaction: some 20 ms of the write lock, and a bound on what a failure repeats
 
+Execute = Callable[[Batch], Awaitable[Sequence["Result | asyncio.Future[Result]"]]]
+R = TypeVar("R")
 _Entry = tuple[Operation, "asyncio.Future[Result]"]
 
 
@@ -84,10 +90,10 @@ class Batcher:
             receives = sum(isinstance(operation, Receive) for operation, _ in waiting)
             taken: list[_Entry] = []
             take = partial(self._take, asyncio.get_running_loop(), taken)
-            execute = self._observers.watch(self._execute) if self._observers.all else self._execute
-            doing = asyncio.ensure_future(execute(Batch(receives > 0, receives < len(waiting), take)))
+            began = time.perf_counter()
+            doing = asyncio.ensure_future(self._execute(Batch(receives > 0, receives < len(waiting), take)))
             self._doing.add(doing)
-            doing.add_done_callback(partial(self._finish, taken))
+            doing.add_done_callback(partial(self._finish, taken, began))
         elif not self._doing and not self._late:
             for idle in self._idle:
                 if not idle.done():
@@ -112,35 +118,56 @@ class Batcher:
             loop.call_soon_threadsafe(self._begin)
         return [operation for operation, _ in taken]
 
-    def _finish(self, entries: list[_Entry], done: "asyncio.Future[Sequence[Result | asyncio.Future[Result]]]") -> None:
+    def _finish(
+        self, entries: list[_Entry], began: float, done: "asyncio.Future[Sequence[Result | asyncio.Future[Result]]]"
+    ) -> None:
         """Give each caller its result, and begin the next batch."""
         self._doing.discard(done)
         self._had_company = len(entries) > 1
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
         if error is None:
-            for (_, future), result in zip(entries, done.result(), strict=True):
+            results = self._timed(done.result(), began) if self._observers.tracers else done.result()
+            for (operation, future), result in zip(entries, results, strict=True):
                 if isinstance(result, asyncio.Future):
                     self._late.add(result)
-                    result.add_done_callback(partial(self._finish_late, future))
+                    result.add_done_callback(partial(self._finish_late, (operation, future), began))
                 elif future.done() or isinstance(result, FilaoError):
                     self._deliver(future, result)
                 else:
                     future.set_result(result)
+            if self._observers.all:  # before anybody hears of it: a result is heard of on the next turn
+                self._tell(entries, results, began)
         elif len(entries) > 1 and not isinstance(error, EngineUnavailable):
             self._suspects.extend(entries)
         else:
             # With the storage away all fail alike, and as it is in doubt what was stored, nothing is done twice.
-            for _, future in entries or self._never_begun():
+            failed = entries or self._never_begun()
+            if self._observers.all:
+                self._tell(failed, [error] * len(failed), began)
+            for _, future in failed:
                 if not future.done():
                     future.set_exception(error)
         self._begin()
 
-    def _finish_late(self, future: "asyncio.Future[Result]", late: "asyncio.Future[Result]") -> None:
+    def _finish_late(self, entry: _Entry, began: float, late: "asyncio.Future[Result]") -> None:
         """Give a caller its result, which came after those of its batch."""
         self._late.discard(late)
-        self._deliver(future, late.result())
+        results = [late.result()]
+        if self._observers.tracers:
+            results = self._timed(results, began)
+        if self._observers.all:
+            self._tell([entry], results, began)
+        self._deliver(entry[1], results[0])
         if not self._is_called and not self._doing:
             self._begin()
+
+    def _timed(self, results: Sequence[R], began: float) -> list[R]:
+        """Let what was received say how long the look for it took."""
+        took = time.perf_counter() - began
+        return [replace(one, took=took) if isinstance(one, Received) and one.deliveries else one for one in results]
+
+    def _tell(self, entries: Sequence[_Entry], results: Results, began: float) -> None:
+        self._observers.operated([operation for operation, _ in entries], results, time.perf_counter() - began)
 
     def _deliver(self, future: "asyncio.Future[Result]", result: Result) -> None:
         if future.done():

@@ -182,6 +182,8 @@ class Received(msgspec.Struct, frozen=True):
     deliveries: list[Delivery]
     due_in: float | None = None
     """When there was too little: the seconds until the next delayed message or running lease of the queue is due."""
+    took: float = 0.0
+    """For tracers: the seconds that the look took which found something; 0 when nobody asked."""
 
 
 class Settle(msgspec.Struct, frozen=True):

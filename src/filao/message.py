@@ -227,9 +227,11 @@ class Transaction:
     async def _send(self, operation: Send) -> list[Receipt]:
         return cast("list[Receipt]", await self._apply(operation))
 
-    async def _apply(self, operation: Operation) -> Result:
+    async def _apply(self, operation: Send | Settle) -> Result:
         self._check_open()
-        (result,) = await self._within.apply([operation])
+        with self._inside.session.observers.asked(operation) as asked:
+            (result,) = await self._within.apply([asked.operation])
+            asked.result = result
         if isinstance(result, FilaoError):
             raise result
         return result

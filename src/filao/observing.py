@@ -1,24 +1,29 @@
-"""The seam for whoever watches a program: observers are told of operations and of the runs of a worker.
+"""The seam for whoever watches a program: observers are told of operations and of the runs of a worker; tracers follow
+each message.
 
-A broker without observers pays one look at an empty list for each batch. What an observer raises is logged once and
-never reaches a message.
+A broker that nobody watches pays one look at an empty list for each batch, and for each send and settle. What an
+observer raises is logged once and never reaches a message.
 """
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from itertools import compress
+from types import TracebackType
+from typing import Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
-from filao.engine import Batch, Delivery, Operation, Receive, Received, Result, Send, Settle
-from filao.errors import FilaoError
+from filao.engine import Delivery, Extend, Operation, Receive, Received, Result, Send, Settle
 
 log = logging.getLogger("filao.observing")
 
 Verb = Literal["send", "receive", "settle", "extend"]
-Execute = Callable[[Batch], Awaitable[Sequence["Result | asyncio.Future[Result]"]]]
+Results = Sequence["Result | asyncio.Future[Result] | BaseException"]
+Ended = Callable[["Result | BaseException"], None]
+"""Is told what came of an operation."""
+W = TypeVar("W")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +41,9 @@ class Operated:
 
 
 class Observer(Protocol):
-    """What is told of everything. It is called on event loops, the broker's and that of a worker's keeper, so in two
-    threads;
-    and must return at once.
+    """What is told of everything.
+
+    It is called on event loops, the broker's and that of a worker's keeper, so in two threads; it must return at once.
     """
 
     def operated(self, done: Operated) -> None:
@@ -51,107 +56,198 @@ class Observer(Protocol):
         """Learn how that ended, as in `Handled.how`, and how long the handler took."""
 
 
+@runtime_checkable
+class Tracer(Protocol):
+    """What follows messages from their sender to their handler; `engine` is SQLite, PostgreSQL or RabbitMQ.
+
+    It is called in the context of the code that asks for an operation, and must return at once.
+    """
+
+    def asked(self, engine: str, operation: Send | Settle) -> tuple[Send | Settle, Ended]:
+        """Learn of a send or a settle before it is done, also in a transaction.
+
+        Return what to do in its place (the same, but that what is sent may have more headers), and what is told how it
+        ended.
+        """
+        ...
+
+    def received(self, engine: str, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Learn what a caller has received, one message at least, by a look that took so many seconds."""
+
+    def handling(self, engine: str, delivery: Delivery) -> None:
+        """Learn that a worker begins to handle a message; context variables that are set here, its handler sees."""
+
+    def handled(self, delivery: Delivery, how: str, seconds: float, error: str) -> None:
+        """Learn how that ended, as in `Handled.how`, and with which kind of exception; empty: with none."""
+
+
 class Observers:
     """Those that watch one broker."""
 
     def __init__(self) -> None:
         self.all: list[Observer] = []
         """A batcher looks at it for each batch, and so pays nothing for those that are not there."""
+        self.tracers: list[Tracer] = []
+        """A session looks at it for each send and each settle."""
+        self.engine: str = ""
+        """What users call the engine."""
         self._failed: set[int] = set()
         """Those that were complained of."""
 
     def __bool__(self) -> bool:
-        return bool(self.all)
+        return bool(self.all or self.tracers)
 
-    def add(self, observer: Observer) -> None:
+    def __contains__(self, observer: Observer | Tracer) -> bool:
+        return observer in self._like(observer)
+
+    def add(self, observer: Observer | Tracer) -> None:
         """Tell it from now on."""
-        self.all.append(observer)
+        self._like(observer).append(observer)
 
-    def remove(self, observer: Observer) -> None:
+    def remove(self, observer: Observer | Tracer) -> None:
         """Tell it no more; harmless when it was not told."""
-        if observer in self.all:
-            self.all.remove(observer)
+        if observer in self:
+            self._like(observer).remove(observer)
             self._failed.discard(id(observer))
 
+    def _like(self, observer: Observer | Tracer) -> "list[Observer | Tracer]":
+        return cast("list[Observer | Tracer]", self.tracers if isinstance(observer, Tracer) else self.all)
+
+    # --- runs of a worker --------------------------------------------------------------------------------------------
+
     def began(self, delivery: Delivery) -> None:
-        """Tell that a run began."""
-        self._tell(lambda observer: observer.began(delivery))
+        """Tell that a run began, in the context that its handler gets."""
+        self._tell(self.all, lambda observer: observer.began(delivery))
+        self._tell(self.tracers, lambda tracer: tracer.handling(self.engine, delivery))
 
-    def ended(self, delivery: Delivery, how: str, seconds: float) -> None:
+    def ended(self, delivery: Delivery, how: str, seconds: float, error: str) -> None:
         """Tell how a run ended."""
-        self._tell(lambda observer: observer.ended(delivery, how, seconds))
+        self._tell(self.all, lambda observer: observer.ended(delivery, how, seconds))
+        self._tell(self.tracers, lambda tracer: tracer.handled(delivery, how, seconds, error))
 
-    def watch(self, execute: Execute) -> Execute:
-        """Return what executes a batch and tells of it."""
-        return partial(self._executed, execute)
+    # --- operations --------------------------------------------------------------------------------------------------
 
-    async def _executed(self, execute: Execute, batch: Batch) -> "Sequence[Result | asyncio.Future[Result]]":
-        taken: list[Operation] = []
+    def operated(self, operations: Sequence[Operation], results: Results, seconds: float) -> None:
+        """Tell what a batch has done; an operation with a future as its result is not done yet."""
+        for done in _summed_up(operations, results, seconds):
+            self._tell(self.all, partial(_operated, done))
 
-        def take(accept: Callable[[Operation], bool]) -> list[Operation]:
-            operations = batch.take(accept)
-            taken.extend(operations)
-            return operations
-
-        began = time.perf_counter()
-        try:
-            results = await execute(Batch(batch.receives, batch.writes, take))
-        except (Exception, asyncio.CancelledError) as error:
-            self._tell_all(taken, [error] * len(taken), time.perf_counter() - began)
-            raise
-        self._tell_all(taken, results, time.perf_counter() - began)
-        for operation, result in zip(taken, results, strict=True):
-            if isinstance(result, asyncio.Future):  # it waits for somebody, and is told when it is done
-                result.add_done_callback(partial(self._tell_late, operation, began))
-        return results
-
-    def _tell_late(self, operation: Operation, began: float, late: "asyncio.Future[Result]") -> None:
-        if not late.cancelled():
-            self._tell_all([operation], [late.exception() or late.result()], time.perf_counter() - began)
-
-    def _tell_all(
-        self,
-        operations: Sequence[Operation],
-        results: "Sequence[Result | asyncio.Future[Result] | BaseException]",
-        seconds: float,
-    ) -> None:
-        counts: dict[tuple[Verb, str, str], list[int]] = {}
-        for operation, result in zip(operations, results, strict=True):
-            if isinstance(result, asyncio.Future):
-                continue
-            error = type(result).__name__ if isinstance(result, BaseException) else ""
-            verb, queue, messages = _described(operation, result)
-            if messages or error:
-                key = (verb, queue, error)
-                if key in counts:
-                    count = counts[key]
-                    count[0] += 1
-                    count[1] += messages
-                else:
-                    counts[key] = [1, messages]
-        for (verb, queue, error), (number, messages) in counts.items():
-            self._tell(partial(_operated, Operated(verb, queue, number, messages, seconds, error)))
-
-    def _tell(self, call: Callable[[Observer], None]) -> None:
-        for observer in list(self.all):
+    def asked(self, operation: Send | Settle) -> "Asked":
+        """Tell the tracers of an operation that a caller asks for."""
+        told: list[tuple[Tracer, Ended]] = []
+        for tracer in list(self.tracers):
             try:
-                call(observer)
-            except Exception:
-                if id(observer) not in self._failed:
-                    self._failed.add(id(observer))
-                    log.exception("the observer %r failed; it goes on, and is not complained of again", observer)
+                operation, ended = tracer.asked(self.engine, operation)
+                told.append((tracer, ended))
+            except Exception as error:
+                self.complain(tracer, error)
+        return Asked(self, operation, told)
+
+    def received(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Tell the tracers what a caller has received."""
+        self._tell(self.tracers, lambda tracer: tracer.received(self.engine, deliveries, seconds))
+
+    def _tell(self, watchers: Sequence[W], call: Callable[[W], None]) -> None:
+        for watcher in list(watchers):
+            try:
+                call(watcher)
+            except Exception as error:
+                self.complain(watcher, error)
+
+    def complain(self, watcher: object, error: Exception) -> None:
+        """Say once that an observer has failed."""
+        if id(watcher) not in self._failed:
+            self._failed.add(id(watcher))
+            said = "the observer %r failed; it goes on, and is not complained of again"
+            log.error(said, watcher, exc_info=error)
+
+
+_DONE: frozenset[type] = frozenset({type(None), list, Received})
+"""The types of the results of what was done."""
+
+
+class Asked:
+    """An operation as tracers have it done; as a context manager it tells them of its `result`, or of an error."""
+
+    __slots__ = ("_observers", "_told", "operation", "result")
+
+    def __init__(self, observers: Observers, operation: Send | Settle, told: Sequence[tuple[Tracer, Ended]]) -> None:
+        self._observers = observers
+        self._told = told
+        self.operation = operation
+        self.result: Result = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tell(self.result if error is None else error)
+
+    def done(self, future: "asyncio.Future[Result]") -> None:
+        """Tell them what came of it; for a callback of its future."""
+        self._tell(asyncio.CancelledError() if future.cancelled() else future.exception() or future.result())
+
+    def _tell(self, result: Result | BaseException) -> None:
+        for tracer, ended in self._told:
+            try:
+                ended(result)
+            except Exception as error:
+                self._observers.complain(tracer, error)
 
 
 def _operated(done: Operated, observer: Observer) -> None:
     observer.operated(done)
 
 
-def _described(operation: Operation, result: Result | BaseException) -> tuple[Verb, str, int]:
-    """Return what was done, to which queue, and to how many messages."""
-    if isinstance(operation, Settle):
-        return "settle", operation.delivery.queue, 1
-    if isinstance(operation, Receive):
-        return "receive", operation.queue, len(result.deliveries) if isinstance(result, Received) else 0
-    if isinstance(operation, Send):
-        return "send", operation.queue, 0 if isinstance(result, FilaoError) else len(operation.drafts)
-    return "extend", operation.delivery.queue, 1
+def _summed_up(operations: Sequence[Operation], results: Results, seconds: float) -> list[Operated]:
+    """Count together what came to the same end; neither looks that found nothing nor what is not done yet."""
+    counts: dict[tuple[Verb, str, str], tuple[int, int]] = {}
+    if not _DONE.issuperset(map(type, results)):
+        for operation, result in zip(operations, results, strict=True):
+            if isinstance(result, BaseException):
+                verb, queue, error = *_meant(operation), type(result).__name__
+                number, messages = counts.get((verb, queue, error), (0, 0))
+                counts[verb, queue, error] = number + 1, messages + (verb in ("settle", "extend"))
+        done = [type(result) in _DONE for result in results]
+        operations, results = list(compress(operations, done)), list(compress(results, done))
+    for verb, numbers, contents in _done(operations, results):
+        counts.update({(verb, queue, ""): (number, contents[queue]) for queue, number in numbers.items()})
+    return [
+        Operated(verb, queue, number, messages, seconds, error)
+        for (verb, queue, error), (number, messages) in counts.items()
+    ]
+
+
+def _meant(operation: Operation) -> tuple[Verb, str]:
+    """Return what was asked for, and of which queue."""
+    if isinstance(operation, Send | Receive):
+        return "send" if isinstance(operation, Send) else "receive", operation.queue
+    return "settle" if isinstance(operation, Settle) else "extend", operation.delivery.queue
+
+
+def _done(operations: Sequence[Operation], results: Results) -> Iterator[tuple[Verb, Counter[str], Counter[str]]]:
+    """Yield, for each verb, how many operations each queue had, and how many messages were in them.
+
+    Invariant: all of these were done. Nothing is called or made for a single operation, so that telling costs little.
+    """
+    kinds = set(map(type, results))
+    if list in kinds:
+        queues = [one.queue for one in operations if type(one) is Send]
+        numbers = Counter(queues)
+        receipts = [one for one in results if type(one) is list]
+        if len(numbers) == 1:
+            yield "send", numbers, Counter({queues[0]: sum(map(len, receipts))})
+        else:
+            sent = (queue for queue, stored in zip(queues, receipts, strict=True) for _ in stored)
+            yield "send", numbers, Counter(sent)
+    if Received in kinds:
+        came = [one.deliveries for one in results if type(one) is Received and one.deliveries]
+        messages = Counter([delivery.queue for deliveries in came for delivery in deliveries])
+        yield "receive", Counter([deliveries[0].queue for deliveries in came]), messages
+    if type(None) in kinds:
+        numbers = Counter([one.delivery.queue for one in operations if type(one) is Settle])
+        yield "settle", numbers, numbers
+        numbers = Counter([one.delivery.queue for one in operations if type(one) is Extend])
+        yield "extend", numbers, numbers

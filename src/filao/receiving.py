@@ -87,6 +87,8 @@ class Receiving:
 
     async def _read(self, known: Queue[T], received: Received, guarantee: Guarantee) -> list[Message[T]]:
         """Make messages of deliveries; what does not decode dies, what is received at most once is deleted first."""
+        if received.deliveries and self._session.observers.tracers:
+            self._session.observers.received(received.deliveries, received.took)
         read = codec_for(known.body).decode
         messages: list[Message[T]] = []
         malformed: list[tuple[Delivery, str]] = []

@@ -134,7 +134,8 @@ class Relay:
                 if waits:
                     left = len(recorded) - done
                     told = (self._outbox.table, left, printable(str(error)))
-                    log.warning("relay of %s: %d messages stay in it: %s", *told)
+                    fields = _fields(queue, some[0].draft.message_id)
+                    log.warning("relay of %s: %d messages stay in it: %s", *told, extra=fields)
                     self._refused[queue] = time.monotonic() + REFUSED_FOR
                     return
                 self._session.check_usable()  # else it is not this row that cannot be sent
@@ -163,7 +164,11 @@ class Relay:
         self._connection.commit()
         for one in failed:
             told = (self._outbox.table, one.number, one.queue, printable(one.reason))
-            log.error("relay of %s: send %d, to %r, was set aside, for it can never be sent: %s", *told)
+            log.error(
+                "relay of %s: send %d, to %r, was set aside, for it can never be sent: %s",
+                *told,
+                extra=_fields(one.queue, one.id),
+            )
 
     async def _in_thread(self, job: Callable[[], R]) -> R:
         if self._thread is None:
@@ -175,6 +180,11 @@ class Relay:
         if connection is not None:
             with suppress(Exception):
                 await self._in_thread(connection.close)
+
+
+def _fields(queue: str, message_id: str | None) -> dict[str, object]:
+    """Return what a record says of a message beside its text, as those of a worker do; nobody has received it yet."""
+    return {"queue": queue, "message_id": message_id, "attempt": 0}
 
 
 def _reason(error: BaseException) -> str:

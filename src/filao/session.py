@@ -31,7 +31,7 @@ from filao.engine import (
 )
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, UnsupportedFeature
 from filao.forks import gate, keep
-from filao.observing import Observers
+from filao.observing import Asked, Observers
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of
 
 CLOSES_WITHIN = 30.0  # seconds, for all that closing does
@@ -74,6 +74,7 @@ class Session:
     def _begin_anew(self) -> None:
         self.engine: Engine = self.make()
         self._at_once = self.engine.at_once if isinstance(self.engine, Immediate) else None
+        self.observers.engine = self.engine.name
         self._batcher = Batcher(
             self.engine.execute, self.give_back_unread, self.engine.concurrent_batches, self.observers
         )
@@ -241,13 +242,15 @@ class Session:
         """Store messages, all or none; `within` a transaction of the user's, when it is given."""
         operation = Send(queue, drafts)
         return (
-            cast("asyncio.Future[list[Receipt]]", self.submit(operation))
+            cast("asyncio.Future[list[Receipt]]", self._do(operation))
             if within is None
             else self._send(operation, within)
         )
 
     async def _send(self, operation: Send, within: object) -> list[Receipt]:
-        receipts = self.transactions("joining a transaction of your own (within=)").send_within(within, operation)
+        transactions = self.transactions("joining a transaction of your own (within=)")
+        with self.observers.asked(operation) as asked:
+            asked.result = receipts = transactions.send_within(within, cast("Send", asked.operation))
         if isinstance(receipts, FilaoError):
             raise receipts
         return receipts
@@ -258,10 +261,27 @@ class Session:
             return False
         return self._at_once((operation,), results)
 
+    def _do(self, operation: Send | Settle) -> "asyncio.Future[Result]":
+        """Do what a caller has asked for with the next batch, and tell tracers."""
+        if not self.observers.tracers:
+            return self.submit(operation)
+        asked = self.observers.asked(operation)
+        if self.is_anywhere:
+            return cast("asyncio.Future[Result]", self._followed(asked))
+        future = self.submit(asked.operation)
+        future.add_done_callback(asked.done)
+        return future
+
+    async def _followed(self, asked: Asked) -> Result:
+        """Do what tracers follow in any thread, where there is no future to call back."""
+        with asked:
+            asked.result = result = await self.submit(asked.operation)
+        return result
+
     def settle(self, delivery: Delivery, outcome: Outcome) -> "asyncio.Future[Result]":
         """End a lease."""
         self.check_usable()
-        return self.submit(Settle(delivery, outcome))
+        return self._do(Settle(delivery, outcome))
 
     async def extend(self, delivery: Delivery, seconds: float) -> None:
         """Let a lease end `seconds` from now."""

@@ -106,7 +106,7 @@ class Line:
         hands = deal(received.deliveries, [receive.limit for receive in looking.values()])
         for future, hand in zip(looking, hands, strict=True):
             if hand or future not in self._waiting:
-                future.set_result(Received(hand))
+                future.set_result(Received(hand, took=received.took))
         self._abandoned(Received(received.deliveries[sum(map(len, hands)) :]))
         self.look_in(received.due_in)
         if others or calls != self._calls:

@@ -140,6 +140,7 @@ class Run:
             "_freed",
             "_has_made_room",
             "_message",
+            "_raised",
             "_shared",
             "_side",
             "_task",
@@ -171,6 +172,8 @@ class Run:
         """What to do with that to which the handler came; None when it has been done, or there is none yet."""
         self._why: Why | None = None
         self._timers: list[asyncio.TimerHandle] = []
+        self._raised = ""
+        """The kind of exception in which its handler ended; for observers."""
         self._began = 0.0
         self.children: Children = {}
         """Tasks that the handler has started."""
@@ -292,12 +295,13 @@ class Run:
     def _start(self, then: Callable[[object], None], *transaction: Any) -> None:
         loop, timeout = asyncio.get_running_loop(), self._consumer.timeout
         self._then = then
+        context = self._shared.strays.context(self.children)
         if self._shared.session.observers:
-            self._shared.session.observers.began(self.delivery)
+            context.run(self._shared.session.observers.began, self.delivery)
         if timeout is not None:
             self.keep_until = self._began + timeout + ENDS_WITHIN
             self._timers.append(loop.call_later(timeout, self.end, "timeout"))
-        self._task = loop.create_task(self._invoke(*transaction), context=self._shared.strays.context(self.children))
+        self._task = loop.create_task(self._invoke(*transaction), context=context)
         self._task.add_done_callback(self._handler_ended)
 
     async def _invoke(self, *transaction: Any) -> object:
@@ -342,7 +346,7 @@ class Run:
         for timer in self._timers:
             timer.cancel()
         if self.children:
-            self._shared.strays.report(self._consumer.handler.name, self.children)
+            self._shared.strays.report(self._consumer.handler.name, self.children, self.log)
         then(ending)
 
     @_whatever_happens
@@ -390,6 +394,7 @@ class Run:
         if not isinstance(ending, _Raised) and ending is not _NEVER_ENDED:
             return self._outcome(lambda: of_value(ending))
         if self._why == "timeout":
+            self._raised = "TimeoutError"
             text = f"TimeoutError: the handler ran longer than its timeout of {self._consumer.timeout:g} s"
             self.log.warning("%s: %s", self.about(), text)
             return engine.Nack(error=text)
@@ -400,6 +405,7 @@ class Run:
             return engine.Release()
         raised = without_our_frames(ending.error)
         if not is_decision(raised, self._consumer.outcomes):
+            self._raised = type(raised).__qualname__
             trace = (type(raised), raised, raised.__traceback__)
             self.log.warning("%s failed: %s", self.about(), last_line(raised), exc_info=trace)
         return self._outcome(lambda: of_error(raised, self._consumer.outcomes))
@@ -491,7 +497,7 @@ class Run:
         error = outcome.error if isinstance(outcome, (engine.Nack, engine.Reject)) else ""
         seconds = time.monotonic() - self._began if self._task is not None else 0.0
         if self._shared.session.observers and self._task is not None:
-            self._shared.session.observers.ended(self.delivery, how, seconds)
+            self._shared.session.observers.ended(self.delivery, how, seconds, self._raised)
         self._ended(self, Handled(self.queue, self.delivery.id, self.delivery.attempt, how, error, seconds))
 
     def _settled_before(self, outcome: engine.Outcome | None) -> How:

@@ -242,7 +242,8 @@ class Shift:
             self._suspects.add(run)
             for receiving in self._receiving:
                 receiving.cancel()
-            log.warning("%s: its last consumer's process died; it is handled alone, in case it dies of it", run.about())
+            about = run.about()
+            run.log.warning("%s: its last consumer's process died; it is handled alone, in case it dies of it", about)
             self._try_suspect()
 
     def _try_suspect(self) -> None:

@@ -13,8 +13,6 @@ from contextvars import Context, ContextVar, copy_context
 from pathlib import Path
 from typing import Any
 
-log: logging.Logger = logging.getLogger("filao.worker")
-
 Children = dict["asyncio.Task[Any]", Any]
 """Tasks that a handler started, and what each of them runs."""
 _children: "ContextVar[Children | None]" = ContextVar("filao_handler_tasks", default=None)
@@ -55,8 +53,8 @@ class Strays:
         context.run(_children.set, children)
         return context
 
-    def report(self, handler: str, children: "Children") -> None:
-        """Say which tasks a handler that has ended left behind."""
+    def report(self, handler: str, children: "Children", log: "logging.LoggerAdapter[logging.Logger]") -> None:
+        """Say in a run's log which tasks its handler, which has ended, left behind."""
         for task, coroutine in list(children.items()):
             if task.done() or _is_ours(coroutine):
                 continue

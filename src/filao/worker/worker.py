@@ -21,7 +21,7 @@ from filao.calls import Caller
 from filao.engine import HEALTHY, Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.message import Message
-from filao.observing import Observer
+from filao.observing import Observer, Tracer
 from filao.outside import outside
 from filao.queue import Queue, T, check_duration, check_name, not_found
 from filao.worker.handlers import handler_of
@@ -117,8 +117,8 @@ class Worker:
         self._shift: Shift | None = None
         """The run under way, once the engine was reached."""
         self._pulse: Pulse | None = None
-        self.observers: list[Observer] = []
-        """Those that are told what it does while it runs; see `filao.Observer`."""
+        self.observers: list[Observer | Tracer] = []
+        """Those that are told what it does while it runs; see `filao.Observer` and `filao.Tracer`."""
         self.handled = 0
         """How many attempts have ended."""
         self.has_hung: bool = False
@@ -347,7 +347,7 @@ class Worker:
             on_handled(handled)
 
         async with AsyncExitStack() as stack:
-            for observer in self.observers:
+            for observer in [one for one in self.observers if one not in broker.observers]:
                 broker.observers.add(observer)
                 stack.callback(broker.observers.remove, observer)
             caller = Caller(asyncio.get_running_loop())
