@@ -220,14 +220,16 @@ async def test_operations_and_runs_are_measured_by_their_names(tmp_path, watched
     }
 
 
-def test_the_blocking_twin_sends_in_the_trace_of_its_thread(tmp_path, watched) -> None:
+def test_the_blocking_twin_sends_and_settles_in_the_trace_of_its_thread(tmp_path, watched) -> None:
     with filao.sync.connect(tmp_path / "claims.db") as broker:
         broker.declare(filao.Queue("claims"))
         broker.observers.add(watched.tracer)
         with watched.program.start_as_current_span("order") as order:
             broker.send_to_queue("claims", 7)
             assert carrier({"a": "b"})["traceparent"].split("-")[1] == f"{order.get_span_context().trace_id:032x}"
-    assert watched.spans("send claims")[0].parent.span_id == order.get_span_context().span_id
+            broker.receive_from_queue("claims").ack()
+    for name in ("send claims", "settle claims"):
+        assert watched.spans(name)[0].parent.span_id == order.get_span_context().span_id
 
 
 async def test_without_an_sdk_nothing_travels_and_nothing_fails(tmp_path) -> None:
