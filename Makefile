@@ -7,15 +7,17 @@ RUN := $(VENV)/bin/python
 TEST_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["test"])')
 EXAMPLE_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["example"])')
 DOCS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["docs"])')
+FUZZ_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["fuzz"])')
 PEERS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["peers"])')
 QUICK := $(addprefix tests/test_,$(addsuffix .py,batching codec engines public queue release sqlite_engine surroundings sync testing tidy within))
 AXE := axe-core@4.14.1
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo insurer test quick dist lint format torture chaos bench docs clean
+.PHONY: demo insurer test quick dist lint format coverage matrix fuzz torture chaos bench docs clean
 
+# Ctrl-C is how it ends: the shell waits for it, and make has nothing to report.
 demo: $(VENV)/web
-	@$(VENV)/bin/filao sandbox $(ARGS); code=$$?; [ $$code -eq 130 ] || exit $$code
+	@trap : INT; $(VENV)/bin/filao sandbox $(ARGS); code=$$?; [ $$code -eq 130 ] || exit $$code
 
 insurer: $(VENV)/example
 	$(RUN) -m examples.insurance $(ARGS)
@@ -47,6 +49,21 @@ format: $(VENV)/test
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
+# The whole suite, with every process that it starts. The floor is in pyproject.toml.
+coverage: $(VENV)/test
+	rm -f .coverage .coverage.*
+	$(RUN) -m coverage run -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
+	$(RUN) -m coverage combine --quiet
+	$(RUN) -m coverage report
+
+# On each Python found of those that are supported, and on the lowest versions of what is needed.
+matrix: $(VENV)/test
+	$(RUN) -m tests.matrix -- $(ARGS)
+
+fuzz: $(VENV)/test
+	$(INSTALL) $(foreach requirement,$(FUZZ_GROUP),'$(requirement)')
+	$(RUN) -m tests.fuzz $(ARGS)
+
 torture: $(VENV)/test
 	$(RUN) -m tests.torture --engine sqlite $(ARGS)
 	$(RUN) -m tests.torture --engine postgresql $(ARGS)
@@ -65,7 +82,7 @@ docs: $(VENV)/docs
 	$(RUN) docs/check.py site
 
 clean:
-	rm -rf $(VENV) build dist site .cache
+	rm -rf $(VENV) .matrix .coverage .coverage.* build dist site .cache
 
 $(VENV)/web: $(VENV)/filao
 	$(INSTALL) --editable '.[web]'

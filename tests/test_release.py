@@ -13,7 +13,9 @@ import pytest
 import filao
 
 ROOT = Path(__file__).parents[1]
-NOT_SOURCE = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "dist", "build", "site", ".hypothesis")
+NOT_SOURCE = shutil.ignore_patterns(
+    ".git", ".venv", ".matrix", ".*_cache", "__pycache__", "dist", "build", "site", ".hypothesis"
+)
 
 
 @pytest.fixture(scope="module")

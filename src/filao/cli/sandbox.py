@@ -65,7 +65,10 @@ def sandbox_command(
         address = f"http://{name}:{listening.getsockname()[1]}/?token={token}"
         opened = _opened(address, browser=not no_browser)
         may_run_code = allow_code or not is_open
-        serve(listening, token, opened, open_to_others=is_open, may_run_code=may_run_code, speed=speed)
+        try:
+            serve(listening, token, opened, open_to_others=is_open, may_run_code=may_run_code, speed=speed)
+        finally:
+            note("ended: all processes of the sandbox are gone, and its files are removed")
     return 0
 
 
