@@ -46,7 +46,7 @@ async def _consume(url: str, count: int, received: Any) -> None:
         await asyncio.gather(*(one(broker) for broker in brokers))
 
 
-def _cpu(postmaster: int) -> float:
+def cpu(postmaster: int) -> float:
     """Return the CPU seconds of a server and its backends, those that ended included."""
     ticks = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -98,9 +98,9 @@ async def _measure(url: str, postmaster: int, count: int, seconds: float) -> dic
                     await asyncio.sleep(0.2)
             await asyncio.sleep(2)
             commits = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
-            before, used, began = await value(commits), _cpu(postmaster), time.monotonic()
+            before, used, began = await value(commits), cpu(postmaster), time.monotonic()
             await asyncio.sleep(seconds)
-            core = (_cpu(postmaster) - used) / (time.monotonic() - began)
+            core = (cpu(postmaster) - used) / (time.monotonic() - began)
             rate = (await value(commits) - before) / (time.monotonic() - began)
             for _ in range(SENDS):
                 await sender.send_to_queue("idle", b"%.6f" % time.monotonic())

@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "94d808af32b414b6"}
+DIGESTS = {11: "6ae7b4a5a2745ec5"}
 """Of the SQL of a version, the newest alone."""
 
 

@@ -87,14 +87,27 @@ $$;
 
 -- A function that reads tables is in PL/pgSQL, which keeps its plans; one in SQL is planned anew at each call.
 
--- Add to the counters of a queue.
+-- Add to the counters of a queue; what is named twice is added up.
 CREATE OR REPLACE FUNCTION filao.count(q integer, names text[], amounts bigint[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
   INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
-  SELECT q, pg_backend_pid(), floor(extract(epoch FROM clock_timestamp()) / 8.192)::bigint, given.name, given.amount
+  SELECT q, pg_backend_pid(), floor(extract(epoch FROM clock_timestamp()) / 8.192)::bigint, given.name, sum(given.amount)
   FROM unnest(names, amounts) AS given (name, amount)
-  WHERE given.amount <> 0
+  GROUP BY given.name HAVING sum(given.amount) <> 0
   ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value;
+END
+$$;
+
+-- How messages are counted in the states that they are in now, so many `times`; of the dead also why.
+CREATE OR REPLACE FUNCTION filao.tally(ids bigint[], times integer, OUT names text[], OUT amounts bigint[])
+LANGUAGE plpgsql AS $$
+BEGIN
+  SELECT coalesce(array_agg(t.name), '{}'), coalesce(array_agg(t.amount), '{}') INTO names, amounts
+  FROM (
+    SELECT unnest(CASE m.state WHEN 'dead' THEN ARRAY['dead', 'dead:' || coalesce(m.reason, '')]
+                  ELSE ARRAY[m.state::text] END) AS name, count(*) * times AS amount
+    FROM filao.message m WHERE m.id = ANY (ids) GROUP BY 1
+  ) AS t;
 END
 $$;
 
@@ -103,15 +116,6 @@ LANGUAGE plpgsql AS $$
 BEGIN
   IF was <> becomes THEN
     PERFORM filao.count(q, ARRAY[was::text, becomes::text], ARRAY[-1, 1]);
-  END IF;
-END
-$$;
-
--- Count a message that lies among the dead no more.
-CREATE OR REPLACE FUNCTION filao.count_alive(m filao.message) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-  IF m.state = 'dead' THEN
-    PERFORM filao.count(m.queue, ARRAY['dead:' || coalesce(m.reason, '')], ARRAY[-1]);
   END IF;
 END
 $$;
@@ -165,73 +169,92 @@ BEGIN
 END
 $$;
 
--- The first message of a group in a state. It is written so that only one index can serve, whatever the tables hold.
-CREATE OR REPLACE FUNCTION filao.first_of(q integer, g text, s filao.state) RETURNS bigint LANGUAGE plpgsql AS $$
-BEGIN
-  RETURN (
-    SELECT id FROM filao.message
-    WHERE queue = q AND (grp, state) >= (g, s) AND (grp, state) <= (g, s) AND grp IS NOT NULL
-    ORDER BY grp, state, id LIMIT 1
-  );
-END
-$$;
-
--- Move a message from one state to another; false when it is in neither.
-CREATE OR REPLACE FUNCTION filao.set_state(number bigint, was filao.state, becomes filao.state) RETURNS boolean
+-- Move messages from one state to another, as far as they are in it; return how many were.
+CREATE OR REPLACE FUNCTION filao.set_states(ids bigint[], was filao.state, becomes filao.state) RETURNS bigint
 LANGUAGE plpgsql AS $$
+DECLARE
+  moved bigint := 0;
 BEGIN
-  UPDATE filao.message SET state = becomes, moved_in = pg_current_xact_id() WHERE id = number AND state = was;
-  RETURN FOUND;
+  IF cardinality(ids) > 0 THEN
+    UPDATE filao.message SET state = becomes, moved_in = pg_current_xact_id() WHERE id = ANY (ids) AND state = was;
+    GET DIAGNOSTICS moved = ROW_COUNT;
+  END IF;
+  RETURN moved;
 END
 $$;
 
 -- Let the first message of each of some groups through and hold back the others; nobody moves while one is leased.
+--
+-- All groups at once: of each the first message in each state is looked up by the index of groups, which is the only one
+-- that can serve a comparison of (grp, state), whatever the tables hold. Where failed messages are skipped, a head that is
+-- not due yet steps aside, and its group is looked at again.
 CREATE OR REPLACE FUNCTION filao.arrange_all(q integer, groups text[], now bigint, later boolean) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-  g         text;
-  skips     boolean;
-  halts     boolean;
-  leased    bigint;
-  ready     bigint;
-  delayed   bigint;
-  blocked   bigint;
-  head      bigint;
-  due       boolean;
-  more      bigint[] := '{0,0,0}';  -- ready, delayed and blocked messages, than there were
+  skips   boolean;
+  halts   boolean;
+  through bigint[];  -- heads that were blocked and are due
+  aside   bigint[];  -- heads that were blocked and are not
+  ready   bigint[];  -- others, to be held back
+  delayed bigint[];
+  again   text[];
+  moved   bigint[] := '{0,0,0,0}';
 BEGIN
   IF later THEN
     INSERT INTO filao.unarranged (queue, grp) SELECT DISTINCT q, given.g FROM unnest(groups) AS given (g);
     RETURN;
   END IF;
   SELECT skips_failed, halts_dead INTO STRICT skips, halts FROM filao.queue WHERE id = q;
-  FOREACH g IN ARRAY groups LOOP
-    PERFORM pg_advisory_xact_lock(filao.group_key(q, g));
-    LOOP
-      leased := filao.first_of(q, g, 'leased');
-      EXIT WHEN leased IS NOT NULL;
-      ready := filao.first_of(q, g, 'ready');
-      delayed := CASE WHEN NOT skips THEN filao.first_of(q, g, 'delayed') END;  -- else it is overtaken, not waited for
-      blocked := filao.first_of(q, g, 'blocked');
-      head := least(ready, delayed, blocked);
-      IF halts AND EXISTS (SELECT FROM filao.halted h WHERE h.queue = q AND h.grp = g) THEN
-        head := NULL;
-      END IF;
-      IF ready IS DISTINCT FROM head AND filao.set_state(ready, 'ready', 'blocked') THEN
-        more := ARRAY[more[1] - 1, more[2], more[3] + 1];
-      END IF;
-      IF delayed <> head AND filao.set_state(delayed, 'delayed', 'blocked') THEN
-        more := ARRAY[more[1], more[2] - 1, more[3] + 1];
-      END IF;
-      EXIT WHEN head IS NULL OR head IS DISTINCT FROM blocked;
-      SELECT at <= now INTO due FROM filao.message WHERE id = head;
-      IF filao.set_state(head, 'blocked', CASE WHEN due THEN 'ready' ELSE 'delayed' END::filao.state) THEN
-        more := ARRAY[more[1] + due::integer, more[2] + (NOT due)::integer, more[3] - 1];
-      END IF;
-      EXIT WHEN due OR NOT skips;
-    END LOOP;
+  PERFORM pg_advisory_xact_lock(wanted.lock)
+  FROM (SELECT DISTINCT filao.group_key(q, g) AS lock FROM unnest(groups) AS g ORDER BY 1) AS wanted;
+  WHILE cardinality(groups) > 0 LOOP
+    SELECT array_agg(f.blocked) FILTER (WHERE f.head = f.blocked AND f.at <= now),
+           array_agg(f.blocked) FILTER (WHERE f.head = f.blocked AND f.at > now),
+           array_agg(f.ready) FILTER (WHERE f.ready IS NOT NULL AND f.ready IS DISTINCT FROM f.head),
+           array_agg(f.delayed) FILTER (WHERE f.delayed <> f.head),
+           array_agg(f.g) FILTER (WHERE f.head = f.blocked AND f.at > now AND skips)
+    INTO through, aside, ready, delayed, again
+    FROM (
+      SELECT given.g, r.id AS ready, d.id AS delayed, b.id AS blocked, b.at,
+             CASE WHEN NOT halts OR NOT EXISTS (SELECT FROM filao.halted h WHERE h.queue = q AND h.grp = given.g)
+               THEN least(r.id, d.id, b.id) END AS head
+      FROM (SELECT DISTINCT g FROM unnest(groups) AS g) AS given
+      LEFT JOIN LATERAL (
+        SELECT m.id FROM filao.message m
+        WHERE m.queue = q AND (m.grp, m.state) >= (given.g, 'leased') AND (m.grp, m.state) <= (given.g, 'leased')
+          AND m.grp IS NOT NULL
+        ORDER BY m.grp, m.state, m.id LIMIT 1
+      ) AS l ON true
+      LEFT JOIN LATERAL (
+        SELECT m.id FROM filao.message m
+        WHERE m.queue = q AND (m.grp, m.state) >= (given.g, 'ready') AND (m.grp, m.state) <= (given.g, 'ready')
+          AND m.grp IS NOT NULL
+        ORDER BY m.grp, m.state, m.id LIMIT 1
+      ) AS r ON l.id IS NULL
+      LEFT JOIN LATERAL (  -- where failed messages are skipped it is overtaken, not waited for
+        SELECT m.id FROM filao.message m
+        WHERE NOT skips AND m.queue = q AND (m.grp, m.state) >= (given.g, 'delayed')
+          AND (m.grp, m.state) <= (given.g, 'delayed') AND m.grp IS NOT NULL
+        ORDER BY m.grp, m.state, m.id LIMIT 1
+      ) AS d ON l.id IS NULL
+      LEFT JOIN LATERAL (
+        SELECT m.id, m.at FROM filao.message m
+        WHERE m.queue = q AND (m.grp, m.state) >= (given.g, 'blocked') AND (m.grp, m.state) <= (given.g, 'blocked')
+          AND m.grp IS NOT NULL
+        ORDER BY m.grp, m.state, m.id LIMIT 1
+      ) AS b ON l.id IS NULL
+      WHERE l.id IS NULL
+    ) AS f;
+    moved := ARRAY[
+      moved[1] + filao.set_states(through, 'blocked', 'ready'), moved[2] + filao.set_states(aside, 'blocked', 'delayed'),
+      moved[3] + filao.set_states(ready, 'ready', 'blocked'), moved[4] + filao.set_states(delayed, 'delayed', 'blocked')
+    ];
+    groups := again;
   END LOOP;
-  PERFORM filao.count(q, ARRAY['ready', 'delayed', 'blocked'], more);
+  PERFORM filao.count(
+    q, ARRAY['ready', 'delayed', 'blocked'],
+    ARRAY[moved[1] - moved[3], moved[2] - moved[4], moved[3] + moved[4] - moved[1] - moved[2]]
+  );
 END
 $$;
 
@@ -338,89 +361,136 @@ $$;
 
 -- --- moves -------------------------------------------------------------------------------------------------------------
 
--- Put a failed attempt into the message's history, which keeps the last 20.
-CREATE OR REPLACE FUNCTION filao.record(m filao.message, outcome text, error text, consumer text, now bigint) RETURNS void
+-- These move many messages of one queue at once, which the caller has locked, and each counts what it does once: a counter
+-- that is written for each message is a chain of versions that every next write walks. What few messages have, keys and
+-- histories, is seen to one by one. Each ends by letting the groups go on.
+
+-- The groups of messages.
+CREATE OR REPLACE FUNCTION filao.groups_of(ids bigint[]) RETURNS text[] LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN ARRAY(SELECT DISTINCT m.grp FROM filao.message m WHERE m.id = ANY (ids) AND m.grp IS NOT NULL);
+END
+$$;
+
+-- Put a failed attempt into the history of each message, which keeps the last 20; who moves them then adds to `failures`.
+CREATE OR REPLACE FUNCTION filao.record(ids bigint[], outcome text, errors text[], consumers text[], now bigint) RETURNS void
 LANGUAGE plpgsql AS $$
+DECLARE
+  full_up bigint;
 BEGIN
   INSERT INTO filao.failure (message, attempt, at, outcome, error, consumer)
-  VALUES (m.id, m.attempts, now, outcome, error, consumer);
-  UPDATE filao.message SET failures = failures + 1 WHERE id = m.id;
-  IF m.failures >= 20 THEN
+  SELECT m.id, m.attempts, now, outcome, coalesce(given.error, ''), coalesce(given.consumer, '')
+  FROM unnest(ids, errors, consumers) WITH ORDINALITY AS given (id, error, consumer, n), LATERAL (
+    SELECT t.id, t.attempts FROM filao.message t WHERE t.id = given.id
+  ) AS m
+  ORDER BY given.n;
+  FOR full_up IN SELECT m.id FROM filao.message m WHERE m.id = ANY (ids) AND m.failures >= 20 LOOP
     DELETE FROM filao.failure
-    WHERE id IN (SELECT f.id FROM filao.failure f WHERE f.message = m.id ORDER BY f.id DESC OFFSET 20);
-  END IF;
+    WHERE id IN (SELECT f.id FROM filao.failure f WHERE f.message = full_up ORDER BY f.id DESC OFFSET 20);
+  END LOOP;
 END
 $$;
 
--- Let a message return to its old place, ready now or delayed until `due`, behind those of its group.
-CREATE OR REPLACE FUNCTION filao.give_back(m filao.message, due bigint, kept bigint, now bigint, later boolean)
-RETURNS void LANGUAGE plpgsql AS $$
+-- Let messages return to their old places: ready now, or delayed until their `dues`; behind those of their groups. They
+-- keep their tokens or not, and get `failed` more failures and `used` more attempts.
+CREATE OR REPLACE FUNCTION filao.give_back(
+  q integer, ids bigint[], dues bigint[], keeps boolean, failed integer, used integer, now bigint, later boolean
+) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-  becomes filao.state := CASE WHEN due IS NOT NULL THEN 'delayed' WHEN m.grp IS NULL THEN 'ready' ELSE 'blocked' END;
+  was     record;
+  becomes record;
 BEGIN
+  SELECT * INTO was FROM filao.tally(ids, -1);
+  UPDATE filao.message AS t
+  SET state = CASE WHEN dues[array_position(ids, t.id)] IS NOT NULL THEN 'delayed'
+                   WHEN t.grp IS NULL THEN 'ready' ELSE 'blocked' END::filao.state,
+      at = coalesce(dues[array_position(ids, t.id)], now), token = CASE WHEN keeps THEN t.token ELSE 0 END,
+      failures = t.failures + failed, attempts = t.attempts + used, moved_in = pg_current_xact_id()
+  WHERE t.id = ANY (ids);
+  SELECT * INTO becomes FROM filao.tally(ids, 1);
+  PERFORM filao.count(q, was.names || becomes.names, was.amounts || becomes.amounts);
+  PERFORM filao.arrange_all(q, filao.groups_of(ids), now, later);
+END
+$$;
+
+-- Make messages dead letters, whose last attempt has been recorded.
+CREATE OR REPLACE FUNCTION filao.die(q integer, ids bigint[], why text, now bigint, later boolean) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+  was    record;
+  died   bigint;
+  groups text[] := filao.groups_of(ids);
+  m      record;
+BEGIN
+  SELECT * INTO was FROM filao.tally(ids, -1);
   UPDATE filao.message
-  SET state = becomes, at = coalesce(due, now), token = kept, moved_in = pg_current_xact_id()
-  WHERE id = m.id;
-  PERFORM filao.count_move(m.queue, m.state, becomes);
-  PERFORM filao.arrange(m.queue, m.grp, now, later);
+  SET state = 'dead', at = now, token = 0, reason = why, failures = failures + 1, moved_in = NULL
+  WHERE id = ANY (ids);
+  GET DIAGNOSTICS died = ROW_COUNT;
+  PERFORM filao.count(q, was.names || ARRAY['dead', 'died', 'dead:' || why, 'died:' || why],
+                      was.amounts || array_fill(died, ARRAY[4]));
+  FOR m IN  -- a message_id stays known as long as the dead letter lies there
+    SELECT t.dedup_key, filao.name_of(t) AS name FROM filao.message t WHERE t.id = ANY (ids) AND t.dedup_key IS NOT NULL
+  LOOP
+    PERFORM filao.start_window(q, m.dedup_key, NULL, m.name, now);
+  END LOOP;
+  IF cardinality(groups) > 0 AND (SELECT halts_dead FROM filao.queue WHERE id = q) THEN
+    INSERT INTO filao.halted (queue, grp) SELECT q, g FROM unnest(groups) AS g ON CONFLICT DO NOTHING;
+  END IF;
+  PERFORM filao.arrange_all(q, groups, now, later);
 END
 $$;
 
--- Make a message a dead letter.
-CREATE OR REPLACE FUNCTION filao.die(m filao.message, why text, now bigint, later boolean) RETURNS void
+-- Remove messages for good, and count them under `counter`.
+CREATE OR REPLACE FUNCTION filao.discard(q integer, ids bigint[], counter text, now bigint, later boolean) RETURNS void
 LANGUAGE plpgsql AS $$
-BEGIN
-  UPDATE filao.message SET state = 'dead', at = now, token = 0, reason = why, moved_in = NULL WHERE id = m.id;
-  PERFORM filao.count_move(m.queue, m.state, 'dead');
-  PERFORM filao.count(m.queue, ARRAY['died', 'dead:' || why, 'died:' || why], ARRAY[1, 1, 1]);
-  IF m.dedup_key IS NOT NULL THEN  -- its message_id stays known as long as the dead letter lies there
-    PERFORM filao.start_window(m.queue, m.dedup_key, NULL, filao.name_of(m), now);
-  END IF;
-  IF m.grp IS NOT NULL AND (SELECT halts_dead FROM filao.queue WHERE id = m.queue) THEN
-    INSERT INTO filao.halted (queue, grp) VALUES (m.queue, m.grp) ON CONFLICT DO NOTHING;
-  END IF;
-  PERFORM filao.arrange(m.queue, m.grp, now, later);
-END
-$$;
-
--- Clear up behind a message whose row is deleted.
-CREATE OR REPLACE FUNCTION filao.forget(m filao.message, now bigint, later boolean) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-  IF m.failures > 0 THEN
-    DELETE FROM filao.failure WHERE message = m.id;
-  END IF;
-  IF m.dedup_key IS NOT NULL OR m.message_id IS NOT NULL THEN
-    PERFORM filao.start_window(m.queue, m.dedup_key, m.message_id, filao.name_of(m), now);
-  END IF;
-  PERFORM filao.arrange(m.queue, m.grp, now, later);
-END
-$$;
-
--- Remove a message for good, and count it under `counter`.
-CREATE OR REPLACE FUNCTION filao.discard(m filao.message, counter text, now bigint, later boolean) RETURNS void
-LANGUAGE plpgsql AS $$
-BEGIN
-  DELETE FROM filao.message WHERE id = m.id;
-  PERFORM filao.count(m.queue, ARRAY[m.state::text, counter], ARRAY[-1, 1]);
-  PERFORM filao.count_alive(m);
-  PERFORM filao.forget(m, now, later);
-END
-$$;
-
--- Bury a message that outlived its time to live, or drop it if the queue says so. It holds no key any more, but that of a
--- dead letter, which keeps its message_id because that is its name.
-CREATE OR REPLACE FUNCTION filao.expire(m filao.message, now bigint, later boolean) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-  dropped boolean := (SELECT drops_old FROM filao.queue WHERE id = m.queue);
+  was    record;
+  groups text[] := filao.groups_of(ids);
+  m      record;
 BEGIN
-  IF m.dedup_key IS NOT NULL OR (dropped AND m.message_id IS NOT NULL) THEN
-    PERFORM filao.forget_keys(m.queue, m.dedup_key, CASE WHEN dropped THEN m.message_id END, filao.name_of(m));
-  END IF;
+  SELECT * INTO was FROM filao.tally(ids, -1);
+  FOR m IN
+    SELECT t.dedup_key, t.message_id, filao.name_of(t) AS name FROM filao.message t
+    WHERE t.id = ANY (ids) AND (t.dedup_key IS NOT NULL OR t.message_id IS NOT NULL)
+  LOOP
+    PERFORM filao.start_window(q, m.dedup_key, m.message_id, m.name, now);
+  END LOOP;
+  DELETE FROM filao.failure
+  WHERE message = ANY (ARRAY(SELECT t.id FROM filao.message t WHERE t.id = ANY (ids) AND t.failures > 0));
+  DELETE FROM filao.message WHERE id = ANY (ids);
+  PERFORM filao.count(q, was.names || counter, was.amounts || cardinality(ids)::bigint);
+  PERFORM filao.arrange_all(q, groups, now, later);
+END
+$$;
+
+-- Forget the keys of messages at once; of dead letters not the message_id, which is their name.
+CREATE OR REPLACE FUNCTION filao.forget_all_keys(q integer, ids bigint[], names boolean) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+  m record;
+BEGIN
+  FOR m IN
+    SELECT t.dedup_key, CASE WHEN names THEN t.message_id END AS message_id, filao.name_of(t) AS name
+    FROM filao.message t WHERE t.id = ANY (ids) AND (t.dedup_key IS NOT NULL OR (names AND t.message_id IS NOT NULL))
+  LOOP
+    PERFORM filao.forget_keys(q, m.dedup_key, m.message_id, m.name);
+  END LOOP;
+END
+$$;
+
+-- Bury messages that outlived their time to live, or drop them if the queue says so. They hold no key any more.
+CREATE OR REPLACE FUNCTION filao.expire(q integer, ids bigint[], now bigint, later boolean) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+  dropped boolean := (SELECT drops_old FROM filao.queue WHERE id = q);
+BEGIN
+  PERFORM filao.forget_all_keys(q, ids, dropped);
   IF dropped THEN
-    PERFORM filao.discard(m, 'dropped', now, later);
+    PERFORM filao.discard(q, ids, 'dropped', now, later);
   ELSE
-    PERFORM filao.record(m, 'expired', 'it outlived its ttl', '', now);
-    PERFORM filao.die(m, 'expired', now, later);
+    PERFORM filao.record(ids, 'expired', array_fill('it outlived its ttl'::text, ARRAY[cardinality(ids)]), NULL, now);
+    PERFORM filao.die(q, ids, 'expired', now, later);
   END IF;
 END
 $$;
@@ -430,20 +500,20 @@ $$;
 CREATE OR REPLACE FUNCTION filao.expire_some(q integer, most bigint, now bigint, later boolean, since bigint = 0)
 RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
-  m    filao.message;
-  done bigint := 0;
+  chosen bigint[];
 BEGIN
-  FOR m IN
-    SELECT * FROM filao.message
+  SELECT array_agg(old.id) INTO chosen
+  FROM (
+    SELECT id, grp FROM filao.message
     WHERE queue = q AND expires_at >= since AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked')
     ORDER BY expires_at LIMIT most FOR UPDATE SKIP LOCKED
-  LOOP
-    CONTINUE WHEN NOT later AND m.grp IS NOT NULL AND NOT pg_try_advisory_xact_lock(filao.group_key(q, m.grp));
-    SELECT * INTO m FROM filao.message WHERE id = m.id;  -- another of its group may have moved it in this loop
-    PERFORM filao.expire(m, now, later);
-    done := done + 1;
-  END LOOP;
-  RETURN done;
+  ) AS old
+  WHERE later OR old.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, old.grp));
+  IF chosen IS NULL THEN
+    RETURN 0;
+  END IF;
+  PERFORM filao.expire(q, chosen, now, later);
+  RETURN cardinality(chosen);
 END
 $$;
 
@@ -465,30 +535,34 @@ $$;
 CREATE OR REPLACE FUNCTION filao.expire_named(q integer, name text, now bigint, later boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
-  m filao.message;
+  old bigint;
 BEGIN
-  SELECT * INTO m FROM filao.message
+  SELECT id INTO old FROM filao.message
   WHERE id = filao.number_of(q, name) AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked') FOR UPDATE;
   IF NOT FOUND THEN
     RETURN false;
   END IF;
-  PERFORM filao.expire(m, now, later);
+  PERFORM filao.expire(q, ARRAY[old], now, later);
   RETURN true;
 END
 $$;
 
--- End a lease whose consumer said nothing: the attempt is used. The token stays until somebody receives the message, so
+-- End leases whose consumers said nothing: the attempts are used. The tokens stay until somebody receives the messages, so
 -- that a late ack of work that was done still counts.
-CREATE OR REPLACE FUNCTION filao.lose(m filao.message, outcome text, now bigint) RETURNS void LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION filao.lose(q integer, ids bigint[], outcome text, now bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-  holder text := coalesce((SELECT name FROM filao.process WHERE id = m.token >> 32), '');
+  spent   bigint[];
+  others  bigint[];
+  holders text[];
 BEGIN
-  PERFORM filao.count(m.queue, ARRAY['lost'], ARRAY[1]);
-  PERFORM filao.record(m, outcome, '', holder, now);
-  IF m.attempts >= (SELECT max_attempts FROM filao.queue WHERE id = m.queue) THEN
-    PERFORM filao.die(m, 'max_attempts', now, false);
-  ELSE
-    PERFORM filao.give_back(m, NULL, m.token, now, false);
-  END IF;
+  SELECT array_agg(m.id) FILTER (WHERE m.attempts >= r.max_attempts), array_agg(m.id) FILTER (WHERE m.attempts < r.max_attempts),
+         array_agg(h.name ORDER BY array_position(ids, m.id))
+  INTO spent, others, holders
+  FROM filao.queue r, filao.message m LEFT JOIN LATERAL (SELECT name FROM filao.process WHERE id = m.token >> 32) AS h ON true
+  WHERE r.id = q AND m.id = ANY (ids);
+  PERFORM filao.count(q, ARRAY['lost'], ARRAY[cardinality(ids)]);
+  PERFORM filao.record(ids, outcome, NULL, holders, now);
+  PERFORM filao.die(q, spent, 'max_attempts', now, false) WHERE spent IS NOT NULL;
+  PERFORM filao.give_back(q, others, NULL, true, 1, 0, now, false) WHERE others IS NOT NULL;
 END
 $$;

@@ -9,14 +9,14 @@ $$;
 -- in order, behind those that it has seen.
 CREATE OR REPLACE FUNCTION filao.chosen(
   q integer, states filao.state[], ids text[], after bigint, mark bigint, most integer
-) RETURNS SETOF filao.message LANGUAGE plpgsql AS $$
+) RETURNS SETOF bigint LANGUAGE plpgsql AS $$
 DECLARE
   s     filao.state;
   found integer;
 BEGIN
   IF ids IS NOT NULL THEN
     RETURN QUERY
-      SELECT m.* FROM filao.message m
+      SELECT m.id FROM filao.message m
       WHERE m.id = ANY (ARRAY(SELECT filao.number_of(q, name) FROM unnest(ids) AS name))  -- looked up once, not for each row
         AND m.queue = q AND m.state = ANY (states)
         AND m.id > after AND m.id <= mark
@@ -25,7 +25,7 @@ BEGIN
   END IF;
   FOREACH s IN ARRAY states LOOP  -- one by one, so that each is found through its own index
     RETURN QUERY EXECUTE format(
-      'SELECT * FROM filao.message WHERE queue = $1 AND state = %L AND id <= $2 %s LIMIT $4 FOR UPDATE',
+      'SELECT id FROM filao.message WHERE queue = $1 AND state = %L AND id <= $2 %s LIMIT $4 FOR UPDATE',
       s, CASE s WHEN 'dead' THEN 'AND id > $3 ORDER BY id' WHEN 'blocked' THEN 'AND grp IS NOT NULL' END
     ) USING q, mark, after, most;
     GET DIAGNOSTICS found = ROW_COUNT;
@@ -40,24 +40,23 @@ CREATE OR REPLACE FUNCTION filao.redrive(
   new_headers text, OUT done integer, OUT last bigint
 ) LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now bigint := filao.now(moment);
-  m   filao.message;
+  now    bigint := filao.now(moment);
+  chosen bigint[] := ARRAY(SELECT id FROM filao.chosen(q, '{dead}', ids, after, mark, most) AS id);
+  m      record;
 BEGIN
-  done := 0;
-  last := after;
-  FOR m IN SELECT * FROM filao.chosen(q, '{dead}', ids, after, mark, most) LOOP
-    UPDATE filao.message
-    SET attempts = 0, reason = NULL, expires_at = NULL, kind = coalesce(new_kind, kind),
-        content = coalesce(new_content, content), headers = coalesce(new_headers, headers)
-    WHERE id = m.id;
-    IF m.dedup_key IS NOT NULL THEN
-      PERFORM filao.remember_again(q, m.dedup_key, filao.name_of(m), now);
-    END IF;
-    PERFORM filao.count_alive(m);
-    PERFORM filao.give_back(m, NULL, 0, now, false);
-    done := done + 1;
-    last := m.id;
+  done := cardinality(chosen);
+  last := greatest(after, (SELECT max(id) FROM unnest(chosen) AS id));
+  FOR m IN
+    SELECT t.dedup_key, filao.name_of(t) AS name FROM filao.message t
+    WHERE t.id = ANY (chosen) AND t.dedup_key IS NOT NULL
+  LOOP
+    PERFORM filao.remember_again(q, m.dedup_key, m.name, now);
   END LOOP;
+  PERFORM filao.give_back(q, chosen, NULL, false, 0, 0, now, false);
+  UPDATE filao.message
+  SET attempts = 0, reason = NULL, expires_at = NULL, kind = coalesce(new_kind, kind),
+      content = coalesce(new_content, content), headers = coalesce(new_headers, headers)
+  WHERE id = ANY (chosen);
   PERFORM filao.count(q, ARRAY['redriven'], ARRAY[done]);
 END
 $$;
@@ -69,19 +68,15 @@ CREATE OR REPLACE FUNCTION filao.remove(
   OUT done integer, OUT last bigint
 ) LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now bigint := filao.now(moment);
-  m   filao.message;
+  now    bigint := filao.now(moment);
+  chosen bigint[] := ARRAY(SELECT id FROM filao.chosen(q, states, ids, after, mark, most) AS id);
 BEGIN
-  done := 0;
+  done := cardinality(chosen);
   last := after;  -- what was removed cannot be seen again
-  FOR m IN SELECT * FROM filao.chosen(q, states, ids, after, mark, most) LOOP
-    SELECT * INTO m FROM filao.message WHERE id = m.id;  -- another of its group may have moved it in this loop
-    PERFORM filao.discard(m, CASE WHEN ids IS NULL THEN 'purged' ELSE 'cancelled' END, now, false);
-    IF ids IS NULL AND (m.dedup_key IS NOT NULL OR m.message_id IS NOT NULL) THEN
-      PERFORM filao.forget_keys(q, m.dedup_key, m.message_id, filao.name_of(m));
-    END IF;
-    done := done + 1;
-  END LOOP;
+  IF ids IS NULL THEN
+    PERFORM filao.forget_all_keys(q, chosen, true);
+  END IF;
+  PERFORM filao.discard(q, chosen, CASE WHEN ids IS NULL THEN 'purged' ELSE 'cancelled' END, now, false);
 END
 $$;
 

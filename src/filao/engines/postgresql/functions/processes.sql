@@ -6,23 +6,23 @@ CREATE OR REPLACE FUNCTION filao.strike_off(p integer, moment bigint, died boole
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now  bigint := filao.now(moment);
-  m    filao.message;
   q    integer;
+  held bigint[];
   done integer := 0;
 BEGIN
   FOR q IN SELECT id FROM filao.queue ORDER BY id LOOP
-    FOR m IN
-      SELECT * FROM filao.message
+    held := ARRAY(
+      SELECT id FROM filao.message
       WHERE queue = q AND state = 'leased' AND token BETWEEN p::bigint << 32 AND (p::bigint + 1 << 32) - 1
       ORDER BY id LIMIT most - done FOR UPDATE SKIP LOCKED
-    LOOP
-      IF died THEN
-        PERFORM filao.lose(m, 'crashed', now);
-      ELSE
-        PERFORM filao.release(m, NULL, now, false);
-      END IF;
-      done := done + 1;
-    END LOOP;
+    );
+    CONTINUE WHEN held = '{}';
+    IF died THEN
+      PERFORM filao.lose(q, held, 'crashed', now);
+    ELSE
+      PERFORM filao.release(q, held, NULL, now, false);
+    END IF;
+    done := done + cardinality(held);
   END LOOP;
   IF done < most THEN
     DELETE FROM filao.waiting WHERE process = p;

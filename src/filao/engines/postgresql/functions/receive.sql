@@ -4,44 +4,31 @@
 -- somebody else has locked is left to them. Returns whether anything may have moved.
 CREATE OR REPLACE FUNCTION filao.make_due(q integer, seen filao.seen, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
-  m     filao.message;
-  moved bigint;
-  acted boolean := false;
+  chosen bigint[];
+  oldest bigint;
+  acted  boolean := false;
 BEGIN
   IF seen.delayed <= now THEN
     acted := true;
-    WITH due AS MATERIALIZED (
-      SELECT id FROM filao.message
-      WHERE queue = q AND state = 'delayed' AND at >= seen.delayed AND at <= now AND grp IS NULL
+    SELECT array_agg(due.id) INTO chosen
+    FROM (
+      SELECT id, grp FROM filao.message WHERE queue = q AND state = 'delayed' AND at >= seen.delayed AND at <= now
       ORDER BY at LIMIT 5000 FOR UPDATE SKIP LOCKED
-    )
-    UPDATE filao.message AS t SET state = 'ready', at = now, token = 0, moved_in = pg_current_xact_id()
-    WHERE t.id = ANY (ARRAY(SELECT due.id FROM due));
-    GET DIAGNOSTICS moved = ROW_COUNT;
-    PERFORM filao.count(q, ARRAY['delayed', 'ready'], ARRAY[-moved, moved]) WHERE moved > 0;
-    FOR m IN
-      SELECT * FROM filao.message
-      WHERE queue = q AND state = 'delayed' AND at >= seen.delayed AND at <= now AND grp IS NOT NULL
-      ORDER BY at LIMIT 1000 FOR UPDATE SKIP LOCKED
-    LOOP
-      CONTINUE WHEN NOT pg_try_advisory_xact_lock(filao.group_key(q, m.grp));
-      SELECT * INTO m FROM filao.message WHERE id = m.id;  -- another of its group may have moved it in this loop
-      IF m.state = 'delayed' THEN
-        PERFORM filao.give_back(m, NULL, 0, now, false);
-      END IF;
-    END LOOP;
+    ) AS due
+    WHERE due.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, due.grp));
+    PERFORM filao.give_back(q, chosen, NULL, false, 0, 0, now, false) WHERE chosen IS NOT NULL;
   END IF;
-  FOR m IN
-    SELECT * FROM filao.message
-    WHERE queue = q AND state = 'leased' AND at >= seen.leased AND at <= now
-    ORDER BY at LIMIT 1000 FOR UPDATE SKIP LOCKED
-  LOOP
+  IF seen.leased <= now THEN
     acted := true;
-    IF m.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, m.grp)) THEN
-      seen.expiring := least(seen.expiring, m.expires_at);  -- which was not looked at while it was leased
-      PERFORM filao.lose(m, 'lease_expired', now);
-    END IF;
-  END LOOP;
+    SELECT array_agg(lapsed.id), min(lapsed.expires_at) INTO chosen, oldest
+    FROM (
+      SELECT id, grp, expires_at FROM filao.message WHERE queue = q AND state = 'leased' AND at >= seen.leased AND at <= now
+      ORDER BY at LIMIT 1000 FOR UPDATE SKIP LOCKED
+    ) AS lapsed
+    WHERE lapsed.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, lapsed.grp));
+    seen.expiring := least(seen.expiring, oldest);  -- which was not looked at while it was leased
+    PERFORM filao.lose(q, chosen, 'lease_expired', now) WHERE chosen IS NOT NULL;
+  END IF;
   IF seen.expiring <= now THEN
     acted := true;
     PERFORM filao.expire_some(q, 1000, now, false, seen.expiring);

@@ -17,7 +17,7 @@ $$;
 CREATE OR REPLACE FUNCTION filao.drop_oldest(q integer, now bigint, later boolean) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
   oldest bigint;
-  m      filao.message;
+  now_is filao.state;
 BEGIN
   LOOP
     WITH RECURSIVE heads AS (  -- the first of each priority: one look-up for each that is in use
@@ -35,11 +35,11 @@ BEGIN
     IF oldest IS NULL THEN
       RETURN false;
     END IF;
-    SELECT * INTO m FROM filao.message WHERE id = oldest FOR UPDATE;
-    EXIT WHEN m.state IN ('ready', 'delayed');
+    SELECT state INTO now_is FROM filao.message WHERE id = oldest FOR UPDATE;
+    EXIT WHEN now_is IN ('ready', 'delayed');
   END LOOP;
-  PERFORM filao.record(m, 'overflow', 'the queue was full and its rule is to drop the oldest', '', now);
-  PERFORM filao.die(m, 'overflow', now, later);
+  PERFORM filao.record(ARRAY[oldest], 'overflow', ARRAY['the queue was full and its rule is to drop the oldest'], NULL, now);
+  PERFORM filao.die(q, ARRAY[oldest], 'overflow', now, later);
   RETURN true;
 END
 $$;

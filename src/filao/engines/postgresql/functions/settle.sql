@@ -18,12 +18,11 @@ LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now   bigint := filao.now(moment);
   rules filao.queue;
-  m     filao.message;
   acked bigint[];
+  done  bigint[];  -- places
   groups text[];
   held  bigint := 0;
-  late  bigint := 0;
-  i     integer;
+  fate  record;
 BEGIN
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
   WITH mine AS MATERIALIZED (
@@ -49,46 +48,59 @@ BEGIN
   IF held = cardinality(ids) THEN
     RETURN;
   END IF;
-  FOR i IN 1 .. cardinality(ids) LOOP
-    CONTINUE WHEN ids[i] = ANY (acked);
-    SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i] FOR UPDATE;
-    IF NOT FOUND THEN
-      RETURN NEXT i;
-      CONTINUE;
-    END IF;
-    IF m.state <> 'leased' OR m.at <= now THEN
-      PERFORM filao.count(q, ARRAY['late'], ARRAY[1]);
-    END IF;
-    CASE outcomes[i]
+  FOR fate IN  -- the others, by what becomes of them; of two that end one lease the first does
+    WITH mine AS MATERIALIZED (
+      SELECT asked.*, held.attempts, held.is_late
+      FROM (
+        SELECT DISTINCT ON (id) * FROM unnest(ids, tokens, outcomes) WITH ORDINALITY AS given (id, token, outcome, place)
+        WHERE id <> ALL (acked) ORDER BY id, place
+      ) AS asked, LATERAL (
+        SELECT t.attempts, t.state <> 'leased' OR t.at <= now AS is_late FROM filao.message t
+        WHERE t.id = asked.id AND t.token = asked.token FOR UPDATE
+      ) AS held
+    )
+    SELECT CASE WHEN mine.outcome = 'nack' AND mine.attempts >= rules.max_attempts THEN 'max_attempts'
+                ELSE mine.outcome END AS what,
+           array_agg(mine.id ORDER BY mine.place) AS ids, array_agg(mine.place ORDER BY mine.place) AS places,
+           array_agg(errors[mine.place] ORDER BY mine.place) AS errors,
+           array_agg(now + nullif(coalesce(
+             delays[mine.place], CASE mine.outcome WHEN 'nack' THEN filao.backoff(rules, mine.attempts) END
+           ), 0) ORDER BY mine.place) AS dues,
+           count(*) AS count, count(*) FILTER (WHERE mine.is_late) AS late
+    FROM mine GROUP BY 1
+  LOOP
+    done := done || fate.places;
+    PERFORM filao.count(q, ARRAY['late'], ARRAY[fate.late]) WHERE fate.late > 0;
+    CASE fate.what
       WHEN 'ack' THEN
-        DELETE FROM filao.message t WHERE t.id = m.id;
-        PERFORM filao.count(q, ARRAY[m.state::text, 'acked'], ARRAY[-1, 1]);
-        PERFORM filao.forget(m, now, later);
-      WHEN 'nack' THEN
-        PERFORM filao.count(q, ARRAY['nacked'], ARRAY[1]);
-        PERFORM filao.record(m, 'nacked', coalesce(errors[i], ''), consumer, now);
-        IF m.attempts >= rules.max_attempts THEN
-          PERFORM filao.die(m, 'max_attempts', now, later);
-        ELSE
-          PERFORM filao.give_back(m, now + nullif(coalesce(delays[i], filao.backoff(rules, m.attempts)), 0), 0, now, later);
-        END IF;
+        PERFORM filao.discard(q, fate.ids, 'acked', now, later);
       WHEN 'release' THEN
-        PERFORM filao.release(m, now + delays[i], now, later);
+        PERFORM filao.release(q, fate.ids, fate.dues, now, later);
+      WHEN 'nack', 'max_attempts' THEN
+        PERFORM filao.count(q, ARRAY['nacked'], ARRAY[fate.count]);
+        PERFORM filao.record(fate.ids, 'nacked', fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now);
+        IF fate.what = 'nack' THEN
+          PERFORM filao.give_back(q, fate.ids, fate.dues, false, 1, 0, now, later);
+        ELSE
+          PERFORM filao.die(q, fate.ids, 'max_attempts', now, later);
+        END IF;
       ELSE
-        PERFORM filao.record(m, outcomes[i], coalesce(errors[i], ''), consumer, now);
-        PERFORM filao.die(m, outcomes[i], now, later);
+        PERFORM filao.record(fate.ids, fate.what, fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now);
+        PERFORM filao.die(q, fate.ids, fate.what, now, later);
     END CASE;
   END LOOP;
+  RETURN QUERY
+    SELECT place::integer FROM unnest(ids) WITH ORDINALITY AS given (id, place)
+    WHERE id <> ALL (acked) AND place <> ALL (coalesce(done, '{}')) ORDER BY place;
 END
 $$;
 
--- Give a leased message back as if it had not been delivered, ready now or delayed until `due`.
-CREATE OR REPLACE FUNCTION filao.release(m filao.message, due bigint, now bigint, later boolean) RETURNS void
+-- Give leased messages back as if they had not been delivered, ready now or delayed until their `dues`.
+CREATE OR REPLACE FUNCTION filao.release(q integer, ids bigint[], dues bigint[], now bigint, later boolean) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-  PERFORM filao.count(m.queue, ARRAY['released'], ARRAY[1]);
-  UPDATE filao.message SET attempts = attempts - 1 WHERE id = m.id;
-  PERFORM filao.give_back(m, due, 0, now, later);
+  PERFORM filao.count(q, ARRAY['released'], ARRAY[cardinality(ids)]);
+  PERFORM filao.give_back(q, ids, dues, false, 0, -1, now, later);
 END
 $$;
 
