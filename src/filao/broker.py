@@ -27,6 +27,7 @@ from filao.draft import (
     larger,
 )
 from filao.engine import (
+    Engine,
     Feature,
     Finding,
     Pausing,
@@ -48,14 +49,24 @@ _GUARANTEES = get_args(Guarantee)
 _WAITING = (State.READY, State.DELAYED, State.BLOCKED)
 
 
-def connect(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> "Broker":
-    """Return a broker for the engine that `url` names; `async with` opens it and closes it.
+def connect(
+    url: str | Path | Callable[[], Engine],
+    *,
+    durability: Durability = "full",
+    clock: Callable[[], float] = time.time,
+) -> "Broker":
+    """Return a broker for the engine that `url` names, or makes; `async with` opens it and closes it.
 
     `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:`, `postgresql://…`,
     `amqp://…`. With `durability="full"` a send survives a power cut once it returned; with "relaxed" a power cut may
-    undo the last moments, but a crash of the process may not. `clock` tells the seconds since 1970, for tests. Raises
+    undo the last moments, but a crash of the process may not. `clock` tells the seconds since 1970, for tests. An
+    engine of your own is named by a function that makes it, without `durability` and `clock`. Raises
     `ConfigurationError` for a URL that cannot be right; opening raises it too, or `EngineError`.
     """
+    if callable(url):
+        if durability != "full" or clock is not time.time:
+            raise ConfigurationError("durability= and clock= are for URLs: give them to what makes your engine")
+        return Broker(Session(url))
     return Broker(Session(partial(engine_for, located(url), durability=durability, clock=clock)))
 
 

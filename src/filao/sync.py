@@ -25,7 +25,7 @@ from filao.broker import Broker as AsyncBroker
 from filao.broker import connect as connect_async
 from filao.broker import received_at_once, receiving_of, session_of
 from filao.calls import Caller, Held
-from filao.engine import Feature
+from filao.engine import Engine, Feature
 from filao.engines import Durability
 from filao.errors import ConfigurationError
 from filao.forks import keep
@@ -48,7 +48,12 @@ _CLOSED = "this broker is closed: open it again, with `with broker:` or `broker.
 _open_brokers: "set[Broker]" = set()
 
 
-def connect(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> "Broker":
+def connect(
+    url: str | Path | Callable[[], Engine],
+    *,
+    durability: Durability = "full",
+    clock: Callable[[], float] = time.time,
+) -> "Broker":
     """Return a blocking broker; `with` opens it and closes it, or `open` and `close`. See `filao.connect`."""
     return Broker(connect_async(url, durability=durability, clock=clock))
 

@@ -27,8 +27,7 @@ async def check_peek_shows_each_state_in_pages_and_changes_nothing(stage: Stage)
     equal((leased.id, leased.attempts), (held.id, 1))
     await raises(ConfigurationError, stage.broker.peek(queue, state="asleep"), "asleep")
     await raises(ConfigurationError, stage.broker.peek(queue, after="nonsense"), "nonsense", queue.name)
-    stats = await stage.broker.stats(queue)
-    equal((stats.ready, stats.delayed, stats.leased, stats.received), (4, 1, 1, 1))
+    await stage.counted(queue, ready=4, delayed=1, leased=1, received=1)
 
 
 @needs(Feature.PEEK)
@@ -168,8 +167,7 @@ async def check_cancel_deletes_one_message_that_waits(stage: Stage) -> None:
     equal((held.id, await stage.broker.cancel(queue, first)), (first, False))
     equal((await stage.broker.cancel(queue, second), await stage.broker.cancel(queue, second)), (True, False))
     await held.ack()
-    stats = await stage.broker.stats(queue)
-    equal((stats.acked, stats.cancelled), (1, 1))
+    await stage.counted(queue, ready=0, acked=1, cancelled=1)
 
 
 @needs(Feature.PAUSE)

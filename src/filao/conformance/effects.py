@@ -17,7 +17,7 @@ async def check_a_transaction_commits_work_sends_and_ack_together(stage: Stage) 
         await tx.send_many(answers, ["more", "and more"])
         equal([tuple(row) for row in await tx.execute("SELECT claim FROM conformance_paid")], [(7,)])
     equal(message.settled, True)
-    equal((await stage.broker.stats(queue)).acked, 1)
+    await stage.counted(queue, ready=0, acked=1)
     equal(await stage.drain(answers), ["answer", "more", "and more"])
     async with stage.broker.transaction() as tx:
         await tx.execute("DROP TABLE conformance_paid")
@@ -35,8 +35,7 @@ async def check_a_transaction_that_fails_undoes_all_of_it(stage: Stage) -> None:
     except ZeroDivisionError:
         pass
     equal(message.settled, False)
-    stats = await stage.broker.stats(queue)
-    equal((stats.sent, stats.leased, stats.acked), (1, 1, 0))
+    await stage.counted(queue, ready=0, sent=1, leased=1, acked=0)
     await message.ack()
     await stage.nothing(queue)
 
@@ -54,7 +53,7 @@ async def check_a_statement_that_would_end_the_transaction_is_refused(stage: Sta
     except ZeroDivisionError:
         pass
     await stage.nothing(queue)
-    equal((await stage.broker.stats(queue)).sent, 0)
+    await stage.counted(queue, ready=0, sent=0)
 
 
 @needs(Feature.TRANSACTIONS, Feature.FENCING)
