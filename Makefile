@@ -11,6 +11,8 @@ FUZZ_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproj
 PEERS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["peers"])')
 QUICK := $(addprefix tests/test_,$(addsuffix .py,batching codec engines public queue release sqlite_engine surroundings sync testing tidy within))
 AXE := axe-core@4.14.1
+WORKERS := 2
+TOGETHER := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo insurer test quick dist lint format coverage matrix fuzz torture chaos bench docs clean
@@ -22,9 +24,9 @@ demo: $(VENV)/web
 insurer: $(VENV)/example
 	$(RUN) -m examples.insurance $(ARGS)
 
-# Most tests wait for a server or a process: two at a time take half as long.
+# Most tests wait for a server or a process: two at a time take half as long. The longest files come first.
 test: lint
-	$(RUN) -m pytest --durations=10 $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
+	$(RUN) -m pytest --durations=10 $(if $(ARGS),$(ARGS),$(TOGETHER))
 
 # What takes a minute: no server, no browser, no fault of a disk.
 quick: lint
@@ -52,7 +54,7 @@ format: $(VENV)/test
 # The whole suite, with every process that it starts. The floor is in pyproject.toml.
 coverage: $(VENV)/test
 	rm -f .coverage .coverage.*
-	$(RUN) -m coverage run -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
+	$(RUN) -m coverage run -m pytest $(if $(ARGS),$(ARGS),$(TOGETHER))
 	$(RUN) -m coverage combine --quiet
 	$(RUN) -m coverage report
 

@@ -29,6 +29,19 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+LONGEST = (
+    *("sandbox_web", "rabbitmq", "sandbox_terminal", "postgresql", "state_machine", "worker", "conformance", "docs"),
+    *("cli", "postgresql_failover", "work", "worker_outages", "lifecycle", "processes", "moving", "faults", "types"),
+)
+"""The files of tests that take longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let what takes longest begin first, so that no process waits for another's long file at the end."""
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"

@@ -89,7 +89,7 @@ def main() -> int:
             "-m",
             "pytest",
             "-q",
-            *(given.arguments or ["-n", "2", "--dist", "loadfile"]),
+            *(given.arguments or ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]),
         ]
         ended[name] = "passed" if subprocess.run(command, cwd=ROOT, check=False).returncode == 0 else "FAILED"
     for name in [*SUPPORTED, LOWEST]:

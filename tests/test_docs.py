@@ -54,8 +54,29 @@ def _named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def _french() -> list[Path]:
+    return sorted(FRENCH.rglob("*.md"))
+
+
+def _meant(page: Path) -> list[tuple[str, str | None, str]]:
+    """Return what a page has run, without comments."""
+    meant: list[tuple[str, str | None, str]] = []
+    for block in blocks_of(page):
+        if block.language == "python":
+            flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST
+            meant.append((block.language, block.title, ast.dump(compile(block.code, str(page), "exec", flags=flags))))
+        elif block.language == "sh":
+            meant.append((block.language, block.title, re.sub(r"\s+#.*$", "", block.code, flags=re.MULTILINE)))
+    return meant
+
+
 def _with_code() -> list[Path]:
-    return [page for page in [*READMES, *SITE] if any(b.language in ("python", "sh") for b in blocks_of(page))]
+    """Return the pages that run, in English and, where more than the comments is French, in French."""
+    english = {page: _meant(page) for page in (READMES[0], *sorted(ENGLISH.rglob("*.md")))}
+    french = {page: _meant(page) for page in (READMES[1], *_french())}
+    return [page for page, meant in english.items() if meant] + [
+        page for page, meant in french.items() if meant and meant not in english.values()
+    ]
 
 
 @pytest.mark.parametrize("page", _with_code(), ids=_named)
@@ -140,10 +161,6 @@ def test_every_page_of_the_site_is_in_its_navigation(config, folder) -> None:
 def test_every_french_page_has_an_english_one_in_the_same_order() -> None:
     english, french = _nav(ROOT / "zensical.toml"), _nav(ROOT / "zensical.fr.toml")
     assert french == [page for page in english if page in french]
-
-
-def _french() -> list[Path]:
-    return sorted(FRENCH.rglob("*.md"))
 
 
 @pytest.mark.parametrize("page", _french(), ids=_named)

@@ -157,7 +157,13 @@ async def test_a_connection_without_a_transaction_is_refused(broker, tmp_path) -
 FORGOTTEN = r"transaction of this very process.*send with within="
 
 
-async def test_a_send_that_forgot_within_is_told_at_once_whose_lock_it_is(broker, tmp_path) -> None:
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    """Let no thread count that the test runner has started."""
+    monkeypatch.setattr(own, "OTHERS_WAIT", own.ALONE_WAITS)
+
+
+async def test_a_send_that_forgot_within_is_told_at_once_whose_lock_it_is(broker, tmp_path, alone) -> None:
     connection = sqlite3.connect(tmp_path / "claims.db", isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")
     with pytest.raises(filao.EngineUnavailable, match=FORGOTTEN):
@@ -170,7 +176,7 @@ async def test_a_send_that_forgot_within_is_told_at_once_whose_lock_it_is(broker
     assert (await broker.receive_from_queue("claims", wait=0)).body == 2
 
 
-def test_the_blocking_twin_tells_it_too(tmp_path) -> None:
+def test_the_blocking_twin_tells_it_too(tmp_path, alone) -> None:
     with filao.sync.connect(tmp_path / "claims.db") as broker:
         broker.declare(filao.Queue("claims"))
         connection = sqlite3.connect(tmp_path / "claims.db")

@@ -376,6 +376,9 @@ def test_the_doctor_tells_that_a_worker_is_healthy_and_that_it_is_not(folder, br
     def told() -> list[tuple[str, str]]:
         return [(finding.level, finding.text) for finding in broker.doctor() if finding.subject == "processes"]
 
+    with (folder / "app.py").open("a") as app:
+        app.write("from filao.worker import keeper, pulse\n")
+        app.write("pulse.TICK = keeper.REPORT_EVERY = 0.1\nsys.modules['filao.worker.worker'].BLOCKED_AFTER = 0.5\n")
     with working(folder, "app:worker"):
         broker.send_to_queue("claims", {"kind": "plain"})
         until(lambda: any(level == "ok" and "its worker is ready and healthy" in text for level, text in told()))
