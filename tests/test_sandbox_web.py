@@ -396,7 +396,7 @@ async def test_the_editor_keeps_its_code_and_tells_a_syntax_error_by_its_line(le
     found = await learner.checks()
     assert set(found.values()) == {"red"}
     assert "Line 1" in await learner.page.inner_text("[data-check=after_work]")
-    await learner.page.wait_for_selector(".gutter .bad >> text=1")
+    await learner.page.wait_for_selector(".mirror .bad[data-line='1']")
     await learner.page.reload()
     await learner.page.wait_for_selector("textarea.code")
     assert (await learner.page.input_value("textarea.code")).startswith("while True\n")
@@ -467,7 +467,14 @@ async def test_all_that_matters_is_above_the_fold(chrome, served, width, height)
     async with learning(chrome, served, "fr", viewport={"width": width, "height": height}) as learner:
         for step in range(1, len(STEPS) + 1):
             await learner.go(step)
-            for selector in (".next", ".previous", ".lesson h2", ".numbers", ".main > :last-child", ".stages, .editor"):
+            for selector in (
+                ".next",
+                ".previous",
+                ".lesson h2",
+                ".numbers",
+                ".main > :last-child",
+                ".stages, .sheet-of",
+            ):
                 box = await learner.page.locator(selector).first.bounding_box()
                 assert box is not None, selector
                 assert box["y"] + box["height"] <= height, (step, selector)

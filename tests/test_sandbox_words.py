@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 import tokenize
 import tomllib
 from collections.abc import Iterator
@@ -14,7 +16,20 @@ import filao.sandbox.web.server
 from filao.sandbox.claims import TEXTS
 from filao.sandbox.exercise import CHECKS
 from filao.sandbox.steps import STEPS
-from filao.sandbox.words import FOLDER, LANGUAGES, PROGRAMS, fill, french, lesson, page_words, program, wanted, words
+from filao.sandbox.words import (
+    FOLDER,
+    LANGUAGES,
+    PROGRAMS,
+    fill,
+    french,
+    further,
+    lesson,
+    page_words,
+    program,
+    translated,
+    wanted,
+    words,
+)
 
 ROOT = Path(__file__).parents[1]
 STATIC = Path(filao.sandbox.web.server.__file__).parent / "static"
@@ -93,11 +108,63 @@ def test_whatever_can_go_wrong_has_words() -> None:
         assert f"fault_{key}" in said
 
 
-def test_the_sheet_names_files_that_are_there() -> None:
-    named = re.findall(r"\[[\"`]([\w./${}-]+)[\"`], \"further_", (STATIC / "sheet.js").read_text())
-    assert len(named) == 5
-    for language in LANGUAGES:
-        assert all((ROOT / path.replace("${language}", language)).exists() for path in named)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_the_sheet_names_to_read_on_works_as_it_stands(language) -> None:
+    named = [where for where, _ in further(language)]
+    files = [where for where in named if where.startswith(str(ROOT)) and not where.startswith(sys.executable)]
+    assert len(files) == 5
+    assert all(Path(where).exists() for where in files)
+    commands = [where.split() for where in named if where not in files]
+    for command in commands:
+        shown = command if command[-1] == "filao" else [*command[:4], "--help"]
+        assert subprocess.run(shown, capture_output=True, timeout=60, check=False).returncode == 0
+    assert {key for _, key in further(language)} <= set(words(language))
+
+
+@pytest.mark.parametrize(
+    ("code", "means"),
+    [
+        ("while True\n    pass", "il manque « : »"),
+        ("def f():\nreturn 1", "il manque un bloc en retrait sous la ligne 1"),
+        ("x = (1", "« ( » n'est jamais refermé"),
+        ("x = 1)", "« ) » ne referme rien"),
+        ("x = 'a", "il manque le guillemet qui termine un texte"),
+        ("  x = 1", "retrait inattendu"),
+        ("if 1:\n    x = 1\n  y = 2", "ce retrait ne correspond à aucun autre"),
+        ("await x()", "« await » hors d'une fonction async"),
+        ("def f():\n    await x()", "« await » hors d'une fonction async"),
+        ("return 1", "« return » hors d'une fonction"),
+        ("try:\n    x = 1\ny = 2", "un « try » sans « except » ni « finally »"),
+        ("x = [1 2]", "syntaxe incorrecte : manque-t-il une virgule ?"),
+        ("x y", "syntaxe incorrecte"),
+    ],
+)
+def test_what_python_says_of_wrong_code_is_told_in_french(code, means) -> None:
+    with pytest.raises(SyntaxError) as caught:
+        compile(code, "my_consumer.py", "exec")
+    assert translated("fr", caught.value.msg) == french(means)
+    assert translated("en", caught.value.msg) == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "means"),
+    [
+        ("claim", "NameError : le nom « claim » n'est pas défini"),
+        ("{}['policy']", "KeyError : il n'y a pas de clé « policy »"),
+        ("''.ack()", "AttributeError : un objet str n'a pas d'attribut « ack »"),
+        ("(lambda: 0)(reason=1)", "TypeError : <lambda>() ne connaît pas l'argument « reason »"),
+        ("(lambda a: a)()", "TypeError : il manque à <lambda>() l'argument 'a'"),
+        ("(lambda a: a)(1, 2)", "TypeError : <lambda>() reçoit 2 arguments au lieu de 1"),
+        ("1 / 0", "ZeroDivisionError : division par zéro"),
+        ("__import__('nowhere')", "ModuleNotFoundError : il n'y a pas de module « nowhere »"),
+        ("[][0]", "IndexError : il n'y a pas tant d'éléments"),
+    ],
+)
+def test_the_usual_errors_of_running_code_are_told_in_french(code, means) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # whatever it is
+        eval(code)
+    said = f"{type(caught.value).__name__}: {caught.value}"
+    assert translated("fr", said).replace("'", "\N{RIGHT SINGLE QUOTATION MARK}") == french(means)
 
 
 def test_all_that_the_page_asks_for_has_words_and_no_word_is_left_over() -> None:

@@ -8,6 +8,7 @@ errors, is told within a bounded time.
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -40,6 +41,8 @@ SHOWN_MAX = 3_000  # characters of what the processes print
 ALL, KILLED = 100, 30  # claims of `nothing_lost`, and the one of them whose first holder is killed
 
 State = Literal["open", "running", "green", "red"]
+
+log: logging.Logger = logging.getLogger("filao.sandbox")
 
 
 class RedError(Exception):
@@ -146,6 +149,9 @@ class Exercise:
             return Result("red", "stuck", {"seconds": round(CHECK_MAX)})
         except (filao.FilaoError, sqlite3.Error, OSError) as error:
             return Result("red", "storage", {"error": str(error)})
+        except Exception as error:  # ours, not the learner's: it is told, and what else is checked goes on
+            log.warning("the check %s failed: %r", check, error)
+            return Result("red", "storage", {"error": repr(error)})
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from filao.sandbox.exercise import CHECKS
 from filao.sandbox.room import Room, RoomError
 from filao.sandbox.steps import STEPS
 from filao.sandbox.visits import Visit, own_folder
-from filao.sandbox.words import Language, fill, lesson, program, words
+from filao.sandbox.words import Language, fill, lesson, program, translated, words
 
 DRAW_EVERY = 0.2  # seconds
 SETTLED = 0.5  # seconds after which what was done is seen
@@ -160,10 +160,16 @@ class Face:
         grid = Table.grid(padding=(0, 1))
         for check in told["checks"]:
             mark = {"open": "○", "running": "…", "green": "✓", "red": "✖"}[check["state"]]
-            values = {name: value for name, value in check["values"].items() if name != "key"}
-            reason = self.say(f"told_{check['told']}", **values) if check["told"] else ""
-            grid.add_row(mark, escape(conditions[check["key"]]), escape(reason))
+            grid.add_row(mark, escape(conditions[check["key"]]), escape(self._reason(check)))
         return Group(Text(self.say("terminal_code")), grid)
+
+    def _reason(self, check: scene.Json) -> str:
+        """Return why a check is red or green; what Python said stands behind, where it was translated."""
+        values = {name: value for name, value in check["values"].items() if name != "key"}
+        error = str(values.get("error", ""))
+        meaning = translated(self._language, error)
+        told = self.say(f"told_{check['told']}", **(values | {"error": meaning or error})) if check["told"] else ""
+        return f"{told} ({error})" if meaning else told
 
     # --- what is asked -----------------------------------------------------------------------------------------------
 

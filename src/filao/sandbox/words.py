@@ -1,6 +1,7 @@
 """What the page, the terminal and the lesson say, in each language, read from the `.toml` files beside this one."""
 
 import re
+import sys
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -14,6 +15,7 @@ LANGUAGES: tuple[Language, ...] = ("en", "fr")
 
 FOLDER = Path(__file__).parent
 PROGRAMS = FOLDER / "programs"
+SOURCES = FOLDER.parents[2]
 NO_BREAK, NARROW = "\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}"
 PLACE = re.compile(r"{([\w-]+)(?:\|([^|}]*)\|([^}]*))?}")
 
@@ -39,6 +41,38 @@ def program(name: str, language: Language = "en") -> str:
         for english, translated in told.items():
             text = text.replace(english, translated)
     return text
+
+
+@cache
+def python_errors(language: Language) -> Mapping[str, str]:
+    """Return what errors of Python mean, by a regular expression that they match; nothing in English."""
+    return {} if language == "en" else _read("errors", language)
+
+
+def translated(language: Language, error: str) -> str:
+    """Return an error of Python in a language; empty where its meaning is not known."""
+    for says, means in python_errors(language).items():
+        found = re.fullmatch(says, error, re.DOTALL)
+        if found is not None:
+            return fill(language, means, {str(place): text for place, text in enumerate(found.groups(), 1)})
+    return ""
+
+
+def further(language: Language) -> list[tuple[str, str]]:
+    """Return where to read on, as it stands: commands, and files of this machine; each with the key of its text."""
+    files = {
+        "further_readme": "README.md",
+        "further_recipes": f"docs/{language}/how-to/join-a-transaction.md",
+        "further_engines": f"docs/{language}/reference/engines.md",
+        "further_insurer": "examples/insurance",
+    }  # which lie beside the sources, and not where only the package is installed
+    here = [(str(SOURCES / path), key) for key, path in files.items() if (SOURCES / path).exists()]
+    commands = [
+        (f"{sys.executable} -m pydoc filao", "further_api"),
+        (f"{sys.executable} -m filao --help", "further_commands"),
+        (f"{sys.executable} -m filao sandbox --terminal --language {language}", "further_terminal"),
+    ]
+    return [*commands, *here, (str(PROGRAMS), "further_programs")]
 
 
 def wanted(accepted: str) -> Language:
@@ -82,7 +116,7 @@ def page_words(language: Language) -> dict[str, Any]:
     ]
     programs = {path.stem: program(path.stem, language) for path in sorted(PROGRAMS.glob("*.py"))}
     told = {"language": language, "words": found, "lesson": lesson(language), "steps": steps, "programs": programs}
-    return told | {"glossary": glossary}
+    return told | {"glossary": glossary, "python_errors": python_errors(language), "further": further(language)}
 
 
 def _read(name: str, language: Language) -> dict[str, Any]:

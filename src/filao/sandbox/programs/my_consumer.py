@@ -21,8 +21,14 @@ async def process_claims(broker: filao.Broker) -> None:
 # What follows is given: the insurer.
 
 PAYMENTS = """
-    CREATE TABLE IF NOT EXISTS payment
-    (id INTEGER PRIMARY KEY, message TEXT, claim INTEGER, cents INTEGER, paid_by TEXT, attempt INTEGER)
+    CREATE TABLE IF NOT EXISTS payment (
+      id INTEGER PRIMARY KEY, message TEXT, claim INTEGER,
+      cents INTEGER, paid_by TEXT, attempt INTEGER
+    )
+"""
+PAY = """
+    INSERT INTO payment (message, claim, cents, paid_by, attempt)
+    VALUES (?, ?, ?, 'you', ?)
 """
 
 
@@ -33,10 +39,8 @@ async def evaluate_claim(message: filao.Message) -> None:
 
 
 async def pay(tx: filao.Transaction, message: filao.Message) -> None:
-    await tx.execute(
-        "INSERT INTO payment (message, claim, cents, paid_by, attempt) VALUES (?, ?, ?, 'you', ?)",
-        (message.id, message["claim_id"], message["amount"], message.attempt),
-    )
+    claim, cents = message["claim_id"], message["amount"]
+    await tx.execute(PAY, (message.id, claim, cents, message.attempt))
 
 
 async def main() -> None:

@@ -1,7 +1,7 @@
 // The page: it draws the scenes that the socket brings, and sends what the learner does. What is only looked at stays here.
 
 import { draw, h } from "./dom.js";
-import { editor, keep, kept, outside } from "./implement.js";
+import { align, editor, keep, kept, outside } from "./implement.js";
 import { BEATS, numbers, panel, strip } from "./lesson.js";
 import { opening } from "./opening.js";
 import { booksPanel, comparePanel, glossaryPanel, loadPanel, pythonPanel, storyPanel } from "./panels.js";
@@ -124,6 +124,7 @@ function render() {
     document.querySelector(".why")?.scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   }
   pin();
+  align();
 }
 
 function top(scene, begins) {
@@ -163,7 +164,7 @@ function lessonPage(scene) {
   return h("main", { class: `page${state.presenting ? " presenting" : ""}${state.hidden ? " alone" : ""}` },
     h("h1", { class: "sr-only" }, say("title")),
     state.presenting ? strip(scene.lesson, state, ask, go) : state.hidden ? null : panel(scene.lesson, state, ask, go),
-    h("div", { class: "main", id: "stage", tabindex: -1 },
+    h("div", { class: `main${isCode ? " coding" : ""}`, id: "stage", tabindex: -1 },
       scene.stage.error ? h("p", { class: "banner", role: "alert" }, scene.stage.error === "full" ? say("error_disk_full") : say("error_storage", { why: scene.stage.error })) : null,
       isCode ? editor(scene.exercise ?? { checks: [], running: false, output: "" }, state, ask) : theStage(scene),
       isCode ? outside(scene.exercise ?? { output: "" }, state) : lower(scene)));

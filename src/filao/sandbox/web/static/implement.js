@@ -1,25 +1,27 @@
 // Step 11: an editor, the checks of what is in it, and how it runs outside.
+// Under the text lies the same text, unseen, line by line: long lines break at the same places, and each has its number.
 
 import { h } from "./dom.js";
 import { copy, download } from "./panels.js";
-import { fill, lesson, mayRunCode, programs, python, say } from "./say.js";
+import { fill, lesson, mayRunCode, programs, python, say, translated } from "./say.js";
 
 const KEPT = "filao-code";
+const NOTHING = "\u200b"; // keeps an empty line as high as others
 
 export const kept = () => localStorage.getItem(KEPT) ?? programs.my_consumer;
 
 export function editor(told, state, ask) {
   if (!mayRunCode) return h("section", { class: "editor off" }, h("p", {}, say("error_no_code")));
   const bad = told.checks.map((check) => Number(check.values.line ?? 0)).find((line) => line > 0);
-  const lines = state.code.split("\n").length;
+  const lines = state.code.split("\n");
   const run = () => ask({ do: "check", code: state.code });
   return h("section", { class: "editor", "aria-label": say("editor") },
     h("div", { class: "sheet-of" },
-      h("pre", { class: "gutter", "aria-hidden": "true" }, Array.from({ length: lines }, (_, at) => h("span", { class: at + 1 === bad ? "bad" : "" }, `${at + 1}\n`))),
+      h("pre", { class: "mirror", "aria-hidden": "true" }, lines.map((line, at) => h("span", { class: `line${at + 1 === bad ? " bad" : ""}`, "data-line": at + 1 }, line || NOTHING))),
       h("textarea", {
         class: "code", spellcheck: "false", autocapitalize: "off", autocomplete: "off", "aria-label": say("editor_label"), value: state.code,
         oninput: (event) => state.write(event.target.value), onkeydown: (event) => keys(event, state, run),
-        onscroll: (event) => { event.target.previousSibling.scrollTop = event.target.scrollTop; },
+        onscroll: align,
       })),
     h("div", { class: "run" },
       h("div", { class: "acts" },
@@ -32,7 +34,11 @@ export function editor(told, state, ask) {
         check.told && check.state !== "open" && check.state !== "running" ? h("p", {}, reason(check)) : null)))));
 }
 
-const reason = (check) => say(`told_${check.told}`, check.values);
+// What Python itself says, in the words of the page where these are known; then its own words stand behind, small.
+function reason({ told, values }) {
+  const error = translated(values.error ?? "");
+  return error ? [say(`told_${told}`, { ...values, error }), " ", h("small", { lang: "en" }, values.error)] : say(`told_${told}`, values);
+}
 
 function keys(event, state, run) {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -44,6 +50,12 @@ function keys(event, state, run) {
     event.target.setRangeText("    ", event.target.selectionStart, event.target.selectionEnd, "end");
     state.write(event.target.value);
   } else state.leaves = false;
+}
+
+// The numbers stand beside their lines, wherever these were scrolled to.
+export function align() {
+  const code = document.querySelector("textarea.code");
+  if (code) code.previousSibling.scrollTop = code.scrollTop;
 }
 
 export function keep(code) {

@@ -13,23 +13,25 @@ export function panel(told, state, ask, go) {
       h("h2", {}, `${told.current + 1} · ${text.title}`),
       h("p", { class: "claim" }, rich(text.claim, told.values, h)),
       predict(step, text, told, ask),
-      h("div", {}, h("h3", { class: "runin" }, say("do")), rich(text.do, told.values, h)), acts(step, text, told, ask), hint(text, told),
-      step.conditions.length && step.key !== "implement" ? [h("h3", {}, say("see")), sees(step, text, told)] : null,
-      told.trials ? trials(told.trials) : null,
+      told.is_done ? null : h("div", {}, h("h3", { class: "runin" }, say("do")), rich(text.do, told.values, h)), told.trials ? null : acts(step.acts, text, told, ask), hint(text, told),
+      step.key === "implement" ? null : told.trials ? trials(step, text, told, ask) : [told.is_done ? null : h("h3", {}, say("see")), sees(step, text, told)],
       told.is_done ? why(step, text, told) : null),
     h("div", { class: "lesson-foot" }, foot(told, state, go)));
 }
 
+// Once the step is done, only what was chosen and what was right are left of the options: the explanation needs the room.
 function predict(step, text, told, ask) {
   const chosen = told.chosen[step.key];
+  const shown = (place) => !told.is_done || place === step.answer || place === chosen;
   return h("fieldset", { class: "predict" }, h("legend", {}, h("span", { class: "cap" }, say("predict")), h("span", { class: "question" }, rich(text.question, told.values, h))),
-    text.options.map((option, place) => h("label", { class: `option${chosen === place ? " on" : ""}${told.is_done && place === step.answer ? " right" : ""}` },
+    text.options.map((option, place) => shown(place) && h("label", { key: place, class: `option${chosen === place ? " on" : ""}${told.is_done && place === step.answer ? " right" : ""}` },
       h("input", { type: "radio", name: `predict-${step.key}`, checked: chosen === place, onchange: () => ask({ do: "predict", place }) }), h("span", {}, rich(option, told.values, h)))),
-    h("p", { class: "noted", role: "status" }, chosen === undefined ? (told.is_done ? "" : "\u00a0") : told.is_done ? say(chosen === step.answer ? "right" : "wrong") : say("noted")));
+    h("p", { class: "noted", role: "status" }, say(told.is_done ? (chosen === undefined ? "skipped" : chosen === step.answer ? "right" : "wrong") : chosen === undefined ? "unpredicted" : "noted")));
 }
 
-function acts(step, text, told, ask) {
-  return h("div", { class: "acts" }, step.acts.map((key) => h("button", {
+// Once the step is done, only what can be done again is left of the buttons.
+function acts(keys, text, told, ask) {
+  return h("div", { class: "acts" }, keys.filter((key) => !told.is_done || told.busy || told.ready.includes(key)).map((key) => h("button", { key,
     class: "act", "data-act": key, disabled: !told.ready.includes(key), onclick: (event) => { if (event.detail < 2) ask({ do: "act", key }); },
   }, rich(text.acts[key], told.values, h))));
 }
@@ -52,9 +54,16 @@ function why(step, text, told) {
   return h("div", { class: "why" }, h("h3", { class: "runin" }, say("why")), rich(text.why, told.values, h));
 }
 
-function trials(rows) {
-  return h("table", { class: "trials" }, h("thead", {}, h("tr", {}, h("td", {}), h("th", { scope: "col" }, say("trial_before")), h("th", { scope: "col" }, say("trial_after")))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, h("th", { scope: "row" }, say(row.guarantee)), row.times.map((times) => h("td", { class: `times-${times}` }, say(`trial_${times}`)))))));
+// What is to be done and to be seen of the three guarantees: a row for each is an act and a condition of the step.
+function trials(step, text, told, ask) {
+  return h("table", { class: "trials" }, h("thead", {}, h("tr", {}, h("td", {}), h("th", { scope: "col" }, say("trial_before")), h("th", { scope: "col" }, say("trial_after")), h("td", {}))),
+    h("tbody", {}, told.trials.map((row, place) => {
+      const met = told.met.includes(step.conditions[place]);
+      return h("tr", { class: met ? "met" : "", "data-condition": step.conditions[place] },
+        h("th", { scope: "row" }, acts([step.acts[place]], text, told, ask)),
+        row.times.map((times) => h("td", { class: `times-${times}` }, say(`trial_${times}`))),
+        h("td", { class: "mark" }, h("span", { "aria-hidden": "true" }, met ? "✓" : "○"), h("span", { class: "sr-only" }, say(met ? "seen" : "not_seen"))));
+    })));
 }
 
 function foot(told, state, go) {
@@ -87,8 +96,8 @@ export function strip(told, state, ask, go) {
     claim: () => h("p", {}, rich(text.claim, told.values, h)),
     predict: () => h("div", {}, h("p", {}, rich(text.question, told.values, h)), h("ol", { class: "choices" }, text.options.map((option, place) => h("li", {},
       h("button", { class: `plain${told.chosen[step.key] === place ? " on" : ""}`, "aria-pressed": String(told.chosen[step.key] === place), onclick: () => ask({ do: "predict", place }) }, rich(option, told.values, h)))))),
-    do: () => h("div", { class: "row-of" }, h("p", {}, rich(text.do, told.values, h)), acts(step, text, told, ask)),
-    see: () => h("div", { class: "row-of" }, sees(step, text, told), hint(text, told), told.trials ? trials(told.trials) : null),
+    do: () => h("div", { class: "row-of" }, h("p", {}, rich(text.do, told.values, h)), acts(step.acts, text, told, ask)),
+    see: () => h("div", { class: "row-of" }, told.trials ? trials(step, text, told, ask) : sees(step, text, told), hint(text, told)),
     why: () => (told.is_done ? h("p", {}, rich(text.why, told.values, h)) : h("p", { class: "soft" }, say("not_yet"))),
   }[beat]();
   return h("section", { class: "strip", "aria-label": say("lesson"), "data-step": step.key }, h("div", { class: "strip-head" }, h("h2", {}, `${told.current + 1} · ${text.title}`),

@@ -2,7 +2,7 @@
 
 const told = JSON.parse(document.getElementById("told").textContent);
 
-export const { language, words, lesson, steps, programs, glossary, python, may_run_code: mayRunCode } = told;
+export const { language, words, lesson, steps, programs, glossary, further, python, may_run_code: mayRunCode, python_errors: pythonErrors } = told;
 
 export function number(value, digits) {
   const options = digits === undefined ? { maximumFractionDigits: 2 } : { minimumFractionDigits: digits, maximumFractionDigits: digits };
@@ -36,6 +36,15 @@ export const say = (key, values) => fill(words[key] ?? key, values);
 // A text of the lesson, with `code` in its place.
 export function rich(text, values, h) {
   return fill(text, values).split("`").map((part, place) => (place % 2 ? h("code", {}, part) : part));
+}
+
+// What Python says, in the language of the page; nothing where it is not known. `{1}` is the first of what varies.
+export function translated(error) {
+  for (const [says, means] of Object.entries(pythonErrors)) {
+    const found = new RegExp(`^${says}$`, "s").exec(error);
+    if (found) return means.replace(/{(\d)}/g, (_, place) => found[place]);
+  }
+  return "";
 }
 
 // An error that our own consumers or the learner's storage gave, in the words of the page.

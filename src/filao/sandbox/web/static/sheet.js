@@ -1,7 +1,7 @@
 // The end: what was proved, in numbers; a sheet to print.
 
 import { h } from "./dom.js";
-import { euros, language, lesson, number, rich, say, steps, words } from "./say.js";
+import { euros, further, lesson, number, rich, say, steps, words } from "./say.js";
 
 export function sheet(scene, back) {
   const { lesson: told, stage, books } = scene;
@@ -17,5 +17,5 @@ export function sheet(scene, back) {
       const values = told.proofs[step.key] ?? {};
       return h("li", { class: done ? "done" : "" }, h("h2", {}, lesson[step.key].title, " ", h("span", { class: "soft" }, done ? "✓" : say("open"))), done ? h("p", {}, rich(lesson[step.key].why, values, h)) : null);
     })),
-    h("h2", {}, say("further")), h("ul", {}, [["README.md", "further_readme"], [`docs/${language}/how-to/join-a-transaction.md`, "further_recipes"], [`docs/${language}/reference/engines.md`, "further_engines"], ["examples/insurance", "further_insurer"], ["src/filao/sandbox/programs", "further_programs"]].map(([path, key]) => h("li", {}, h("code", {}, path), ` · ${say(key)}`))));
+    h("h2", {}, say("further")), h("ul", { class: "further" }, further.map(([where, key]) => h("li", {}, say(key), " ", h("code", {}, where)))));
 }

@@ -5,7 +5,9 @@ import { number, say, seconds } from "./say.js";
 
 const BAR_LEAST = 36; // pixels, so that every bar carries its number
 const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, because the lane's next bar begins after them
+const LEASE_END = 130; // pixels of a bar before its lease's end that hold its number and these words
 const LANES_MAX = 7;
+const RESTS = 2; // seconds that are drawn after the last bar: while nothing happens, the time of the step stands still
 const GLYPHS = {
   acked: "M-5,0 L-1,4 L6,-5",
   settled: "M-5,0 L-1,4 L6,-5",
@@ -23,8 +25,9 @@ export function timeline(told, width, height, options) {
   const dead = told.lanes.filter((lane) => lane.bars.length && !lives(lane)).reverse();
   const kept = new Set([...told.lanes.filter(lives), ...dead].slice(0, LANES_MAX)); // who lives has taken over from who died
   const lanes = told.lanes.filter((lane) => kept.has(lane));
-  const now = Math.max(told.now, 0.1);
   const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
+  const isAtRest = bars.length && bars.every((bar) => bar.to !== null);
+  const now = Math.max(0.1, isAtRest ? Math.min(told.now, Math.max(...bars.map((bar) => bar.to)) + RESTS) : told.now);
   const lengths = bars.map((bar) => Math.max(SHORTEST, (bar.to ?? now) - bar.from));
   const wanted = lengths.length ? BAR_LEAST / Math.min(...lengths) : 0;
   const [label, named] = width < 500 ? [84, "consumer_short"] : [172, "consumer_n"];
@@ -73,10 +76,10 @@ function drawn(bar, x, now, y, tall, options) {
   bar.extended.filter((at) => x(at) < to).map((at) => h("line", { class: "extended", x1: x(at), x2: x(at), y1: y + tall - 10, y2: y + tall - 4 })),
   h("text", { x: from + 8, y: middle + 5 }, String(bar.claim || "?")),
   paidAt !== null && paidAt > from + digits + 12 ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
-  glyph && (fits || bar.how === "killed") ? h("path", { class: "glyph", d: glyph, transform: `translate(${fits ? to - 12 : to + 10} ${middle - 1})` }) : null,
+  glyph && (fits || bar.how === "killed") ? h("path", { class: "glyph", d: glyph, transform: `translate(${fits ? to - 12 : Math.max(to, from + digits + 8) + 10} ${middle - 1})` }) : null,
   bar.lease_end !== null ? h("g", { class: "lease-end" },
     h("line", { x1: x(bar.lease_end), x2: x(bar.lease_end), y1: y - 1, y2: y + tall }),
-    h("text", { x: x(bar.lease_end) + 4, y: middle + 5 }, say("lease_end"))) : null);
+    h("text", x(bar.lease_end) - from > LEASE_END ? { x: x(bar.lease_end) - 5, y: middle + 5, class: "before" } : { x: x(bar.lease_end) + 4, y: middle + 5 }, say("lease_end"))) : null);
 }
 
 function about(bar) {
