@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {11: "6ae7b4a5a2745ec5"}
+DIGESTS = {12: "fd81ec7179574144"}
 """Of the SQL of a version, the newest alone."""
 
 

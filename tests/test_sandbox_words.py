@@ -13,23 +13,11 @@ from typing import Any
 import pytest
 
 import filao.sandbox.web.server
+from filao.languages import LANGUAGES, fill, french, wanted
 from filao.sandbox.claims import TEXTS
 from filao.sandbox.exercise import CHECKS
 from filao.sandbox.steps import STEPS
-from filao.sandbox.words import (
-    FOLDER,
-    LANGUAGES,
-    PROGRAMS,
-    fill,
-    french,
-    further,
-    lesson,
-    page_words,
-    program,
-    translated,
-    wanted,
-    words,
-)
+from filao.sandbox.words import FOLDER, PROGRAMS, further, lesson, page_words, program, translated, words
 
 ROOT = Path(__file__).parents[1]
 STATIC = Path(filao.sandbox.web.server.__file__).parent / "static"

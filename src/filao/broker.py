@@ -413,6 +413,15 @@ class Broker:
         ids = check_ids(name_of(queue), [message_id])
         return bool(await self._session.engine.operators.remove(name_of(queue), _WAITING, ids))
 
+    async def discard(self, queue: str | Queue[Any], *, ids: Iterable[str]) -> int:
+        """Delete dead letters for good, those with these `ids`, and return how many there were.
+
+        All of them: `purge(queue, state="dead")`.
+        """
+        self._session.check_usable()
+        name = name_of(queue)
+        return await self._session.engine.operators.remove(name, (State.DEAD,), check_ids(name, ids))
+
     async def pause(self, queue: str | Queue[Any]) -> None:
         """Stop deliveries from this queue, for all processes; sends and settles go on."""
         await self._pausing("pause", name_of(queue)).pause(name_of(queue), paused=True)

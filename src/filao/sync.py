@@ -263,6 +263,7 @@ class Broker:
     redrive: Final = _blocking(AsyncBroker.redrive)
     purge: Final = _blocking(AsyncBroker.purge)
     cancel: Final = _blocking(AsyncBroker.cancel)
+    discard: Final = _blocking(AsyncBroker.discard)
     pause: Final = _blocking(AsyncBroker.pause)
     resume: Final = _blocking(AsyncBroker.resume)
     doctor: Final = _blocking(AsyncBroker.doctor)

@@ -17,7 +17,9 @@ import click
 
 from filao.cli.backup import backup, restore
 from filao.cli.control import cancel, delete, pause, resume
+from filao.cli.dashboard import dashboard
 from filao.cli.declare import declare
+from filao.cli.log import log
 from filao.cli.metrics import metrics
 from filao.cli.move import move_command
 from filao.cli.receive import receive
@@ -25,7 +27,7 @@ from filao.cli.sandbox import sandbox_command
 from filao.cli.send import send
 from filao.cli.shell import OutputClosedError, note, safe
 from filao.cli.stats import doctor, stats
-from filao.cli.stored import dead, peek, purge, redrive
+from filao.cli.stored import dead, discard, peek, purge, redrive
 from filao.cli.top import top
 from filao.cli.verify import verify_command
 from filao.cli.work import work
@@ -77,7 +79,7 @@ def commands() -> None:
     Exit codes:
       0    done
       1    nothing found (receive, peek, dead, redrive, cancel, stats),
-           not confirmed (purge, delete), an error found (doctor), a
+           not confirmed (purge, discard, delete), an error found (doctor), a
            promise not kept (verify), or messages left behind (move)
       2    wrong usage
       3    Filao refused, and says why: no such queue, a body that is
@@ -90,7 +92,7 @@ def commands() -> None:
 
 
 for _command in (
-    *(declare, send, receive, peek, dead, redrive, purge, stats, doctor, verify_command, move_command, work),
-    *(pause, resume, cancel, delete, top, metrics, backup, restore, sandbox_command),
+    *(declare, send, receive, peek, dead, redrive, discard, purge, stats, doctor, verify_command, move_command, work),
+    *(pause, resume, cancel, delete, top, dashboard, log, metrics, backup, restore, sandbox_command),
 ):
     commands.add_command(_command)

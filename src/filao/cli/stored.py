@@ -1,7 +1,8 @@
-"""`filao peek`, `dead`, `redrive` and `purge`: look at stored messages, send them back, or delete them."""
+"""`filao peek`, `dead`, `redrive`, `discard` and `purge`: look at stored messages, send them back, or delete them."""
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
@@ -9,10 +10,11 @@ import click
 import msgspec
 
 from filao.cli.lines import json_text
-from filao.cli.shell import addressed, as_json, broker_at, confirmed, is_terminal, note, print_lines, shown_body
+from filao.cli.shell import addressed, as_json, broker_at, confirmed, is_terminal, note, print_lines, shown_body, usage
 from filao.cli.tables import draw_stored, tell
 from filao.draft import PEEK_MAX
 from filao.engine import QueueStats, State, StoredMessage
+from filao.overview import error_kind
 from filao.sync import Broker
 
 SEARCHED_MAX = 1_000_000  # messages that one search looks at: some minutes
@@ -137,26 +139,99 @@ def _shown(
     return 0
 
 
+_ids_option = click.option("--id", "ids", multiple=True, metavar="ID", help="Only this one. May be repeated.")
+_reason_option = click.option("--reason", type=click.Choice(DEATHS), help="Only those that died of it.")
+_kind_option = click.option(
+    "--kind",
+    metavar="TEXT",
+    help="Only those whose last error is of this kind, as the dashboard groups them: ValueError.",
+)
+
+
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[URL] QUEUE")
-@click.option("--id", "ids", multiple=True, metavar="ID", help="Only this one. May be repeated.")
+@_ids_option
+@_reason_option
+@_kind_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only so many, the oldest first.")
+@click.option("--rate", type=click.FloatRange(0.01, 10_000), metavar="N", help="At most so many per second.")
 @click.option("--body", metavar="JSON", help="Replace the body of the one --id.")
-def redrive(*, arguments: tuple[str, ...], ids: tuple[str, ...], limit: int | None, body: str | None) -> int:
+def redrive(
+    *,
+    arguments: tuple[str, ...],
+    ids: tuple[str, ...],
+    reason: str | None,
+    kind: str | None,
+    limit: int | None,
+    rate: float | None,
+    body: str | None,
+) -> int:
     """Send dead letters back to their old places, with fresh attempts.
 
-    All of them, unless --id or --limit chooses. Prints {"redriven": N}. The exit code is 1 when there was none, or when
-    an --id names none.
+    All of them, unless --id, --reason, --kind or --limit chooses. Prints {"redriven": N}. The exit code is 1 when there
+    was none, or when an --id names none.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
+    new = msgspec.UNSET if body is None else json_text(os.fsencode(body))
     with broker_at(url, name) as broker:
-        count = broker.redrive(
-            name,
-            ids=ids or None,
-            limit=limit,
-            body=msgspec.UNSET if body is None else json_text(os.fsencode(body)),
-        )
+        if rate is None and reason is None and kind is None:
+            count = broker.redrive(name, ids=ids or None, limit=limit, body=new)
+        else:
+            chosen = ids or _of_kind(broker, name, reason, kind, limit)
+            count = _in_slices(chosen, rate, lambda some: broker.redrive(name, ids=some, body=new))
     print_lines([as_json({"redriven": count})])
+    return _said(name, ids, count, limit)
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="[URL] QUEUE")
+@_ids_option
+@_reason_option
+@_kind_option
+@click.option("--yes", is_flag=True, help="Do not ask. A must where there is no terminal to ask on.")
+def discard(
+    *, arguments: tuple[str, ...], ids: tuple[str, ...], reason: str | None, kind: str | None, yes: bool
+) -> int:
+    """Delete dead letters for good: those with an --id, or of a --reason and a --kind.
+
+    All of a queue: filao purge --state dead. Prints {"discarded": N}. It asks first; when the answer is no, the exit
+    code is 1, as it is when there was none.
+    """
+    url, (name,) = addressed(arguments, least=1, most=1)
+    if not ids and reason is None and kind is None:
+        raise usage("give --id, --reason or --kind; all dead letters of a queue: filao purge --state dead")
+    with broker_at(url, name) as broker:
+        chosen = ids or _of_kind(broker, name, reason, kind, None)
+        if not yes and not confirmed("discard", f"Delete {len(chosen):,} dead letters of queue {name!r}?"):
+            note("nothing was deleted")
+            return 1
+        count = _in_slices(chosen, None, lambda some: broker.discard(name, ids=some))
+    print_lines([as_json({"discarded": count})])
+    return _said(name, ids, count, None)
+
+
+def _of_kind(broker: Broker, name: str, reason: str | None, kind: str | None, limit: int | None) -> Sequence[str]:
+    """Return the ids of the dead letters of a reason and a kind, the oldest first."""
+
+    def fits(one: StoredMessage) -> bool:
+        return (reason is None or one.reason == reason) and (kind is None or error_kind(one.error) == kind)
+
+    return [one.id for one in _search(broker, name, State.DEAD, fits, after=None, limit=limit or SEARCHED_MAX)]
+
+
+def _in_slices(ids: Sequence[str], rate: float | None, work: Callable[[Sequence[str]], int]) -> int:
+    """Do something to messages, at most `rate` of them per second."""
+    size = _SEARCHED_AT_ONCE if rate is None else max(1, min(_SEARCHED_AT_ONCE, round(rate / 5)))
+    began, done = time.monotonic(), 0
+    for first in range(0, len(ids), size):
+        done += work(ids[first : first + size])
+        if rate is not None and first + size < len(ids):
+            time.sleep(max(0.0, began + (first + size) / rate - time.monotonic()))
+    return done
+
+
+def _said(name: str, ids: Sequence[str], count: int, limit: int | None) -> int:
+    """Return the exit code; say so when an id names no dead letter, or there was none."""
     wanted = min(len(set(ids)), limit or len(ids)) if ids else 1
     if count < wanted:
         note(f"{wanted - count} of {wanted} ids are of no dead letter of queue {name!r}" if ids else "no dead letters")

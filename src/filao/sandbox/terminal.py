@@ -24,12 +24,13 @@ from rich.table import Table
 from rich.text import Text
 
 from filao.errors import FilaoError
+from filao.languages import Language, fill
 from filao.sandbox import scene
 from filao.sandbox.exercise import CHECKS
 from filao.sandbox.room import Room, RoomError
 from filao.sandbox.steps import STEPS
 from filao.sandbox.visits import Visit, own_folder
-from filao.sandbox.words import Language, fill, lesson, program, translated, words
+from filao.sandbox.words import lesson, program, translated, words
 
 DRAW_EVERY = 0.2  # seconds
 SETTLED = 0.5  # seconds after which what was done is seen

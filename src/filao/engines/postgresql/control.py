@@ -32,7 +32,8 @@ _STATS = """
 """
 _PROCESSES = "SELECT id, name, started_at, state, reported_at, filao.clock() FROM filao.process WHERE id = ANY (%s)"
 _COUNTED = ("ready", "delayed", "blocked", "leased", "dead")
-_ORDER = {"ready": "-priority, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
+ORDER = {"ready": "-priority, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
+"""How the messages of each state are listed."""
 HISTORY = """
     (SELECT coalesce(json_agg(json_build_array(f.attempt, f.at, f.outcome, f.error, f.consumer) ORDER BY f.id), '[]')
      FROM filao.failure f WHERE f.message = m.id)
@@ -239,38 +240,59 @@ async def peek(
     name.
     """
     number, name = queue
-    behind, last = ("", ()) if after is None else await _behind(connection, number, name, state, after)
+    after_it, last = await behind(connection, number, name, state, after)
     grouped = "AND grp IS NOT NULL" if state == State.BLOCKED else ""
     found = await connection.execute(
         f"""
         SELECT {_SEEN} FROM filao.message m
-        WHERE queue = %s AND state OPERATOR(pg_catalog.=) '{State(state)}' {grouped} {behind}
-        ORDER BY {_ORDER[state]} LIMIT %s
+        WHERE queue = %s AND state OPERATOR(pg_catalog.=) '{State(state)}' {grouped} {after_it}
+        ORDER BY {ORDER[state]} LIMIT %s
         """.encode(),
         (number, *last, limit),
     )
     return [_stored(name, state, fields) for fields in await found.fetchall()]
 
 
-async def _behind(
-    connection: Connection, number: int, queue: str, state: State, after: str
-) -> tuple[str, tuple[Any, ...]]:
+async def find_message(connection: Connection, queue: tuple[int, str], message_id: str) -> StoredMessage | None:
+    """Return the message with this id, whatever its state; None when the queue has none."""
+    number, name = queue
     found = await connection.execute(
         f"""
-        SELECT named.id, {_ORDER[state] if state != State.DEAD else "named.id"}
+        SELECT m.state::text, {_SEEN} FROM filao.message m
+        WHERE id = (SELECT filao.number_of(%s, %s)) AND queue = %s
+        """.encode(),
+        (number, message_id, number),
+    )
+    row = await found.fetchone()
+    return None if row is None else _stored(name, State(row[0]), row[1:])
+
+
+async def behind(
+    connection: Connection, number: int, queue: str, state: State, after: str | None, *, in_group: bool = False
+) -> tuple[str, tuple[Any, ...]]:
+    """Return the condition that leaves out what stands before the message `after` and itself, and its parameters.
+
+    The messages of one group stand in the order of sending.
+    """
+    if after is None:
+        return "", ()
+    order = "id" if in_group else ORDER[state]
+    found = await connection.execute(
+        f"""
+        SELECT named.id, {order if order != "id" else "named.id"}
         FROM (SELECT filao.number_of(%s, %s) AS id) AS named LEFT JOIN filao.message USING (id)
         """.encode(),
         (number, after),
     )
     row = await found.fetchone()
-    # A dead letter's order needs no more than its id, so one that was redriven meanwhile still serves.
-    if row is None or row[0] is None or (state != State.DEAD and row[1] is None):
+    # An order that needs no more than the id, as that of dead letters, serves though the message is gone meanwhile.
+    if row is None or row[0] is None or (order != "id" and row[1] is None):
         raise ConfigurationError(
             f"queue {queue!r}: there is no message {after!r} to go on behind; it may be gone by now. Start again "
             f"without after="
         )
     marks = ", ".join(["%s"] * len(row[1:]))
-    return f"AND ({_ORDER[state]}) > ({marks})", row[1:]
+    return f"AND ({order}) > ({marks})", row[1:]
 
 
 def _stored(queue: str, state: State, fields: Sequence[Any]) -> StoredMessage:

@@ -31,6 +31,7 @@ from filao.engines.postgresql.clock import MOMENT, ServerClock
 from filao.engines.postgresql.control import SLICE, UNLOCKED_POLL, PostgresqlOperators
 from filao.engines.postgresql.listener import Listener
 from filao.engines.postgresql.moving import PostgresqlMover
+from filao.engines.postgresql.overview import PostgresqlOverview
 from filao.engines.postgresql.schema import migrate
 from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server, in_time
 from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransactions, Transactions, retried
@@ -77,6 +78,7 @@ class PostgresqlEngine:
         self.operators: PostgresqlOperators = PostgresqlOperators(
             self._server, self._main, self._listener, self._row, self._moment, forget=self._numbers.clear
         )
+        self.overview: PostgresqlOverview = PostgresqlOverview(self._main, self.operators.number, self._row)
         self.mover: PostgresqlMover = PostgresqlMover(
             self._server,
             self._main,

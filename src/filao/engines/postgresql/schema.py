@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 11
+VERSION = 12
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -56,6 +56,20 @@ STEPS: dict[int, str] = {
     9: "SELECT",  # of the functions alone
     10: "SELECT",  # of the functions alone
     11: "SELECT",  # of the functions alone
+    12: """
+        CREATE TABLE filao.audit (
+          id       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+          at       bigint NOT NULL,
+          who      text   NOT NULL,
+          what     text   NOT NULL,
+          queue    text   NOT NULL,
+          about    text   NOT NULL,
+          wanted   bigint NOT NULL,
+          done     bigint NOT NULL DEFAULT 0,
+          ended_at bigint,
+          outcome  text   NOT NULL DEFAULT ''
+        );
+    """,
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """

@@ -156,3 +156,16 @@ CREATE UNLOGGED TABLE filao.waiting (
 );
 CREATE INDEX waiting_since ON filao.waiting (queue, since);
 CREATE SEQUENCE filao.place CACHE 1;
+
+CREATE TABLE filao.audit (     -- what operators did on the dashboard; see filao.overview.Deed
+  id       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  at       bigint NOT NULL,
+  who      text   NOT NULL,
+  what     text   NOT NULL,
+  queue    text   NOT NULL,    -- its name: a queue that was deleted stays in the log
+  about    text   NOT NULL,
+  wanted   bigint NOT NULL,
+  done     bigint NOT NULL DEFAULT 0,
+  ended_at bigint,
+  outcome  text   NOT NULL DEFAULT ''
+);

@@ -76,6 +76,9 @@ class RabbitmqOperators:
         """Delete what is ready, or the dead letters."""
         await self._declared.rules_of(queue)
         if ids is not None:
+            if State.DEAD in states:
+                async with self._declared.apart() as session:
+                    return await discard(session, queue, ids)
             raise refused(queue, "to cancel one message", "way to find a message in a queue")
         async with self._declared.apart() as session:
             if not {State.READY, State.DEAD} & set(states):
@@ -176,6 +179,18 @@ async def redrive(
             back |= {name} - {""}
             if done == most:
                 break
+    return done
+
+
+async def discard(session: Session, queue: str, ids: Sequence[str]) -> int:
+    """Delete dead letters by their ids, and return how many there were."""
+    wanted = set(ids)
+    done = 0
+    async with _dead(session, queue) as (channel, messages):
+        async for message in messages:
+            if envelope.name_of(message.header.properties) in wanted:
+                await channel.basic_ack(message.delivery_tag or 0)
+                done += 1
     return done
 
 

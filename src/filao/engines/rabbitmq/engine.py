@@ -42,6 +42,7 @@ from filao.engines.rabbitmq import envelope, register, topology, wire
 from filao.engines.rabbitmq.consumer import Consumer
 from filao.engines.rabbitmq.control import RabbitmqOperators
 from filao.engines.rabbitmq.moving import RabbitmqMover
+from filao.engines.rabbitmq.overview import RabbitmqOverview
 from filao.engines.rabbitmq.publisher import Publisher, deleted
 from filao.engines.rabbitmq.refusals import check_delay, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
@@ -77,6 +78,7 @@ class RabbitmqEngine:
         self._lines: dict[str, Line] = {}
         self._is_closing = False
         self.operators: RabbitmqOperators = RabbitmqOperators(self._server, self._declared, self._held)
+        self.overview: RabbitmqOverview = RabbitmqOverview(self.operators.peek)
         self.mover: RabbitmqMover = RabbitmqMover(self._server, self._declared, self._publisher)
         self.transactions: None = None
 

@@ -36,6 +36,7 @@ from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.control import SqliteOperators
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.moving import SqliteMover
+from filao.engines.sqlite.overview import SqliteOverview
 from filao.engines.sqlite.receive import NOBODY, look
 from filao.engines.sqlite.thread import DatabaseThread, Ticket
 from filao.engines.sqlite.transactions import SqliteTransactions, look_away
@@ -82,6 +83,7 @@ class SqliteEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._untidy = False
         self.operators: SqliteOperators = SqliteOperators(database, self._beside, self._change, self._look_up)
+        self.overview: SqliteOverview = SqliteOverview(self._change, self._look_up)
         self.mover: SqliteMover = SqliteMover(database.path, self.operators, self._change, self._look_up)
         self.transactions: SqliteTransactions = SqliteTransactions(
             database, self._alone_in, self._in_turn, self._submit

@@ -286,7 +286,27 @@ def _count_reasons(db: sqlite3.Connection) -> None:
     db.execute("CREATE INDEX filao_blocked ON filao_message (queue, id) WHERE state = 5")
 
 
-MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports, _salt_ids, _count_reasons)
+def _keep_a_log(db: sqlite3.Connection) -> None:
+    """Let what operators do on the dashboard be written down."""
+    db.execute(
+        """
+        CREATE TABLE filao_audit (
+          id       INTEGER PRIMARY KEY AUTOINCREMENT,
+          at       INTEGER NOT NULL,
+          who      TEXT    NOT NULL,
+          what     TEXT    NOT NULL,             -- see filao.overview.Deed, as for what follows
+          queue    TEXT    NOT NULL,             -- its name: a queue that was deleted stays in the log
+          about    TEXT    NOT NULL,
+          wanted   INTEGER NOT NULL,
+          done     INTEGER NOT NULL DEFAULT 0,
+          ended_at INTEGER,
+          outcome  TEXT    NOT NULL DEFAULT ''
+        ) STRICT
+        """
+    )
+
+
+MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports, _salt_ids, _count_reasons, _keep_a_log)
 """Step n brings a file from version n to n + 1.
 
 A released step is never edited; a change of the tables is a new step.

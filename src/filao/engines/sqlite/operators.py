@@ -116,26 +116,43 @@ def outlived(books: Books) -> list[str]:
 
 def peek(books: Books, row: QueueRow, state: State, limit: int, after: str | None) -> list[StoredMessage]:
     """Return messages of one state in its order; `after` is the id of the last one seen."""
+    source, parameters = listed(books, row, state, after)
+    found = books.db.execute(f"SELECT {_SEEN} {source} LIMIT ?", (*parameters, limit)).fetchall()
+    return [_stored(books, row, fields) for fields in found]
+
+
+def listed(books: Books, row: QueueRow, state: State, after: str | None) -> tuple[str, tuple[object, ...]]:
+    """Return what selects the messages of one state in its order, and its parameters."""
     skipped, parameters = _behind(books, row, state, after)
-    found = books.db.execute(
-        f"""
-        SELECT {_SEEN}
+    source = f"""
         FROM filao_message INDEXED BY filao_{_INDEXES[state]}
         WHERE queue = ? AND {_WHERE[state]} {skipped}
         ORDER BY {_ORDER[state]}
-        LIMIT ?
-        """,
-        (row.id, *parameters, limit),
-    ).fetchall()
-    return [_stored(books, row, fields) for fields in found]
+    """
+    return source, (row.id, *parameters)
+
+
+def find(books: Books, row: QueueRow, message_id: str) -> StoredMessage | None:
+    """Return the message with this id; None when the queue has none."""
+    number = books.number_of(row, message_id)
+    fields = books.db.execute(
+        f"SELECT {_SEEN} FROM filao_message WHERE id = ? AND queue = ?", (number, row.id)
+    ).fetchone()
+    return None if fields is None else _stored(books, row, fields)
+
+
+def place_of(books: Books, row: QueueRow, after: str) -> int:
+    """Return the place in the order of sending of the message to go on behind."""
+    number = books.number_of(row, after)
+    if number is None:
+        raise _no_place(row, after)
+    return number
 
 
 def _behind(books: Books, row: QueueRow, state: State, after: str | None) -> tuple[str, tuple[object, ...]]:
     if after is None:
         return "", ()
-    number = books.number_of(row, after)
-    if number is None:
-        raise _no_place(row, after)
+    number = place_of(books, row, after)
     last = books.db.execute("SELECT priority, at, grp FROM filao_message WHERE id = ?", (number,)).fetchone()
     if (
         state == State.DEAD

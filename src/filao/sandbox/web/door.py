@@ -1,38 +1,25 @@
-"""Who is let in: those who come from this machine's own pages and have shown the token once.
+"""Who is let in: those who come from this machine's own pages and have shown the token once. See `filao.door`."""
 
-Requests whose `Host` or `Origin` is another site's, or that a browser says another site has caused, are refused, so
-that no page of the web can reach a sandbox through its visitor's browser; and no page of another site can frame it.
-"""
-
-import asyncio
-import hmac
 import secrets
 from collections import OrderedDict
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse, RedirectResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from filao import door
+from filao.door import LOOPBACK, Guesses, cookie_of, is_of_host, is_of_other_site, safely
 
 SESSION = "filao_session"  # the cookie's name
 SESSIONS_MAX = 1_000  # that are remembered; the oldest is forgotten
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-GUESS_COSTS = 0.5  # seconds that a wrong token costs; guesses wait for each other
-GUESSES_MAX = 16  # that may wait at a time
 PAGES = ("/", "/en", "/fr")
 
-SAFE = {
+SAFE = door.SAFE | {
     "content-security-policy": (
         "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
         "frame-ancestors 'none'; base-uri 'none'; form-action 'none'; object-src 'none'"
     ),
-    "x-frame-options": "DENY",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-store",
 }
 
 OTHER_HOST = "This sandbox answers to 127.0.0.1 and localhost only."
@@ -46,11 +33,9 @@ class Door:
 
     def __init__(self, inner: ASGIApp, token: str, *, open_to_others: bool) -> None:
         self._inner = inner
-        self._token = token.encode()
+        self._guesses = Guesses(token)
         self._open_to_others = open_to_others
         self._sessions: OrderedDict[str, None] = OrderedDict()
-        self._guessing = asyncio.Lock()
-        self._guesses = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let through."""
@@ -59,7 +44,7 @@ class Door:
             return
         headers = Headers(scope=scope)
         why = self._why_not(scope, headers)
-        session = _session_of(headers)
+        session = cookie_of(headers, SESSION)
         if scope["type"] == "websocket":
             if why or session not in self._sessions:
                 await receive()
@@ -70,22 +55,16 @@ class Door:
         elif why:
             await PlainTextResponse(why, 403, SAFE)(scope, receive, send)
         elif session in self._sessions and b"token=" not in scope.get("query_string", b""):
-            await self._inner(scope, receive, _safely(send))
+            await self._inner(scope, receive, safely(send, SAFE))
         else:
             await self._admit(scope, receive, send)
 
     def _why_not(self, scope: Scope, headers: Headers) -> str:
-        if not self._open_to_others and _host(headers) not in LOOPBACK:
+        if not self._open_to_others and not is_of_host(headers, LOOPBACK):
             return OTHER_HOST
-        origin = headers.get("origin")
-        if origin is None and scope["type"] == "websocket":
+        if scope["type"] == "websocket" and headers.get("origin") is None:
             return OTHER_SITE
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            return OTHER_SITE
-        is_visit = headers.get("sec-fetch-mode", "navigate") == "navigate" and scope["path"] in PAGES
-        if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site") and not is_visit:
-            return OTHER_SITE
-        return ""
+        return OTHER_SITE if is_of_other_site(headers, is_visit=scope["path"] in PAGES) else ""
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Give a session to those that bring the token, and send them to a page of ours without it in the address."""
@@ -93,9 +72,9 @@ class Door:
         given = query.get("token", [""])[0]
         if not given:
             await PlainTextResponse(NO_TOKEN, 403, SAFE)(scope, receive, send)
-        elif self._guesses >= GUESSES_MAX:
+        elif self._guesses.are_too_many():
             await PlainTextResponse("Too many guesses at a time.", 429, SAFE)(scope, receive, send)
-        elif not await self._is_right(given):
+        elif not await self._guesses.is_right(given):
             await PlainTextResponse(WRONG_TOKEN, 403, SAFE)(scope, receive, send)
         else:
             session = secrets.token_urlsafe(24)
@@ -105,43 +84,3 @@ class Door:
             response = RedirectResponse(scope["path"] if scope["path"] in PAGES else "/", 303, SAFE)
             response.set_cookie(SESSION, session, httponly=True, samesite="lax")
             await response(scope, receive, send)
-
-    async def _is_right(self, given: str) -> bool:
-        """Compare a token, one after the other; a wrong one lets the next wait."""
-        self._guesses += 1
-        try:
-            async with self._guessing:
-                if hmac.compare_digest(given.encode(), self._token):
-                    return True
-                await asyncio.sleep(GUESS_COSTS)
-                return False
-        finally:
-            self._guesses -= 1
-
-
-def _session_of(headers: Headers) -> str:
-    try:
-        cookies = SimpleCookie(headers.get("cookie", ""))
-    except CookieError:
-        return ""
-    return cookies[SESSION].value if SESSION in cookies else ""
-
-
-def _host(headers: Headers) -> str:
-    try:
-        return urlsplit(f"//{headers.get('host', '')}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _safely(send: Send) -> Send:
-    """Return a send that adds the headers that no answer of ours goes without."""
-
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in SAFE.items():
-                headers[name] = value
-        await send(message)
-
-    return sending

@@ -24,11 +24,12 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from filao.errors import FilaoError
+from filao.languages import Language, wanted
 from filao.sandbox.room import RoomError
 from filao.sandbox.visits import ROOMS_MAX, NoRoomError, Visit, Visits, own_folder
 from filao.sandbox.web.door import Door
 from filao.sandbox.web.events import handle
-from filao.sandbox.words import Language, page_words, wanted
+from filao.sandbox.words import page_words
 
 DRAW_EVERY = 0.1  # seconds between two scenes
 SWEEP_EVERY = 1.0  # seconds between two looks for rooms that nobody is in any more

@@ -189,3 +189,26 @@ BEGIN
   RETURN becomes.id;
 END
 $$;
+
+-- Write into the log what somebody is about to do, keep the last `kept` entries, and return its number.
+CREATE OR REPLACE FUNCTION filao.begin_deed(
+  moment bigint, who text, what text, queue text, about text, wanted bigint, kept bigint
+) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+  number bigint;
+BEGIN
+  INSERT INTO filao.audit (at, who, what, queue, about, wanted)
+  VALUES (filao.now(moment), begin_deed.who, begin_deed.what, begin_deed.queue, begin_deed.about, begin_deed.wanted)
+  RETURNING id INTO number;
+  DELETE FROM filao.audit WHERE id <= number - kept;
+  RETURN number;
+END
+$$;
+
+-- Write down how far it has come; with an outcome it has ended.
+CREATE OR REPLACE FUNCTION filao.record_deed(moment bigint, number bigint, how_many bigint, how text) RETURNS void
+LANGUAGE sql VOLATILE AS $$
+  UPDATE filao.audit
+  SET done = how_many, outcome = how, ended_at = CASE WHEN how <> '' THEN filao.now(moment) END
+  WHERE id = number
+$$;

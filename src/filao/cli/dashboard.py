@@ -1,0 +1,130 @@
+"""`filao dashboard`: watch queues in a browser, find out why messages died, and send them back."""
+
+import asyncio
+import contextlib
+import importlib
+import os
+import secrets
+import socket
+import sys
+import webbrowser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from filao.broker import Broker, connect
+from filao.cli.pages import address_of, in_use, shown_address
+from filao.cli.shell import addressed, file_of, note, usage
+from filao.errors import ConfigurationError
+from filao.queue import Queue
+from filao.urls import shown_url
+
+if TYPE_CHECKING:
+    from filao.dashboard import Dashboard
+
+PORT = 8748
+ENDS_WITHIN = 2  # seconds for connections to close
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="[URL]")
+@click.option(
+    "--listen",
+    default=str(PORT),
+    show_default=True,
+    metavar="[HOST:]PORT",
+    help="0 takes a free port. Another HOST than loopback opens it to other machines, and asks for a token.",
+)
+@click.option("--host-name", "names", multiple=True, metavar="NAME", help="With HOST: the names that it answers to.")
+@click.option(
+    "--token", "wants_token", is_flag=True, help="Ask for a token on loopback too: FILAO_TOKEN, or a new one."
+)
+@click.option("--allow-actions", is_flag=True, help="Redrive, discard, purge and pause too; without it, only look.")
+@click.option("--redact", metavar="MODULE:FUNCTION", help="Returns a stored message as it may be shown.")
+@click.option("--type", "typed", multiple=True, metavar="MODULE:QUEUE", help="A queue whose edited bodies are checked.")
+@click.option("--browser", is_flag=True, help="Open a browser.")
+def dashboard(
+    *,
+    arguments: tuple[str, ...],
+    listen: str,
+    names: tuple[str, ...],
+    wants_token: bool,
+    allow_actions: bool,
+    redact: str | None,
+    typed: tuple[str, ...],
+    browser: bool,
+) -> int:
+    """Serve a dashboard of the queues until Ctrl-C: depth, age, rates, dead letters by kind, who receives.
+
+    It answers to this machine alone, without a token; to other machines with HOST, and a token, which FILAO_TOKEN sets.
+    What is done there with --allow-actions stands in a log in the store, which `filao log` prints. It is also to be
+    mounted in an application of yours: see filao.dashboard.app. It needs pip install 'filao[dashboard]'.
+    """
+    if not (find_spec("starlette") and find_spec("uvicorn") and find_spec("jinja2")):
+        raise ConfigurationError("the dashboard needs starlette, uvicorn and jinja2: pip install 'filao[dashboard]'")
+    url, _ = addressed(arguments, least=0, most=0)
+    file = file_of(url)
+    if file is not None and not file.exists():
+        raise ConfigurationError(f"no such file: {file}. Declare a queue first: filao declare {shown_url(url)} QUEUE")
+    host, port = address_of("--listen", listen)
+    is_open = host not in LOOPBACK
+    token = (os.environ.get("FILAO_TOKEN") or secrets.token_urlsafe(18)) if is_open or wants_token else None
+    shows = None if redact is None else _loaded("--redact", redact)
+    queues = [_loaded("--type", one) for one in typed]
+    if wrong := next((one for one in queues if not isinstance(one, Queue)), None):
+        raise usage(f"--type: {wrong!r} is no filao.Queue")
+    hosts = (names or None) if is_open else LOOPBACK
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise in_use("--listen", error, host, port) from error
+    with listening:
+        address = shown_address(host, listening.getsockname()[1])
+        note(f"the dashboard is at {address}   (Ctrl-C ends it)")
+        if token is not None:
+            note(f"its token: {'what FILAO_TOKEN holds' if os.environ.get('FILAO_TOKEN') else token}")
+        sys.stderr.flush()
+        if browser:
+            webbrowser.open(address)
+        from filao.dashboard import app
+
+        broker = connect(url)
+        served = app(broker, token=token, hosts=hosts, allow_actions=allow_actions, redact=shows, queues=queues)
+        asyncio.run(_serve(served, broker, listening))
+    return 0
+
+
+async def _serve(served: "Dashboard", broker: Broker, listening: socket.socket) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(
+        served,
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=ENDS_WITHIN,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+    )
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            await uvicorn.Server(config).serve(sockets=[listening])
+    finally:
+        await served.close()
+        await broker.close()
+
+
+def _loaded(option: str, target: str) -> Any:
+    """Return what a module defines."""
+    module, _, name = target.partition(":")
+    if not module or not name:
+        raise usage(f"{option} {target!r}: give MODULE:NAME")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise usage(f"{option} {target!r} cannot be loaded: {error}") from error

@@ -1,0 +1,77 @@
+"""The dashboard: watch queues, find out why messages died, and send them back.
+
+`app` returns an ASGI application that Starlette, FastAPI or Django mount under any prefix; `filao dashboard` serves it
+alone. It needs the extra `dashboard`. See `door.py` for whom it lets in, `watch.py` for what it costs.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, cast
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from filao.broker import Broker, session_of
+from filao.dashboard.acts import Doing
+from filao.dashboard.door import TOKEN_LEAST, Admit, Door, is_loopback_only
+from filao.dashboard.jobs import Jobs
+from filao.dashboard.pages import Pages
+from filao.dashboard.views import Redact, Views
+from filao.dashboard.watch import Watch
+from filao.door import LOOPBACK
+from filao.errors import ConfigurationError
+from filao.overview import Overview, Seen
+from filao.queue import Queue
+
+__all__ = ["Dashboard", "app"]
+
+
+class Dashboard:
+    """An ASGI application; `app` makes it."""
+
+    def __init__(self, door: ASGIApp, closing: Sequence[Any]) -> None:
+        self._door = door
+        self._closing = closing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        await self._door(scope, receive, send)
+
+    async def close(self) -> None:
+        """End what was begun here; the broker stays open. Deeds that were under way are noted down as stopped."""
+        for one in self._closing:
+            await one.close()
+
+
+def app(
+    broker: Broker,
+    *,
+    token: str | None = None,
+    admit: Admit | None = None,
+    hosts: Collection[str] | None = LOOPBACK,
+    allow_actions: bool = False,
+    redact: Redact | None = None,
+    queues: Sequence[Queue[Any]] = (),
+) -> Dashboard:
+    """Return the dashboard of a broker, which it opens when it is first asked; give it a broker of its own.
+
+    Without `token` and `admit` it answers to its own machine alone. With `token` it asks for that; `admit` is given the
+    ASGI scope and returns who it is that asks, or None for those who may not come in. `hosts` are the names that it
+    answers to, None for any. With `allow_actions` it may also redrive, discard, purge and pause; each is written into a
+    log in the store. `redact` returns a message as it may be shown. `queues` have the types that edited bodies must
+    fit. Raises `ConfigurationError` when others could come in without being asked who they are.
+    """
+    if token is not None and len(token) < TOKEN_LEAST:
+        raise ConfigurationError(f"token has {len(token)} characters; fewer than {TOKEN_LEAST} are soon guessed")
+    if token is not None and admit is not None:
+        raise ConfigurationError("give token or admit, not both: one of them decides who may come in")
+    if token is None and admit is None and not is_loopback_only(hosts):
+        raise ConfigurationError(
+            "hosts names others than this machine, so the dashboard must know who asks: give token=, or admit="
+        )
+
+    def overview() -> Overview:
+        return cast("Seen", session_of(broker).engine).overview
+
+    watch, jobs, views = Watch(broker), Jobs(overview), Views(broker, overview, redact)
+    pages = Pages(watch, views, jobs, Doing(broker, overview, queues), allow_actions=allow_actions)
+    door = Door(pages.application(), pages.enter, token=token, admit=admit, hosts=hosts)
+    return Dashboard(door, (jobs, views.triage, watch))

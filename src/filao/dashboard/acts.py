@@ -1,0 +1,176 @@
+"""What an operator can do on a page: read from a form, checked, and carried out as a job.
+
+Everything here has its twin on the command line, which the page that asks for a confirmation shows.
+"""
+
+import shlex
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+import msgspec
+
+from filao.broker import Broker
+from filao.codec import codec_for
+from filao.dashboard.jobs import RATE_MAX, Job, in_slices
+from filao.dashboard.triage import CHOSEN_MAX, dead_letters
+from filao.engine import QueueStats, State
+from filao.errors import ConfigurationError, FilaoError, MessageError
+from filao.overview import Deed, Overview, error_kind
+from filao.queue import Queue, check_name
+
+WHATS = ("redrive", "discard", "edit", "cancel", "purge", "pause", "resume")
+ABOUT_MAX = 400  # characters of what the log says that a deed was about
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """What somebody wants to do."""
+
+    what: str
+    queue: str
+    id: str | None = None
+    """Of one message."""
+    reason: str | None = None
+    """Of a kind of dead letters, with `error`."""
+    error: str | None = None
+    group: str | None = None
+    """Of a group that is to go on."""
+
+    def packed(self) -> str:
+        """Return it as a button carries it."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return urlencode({name: value for name, value in fields.items() if value is not None})
+
+    @property
+    def about(self) -> str:
+        """What of the queue, for the log."""
+        if self.id is not None:
+            return f"id {self.id}"
+        if self.group is not None:
+            return f"group {self.group}"
+        return "" if self.reason is None else f"{self.reason}: {self.error or ''}"[:ABOUT_MAX]
+
+    def twin(self, rate: float | None = None) -> str:
+        """Return the command that does the same, for a shell where FILAO_URL is set."""
+        command = ["filao", "redrive" if self.what == "edit" else self.what, self.queue]
+        if self.what == "cancel" and self.id is not None:
+            command.append(self.id)
+        elif self.id is not None:
+            command += ["--id", self.id]
+        if self.what == "edit":
+            command += ["--body", "JSON"]
+        if self.reason is not None:
+            command += ["--reason", self.reason, "--kind", self.error or ""]
+        if self.group is not None:
+            command += ["--group", self.group]
+        if self.what == "discard" and self.id is None and self.reason is None:
+            command = ["filao", "purge", self.queue, "--state", "dead"]
+        return shlex.join(command if rate is None else [*command, "--rate", f"{rate:g}"])
+
+
+def unpacked(text: str) -> Act | None:
+    """Return what a button carries; None for what no button of ours does."""
+    try:
+        fields = dict(parse_qsl(text, keep_blank_values=True, max_num_fields=10))
+        act = Act(**fields)
+        check_name(act.queue)
+    except (TypeError, ValueError, FilaoError):
+        return None
+    return act if act.what in WHATS and (act.what not in ("edit", "cancel") or act.id is not None) else None
+
+
+def rate_of(text: str) -> float | None:
+    """Return how many messages a second a form asks for; None: as fast as it goes. Raises `ConfigurationError`."""
+    if not text.strip():
+        return None
+    try:
+        rate = float(text.strip().replace(",", "."))
+    except ValueError:
+        rate = -1.0
+    if not 0.01 <= rate <= RATE_MAX:
+        raise ConfigurationError(f"rate is {text.strip()[:20]!r}; it must be a number from 0.01 to {RATE_MAX:,.0f}")
+    return rate
+
+
+def wanted(act: Act, queue: QueueStats | None, kind: int) -> int:
+    """Return how many messages it is about: of a kind of dead letters as many as were told apart."""
+    if act.id is not None:
+        return 1
+    if queue is None or act.what in ("pause", "resume"):
+        return 0
+    if act.what == "purge":
+        return queue.ready + queue.delayed + queue.blocked
+    return queue.dead if act.reason is None else kind
+
+
+class Doing:
+    """Carries acts out on a broker."""
+
+    def __init__(self, broker: Broker, overview: Callable[[], Overview], queues: Sequence[Queue[Any]]) -> None:
+        self._broker = broker
+        self._overview = overview
+        self._typed = {queue.name: queue for queue in queues}
+
+    def deed(self, act: Act, who: str, how_many: int) -> Deed:
+        """Return what the log is told before it is done."""
+        return Deed(who, act.what, act.queue, act.about, wanted=how_many)
+
+    async def do(self, act: Act, body: str, rate: float | None, job: Job) -> None:
+        """Carry out; `job` is told how far it came."""
+        match act.what:
+            case "pause":
+                await self._broker.pause(act.queue)
+            case "resume":
+                await self._broker.resume(act.queue, group=act.group)
+            case "purge":
+                job.done = await self._broker.purge(act.queue)
+            case "cancel":
+                job.done = int(await self._broker.cancel(act.queue, act.id or ""))
+            case "edit":
+                new = self.checked(act.queue, body)
+                queue = self._typed.get(act.queue, act.queue)
+                job.done = await self._broker.redrive(queue, ids=[act.id or ""], body=new)
+            case _:
+                await self._of_dead_letters(act, rate, job)
+
+    async def _of_dead_letters(self, act: Act, rate: float | None, job: Job) -> None:
+        broker, queue = self._broker, act.queue
+
+        def step(ids: Sequence[str]) -> Awaitable[int]:
+            return broker.redrive(queue, ids=ids) if act.what == "redrive" else broker.discard(queue, ids=ids)
+
+        if act.id is None and act.reason is None and rate is None:  # all at once: the engine knows which
+            job.done = await (broker.redrive(queue) if act.what == "redrive" else broker.purge(queue, state=State.DEAD))
+            return
+        ids = [act.id] if act.id is not None else await self._chosen(act)
+        if rate is None and State.READY not in self._overview().sees:  # RabbitMQ goes through all of them for each step
+            job.done = await step(ids)
+        else:
+            await in_slices(job, ids, step, rate)
+
+    async def _chosen(self, act: Act) -> list[str]:
+        """Return the ids of a kind: fixed when it begins, or what dies again would never end."""
+        chosen: list[str] = []
+        async for letter in dead_letters(self._overview(), act.queue, CHOSEN_MAX):
+            fits = act.reason is None or (letter.reason or "") == act.reason
+            if fits and (act.error is None or error_kind(letter.error) == act.error):
+                chosen.append(letter.id)
+        return chosen
+
+    def checked(self, queue: str, text: str) -> Any:
+        """Return an edited body of the queue's type. Raises `MessageError` when it is no JSON, or of another type."""
+        try:
+            plain = msgspec.json.decode(text)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise MessageError(f"queue {queue!r}: the new body is not JSON: {error}. Nothing was changed.") from error
+        typed = self._typed.get(queue)
+        if typed is None or typed.body is None:
+            return plain
+        try:
+            return codec_for(typed.body).decode(0, text.encode())
+        except ValueError as error:
+            raise MessageError(
+                f"queue {queue!r}: the new body does not fit the queue's type: {error}. Nothing was changed."
+            ) from error

@@ -1,0 +1,234 @@
+"""Whom the dashboard lets in: this machine, or those who have shown a token, or those whom the application admits.
+
+The cookie of a session is signed with a key that is made from the token, so that any process with this token knows it,
+and nothing is remembered. Each session has a proof, which every form carries: a page of another site cannot know it.
+"""
+
+import base64
+import getpass
+import hashlib
+import hmac
+import ipaddress
+import os
+import secrets
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cache
+from urllib.parse import parse_qs
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from filao import door
+from filao.door import LOOPBACK, Guesses, cookie_of, is_of_host, is_of_other_site, safely
+from filao.printable import printable
+
+TOKEN_LEAST = 12  # characters: fewer can be guessed from a cookie that was seen
+SESSION_LASTS = 12 * 3_600  # seconds
+NAME_MAX = 64  # characters of the name that somebody gives with the token
+FORM_MAX = 2 * 1024 * 1024  # bytes: an edited body, and what stands around it
+
+SAFE = door.SAFE | {
+    "content-security-policy": (
+        "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+}
+
+OTHER_HOST = "This dashboard answers to other names of hosts: {}.\n"
+OTHER_SITE = "This dashboard does not answer to pages of other sites.\n"
+NOT_HERE = "This dashboard answers to its own machine only. Give it a token, or let the application admit people.\n"
+NOT_ADMITTED = "The application does not admit you to this dashboard.\n"
+TOO_LARGE = f"A form has at most {FORM_MAX:,} bytes.\n"
+FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+
+Admit = Callable[[Scope], str | None]
+"""Returns who it is that asks, for the log, or None for those who may not come in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Somebody who was let in."""
+
+    who: str
+    """For the log."""
+    proof: str
+    """What their forms must carry."""
+    has_session: bool
+    """They came in by a token, and can leave."""
+
+
+class Door:
+    """Lets in, or says why not; behind it, `scope["filao_visitor"]` tells who it is."""
+
+    def __init__(
+        self,
+        inner: ASGIApp,
+        enter: Callable[[Scope, bool], Response],
+        *,
+        token: str | None,
+        admit: Admit | None,
+        hosts: Collection[str] | None,
+    ) -> None:
+        self._inner = inner
+        self._enter = enter
+        """Returns the page that asks for the token; whether one was wrong."""
+        self._guesses = None if token is None else Guesses(token)
+        self._key = secrets.token_bytes(32) if token is None else hashlib.sha256(f"filao {token}".encode()).digest()
+        self._admit = admit
+        self._hosts = hosts
+        self._cookie = f"filao_{hashlib.sha256(self._key).hexdigest()[:8]}"  # ports share cookies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or let through."""
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await receive()
+                await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = Headers(scope=scope)
+        send = safely(send, SAFE)
+        answer = self._refusal(scope, headers)
+        if answer is None:
+            answer = await self._let_in(scope, receive, headers)
+        if answer is not None:
+            await answer(scope, receive, send)
+            return
+        await self._inner(scope, receive, self._keeping(scope, send))
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        if self._hosts is not None and not is_of_host(headers, self._hosts):
+            return PlainTextResponse(OTHER_HOST.format(", ".join(self._hosts)), 403)
+        if is_of_other_site(headers, is_visit=scope["method"] == "GET"):
+            return PlainTextResponse(OTHER_SITE, 403)
+        if scope["method"] not in ("GET", "HEAD", "POST"):
+            return PlainTextResponse("GET or POST.\n", 405, {"allow": "GET, HEAD, POST"})
+        return None
+
+    async def _let_in(self, scope: Scope, receive: Receive, headers: Headers) -> Response | None:
+        """Return the answer to those who do not come in; None lets them through."""
+        session = self._session(cookie_of(headers, self._cookie))
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        is_post = scope["method"] == "POST"
+        who = _named(session, _client(scope))
+        if self._admit is not None:
+            admitted = self._admit(scope)
+            if admitted is None:
+                return PlainTextResponse(NOT_ADMITTED, 403)
+            who = admitted
+        elif self._guesses is not None:
+            if path == "/enter" and is_post:
+                return await self._try(scope, receive, self._guesses)
+            if not session and not path.startswith("/static/"):
+                return self._enter(scope, False)
+        elif not _is_loopback(_client(scope)) or any(name in headers for name in FORWARDED):
+            return PlainTextResponse(NOT_HERE, 403)
+        if path == "/leave" and is_post:
+            return self._left(scope)
+        if not session and not is_post:
+            session = scope["filao_session"] = _new_session("")
+        scope["filao_visitor"] = Visitor(who, self._sign(f"proof {session}"), self._guesses is not None)
+        return None
+
+    def _keeping(self, scope: Scope, send: Send) -> Send:
+        """Return a send that has the browser keep the session that was begun, if one was."""
+        session = scope.get("filao_session")
+        return send if session is None else safely(send, {"set-cookie": self._kept(scope, session)})
+
+    async def _try(self, scope: Scope, receive: Receive, guesses: Guesses) -> Response:
+        if guesses.are_too_many():
+            return PlainTextResponse("Too many guesses at a time.\n", 429)
+        form = await read_form(receive)
+        if form is None:
+            return PlainTextResponse(TOO_LARGE, 413)
+        if not await guesses.is_right(form.get("token", "").strip()):
+            return self._enter(scope, True)
+        kept = self._kept(scope, _new_session(form.get("name", "")))
+        return RedirectResponse(f"{scope.get('root_path', '')}/", 303, {"set-cookie": kept})
+
+    def _kept(self, scope: Scope, session: str) -> str:
+        """Return the header that has a browser keep a session."""
+        response = Response()
+        response.set_cookie(
+            self._cookie,
+            f"{session}.{self._sign(session)}",
+            max_age=SESSION_LASTS,
+            path=scope.get("root_path", "") or "/",
+            httponly=True,
+            samesite="strict",
+            secure=scope.get("scheme") == "https",
+        )
+        return response.headers["set-cookie"]
+
+    def _left(self, scope: Scope) -> Response:
+        root = scope.get("root_path", "")
+        response = RedirectResponse(f"{root}/", 303)
+        response.delete_cookie(self._cookie, path=root or "/", httponly=True, samesite="strict")
+        return response
+
+    def _session(self, cookie: str) -> str:
+        """Return the session that a cookie proves; empty when it proves none, or it is over."""
+        body, _, signature = cookie.rpartition(".")
+        if not body or not hmac.compare_digest(signature.encode(), self._sign(body).encode()):
+            return ""
+        until = body.split(".")[1]
+        return body if time.time() < int(until) else ""
+
+    def _sign(self, text: str) -> str:
+        return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
+
+
+async def read_form(receive: Receive) -> dict[str, str] | None:
+    """Return the fields of a form, of which each counts once; None when it is too large."""
+    content = b""
+    while True:
+        message = await receive()
+        content += message.get("body", b"")
+        if len(content) > FORM_MAX:
+            return None
+        if message["type"] == "http.disconnect" or not message.get("more_body"):
+            break
+    try:
+        fields = parse_qs(content.decode(errors="replace"), keep_blank_values=True, max_num_fields=50)
+    except ValueError:
+        return {}
+    return {name: values[0] for name, values in fields.items()}
+
+
+def is_loopback_only(hosts: Collection[str] | None) -> bool:
+    """Return whether a dashboard answers to names of its own machine alone."""
+    return hosts is not None and set(hosts) <= set(LOOPBACK)
+
+
+def _new_session(name: str) -> str:
+    """Return what a cookie is to prove: something random, when it ends, and how somebody calls themselves."""
+    called = base64.urlsafe_b64encode(printable(name.strip())[:NAME_MAX].encode(errors="replace")).decode().rstrip("=")
+    return f"{secrets.token_urlsafe(18)}.{int(time.time()) + SESSION_LASTS}.{called}"
+
+
+def _named(session: str, client: str) -> str:
+    """Return who a session is for the log: the name that was given with the token, or the server's own user."""
+    called = session.rpartition(".")[2]
+    name = base64.urlsafe_b64decode(called + "=" * (-len(called) % 4)).decode(errors="replace")
+    return f"{name or _user()} ({client})"
+
+
+@cache
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"user {os.getuid()}"
+
+
+def _client(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

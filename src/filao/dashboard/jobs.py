@@ -1,0 +1,143 @@
+"""What operators do here: each deed is written into the log before it begins, and how far it came when it ends.
+
+A deed that takes long goes on without the page that asked for it: any page shows how far it is, after a reload too.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from filao.errors import FilaoError
+from filao.overview import Deed, Overview
+
+log: logging.Logger = logging.getLogger("filao.dashboard")
+
+RUNNING_MAX = 16  # deeds at a time
+REMEMBERED_MAX = 100  # deeds that pages can ask for; the log has all
+RECORDED_EVERY = 1.0  # seconds between two notes of how far a deed has come
+SLICE = 500  # messages of one step: a few milliseconds of the database's time
+RATE_MAX = 10_000.0  # messages per second
+TICKS = 5  # steps per second of a deed that is told its rate
+ENDS_WITHIN = 5.0  # seconds for noting down what was stopped, when the dashboard closes
+DONE, STOPPED = "done", "stopped"
+
+Step = Callable[[Sequence[str]], Awaitable[int]]
+"""Does it to messages with these ids, and returns to how many it did."""
+
+
+class TooMuchError(Exception):
+    """So many deeds are under way that no more is begun."""
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A deed, here."""
+
+    number: int
+    deed: Deed
+    done: int = 0
+    outcome: str = ""
+    """Empty while it goes on; as `Deed.outcome`."""
+    logged: int = 0
+    """Its number in the log; 0: the engine keeps none."""
+    task: "asyncio.Task[None] | None" = field(default=None, repr=False)
+
+
+class Jobs:
+    """Belongs to one event loop."""
+
+    def __init__(self, overview: Callable[[], Overview]) -> None:
+        self._overview = overview
+        self._jobs: dict[int, Job] = {}
+        self._last = int(time.time() * 1000)  # a page that was told of a job before a restart must not meet another
+
+    def of(self, number: int) -> Job | None:
+        """Return a job that is remembered."""
+        return self._jobs.get(number)
+
+    def running(self) -> list[Job]:
+        """Return the jobs that go on, and those that ended lately, the latest first."""
+        return [job for job in reversed(self._jobs.values()) if not job.outcome]
+
+    async def begin(self, deed: Deed, work: Callable[[Job], Awaitable[None]]) -> Job:
+        """Write a deed into the log and begin it; what cannot be written down is not done.
+
+        Raises `TooMuchError`, and what the log raises.
+        """
+        if len(self.running()) >= RUNNING_MAX:
+            raise TooMuchError
+        kept = self._overview().log
+        logged = 0 if kept is None else await kept.begin(deed)
+        log.info(
+            "%s: %s %s of queue %r, %d messages", deed.who, deed.what, deed.about or "all", deed.queue, deed.wanted
+        )
+        self._last += 1
+        job = self._jobs[self._last] = Job(self._last, deed, logged=logged)
+        while len(self._jobs) > REMEMBERED_MAX:
+            self._jobs.pop(next(number for number, one in self._jobs.items() if one.outcome or one is not job))
+        job.task = asyncio.create_task(self._run(job, work))
+        return job
+
+    def stop(self, number: int) -> None:
+        """End a job; what it has done stays done."""
+        job = self._jobs.get(number)
+        if job is not None and job.task is not None:
+            job.task.cancel()
+
+    async def close(self) -> None:
+        """End all."""
+        tasks = [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=ENDS_WITHIN)
+
+    async def _run(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
+        recording = asyncio.create_task(self._record(job))
+        outcome = STOPPED
+        try:
+            await work(job)
+            outcome = DONE
+        except FilaoError as error:
+            outcome = str(error)
+        except asyncio.CancelledError:
+            pass  # what stopped it is told by its outcome
+        except Exception as error:
+            log.exception("%s of queue %r failed", job.deed.what, job.deed.queue)
+            outcome = type(error).__name__
+        finally:
+            recording.cancel()
+            await self._end(job, outcome)
+
+    async def _end(self, job: Job, outcome: str) -> None:
+        log.info("%s of queue %r: %s, %d messages", job.deed.what, job.deed.queue, outcome, job.done)
+        try:
+            if (kept := self._overview().log) is not None:
+                await kept.record(job.logged, job.done, outcome)
+        except FilaoError as error:
+            log.warning("the log could not be told how %s of queue %r ended: %s", job.deed.what, job.deed.queue, error)
+        finally:
+            job.outcome = outcome
+
+    async def _record(self, job: Job) -> None:
+        """Note how far a job is, every now and then."""
+        noted = 0
+        while (kept := self._overview().log) is not None:
+            await asyncio.sleep(RECORDED_EVERY)
+            if job.done != noted:
+                with suppress(FilaoError):
+                    await kept.record(job.logged, job.done)
+                noted = job.done
+
+
+async def in_slices(job: Job, ids: Sequence[str], step: Step, rate: float | None) -> None:
+    """Do something to messages, slice by slice; at most `rate` of them a second."""
+    size = SLICE if rate is None else max(1, min(SLICE, round(rate / TICKS)))
+    began = time.monotonic()
+    for first in range(0, len(ids), size):
+        job.done += await step(ids[first : first + size])
+        if rate is not None:
+            await asyncio.sleep(max(0.0, began + (first + size) / rate - time.monotonic()))

@@ -1,0 +1,323 @@
+"""Answers: pages, their live parts as they change, files, and what forms ask for.
+
+Every page is whole without the browser running anything; its live part is also to be had alone, once or as a stream of
+events, and is drawn once for all who look at the same.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from typing import Any
+from urllib.parse import urlencode
+
+import jinja2
+from markupsafe import Markup
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Scope
+
+from filao.dashboard import charts, shown
+from filao.dashboard.acts import Act, Doing, rate_of, unpacked, wanted
+from filao.dashboard.door import Visitor, read_form
+from filao.dashboard.jobs import Jobs, TooMuchError
+from filao.dashboard.texts import texts
+from filao.dashboard.views import Asked, NoMessageError, Views, oldest_age, whole
+from filao.dashboard.watch import Course, Look, Watch
+from filao.engine import State
+from filao.errors import ConfigurationError, FilaoError, QueueNotFound
+from filao.languages import LANGUAGES, Language, fill
+from filao.languages import wanted as wanted_language
+from filao.overview import Deed
+
+LIVE_FOR = 30.0  # seconds of one stream of events: a server that stops need not wait longer; the browser asks again
+STREAMS_MAX = 200  # at a time; more are told to come again
+DRAWN_MAX = 64  # live parts that are kept until the next look
+READ_WITHIN = 5.0  # seconds for what one page asks the store for
+ACT_WITHIN = 2.0  # seconds that an answer waits for a deed to end
+KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+NAVIGATION = ("queues", "dead", "processes", "log")
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A page that is to be drawn."""
+
+    page: str
+    values: dict[str, Any]
+    status: int = 200
+
+
+class Pages:
+    """One dashboard; it belongs to the event loop that first asks it."""
+
+    def __init__(self, watch: Watch, views: Views, jobs: Jobs, doing: Doing, *, allow_actions: bool) -> None:
+        self._watch, self._views, self._jobs, self._doing = watch, views, jobs, doing
+        self._allow_actions = allow_actions
+        self._files = {
+            file.name: file.read_bytes() for file in (files("filao.dashboard") / "static").iterdir() if file.is_file()
+        }
+        self._templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("filao.dashboard"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        self._drawn: dict[tuple[str, str], tuple[int, asyncio.Task[str]]] = {}
+        self._streams = 0
+        self._view: dict[str, Callable[[Asked], Awaitable[dict[str, Any]]]] = {
+            "queues": views.queues,
+            "queue": views.queue,
+            "message": views.message,
+            "processes": views.processes,
+            "dead": views.dead,
+            "log": views.log,
+        }
+
+    def application(self) -> Starlette:
+        """Return what answers."""
+        return Starlette(
+            routes=[
+                Route("/", self._arrive),
+                Route("/static/{name}", self._file),
+                Route("/{language}/act", self._act, methods=["POST"]),
+                Route("/{language}/{page}", self._page),
+                Route("/{language}/", self._arrive),
+            ]
+        )
+
+    def enter(self, scope: Scope, is_wrong: bool) -> Response:  # noqa: FBT001  # the door's callback
+        """Return the page that asks for the token."""
+        request = Request(scope)
+        language = self._language(request)
+        return self._drawn_whole(request, language, Look(), Told("enter", {"is_wrong": is_wrong}, 401))
+
+    # --- pages -------------------------------------------------------------------------------------------------------
+
+    async def _arrive(self, request: Request) -> Response:
+        language = wanted_language(request.headers.get("accept-language", ""))
+        return RedirectResponse(f"{request.scope.get('root_path', '')}/{language}/queues", 303)
+
+    async def _file(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        kind = next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
+        if kind is None or name not in self._files:
+            return PlainTextResponse("There is no such file.\n", 404)
+        return Response(self._files[name], headers={"content-type": kind})
+
+    async def _page(self, request: Request) -> Response:
+        page, language = request.path_params["page"], request.path_params["language"]
+        if page not in self._view or language not in LANGUAGES:
+            look = await self._watch.latest()
+            return self._drawn_whole(request, self._language(request), look, Told("trouble", {"what": "no_page"}, 404))
+        live = request.query_params.get("live")
+        if live == "stream":
+            return self._stream(request, language, page)
+        look = await self._watch.latest()
+        if live is not None:
+            return HTMLResponse(await self._live(request, language, page, look))
+        return self._drawn_whole(request, language, look, await self._told(request, page, look))
+
+    async def _told(self, request: Request, page: str, look: Look) -> Told:
+        """Return what a page tells, or why it cannot."""
+        try:
+            async with asyncio.timeout(READ_WITHIN):
+                return Told(page, await self._view[page](Asked(look, request.query_params)))
+        except (QueueNotFound, NoMessageError) as error:
+            return Told("trouble", {"what": "not_there", "why": str(error)}, 404)
+        except ConfigurationError as error:  # the message that a list was to go on behind has gone
+            return Told("trouble", {"what": "gone", "why": str(error)}, 410)
+        except TimeoutError:
+            return Told("trouble", {"what": "slow", "seconds": READ_WITHIN}, 503)
+        except FilaoError as error:
+            return Told("trouble", {"what": "away", "why": str(error)}, 503)
+
+    def _language(self, request: Request) -> Language:
+        found = request.path_params.get("language") if "path_params" in request.scope else None
+        return found if found in LANGUAGES else wanted_language(request.headers.get("accept-language", ""))
+
+    # --- what lives --------------------------------------------------------------------------------------------------
+
+    def _stream(self, request: Request, language: Language, page: str) -> Response:
+        if self._streams >= STREAMS_MAX:
+            return PlainTextResponse("Too many pages are open.\n", 503, {"retry-after": "10"})
+        events = self._events(request, language, page)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+    async def _events(self, request: Request, language: Language, page: str) -> AsyncGenerator[str]:
+        """Yield the live part of a page whenever it has changed."""
+        self._streams += 1
+        try:
+            until, drawn = time.monotonic() + LIVE_FOR, ""
+            look = await self._watch.latest()
+            yield "retry: 1000\n\n"
+            while (left := until - time.monotonic()) > 0:
+                now = await self._live(request, language, page, look)
+                if now != drawn:
+                    yield "".join(f"data: {line}\n" for line in now.split("\n")) + "\n"
+                drawn = now
+                look = await self._watch.after(look.number, left)
+        finally:
+            self._streams -= 1
+
+    async def _live(self, request: Request, language: Language, page: str, look: Look) -> str:
+        """Return the live part of a page; those who look at the same share one drawing."""
+        key = (
+            request.url.path,
+            urlencode([(name, value) for name, value in request.query_params.items() if name != "live"]),
+        )
+        number, drawing = self._drawn.get(key, (-1, None))
+        if drawing is None or number != look.number:
+            while len(self._drawn) >= DRAWN_MAX:
+                del self._drawn[next(iter(self._drawn))]
+            drawing = asyncio.create_task(self._draw(request, language, page, look))
+            self._drawn[key] = (look.number, drawing)
+        return await asyncio.shield(drawing)
+
+    async def _draw(self, request: Request, language: Language, page: str, look: Look) -> str:
+        told = await self._told(request, page, look)
+        name = "live/trouble.html" if told.page == "trouble" else f"live/{page}.html"
+        return self._render(name, request, language, look, told)
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def _drawn_whole(self, request: Request, language: Language, look: Look, told: Told) -> Response:
+        return HTMLResponse(self._render(f"{told.page}.html", request, language, look, told), told.status)
+
+    def _render(self, template: str, request: Request, language: Language, look: Look, told: Told) -> str:
+        root = f"{request.scope.get('root_path', '')}"
+        visitor: Visitor | None = request.scope.get("filao_visitor")
+        told_texts = texts(language)
+
+        def t(key: str, **values: object) -> str:
+            return fill(language, told_texts[key], values)
+
+        def href(page: str, **query: object) -> str:
+            given = {name: value for name, value in query.items() if value not in (None, "")}
+            return f"{root}/{language}/{page}" + (f"?{urlencode(given)}" if given else "")
+
+        other: Language = "fr" if language == "en" else "en"
+        asked = [(name, value) for name, value in request.query_params.items() if name != "live"]
+        live = urlencode([*asked, ("live", "stream")])
+        path = request.scope["path"].removeprefix(root).lstrip("/").partition("/")[2] or "queues"
+        return self._templates.get_template(template).render(
+            **{"why": "", "what": "", "seconds": 0, **told.values},
+            t=t,
+            has_text=told_texts.__contains__,
+            href=href,
+            n=partial(shown.number, language),
+            age=partial(shown.age, language),
+            ago=partial(shown.since, language),
+            at=shown.instant,
+            text=shown.lines,
+            oldest_age=oldest_age,
+            course_of=self._course,
+            spark=partial(self._spark, t),
+            chart=partial(self._chart, t, partial(shown.number, language)),
+            pack=_packed,
+            page=told.page,
+            navigation=NAVIGATION,
+            root=root,
+            language=language,
+            other=f"{root}/{other}/{path}" + (f"?{urlencode(asked)}" if asked else ""),
+            live=f"?{live}",
+            look=look,
+            visitor=visitor,
+            may_act=self._allow_actions,
+            states=tuple(State),
+            jobs=self._shown_jobs(request),
+        )
+
+    def _shown_jobs(self, request: Request) -> list[Any]:
+        """Return the deeds that go on, and the one that this page was told of."""
+        asked_for = self._jobs.of(whole(request.query_params.get("job", "")))
+        running = self._jobs.running()
+        return running if asked_for is None or asked_for in running else [asked_for, *running]
+
+    def _course(self, name: str) -> Course:
+        return self._watch.courses.get(name, Course())
+
+    def _spark(self, t: Callable[..., str], name: str) -> Markup:
+        return charts.sparkline(self._course(name).depth, t("spark_says"))
+
+    def _chart(self, t: Callable[..., str], n: Callable[[float], str], name: str, what: str) -> Markup:
+        course = self._course(name)
+        if what == "depth":
+            return charts.chart([("depth", course.depth)], t("depth_says"), n(max(course.depth, default=0.0)))
+        highest = max(*course.rate_in, *course.rate_out, 0.0, 0.0)
+        lines = [("in", course.rate_in), ("out", course.rate_out)]
+        return charts.chart(lines, t("rates_say"), f"{n(highest)}/s")
+
+    # --- what forms ask for ------------------------------------------------------------------------------------------
+
+    async def _act(self, request: Request) -> Response:
+        """Ask for a confirmation, or do what was confirmed."""
+        language = self._language(request)
+        look = await self._watch.latest()
+        draw = partial(self._drawn_whole, request, language, look)
+        visitor: Visitor = request.scope["filao_visitor"]
+        form = await read_form(request.receive)
+        if form is None:
+            return draw(Told("trouble", {"what": "form_too_large"}, 413))
+        if not _is_same(form.get("proof", ""), visitor.proof):
+            return draw(Told("trouble", {"what": "forged"}, 403))
+        if not self._allow_actions:
+            return draw(Told("trouble", {"what": "read_only"}, 403))
+        if stopped := whole(form.get("stop", "")):
+            self._jobs.stop(stopped)
+            return RedirectResponse(f"{request.scope.get('root_path', '')}/{language}/dead?job={stopped}", 303)
+        act = unpacked(form.get("do", ""))
+        if act is None:
+            return draw(Told("trouble", {"what": "no_act"}, 400))
+        how_many = self._wanted(act, look)
+        values = {
+            "act": act,
+            "how_many": how_many,
+            "wrong": "",
+            "body": form.get("body", ""),
+            "rate": form.get("rate", ""),
+        }
+        if form.get("confirmed") != "yes":
+            return draw(Told("confirm", values))
+        try:
+            deed = self._doing.deed(act, visitor.who, how_many)
+            return await self._done(request, language, act, form, deed)
+        except TooMuchError:
+            return draw(Told("trouble", {"what": "too_much"}, 429))
+        except FilaoError as error:
+            return draw(Told("confirm", values | {"wrong": str(error)}, 400))
+
+    async def _done(self, request: Request, language: Language, act: Act, form: dict[str, str], deed: Deed) -> Response:
+        """Begin it, wait a moment for it, and lead to a page that shows how far it is."""
+        if act.what == "purge" and form.get("name", "").strip() != act.queue:
+            raise ConfigurationError(texts(language)["purge_name_wrong"])
+        rate = rate_of(form.get("rate", "")) if act.what in ("redrive", "discard") else None
+        body = form.get("body", "")
+        if act.what == "edit":
+            self._doing.checked(act.queue, body)  # before it is written into the log
+        job = await self._jobs.begin(deed, partial(self._doing.do, act, body, rate))
+        if job.task is not None:
+            await asyncio.wait([job.task], timeout=ACT_WITHIN)
+        await self._watch.anew()
+        page = "dead" if act.what in ("redrive", "discard", "edit") else "queue"
+        query = urlencode({"job": job.number} if page == "dead" else {"name": act.queue, "job": job.number})
+        return RedirectResponse(f"{request.scope.get('root_path', '')}/{language}/{page}?{query}", 303)
+
+    def _wanted(self, act: Act, look: Look) -> int:
+        kind = self._views.triage.count(act.queue, act.reason or "", act.error or "")
+        return wanted(act, look.queues.get(act.queue), kind)
+
+
+def _packed(what: str, queue: str, **about: str) -> str:
+    return Act(what, queue, **about).packed()
+
+
+def _is_same(given: str, proof: str) -> bool:
+    return hmac.compare_digest(given.encode(errors="replace"), proof.encode())

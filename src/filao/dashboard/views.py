@@ -1,0 +1,291 @@
+"""What each page tells, read from the last look and, for one queue or one message, from the store.
+
+A view returns what its template shows; nothing here knows how it is drawn. What a list shows is bounded.
+"""
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from filao.broker import Broker
+from filao.dashboard.shown import NOTHING, body_of, json_text
+from filao.dashboard.triage import Triage
+from filao.dashboard.watch import Look
+from filao.engine import REPORT_STALE, QueueStats, Receiver, State, StoredMessage
+from filao.errors import ConfigurationError, QueueNotFound
+from filao.overview import GLANCE_MAX, Glimpse, Overview
+from filao.queue import Queue, not_found
+
+QUEUES_SHOWN = 100  # queues of one page
+MESSAGES_SHOWN = 50  # messages of one page
+GROUPS_SHOWN = 50
+KINDS_SHOWN = 200  # kinds of dead letters of one page
+HELD_SHOWN = 100  # leases of one queue on the page of the processes ...
+HELD_QUEUES = 20  # ... of so many queues
+DEEDS_SHOWN = 100  # entries of one page of the log
+KINDS_WITHIN = 1.5  # seconds that a page waits for dead letters to be told apart
+SORTS = ("age", "ready", "dead", "name")
+
+Redact = Callable[[StoredMessage], StoredMessage]
+"""Returns a message as it may be shown; `msgspec.structs.replace(message, body=…)` makes one."""
+Told = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a page was asked for."""
+
+    look: Look
+    query: Mapping[str, str]
+
+
+class Views:
+    """The pages of one dashboard, by name."""
+
+    def __init__(self, broker: Broker, overview: Callable[[], Overview], redact: Redact | None) -> None:
+        self._broker = broker
+        self._overview = overview
+        self._redact = redact
+        self.triage = Triage(overview)
+
+    # --- queues ------------------------------------------------------------------------------------------------------
+
+    async def queues(self, asked: Asked) -> Told:
+        """Tell of the queues, by oldest age."""
+        sort = asked.query.get("sort", "age")
+        sort = sort if sort in SORTS else "age"
+        words = asked.query.get("q", "").strip().lower()
+        fitting = [one for one in asked.look.queues.values() if words in one.name.lower()]
+        first = whole(asked.query.get("from", ""))
+        most = heapq.nsmallest(first + QUEUES_SHOWN, fitting, key=_rank(sort))
+        shown = most[first:]
+        total = {state: sum(getattr(one, state) for one in fitting) for state in State}
+        return {
+            "queues": shown,
+            "sort": sort,
+            "q": asked.query.get("q", "").strip(),
+            "count": len(fitting),
+            "total": total,
+            "first": first,
+            "next": first + QUEUES_SHOWN if first + QUEUES_SHOWN < len(fitting) else None,
+            "previous": max(0, first - QUEUES_SHOWN) if first else None,
+        }
+
+    async def queue(self, asked: Asked) -> Told:
+        """Tell of one queue: counters, rules, groups that wait, and messages of one state."""
+        queue = stats_of(asked)
+        name, overview = queue.name, self._overview()
+        state = asked.query.get("state", "")
+        if state not in overview.sees:
+            state = next((one for one in overview.sees if getattr(queue, one)), overview.sees[0])
+        groups = await overview.held_groups(name) if queue.blocked else []
+        told: Told = {
+            "queue": queue,
+            "groups": groups[:GROUPS_SHOWN],
+            "groups_hidden": max(0, len(groups) - GROUPS_SHOWN),
+            "sees": overview.sees,
+            "state": State(state),
+        }
+        if "live" in asked.query:
+            return told
+        rules = {one.name: one for one in await self._broker.queues()}.get(name)
+        told["rules"] = () if rules is None else _rules(rules)
+        return told | await self._listed(asked, name, State(state))
+
+    async def _listed(self, asked: Asked, name: str, state: State) -> Told:
+        """Tell a page of messages of one state, from the one behind `after`: those that fit among the next thousand."""
+        group, header = asked.query.get("group", "") or None, asked.query.get("header", "").strip()
+        older = _seconds(asked.query.get("older", ""))
+        is_filtered = bool(header) or older is not None
+        limit = GLANCE_MAX if is_filtered else MESSAGES_SHOWN + 1
+        after = asked.query.get("after") or None
+        found = await self._overview().glance(name, state, limit=limit, after=after, group=group)
+        fitting = [one for one in found if _fits(one, header, older)]
+        shown = fitting[:MESSAGES_SHOWN]
+        last = shown if len(fitting) > MESSAGES_SHOWN else found if len(found) == limit else []
+        return {
+            "messages": shown,
+            "looked_at": len(found) if is_filtered else None,
+            "next": last[-1].id if last else None,
+            "after": after,
+            "group": group or "",
+            "header": header,
+            "older": asked.query.get("older", "").strip(),
+            "is_redacted": self._redact is not None,
+        }
+
+    # --- one message -------------------------------------------------------------------------------------------------
+
+    async def message(self, asked: Asked) -> Told:
+        """Tell all of one message."""
+        name, message_id = asked.query.get("queue", ""), asked.query.get("id", "")
+        found = await self._overview().find(name, message_id)
+        if found is None:
+            raise NoMessageError(name, message_id)
+        told = {"message": found, "trouble_of_redaction": "", "body": None, "editable": ""}
+        try:
+            found = found if self._redact is None else self._redact(found)
+            body = body_of(found.body, whole="whole" in asked.query)
+        except Exception as error:  # a function of the user's: what it could not hide is not shown
+            blank = msgspec.structs.replace(found, body=None, headers={}, history=())
+            return told | {"message": blank, "trouble_of_redaction": type(error).__name__}
+        is_editable = found.state is State.DEAD and self._redact is None and not isinstance(found.body, bytes)
+        editable = json_text(found.body) if is_editable else ""
+        return told | {"message": found, "body": body, "editable": editable, "timeline": _timeline(found)}
+
+    # --- processes ---------------------------------------------------------------------------------------------------
+
+    async def processes(self, asked: Asked) -> Told:
+        """Tell who receives, and what each holds."""
+        processes: dict[str, Process] = {}
+        for queue in asked.look.queues.values():
+            for one in queue.receivers:
+                processes.setdefault(one.name, Process(one, {}, [])).held[queue.name] = one.held
+        overview = self._overview()
+        if State.LEASED in overview.sees:
+            held = [queue for queue in asked.look.queues.values() if queue.leased]
+            for queue in sorted(held, key=lambda one: -one.leased)[:HELD_QUEUES]:
+                for message in await overview.glance(queue.name, State.LEASED, limit=HELD_SHOWN):
+                    if message.consumer in processes:
+                        processes[message.consumer].leases.append((queue.name, message))
+        ranked = sorted(processes.values(), key=lambda one: (not one.is_stale, one.receiver.name))
+        return {"processes": ranked, "now": datetime.now(UTC), "held_shown": HELD_SHOWN}
+
+    # --- dead letters ------------------------------------------------------------------------------------------------
+
+    async def dead(self, asked: Asked) -> Told:
+        """Tell the dead letters by kind."""
+        only = asked.query.get("queue", "")
+        queues = {name: one for name, one in asked.look.queues.items() if not only or name == only}
+        told, is_latest = await self.triage.kinds(queues, 0.0 if "live" in asked.query else KINDS_WITHIN)
+        kinds = [kind for one in told for kind in one.kinds]
+        cut = [one for one in told if one.kinds and one.counted[0] > one.looked_at]
+        return {
+            "kinds": kinds[:KINDS_SHOWN],
+            "kinds_hidden": max(0, len(kinds) - KINDS_SHOWN),
+            "is_latest": is_latest,
+            "cut": [(one.kinds[0].queue, one.looked_at, one.counted[0]) for one in cut],
+            "total": sum(one.dead for one in queues.values()),
+            "only": only,
+        }
+
+    # --- the log -----------------------------------------------------------------------------------------------------
+
+    async def log(self, asked: Asked) -> Told:
+        """Tell who did what."""
+        kept = self._overview().log
+        if kept is None:
+            return {"deeds": [], "keeps_log": False, "next": None}
+        before = whole(asked.query.get("before", "")) or None
+        deeds = await kept.deeds(DEEDS_SHOWN + 1, before)
+        more = len(deeds) > DEEDS_SHOWN
+        return {
+            "deeds": deeds[:DEEDS_SHOWN],
+            "keeps_log": True,
+            "next": deeds[DEEDS_SHOWN - 1].number if more else None,
+        }
+
+
+class NoMessageError(ConfigurationError):
+    """A queue has no message of this id, or none any more."""
+
+    def __init__(self, queue: str, message_id: str) -> None:
+        super().__init__(f"queue {queue!r} has no message {message_id[:300]!r}; it may be done and gone by now.")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that receives, from whatever queues."""
+
+    receiver: Receiver
+    held: dict[str, int]
+    """How many messages of each queue it holds."""
+    leases: list[tuple[str, Glimpse]]
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its worker has not said for too long how it is."""
+        return (self.receiver.reported_ago or 0.0) > REPORT_STALE
+
+
+def stats_of(asked: Asked, field: str = "name") -> QueueStats:
+    """Return the queue that a page is about. Raises `QueueNotFound`, which names those that look like it."""
+    name = asked.query.get(field, "")
+    found = asked.look.queues.get(name)
+    if found is None:
+        raise (
+            QueueNotFound(str(not_found(name[:200], asked.look.queues)))
+            if asked.look.queues
+            else QueueNotFound(f"queue {name[:200]!r} is not known here, or not yet: no queue has been seen.")
+        )
+    return found
+
+
+def oldest_age(queue: QueueStats) -> float | None:
+    """Return the seconds since the oldest message that nobody works on could have been worked on."""
+    ages = [age for age in (queue.oldest_ready_age, queue.oldest_delayed_age, queue.oldest_blocked_age) if age]
+    return max(ages, default=None)
+
+
+def whole(text: str) -> int:
+    """Return a whole number from a URL; 0 for what is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else 0
+
+
+def _rank(sort: str) -> Callable[[QueueStats], tuple[float, str]]:
+    def rank(one: QueueStats) -> tuple[float, str]:
+        if sort == "name":
+            return 0.0, one.name
+        figure = oldest_age(one) or 0.0 if sort == "age" else float(getattr(one, sort))
+        return -figure, one.name
+
+    return rank
+
+
+def _rules(queue: Queue[Any]) -> Sequence[tuple[str, object]]:
+    backoff = queue.backoff
+    return [
+        ("lease", f"{queue.lease:g} s"),
+        ("max_attempts", queue.max_attempts),
+        ("backoff", f"{backoff.first:g} s \N{MULTIPLICATION SIGN} {backoff.factor:g}ⁿ ≤ {backoff.ceiling:g} s"),
+        ("ttl", NOTHING if queue.ttl is None else f"{queue.ttl:g} s"),
+        ("on_expiry", queue.on_expiry),
+        ("dedup_window", f"{queue.dedup_window:g} s"),
+        ("max_length", NOTHING if queue.max_length is None else f"{queue.max_length:,}"),
+        ("overflow", queue.overflow),
+        ("group_failure", queue.group_failure),
+        ("group_dead", queue.group_dead),
+        ("body_max", f"{queue.body_max:,}"),
+    ]
+
+
+def _fits(message: Glimpse, header: str, older: float | None) -> bool:
+    if older is not None and (datetime.now(UTC) - message.sent_at).total_seconds() < older:
+        return False
+    if not header:
+        return True
+    name, equals, value = header.partition("=")
+    found = message.headers.get(name.strip())
+    return found is not None and (not equals or value.strip() in found)
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        return max(0.0, float(text.replace(",", "."))) if text.strip() else None
+    except ValueError:
+        return None
+
+
+def _timeline(message: StoredMessage) -> list[tuple[datetime, str, str]]:
+    """Return when what happened, with a detail."""
+    happened = [(message.sent_at, "sent", "")]
+    happened += [(one.at, one.outcome, f"{one.attempt} · {one.consumer}".strip(" ·")) for one in message.history]
+    if message.state is not State.READY or message.at != message.sent_at:
+        happened.append((message.at, f"at_{message.state}", message.consumer or message.reason or ""))
+    if message.expires_at is not None:
+        happened.append((message.expires_at, "expires", ""))
+    return sorted(happened, key=lambda one: one[0])

@@ -1,0 +1,163 @@
+"""Looks at the store again and again, once for all pages that are open, and remembers the last minutes.
+
+Pages show the last look, so they are up while the store is slow or away, and say since when. A look takes its share of
+the time, at most: where there are so many queues that it takes long, there are fewer of them.
+"""
+
+import asyncio
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from filao.broker import Broker
+from filao.engine import QueueStats
+from filao.errors import FilaoError
+from filao.guarded import for_ever
+
+LOOKS_EVERY = 2.0  # seconds between two looks, while a page is open
+QUIET_AFTER = 60.0  # seconds after which a dashboard that nobody asks looks ...
+QUIET_EVERY = 30.0  # ... only so often, so that a page that is opened has a past to show
+SHARE = 50  # a look is followed by so many times its own time without one: 2 % of a core, however many queues there are
+ANSWERS_WITHIN = 10.0  # seconds for one look; then the store counts as away
+FIRST_WITHIN = 1.5  # seconds that a page waits for a look that is under way
+POINTS_MAX = 90  # looks that are remembered of each queue: three minutes
+
+
+@dataclass(slots=True)
+class Course:
+    """How a queue did, look by look; the last value is the last look's."""
+
+    depth: "array[float]" = field(default_factory=lambda: array("f"))
+    """Messages that wait: ready, delayed and blocked."""
+    rate_in: "array[float]" = field(default_factory=lambda: array("f"))
+    """Sent per second."""
+    rate_out: "array[float]" = field(default_factory=lambda: array("f"))
+    """Acknowledged per second."""
+
+    def add(self, *values: float) -> None:
+        """Remember a look."""
+        for points, value in zip((self.depth, self.rate_in, self.rate_out), values, strict=True):
+            points.append(value)
+            if len(points) > POINTS_MAX:
+                del points[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen last."""
+
+    number: int = 0
+    queues: Mapping[str, QueueStats] = field(default_factory=dict[str, QueueStats])
+    seen_at: datetime | None = None
+    """When the store answered; None: it never did."""
+    trouble: str = ""
+    """Why it did not answer since."""
+    began: float = 0.0
+    """When this look began, on the loop's clock."""
+
+
+class Watch:
+    """Belongs to the event loop that first asked it."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.courses: dict[str, Course] = {}
+        self._look = Look()
+        self._took = 0.0
+        self._looked_at = 0.0
+        self._asked_at = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+        self._came: asyncio.Future[None] | None = None
+
+    async def latest(self) -> Look:
+        """Return what was seen last, after a look that is due; begin to look, if nobody does."""
+        self._ask()
+        if time.monotonic() - self._looked_at > self._pause(LOOKS_EVERY) + LOOKS_EVERY:
+            self._hurry.set()
+            await self.after(self._look.number, FIRST_WITHIN)
+        return self._look
+
+    async def after(self, number: int, within: float) -> Look:
+        """Return the first look behind one, or the last when there is none after so many seconds."""
+        self._ask()
+        until = time.monotonic() + within
+        while self._look.number <= number and (left := until - time.monotonic()) > 0:
+            if self._came is None:
+                self._came = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._came], timeout=left)
+        return self._look
+
+    async def anew(self) -> Look:
+        """Look now, because something was done, and return what is seen, as soon as it is."""
+        now = time.monotonic()
+        until = now + FIRST_WITHIN
+        while self._look.began < now and (left := until - time.monotonic()) > 0:
+            self._hurry.set()
+            await self.after(self._look.number, left)
+        return self._look
+
+    async def close(self) -> None:
+        """Look no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def _ask(self) -> None:
+        self._asked_at = time.monotonic()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(for_ever("the dashboard's watch", self._once))
+
+    def _pause(self, every: float) -> float:
+        return max(every, SHARE * self._took)
+
+    async def _once(self) -> None:
+        """Look, tell those who wait for it, and rest."""
+        self._hurry.clear()
+        self._looked_at = began = time.monotonic()
+        seen, trouble = await self._read()
+        self._took = time.monotonic() - began
+        number = self._look.number + 1
+        if trouble:
+            self._look = Look(number, self._look.queues, self._look.seen_at, trouble, began)
+        else:
+            queues = {one.name: one for one in seen}
+            self._remember(queues, began)
+            self._look = Look(number, queues, datetime.now(UTC), began=began)
+        if self._came is not None:
+            self._came.set_result(None)
+            self._came = None
+        is_quiet = time.monotonic() - self._asked_at > QUIET_AFTER
+        if trouble:
+            self._took = 0.0  # it was spent in waiting
+        with_rest = self._pause(QUIET_EVERY if is_quiet else LOOKS_EVERY)
+        waiting = asyncio.create_task(self._hurry.wait())
+        try:
+            await asyncio.wait([waiting], timeout=with_rest)
+        finally:
+            waiting.cancel()
+
+    async def _read(self) -> tuple[Sequence[QueueStats], str]:
+        try:
+            async with asyncio.timeout(ANSWERS_WITHIN):
+                await self.broker.open()
+                return await self.broker.stats(), ""
+        except TimeoutError:
+            return (), f"the store has not answered for {ANSWERS_WITHIN:g} s"
+        except FilaoError as error:
+            return (), str(error)
+
+    def _remember(self, queues: Mapping[str, QueueStats], now: float) -> None:
+        before, past = self._look.queues, max(now - self._remembered_at, 0.001)
+        self._remembered_at = now
+        for name, one in queues.items():
+            was = before.get(name, one)
+            waiting = one.ready + one.delayed + one.blocked
+            course = self.courses.setdefault(name, Course())
+            course.add(waiting, max(0.0, (one.sent - was.sent) / past), max(0.0, (one.acked - was.acked) / past))
+        for name in self.courses.keys() - queues.keys():
+            del self.courses[name]
+
+    _remembered_at = 0.0

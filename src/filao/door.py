@@ -1,0 +1,93 @@
+"""Whom the pages of this package answer: what the sandbox's door and the dashboard's have in common.
+
+Requests whose `Host` or `Origin` is another site's, or that a browser says another site has caused, are refused, so
+that no page of the web can reach a server of ours through its visitor's browser; and no page of another site can frame
+one. A token is compared in constant time, and guesses wait for each other.
+"""
+
+import asyncio
+import hmac
+from collections.abc import Collection, Mapping
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import Message, Send
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+GUESS_COSTS = 0.5  # seconds that a wrong token costs; guesses wait for each other
+GUESSES_MAX = 16  # that may wait at a time
+
+SAFE = {
+    "x-frame-options": "DENY",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+"""What no answer goes without; each door adds its `content-security-policy`."""
+
+
+def is_of_host(headers: Headers, hosts: Collection[str]) -> bool:
+    """Return whether a request was sent to one of these names, whatever the port."""
+    try:
+        return (urlsplit(f"//{headers.get('host', '')}").hostname or "") in hosts
+    except ValueError:
+        return False
+
+
+def is_of_other_site(headers: Headers, *, is_visit: bool) -> bool:
+    """Return whether a page of another site caused a request; a link there may lead to a page: that `is_visit`."""
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        return True
+    is_visit = is_visit and headers.get("sec-fetch-mode", "navigate") == "navigate"
+    return headers.get("sec-fetch-site", "none") in ("cross-site", "same-site") and not is_visit
+
+
+def cookie_of(headers: Headers, name: str) -> str:
+    """Return what a cookie holds; empty when there is none, or none that can be read."""
+    try:
+        cookies = SimpleCookie(headers.get("cookie", ""))
+    except CookieError:
+        return ""
+    return cookies[name].value if name in cookies else ""
+
+
+def safely(send: Send, safe: Mapping[str, str]) -> Send:
+    """Return a send that adds the headers that no answer goes without."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in safe.items():
+                headers[name] = value
+        await send(message)
+
+    return sending
+
+
+class Guesses:
+    """Compares tokens, one after the other; a wrong one lets the next wait."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+        self._guessing = asyncio.Lock()
+        self._waiting = 0
+
+    def are_too_many(self) -> bool:
+        """Return whether no more may wait."""
+        return self._waiting >= GUESSES_MAX
+
+    async def is_right(self, given: str) -> bool:
+        """Return whether it is the token, in a time that does not tell how much of it is right."""
+        self._waiting += 1
+        try:
+            async with self._guessing:
+                if hmac.compare_digest(given.encode(errors="replace"), self._token):
+                    return True
+                await asyncio.sleep(GUESS_COSTS)
+                return False
+        finally:
+            self._waiting -= 1

@@ -1,0 +1,73 @@
+"""The languages of our pages: which one a browser asks for, and how a text is filled and typeset in each.
+
+Texts stand in `.toml` files, one for each language, with the same keys.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+Language = Literal["en", "fr"]
+LANGUAGES: tuple[Language, ...] = ("en", "fr")
+
+NO_BREAK, NARROW = "\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}"
+PLACE = re.compile(r"{([\w-]+)(?:\|([^|}]*)\|([^}]*))?}")
+
+
+def wanted(accepted: str) -> Language:
+    """Return the language that a browser asks for by its `Accept-Language`: the first of ours, or English."""
+    for part in accepted.split(","):
+        asked = part.split(";")[0].strip().lower().partition("-")[0]
+        for language in LANGUAGES:
+            if asked == language:
+                return language
+    return "en"
+
+
+def fill(language: Language, text: str, values: Mapping[str, object]) -> str:
+    """Fill a text: `{n}` is a value, written as the language does; `{n|one|many}` a word that agrees with it."""
+
+    def filled(found: re.Match[str]) -> str:
+        name, one, many = found.groups()
+        value = values.get(name, "…")
+        if one is not None:
+            return one if _is_one(language, value) else many
+        shown = str(value)
+        is_number = re.fullmatch(r"-?\d+\.\d+", shown) is not None
+        return shown.replace(".", ",") if is_number and language == "fr" else shown
+
+    return PLACE.sub(filled, text)
+
+
+def _is_one(language: Language, value: object) -> bool:
+    if not isinstance(value, int | float):
+        return False
+    return abs(value) < 2 if language == "fr" else value == 1
+
+
+def read_texts(path: Path, language: Language) -> dict[str, Any]:
+    """Return what stands in a file of texts, typeset."""
+    found = tomllib.loads(path.read_text(encoding="utf-8"))
+    return _typeset(found) if language == "fr" else found
+
+
+def _typeset(value: Any) -> Any:
+    """Give French its apostrophes, and the spaces at which no line may end; what stands between backticks is code."""
+    match value:
+        case dict():
+            return {key: _typeset(inner) for key, inner in cast("dict[str, Any]", value).items()}
+        case list():
+            return [_typeset(inner) for inner in list[Any](value)]  # pyright: ignore[reportUnknownArgumentType]  # TOML
+        case _:
+            parts = str(value).split("`")
+            return "`".join(part if place % 2 else french(part) for place, part in enumerate(parts))
+
+
+def french(text: str) -> str:
+    """Return a French text with typographic apostrophes and no-break spaces."""
+    text = text.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")
+    text = re.sub(r" (?=[:»])|(?<=«) ", NO_BREAK, text)
+    text = re.sub(r" (?=[;!?])", NARROW, text)
+    return re.sub(r"(?<=[\d}]) (?=(?:s|ms|€|%|ko)\b)", NO_BREAK, text)

@@ -1,0 +1,514 @@
+"""The dashboard over HTTP: whom it lets in, what its pages tell, and what its forms do."""
+
+import asyncio
+import re
+import sqlite3
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from html import unescape
+from itertools import count
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import httpx
+import pytest
+from msgspec import structs
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+import filao
+from filao.dashboard import app
+from filao.dashboard.acts import Act
+from filao.dashboard.texts import FOLDER, texts
+from filao.engine import StoredMessage
+from filao.overview import error_kind
+from tests.conftest import engine_of
+from tests.support.servers import Postgres
+
+pytestmark = pytest.mark.anyio
+
+TOKEN = "correct-horse-battery"
+HOST = "http://127.0.0.1:8748"
+
+
+class Visitor:
+    """Somebody with a browser that runs nothing."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+
+    async def sees(self, path: str, status: int = 200) -> str:
+        answer = await self.client.get(path)
+        assert answer.status_code == status, answer.text
+        return unescape(answer.text)
+
+    async def proof(self) -> str:
+        found = re.search(r'name="proof" value="(\w+)"', await self.sees("/en/queues"))
+        assert found
+        return found[1]
+
+    async def sends(self, act: Act, **fields: str) -> httpx.Response:
+        form = {"proof": await self.proof(), "do": act.packed(), "confirmed": "yes"} | fields
+        return await self.client.post("/en/act", data=form)
+
+    async def does(self, act: Act, **fields: str) -> str:
+        """Do it, and return the page that it leads to, once it has ended."""
+        answer = await self.sends(act, **fields)
+        assert answer.status_code == 303, answer.text
+        async with asyncio.timeout(30):
+            while 'name="stop"' in (page := await self.sees(answer.headers["location"])):
+                await asyncio.sleep(0.05)
+        return page
+
+
+@asynccontextmanager
+async def visiting(
+    broker: filao.Broker,
+    host: str = HOST,
+    client: str = "127.0.0.1",
+    wrap: Callable[[Any], Any] = lambda x: x,
+    **how: Any,
+) -> AsyncGenerator[Visitor]:
+    dashboard = app(broker, **how)
+    transport = httpx.ASGITransport(wrap(dashboard), client=(client, 40_000))
+    async with httpx.AsyncClient(transport=transport, base_url=host) as visitor:
+        try:
+            yield Visitor(visitor)
+        finally:
+            await dashboard.close()
+
+
+@pytest.fixture(params=["sqlite"])
+async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenerator[filao.Broker]:
+    """Return a broker on SQLite; on PostgreSQL too where its SQL differs."""
+    url = str(tmp_path / "claims.db")
+    if request.param == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        url = server.create(f"dashboard{next(_databases)}")
+    async with filao.connect(url) as opened:
+        await opened.declare(filao.Queue("claims", max_attempts=1), filao.Queue("letters", group_dead="halt"))
+        yield opened
+
+
+_databases = count()
+on_both = pytest.mark.parametrize("broker", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture
+async def visitor(broker: filao.Broker) -> AsyncGenerator[Visitor]:
+    async with visiting(broker, allow_actions=True) as somebody:
+        yield somebody
+
+
+async def die(broker: filao.Broker, errors: Mapping[str, Exception | str], queue: str = "claims") -> None:
+    """Send a message for each body, and let it die of its error."""
+    for body, error in errors.items():
+        await broker.send_to_queue(queue, body)
+        message = await broker.receive_from_queue(queue)
+        await message.reject(error)
+
+
+FOUR_KINDS: dict[str, Exception | str] = {
+    "a": ValueError("bad amount 1"),
+    "b": ValueError("bad amount 2"),
+    "c": KeyError("policy"),
+    "d": "claim 4 is a duplicate",
+    "e": "claim 5 is a duplicate",
+    "f": "claim 6 is a duplicate",
+    "g": RuntimeError("no answer"),
+}
+
+
+# --- the door --------------------------------------------------------------------------------------------------------
+
+
+async def test_without_a_token_it_answers_to_its_own_machine_alone(broker) -> None:
+    async with visiting(broker, client="10.0.0.7") as stranger:
+        assert (await stranger.client.get("/en/queues")).status_code == 403
+    async with visiting(broker) as proxied:
+        assert (await proxied.client.get("/en/queues", headers={"X-Forwarded-For": "10.0.0.7"})).status_code == 403
+    async with visiting(broker, host="http://evil.example") as rebound:
+        assert (await rebound.client.get("/en/queues")).status_code == 403
+
+
+async def test_who_could_come_in_from_elsewhere_unasked_is_a_mistake() -> None:
+    broker = filao.connect("sqlite://:memory:")
+    for how in (
+        {"hosts": None},
+        {"hosts": ("ops.example",)},
+        {"token": "short"},
+        {"token": TOKEN, "admit": lambda _: ""},
+    ):
+        with pytest.raises(filao.ConfigurationError):
+            app(broker, **how)
+
+
+async def test_a_token_is_asked_for_by_a_form_and_kept_in_a_strict_cookie(broker) -> None:
+    async with visiting(broker, token=TOKEN, client="10.0.0.7", hosts=None) as somebody:
+        assert "Token" in await somebody.sees("/en/queues", 401)
+        assert "Token" in await somebody.sees(f"/en/queues?token={TOKEN}", 401)
+        wrong = await somebody.client.post("/enter", data={"token": "correct-horse-batterx"})
+        assert (wrong.status_code, wrong.cookies.get("x")) == (401, None)
+        right = await somebody.client.post("/enter", data={"token": TOKEN, "name": "Ada"})
+        cookie = right.headers["set-cookie"]
+        assert right.status_code == 303
+        assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(cookie.split("; "))
+        assert TOKEN not in cookie
+        await somebody.sees("/en/queues")
+        await somebody.client.post("/leave")
+        await somebody.sees("/en/queues", 401)
+
+
+async def test_a_cookie_that_was_tampered_with_opens_nothing(broker) -> None:
+    async with visiting(broker, token=TOKEN) as somebody:
+        await somebody.client.post("/enter", data={"token": TOKEN})
+        ((name, value),) = somebody.client.cookies.items()
+        random, until, called, _ = value.split(".")
+        for forged in (f"{random}.{int(until) + 1}.{called}.{'0' * 64}", "x", "...", value[:-1] + "é"):
+            header = {b"cookie": f"{name}={forged}".encode()}
+            assert (
+                await httpx.AsyncClient(transport=somebody.client._transport).get(f"{HOST}/en/queues", headers=header)
+            ).status_code == 401
+
+
+async def test_an_application_admits_whom_it_likes(broker) -> None:
+    def admit(scope: Any) -> str | None:
+        return dict(scope["headers"]).get(b"x-user", b"").decode() or None
+
+    async with visiting(broker, admit=admit, hosts=None, client="10.0.0.7", allow_actions=True) as somebody:
+        assert (await somebody.client.get("/en/queues")).status_code == 403
+        somebody.client.headers["x-user"] = "ada"
+        await somebody.does(Act("pause", "claims"))
+        assert "<td>ada</td>" in await somebody.sees("/en/log")
+
+
+async def test_a_forged_request_does_nothing(broker) -> None:
+    async with visiting(broker, allow_actions=True) as somebody:
+        proof, do = await somebody.proof(), Act("pause", "claims").packed()
+        form = {"proof": proof, "do": do, "confirmed": "yes"}
+        for headers in ({"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+            assert (await somebody.client.post("/en/act", data=form, headers=headers)).status_code == 403
+        assert (await somebody.client.post("/en/act", data=form | {"proof": "0" * 64})).status_code == 403
+        somebody.client.cookies.clear()
+        assert (await somebody.client.post("/en/act", data=form)).status_code == 403
+        assert not (await broker.stats("claims")).paused
+
+
+async def test_it_is_read_only_unless_told_otherwise(broker) -> None:
+    async with visiting(broker) as somebody:
+        page = await somebody.client.get("/en/queue?name=claims")
+        assert 'form="act"' not in page.text
+        cookie_bearer = re.search(r"proof", page.text)
+        assert cookie_bearer is None
+        form = {"proof": "", "do": Act("pause", "claims").packed(), "confirmed": "yes"}
+        assert (await somebody.client.post("/en/act", data=form)).status_code == 403
+        assert not (await broker.stats("claims")).paused
+
+
+async def test_every_answer_carries_a_policy_under_which_nothing_inline_runs(broker) -> None:
+    async with visiting(broker, allow_actions=True) as somebody:
+        for path in ("/en/queues", "/en/nothing", "/static/live.js", "/static/nothing.js", "/"):
+            headers = (await somebody.client.get(path)).headers
+            assert "default-src 'self'" in headers["content-security-policy"]
+            assert "unsafe" not in headers["content-security-policy"]
+        for path in ("/en/queues", "/en/dead", "/en/queue?name=claims", "/fr/processes", "/fr/log"):
+            page = await somebody.sees(path)
+            assert not re.search(r"<script>|<style|\sstyle=|\son\w+=|javascript:", page)
+
+
+async def test_a_form_of_ten_megabytes_is_refused(broker) -> None:
+    async with visiting(broker, allow_actions=True) as somebody:
+        answer = await somebody.client.post("/en/act", content=b"do=" + b"x" * 10_000_000)
+        assert answer.status_code == 413
+
+
+# --- the pages -------------------------------------------------------------------------------------------------------
+
+
+async def test_queues_stand_by_their_oldest_age(broker, visitor) -> None:
+    await broker.send_to_queue("letters", 1)
+    await broker.send_to_queue("claims", 1)
+    page = await visitor.sees("/en/queues")
+    assert page.index('id="q-letters"') < page.index('id="q-claims"')
+    assert 'id="q-letters"' not in await visitor.sees("/en/queues?q=CLAIM")
+
+
+@on_both
+async def test_a_queue_is_paged_by_key_and_filtered(broker, visitor) -> None:
+    await broker.send_many("claims", range(60), headers={"tenant": "north"})
+    await broker.send_to_queue("claims", "south", headers={"tenant": "south"}, group="policy-1")
+    page = await visitor.sees("/en/queue?name=claims")
+    assert page.count("/en/message?") == 50
+    (after,) = re.findall(r'(/en/queue\?[^"]*after=[^"]*)"', page)
+    assert (await visitor.sees(after)).count("/en/message?") == 11
+    for query in ("header=tenant%3Dsouth", "header=tenant=south", "group=policy-1"):
+        assert (await visitor.sees(f"/en/queue?name=claims&{query}")).count("/en/message?") == 1
+    assert (await visitor.sees("/en/queue?name=claims&older=3600")).count("/en/message?") == 0
+    assert (await visitor.sees("/en/queue?name=claims&state=dead&group=policy-1")).count("/en/message?") == 0
+
+
+@on_both
+async def test_a_key_that_has_gone_is_said_to_be_gone(broker, visitor) -> None:
+    receipt = await broker.send_to_queue("claims", 1)
+    await broker.purge("claims")
+    path = f"/en/queue?{urlencode({'name': 'claims', 'state': 'ready', 'after': receipt.id})}"
+    assert "start again" in await visitor.sees(path, 410)
+
+
+async def test_what_is_not_there_is_not_found_and_names_what_looks_like_it(broker, visitor) -> None:
+    receipt = await broker.send_to_queue("letters", 1)
+    assert "claims" in await visitor.sees("/en/queue?name=claim", 404)
+    await visitor.sees(f"/en/message?queue=claims&id={receipt.id}", 404)
+    await visitor.sees("/en/message?queue=%00&id=%ff", 404)
+    await visitor.sees("/en/nothing", 404)
+    await visitor.sees("/de/queues", 404)
+
+
+async def test_a_message_is_shown_whole_whatever_it_holds(broker, visitor) -> None:
+    script = {"note": "<script>alert(1)</script>", "turned": "\u202eabc"}
+    receipt = await broker.send_to_queue("claims", script, headers={"<b>": "</dd>\x1b[31m"}, message_id="a/b?c&d <i>")
+    raw = (await visitor.client.get(f"/en/message?{urlencode({'queue': 'claims', 'id': receipt.id})}")).text
+    assert "<script>alert" not in raw
+    assert "&lt;script&gt;" in raw
+    assert "\u202e" not in raw
+    assert "\x1b" not in raw
+    await broker.purge("claims")
+    receipt = await broker.send_to_queue("claims", b"\x00\xffclaim")
+    assert "00 ff 63 6c 61 69 6d" in await visitor.sees(f"/en/message?queue=claims&id={receipt.id}")
+    receipt = await broker.send_to_queue("claims", "x" * 200_000)
+    assert len(await visitor.sees(f"/en/message?queue=claims&id={receipt.id}")) < 100_000
+    assert len(await visitor.sees(f"/en/message?queue=claims&id={receipt.id}&whole=1")) > 200_000
+
+
+async def test_a_body_is_redacted_by_a_function_of_the_users(broker) -> None:
+    await broker.send_to_queue("claims", {"iban": "DE02 1203", "amount": 7})
+    (message,) = await broker.peek("claims")
+
+    def redact(stored: StoredMessage) -> StoredMessage:
+        return structs.replace(stored, body=stored.body | {"iban": "…"})
+
+    path = f"/en/message?queue=claims&id={message.id}"
+    async with visiting(broker, redact=redact) as somebody:
+        page = await somebody.sees(path)
+        assert "DE02" not in page
+        assert '"amount": 7' in page
+    async with visiting(broker, redact=lambda stored: stored.body["nothing"]) as somebody:
+        page = await somebody.sees(path)
+        assert "DE02" not in page
+        assert "KeyError" in page
+
+
+@on_both
+async def test_groups_tell_why_they_wait(broker, visitor) -> None:
+    await broker.send_many("letters", range(3), group="halted")
+    await (await broker.receive_from_queue("letters")).reject("no")
+    await broker.send_many("letters", range(2), group="worked on")
+    await broker.receive_from_queue("letters")
+    page = await visitor.sees("/en/queue?name=letters")
+    assert re.search(r"halted</a> · 2 wait · halted by a dead letter", page)
+    assert re.search(r"worked on</a> · 1 waits · its first message is being worked on", page)
+    await visitor.does(Act("resume", "letters", group="halted"))
+    assert (await broker.stats("letters")).ready == 1
+
+
+async def test_processes_tell_what_they_hold_and_for_how_long(broker, visitor) -> None:
+    await broker.send_many("claims", range(2))
+    held = await broker.receive_many("claims", 2)
+    page = await visitor.sees("/en/processes")
+    assert held[0].id in page
+    assert "ends in" in page
+
+
+async def test_the_page_stays_up_while_the_store_is_away(tmp_path) -> None:
+    async with visiting(filao.connect(tmp_path / "nowhere" / "claims.db")) as somebody:
+        page = await somebody.sees("/en/queues")
+        assert "not answered yet" in page
+        assert "nowhere" in page
+
+
+async def test_it_is_mounted_under_a_prefix(broker) -> None:
+    def mounted(dashboard: Any) -> Any:
+        return Starlette(routes=[Mount("/ops/queues", dashboard)])
+
+    async with visiting(broker, allow_actions=True, wrap=mounted) as somebody:
+        arrived = await somebody.client.get("/ops/queues/", follow_redirects=True)
+        assert arrived.url.path == "/ops/queues/en/queues"
+        links = re.findall(r'(?:href|action|src)="([^"#]+)"', unescape(arrived.text))
+        assert links
+        assert all(link.startswith("/ops/queues/") for link in links)
+        for link in set(links):
+            if "/act" not in link:
+                assert (await somebody.client.get(link)).status_code == 200, link
+
+
+# --- triage ----------------------------------------------------------------------------------------------------------
+
+
+def rows(page: str) -> list[tuple[int, str]]:
+    """Return how many of each kind a page tells."""
+    return [
+        (int(count), kind)
+        for count, kind in re.findall(r'num dead">(\d+)</td>.*?<th scope="row">(.*?)</th>', page, re.DOTALL)
+    ]
+
+
+async def test_dead_letters_are_grouped_by_reason_and_exception(broker, visitor) -> None:
+    await die(broker, FOUR_KINDS)
+    found = rows(await visitor.sees("/en/dead"))
+    assert sorted(found) == [(1, "KeyError"), (1, "RuntimeError"), (2, "ValueError"), (3, "claim # is a duplicate")]
+
+
+@on_both
+async def test_one_kind_is_redriven_and_the_log_says_who_did_it(broker, visitor) -> None:
+    await die(broker, FOUR_KINDS)
+    await visitor.sees("/en/dead")
+    act = Act("redrive", "claims", reason="rejected", error="ValueError")
+    asked = await visitor.sends(act, confirmed="")
+    assert "Send 2 dead letters back" in asked.text
+    assert "filao redrive claims --reason rejected --kind ValueError" in asked.text
+    assert (await broker.stats("claims")).dead == 7
+    page = await visitor.does(act)
+    assert "ValueError" not in str(rows(page))
+    assert {message.body for message in await broker.peek("claims")} == {"a", "b"}
+    log = await visitor.sees("/en/log")
+    assert re.search(
+        r"\(127\.0\.0\.1\)</td><td>Redrive</td>.*rejected: ValueError</td>\s*<td class=\"num\">2 of 2</td>\s*<td>done",
+        log,
+        re.DOTALL,
+    )
+
+
+async def test_a_rate_is_kept_and_a_job_can_be_stopped(broker, visitor) -> None:
+    await die(broker, {str(number): "no" for number in range(6)})
+    await visitor.sees("/en/dead")
+    answer = await visitor.sends(Act("redrive", "claims"), rate="0.01")
+    page = await visitor.sees(answer.headers["location"])
+    assert 'progress max="6" value="1"' in page
+    assert 'value="1"' in await visitor.sees("/en/dead")  # it survives a reload
+    (number,) = re.findall(r'name="stop" value="(\d+)"', page)
+    await visitor.client.post("/en/act", data={"proof": await visitor.proof(), "stop": number})
+    async with asyncio.timeout(30):
+        while "stopped" not in await visitor.sees(f"/en/dead?job={number}"):
+            await asyncio.sleep(0.05)
+    assert (await broker.stats("claims")).dead == 5
+
+
+@on_both
+async def test_one_is_discarded_and_all_are_redriven(broker, visitor) -> None:
+    await die(broker, FOUR_KINDS)
+    (first, *_) = await broker.dead_letters("claims")
+    await visitor.does(Act("discard", "claims", id=first.id))
+    assert (await broker.stats("claims")).dead == 6
+    await visitor.does(Act("redrive", "claims"))
+    assert (await broker.stats("claims")).ready == 6
+
+
+async def test_an_edited_body_must_fit_the_queues_type(broker) -> None:
+    await die(broker, {"a": "no"})
+    (letter,) = await broker.dead_letters("claims")
+    act = Act("edit", "claims", id=letter.id)
+    async with visiting(broker, allow_actions=True, queues=[filao.Queue("claims", int)]) as somebody:
+        for body in ("{", '"text"', "", "1" * 400_000):
+            answer = await somebody.sends(act, body=body)
+            assert answer.status_code == 400, body
+        assert (await broker.stats("claims")).ready == 0
+        assert "No dead letters" not in await somebody.sees("/en/dead")
+        await somebody.does(act, body="7")
+    assert [message.body for message in await broker.peek("claims")] == [7]
+
+
+async def test_a_purge_wants_the_queues_name(broker, visitor) -> None:
+    await broker.send_many("claims", range(3))
+    assert (await visitor.sends(Act("purge", "claims"), name="letters")).status_code == 400
+    assert (await broker.stats("claims")).ready == 3
+    await visitor.does(Act("purge", "claims"), name="claims")
+    assert (await broker.stats("claims")).ready == 0
+
+
+async def test_a_queue_is_paused_and_resumed_and_a_message_cancelled(broker, visitor) -> None:
+    receipt = await broker.send_to_queue("claims", 1)
+    assert "paused" in await visitor.does(Act("pause", "claims"))
+    assert (await broker.stats("claims")).paused
+    await visitor.does(Act("resume", "claims"))
+    assert not (await broker.stats("claims")).paused
+    await visitor.does(Act("cancel", "claims", id=receipt.id))
+    assert (await broker.stats("claims")).cancelled == 1
+
+
+async def test_what_no_button_does_is_refused(broker, visitor) -> None:
+    for do in (
+        "",
+        "what=drop&queue=claims",
+        "what=redrive",
+        "what=redrive&queue=../x",
+        "what=cancel&queue=claims",
+        "x" * 99,
+    ):
+        form = {"proof": await visitor.proof(), "do": do, "confirmed": "yes"}
+        assert (await visitor.client.post("/en/act", data=form)).status_code == 400
+    assert (await visitor.sends(Act("redrive", "claims"), rate="quick")).status_code == 400
+    assert (await visitor.sends(Act("pause", "nothing"))).status_code == 303
+    assert "nothing" in await visitor.sees("/en/log")
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+async def test_no_statement_of_the_dashboard_walks_past_messages(broker) -> None:
+    await die(broker, FOUR_KINDS)
+    await broker.send_many("claims", range(5), group="policy-1")
+    receipt = await broker.send_to_queue("claims", 1, delay=50)
+    await broker.receive_from_queue("claims")
+    seen: set[str] = set()
+    async with visiting(broker, allow_actions=True) as somebody:
+        await somebody.sees("/en/queues")
+        engine_of(broker)._database._db.set_trace_callback(seen.add)
+        for state in filao.State:
+            page = await somebody.sees(f"/en/queue?name=claims&state={state}")
+            await somebody.sees(f"/en/queue?name=claims&state={state}&group=policy-1")
+            for after in re.findall(r"message\?queue=claims&id=([\w-]+)", page)[:1]:
+                await somebody.sees(f"/en/queue?name=claims&state={state}&after={after}")
+                await somebody.sees(f"/en/queue?name=claims&state={state}&after={after}&group=policy-1")
+        for path in (f"message?queue=claims&id={receipt.id}", "dead", "processes", "log", "queues"):
+            await somebody.sees(f"/en/{path}")
+        engine_of(broker)._database._db.set_trace_callback(None)
+    queries = [sql for sql in seen if sql.split()[0] == "SELECT" and "filao_" in sql]
+    assert len(queries) > 15
+    db = sqlite3.connect(engine_of(broker)._database.path)
+    for sql in queries:
+        plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}")]
+        assert not [step for step in plan if "SCAN filao_message" in step or "SCAN filao_failure" in step], (sql, plan)
+        assert not [step for step in plan if "TEMP B-TREE" in step and "last term" not in step.lower()], (sql, plan)
+    db.close()
+
+
+# --- its words -------------------------------------------------------------------------------------------------------
+
+
+def test_both_languages_say_the_same() -> None:
+    english, french = texts("en"), texts("fr")
+    assert english.keys() == french.keys()
+    for key, text in english.items():
+        assert set(re.findall(r"{(\w+)}", text)) == set(re.findall(r"{(\w+)}", french[key])), key
+
+
+def test_every_word_of_the_templates_is_known() -> None:
+    known = texts("en")
+    for template in FOLDER.glob("templates/**/*.html"):
+        for key in re.findall(r'\bt\("(\w+)"[,)]', template.read_text()):
+            assert key in known, (template.name, key)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ("Traceback …\n  File\nValueError: bad 1\n", "ValueError"),
+        ("Traceback …\nmy.own.Error\n", "my.own.Error"),
+        ("claim 17 of 3", "claim # of #"),
+        ("", ""),
+        ("x" * 500, "x" * 80),
+    ],
+)
+def test_an_error_is_of_a_kind(error: str, kind: str) -> None:
+    assert error_kind(error) == kind
