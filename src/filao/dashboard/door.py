@@ -31,6 +31,7 @@ NAME_MAX = 64  # characters of the name that somebody gives with the token
 FORM_MAX = 2 * 1024 * 1024  # bytes: an edited body, and what stands around it
 
 SAFE = door.SAFE | {
+    "referrer-policy": "same-origin",  # under no-referrer, browsers send forms with the origin `null`
     "content-security-policy": (
         "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
