@@ -3,13 +3,14 @@
 import asyncio
 import re
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+import sys
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import closing
 from html import unescape
 from itertools import count
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import httpx
 import pytest
@@ -24,59 +25,13 @@ from filao.dashboard.texts import FOLDER, texts
 from filao.engine import StoredMessage
 from filao.overview import error_kind
 from tests.conftest import engine_of
+from tests.support.proxy import Proxy
 from tests.support.servers import Postgres
+from tests.support.visitor import HOST, Visitor, rows, visiting
 
 pytestmark = pytest.mark.anyio
 
 TOKEN = "correct-horse-battery"
-HOST = "http://127.0.0.1:8748"
-
-
-class Visitor:
-    """Somebody with a browser that runs nothing."""
-
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self.client = client
-
-    async def sees(self, path: str, status: int = 200) -> str:
-        answer = await self.client.get(path)
-        assert answer.status_code == status, answer.text
-        return unescape(answer.text)
-
-    async def proof(self) -> str:
-        found = re.search(r'name="proof" value="(\w+)"', await self.sees("/en/queues"))
-        assert found
-        return found[1]
-
-    async def sends(self, act: Act, **fields: str) -> httpx.Response:
-        form = {"proof": await self.proof(), "do": act.packed(), "confirmed": "yes"} | fields
-        return await self.client.post("/en/act", data=form)
-
-    async def does(self, act: Act, **fields: str) -> str:
-        """Do it, and return the page that it leads to, once it has ended."""
-        answer = await self.sends(act, **fields)
-        assert answer.status_code == 303, answer.text
-        async with asyncio.timeout(30):
-            while 'name="stop"' in (page := await self.sees(answer.headers["location"])):
-                await asyncio.sleep(0.05)
-        return page
-
-
-@asynccontextmanager
-async def visiting(
-    broker: filao.Broker,
-    host: str = HOST,
-    client: str = "127.0.0.1",
-    wrap: Callable[[Any], Any] = lambda x: x,
-    **how: Any,
-) -> AsyncGenerator[Visitor]:
-    dashboard = app(broker, **how)
-    transport = httpx.ASGITransport(wrap(dashboard), client=(client, 40_000))
-    async with httpx.AsyncClient(transport=transport, base_url=host) as visitor:
-        try:
-            yield Visitor(visitor)
-        finally:
-            await dashboard.close()
 
 
 @pytest.fixture(params=["sqlite"])
@@ -345,14 +300,6 @@ async def test_it_is_mounted_under_a_prefix(broker) -> None:
 # --- triage ----------------------------------------------------------------------------------------------------------
 
 
-def rows(page: str) -> list[tuple[int, str]]:
-    """Return how many of each kind a page tells."""
-    return [
-        (int(count), kind)
-        for count, kind in re.findall(r'num dead">(\d+)</td>.*?<th scope="row">(.*?)</th>', page, re.DOTALL)
-    ]
-
-
 async def test_dead_letters_are_grouped_by_reason_and_exception(broker, visitor) -> None:
     await die(broker, FOUR_KINDS)
     found = rows(await visitor.sees("/en/dead"))
@@ -512,3 +459,87 @@ def test_every_word_of_the_templates_is_known() -> None:
 )
 def test_an_error_is_of_a_kind(error: str, kind: str) -> None:
     assert error_kind(error) == kind
+
+
+# --- in other frameworks ---------------------------------------------------------------------------------------------
+
+
+async def test_it_is_mounted_in_a_stock_fastapi(broker) -> None:
+    import fastapi
+
+    def mounted(dashboard: Any) -> Any:
+        application = fastapi.FastAPI()
+        application.mount("/ops/queues", dashboard)
+        return application
+
+    async with visiting(broker, allow_actions=True, wrap=mounted) as somebody:
+        page = await somebody.sees("/ops/queues/en/queues")
+        proof = re.search(r'name="proof" value="(\w+)"', page)
+        assert proof
+        form = {"proof": proof[1], "do": Act("pause", "claims").packed(), "confirmed": "yes"}
+        answer = await somebody.client.post("/ops/queues/en/act", data=form)
+        assert answer.headers["location"].startswith("/ops/queues/en/queue?name=claims")
+        assert (await broker.stats("claims")).paused
+
+
+DJANGO = """
+import asyncio, sys
+import django, httpx
+from django.conf import settings
+
+settings.configure(SECRET_KEY="tests", ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"])
+urlpatterns = []
+django.setup()
+
+from django.core.asgi import get_asgi_application
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+import filao
+from filao.dashboard import app
+
+application = Starlette(
+    routes=[Mount("/ops/queues", app(filao.connect(sys.argv[1]))), Mount("/", get_asgi_application())]
+)
+
+async def main():
+    transport = httpx.ASGITransport(application)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        for path in ("/ops/queues/en/queue?name=claims", "/other"):
+            print((await client.get(path)).status_code)
+
+asyncio.run(main())
+"""
+
+
+async def test_it_is_mounted_beside_a_stock_django(broker, tmp_path) -> None:
+    script = tmp_path / "site_of_ours.py"
+    script.write_text(DJANGO)
+    ran = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), str(tmp_path / "claims.db"), stdout=-1, stderr=-1
+    )
+    out, err = await asyncio.wait_for(ran.communicate(), 60)
+    assert out.split() == [b"200", b"404"], err.decode()
+
+
+# --- the server goes, and comes back ---------------------------------------------------------------------------------
+
+
+async def test_while_a_server_is_away_pages_show_what_was_seen_and_since_when(postgres) -> None:
+    url = urlsplit(postgres.create(f"dashboard{next(_databases)}"))
+    with closing(Proxy(url.port or 5432)) as proxy:
+        far = url._replace(netloc=f"{url.netloc.rpartition('@')[0]}@127.0.0.1:{proxy.port}".lstrip("@")).geturl()
+        async with filao.connect(far) as broker, visiting(broker) as somebody:
+            await broker.declare(filao.Queue("claims"))
+            assert 'id="q-claims"' in await somebody.sees("/en/queues")
+            proxy.lead_to(1)
+            async with asyncio.timeout(60):
+                while "has not answered since" not in (page := await somebody.sees("/en/queues")):
+                    await asyncio.sleep(0.1)
+            assert 'id="q-claims"' in page
+            await somebody.sees("/en/queue?name=claims", 503)
+            proxy.lead_to(url.port or 5432)
+            async with asyncio.timeout(60):
+                while "has not answered since" in await somebody.sees("/en/queues"):
+                    await asyncio.sleep(0.1)
+            await somebody.sees("/en/queue?name=claims")

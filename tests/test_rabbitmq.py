@@ -12,12 +12,14 @@ import pytest
 
 import filao
 from filao.conformance import Verdict, checks, verify
+from filao.dashboard.acts import Act
 from filao.engine import Feature
 from filao.engines.rabbitmq import RabbitmqEngine, consumer, engine, server, topology
 from tests.conftest import engine_of
 from tests.support.load import loaded
 from tests.support.proxy import Proxy
 from tests.support.servers import Rabbitmq, rabbitmq_cluster, rabbitmq_server
+from tests.support.visitor import rows, visiting
 
 pytestmark = pytest.mark.anyio
 
@@ -697,3 +699,27 @@ def test_what_it_can_do_is_said() -> None:
     assert Feature.FENCING not in RabbitmqEngine.features
     assert not RabbitmqEngine.features & RabbitmqEngine.emulated
     assert engine_of(filao.connect("amqp://127.0.0.1/")).emulated == {Feature.DELAY}
+
+
+# --- the dashboard ---------------------------------------------------------------------------------------------------
+
+
+async def test_its_dead_letters_are_triaged_and_what_cannot_be_shown_is_said(broker, queue) -> None:
+    for error in ("one", "two", "two"):
+        await broker.send_to_queue(queue, error)
+        await (await received(broker, queue)).reject(error)
+    while (await broker.stats(queue)).dead < 3:
+        await asyncio.sleep(0.05)
+    name = queue.name
+    async with visiting(broker, allow_actions=True) as operator:
+        assert sorted(rows(await operator.sees(f"/en/dead?queue={name}"))) == [(1, "one"), (2, "two")]
+        assert "RabbitMQ shows dead letters only" in await operator.sees(f"/en/queue?name={name}")
+        assert "RabbitMQ has no place for a log" in await operator.sees("/en/log")
+        await operator.does(Act("redrive", name, reason="rejected", error="two"))
+        (letter,) = await broker.dead_letters(queue)
+        assert letter.body == "one"
+        assert "one" in await operator.sees(f"/en/message?queue={name}&id={letter.id}")
+        await operator.does(Act("discard", name, id=letter.id))
+        assert await broker.dead_letters(queue) == []
+        assert (await operator.sends(Act("pause", name))).status_code == 303
+        assert "RabbitMQ" in await operator.sees(f"/en/queue?name={name}")
