@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {12: "fd81ec7179574144"}
+DIGESTS = {13: "c232b976eaa1811d"}
 """Of the SQL of a version, the newest alone."""
 
 

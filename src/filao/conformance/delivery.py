@@ -191,6 +191,20 @@ async def check_a_late_ack_is_accepted_while_nobody_took_the_message(stage: Stag
 
 
 @needs(Feature.FENCING)
+async def check_a_late_ack_beside_that_of_the_owner_is_refused(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, 1, 2)
+    for zombie_first in (True, False):
+        zombie = await stage.next(queue)
+        await stage.advance(6)
+        owner = await stage.next(queue)
+        asked = [zombie, owner] if zombie_first else [owner, zombie]
+        first = stage.broker.send_to_queue(queue, 3)  # while which is done the two acks gather to one batch
+        _, *ended = await asyncio.gather(first, *(message.ack() for message in asked), return_exceptions=True)
+        equal([isinstance(end, LeaseLost) for end in ended], [zombie_first, not zombie_first])
+
+
+@needs(Feature.FENCING)
 async def check_a_late_ack_is_accepted_though_its_message_was_seen_to_be_late(stage: Stage) -> None:
     queue = await stage.queue(lease=5)
     await stage.send(queue, 1, 2)

@@ -18,7 +18,6 @@ LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now   bigint := filao.now(moment);
   rules filao.queue;
-  acked bigint[];
   done  bigint[];  -- places
   groups text[];
   held  bigint := 0;
@@ -26,8 +25,10 @@ DECLARE
 BEGIN
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
   WITH mine AS MATERIALIZED (
-    SELECT held.id
-    FROM (SELECT * FROM unnest(ids, tokens, outcomes) AS given (id, token, outcome) ORDER BY id) AS asked, LATERAL (
+    SELECT held.id, asked.place
+    FROM (
+      SELECT * FROM unnest(ids, tokens, outcomes) WITH ORDINALITY AS given (id, token, outcome, place) ORDER BY id
+    ) AS asked, LATERAL (
       SELECT t.id FROM filao.message t
       WHERE t.id = asked.id AND t.token = asked.token AND t.state IS NOT DISTINCT FROM 'leased' AND t.at > now
         AND t.dedup_key IS NULL AND t.message_id IS NULL AND t.failures = 0
@@ -35,25 +36,25 @@ BEGIN
     ) AS held
     WHERE asked.outcome = 'ack'
   ), gone AS (
-    DELETE FROM filao.message t WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.id, t.grp
+    DELETE FROM filao.message t WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.grp
   )
-  SELECT coalesce(array_agg(gone.id), '{}'), array_agg(DISTINCT gone.grp) FILTER (WHERE gone.grp IS NOT NULL)
-  INTO acked, groups
+  SELECT ARRAY(SELECT mine.place FROM mine), count(*), array_agg(DISTINCT gone.grp) FILTER (WHERE gone.grp IS NOT NULL)
+  INTO done, held, groups
   FROM gone;  -- most acks, in one statement
-  held := cardinality(acked);
   PERFORM filao.count(q, ARRAY['leased', 'acked'], ARRAY[-held, held]) WHERE held > 0;
   IF groups IS NOT NULL THEN
     PERFORM filao.arrange_all(q, groups, now, later);
   END IF;
-  IF held = cardinality(ids) THEN
+  IF cardinality(done) = cardinality(ids) THEN
     RETURN;
   END IF;
   FOR fate IN  -- the others, by what becomes of them; of two that end one lease the first does
     WITH mine AS MATERIALIZED (
       SELECT asked.*, held.attempts, held.is_late
       FROM (
-        SELECT DISTINCT ON (id) * FROM unnest(ids, tokens, outcomes) WITH ORDINALITY AS given (id, token, outcome, place)
-        WHERE id <> ALL (acked) ORDER BY id, place
+        SELECT DISTINCT ON (id, token) *
+        FROM unnest(ids, tokens, outcomes) WITH ORDINALITY AS given (id, token, outcome, place)
+        WHERE place <> ALL (done) ORDER BY id, token, place
       ) AS asked, LATERAL (
         SELECT t.attempts, t.state <> 'leased' OR t.at <= now AS is_late FROM filao.message t
         WHERE t.id = asked.id AND t.token = asked.token FOR UPDATE
@@ -91,7 +92,7 @@ BEGIN
   END LOOP;
   RETURN QUERY
     SELECT place::integer FROM unnest(ids) WITH ORDINALITY AS given (id, place)
-    WHERE id <> ALL (acked) AND place <> ALL (coalesce(done, '{}')) ORDER BY place;
+    WHERE place <> ALL (done) ORDER BY place;
 END
 $$;
 
