@@ -1,11 +1,14 @@
 """What the doctor finds."""
 
+import asyncio
 import sqlite3
+from contextlib import closing
 
 import pytest
 
 import filao
 from filao.engines.sqlite.doctor import wal_reset_fixed
+from tests.conftest import engine_of
 
 pytestmark = pytest.mark.anyio
 
@@ -86,3 +89,28 @@ async def test_a_file_made_without_room_to_shrink_is_told(tmp_path) -> None:
 )
 def test_the_versions_with_the_wal_reset_bug_are_known(version, fixed) -> None:
     assert wal_reset_fixed(version) is fixed
+
+
+async def test_a_process_whose_sign_of_life_is_gone_is_not_told_as_one_that_receives(tmp_path) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.receive_from_queue("claims", wait=0)
+        with closing(sqlite3.connect(path)) as db, db:  # as after the folder was lost
+            db.execute("UPDATE filao_process SET bell = 'fedcba9876543210', id = 99")
+        async with filao.connect(path) as other:
+            level, text = (await found(other))["processes"]
+    assert level == "warning"
+    assert "shows no sign of life" in text
+    assert "receives" not in text
+
+
+async def test_a_long_look_ends_when_its_broker_is_closed(tmp_path) -> None:
+    endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    async with asyncio.timeout(20), filao.connect(tmp_path / "claims.db") as broker:
+        engine = engine_of(broker)
+        looking = asyncio.create_task(engine._look_up(lambda books: books.db.execute(endless).fetchone()))
+        while not engine._looks:  # nothing tells
+            await asyncio.sleep(0.01)
+    with pytest.raises(filao.EngineError, match="interrupted"):
+        await looking

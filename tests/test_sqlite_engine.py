@@ -404,3 +404,19 @@ def _waiting(path) -> int:
     ((count,),) = db.execute("SELECT count(*) FROM filao_waiting")
     db.close()
     return count
+
+
+async def test_a_queue_that_is_sent_to_while_it_is_deleted_says_so(tmp_path, monkeypatch) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        emptied = control.SqliteOperators.remove
+
+        async def remove(*arguments):
+            done = await emptied(*arguments)
+            await broker.send_to_queue("claims", 2)  # somebody else's, at the worst moment
+            return done
+
+        monkeypatch.setattr(control.SqliteOperators, "remove", remove)
+        with pytest.raises(filao.ConfigurationError, match=r"1 messages have been sent to it since.*Stop its senders"):
+            await broker.delete_queue("claims", messages=True)

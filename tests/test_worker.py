@@ -692,6 +692,24 @@ async def test_exactly_once_makes_nobody_wait_before_its_first_statement(url, br
         await until_stats(broker, acked=2)
 
 
+@pytest.mark.parametrize("kind", ["coroutine", "thread"])
+async def test_exactly_once_extends_its_message_before_its_first_statement(url, broker, kind) -> None:
+    worker = filao.Worker(url)
+
+    async def coroutine(message: filao.Message, tx: filao.Transaction) -> None:
+        await message.extend(60)
+        await tx.execute("SELECT 1")
+
+    def thread(message: filao.sync.Message, tx: filao.sync.Transaction) -> None:
+        message.extend(60)
+        tx.execute("SELECT 1")
+
+    worker.consumer(CLAIMS, guarantee="exactly-once")(coroutine if kind == "coroutine" else thread)
+    await broker.send_to_queue("claims", 1)
+    async with running(worker), asyncio.timeout(PATIENCE):
+        await until_stats(broker, acked=1)
+
+
 async def test_exactly_once_undoes_the_work_when_the_lease_was_lost(url, broker) -> None:
     async with broker.transaction() as tx:
         await tx.execute("CREATE TABLE payment (claim INTEGER)")

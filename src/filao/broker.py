@@ -155,11 +155,15 @@ class Broker:
             await self._session.engine.operators.remove(name, tuple(State), None)
         held = await self._session.engine.operators.delete(name)
         self._session.forget(name)
+        if held and messages:
+            raise ConfigurationError(
+                f"queue {name!r} was not deleted: {held:,} messages have been sent to it since this began. Those that "
+                f"were in it before are gone. Stop its senders, and delete it again"
+            )
         if held:
             raise ConfigurationError(
-                f"queue {name!r} was not deleted: it holds {held:,} messages. Receive or "
-                "purge them first, or delete them "
-                f"with it: delete_queue({name!r}, messages=True)"
+                f"queue {name!r} was not deleted: it holds {held:,} messages. Receive or purge them first, or delete "
+                f"them with it: delete_queue({name!r}, messages=True)"
             )
 
     # --- send --------------------------------------------------------------------------------------------------------

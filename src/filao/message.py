@@ -262,6 +262,10 @@ class Deferred:
     ) -> None:
         await self._opened.__aexit__(kind, error, trace)
 
+    def has_begun(self) -> bool:
+        """Return whether a statement has been asked for."""
+        return self._transaction is not None or self._lock.locked()
+
     async def execute(self, sql: str, parameters: Any) -> list[Any]:
         """Begin, if nobody has, and run one statement."""
         return await (await self._begun()).execute(sql, parameters)
@@ -312,7 +316,8 @@ async def entered(session: Session, *, deferred: bool = False) -> AsyncGenerator
     session.check_usable()
     begin = session.transactions("transactions").begin
     async with Deferred(begin) if deferred else begin() as within:
-        outer, inside = current_transaction.get(), Inside(session)
+        has_begun = within.has_begun if isinstance(within, Deferred) else lambda: True
+        outer, inside = current_transaction.get(), Inside(session, has_begun)
         transaction = Transaction(inside, within)
         current_transaction.set(inside)
         try:

@@ -45,10 +45,12 @@ _ON_ANOTHER_LOOP = (
 class Inside:
     """A transaction, as those who look whether they are in one know it."""
 
-    __slots__ = ("is_open", "session")
+    __slots__ = ("has_begun", "is_open", "session")
 
-    def __init__(self, session: "Session") -> None:
+    def __init__(self, session: "Session", has_begun: Callable[[], bool]) -> None:
         self.session: Session = session
+        self.has_begun: Callable[[], bool] = has_begun
+        """Returns whether it holds anything that a call outside it would wait for."""
         self.is_open: bool = True
 
 
@@ -183,22 +185,27 @@ class Session:
         if self._unusable:
             raise ConfigurationError(f"this broker {self._unusable}")
 
-    def check_usable(self, *, anywhere: bool = False) -> None:
-        """Raise `ConfigurationError` when a call cannot be made now and, unless it can be `anywhere`, on this loop."""
+    def check_usable(self, *, anywhere: bool = False, before_it_begins: bool = False) -> None:
+        """Raise `ConfigurationError` when a call cannot be made now and, unless it can be `anywhere`, on this loop.
+
+        `before_it_begins`: also in a transaction of the engine's that has not begun yet.
+        """
         if self._unusable:
             self.check_open()
         if not (anywhere or self.is_anywhere) and asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(_ON_ANOTHER_LOOP)
         if current_transaction.get() is not None:
-            self._check_outside()
+            self._check_outside(before_it_begins=before_it_begins)
 
     def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(_ON_ANOTHER_LOOP)
 
-    def _check_outside(self) -> None:
+    def _check_outside(self, *, before_it_begins: bool = False) -> None:
         transaction = current_transaction.get()
-        if transaction is not None and transaction.is_open and transaction.session.engine is self.engine:
+        if transaction is None or (before_it_begins and not transaction.has_begun()):
+            return
+        if transaction.is_open and transaction.session.engine is self.engine:
             raise ConfigurationError(
                 "this call would wait for the transaction that it is made in: use the transaction's own methods"
             )
@@ -285,7 +292,7 @@ class Session:
 
     async def extend(self, delivery: Delivery, seconds: float) -> None:
         """Let a lease end `seconds` from now."""
-        self.check_usable()
+        self.check_usable(before_it_begins=True)
         check_duration(f"queue {delivery.queue!r}", "extend", seconds, least=0.001, most=LEASE_MAX)
         await self.submit(Extend(delivery, seconds))
 
@@ -312,7 +319,7 @@ class Session:
 
 def _before_fork() -> None:
     transaction = current_transaction.get()
-    gate.shut(in_transaction=transaction is not None and transaction.is_open)
+    gate.shut(in_transaction=transaction is not None and transaction.is_open and transaction.has_begun())
 
 
 def _after_fork() -> None:

@@ -93,6 +93,10 @@ class Belfry:
         self._missed.pop(name, None)
         return True
 
+    def misses(self, name: str) -> bool:
+        """Return whether a bell was not where it should be when it was last looked for."""
+        return name in self._missed
+
     def take_down(self, name: str) -> None:
         """Remove the bell of a process that died."""
         self._drop(name)

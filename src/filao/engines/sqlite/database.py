@@ -527,6 +527,10 @@ class Database:
         among = self._others if among is None else among
         return [(process, bell) for process, bell in among if process != own and bell and not belfry.is_alive(bell)]
 
+    def misses(self, bell: str) -> bool:
+        """Return whether a process that had this bell when it was last looked for may be dead, and shows it soon."""
+        return self._belfry is not None and self._belfry.misses(bell)
+
     def may_have_moved(self) -> bool:
         """Return False when the WAL tells that nobody can have committed for a while; costs no more than a `stat`."""
         if self.path == files.MEMORY:

@@ -168,10 +168,13 @@ def _queues(books: Books) -> Iterator[Finding]:
 def _processes(books: Books, database: Database) -> Iterator[Finding]:
     found = books.db.execute("SELECT id, bell, name, state, reported_at FROM filao_process ORDER BY id").fetchall()
     dead = {process for process, _ in database.dead_processes([(process, bell) for process, bell, *_ in found])}
-    for process, _, name, state, reported_at in found:
+    for process, bell, name, state, reported_at in found:
         if process in dead:
             text = f"{name} died; the next waiting consumer takes its leases over"
             yield Finding("processes", "note", text)
+        elif database.misses(bell):
+            text = f"{name} shows no sign of life: it died, or stops because the folder beside the file was lost"
+            yield Finding("processes", "warning", text)
         else:
             (held,) = books.db.execute(
                 "SELECT count(*) FROM filao_message INDEXED BY filao_leased WHERE state = 4 AND token BETWEEN ? AND ?",

@@ -51,6 +51,7 @@ SLEPT = 0.5  # seconds that the steady clock went on more than the event loop's 
 TIDY_EVERY = 1.0  # seconds between rounds of housekeeping, after a write of ours
 TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic, ...
 TIDY_SLICES_IDLE = 100  # ... and in a second without it
+INTERRUPTED_EVERY = 0.01  # seconds between interruptions of a look that a close waits for
 CLOSED_WITHIN = 1.0  # seconds more to close the file, when giving back what was held took as long as it may
 
 
@@ -82,6 +83,8 @@ class SqliteEngine:
         self._queue_names: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._untidy = False
+        self._looks = False
+        """A job that only looks runs."""
         self.operators: SqliteOperators = SqliteOperators(database, self._beside, self._change, self._look_up)
         self.overview: SqliteOverview = SqliteOverview(self._change, self._look_up)
         self.mover: SqliteMover = SqliteMover(database.path, self.operators, self._change, self._look_up)
@@ -119,6 +122,7 @@ class SqliteEngine:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._stop_looking(until)
             with suppress(FilaoError):  # what cannot be given back runs out
                 while await self._alone(self._resign, until):
                     pass
@@ -129,6 +133,12 @@ class SqliteEngine:
             closed.add_done_callback(look_away)
             self._thread.stop()
         await closed
+
+    async def _stop_looking(self, until: float) -> None:
+        """Let a job that only looks fail, whatever it looks at: each of its statements is interrupted as it runs."""
+        while self._looks and time.monotonic() < until:
+            self._database.interrupt()
+            await asyncio.sleep(INTERRUPTED_EVERY)
 
     def drop(self) -> None:
         """Let go though the event loop has ended: the thread gives back the leases and closes the file."""
@@ -338,7 +348,11 @@ class SqliteEngine:
 
         def job() -> R:
             self._database.take_ticket()  # it may take its time, as the doctor does, and then nobody else is to blame
-            return self._database.look_up(work)
+            self._looks = True
+            try:
+                return self._database.look_up(work)
+            finally:
+                self._looks = False
 
         return await self._alone(job)
 
