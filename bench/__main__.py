@@ -19,6 +19,7 @@ from tests.support.servers import rabbitmq_server, redis_server
 
 from bench import report
 from bench.idle import idle
+from bench.lone import lone
 from bench.measures import MEASURES as QUEUES
 from bench.measures import Ground, to_json
 from bench.old_transactions import old_transactions
@@ -26,10 +27,13 @@ from bench.peers import PACKAGES, PEERS
 from bench.postgresql import postgresql
 from bench.rabbitmq import rabbitmq
 from bench.sandbox import sandbox
+from bench.views import views
 from bench.working import working
 
 MEASURES = QUEUES | {
+    "lone": lone,
     "working": working,
+    "views": views,
     "postgresql": postgresql,
     "old-transactions": old_transactions,
     "idle": idle,
@@ -62,6 +66,7 @@ def main() -> int:
             "postgresql",
             "old-transactions",
             "idle",
+            "lone",
             "sandbox",
         }  # which start their own
         ports = {

@@ -145,7 +145,11 @@ class Honker(Polled):
 
         database = honker.open(f"{place}/honker.db")
         with database.transaction() as transaction:
+            transaction.execute(
+                "COMMIT"
+            )  # SQLite refuses to change it inside of one, and honker lets us in nowhere else
             transaction.execute("PRAGMA synchronous = FULL")
+            transaction.execute("BEGIN IMMEDIATE")
         self.queue = database.queue(QUEUE)
 
     async def send(self, body: bytes) -> None:

@@ -47,7 +47,7 @@ def tables(found: dict[str, Any]) -> list[str]:
             ours = figures["Filao"]
             ranked = sorted(figures.items(), key=lambda one: -one[1])
             lines += [f"  {name:15} {figure:>10,.0f}   {figure / ours:7.3f}" for name, figure in ranked]
-    for measure in ("fairness", "waking", "depth", "takeover", "space", "sandbox"):
+    for measure in ("lone", "views", "fairness", "waking", "depth", "takeover", "space", "sandbox"):
         if measure in found:
             lines += ["", measure, *(f"  {name}: {value}" for name, value in found[measure].items())]
     return lines
@@ -58,6 +58,8 @@ def bars(found: dict[str, Any]) -> list[Bar]:
     judged: list[Bar] = []
     if "sending" in found:
         judged += _sending(found["sending"])
+    if "lone" in found:
+        judged += _lone(found["lone"])
     if "draining" in found:
         judged += _draining(found["draining"]["drain"])
     if "competing" in found:
@@ -76,6 +78,8 @@ def bars(found: dict[str, Any]) -> list[Bar]:
         judged += _space(found["space"])
     if "working" in found:
         judged += _working(found["working"])
+    if "views" in found:
+        judged += _views(found["views"])
     if "postgresql" in found:
         judged += _postgresql(found["postgresql"])
     if "old-transactions" in found:
@@ -110,6 +114,25 @@ def _sending(sending: dict[str, Any]) -> list[Bar]:
         Bar("send-one of raw SQLite", ours / together["raw SQLite"], 0.25),
         Bar("lone producer against the best embedded peer", alone["Filao"] / _best(alone, EMBEDDED), 0.7),
     ]
+
+
+def _lone(lone: dict[str, float]) -> list[Bar]:
+    raw, send, alone = lone["raw commit"], lone["filao.sync, send"], lone["filao, send"]
+    judged = [
+        Bar("a lone send of the blocking twin, microseconds over a raw commit", send - raw, 60, at_most=True),
+        Bar("a lone async send, microseconds over a raw commit", alone - raw, 110, at_most=True),
+    ]
+    if "huey, enqueue" in lone:
+        judged += [
+            Bar("a lone send of the blocking twin against huey", lone["huey, enqueue"] / send, 0.8),
+            Bar("a lone async send against huey", lone["huey, enqueue"] / alone, 0.65),
+            Bar(
+                "a lone receive and ack of the blocking twin against huey's pop",
+                lone["huey, dequeue"] / lone["filao.sync, receive and ack"],
+                0.6,
+            ),
+        ]
+    return judged
 
 
 def _draining(drain: dict[str, float]) -> list[Bar]:
@@ -171,6 +194,18 @@ def _working(working: dict[str, Any]) -> list[Bar]:
         Bar("jobs enqueued against huey", enqueue["Filao"] / _best(enqueue, ["huey"]), 5),
         Bar("leases lost by handlers that burn CPU", working["burning"]["lost"], 0, at_most=True),
         Bar("a worker's memory at the end against after a tenth", memory[-1] / memory[0], 1.1, at_most=True),
+    ]
+
+
+def _views(found: dict[str, dict[str, float]]) -> list[Bar]:
+    ours = found["Filao"]
+    others = [(name, figures) for name, figures in found.items() if name != "Filao"]
+    rates = [
+        Bar(f"a view that sends, requests a second against {name}", ours["rate"] / f["rate"], 1) for name, f in others
+    ]
+    return rates + [
+        Bar(f"a view that sends, p99 against {name}", ours["p99"] / figures["p99"], 1, at_most=True)
+        for name, figures in others
     ]
 
 

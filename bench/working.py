@@ -27,7 +27,7 @@ ON_RABBITMQ = ("Dramatiq", "Celery")
 def working(ground: Ground) -> dict[str, Any]:
     """Jobs a second enqueued and processed; whether a handler that burns CPU keeps its lease; a worker's memory."""
     rates: dict[str, dict[str, list[float]]] = {"enqueue": {}, "process": {}}
-    names = [name for name in FRAMEWORKS if _is_there(name, ground)]
+    names = [name for name in FRAMEWORKS if is_there(name, ground)]
     for _ in range(ROUNDS):
         for name in names:
             count = max(500, round(JOBS * MORE.get(name, 1) * ground.scale))
@@ -40,7 +40,8 @@ def working(ground: Ground) -> dict[str, Any]:
     return found | {"burning": asyncio.run(_burning(ground)), "memory": _memory(ground)}
 
 
-def _is_there(name: str, ground: Ground) -> bool:
+def is_there(name: str, ground: Ground) -> bool:
+    """Return whether a framework can be measured, or say why not."""
     try:
         importlib.import_module(FRAMEWORKS[name])
     except ImportError as error:
