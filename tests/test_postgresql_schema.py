@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {13: "c232b976eaa1811d"}
+DIGESTS = {14: "b24b9c3f6072211d"}
 """Of the SQL of a version, the newest alone."""
 
 

@@ -125,7 +125,10 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "prometheus.worker",
         "conformance.stage",
     ),
-    *(f"conformance.{name}" for name in ("control", "delivery", "effects", "failure", "ordering", "sending")),
+    *(
+        f"conformance.{name}"
+        for name in ("control", "delivery", "effects", "failure", "history", "ordering", "sending")
+    ),
     *("conformance.verification", "conformance", "languages", "door", "dashboard", "sandbox", "cli", "__main__"),
 ]
 MODULE_MAX = 600  # lines

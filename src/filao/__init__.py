@@ -21,7 +21,7 @@
 
 from filao.broker import Broker, connect
 from filao.draft import Outgoing
-from filao.engine import Failure, Feature, Finding, QueueStats, Receipt, Receiver, State, StoredMessage
+from filao.engine import Event, Failure, Feature, Finding, QueueStats, Receipt, Receiver, State, StoredMessage
 from filao.engines import Durability
 from filao.errors import (
     ConfigurationError,
@@ -52,6 +52,7 @@ __all__ = [
     "Durability",
     "EngineError",
     "EngineUnavailable",
+    "Event",
     "Failure",
     "Feature",
     "FilaoError",

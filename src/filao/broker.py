@@ -28,6 +28,7 @@ from filao.draft import (
 )
 from filao.engine import (
     Engine,
+    Event,
     Feature,
     Finding,
     Pausing,
@@ -447,6 +448,22 @@ class Broker:
                 f"PostgreSQL."
             )
         return engine.operators.pausing
+
+    async def trace(self, message_id: str) -> list[Event]:
+        """Return what happened to the message with this id, the oldest event first; none of it was forgotten since.
+
+        Only queues declared with `history=True` remember, for their `history_window`. The last 1,000 events are
+        returned at most; a `message_id` of a sender's own may name a message in each of several queues. Raises
+        `UnsupportedFeature` where the engine cannot remember.
+        """
+        self._session.check_usable()
+        engine = self._session.engine
+        if engine.operators.tracing is None:
+            raise UnsupportedFeature(
+                f"message {shown(message_id)}: trace: {engine.name} remembers no history of messages. Engines that do: "
+                f"SQLite, PostgreSQL."
+            )
+        return await engine.operators.tracing.trace(check_ids("trace", [message_id])[0])
 
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know; on a large file this takes a while."""

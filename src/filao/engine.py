@@ -8,6 +8,8 @@ carry queues from one engine to another stands in `moving.py`.
 """
 
 import asyncio
+import os
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
@@ -19,6 +21,7 @@ import msgspec
 from filao.errors import EngineError, FilaoError
 from filao.queue import Queue, T
 
+EVENTS_MAX = 1_000  # events that one look at the history of a message returns
 HISTORY_MAX = 20  # failed attempts that are remembered of one message
 
 
@@ -63,6 +66,8 @@ class Feature(StrEnum):
     """What waits or is held can be looked at, and cancelled one by one."""
     PAUSE = "pause"
     """A queue can stop to deliver."""
+    TRACE = "trace"
+    """Each event in the life of a message is remembered, where the queue says so."""
     COUNTERS = "counters"
     """`stats` counts all that ever happened. Without: what is ready and what is dead, and the rest is 0."""
 
@@ -219,6 +224,24 @@ class Failure(msgspec.Struct, frozen=True):
     """What the consumer said, with the traceback of an exception; empty when it could not say anything."""
     consumer: str
     """The host and process that held the lease."""
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Something that happened to a message of a queue with `history=True`."""
+
+    queue: str
+    at: datetime
+    what: str
+    """sent, received, extended, released, acked; nacked, rejected, malformed, crashed, lease_expired, expired or
+    overflow, as in `Failure.outcome`; died; redriven, cancelled, purged or dropped.
+    """
+    attempt: int
+    by: str
+    """Who did it, or held the lease: the host and process; of a transaction of the user's own on PostgreSQL, the
+    `application_name` or role. Empty when time did it.
+    """
+    detail: str = ""
+    """Of a failure, what the consumer said; of a death, its reason; of an extension, for how many seconds."""
 
 
 class StoredMessage(msgspec.Struct, Generic[T], frozen=True):
@@ -406,6 +429,14 @@ class Pausing(Protocol):
         """Let a group that a dead letter halted go on."""
 
 
+class Tracing(Protocol):
+    """What the operators of an engine can do that has `Feature.TRACE`."""
+
+    async def trace(self, message_id: str) -> list[Event]:
+        """Return what happened to the messages with this id, the oldest event first; the last 1,000 at most."""
+        ...
+
+
 class Operators(Protocol):
     """What people who look after queues need; no message on its way passes through it.
 
@@ -415,6 +446,11 @@ class Operators(Protocol):
     @property
     def pausing(self) -> Pausing | None:
         """None where a queue cannot be paused."""
+        ...
+
+    @property
+    def tracing(self) -> Tracing | None:
+        """None where no events are remembered."""
         ...
 
     async def queues(self) -> list[Queue[Any]]:
@@ -525,6 +561,11 @@ class Engine(Protocol):
     def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Waiter:
         """Take a place to wait; `submit` looks again, `abandoned` is told what came for somebody who had gone away."""
         ...
+
+
+def process_name() -> str:
+    """Return the host and process, as operators see who sends, receives and holds."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 REPORT_STALE = 20.0  # seconds after which what a process has said of itself is no longer believed

@@ -98,6 +98,10 @@ class Queue(Generic[T]):
     """When a message of a group dies, the group goes on, or halts until an operator resumes it."""
     body_max: int = BODY_MAX
     """The largest body in bytes."""
+    history: bool = False
+    """Whether each event in the life of its messages is written down, for `Broker.trace`."""
+    history_window: float = 7 * 86_400.0
+    """How long an event is kept."""
     emulate: tuple[str, ...] = ()
     """What may be imitated, at the price that the docs name, where the engine cannot do it itself: `"delay"`."""
 
@@ -105,6 +109,7 @@ class Queue(Generic[T]):
         check_name(self.name)
         check_duration(f"queue {self.name!r}", "lease", self.lease, least=0.001, most=LEASE_MAX)
         check_duration(f"queue {self.name!r}", "dedup_window", self.dedup_window)
+        check_duration(f"queue {self.name!r}", "history_window", self.history_window, least=0.001)
         if self.ttl is not None:
             check_duration(f"queue {self.name!r}", "ttl", self.ttl, least=0.001)
         _check_count(self.name, "max_attempts", self.max_attempts, most=1_000_000)
@@ -121,7 +126,8 @@ class Queue(Generic[T]):
         for rule, allowed in _CHOICES.items():
             if getattr(self, rule) not in allowed:
                 raise ConfigurationError(
-                    f"queue {self.name!r}: {rule} is {getattr(self, rule)!r}; it must be one of {', '.join(allowed)}"
+                    f"queue {self.name!r}: {rule} is {getattr(self, rule)!r}; it must be one of "
+                    f"{', '.join(map(str, allowed))}"
                 )
 
 
@@ -130,6 +136,7 @@ _CHOICES = {
     "on_expiry": ("dead", "drop"),
     "group_failure": ("block", "skip"),
     "group_dead": ("continue", "halt"),
+    "history": (False, True),
 }
 _RULES = (
     "lease",
@@ -143,6 +150,8 @@ _RULES = (
     "group_failure",
     "group_dead",
     "body_max",
+    "history",
+    "history_window",
     "emulate",
 )
 

@@ -266,6 +266,7 @@ class Broker:
     discard: Final = _blocking(AsyncBroker.discard)
     pause: Final = _blocking(AsyncBroker.pause)
     resume: Final = _blocking(AsyncBroker.resume)
+    trace: Final = _blocking(AsyncBroker.trace)
     doctor: Final = _blocking(AsyncBroker.doctor)
 
     # --- below the door

@@ -47,6 +47,7 @@ class Store:
     """The storage, and what operators do with it: see `filao.engine.Operators`."""
 
     pausing: None = None
+    tracing: None = None
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock

@@ -29,6 +29,7 @@ from filao.cli.shell import OutputClosedError, note, safe
 from filao.cli.stats import doctor, stats
 from filao.cli.stored import dead, discard, peek, purge, redrive
 from filao.cli.top import top
+from filao.cli.trace import trace
 from filao.cli.verify import verify_command
 from filao.cli.work import work
 from filao.errors import EngineError, FilaoError
@@ -72,13 +73,13 @@ def commands() -> None:
     left out when the environment variable FILAO_URL holds it. Where the arguments could then be read both ways, the
     first is taken for a URL only if it holds a "/" or a ":", as in ./claims.db.
 
-    Data are JSON lines on stdout, and all else is on stderr. stats, peek, dead and doctor draw a table on a terminal.
-    Durations are seconds; sizes are bytes.
+    Data are JSON lines on stdout, and all else is on stderr. stats, peek, dead, trace and doctor draw a table on a
+    terminal. Durations are seconds; sizes are bytes.
 
     \b
     Exit codes:
       0    done
-      1    nothing found (receive, peek, dead, redrive, cancel, stats),
+      1    nothing found (receive, peek, dead, redrive, cancel, stats, trace),
            not confirmed (purge, discard, delete), an error found (doctor), a
            promise not kept (verify), or messages left behind (move)
       2    wrong usage
@@ -93,6 +94,6 @@ def commands() -> None:
 
 for _command in (
     *(declare, send, receive, peek, dead, redrive, discard, purge, stats, doctor, verify_command, move_command, work),
-    *(pause, resume, cancel, delete, top, dashboard, log, metrics, backup, restore, sandbox_command),
+    *(pause, resume, cancel, delete, top, trace, dashboard, log, metrics, backup, restore, sandbox_command),
 ):
     commands.add_command(_command)

@@ -45,6 +45,8 @@ def _or_none(text: str, number: Callable[[str], R]) -> R | str:
     "--group-dead", type=click.Choice(["continue", "halt"]), help="A head that died: its group goes on, or not."
 )
 @click.option("--body-max", type=int, metavar="BYTES", help="The largest body. Default 262144 (256 KiB).")
+@click.option("--history/--no-history", default=None, help="Write each event down, for filao trace. Default no.")
+@click.option("--history-window", type=float, metavar="SECONDS", help="Events are kept for so long. Default 604800.")
 @click.option("--emulate", type=click.Choice(EMULATED), multiple=True, help="What RabbitMQ may imitate: delay.")
 @click.option("--backoff-first", type=float, metavar="SECONDS", help="Delay after a first failure. Default 1.")
 @click.option("--backoff-factor", type=float, metavar="F", help="How it grows with each failure. Default 2.")

@@ -6,7 +6,7 @@ second broker on the same storage. It raises `AssertionError` when a promise doe
 those that an engine with these features must pass. Nothing here knows an engine, and no test framework is needed.
 """
 
-from filao.conformance import control, delivery, effects, failure, ordering, sending
+from filao.conformance import control, delivery, effects, failure, history, ordering, sending
 from filao.conformance.stage import Check, Stage, checks, needed_by
 from filao.conformance.verification import Verdict, verify
 
@@ -19,6 +19,7 @@ __all__ = [
     "delivery",
     "effects",
     "failure",
+    "history",
     "needed_by",
     "ordering",
     "sending",

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
 
 from filao.codec import seen_body, seen_headers
-from filao.engine import Draft, Failure, Finding, QueueStats, Receiver, State, StoredMessage, instant
+from filao.engine import EVENTS_MAX, Draft, Event, Failure, Finding, QueueStats, Receiver, State, StoredMessage, instant
 from filao.engines.postgresql import verbs
 from filao.engines.postgresql.clock import MOMENT
 from filao.engines.postgresql.doctor import examine
@@ -34,6 +34,14 @@ _PROCESSES = "SELECT id, name, started_at, state, reported_at, filao.clock() FRO
 _COUNTED = ("ready", "delayed", "blocked", "leased", "dead")
 ORDER = {"ready": "-priority, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
 """How the messages of each state are listed."""
+_EVENTS = """
+    SELECT queue, at, what, attempt, who, detail
+    FROM (
+      SELECT * FROM filao.event
+      WHERE message = %s AND until OPERATOR(pg_catalog.>) coalesce(%s, filao.clock()) ORDER BY id DESC LIMIT %s
+    ) AS last
+    ORDER BY id
+"""
 HISTORY = """
     (SELECT coalesce(json_agg(json_build_array(f.attempt, f.at, f.outcome, f.error, f.consumer) ORDER BY f.id), '[]')
      FROM filao.failure f WHERE f.message = m.id)
@@ -46,7 +54,7 @@ _SEEN = f"""
 
 
 class PostgresqlOperators:
-    """See `filao.engine.Operators`, and `Pausing`, which it is as well."""
+    """See `filao.engine.Operators`, and `Pausing` and `Tracing`, which it is as well."""
 
     def __init__(
         self,
@@ -73,6 +81,17 @@ class PostgresqlOperators:
     def pausing(self) -> Self:
         """Itself: what looks after queues can stop them."""
         return self
+
+    @property
+    def tracing(self) -> Self:
+        """Itself: it reads what was written down."""
+        return self
+
+    async def trace(self, message_id: str) -> list[Event]:
+        """Return what happened to the messages with this id."""
+        async with self._link.use() as connection:
+            found = await connection.execute(_EVENTS, (message_id, self._moment(), EVENTS_MAX))
+            return [Event(queue, instant(at), *event) for queue, at, *event in await found.fetchall()]
 
     async def queues(self) -> list[Queue]:
         """Return every declared queue with its rules, by name."""

@@ -6,14 +6,13 @@ transaction another connection there can be neither, and polling and the leases'
 """
 
 import asyncio
-import os
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 import psycopg
 
+from filao.engine import process_name
 from filao.engines.postgresql.server import Connection, Server
 from filao.guarded import for_ever
 
@@ -28,7 +27,7 @@ class Listener:
         self._server = server
         self._call = call
         self._connection: Connection | None = None
-        self.name: str = f"{socket.gethostname()}:{os.getpid()}"
+        self.name: str = process_name()
         self.process: int = 0
         """The number of this process; 0 before it has received anything."""
         self._tokens = 0

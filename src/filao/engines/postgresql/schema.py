@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 13
+VERSION = 14
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -71,6 +71,36 @@ STEPS: dict[int, str] = {
         );
     """,
     13: "SELECT",  # of the functions alone
+    14: """
+        ALTER TABLE filao.queue ADD COLUMN kept_for bigint GENERATED ALWAYS AS (
+          CASE WHEN (rules ->> 'history')::boolean THEN ((rules ->> 'history_window')::float8 * 1000)::bigint END
+        ) STORED;
+        CREATE TABLE filao.event (
+          id      bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+          queue   text    NOT NULL,
+          message text    NOT NULL,
+          at      bigint  NOT NULL,
+          until   bigint  NOT NULL,
+          what    text    NOT NULL,
+          attempt integer NOT NULL,
+          who     text    NOT NULL,
+          detail  text    NOT NULL
+        );
+        CREATE INDEX event_message ON filao.event (message, id);
+        CREATE INDEX event_until   ON filao.event (until);
+        DO $$
+        DECLARE
+          role regrole;
+        BEGIN
+          FOR role IN  -- whoever may read failures may read events
+            SELECT DISTINCT a.grantee FROM pg_class c, aclexplode(c.relacl) AS a
+            WHERE c.oid = 'filao.failure'::regclass AND a.privilege_type = 'SELECT' AND a.grantee NOT IN (0, c.relowner)
+          LOOP
+            EXECUTE format('GRANT SELECT ON filao.event TO %s', role);
+          END LOOP;
+        END
+        $$;
+    """,
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """

@@ -34,7 +34,10 @@ CREATE TABLE filao.queue (
   drops_oldest boolean NOT NULL GENERATED ALWAYS AS (rules ->> 'overflow' = 'drop_oldest') STORED,
   skips_failed boolean NOT NULL GENERATED ALWAYS AS (rules ->> 'group_failure' = 'skip') STORED,
   halts_dead   boolean NOT NULL GENERATED ALWAYS AS (rules ->> 'group_dead' = 'halt') STORED,
-  body_max     integer NOT NULL GENERATED ALWAYS AS ((rules ->> 'body_max')::integer) STORED
+  body_max     integer NOT NULL GENERATED ALWAYS AS ((rules ->> 'body_max')::integer) STORED,
+  kept_for     bigint           GENERATED ALWAYS AS (
+    CASE WHEN (rules ->> 'history')::boolean THEN ((rules ->> 'history_window')::float8 * 1000)::bigint END
+  ) STORED  -- how long events are kept; NULL: there are none
 );
 
 -- Numbers are given before the commit, so of two messages that are sent at the same time either may come first. What is
@@ -101,6 +104,21 @@ CREATE TABLE filao.failure (
   consumer text    NOT NULL    -- host and process
 );
 CREATE INDEX failure_message ON filao.failure (message, id);
+
+-- What happened to messages of queues that keep a history.
+CREATE TABLE filao.event (
+  id      bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  queue   text    NOT NULL,    -- its name: the events outlive it
+  message text    NOT NULL,    -- the public id: they outlive the message too
+  at      bigint  NOT NULL,
+  until   bigint  NOT NULL,    -- kept so long
+  what    text    NOT NULL,    -- see filao.engine.Event
+  attempt integer NOT NULL,
+  who     text    NOT NULL,
+  detail  text    NOT NULL
+);
+CREATE INDEX event_message ON filao.event (message, id);
+CREATE INDEX event_until   ON filao.event (until);
 
 CREATE TABLE filao.dedup (
   queue   integer NOT NULL,

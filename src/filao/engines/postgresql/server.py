@@ -17,7 +17,7 @@ from psycopg.rows import tuple_row
 
 from filao.codec import shown
 from filao.connections import driver_error, refused
-from filao.engine import Draft
+from filao.engine import Draft, process_name
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError, MessageNotEncodable
 from filao.forks import cut_off, gate, keep
 from filao.urls import checked, shown_url
@@ -149,7 +149,7 @@ class Server:
                     autocommit=True,
                     connect_timeout=CONNECTED_WITHIN,
                     row_factory=tuple_row,
-                    application_name="filao",
+                    application_name=f"filao {process_name()}",
                     client_encoding="UTF8",
                     keepalives_idle=10,
                     keepalives_interval=5,

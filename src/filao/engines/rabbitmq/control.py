@@ -25,6 +25,7 @@ class RabbitmqOperators:
     """See `filao.engine.Operators`."""
 
     pausing: None = None
+    tracing: None = None
 
     def __init__(self, server: Server, declared: Declared, held: Callable[[], Mapping[str, int]]) -> None:
         self._server = server

@@ -17,6 +17,7 @@ _RULES = {
     "overflow": "exact limit to a queue's length",
     "group_failure": "groups",
     "group_dead": "groups",
+    "history": "history of its messages",
 }
 _TERMS = {"group": "groups", "dedup_key": "deduplication", "priority": "priorities on quorum queues"}
 _OPT_IN = (

@@ -37,6 +37,9 @@ _COUNT_REASON = """
     INSERT INTO filao_reason (queue, reason, dead, died) VALUES (?, ?, ?, ?)
     ON CONFLICT DO UPDATE SET dead = dead + excluded.dead, died = died + excluded.died
 """
+_INSERT_EVENT = """
+    INSERT INTO filao_event (queue, message, at, until, what, attempt, by, detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+"""
 # Python gives its lock up around each step of a statement, and must get it back from the busy event loop: so a
 # statement takes many rows at once. The sizes are few, so that every statement is compiled once.
 ROWS_AT_ONCE = (256, 64, 16, 4, 1)
@@ -141,6 +144,8 @@ class Books:
         self.now = now
         self.known = Known()
         self._inserts: list[tuple[object, ...]] = []
+        self.events: list[tuple[object, ...]] = []
+        """What happened to messages whose history is kept, to be written down at the end."""
         self.keeps: bool = keeps
         self._salt: int | None = None
         self._prefix = ""
@@ -229,6 +234,9 @@ class Books:
     def write_down(self) -> None:
         """Write what was sent and counted."""
         self.flush()
+        if self.events:
+            self.db.executemany(_INSERT_EVENT, self.events)
+            self.events = []
         known = self.known
         if known.last is not None and known.last > known.noted:
             known.noted = known.last + NUMBERS_AHEAD * self.keeps
@@ -240,6 +248,12 @@ class Books:
             if row.reasons:
                 self.db.executemany(_COUNT_REASON, [(row.id, *counted) for counted in row.reasons])
                 row.reasons.clear()
+
+    def note(self, row: QueueRow, name: str, what: str, attempt: int, *, by: str, detail: str = "") -> None:
+        """Put an event into the history of a message, if its queue keeps one; see `filao.engine.Event`."""
+        if row.rules.history:
+            until = self.now + round(row.rules.history_window * 1000)
+            self.events.append((row.rules.name, name, self.now, until, what, attempt, by, detail))
 
     def rows(self) -> Iterable[QueueRow]:
         """Return the queues that were looked at."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Protocol, Self, TypeVar
 
-from filao.engine import Draft, Finding, QueueStats, State, StoredMessage
+from filao.engine import Draft, Event, Finding, QueueStats, State, StoredMessage
 from filao.engines.sqlite import moves, operators, processes
 from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database
@@ -32,7 +32,7 @@ class Worked(Protocol):
 
 
 class SqliteOperators:
-    """See `filao.engine.Operators`, and `Pausing`, which it is as well."""
+    """See `filao.engine.Operators`, and `Pausing` and `Tracing`, which it is as well."""
 
     def __init__(self, database: Database, beside: Database, change: Worked, look_up: Worked) -> None:
         self._database = database
@@ -44,6 +44,15 @@ class SqliteOperators:
     def pausing(self) -> Self:
         """Itself: what looks after queues can stop them."""
         return self
+
+    @property
+    def tracing(self) -> Self:
+        """Itself: it reads what was written down."""
+        return self
+
+    async def trace(self, message_id: str) -> list[Event]:
+        """Return what happened to the messages with this id."""
+        return await self._look_up(lambda books: operators.trace(books, message_id))
 
     async def queues(self) -> list[Queue]:
         """Return every declared queue with its rules, by name."""

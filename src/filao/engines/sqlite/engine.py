@@ -9,8 +9,6 @@ WAL keeps the order of commits, so that the next flushed one carries it along. A
 """
 
 import asyncio
-import os
-import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -30,6 +28,7 @@ from filao.engine import (
     Send,
     Settle,
     Submit,
+    process_name,
 )
 from filao.engines.sqlite import files, operators, processes, verbs, waitlist
 from filao.engines.sqlite.books import Books
@@ -247,7 +246,7 @@ class SqliteEngine:
 
     def _register(self) -> None:
         if self._database.lessee is None:
-            self._database.register(_process_name())
+            self._database.register(process_name())
             bell = self._database.bell
             if bell is not None:
                 self._loop.call_soon_threadsafe(self._loop.add_reader, bell.reader, self._hear)
@@ -412,7 +411,3 @@ def _give_up(ticket: Ticket, future: "asyncio.Future[Any]", path: Path) -> None:
                 f"stuck in a transaction. Nothing was done; find it with: filao doctor {path}"
             )
         )
-
-
-def _process_name() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"

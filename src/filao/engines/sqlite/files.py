@@ -306,7 +306,28 @@ def _keep_a_log(db: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports, _salt_ids, _count_reasons, _keep_a_log)
+def _remember_events(db: sqlite3.Connection) -> None:
+    """Let what happens to messages be written down, of queues whose rule says so."""
+    db.execute(
+        """
+        CREATE TABLE filao_event (
+          id      INTEGER PRIMARY KEY,
+          queue   TEXT    NOT NULL,  -- its name: the events outlive it
+          message TEXT    NOT NULL,  -- the public id: they outlive the message too
+          at      INTEGER NOT NULL,
+          until   INTEGER NOT NULL,  -- kept so long
+          what    TEXT    NOT NULL,  -- see filao.engine.Event
+          attempt INTEGER NOT NULL,
+          by      TEXT    NOT NULL,
+          detail  TEXT    NOT NULL
+        ) STRICT
+        """
+    )
+    db.execute("CREATE INDEX filao_events ON filao_event (message, id)")
+    db.execute("CREATE INDEX filao_event_until ON filao_event (until)")
+
+
+MIGRATIONS: tuple[Migration, ...] = (_create, _add_reports, _salt_ids, _count_reasons, _keep_a_log, _remember_events)
 """Step n brings a file from version n to n + 1.
 
 A released step is never edited; a change of the tables is a new step.

@@ -14,7 +14,7 @@ def tidy(books: Books, *, idle: bool) -> bool:
 
     Under traffic as many pages stay free as are in use, because they are about to be used again.
     """
-    more = processes.forget_keys(books)
+    more = processes.forget_keys(books) | processes.forget_events(books)
     for queue in operators.outlived(books)[:1]:
         row = books.queue(queue)
         more |= row is not None and bool(moves.let_expire(books, row, TIDY_EXPIRED))

@@ -162,8 +162,9 @@ def _current(books: Books, entry: Entry) -> Entry:
     return books.entries("WHERE id = ?", (entry.number,))[0]
 
 
-def record(books: Books, entry: Entry, outcome: str, error: str, consumer: str) -> None:
+def record(books: Books, row: QueueRow, entry: Entry, outcome: str, error: str, *, consumer: str) -> None:
     """Put a failed attempt into the message's history, which keeps the last 20."""
+    books.note(row, entry.name, outcome, entry.attempts, by=consumer, detail=error)
     books.db.execute(
         "INSERT INTO filao_failure (message, attempt, at, outcome, error, consumer) VALUES (?, ?, ?, ?, ?, ?)",
         (entry.number, entry.attempts, books.now, outcome, error, consumer),
@@ -211,6 +212,7 @@ def die(books: Books, row: QueueRow, entry: Entry, reason: str) -> None:
     books.count_move(row, entry.state, DEAD)
     row.count["died"] += 1
     row.reasons.append((reason, 1, 1))
+    books.note(row, entry.name, "died", entry.attempts, by="", detail=reason)
     if entry.dedup_key is not None:  # its message_id stays known as long as the dead letter lies there
         start_window(books, row, keys(entry.dedup_key, None), entry.name)
     if entry.group is not None:
@@ -235,10 +237,10 @@ def expire(books: Books, row: QueueRow, entry: Entry) -> None:
     Only the message_id of a dead letter stays known, because it lies there under that id.
     """
     if row.rules.on_expiry == "drop":
-        delete(books, row, entry, "dropped")
+        delete(books, row, entry, "dropped", "")
         unlearn(books, row, keys(entry.dedup_key, entry.message_id), entry.name)
     else:
-        record(books, entry, "expired", "it outlived its ttl", "")
+        record(books, row, entry, "expired", "it outlived its ttl", consumer="")
         die(books, row, entry, "expired")
         unlearn(books, row, keys(entry.dedup_key, None), entry.name)
 
@@ -259,8 +261,9 @@ def _has_expired(books: Books, row: QueueRow, name: str) -> bool:
     return bool(expired)
 
 
-def delete(books: Books, row: QueueRow, entry: Entry, counter: str) -> None:
+def delete(books: Books, row: QueueRow, entry: Entry, counter: str, by: str) -> None:
     """Remove a message for good, and count it under `counter`."""
+    books.note(row, entry.name, counter, entry.attempts, by=by)
     entry = _current(books, entry)
     if entry.state == DEAD:
         books.count_alive(row, entry.number)
@@ -276,7 +279,7 @@ def lose(books: Books, row: QueueRow, entry: Entry, token: int, outcome: str) ->
     The token stays until somebody receives the message, so that a late ack of work that was done still counts.
     """
     row.count["lost"] += 1
-    record(books, entry, outcome, "", books.consumer_of(token))
+    record(books, row, entry, outcome, "", consumer=books.consumer_of(token))
     if entry.attempts >= row.rules.max_attempts:
         die(books, row, entry, "max_attempts")
     else:

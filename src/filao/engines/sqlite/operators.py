@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from filao.codec import seen_body, seen_headers
-from filao.engine import Draft, Failure, State, StoredMessage, instant
+from filao.engine import EVENTS_MAX, Draft, Event, Failure, State, StoredMessage, instant, process_name
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
     STATES,
@@ -209,6 +209,21 @@ def history(db: sqlite3.Connection, number: int) -> tuple[Failure, ...]:
     )
 
 
+def trace(books: Books, message_id: str) -> list[Event]:
+    """Return what happened to the messages with this id, the oldest event first."""
+    found = books.db.execute(
+        """
+        SELECT queue, at, what, attempt, by, detail
+        FROM filao_event INDEXED BY filao_events
+        WHERE message = ? AND until > ?
+        ORDER BY id DESC
+        LIMIT ?
+        """,
+        (message_id, books.now, EVENTS_MAX),
+    ).fetchall()
+    return [Event(queue, instant(at), *event) for queue, at, *event in reversed(found)]
+
+
 def chosen(
     books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int
 ) -> Sequence[int]:
@@ -245,7 +260,7 @@ def _still(books: Books, row: QueueRow, numbers: Sequence[int], states: Sequence
 
 def redrive(books: Books, row: QueueRow, numbers: Sequence[int], edited: Draft | None) -> int:
     """Give dead letters back with fresh attempts, each to its old place."""
-    entries = _still(books, row, numbers, [State.DEAD])
+    entries, by = _still(books, row, numbers, [State.DEAD]), process_name()
     for entry in entries:
         books.count_alive(row, entry.number)
         books.db.execute(
@@ -259,15 +274,16 @@ def redrive(books: Books, row: QueueRow, numbers: Sequence[int], edited: Draft |
         if entry.dedup_key is not None:
             moves.remember_again(books, row, entry.dedup_key, entry.name)
         moves.give_back(books, row, entry)
+        books.note(row, entry.name, "redriven", 0, by=by)
     row.count["redriven"] += len(entries)
     return len(entries)
 
 
 def remove(books: Books, row: QueueRow, numbers: Sequence[int], states: Sequence[State], *, purges: bool) -> int:
     """Delete messages in these states; whoever holds one loses its lease."""
-    entries = _still(books, row, numbers, states)
+    entries, by = _still(books, row, numbers, states), process_name()
     for entry in entries:
-        moves.delete(books, row, entry, "purged" if purges else "cancelled")
+        moves.delete(books, row, entry, "purged" if purges else "cancelled", by)
         if purges:  # it starts afresh: what it removed may be sent again at once
             moves.unlearn(books, row, moves.keys(entry.dedup_key, entry.message_id), entry.name)
     return len(entries)

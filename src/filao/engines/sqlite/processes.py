@@ -9,7 +9,7 @@ from filao.engines.sqlite.settle import release
 
 WATCHED = 3  # processes that each one watches, those entered next after it, in a circle: a death costs all the same
 LEASES_AT_ONCE = 2_000  # leases of one process that one transaction ends: some 40 ms of the write lock
-TIDY_KEYS = 1_000  # forgotten deduplication keys deleted in one turn
+TIDY_KEYS = 1_000  # forgotten deduplication keys, and events, deleted in one turn
 
 
 def enter(books: Books, bell: str, name: str) -> int:
@@ -54,7 +54,7 @@ def resign(books: Books, process: int) -> bool:
             (row.id, *tokens(process), left),
         )
         for entry in held:
-            release(books, row, entry)
+            release(books, row, entry, books.consumer_of(tokens(process)[0]))
         left -= len(held)
         if not left:
             return False
@@ -86,6 +86,15 @@ def _strike_off(books: Books, process: int) -> None:
 def report(books: Books, process: int, state: str) -> None:
     """Write down how a process is doing."""
     books.db.execute("UPDATE filao_process SET state = ?, reported_at = ? WHERE id = ?", (state, books.now, process))
+
+
+def forget_events(books: Books) -> bool:
+    """Forget a slice of the events that were kept long enough; return whether there may be more."""
+    forgotten = books.db.execute(
+        f"DELETE FROM filao_event WHERE id IN (SELECT id FROM filao_event WHERE until <= ? LIMIT {TIDY_KEYS})",
+        (books.now,),
+    )
+    return forgotten.rowcount == TIDY_KEYS
 
 
 def forget_keys(books: Books) -> bool:

@@ -80,7 +80,11 @@ def _lease(books: Books, row: QueueRow, asked: Sequence[Receive], lessee: Lessee
     row.count["received"] += len(found)
     row.fresh = True  # if any is left, it is for the next who waits
     found.sort(key=lambda fields: (-fields[1], fields[0]))
-    return [_delivery(books, row.rules.name, token, fields) for fields in found]
+    leased = [_delivery(books, row.rules.name, token, fields) for fields in found]
+    if row.rules.history:
+        for delivery in leased:
+            books.note(row, delivery.id, "received", delivery.attempt, by=lessee.name)
+    return leased
 
 
 def _queue_up(books: Books, row: QueueRow, lessee: Lessee, wants: int, *, served: bool) -> None:

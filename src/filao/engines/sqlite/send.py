@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from filao.draft import too_large
-from filao.engine import Draft, Receipt, Send
+from filao.engine import Draft, Receipt, Send, process_name
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import BLOCKED, DELAYED, LEASED, NO_TOKEN, READY, Books, Entry, QueueRow, oldest_ready
 from filao.errors import FilaoError, QueueFull
@@ -70,6 +70,8 @@ def _store(books: Books, row: QueueRow, draft: Draft, claimed: Sequence[tuple[in
     books.insert(row, state, (*place, *content))
     if claimed:
         moves.remember(books, row, claimed, name)
+    if row.rules.history:
+        books.note(row, name, "sent", 0, by=process_name())
     return Receipt(name)
 
 
@@ -110,15 +112,18 @@ def _drop_oldest(books: Books, row: QueueRow, surplus: int) -> bool:
     too few.
     """
     books.flush()
-    counted = dict(row.count)
+    counted, reasons, events = dict(row.count), len(row.reasons), len(books.events)
     books.db.execute("SAVEPOINT room")
     for _ in range(surplus):
         oldest = _oldest_waiting(books, row)
         if oldest is None:
             books.db.execute("ROLLBACK TO room")
             row.count = counted
+            del row.reasons[reasons:], books.events[events:]
             break
-        moves.record(books, oldest, "overflow", "the queue was full and its rule is to drop the oldest", "")
+        moves.record(
+            books, row, oldest, "overflow", "the queue was full and its rule is to drop the oldest", consumer=""
+        )
         moves.die(books, row, oldest, "overflow")
     books.db.execute("RELEASE room")
     return row.count is not counted

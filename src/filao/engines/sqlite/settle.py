@@ -8,7 +8,7 @@ changes nothing.
 import random
 from collections.abc import Mapping, Sequence
 
-from filao.engine import Ack, Delivery, Extend, Nack, Operation, Reject, Release, Settle
+from filao.engine import Ack, Delivery, Extend, Nack, Operation, Reject, Release, Settle, process_name
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
     BLOCKED,
@@ -59,29 +59,32 @@ def settle(books: Books, operation: Settle, lessee: Lessee) -> FilaoError | None
         row.count["leased"] -= 1
         row.count["acked"] += 1
         moves.forget(books, row, _entry(delivery), had_failed=delivery.failures > 0)
+        if row.rules.history:
+            books.note(row, delivery.id, "acked", delivery.attempt, by=lessee.name or process_name())
         return None
     entry = _held(books, row, delivery)
     if entry is None:
         return _lease_lost(books, delivery)
     match outcome:
         case Ack():
-            moves.delete(books, row, entry, "acked")
+            moves.delete(books, row, entry, "acked", lessee.name)
         case Nack(delay, error):
             row.count["nacked"] += 1
-            moves.record(books, entry, "nacked", error, lessee.name)
+            moves.record(books, row, entry, "nacked", error, consumer=lessee.name)
             _fail(books, row, entry, delay)
         case Reject(error, malformed):
             reason = "malformed" if malformed else "rejected"
-            moves.record(books, entry, reason, error, lessee.name)
+            moves.record(books, row, entry, reason, error, consumer=lessee.name)
             moves.die(books, row, entry, reason)
         case Release(delay):
-            release(books, row, entry, delay)
+            release(books, row, entry, lessee.name, delay)
     return None
 
 
-def release(books: Books, row: QueueRow, entry: Entry, delay: float = 0.0) -> None:
+def release(books: Books, row: QueueRow, entry: Entry, by: str, delay: float = 0.0) -> None:
     """Give a leased message back as if it had not been delivered."""
     row.count["released"] += 1
+    books.note(row, entry.name, "released", entry.attempts, by=by)
     books.db.execute("UPDATE filao_message SET attempts = attempts - 1 WHERE id = ?", (entry.number,))
     moves.give_back(books, row, entry, at=_due(books, delay))
 
@@ -126,7 +129,7 @@ def _due(books: Books, delay: float) -> int | None:
     return books.now + wait if wait else None
 
 
-def extend(books: Books, operation: Extend) -> FilaoError | None:
+def extend(books: Books, operation: Extend, lessee: Lessee) -> FilaoError | None:
     """Let a lease end so many seconds from now; a lease that ran out but was not taken over runs again."""
     delivery = operation.delivery
     row = books.queue(delivery.queue)
@@ -140,7 +143,14 @@ def extend(books: Books, operation: Extend) -> FilaoError | None:
         (books.now + round(operation.seconds * 1000), delivery.handle, delivery.token),
     )
     books.count_move(row, entry.state, LEASED)
+    _note_extended(books, row, operation, lessee)
     return None
+
+
+def _note_extended(books: Books, row: QueueRow, extend: Extend, lessee: Lessee) -> None:
+    if row.rules.history:
+        by = lessee.name or process_name()  # a keeper's engine is not entered among those that receive
+        books.note(row, extend.delivery.id, "extended", extend.delivery.attempt, by=by, detail=f"{extend.seconds:g}")
 
 
 def _entry(delivery: Delivery) -> Entry:
@@ -172,7 +182,7 @@ def is_plain_ack(operation: Operation) -> bool:
     return about.group is None and about.dedup_key is None and about.message_id is None and not about.failures
 
 
-def ack_together(books: Books, acks: Sequence[Operation]) -> bool:
+def ack_together(books: Books, acks: Sequence[Operation], lessee: Lessee) -> bool:
     """Delete the messages of many acks with a few statements; if one of them is not in time, undo it and return
     False.
     """
@@ -184,15 +194,23 @@ def ack_together(books: Books, acks: Sequence[Operation]) -> bool:
         assert row is not None, "it held a message"
         row.count["leased"] -= 1
         row.count["acked"] += 1
+        if row.rules.history:
+            books.note(row, delivery.id, "acked", delivery.attempt, by=lessee.name or process_name())
     return True
 
 
-def extend_together(books: Books, extends: Sequence[Extend]) -> bool:
+def extend_together(books: Books, extends: Sequence[Extend], lessee: Lessee) -> bool:
     """Extend many leases by the same time with a few statements, or none and return False."""
     if len({extend.seconds for extend in extends}) != 1:
         return False
     until = books.now + round(extends[0].seconds * 1000)
-    return _all_in_time(books, _EXTENDS, (until,), [extend.delivery for extend in extends])
+    if not _all_in_time(books, _EXTENDS, (until,), [extend.delivery for extend in extends]):
+        return False
+    for extend in extends:
+        row = books.queue(extend.delivery.queue)
+        assert row is not None, "it holds a message"
+        _note_extended(books, row, extend, lessee)
+    return True
 
 
 def _all_in_time(

@@ -14,8 +14,8 @@ def apply(books: Books, operations: Sequence[Operation], lessee: Lessee) -> list
     """Do the operations in order, but receive last, so that what became ready in this batch is found."""
     results: list[Result] = [None] * len(operations)
     receives: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
-    acked = ack_together(books, [operation for operation in operations if is_plain_ack(operation)])
-    extended = extend_together(books, [operation for operation in operations if isinstance(operation, Extend)])
+    acked = ack_together(books, [operation for operation in operations if is_plain_ack(operation)], lessee)
+    extended = extend_together(books, [operation for operation in operations if isinstance(operation, Extend)], lessee)
     for index, operation in enumerate(operations):
         if (acked and is_plain_ack(operation)) or (extended and isinstance(operation, Extend)):
             continue
@@ -27,7 +27,7 @@ def apply(books: Books, operations: Sequence[Operation], lessee: Lessee) -> list
             terms = (operation.queue, operation.lease)
             receives[terms].append(index)
         else:
-            results[index] = extend(books, operation)
+            results[index] = extend(books, operation, lessee)
     for indexes in receives.values():
         asked = [operation for index in indexes if isinstance(operation := operations[index], Receive)]
         for index, result in zip(indexes, receive(books, asked, lessee), strict=True):

@@ -372,9 +372,44 @@ BEGIN
 END
 $$;
 
+-- Who runs this: the host and process, which a connection of ours says, or what the user's own says.
+CREATE OR REPLACE FUNCTION filao.caller() RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN regexp_replace(coalesce(nullif(current_setting('application_name'), ''), session_user::text), '^filao ', '');
+END
+$$;
+
+-- Who receives, by the number of the process.
+CREATE OR REPLACE FUNCTION filao.process_name(p integer) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN coalesce((SELECT name FROM filao.process WHERE id = p), '');
+END
+$$;
+
+-- Put an event into the history of messages, if their queue keeps one: who did it, to all (`who`) or to each (`whos`), and
+-- more of it. See filao.engine.Event.
+CREATE OR REPLACE FUNCTION filao.note(
+  q integer, ids bigint[], what text, who text, details text[], now bigint, whos text[] = NULL
+) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  rules filao.queue;
+BEGIN
+  SELECT * INTO rules FROM filao.queue WHERE id = q;
+  IF rules.kept_for IS NULL THEN
+    RETURN;
+  END IF;
+  INSERT INTO filao.event (queue, message, at, until, what, attempt, who, detail)
+  SELECT rules.name, filao.name_of(m), now, now + rules.kept_for, note.what, m.attempts,
+         coalesce(whos[array_position(ids, m.id)], note.who, ''), coalesce(details[array_position(ids, m.id)], '')
+  FROM filao.message m WHERE m.id = ANY (ids)
+  ORDER BY array_position(ids, m.id);
+END
+$$;
+
 -- Put a failed attempt into the history of each message, which keeps the last 20; who moves them then adds to `failures`.
-CREATE OR REPLACE FUNCTION filao.record(ids bigint[], outcome text, errors text[], consumers text[], now bigint) RETURNS void
-LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION filao.record(
+  q integer, ids bigint[], outcome text, errors text[], consumers text[], now bigint
+) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
   full_up bigint;
 BEGIN
@@ -384,6 +419,7 @@ BEGIN
     SELECT t.id, t.attempts FROM filao.message t WHERE t.id = given.id
   ) AS m
   ORDER BY given.n;
+  PERFORM filao.note(q, ids, outcome, NULL, errors, now, consumers);
   FOR full_up IN SELECT m.id FROM filao.message m WHERE m.id = ANY (ids) AND m.failures >= 20 LOOP
     DELETE FROM filao.failure
     WHERE id IN (SELECT f.id FROM filao.failure f WHERE f.message = full_up ORDER BY f.id DESC OFFSET 20);
@@ -422,6 +458,7 @@ DECLARE
   groups text[] := filao.groups_of(ids);
   m      record;
 BEGIN
+  PERFORM filao.note(q, ids, 'died', NULL, array_fill(why, ARRAY[cardinality(ids)]), now);
   SELECT * INTO was FROM filao.tally(ids, -1);
   UPDATE filao.message
   SET state = 'dead', at = now, token = 0, reason = why, failures = failures + 1, moved_in = NULL
@@ -449,6 +486,9 @@ DECLARE
   groups text[] := filao.groups_of(ids);
   m      record;
 BEGIN
+  IF counter <> 'acked' THEN  -- of which the consumer is known
+    PERFORM filao.note(q, ids, counter, CASE counter WHEN 'dropped' THEN '' ELSE filao.caller() END, NULL, now);
+  END IF;
   SELECT * INTO was FROM filao.tally(ids, -1);
   FOR m IN
     SELECT t.dedup_key, t.message_id, filao.name_of(t) AS name FROM filao.message t
@@ -489,7 +529,7 @@ BEGIN
   IF dropped THEN
     PERFORM filao.discard(q, ids, 'dropped', now, later);
   ELSE
-    PERFORM filao.record(ids, 'expired', array_fill('it outlived its ttl'::text, ARRAY[cardinality(ids)]), NULL, now);
+    PERFORM filao.record(q, ids, 'expired', array_fill('it outlived its ttl'::text, ARRAY[cardinality(ids)]), NULL, now);
     PERFORM filao.die(q, ids, 'expired', now, later);
   END IF;
 END
@@ -561,7 +601,7 @@ BEGIN
   FROM filao.queue r, filao.message m LEFT JOIN LATERAL (SELECT name FROM filao.process WHERE id = m.token >> 32) AS h ON true
   WHERE r.id = q AND m.id = ANY (ids);
   PERFORM filao.count(q, ARRAY['lost'], ARRAY[cardinality(ids)]);
-  PERFORM filao.record(ids, outcome, NULL, holders, now);
+  PERFORM filao.record(q, ids, outcome, NULL, holders, now);
   PERFORM filao.die(q, spent, 'max_attempts', now, false) WHERE spent IS NOT NULL;
   PERFORM filao.give_back(q, others, NULL, true, 1, 0, now, false) WHERE others IS NOT NULL;
 END

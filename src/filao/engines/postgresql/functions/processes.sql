@@ -20,6 +20,7 @@ BEGIN
     IF died THEN
       PERFORM filao.lose(q, held, 'crashed', now);
     ELSE
+      PERFORM filao.note(q, held, 'released', filao.process_name(p), NULL, now);
       PERFORM filao.release(q, held, NULL, now, false);
     END IF;
     done := done + cardinality(held);
@@ -77,8 +78,8 @@ BEGIN
 END
 $$;
 
--- Forget old deduplication keys, from a time on, and fold the counters of old slots and of backends that are gone. Returns
--- up to which time keys were forgotten; NULL when that was all of them.
+-- Forget old events and old deduplication keys, those from a time on, and fold the counters of old slots and of backends that are gone. Returns
+-- up to which time keys were forgotten; NULL when that was all of both.
 CREATE OR REPLACE FUNCTION filao.tidy(moment bigint, since bigint = 0) RETURNS bigint
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
@@ -86,6 +87,7 @@ DECLARE
   most  CONSTANT integer := 1000;  -- keys in one transaction, which takes some 10 ms
   slice tid[];
   upto  bigint;
+  gone  integer;
 BEGIN
   SELECT array_agg(old.ctid), max(old.until) INTO slice, upto
   FROM (
@@ -93,8 +95,13 @@ BEGIN
     WHERE until >= since AND until <= now ORDER BY until LIMIT most FOR UPDATE SKIP LOCKED
   ) AS old;
   DELETE FROM filao.dedup WHERE ctid = ANY (slice);
+  DELETE FROM filao.event WHERE ctid = ANY (ARRAY(
+    SELECT e.ctid FROM filao.event e WHERE e.until <= now ORDER BY e.until LIMIT most FOR UPDATE SKIP LOCKED
+  ));
+  GET DIAGNOSTICS gone = ROW_COUNT;
+  upto := CASE WHEN cardinality(slice) = most OR gone = most THEN greatest(upto, since, 1) END;
   IF since > 0 THEN
-    RETURN CASE WHEN cardinality(slice) = most THEN upto END;
+    RETURN upto;
   END IF;
   IF pg_try_advisory_xact_lock(filao.group_key(0, 'tidy')) THEN
     DELETE FROM filao.process p -- behind a pooler nobody sees a process die
@@ -115,6 +122,6 @@ BEGIN
     SELECT gone.queue, 0, 0, gone.name, sum(gone.value) FROM gone GROUP BY 1, 4
     ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value;
   END IF;
-  RETURN CASE WHEN cardinality(slice) = most THEN upto END;
+  RETURN upto;
 END
 $$;

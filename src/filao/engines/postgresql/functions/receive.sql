@@ -106,6 +106,14 @@ BEGIN
       found := found + got;
       i := i + 1;
     END LOOP;
+    IF found > 0 AND rules.kept_for IS NOT NULL THEN
+      INSERT INTO filao.event (queue, message, at, until, what, attempt, who, detail)
+      SELECT rules.name, filao.name_of(m), now, now + rules.kept_for, 'received', m.attempts, filao.process_name(receive.process), ''
+      FROM filao.message m
+      WHERE m.queue = q AND m.state = 'leased' AND m.at = now + coalesce(receive.lease, rules.lease)
+        AND m.token = receive.token
+      ORDER BY m.id;
+    END IF;
     IF found > 0 THEN
       seen.leased := least(seen.leased, now + coalesce(lease, rules.lease));
       PERFORM filao.count(q, ARRAY['ready', 'leased', 'received'], ARRAY[-found, found, found]);

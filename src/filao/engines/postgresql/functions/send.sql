@@ -38,7 +38,7 @@ BEGIN
     SELECT state INTO now_is FROM filao.message WHERE id = oldest FOR UPDATE;
     EXIT WHEN now_is IN ('ready', 'delayed');
   END LOOP;
-  PERFORM filao.record(ARRAY[oldest], 'overflow', ARRAY['the queue was full and its rule is to drop the oldest'], NULL, now);
+  PERFORM filao.record(q, ARRAY[oldest], 'overflow', ARRAY['the queue was full and its rule is to drop the oldest'], NULL, now);
   PERFORM filao.die(q, ARRAY[oldest], 'overflow', now, later);
   RETURN true;
 END
@@ -133,6 +133,14 @@ BEGIN
                count(*) FILTER (WHERE state = 'blocked'), cardinality(twice)]
   INTO states FROM stored;
   PERFORM filao.count(rules.id, ARRAY['sent', 'ready', 'delayed', 'blocked', 'duplicates'], states);
+  IF rules.kept_for IS NOT NULL THEN
+    INSERT INTO filao.event (queue, message, at, until, what, attempt, who, detail)
+    SELECT rules.name, coalesce(message_ids[n], filao.prefix(store.salt) || numbers[n]::text), store.now,
+           store.now + rules.kept_for, 'sent', 0, filao.caller(), ''
+    FROM generate_series(1, cardinality(contents)) AS n
+    WHERE ops[n] = ANY (chosen) AND n <> ALL (twice)
+    ORDER BY n;
+  END IF;
   RETURN QUERY
     SELECT n FROM generate_series(1, cardinality(contents)) AS n WHERE ops[n] = ANY (chosen) AND n <> ALL (twice);
   IF groups IS NOT NULL THEN

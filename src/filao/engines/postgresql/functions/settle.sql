@@ -34,7 +34,7 @@ BEGIN
         AND t.dedup_key IS NULL AND t.message_id IS NULL AND t.failures = 0
       FOR UPDATE
     ) AS held
-    WHERE asked.outcome = 'ack'
+    WHERE asked.outcome = 'ack' AND rules.kept_for IS NULL  -- else each is noted down, below
   ), gone AS (
     DELETE FROM filao.message t WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.grp
   )
@@ -74,19 +74,21 @@ BEGIN
     PERFORM filao.count(q, ARRAY['late'], ARRAY[fate.late]) WHERE fate.late > 0;
     CASE fate.what
       WHEN 'ack' THEN
+        PERFORM filao.note(q, fate.ids, 'acked', consumer, NULL, now);
         PERFORM filao.discard(q, fate.ids, 'acked', now, later);
       WHEN 'release' THEN
+        PERFORM filao.note(q, fate.ids, 'released', consumer, NULL, now);
         PERFORM filao.release(q, fate.ids, fate.dues, now, later);
       WHEN 'nack', 'max_attempts' THEN
         PERFORM filao.count(q, ARRAY['nacked'], ARRAY[fate.count]);
-        PERFORM filao.record(fate.ids, 'nacked', fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now);
+        PERFORM filao.record(q, fate.ids, 'nacked', fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now);
         IF fate.what = 'nack' THEN
           PERFORM filao.give_back(q, fate.ids, fate.dues, false, 1, 0, now, later);
         ELSE
           PERFORM filao.die(q, fate.ids, 'max_attempts', now, later);
         END IF;
       ELSE
-        PERFORM filao.record(fate.ids, fate.what, fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now);
+        PERFORM filao.record(q, fate.ids, fate.what, fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now);
         PERFORM filao.die(q, fate.ids, fate.what, now, later);
     END CASE;
   END LOOP;
@@ -105,6 +107,14 @@ BEGIN
 END
 $$;
 
+CREATE OR REPLACE FUNCTION filao.note_extended(m filao.message, length bigint, now bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM filao.note(m.queue, ARRAY[m.id], 'extended', filao.process_name((m.token >> 32)::integer),
+                     ARRAY[(length / 1000.0::float8)::text], now);
+END
+$$;
+
 -- Let leases end so many milliseconds from now; one that ran out but was not taken over runs again. Returns the places of
 -- those that were lost. What its own consumer is settling meanwhile is not waited for: nobody else can take it.
 CREATE OR REPLACE FUNCTION filao.extend(q integer, moment bigint, ids bigint[], tokens bigint[], lengths bigint[])
@@ -114,6 +124,7 @@ DECLARE
   now  bigint := filao.now(moment);
   m    filao.message;
   done bigint[];
+  notes boolean := (SELECT kept_for IS NOT NULL FROM filao.queue WHERE id = q);
   i    integer;
 BEGIN
   WITH mine AS MATERIALIZED (
@@ -131,9 +142,12 @@ BEGIN
   )
   SELECT coalesce(array_agg(extended.id), '{}') INTO done FROM extended;
   FOR i IN 1 .. cardinality(ids) LOOP
-    CONTINUE WHEN ids[i] = ANY (done);
+    CONTINUE WHEN ids[i] = ANY (done) AND NOT notes;
     SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i];
-    IF NOT FOUND OR m.state = 'blocked' THEN  -- blocked: its group went on without it
+    IF ids[i] = ANY (done) THEN
+      PERFORM filao.note_extended(m, lengths[i], now);
+      CONTINUE;
+    ELSIF NOT FOUND OR m.state = 'blocked' THEN  -- blocked: its group went on without it
       RETURN NEXT i;
       CONTINUE;
     END IF;
@@ -148,6 +162,7 @@ BEGIN
       UPDATE filao.message t SET state = 'leased', at = now + lengths[i], moved_in = filao.news_of(lengths[i])
       WHERE t.id = m.id;
       PERFORM filao.count_move(q, m.state, 'leased');
+      PERFORM filao.note_extended(m, lengths[i], now);
     END IF;
   END LOOP;
 END
