@@ -6,8 +6,9 @@
   if (document.documentElement.scrollWidth > innerWidth) found.push(`the page is ${document.documentElement.scrollWidth - innerWidth} px too wide`);
   if (wide && !document.querySelector(".paper") && document.documentElement.scrollHeight > innerHeight) found.push(`the page is ${document.documentElement.scrollHeight - innerHeight} px too high`);
   if (wide && body && body.scrollHeight > body.clientHeight + 1) found.push(`${body.scrollHeight - body.clientHeight} px of the lesson lie below the fold`);
-  const run = document.querySelector(".run");
-  if (wide && run && run.scrollHeight > run.clientHeight + 1) found.push(`${run.scrollHeight - run.clientHeight} px of the checks lie below the fold`);
+  for (const part of document.querySelectorAll(".run, .outside > div")) {
+    if (wide && part.scrollHeight > part.clientHeight + 1) found.push(`${part.scrollHeight - part.clientHeight} px beside the editor lie below the fold`);
+  }
   for (const one of document.querySelectorAll("#page *")) {
     if (!["hidden", "clip"].includes(getComputedStyle(one).overflowX) || one.closest(".sr-only, .tabs, .mirror") || one.matches("textarea")) continue;
     if (one.scrollWidth > one.clientWidth + 1 && one.clientWidth > 0) found.push(`cut: ${one.className || one.tagName} by ${one.scrollWidth - one.clientWidth} px`);

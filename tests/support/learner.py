@@ -183,10 +183,11 @@ class Learner:
         for slider, value in wanted.items():
             await self.page.fill(f".slider:nth-of-type({SLIDERS.index(slider) + 1}) input", value)
 
-    async def violations(self) -> list[str]:
-        """Return the barriers that axe-core finds."""
+    async def violations(self, *rules: str) -> list[str]:
+        """Return the barriers that axe-core finds, by all of its rules or by those that are named."""
         await self.page.add_script_tag(path=AXE)
-        found = await self.page.evaluate("axe.run({ resultTypes: ['violations'] })")
+        wanted = {"resultTypes": ["violations"]} | ({"runOnly": list(rules)} if rules else {})
+        found = await self.page.evaluate("(wanted) => axe.run(wanted)", wanted)
         return [
             f"{one['id']}: {[(node['html'][:160], node['failureSummary'][:200]) for node in one['nodes'][:4]]}"
             for one in found["violations"]
