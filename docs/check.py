@@ -1,5 +1,5 @@
-"""Look at a built site: every link in it leads somewhere, and nothing of it is fetched from elsewhere. `make docs` runs
-it.
+"""Look at a built site: every link in it leads somewhere, nothing of it is fetched from elsewhere, and the blocking
+twin's page has every method that the async one has. `make docs` runs it.
 """
 
 import re
@@ -45,7 +45,18 @@ def faults(site: Path) -> list[str]:
                 found.append(f"{name} links to {link}, which is not there")
             elif anchor and there in pages and unquote(anchor) not in pages[there].anchors | {"__top"}:
                 found.append(f"{name} links to {link}, and that page has no such place")
-    return found
+    return found + [fault for language in (site, site / "fr") for fault in missing(language / "reference", pages)]
+
+
+def missing(reference: Path, pages: dict[Path, Page]) -> list[str]:
+    """Return which methods of the async API the page of its blocking twin does not show."""
+    api, sync = (pages[(reference / name).resolve()].anchors for name in ("api.html", "sync.html"))
+    names = {
+        match[1]
+        for match in (re.fullmatch(r"filao\.((?:Broker|Message|Transaction)\.\w+)", one) for one in api)
+        if match
+    }
+    return [f"{reference}/sync.html does not show {name}" for name in sorted(names) if f"filao.sync.{name}" not in sync]
 
 
 if __name__ == "__main__":
