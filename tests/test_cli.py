@@ -1,5 +1,6 @@
 """The command line as its users run it: the real program, on real files, through real pipes and terminals."""
 
+import asyncio
 import json
 import os
 import pty
@@ -22,7 +23,9 @@ import pytest
 import filao
 import filao.sync
 from filao.message import delivery_of
+from filao.overview import Deed
 from filao.sync import inner_of
+from tests.conftest import engine_of
 
 FILAO = [sys.executable, "-m", "filao"]
 PATIENCE = 30.0  # seconds after which a program that hangs is killed, and its test fails
@@ -788,6 +791,32 @@ def test_redrive_edits_the_body_of_one(db):
     command = ("redrive", db, "claims", "--body", '{"claim_id": 7}')
     assert sorted(ran.code for ran in run_each([command, (*command, "--id", letter)])) == [0, 3]
     assert waiting(db) == [{"claim_id": 7}]
+
+
+def test_redrive_and_discard_choose_a_kind_and_keep_to_a_rate(db):
+    ids = bury(db, *range(4))
+    assert run("redrive", db, "claims", "--kind", "Other", "--rate", "100").lines == [{"redriven": 0}]
+    done = run("redrive", db, "claims", "--kind", "no such policy", "--rate", "100", "--limit", "2")
+    assert done.lines == [{"redriven": 2}]
+    assert waiting(db) == [0, 1]
+    asked, by_id = run_each([("discard", db, "claims", "--reason", "rejected"), ("discard", db, "claims", "--yes")])
+    assert (asked.code, by_id.code) == (2, 2)
+    assert run("discard", db, "claims", "--id", ids[2], "--yes").lines == [{"discarded": 1}]
+    assert (counted(db).dead, counted(db).cancelled) == (1, 1)
+
+
+def test_the_log_of_the_dashboard_is_printed(db):
+    async def note() -> None:
+        async with filao.connect(db) as broker:
+            kept = engine_of(broker).overview.log
+            number = await kept.begin(Deed("ada", "purge", "claims", wanted=2))
+            await kept.record(number, 2, "done")
+
+    assert run("log", db).code == 1
+    asyncio.run(note())
+    (told,) = run("log", db).lines
+    assert (told["who"], told["what"], told["wanted"], told["done"], told["outcome"]) == ("ada", "purge", 2, 2, "done")
+    assert told["at"] <= told["ended_at"]
 
 
 def test_purge_asks_and_refuses_where_it_cannot(db):

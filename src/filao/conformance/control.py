@@ -126,6 +126,19 @@ async def check_a_dead_letter_named_twice_is_redriven_once(stage: Stage) -> None
     await stage.counted(queue, ready=2, dead=0, redriven=2)
 
 
+@needs(Feature.DEAD_LETTERS)
+async def check_a_dead_letter_that_is_discarded_is_gone_and_the_others_stay(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, 2, 3)
+    for message in await stage.broker.receive_many(queue, 3, wait=0):
+        await (message.ack() if message.body == 2 else message.reject("no"))
+    await stage.send(queue, 4)
+    first, last = await stage.broker.dead_letters(queue)
+    equal(await stage.broker.discard(queue, ids=[first.id, first.id, "claim-9"]), 1)
+    equal([letter.id for letter in await stage.broker.dead_letters(queue)], [last.id])
+    await stage.counted(queue, ready=1, dead=1, cancelled=1)
+
+
 @needs(Feature.FENCING, Feature.LEASES)
 async def check_the_lease_of_a_message_whose_queue_was_deleted_is_lost(stage: Stage) -> None:
     for declared_again in (False, True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from filao.broker import Broker
+from filao.broker import Broker, session_of
 from filao.dashboard.shown import NOTHING, body_of, json_text
 from filao.dashboard.triage import Triage
 from filao.dashboard.watch import Look
@@ -92,8 +92,7 @@ class Views:
         }
         if "live" in asked.query:
             return told
-        rules = {one.name: one for one in await self._broker.queues()}.get(name)
-        told["rules"] = () if rules is None else _rules(rules)
+        told["rules"] = _rules(await session_of(self._broker).engine.find(name))
         return told | await self._listed(asked, name, State(state))
 
     async def _listed(self, asked: Asked, name: str, state: State) -> Told:

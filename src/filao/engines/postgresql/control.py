@@ -181,10 +181,11 @@ class PostgresqlOperators:
     async def number(self, queue: str) -> int:
         """Look a queue's number up: a command must not meet another queue, nor what was deleted."""
         async with self._link.use() as connection:
-            found = await queues(connection)
-        if queue not in found:
-            raise not_found(queue, found)
-        return found[queue][0]
+            found = await connection.execute("SELECT id FROM filao.queue WHERE name = %s", (queue,))
+            row = await found.fetchone()
+            if row is None:
+                raise not_found(queue, await queues(connection))
+        return int(row[0])
 
     async def _wake(self, number: int, count: int) -> None:
         if count:
