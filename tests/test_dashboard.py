@@ -254,6 +254,18 @@ async def test_a_body_is_redacted_by_a_function_of_the_users(broker) -> None:
         assert "KeyError" in page
 
 
+async def test_a_message_that_is_gone_is_still_told_of_where_its_queue_remembers(broker, visitor) -> None:
+    await broker.declare(filao.Queue("remembers", history=True))
+    receipt = await broker.send_to_queue("remembers", 1)
+    path = f"/en/message?queue=remembers&id={receipt.id}"
+    assert "<b>sent</b>" in await visitor.sees(path)
+    await (await broker.receive_from_queue("remembers")).ack()
+    page = await visitor.sees(path)
+    assert "no longer in its queue" in page
+    assert "<b>acknowledged</b> · Attempt 1" in page
+    await visitor.sees(path.replace("remembers", "claims"), 404)
+
+
 @on_both
 async def test_groups_tell_why_they_wait(broker, visitor) -> None:
     await broker.send_many("letters", range(3), group="halted")

@@ -15,7 +15,7 @@ from filao.broker import Broker, session_of
 from filao.dashboard.shown import NOTHING, body_of, json_text
 from filao.dashboard.triage import Triage
 from filao.dashboard.watch import Look
-from filao.engine import REPORT_STALE, QueueStats, Receiver, State, StoredMessage
+from filao.engine import REPORT_STALE, Event, QueueStats, Receiver, State, StoredMessage
 from filao.errors import ConfigurationError, QueueNotFound
 from filao.overview import GLANCE_MAX, Glimpse, Overview
 from filao.queue import Queue, not_found
@@ -123,18 +123,28 @@ class Views:
         """Tell all of one message."""
         name, message_id = asked.query.get("queue", ""), asked.query.get("id", "")
         found = await self._overview().find(name, message_id)
-        if found is None:
+        events = await self._events(name, message_id)
+        if found is None and not events:
             raise NoMessageError(name, message_id)
-        told = {"message": found, "trouble_of_redaction": "", "body": None, "editable": ""}
+        told: Told = {"message": found, "trouble_of_redaction": "", "body": None, "editable": "", "events": events}
+        if found is None:  # it is gone, and its queue remembers what became of it
+            return told | {"name": name, "id": message_id, "is_redacted": self._redact is not None}
         try:
             found = found if self._redact is None else self._redact(found)
             body = body_of(found.body, whole="whole" in asked.query)
         except Exception as error:  # a function of the user's: what it could not hide is not shown
             blank = msgspec.structs.replace(found, body=None, headers={}, history=())
-            return told | {"message": blank, "trouble_of_redaction": type(error).__name__}
+            return told | {"message": blank, "trouble_of_redaction": type(error).__name__, "is_redacted": True}
         is_editable = found.state is State.DEAD and self._redact is None and not isinstance(found.body, bytes)
         editable = json_text(found.body) if is_editable else ""
-        return told | {"message": found, "body": body, "editable": editable, "timeline": _timeline(found)}
+        told |= {"message": found, "body": body, "editable": editable, "timeline": _timeline(found)}
+        return told | {"is_redacted": self._redact is not None}
+
+    async def _events(self, queue: str, message_id: str) -> list[Event]:
+        """Return what happened to a message, as far as its queue remembers it."""
+        tracing = session_of(self._broker).engine.operators.tracing
+        found = [] if tracing is None else await tracing.trace(message_id)
+        return [event for event in found if event.queue == queue]
 
     # --- processes ---------------------------------------------------------------------------------------------------
 
