@@ -46,8 +46,7 @@ class Row:
 class Store:
     """The storage, and what operators do with it: see `filao.engine.Operators`."""
 
-    pausing: None = None
-    tracing: None = None
+    pausing = tracing = None
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
