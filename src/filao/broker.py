@@ -14,18 +14,9 @@ from typing import Any, Self, get_args, overload
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
+from filao.checks import PEEK_MAX, RECEIVE_MANY_MAX, check_duration, check_ids, check_limit
 from filao.codec import codec_for, seen_as, shown
-from filao.draft import (
-    PEEK_MAX,
-    RECEIVE_MANY_MAX,
-    Outgoing,
-    check_ids,
-    check_limit,
-    check_state,
-    draft,
-    drafts,
-    larger,
-)
+from filao.draft import Outgoing, draft, drafts, larger
 from filao.engine import (
     Engine,
     Event,
@@ -42,7 +33,7 @@ from filao.engines import Durability, engine_for, located
 from filao.errors import ConfigurationError, MessageTooLarge, UnsupportedFeature
 from filao.message import Guarantee, Message, Transaction, entered
 from filao.observing import Observers
-from filao.queue import LEASE_MAX, Queue, T, check_duration, name_of
+from filao.queue import LEASE_MAX, Queue, T, name_of
 from filao.receiving import Receiving
 from filao.session import Session
 
@@ -364,7 +355,7 @@ class Broker:
         self._session.check_usable()
         name = name_of(queue)
         check_limit(name, limit, PEEK_MAX)
-        found = await self._session.engine.operators.peek(name, check_state(state), limit=limit, after=after)
+        found = await self._session.engine.operators.peek(name, _state(state), limit=limit, after=after)
         if not isinstance(queue, Queue) or queue.body is None:
             return found
         return [replace(stored, body=seen_as(queue.body, stored.body)) for stored in found]
@@ -409,7 +400,7 @@ class Broker:
         Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease.
         """
         self._session.check_usable()
-        states = _WAITING if state is None else (check_state(state),)
+        states = _WAITING if state is None else (_state(state),)
         return await self._session.engine.operators.remove(name_of(queue), states, None)
 
     async def cancel(self, queue: str | Queue[Any], message_id: str) -> bool:
@@ -501,3 +492,10 @@ def session_of(broker: Broker) -> Session:
 def receiving_of(broker: Broker) -> Receiving:
     """Return what a broker receives with; for the blocking twin."""
     return broker._receiving  # noqa: SLF001
+
+
+def _state(state: State | str) -> State:
+    try:
+        return State(state)
+    except ValueError:
+        raise ConfigurationError(f"state is {state!r}; it must be one of {', '.join(State)}") from None

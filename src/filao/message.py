@@ -12,6 +12,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, cast
 
+from filao.checks import check_duration
 from filao.codec import decode_headers
 from filao.draft import Outgoing, draft, drafts
 from filao.engine import (
@@ -30,7 +31,7 @@ from filao.engine import (
     instant,
 )
 from filao.errors import ConfigurationError, FilaoError, LeaseLost
-from filao.queue import Queue, T, check_duration
+from filao.queue import Queue, T
 from filao.session import Inside, Session, current_transaction
 
 Guarantee = Literal["at-least-once", "at-most-once"]

@@ -27,12 +27,13 @@ from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 
+from filao.checks import DURATION_MAX, KEY_MAX, PRIORITY_MAX, check_name
 from filao.codec import BYTES, decode_headers
 from filao.connections import connection_of
-from filao.draft import KEY_MAX, PRIORITY_MAX, Outgoing, draft
+from filao.draft import Outgoing, draft
 from filao.engine import Draft
 from filao.errors import ConfigurationError, FilaoError
-from filao.queue import DURATION_MAX, Queue, T, check_name
+from filao.queue import Queue, T
 from filao.tables import COLUMNS, create_inbox, create_outbox, update_outbox
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")

@@ -5,7 +5,6 @@ the queue's name, so that producers and consumers, in any process, live by the s
 """
 
 import difflib
-import re
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
@@ -14,17 +13,14 @@ from typing import Any, Generic, Literal
 import msgspec
 from typing_extensions import TypeVar
 
+from filao.checks import check_count, check_duration, check_name
 from filao.errors import ConfigurationError, QueueNotFound
-from filao.urls import shown_url
 
 T = TypeVar("T", default=Any)  # a queue without a body type carries plain JSON: dicts, lists, strings, numbers
 
-NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 BODY_MAX = 256 * 1024  # bytes; a message is a note, not a parcel: send a reference to what is larger
 BODY_MAX_EVER = 64 * 1024 * 1024  # bytes; a queue may raise its own limit up to here
-_NUMBER = (int, float)  # once: a union in the call would be made anew for every check
 LEASE_MAX = 7 * 86_400.0  # seconds
-DURATION_MAX = 10 * 365 * 86_400.0  # seconds; for delays, time to live and windows
 
 EMULATED = ("delay",)  # what a queue may ask an engine to imitate
 
@@ -112,10 +108,10 @@ class Queue(Generic[T]):
         check_duration(f"queue {self.name!r}", "history_window", self.history_window, least=0.001)
         if self.ttl is not None:
             check_duration(f"queue {self.name!r}", "ttl", self.ttl, least=0.001)
-        _check_count(self.name, "max_attempts", self.max_attempts, most=1_000_000)
-        _check_count(self.name, "body_max", self.body_max, most=BODY_MAX_EVER)
+        check_count(f"queue {self.name!r}", "max_attempts", self.max_attempts, most=1_000_000)
+        check_count(f"queue {self.name!r}", "body_max", self.body_max, most=BODY_MAX_EVER)
         if self.max_length is not None:
-            _check_count(self.name, "max_length", self.max_length, most=2**53)
+            check_count(f"queue {self.name!r}", "max_length", self.max_length, most=2**53)
         if not isinstance(self.backoff, Backoff):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
             raise ConfigurationError(f"queue {self.name!r}: backoff is {self.backoff!r}; give a filao.Backoff(first=…)")
         if not isinstance(self.emulate, tuple) or not set(self.emulate) <= set(EMULATED):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
@@ -190,27 +186,8 @@ def not_found(name: str, known: Iterable[str]) -> QueueNotFound:
     return QueueNotFound(f"queue {name!r} is not declared. {hint} Declare it with broker.declare(Queue({name!r})).")
 
 
-def check_name(name: object) -> None:
-    """Raise `ConfigurationError` unless `name` may name a queue."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        shown = repr(shown_url(name) if isinstance(name, str) else name)
-        shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
-        raise ConfigurationError(f"queue name {shown}: a name is 1 to 128 characters of A-Z a-z 0-9 . _ -")
-
-
 def name_of(queue: "str | Queue[Any]") -> str:
     """Return the name that a caller means, or raise `ConfigurationError`."""
     name = queue.name if isinstance(queue, Queue) else queue
     check_name(name)
     return name
-
-
-def check_duration(owner: str, what: str, value: object, *, least: float = 0.0, most: float = DURATION_MAX) -> None:
-    """Raise `ConfigurationError` unless `value` is a number of seconds from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not least <= value <= most:
-        raise ConfigurationError(f"{owner}: {what} is {value!r}; it must be from {least:g} to {most:g} seconds")
-
-
-def _check_count(owner: str, what: str, value: object, *, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigurationError(f"queue {owner!r}: {what} is {value!r}; it must be a whole number from 1 to {most}")

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any, cast
 
 from filao.batching import Batcher, look_away
+from filao.checks import check_duration, check_name
 from filao.engine import (
     Abandoned,
     Delivery,
@@ -32,7 +33,7 @@ from filao.engine import (
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, UnsupportedFeature
 from filao.forks import gate, keep
 from filao.observing import Asked, Observers
-from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, check_duration, check_name, name_of
+from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, name_of
 
 CLOSES_WITHIN = 30.0  # seconds, for all that closing does
 _NOT_OPEN = "is not open: use it inside `async with filao.connect(…) as broker`"

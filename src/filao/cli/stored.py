@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 import click
 import msgspec
 
+from filao.checks import PEEK_MAX
 from filao.cli.lines import json_text
 from filao.cli.shell import addressed, as_json, broker_at, confirmed, is_terminal, note, print_lines, shown_body, usage
 from filao.cli.tables import draw_stored, tell
-from filao.draft import PEEK_MAX
 from filao.engine import QueueStats, State, StoredMessage
 from filao.overview import error_kind
 from filao.sync import Broker

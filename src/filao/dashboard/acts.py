@@ -12,13 +12,14 @@ from urllib.parse import parse_qsl, urlencode
 import msgspec
 
 from filao.broker import Broker
+from filao.checks import check_name
 from filao.codec import codec_for
 from filao.dashboard.jobs import RATE_MAX, Job, in_slices
 from filao.dashboard.triage import CHOSEN_MAX, dead_letters
 from filao.engine import QueueStats, State
 from filao.errors import ConfigurationError, FilaoError, MessageError
 from filao.overview import Deed, Overview, error_kind
-from filao.queue import Queue, check_name
+from filao.queue import Queue
 
 WHATS = ("redrive", "discard", "edit", "cancel", "purge", "pause", "resume")
 ABOUT_MAX = 400  # characters of what the log says that a deed was about

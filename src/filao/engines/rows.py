@@ -1,14 +1,12 @@
-"""What the SQL engines have in common when they carry messages to another engine, and store what came from one.
+"""What the SQL engines have in common when they read a message: to show it, or to carry it to another engine."""
 
-Pure.
-"""
-
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-from filao.engine import Draft, Failure, Operators, Result, Send, State
+from filao.codec import seen_body, seen_headers
+from filao.engine import Draft, Failure, Operators, Result, Send, State, StoredMessage, instant
 from filao.moving import Packing, Parcel
 
 LEAVING = (State.READY, State.DELAYED, State.BLOCKED, State.DEAD)
@@ -44,6 +42,49 @@ class RowPacking(Packing):
         return (await self._operators.stats(self._queue))[0].leased
 
 
+COLUMNS = "kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason"
+"""Of a message, as `stored` and `parcel` read them."""
+
+
+def stored(
+    queue: str, name: str, state: State, columns: Sequence[Any], *, history: tuple[Failure, ...], consumer: str
+) -> StoredMessage:
+    """Return what the columns `COLUMNS` of a message say, as operators see it; `consumer` had it last."""
+    kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, expires_at, reason = columns
+    return StoredMessage(
+        id=name,
+        queue=queue,
+        state=state,
+        body=seen_body(kind, content),
+        headers=seen_headers(headers),
+        attempts=attempts,
+        priority=priority,
+        group=group,
+        dedup_key=dedup_key,
+        sent_at=instant(sent_at),
+        at=instant(at),
+        expires_at=None if expires_at is None else instant(expires_at),
+        reason=reason,
+        history=history,
+        consumer=consumer if state == State.LEASED else "",
+    )
+
+
+def failures(rows: Iterable[Sequence[Any]]) -> tuple[Failure, ...]:
+    """Return a history from rows of attempt, at, outcome, error and consumer."""
+    return tuple(
+        Failure(attempt, instant(at), outcome, error, consumer) for attempt, at, outcome, error, consumer in rows
+    )
+
+
+def failure_rows(number: int, parcel: Parcel) -> list[tuple[Any, ...]]:
+    """Return the rows of a history: the message's number, then what `failures` reads, with times in milliseconds."""
+    return [
+        (number, one.attempt, round(one.at.timestamp() * 1000), one.outcome, one.error, one.consumer)
+        for one in parcel.history
+    ]
+
+
 def parcel(row: Sequence[Any], name: str, history: tuple[Failure, ...], now: int) -> Parcel:
     """Return what the columns `COLUMNS` of a message say."""
     number, state, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, expires_at, reason = row
@@ -52,9 +93,6 @@ def parcel(row: Sequence[Any], name: str, history: tuple[Failure, ...], now: int
     ttl = None if expires_at is None or is_dead else max(1, expires_at - now) / 1000
     draft = Draft(kind, content, headers, due_in, priority, group, dedup_key, ttl, name)
     return Parcel(number, name, draft, sent_at, attempts, history, expires_at, reason, at if is_dead else 0)
-
-
-COLUMNS = "kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason"
 
 
 def sends(queue: str, parcels: Sequence[Parcel]) -> list[Send]:

@@ -22,7 +22,7 @@ import msgspec
 from msgspec import UNSET
 
 import filao
-from filao.draft import PEEK_MAX
+from filao.checks import PEEK_MAX
 from filao.engine import QueueStats, State, StoredMessage
 from filao.engines.sqlite.turnstile import is_passable
 from filao.sandbox import journal

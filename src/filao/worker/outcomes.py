@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from filao import engine
+from filao.checks import check_duration
 from filao.errors import ConfigurationError
 from filao.message import error_text
-from filao.queue import check_duration
 
 _OURS = str(Path(__file__).parent)
 

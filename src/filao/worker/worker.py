@@ -18,12 +18,13 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overloa
 from filao import sync
 from filao.broker import Broker, connect, session_of
 from filao.calls import Caller
+from filao.checks import check_count, check_duration, check_name
 from filao.engine import HEALTHY, Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.message import Message
 from filao.observing import Observer, Tracer
 from filao.outside import outside
-from filao.queue import Queue, T, check_duration, check_name, not_found
+from filao.queue import Queue, T, not_found
 from filao.worker.handlers import handler_of
 from filao.worker.keeper import Keeper
 from filao.worker.outage import Outages, pauses
@@ -102,7 +103,7 @@ class Worker:
 
     def __init__(self, broker: str | Path | Broker, *, concurrency: int | None = None, grace: float = 30.0) -> None:
         if concurrency is not None:
-            _check_count("worker", "concurrency", concurrency)
+            check_count("worker", "concurrency", concurrency, most=CONCURRENCY_MAX)
         check_duration("worker", "grace", grace)
         self._source = broker
         self._concurrency = concurrency
@@ -155,7 +156,7 @@ class Worker:
         check_name(name)
         if name in self._consumers:
             raise _second(name, self._consumers[name])
-        _check_count(f"consumer of {name!r}", "concurrency", concurrency)
+        check_count(f"consumer of {name!r}", "concurrency", concurrency, most=CONCURRENCY_MAX)
         if timeout is not None:
             check_duration(f"consumer of {name!r}", "timeout", timeout, least=0.001)
         if guarantee not in ("at-most-once", "at-least-once", "exactly-once"):
@@ -433,8 +434,3 @@ def _second(queue: str, first: Consumer) -> ConfigurationError:
         "would take each other's messages. "
         f"Let one function handle both kinds, or use two queues."
     )
-
-
-def _check_count(owner: str, what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= CONCURRENCY_MAX:
-        raise ConfigurationError(f"{owner}: {what} is {value!r}; it must be a whole number from 1 to {CONCURRENCY_MAX}")

@@ -4,9 +4,9 @@
 
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from django.db import connections
 from msgspec.structs import replace
@@ -14,13 +14,11 @@ from msgspec.structs import replace
 from filao import sync
 from filao.broker import connect, session_of
 from filao.contrib.django.configuration import alias_at, configured, database, queue_url
-from filao.draft import Outgoing, draft, drafts
+from filao.draft import Outgoing, drafts
 from filao.engine import Draft, Receipt
 from filao.errors import MessageTooLarge
 from filao.queue import Queue, T, name_of, not_found
 from filao.sync import call_on, door_of
-
-D = TypeVar("D")
 
 _brokers: "dict[str, Broker]" = {}
 _opening = threading.Lock()
@@ -69,22 +67,17 @@ class Broker(sync.Broker):
         within: object = None,
     ) -> Receipt:
         """See `filao.Broker.send_to_queue`, and the class."""
-        terms: dict[str, Any] = {
-            "headers": headers,
-            "delay": delay,
-            "priority": priority,
-            "group": group,
-            "dedup_key": dedup_key,
-            "ttl": ttl,
-        }
-        joined, is_ours = (within, True) if within is not None else self._transaction()
-        if joined is None or is_ours:
-            return super().send_to_queue(queue, body, message_id=message_id, within=joined, **terms)
-        chosen = _fresh_id() if message_id is None else message_id
-        outgoing: Outgoing[Any] = Outgoing(body, message_id=chosen, **terms)
-        sent = self._fit(queue, lambda rules: draft(rules, outgoing))
-        self._send_on_commit(joined, name_of(queue), [sent])
-        return Receipt(chosen, duplicate=False)
+        outgoing = Outgoing(
+            body,
+            headers=headers,
+            delay=delay,
+            priority=priority,
+            group=group,
+            dedup_key=dedup_key,
+            ttl=ttl,
+            message_id=message_id,
+        )
+        return self.send_many(queue, [outgoing], within=within)[0]
 
     def send_many(  # type: ignore[misc]  # final for all heirs but this one
         self,
@@ -99,13 +92,14 @@ class Broker(sync.Broker):
         within: object = None,
     ) -> list[Receipt]:
         """See `filao.Broker.send_many`, and the class."""
-        terms: dict[str, Any] = {"headers": headers, "delay": delay, "priority": priority, "group": group, "ttl": ttl}
+        terms: Outgoing[Any] = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
+        all_bodies: list[Outgoing[Any]] = [
+            body if isinstance(body, Outgoing) else replace(terms, body=body) for body in bodies
+        ]
         joined, is_ours = (within, True) if within is not None else self._transaction()
         if joined is None or is_ours:
-            return super().send_many(queue, bodies, within=joined, **terms)
-        all_bodies = list(bodies)
-        common: Outgoing[None] = Outgoing(None, **terms)
-        fit = self._fit(queue, lambda rules: drafts(rules, all_bodies, common))
+            return super().send_many(queue, all_bodies, within=joined)
+        fit = self._drafts(queue, all_bodies)
         sent = [replace(one, message_id=one.message_id or _fresh_id()) for one in fit]
         self._send_on_commit(joined, name_of(queue), sent)
         return [Receipt(str(one.message_id), duplicate=False) for one in sent]
@@ -117,19 +111,20 @@ class Broker(sync.Broker):
         other = connections[database()]
         return (other if other.in_atomic_block else None), False
 
-    def _fit(self, queue: str | Queue[Any], make: Callable[[Queue[Any]], D]) -> D:
-        """Return what `make` drafts by a queue's rules, asked for again when they may have grown."""
+    def _drafts(self, queue: str | Queue[Any], messages: list[Outgoing[Any]]) -> list[Draft]:
+        """Return messages drafted by a queue's rules, asked for again when they may have grown."""
+        none: Outgoing[None] = Outgoing(None)
         name = name_of(queue)
         given = queue if isinstance(queue, Queue) else None
         if name in self._rules:
             try:
-                return make(given or self._rules[name])
+                return drafts(given or self._rules[name], messages, none)
             except MessageTooLarge:
                 pass
         self._rules = {declared.name: declared for declared in self.queues()}
         if name not in self._rules:
             raise not_found(name, self._rules)
-        return make(given or self._rules[name])
+        return drafts(given or self._rules[name], messages, none)
 
     def _send_on_commit(self, connection: Any, name: str, messages: list[Draft]) -> None:
         async def send() -> list[Receipt]:

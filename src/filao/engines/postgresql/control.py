@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
 
-from filao.codec import seen_body, seen_headers
-from filao.engine import EVENTS_MAX, Draft, Event, Failure, Finding, QueueStats, Receiver, State, StoredMessage, instant
+from filao.engine import EVENTS_MAX, Draft, Event, Finding, QueueStats, Receiver, State, StoredMessage, instant
+from filao.engines import rows
 from filao.engines.postgresql import verbs
 from filao.engines.postgresql.clock import MOMENT
 from filao.engines.postgresql.doctor import examine
@@ -46,10 +46,9 @@ HISTORY = """
     (SELECT coalesce(json_agg(json_build_array(f.attempt, f.at, f.outcome, f.error, f.consumer) ORDER BY f.id), '[]')
      FROM filao.failure f WHERE f.message = m.id)
 """
-"""The failed attempts of message `m`, the oldest first, as `history` reads them."""
+"""The failed attempts of message `m`, the oldest first, as `rows.failures` reads them."""
 _SEEN = f"""
-    filao.name_of(m), m.kind, m.content, m.headers, m.attempts, m.priority, m.grp, m.dedup_key, m.sent_at, m.at,
-    m.expires_at, m.reason, coalesce((SELECT name FROM filao.process WHERE id = m.token >> 32), ''), {HISTORY}
+    filao.name_of(m), coalesce((SELECT name FROM filao.process WHERE id = m.token >> 32), ''), {HISTORY}, {rows.COLUMNS}
 """
 
 
@@ -316,29 +315,5 @@ async def behind(
 
 
 def _stored(queue: str, state: State, fields: Sequence[Any]) -> StoredMessage:
-    name, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, *rest = fields
-    expires_at, reason, consumer, failures = rest
-    return StoredMessage(
-        id=name,
-        queue=queue,
-        state=state,
-        body=seen_body(kind, content),
-        headers=seen_headers(headers),
-        attempts=attempts,
-        priority=priority,
-        group=group,
-        dedup_key=dedup_key,
-        sent_at=instant(sent_at),
-        at=instant(at),
-        expires_at=None if expires_at is None else instant(expires_at),
-        reason=reason,
-        history=history(failures),
-        consumer=consumer if state == State.LEASED else "",
-    )
-
-
-def history(failures: Sequence[Sequence[Any]]) -> tuple[Failure, ...]:
-    """Return the failed attempts of a message from what `HISTORY` found."""
-    return tuple(
-        Failure(attempt, instant(at), outcome, error, consumer) for attempt, at, outcome, error, consumer in failures
-    )
+    name, consumer, history, *columns = fields
+    return rows.stored(queue, name, state, columns, history=rows.failures(history), consumer=consumer)

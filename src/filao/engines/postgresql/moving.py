@@ -2,11 +2,10 @@
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
 
 from filao.engine import Draft
 from filao.engines import rows as carried
-from filao.engines.postgresql.control import HISTORY, PostgresqlOperators, history
+from filao.engines.postgresql.control import HISTORY, PostgresqlOperators
 from filao.engines.postgresql.server import Connection, Link, Server
 from filao.engines.postgresql.transactions import Apply, Transactions
 from filao.moving import Key, Memory, Packing, Parcel
@@ -106,7 +105,7 @@ async def pack(connection: Connection, queue: int, moment: int | None, after: in
     """Return the messages behind a place in the order of sending, but for those that consumers hold."""
     await connection.execute("SELECT filao.make_all_due(%s, %s)", (queue, moment))
     rows = await (await connection.execute(_NEXT, (moment, after, queue, limit))).fetchall()
-    return [carried.parcel(fields, name, history(failures), now) for now, name, failures, *fields in rows]
+    return [carried.parcel(fields, name, carried.failures(failures), now) for now, name, failures, *fields in rows]
 
 
 async def amend(connection: Connection, queue: int, moment: int | None, parcels: Sequence[Parcel]) -> None:
@@ -130,18 +129,7 @@ async def amend(connection: Connection, queue: int, moment: int | None, parcels:
         ),
     )
     await connection.execute("SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", (queue, moment))
-    failures = [
-        (
-            numbers[parcel.id],
-            failure.attempt,
-            _milliseconds(failure.at),
-            failure.outcome,
-            failure.error,
-            failure.consumer,
-        )
-        for parcel in parcels
-        for failure in parcel.history
-    ]
+    failures = [row for parcel in parcels for row in carried.failure_rows(numbers[parcel.id], parcel)]
     if failures:
         async with connection.cursor() as cursor:
             await cursor.executemany(_FAILURE, failures)
@@ -176,7 +164,3 @@ async def remember(connection: Connection, queue: int, moment: int | None, memor
 
 def _letter(kind: str | bytes) -> str:
     return kind.decode() if isinstance(kind, bytes) else kind
-
-
-def _milliseconds(moment: datetime) -> int:
-    return round(moment.timestamp() * 1000)

@@ -14,8 +14,8 @@ import msgspec
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
+from filao.checks import KEY_MAX
 from filao.codec import BYTES, JSON, decode_headers, seen_body
-from filao.draft import KEY_MAX
 from filao.engine import Delivery, Draft, Failure, State, StoredMessage, instant
 from filao.engines.rabbitmq.topology import dead_name
 from filao.engines.rabbitmq.wire import SHORT_MAX, carried, text

@@ -21,12 +21,13 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelNotFoundEntity
 from pamqp.commands import Basic
 
+from filao.checks import check_name
 from filao.codec import shown
 from filao.engines.rabbitmq.refusals import has_delay
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
 from filao.engines.rabbitmq.topology import QUORUM, REGISTER
 from filao.errors import ConfigurationError, EngineUnavailable
-from filao.queue import Backoff, Queue, check_name, not_found, rules_from_json, rules_to_json
+from filao.queue import Backoff, Queue, not_found, rules_from_json, rules_to_json
 
 log: logging.Logger = logging.getLogger("filao.rabbitmq")
 

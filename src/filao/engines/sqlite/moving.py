@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
 from pathlib import Path
 
 from filao.engine import Draft
@@ -97,10 +96,7 @@ def _amend(books: Books, row: QueueRow, parcel: Parcel) -> None:
     )
     books.db.executemany(
         "INSERT INTO filao_failure (message, attempt, at, outcome, error, consumer) VALUES (?, ?, ?, ?, ?, ?)",
-        [
-            (number, failure.attempt, _milliseconds(failure.at), failure.outcome, failure.error, failure.consumer)
-            for failure in parcel.history
-        ],
+        carried.failure_rows(number, parcel),
     )
     if parcel.reason is not None:
         (entry,) = books.entries("WHERE id = ?", (number,))
@@ -135,7 +131,3 @@ def remember(books: Books, row: QueueRow, memory: Memory) -> None:
     for group in memory.halted:
         books.db.execute("INSERT OR IGNORE INTO filao_halted (queue, grp) VALUES (?, ?)", (row.id, group))
         arrange(books, row, group)
-
-
-def _milliseconds(moment: datetime) -> int:
-    return round(moment.timestamp() * 1000)

@@ -9,8 +9,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from filao.codec import seen_body, seen_headers
 from filao.engine import EVENTS_MAX, Draft, Event, Failure, State, StoredMessage, instant, process_name
+from filao.engines import rows
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
     STATES,
@@ -33,10 +33,7 @@ _WHERE = {
     "dead": "state = 6",
 }
 _ORDER = {"ready": "priority DESC, id", "delayed": "at, id", "leased": "at, id", "blocked": "grp, id", "dead": "id"}
-_SEEN = (
-    "id, message_id, salt, state, kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, "
-    "reason, token"
-)
+_SEEN = f"id, message_id, salt, state, token, {rows.COLUMNS}"
 
 
 def declare(books: Books, queue: Queue) -> None:
@@ -178,34 +175,18 @@ def _no_place(row: QueueRow, after: str) -> ConfigurationError:
 
 
 def _stored(books: Books, row: QueueRow, fields: Sequence[Any]) -> StoredMessage:
-    number, message_id, salt, state, kind, content, headers, attempts, priority, group, dedup_key, *rest = fields
-    sent_at, at, expires_at, reason, token = rest
-    return StoredMessage(
-        id=books.name_of(number, message_id, salt),
-        queue=row.rules.name,
-        state=State(STATES[state]),
-        body=seen_body(kind, content),
-        headers=seen_headers(headers),
-        attempts=attempts,
-        priority=priority,
-        group=group,
-        dedup_key=dedup_key,
-        sent_at=instant(sent_at),
-        at=instant(at),
-        expires_at=None if expires_at is None else instant(expires_at),
-        reason=reason,
-        history=history(books.db, number),
-        consumer=books.consumer_of(token) if state == NUMBERS["leased"] else "",
-    )
+    number, message_id, salt, state, token, *columns = fields
+    name, held = books.name_of(number, message_id, salt), state == NUMBERS["leased"]
+    consumer, failed = books.consumer_of(token) if held else "", history(books.db, number)
+    return rows.stored(row.rules.name, name, State(STATES[state]), columns, history=failed, consumer=consumer)
 
 
 def history(db: sqlite3.Connection, number: int) -> tuple[Failure, ...]:
     """Return the failed attempts of a message, the oldest first."""
-    found = db.execute(
-        "SELECT attempt, at, outcome, error, consumer FROM filao_failure WHERE message = ? ORDER BY id", (number,)
-    )
-    return tuple(
-        Failure(attempt, instant(at), outcome, error, consumer) for attempt, at, outcome, error, consumer in found
+    return rows.failures(
+        db.execute(
+            "SELECT attempt, at, outcome, error, consumer FROM filao_failure WHERE message = ? ORDER BY id", (number,)
+        )
     )
 
 
@@ -235,7 +216,7 @@ def chosen(
         return list(dict.fromkeys(numbers))[:limit]
     found = array("q")
     for state in states:
-        rows = books.db.execute(
+        named = books.db.execute(
             f"""
             SELECT id
             FROM filao_message INDEXED BY filao_{_INDEXES[state]}
@@ -245,7 +226,7 @@ def chosen(
             """,
             (row.id, limit - len(found)),
         )
-        found.extend(number for (number,) in rows)
+        found.extend(number for (number,) in named)
     return found
 
 

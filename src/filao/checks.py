@@ -1,0 +1,91 @@
+"""What a caller asked for, checked once, where it enters; inside, it is trusted.
+
+Every check raises an error that names the queue, the value and what would be right. Pure.
+"""
+
+import re
+from collections.abc import Iterable
+
+from filao.codec import shown
+from filao.errors import ConfigurationError, MessageError
+from filao.urls import shown_url
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+DURATION_MAX = 10 * 365 * 86_400.0  # seconds; for delays, time to live and windows
+RECEIVE_MANY_MAX = 10_000  # messages that one `receive_many` returns
+PEEK_MAX = 10_000  # messages that one look returns
+PRIORITY_MAX = 1_000_000  # either side of 0
+KEY_MAX = 256  # characters of a group, a dedup_key or a message_id
+GIVEN_ID = re.compile(r"[0-9a-f]{16}-[0-9]+")  # the ids that SQL engines give: a random salt and the message's number
+_NUMBER = (int, float)  # once: a union in the call would be made anew for every check
+
+
+def check_name(name: object) -> None:
+    """Raise `ConfigurationError` unless `name` may name a queue."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        named = repr(shown_url(name) if isinstance(name, str) else name)
+        named = named if len(named) <= 200 else f"{named[:200]}…"
+        raise ConfigurationError(f"queue name {named}: a name is 1 to 128 characters of A-Z a-z 0-9 . _ -")
+
+
+def check_duration(owner: str, what: str, value: object, *, least: float = 0.0, most: float = DURATION_MAX) -> None:
+    """Raise `ConfigurationError` unless `value` is a number of seconds from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not least <= value <= most:
+        raise ConfigurationError(f"{owner}: {what} is {value!r}; it must be from {least:g} to {most:g} seconds")
+
+
+def check_count(owner: str, what: str, value: object, *, most: int) -> None:
+    """Raise `ConfigurationError` unless `value` is a whole number from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigurationError(f"{owner}: {what} is {shown(value)}; it must be a whole number from 1 to {most}")
+
+
+def check_limit(queue: str, limit: object, most: int) -> None:
+    """Raise `ConfigurationError` unless `limit` is a number of messages from 1 to `most`."""
+    if type(limit) is not int or not 1 <= limit <= most:  # the text is made only when it is said
+        check_count(f"queue {queue!r}", "limit", limit, most=most)
+
+
+def check_priority(queue: str, priority: object) -> None:
+    """Raise `ConfigurationError` unless it is a whole number that a priority may be."""
+    whole = isinstance(priority, int) and not isinstance(priority, bool)
+    if not whole or not -PRIORITY_MAX <= priority <= PRIORITY_MAX:  # type: ignore[operator]  # whole says that it is an int
+        raise ConfigurationError(
+            f"queue {queue!r}: priority is {shown(priority)}; it must be a whole number from "
+            f"{-PRIORITY_MAX} to {PRIORITY_MAX}"
+        )
+
+
+def check_key(queue: str, what: str, key: object) -> None:
+    """Raise `ConfigurationError` unless it is a text that can be a group, a dedup_key or a message_id."""
+    if not isinstance(key, str) or not 0 < len(key) <= KEY_MAX or not _is_text(key):
+        raise ConfigurationError(
+            f"queue {queue!r}: {what} is {shown(key)}; it must be a text of 1 to {KEY_MAX} characters"
+        )
+
+
+def check_own_id(queue: str, message_id: str) -> None:
+    """Refuse an id of the shape that engines give: a sender that chose one could claim what is another's."""
+    if GIVEN_ID.fullmatch(message_id):
+        raise MessageError(
+            f"queue {queue!r}: message_id {message_id!r} has the shape of the ids that Filao gives, 16 hexadecimal "
+            f"digits and a number; put something before it, such as 'copy-{message_id}'. Nothing was sent."
+        )
+
+
+def check_ids(queue: str, ids: Iterable[str]) -> list[str]:
+    """Return the ids, each once; a lone string, which is an iterable of characters, is a mistake."""
+    if isinstance(ids, str):
+        raise ConfigurationError(
+            f"queue {queue!r}: ids is the string {shown(ids)}; give a list, such as [{shown(ids)}]"
+        )
+    return list(dict.fromkeys(ids))
+
+
+def _is_text(key: str) -> bool:
+    """Return whether UTF-8 can hold it: half a surrogate pair cannot be stored; a NUL would end it early in SQL."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in key
