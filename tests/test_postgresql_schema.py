@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {14: "b24b9c3f6072211d"}
+DIGESTS = {15: "0156d523dd4e921c"}
 """Of the SQL of a version, the newest alone."""
 
 

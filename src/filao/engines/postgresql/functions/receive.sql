@@ -194,6 +194,7 @@ DECLARE
 BEGIN
   FOR q, wanted IN SELECT * FROM unnest(queues, amounts) LOOP
     floor := filao.list_from(q);
+    CONTINUE WHEN NOT EXISTS (SELECT FROM filao.waiting t WHERE t.queue = q AND t.since >= floor);  -- as mostly
     first := NULL;
     FOR w IN
       SELECT t.ctid, t.* FROM filao.waiting t
