@@ -16,6 +16,7 @@ QUEUE: filao.Queue = filao.Queue(
 AGAIN = 0.02  # seconds between two tries of the same
 PROGRESS = 50  # messages sent, and as many acknowledged, which show that the work has resumed
 TRANSACTED = 5  # of the messages that are sent in transactions, one after the other
+GIVEN_BACK_WITHIN = 30.0  # seconds for a server to notice that a session has ended
 RESUMES_WITHIN = 10.0  # seconds after the end of a fault: a promise
 
 
@@ -91,8 +92,11 @@ class Load:
                 await asyncio.sleep(0.01)
 
     async def finish(self, broker: filao.Broker) -> None:
-        """Handle what is left."""
-        async with asyncio.timeout(60):
+        """Handle what is left. What was confirmed and not delivered is waited for, before it counts as lost: RabbitMQ
+        tells nobody of what it holds for a session whose end it has not noticed.
+        """
+        until = asyncio.get_running_loop().time() + GIVEN_BACK_WITHIN
+        async with asyncio.timeout(2 * GIVEN_BACK_WITHIN):
             while True:
                 try:
                     message = await broker.receive_from_queue(self._queue, wait=0.5)
@@ -104,7 +108,8 @@ class Load:
                         await message.ack()
                     continue
                 stats = await broker.stats(self._queue)  # which takes RabbitMQ longer than a message
-                if not stats.ready + stats.delayed + stats.leased + stats.blocked:
+                is_late = asyncio.get_running_loop().time() > until
+                if not stats.ready + stats.delayed + stats.leased + stats.blocked and (is_late or not self.lost):
                     return
 
     @property
