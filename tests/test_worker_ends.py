@@ -320,13 +320,19 @@ def has_ended(child: int, ended: list[tuple[int, int]]) -> bool:
     return ended[-1][0] != 0
 
 
+@pytest.mark.parametrize("kind", ["coroutine", "thread"])
 @pytest.mark.parametrize(("end", "code"), [("return", 0), ("raise", 1), ("exit", 3)])
-async def test_a_child_that_a_plain_handler_forks_ends_with_it(url, broker, end, code) -> None:
+async def test_a_child_that_a_handler_forks_ends_with_it(url, broker, end, code, kind) -> None:
     children: list[int] = []
     worker = filao.Worker(url)
 
-    @worker.consumer("claims")
-    def handle(message: filao.sync.Message) -> None:
+    def thread(message: filao.sync.Message) -> None:
+        fork()
+
+    async def coroutine(message: filao.Message) -> None:
+        fork()
+
+    def fork() -> None:
         if child := os.fork():
             children.append(child)
         elif end == "raise":
@@ -334,6 +340,7 @@ async def test_a_child_that_a_plain_handler_forks_ends_with_it(url, broker, end,
         elif end == "exit":
             sys.exit(code)
 
+    worker.consumer("claims")(coroutine if kind == "coroutine" else thread)
     await broker.send_to_queue("claims", 1)
     async with running(worker):
         await until_stats(broker, acked=1)

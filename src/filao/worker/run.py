@@ -33,7 +33,7 @@ from filao.worker.outage import Outages, pauses
 from filao.worker.outcomes import Outcomes, is_decision, of_error, of_value, without_our_frames
 from filao.worker.strays import Children, Strays
 from filao.worker.surroundings import Surroundings
-from filao.worker.threads import Call, Threads
+from filao.worker.threads import Call, Threads, children_end
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
@@ -321,7 +321,9 @@ class Run:
         function = handler.function
         if handler.is_async:
             calling = function if around is None else partial(around.call, function)
-            return _result(handler, await calling(self._message, *transaction))
+            with children_end():
+                came = await calling(self._message, *transaction)
+            return _result(handler, came)
         calling = function if around is None else partial(around.call_plain, function)
         caller = self._shared.caller
         blocking = [sync.Transaction(caller, one) for one in transaction]

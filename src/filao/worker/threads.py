@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
@@ -40,13 +40,11 @@ class Call:
             if self.was_interrupted:
                 return
             self._thread = threading.get_ident()
-        here = os.getpid()
         try:
-            result, error = self.job(), None
+            with children_end():
+                result, error = self.job(), None
         except BaseException as raised:
             result, error = None, raised
-        if os.getpid() != here:
-            _end_child(error)
         with self._lock:
             self._thread = 0
         with suppress(RuntimeError):  # the loop was closed: nobody waits for it any more
@@ -105,8 +103,23 @@ class Threads:
             self._idle.append(calls)
 
 
+@contextmanager
+def children_end() -> Generator[None]:
+    """End a child that is forked in this block and comes to the end of it: what waits behind it is its parent's."""
+    here = os.getpid()
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        if os.getpid() != here:
+            _end_child(error)
+
+
 def _end_child(error: BaseException | None) -> NoReturn:
-    """End a child that its function has forked and not ended: this thread is its only one, and nobody gives it work."""
+    """End a child as a program ends, with what it has raised."""
     code = 0
     try:
         if isinstance(error, SystemExit):
