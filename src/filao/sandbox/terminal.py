@@ -33,7 +33,6 @@ from filao.sandbox.visits import Visit, own_folder
 from filao.sandbox.words import lesson, program, translated, words
 
 DRAW_EVERY = 0.2  # seconds
-SETTLED = 0.5  # seconds after which what was done is seen
 WAITED = 120.0  # seconds that `w` waits at most
 PLAIN_WIDTH = 100  # columns where there is no terminal
 CHIPS = 14  # claims that are shown of each place
@@ -240,14 +239,13 @@ class Face:
         """Wait until the step is done, waits for the learner, or cannot be done any more."""
         until = time.monotonic() + WAITED
         while time.monotonic() < until:
-            await asyncio.sleep(SETTLED)
+            await self._visit.seen()
             told = self._visit.shown(known=0, claim=0)["lesson"]
             exercise = self._visit.room.exercise
             states = {exercise.results[check].state for check in CHECKS}
             checked = self._visit.step.key == "implement" and not exercise.is_running and "open" not in states
             waits = told["hint"] and told["hint"] != "wait"
             if not told["busy"] and (told["is_done"] or waits or checked):
-                await asyncio.sleep(SETTLED)
                 return
 
 

@@ -65,6 +65,7 @@ class Visit:
         self.loaded_at: float = 0.0
         """When the sliders were moved last: what was before is not measured."""
         self.busy: bool = False
+        self._looked = asyncio.Event()  # each look has one of its own
         self._rests_since: float | None = None
         self._looking = asyncio.create_task(self._keep_looking())
 
@@ -84,7 +85,14 @@ class Visit:
                 await self._judge()
             except Exception as error:
                 log.warning("a look into the room failed: %r", error)
+            looked, self._looked = self._looked, asyncio.Event()
+            looked.set()
             await asyncio.sleep(LOOK_EVERY)
+
+    async def seen(self) -> None:
+        """Wait until what was done by now is seen and judged: the first look may have begun before it."""
+        for _ in range(2):
+            await self._looked.wait()
 
     # --- the lesson --------------------------------------------------------------------------------------------------
 
