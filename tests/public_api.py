@@ -14,6 +14,7 @@ MODULES = (
     "filao.conformance",
     "filao.testing",
     "filao.contrib.django",
+    "filao.dashboard",
 )
 LISTING = Path(__file__).with_name("public_api.txt")
 

@@ -1,8 +1,11 @@
 """The dashboard over HTTP: whom it lets in, what its pages tell, and what its forms do."""
 
 import asyncio
+import os
 import re
+import socket
 import sqlite3
+import subprocess
 import sys
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import closing
@@ -21,6 +24,7 @@ from starlette.routing import Mount
 import filao
 from filao.dashboard import app
 from filao.dashboard.acts import Act
+from filao.dashboard.neighbours import is_of_another_user
 from filao.dashboard.texts import FOLDER, texts
 from filao.engine import StoredMessage
 from filao.overview import error_kind
@@ -85,6 +89,22 @@ async def test_without_a_token_it_answers_to_its_own_machine_alone(broker) -> No
         assert (await proxied.client.get("/en/queues", headers={"X-Forwarded-For": "10.0.0.7"})).status_code == 403
     async with visiting(broker, host="http://evil.example") as rebound:
         assert (await rebound.client.get("/en/queues")).status_code == 403
+
+
+def test_another_user_of_the_machine_is_told_from_ones_own() -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+        with socket.create_server((host, 0), family=family) as listening:
+            address = listening.getsockname()[:2]
+            for user, is_another in ((65_534, True), (0, False)):
+                command = ["bash", "-c", f"exec 3<>/dev/tcp/{host}/{address[1]}; read <&3"]
+                with subprocess.Popen(command, user=user) as client:
+                    connection, end = listening.accept()
+                    with connection:
+                        assert is_of_another_user(end[:2], address) is is_another
+                    client.wait()
+        assert not is_of_another_user((host, 1), (host, 2))
 
 
 async def test_who_could_come_in_from_elsewhere_unasked_is_a_mistake() -> None:

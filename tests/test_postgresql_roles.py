@@ -9,6 +9,7 @@ import pytest
 
 import filao
 from filao.engines.postgresql import engine
+from filao.overview import Deed
 from tests.conftest import engine_of
 from tests.support.servers import Postgres
 
@@ -105,6 +106,9 @@ async def test_an_operator_may_see_and_move_everything(url) -> None:
             await operator.declare(filao.Queue("letters"))
             await operator.delete_queue("letters")
             assert not [finding for finding in await operator.doctor() if finding.level == "error"]
+            kept = engine_of(operator).overview.log
+            await kept.record(await kept.begin(Deed("ada", "purge", "claims")), 0, "done")
+            assert [deed.outcome for deed in await kept.deeds(10)] == ["done"]
 
 
 async def test_a_sender_can_neither_move_the_clock_nor_take_an_id_of_ours(url) -> None:

@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {15: "0156d523dd4e921c"}
+DIGESTS = {16: "20c1d69cb671813d"}
 """Of the SQL of a version, the newest alone."""
 
 

@@ -22,6 +22,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from filao import door
+from filao.dashboard.neighbours import is_of_another_user
 from filao.door import LOOPBACK, Guesses, cookie_of, is_of_host, is_of_other_site, safely
 from filao.printable import printable
 
@@ -39,7 +40,10 @@ SAFE = door.SAFE | {
 
 OTHER_HOST = "This dashboard answers to other names of hosts: {}.\n"
 OTHER_SITE = "This dashboard does not answer to pages of other sites.\n"
-NOT_HERE = "This dashboard answers to its own machine only. Give it a token, or let the application admit people.\n"
+NOT_HERE = (
+    "This dashboard answers to its own machine, and to the user who runs it. Give it a token (--token), or let the "
+    "application admit people.\n"
+)
 NOT_ADMITTED = "The application does not admit you to this dashboard.\n"
 TOO_LARGE = f"A form has at most {FORM_MAX:,} bytes.\n"
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
@@ -123,7 +127,7 @@ class Door:
                 return await self._try(scope, receive, self._guesses)
             if not session and not path.startswith("/static/"):
                 return self._enter(scope, False)
-        elif not _is_loopback(_client(scope)) or any(name in headers for name in FORWARDED):
+        elif not _is_from_here(scope, headers):
             return PlainTextResponse(NOT_HERE, 403)
         if path == "/leave" and is_post:
             return self._left(scope)
@@ -226,6 +230,14 @@ def _user() -> str:
 def _client(scope: Scope) -> str:
     client = scope.get("client")
     return str(client[0]) if client else ""
+
+
+def _is_from_here(scope: Scope, headers: Headers) -> bool:
+    """Return whether a request comes from this machine and our own user, and was not passed on by a proxy."""
+    client, server = scope.get("client"), scope.get("server")
+    if not _is_loopback(_client(scope)) or any(name in headers for name in FORWARDED):
+        return False
+    return not (client and server and server[1] and is_of_another_user(tuple(client), tuple(server)))
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 15
+VERSION = 16
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -102,6 +102,20 @@ STEPS: dict[int, str] = {
         $$;
     """,
     15: "SELECT",  # of the functions alone
+    16: """
+        DO $$
+        DECLARE
+          role regrole;
+        BEGIN
+          FOR role IN  -- a role that may read failures may read the log
+            SELECT DISTINCT a.grantee FROM pg_class c, aclexplode(c.relacl) AS a
+            WHERE c.oid = 'filao.failure'::regclass AND a.privilege_type = 'SELECT' AND a.grantee NOT IN (0, c.relowner)
+          LOOP
+            EXECUTE format('GRANT SELECT ON filao.audit TO %s', role);
+          END LOOP;
+        END
+        $$;
+    """,
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """
@@ -169,7 +183,10 @@ async def _grant_again(connection: Connection, granted: Sequence[tuple[str, str]
     """Let roles call what they could call before, as far as there is a function of that name."""
     found = await connection.execute("SELECT proname FROM pg_proc WHERE pronamespace = 'filao'::regnamespace")
     names = {name for (name,) in await found.fetchall()}
-    for name, role in granted:
+    operators = {
+        role for name, role in granted if name == "remove"
+    }  # who deletes messages may write down that they did
+    for name, role in [*granted, *((name, role) for role in operators for name in ("begin_deed", "record_deed"))]:
         if name in names:
             await connection.execute(f"GRANT EXECUTE ON FUNCTION filao.{name} TO {role}".encode())
 
