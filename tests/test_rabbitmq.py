@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing
 from itertools import count
@@ -699,6 +701,22 @@ def test_what_it_can_do_is_said() -> None:
     assert Feature.FENCING not in RabbitmqEngine.features
     assert not RabbitmqEngine.features & RabbitmqEngine.emulated
     assert engine_of(filao.connect("amqp://127.0.0.1/")).emulated == {Feature.DELAY}
+
+
+async def test_its_stats_tell_what_it_knows_and_name_what_it_does_not(url, broker, queue) -> None:
+    await broker.send_many(queue, range(3))
+    await (await received(broker, queue)).reject("torn")
+    held = await received(broker, queue)
+    async with asyncio.timeout(30):
+        while ((stats := await broker.stats(queue)).ready, stats.leased, stats.dead) != (1, 1, 1):
+            await asyncio.sleep(0.05)
+    assert (stats.sent, stats.dead_by_reason, stats.receivers, stats.oldest_ready_age) == (0, {}, (), None)
+    program = [sys.executable, "-m", "filao", "stats", url, queue.name]
+    told = await asyncio.to_thread(subprocess.run, program, capture_output=True, text=True, timeout=30)
+    assert (json.loads(told.stdout)["ready"], json.loads(told.stdout)["dead"]) == (1, 1)
+    for unknown in ("RabbitMQ", "delayed", "blocked", "held by others", "ages", "reasons", "paused", "who receives"):
+        assert unknown in told.stderr
+    await held.ack()
 
 
 # --- the dashboard ---------------------------------------------------------------------------------------------------

@@ -5,15 +5,23 @@ import sys
 import click
 import msgspec
 
+from filao.broker import session_of
 from filao.cli.shell import addressed, as_json, broker_at, file_of, is_terminal, note, print_lines
 from filao.cli.tables import age_text, draw
 from filao.cli.top import watch
-from filao.engine import Finding, QueueStats, State
+from filao.engine import Feature, Finding, QueueStats, State
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
+from filao.sync import door_of
 from filao.urls import shown_url
 
 _json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
 _COLUMNS = ("ready", "delayed", "blocked", "leased", "dead", "sent", "acked")
+_WITHOUT_COUNTERS = {"ready": "ready", "held by this process": "leased", "dead": "dead"}
+_UNTOLD = (
+    "{0} tells what is ready, what is dead, and what this process holds. It does not tell what is delayed, blocked or "
+    "held by others, ages, reasons, whether a queue is paused, who receives, nor what was ever sent, received, acked "
+    "or died: those are 0 or empty here"
+)
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
 
@@ -31,12 +39,19 @@ def stats(*, arguments: tuple[str, ...], wants_json: bool, is_watched: bool) -> 
         return watch(url, names[0] if names else None, every=1.0)
     with broker_at(url, *names) as broker:
         found = [broker.stats(name) for name in names] or broker.stats()
+        counts = Feature.COUNTERS in broker.features
+        engine = session_of(door_of(broker)).engine.name
+    if not counts:
+        note(_UNTOLD.format(engine))
     if wants_json or not is_terminal(sys.stdout):
         print_lines(as_json(queue) for queue in found)
     elif names:
-        draw(("queue", names[0]), _every_counter(found[0]), figures=True)
-    else:
+        draw(("queue", names[0]), _every_counter(found[0]) if counts else _known(found[0]), figures=True)
+    elif counts:
         draw(("queue", *_COLUMNS, "oldest"), [_row(queue) for queue in found], figures=True)
+    else:
+        rows = [(queue.name, *(count for _, count in _known(queue))) for queue in found]
+        draw(("queue", *_WITHOUT_COUNTERS), rows, figures=True)
     if not found:
         note(f"no queue is declared here. In a shell: filao declare {shown_url(url)} QUEUE")
     return 0 if found else 1
@@ -45,6 +60,10 @@ def stats(*, arguments: tuple[str, ...], wants_json: bool, is_watched: bool) -> 
 def _row(queue: QueueStats) -> tuple[str, ...]:
     name = f"{queue.name} (paused)" if queue.paused else queue.name
     return (name, *(f"{getattr(queue, column):,}" for column in _COLUMNS), age_text(queue.oldest_ready_age))
+
+
+def _known(queue: QueueStats) -> list[tuple[str, str]]:
+    return [(told, f"{getattr(queue, name):,}") for told, name in _WITHOUT_COUNTERS.items()]
 
 
 def _every_counter(queue: QueueStats) -> list[tuple[str, str]]:
