@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 import filao
-from filao.engines.postgresql import engine
+from filao.engines.postgresql import engine, schema
 from filao.overview import Deed
 from tests.conftest import engine_of
 from tests.support.servers import Postgres
@@ -127,6 +127,21 @@ async def test_a_sender_can_neither_move_the_clock_nor_take_an_id_of_ours(url) -
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute(sql.encode(), parameters)
         connection.execute(send.encode(), (None, "m"))
+
+
+async def test_after_an_upgrade_roles_may_call_what_they_could_call_before_and_no_more(url, monkeypatch) -> None:
+    sender = as_role(url, "sender")
+    newer = schema.VERSION + 1
+    monkeypatch.setattr(schema, "VERSION", newer)
+    monkeypatch.setitem(schema.STEPS, newer, "SELECT")
+    async with filao.connect(url):
+        pass
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT value FROM filao.meta WHERE name = 'version'").fetchone() == (str(newer),)
+    async with filao.connect(sender) as broker:
+        await broker.send_to_queue("claims", 1)
+        with pytest.raises(filao.ConfigurationError, match="permission denied"):
+            await broker.receive_from_queue("claims", wait=0)
 
 
 async def test_every_function_that_is_called_from_outside_has_a_search_path_of_its_own(url) -> None:

@@ -208,6 +208,17 @@ def test_every_module_can_be_imported_alone() -> None:
             importlib.import_module(module.name)
 
 
+def test_nothing_is_unpickled_and_no_text_is_run() -> None:
+    unpickling, running = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}, {"eval", "exec"}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & unpickling, path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in running, path
+
+
 def test_house_words_are_used() -> None:
     unwanted = {"manager", "helper", "util", "utils", "common", "base"}
     assert not unwanted & {path.stem for path in MODULES}

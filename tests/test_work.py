@@ -253,11 +253,13 @@ def test_health_checks_tell_ready_and_healthy(folder, broker) -> None:
         until(lambda: _get(address)[0] == 200)
 
 
-def test_one_process_answers_health_checks_too(folder, broker) -> None:
-    with working(folder, "app:worker", "--health", "127.0.0.1:0") as work:
+def test_one_process_answers_health_checks_too_on_loopback_and_tells_no_url(folder, broker) -> None:
+    with working(folder, "app:worker", "--health", "0") as work:
         address = until(lambda: work.said().partition("health checks at ")[2].partition("\n")[0])
+        assert address.startswith("http://127.0.0.1:")
         code, state = _get(address)
         assert (code, state["ready"], state["running"]) == (200, True, {"claims": 0})
+        assert "claims.db" not in json.dumps(state)
 
 
 def _get(address: str) -> tuple[int, Any]:
