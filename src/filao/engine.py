@@ -23,6 +23,16 @@ from filao.queue import Queue, T
 
 EVENTS_MAX = 1_000  # events that one look at the history of a message returns
 HISTORY_MAX = 20  # failed attempts that are remembered of one message
+REASONS = ("max_attempts", "rejected", "expired", "malformed", "overflow")  # why a message is a dead letter
+FAILURES = (
+    "nacked",
+    "rejected",
+    "malformed",
+    "crashed",
+    "lease_expired",
+    "expired",
+    "overflow",
+)  # how an attempt failed
 
 
 class Feature(StrEnum):
