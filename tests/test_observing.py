@@ -71,6 +71,25 @@ async def test_calls_that_share_a_commit_are_told_as_one(tmp_path) -> None:
     assert [(done.operations, done.messages) for done in notebook.operations] == [(5, 5)]
 
 
+async def test_what_one_batch_does_to_several_queues_is_told_apart(tmp_path) -> None:
+    notebook = Notebook()
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"), filao.Queue("letters"), filao.Queue("full", max_length=1))
+        await broker.send_to_queue("full", 0)
+        broker.observers.add(notebook)
+        sends = [broker.send_many("claims", [1, 2]), broker.send_many("letters", [3]), broker.send_to_queue("full", 4)]
+        await asyncio.gather(*sends, return_exceptions=True)
+        receives = [broker.receive_many(name, 9) for name in ("claims", "letters")]
+        held = [message for messages in await asyncio.gather(*receives) for message in messages]
+        await asyncio.gather(*(message.ack() for message in held))
+    told = {(done.verb, done.queue, done.operations, done.messages, done.error) for done in notebook.operations}
+    assert told == {
+        *(("send", "claims", 1, 2, ""), ("send", "letters", 1, 1, ""), ("send", "full", 1, 0, "QueueFull")),
+        *(("receive", "claims", 1, 2, ""), ("receive", "letters", 1, 1, "")),
+        *(("settle", "claims", 2, 2, ""), ("settle", "letters", 1, 1, "")),
+    }
+
+
 async def test_an_observer_that_fails_is_complained_of_once_and_fails_no_message(tmp_path, caplog) -> None:
     caplog.set_level(logging.ERROR, "filao.observing")
     notebook = Notebook()

@@ -8,7 +8,7 @@ observer raises is logged once and never reaches a message.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -227,27 +227,35 @@ def _meant(operation: Operation) -> tuple[Verb, str]:
     return "settle" if isinstance(operation, Settle) else "extend", operation.delivery.queue
 
 
-def _done(operations: Sequence[Operation], results: Results) -> Iterator[tuple[Verb, Counter[str], Counter[str]]]:
+def _done(
+    operations: Sequence[Operation], results: Results
+) -> Iterator[tuple[Verb, Mapping[str, int], Mapping[str, int]]]:
     """Yield, for each verb, how many operations each queue had, and how many messages were in them.
 
     Invariant: all of these were done. Nothing is called or made for a single operation, so that telling costs little.
     """
-    kinds = set(map(type, results))
-    if list in kinds:
-        queues = [one.queue for one in operations if type(one) is Send]
-        numbers = Counter(queues)
-        receipts = [one for one in results if type(one) is list]
+    kinds = set(map(type, operations))
+    if Send in kinds:
+        sends = [one for one in operations if type(one) is Send]
+        numbers = _numbers([one.queue for one in sends])
         if len(numbers) == 1:
-            yield "send", numbers, Counter({queues[0]: sum(map(len, receipts))})
+            yield "send", numbers, {sends[0].queue: sum([len(one.drafts) for one in sends])}
         else:
-            sent = (queue for queue, stored in zip(queues, receipts, strict=True) for _ in stored)
-            yield "send", numbers, Counter(sent)
-    if Received in kinds:
+            yield "send", numbers, Counter(one.queue for one in sends for _ in one.drafts)
+    if Receive in kinds:
         came = [one.deliveries for one in results if type(one) is Received and one.deliveries]
-        messages = Counter([delivery.queue for deliveries in came for delivery in deliveries])
-        yield "receive", Counter([deliveries[0].queue for deliveries in came]), messages
-    if type(None) in kinds:
-        numbers = Counter([one.delivery.queue for one in operations if type(one) is Settle])
+        messages = _numbers([delivery.queue for deliveries in came for delivery in deliveries])
+        yield "receive", _numbers([deliveries[0].queue for deliveries in came]), messages
+    if Settle in kinds:
+        numbers = _numbers([one.delivery.queue for one in operations if type(one) is Settle])
         yield "settle", numbers, numbers
-        numbers = Counter([one.delivery.queue for one in operations if type(one) is Extend])
+    if Extend in kinds:
+        numbers = _numbers([one.delivery.queue for one in operations if type(one) is Extend])
         yield "extend", numbers, numbers
+
+
+def _numbers(queues: Sequence[str]) -> Mapping[str, int]:
+    """Count each; most often all are the same."""
+    if queues and queues.count(queues[0]) == len(queues):
+        return {queues[0]: len(queues)}
+    return Counter(queues)
