@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import httpx
+import psycopg
 import pytest
 from msgspec import structs
 from starlette.applications import Starlette
@@ -460,6 +461,44 @@ async def test_no_statement_of_the_dashboard_walks_past_messages(broker) -> None
         assert not [step for step in plan if "SCAN filao_message" in step or "SCAN filao_failure" in step], (sql, plan)
         assert not [step for step in plan if "TEMP B-TREE" in step and "last term" not in step.lower()], (sql, plan)
     db.close()
+
+
+_TOUCHED = """
+    SELECT pg_stat_force_next_flush(), (
+      SELECT sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))::bigint
+      FROM pg_stat_user_tables WHERE schemaname = 'filao' AND relname IN ('message', 'failure')
+    )
+"""
+
+
+@pytest.mark.parametrize("broker", ["postgresql"], indirect=True)
+async def test_pages_touch_no_more_rows_of_postgresql_than_they_show(broker) -> None:
+    await broker.send_many("claims", range(8_000))
+    await broker.send_many("claims", range(8_000), delay=500)
+    await broker.send_many("letters", range(8_000), group="policy-1")
+    (held,) = await broker.receive_many("letters", 1)
+    with psycopg.connect(engine_of(broker)._server.url, autocommit=True) as database:
+
+        async def touched() -> int:
+            await engine_of(broker).operators._row("SELECT pg_stat_force_next_flush()")
+            return int(database.execute(_TOUCHED).fetchall()[0][1])
+
+        async with visiting(broker) as somebody:
+            await somebody.sees("/en/queues")
+            before = await touched()
+            for queue, state in (
+                ("claims", "ready"),
+                ("claims", "delayed"),
+                ("claims", "dead"),
+                ("letters", "blocked"),
+            ):
+                page = await somebody.sees(f"/en/queue?name={queue}&state={state}")
+                for after in re.findall(r"after=([\w-]+)", page)[:1]:
+                    await somebody.sees(f"/en/queue?name={queue}&state={state}&after={after}")
+                    await somebody.sees(f"/en/queue?name={queue}&state={state}&after={after}&group=policy-1")
+            for path in ("queue?name=letters&state=leased", f"message?queue=letters&id={held.id}", "dead", "processes"):
+                await somebody.sees(f"/en/{path}")
+            assert 0 < await touched() - before < 7_000  # what is shown, and four times a thousand that tell of groups
 
 
 # --- its words -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {16: "20c1d69cb671813d"}
+DIGESTS = {17: "4d4b0a8a1a3d801b"}
 """Of the SQL of a version, the newest alone."""
 
 

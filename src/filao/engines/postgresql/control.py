@@ -287,15 +287,15 @@ async def find_message(connection: Connection, queue: tuple[int, str], message_i
 
 
 async def behind(
-    connection: Connection, number: int, queue: str, state: State, after: str | None, *, in_group: bool = False
+    connection: Connection, number: int, queue: str, state: State, after: str | None, *, by_id: bool = False
 ) -> tuple[str, tuple[Any, ...]]:
     """Return the condition that leaves out what stands before the message `after` and itself, and its parameters.
 
-    The messages of one group stand in the order of sending.
+    With `by_id` they stand in the order of sending.
     """
     if after is None:
         return "", ()
-    order = "id" if in_group else ORDER[state]
+    order = "id" if by_id else ORDER[state]
     found = await connection.execute(
         f"""
         SELECT named.id, {order if order != "id" else "named.id"}

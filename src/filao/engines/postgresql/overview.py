@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from filao.codec import seen_headers
-from filao.engine import State, StoredMessage, instant
+from filao.engine import LEASES_LOOKED_AT, State, StoredMessage, instant
 from filao.engines.postgresql import control
 from filao.engines.postgresql.clock import MOMENT
 from filao.engines.postgresql.server import Link
@@ -30,18 +30,10 @@ _SEEN = f"""
     coalesce((SELECT name FROM filao.process WHERE id = m.token >> 32), '')
 """
 _HELD = """
-    SELECT held.grp, held.waiting,
-      EXISTS (SELECT FROM filao.halted h WHERE h.queue = %(queue)s AND h.grp = held.grp),
-      EXISTS (SELECT FROM filao.message m WHERE m.queue = %(queue)s AND m.grp = held.grp AND m.state = 'leased'),
-      EXISTS (SELECT FROM filao.message m WHERE m.queue = %(queue)s AND m.grp = held.grp AND m.state = 'ready'),
-      EXISTS (SELECT FROM filao.message m WHERE m.queue = %(queue)s AND m.grp = held.grp AND m.state = 'delayed')
-    FROM (
-      SELECT b.grp, count(*) AS waiting
-      FROM (SELECT grp FROM filao.message
-            WHERE queue = %(queue)s AND state = 'blocked' AND grp IS NOT NULL ORDER BY id LIMIT %(most)s) AS b
-      GROUP BY 1
-    ) AS held
-    ORDER BY held.waiting DESC, held.grp
+    SELECT grp, count(*), filao.why_held(%(queue)s, grp)
+    FROM (SELECT grp FROM filao.message
+          WHERE queue = %(queue)s AND state = 'blocked' AND grp IS NOT NULL ORDER BY id LIMIT %(most)s) AS b
+    GROUP BY 1 ORDER BY 2 DESC, 1
 """
 _DEEDS = f"SELECT {DEED} FROM filao.audit WHERE id < %s ORDER BY id DESC LIMIT %s"
 
@@ -65,17 +57,20 @@ class PostgresqlOverview:
         """Return messages of one state, without their bodies."""
         number = await self._number(queue)
         async with self._link.use() as connection:
-            behind, last = await control.behind(connection, number, queue, state, after, in_group=group is not None)
-            of_group, groups = ("", ()) if group is None else ("AND grp = %s", (group,))
-            grouped = "AND grp IS NOT NULL" if state is State.BLOCKED else ""
-            order = control.ORDER[state] if group is None else "id"
+            by_id = group is not None or state is State.BLOCKED
+            behind, last = await control.behind(connection, number, queue, state, after, by_id=by_id)
+            given: tuple[Any, ...] = (number,)
+            where = f"queue = %s AND state OPERATOR(pg_catalog.=) '{State(state)}'"
+            if group is not None:
+                where = "id = ANY (ARRAY(SELECT filao.of_group(%s, %s, %s, %s, %s)))"
+                given = (number, group, str(state), last[0] if last else 0, min(limit, GLANCE_MAX))
+            elif state is State.LEASED:  # as many as `stats` looks at: their index has no ids
+                some = f"SELECT id FROM filao.message WHERE {where} ORDER BY at LIMIT {LEASES_LOOKED_AT}"
+                where = f"id = ANY (ARRAY({some}))"
+            order = "id" if by_id else control.ORDER[state]
             found = await connection.execute(
-                f"""
-                SELECT {_SEEN} FROM filao.message m
-                WHERE queue = %s AND state OPERATOR(pg_catalog.=) '{State(state)}' {grouped} {of_group} {behind}
-                ORDER BY {order} LIMIT %s
-                """.encode(),
-                (number, *groups, *last, min(limit, GLANCE_MAX)),
+                f"SELECT {_SEEN} FROM filao.message m WHERE {where} {behind} ORDER BY {order} LIMIT %s".encode(),
+                (*given, *last, min(limit, GLANCE_MAX)),
             )
             return [_glimpse(state, fields) for fields in await found.fetchall()]
 
@@ -90,7 +85,7 @@ class PostgresqlOverview:
         number = await self._number(queue)
         async with self._link.use() as connection:
             found = await connection.execute(_HELD, {"queue": number, "most": BLOCKED_LOOKED_AT})
-            return [HeldGroup(group, _why(*why), waiting) for group, waiting, *why in await found.fetchall()]
+            return [HeldGroup(group, why, waiting) for group, waiting, why in await found.fetchall()]
 
 
 class PostgresqlLog:
@@ -132,9 +127,3 @@ def _glimpse(state: State, fields: Sequence[Any]) -> Glimpse:
         error,
         consumer if state is State.LEASED else "",
     )
-
-
-def _why(is_halted: bool, has_leased: bool, has_ready: bool, has_delayed: bool) -> str:  # noqa: FBT001  # columns
-    if is_halted:
-        return "halted"
-    return "leased" if has_leased else "ready" if has_ready else "delayed" if has_delayed else "halted"

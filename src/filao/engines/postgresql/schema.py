@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 16
+VERSION = 17
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -116,6 +116,10 @@ STEPS: dict[int, str] = {
         END
         $$;
     """,
+    17: """
+        DROP INDEX filao.message_delayed;
+        CREATE INDEX message_delayed ON filao.message (queue, at, id) WHERE state = 'delayed';
+    """,
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """
@@ -186,7 +190,10 @@ async def _grant_again(connection: Connection, granted: Sequence[tuple[str, str]
     operators = {
         role for name, role in granted if name == "remove"
     }  # who deletes messages may write down that they did
-    for name, role in [*granted, *((name, role) for role in operators for name in ("begin_deed", "record_deed"))]:
+    for name, role in [
+        *granted,
+        *((name, role) for role in operators for name in ("begin_deed", "record_deed", "of_group", "why_held")),
+    ]:
         if name in names:
             await connection.execute(f"GRANT EXECUTE ON FUNCTION filao.{name} TO {role}".encode())
 

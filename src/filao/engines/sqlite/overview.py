@@ -84,17 +84,18 @@ class SqliteLog:
 def glance(
     books: Books, row: QueueRow, state: State, *, limit: int, after: str | None, group: str | None
 ) -> list[Glimpse]:
-    """Return messages of one state in its order, or those of one group in the order of sending."""
-    if group is None:
+    """Return messages of one state in its order, blocked ones and those of one group in the order of sending."""
+    if group is None and state is not State.BLOCKED:
         source, parameters = operators.listed(books, row, state, after)
     else:
         number = 0 if after is None else operators.place_of(books, row, after)
-        source = """
-            FROM filao_message INDEXED BY filao_grouped
-            WHERE queue = ? AND state = ? AND grp = ? AND id > ?
+        index, of_group, groups = ("blocked", "", ()) if group is None else ("grouped", "AND grp = ?", (group,))
+        source = f"""
+            FROM filao_message INDEXED BY filao_{index}
+            WHERE queue = ? AND state = {operators.NUMBERS[state]} {of_group} AND id > ?
             ORDER BY id
         """
-        parameters = (row.id, operators.NUMBERS[state], group, number)
+        parameters = (row.id, *groups, number)
     found = books.db.execute(f"SELECT {_SEEN} {source} LIMIT ?", (*parameters, min(limit, GLANCE_MAX)))
     return [_glimpse(books, state, fields) for fields in found.fetchall()]
 

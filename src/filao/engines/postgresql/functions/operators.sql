@@ -213,3 +213,29 @@ LANGUAGE sql VOLATILE AS $$
   SET done = how_many, outcome = how, ended_at = CASE WHEN how <> '' THEN filao.now(moment) END
   WHERE id = number
 $$;
+
+-- The messages of a group in one state, in the order of sending, from the one behind `after`: so many at most. The rows are
+-- compared as the index has them, so that nothing else is looked at.
+CREATE OR REPLACE FUNCTION filao.of_group(q integer, g text, s filao.state, after bigint, most integer) RETURNS SETOF bigint
+LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
+  SELECT m.id FROM filao.message m
+  WHERE m.queue = q AND (m.grp, m.state, m.id) > (g, s, after) AND (m.grp, m.state) <= (g, s) AND m.grp IS NOT NULL
+  ORDER BY m.grp, m.state, m.id LIMIT most
+$$;
+
+-- Why the messages of a group wait: halted, or where its first one is.
+CREATE OR REPLACE FUNCTION filao.why_held(q integer, g text) RETURNS text
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+  s filao.state;
+BEGIN
+  IF NOT EXISTS (SELECT FROM filao.halted WHERE queue = q AND grp = g) THEN
+    FOREACH s IN ARRAY ARRAY['leased', 'ready', 'delayed']::filao.state[] LOOP
+      IF EXISTS (SELECT FROM filao.of_group(q, g, s, 0, 1)) THEN
+        RETURN s;
+      END IF;
+    END LOOP;
+  END IF;
+  RETURN 'halted';
+END
+$$;
