@@ -93,9 +93,7 @@ class Broker(sync.Broker):
     ) -> list[Receipt]:
         """See `filao.Broker.send_many`, and the class."""
         terms: Outgoing[Any] = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
-        all_bodies: list[Outgoing[Any]] = [
-            body if isinstance(body, Outgoing) else replace(terms, body=body) for body in bodies
-        ]
+        all_bodies: list[Any] = [body if isinstance(body, Outgoing) else replace(terms, body=body) for body in bodies]
         joined, is_ours = (within, True) if within is not None else self._transaction()
         if joined is None or is_ours:
             return super().send_many(queue, all_bodies, within=joined)
