@@ -1,5 +1,7 @@
 """Lone calls of the blocking twin, done in the thread that makes them: nothing is left of one that is interrupted."""
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -23,6 +25,19 @@ SOURCES = str(Path(filao.__file__).parent)
 
 def interrupted(call: Callable[[], object], at: int) -> bool:
     """Raise KeyboardInterrupt at the instruction of ours that comes as number `at`; return whether there was one."""
+
+    def interrupt() -> None:
+        sys.settrace(None)
+        raise KeyboardInterrupt
+
+    try:
+        return stopped_at(call, at, interrupt)
+    except KeyboardInterrupt:
+        return True
+
+
+def stopped_at(call: Callable[[], object], at: int, do: Callable[[], object]) -> bool:
+    """Do something at the instruction of ours that comes as number `at`; return whether there was one."""
     left = at
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -33,15 +48,12 @@ def interrupted(call: Callable[[], object], at: int) -> bool:
         if event == "opcode":
             left -= 1
             if left == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
+                do()
         return trace
 
     sys.settrace(trace)
     try:
         call()
-    except KeyboardInterrupt:
-        return True
     finally:
         sys.settrace(None)
     return left <= 0
@@ -123,3 +135,37 @@ def settle_all(broker: filao.sync.Broker) -> None:
         if message is not None:
             with suppress(filao.LeaseLost):
                 message.ack()
+
+
+HANDLED = """
+import os, signal, sys
+import filao, filao.sync
+from tests.test_lone_calls import instructions, stopped_at
+
+def handle(*_):
+    broker.send_to_queue("q", "handled")
+    broker.stats("q")
+    if hasattr(os, "fork"):
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+
+with filao.sync.connect(sys.argv[1], durability="relaxed") as broker:
+    broker.declare(filao.Queue("q"))
+    broker.send_to_queue("q", "known")
+    signal.signal(signal.SIGINT, handle)
+    send = lambda: broker.send_to_queue("q", "interrupted")
+    total, sends = instructions(send), 6
+    for at in range(1, sends + 1):
+        stopped_at(send, at * total // (sends + 1), lambda: signal.raise_signal(signal.SIGINT))
+    stats = broker.stats("q")
+    assert (stats.ready, stats.sent) == (2 * sends + 2,) * 2, stats
+"""
+
+
+def test_a_signals_handler_may_call_the_broker_and_fork_in_the_middle_of_a_lone_call(tmp_path) -> None:
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
+    script = [sys.executable, "-c", HANDLED, tmp_path / "handled.db"]
+    subprocess.run(script, env=os.environ | {"PYTHONPATH": path}, timeout=PATIENCE, check=True)

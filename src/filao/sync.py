@@ -1,7 +1,8 @@
 """The blocking twin: the same names without `await`, for programs that have no event loop.
 
-One event-loop thread runs an async broker. A lone call that need not wait is done in the thread that makes it; others
-are handed to the loop. So a `Broker` may be shared by any number of threads, and what they do at the same moment shares
+One event-loop thread runs an async broker. A lone call that need not wait is done in the thread that makes it (unless
+a signal's handler of the program's could come into the middle of it, and make another); others are handed to the loop.
+So a `Broker` may be shared by any number of threads, and what they do at the same moment shares
 commits, as concurrent tasks do. Guarantees, units and errors are
 those of `filao.broker` and `filao.message`, from which the calls are derived, with their types and docstrings. Written
 out is only what differs: opening and closing, what hands messages out, what is no coroutine, what takes a message.

@@ -6,9 +6,11 @@ Every job runs inside the gate of forks, so that none is half-way when this proc
 """
 
 import asyncio
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +19,11 @@ from filao.forks import Storage, gate
 
 R = TypeVar("R")
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
+
+_handler_of: Callable[[int], object] = import_module("_signal").getsignal  # what `signal` wraps, at a thirtieth of it
+_SIGNALS = tuple(map(int, signal.valid_signals()))
+_ONLY_RAISE = frozenset((None, int(signal.SIG_DFL), int(signal.SIG_IGN), signal.default_int_handler))
+"""What stands for no handler of the program's; of these only the last is Python's, and all it does is to raise."""
 
 
 class Ticket:
@@ -69,10 +76,13 @@ class DatabaseThread:
     def visit(self, job: Callable[[], bool]) -> bool:
         """Run `job` in the calling thread, unless another runs or waits for its turn; return what it does, or False.
 
+        Nor where a signal's handler of the program's may come in between: it might call the broker, or fork, and so
+        wait for this visit, which goes on only after it.
+
         Invariant: whatever exception meets the caller between any two instructions (a signal's handler may raise one in
         the main thread), nothing is left of the visit, but for what it has committed.
         """
-        if self._given != self._done:
+        if self._given != self._done or _may_be_handled():
             return False
         try:
             if not self._busy.acquire(blocking=False):
@@ -112,6 +122,16 @@ class DatabaseThread:
             except RuntimeError:
                 return  # the loop was closed under us: nobody is left to tell
             del item, job, future, result, error  # or this frame would keep them alive while it waits
+
+
+def _may_be_handled() -> bool:
+    """Return whether a handler of the program's may run in this thread, between any two instructions."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    try:
+        return not _ONLY_RAISE.issuperset(map(_handler_of, _SIGNALS))
+    except TypeError:  # one that cannot be hashed
+        return True
 
 
 def _resolve(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
