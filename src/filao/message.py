@@ -125,8 +125,7 @@ class Message(Generic[T]):
 
         The attempt is not counted, so that it may be put off any number of times; a `ttl` ends that.
         """
-        if delay:
-            self._check_delay(delay)
+        self._check_delay(delay)
         await self._settle(Release(delay), "released")
 
     async def extend(self, seconds: float) -> None:

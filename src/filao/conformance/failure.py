@@ -1,6 +1,7 @@
 """What becomes of a message whose work failed: its place, its attempts, its death and its return."""
 
 from dataclasses import dataclass
+from typing import cast
 
 from filao.conformance.stage import Stage, equal, needs, raises
 from filao.engine import Feature, State
@@ -89,6 +90,7 @@ async def check_a_release_with_a_delay_comes_back_later_and_uses_no_attempt(stag
         await stage.advance(5 + 2 * stage.slack)
     message = await stage.next(queue)
     await raises(ConfigurationError, message.release(delay=-1), queue.name, "delay is -1")
+    await raises(ConfigurationError, message.release(delay=cast("float", None)), queue.name, "delay is None")
     await raises(ConfigurationError, message.nack(delay=-1), queue.name, "delay is -1")
     await message.ack()
 
