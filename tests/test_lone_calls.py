@@ -1,11 +1,12 @@
 """Lone calls of the blocking twin, done in the thread that makes them: nothing is left of one that is interrupted."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import filao
 import filao.sync
 from filao.broker import session_of
+from filao.engine import Draft, Send
 from filao.engines.sqlite.engine import SqliteEngine
 from filao.engines.sqlite.turnstile import is_passable
 from filao.sync import door_of
@@ -135,6 +137,27 @@ def settle_all(broker: filao.sync.Broker) -> None:
         if message is not None:
             with suppress(filao.LeaseLost):
                 message.ack()
+
+
+def test_an_interrupt_undoes_no_transaction_that_began_after_another_program_was_in_the_way(tmp_path) -> None:
+    path = tmp_path / "locked.db"
+    with filao.sync.connect(path) as broker, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        broker.declare(filao.Queue("q"))
+        broker.send_to_queue("q", "known")
+        engine = engine_of(broker)
+        other.execute("BEGIN IMMEDIATE")
+        assert not session_of(door_of(broker)).at_once(Send("q", [Draft(0, b"")]), [])
+        other.execute("ROLLBACK")
+        with broker.transaction() as transaction:
+            transaction.send_to_queue("q", "in it")
+            with suppress(KeyboardInterrupt):
+                engine._thread.visit(interrupt)
+        assert broker.stats("q").sent == 2
+
+
+def interrupt() -> bool:
+    """Stand for a call that meets Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 HANDLED = """

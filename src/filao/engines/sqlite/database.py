@@ -284,6 +284,7 @@ class Database:
         except sqlite3.Error as error:
             if not files.is_busy(error):
                 raise
+            self._is_visited = False
             return None
 
     def mend(self) -> None:
