@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 import filao
-from filao.engines.postgresql import watch
+from filao.engines.postgresql import clock, watch
 from tests.support.servers import Postgres
 from tests.test_postgresql_roles import as_role
 
@@ -93,6 +93,20 @@ async def test_a_second_jump_right_after_the_first_is_noticed_too(url) -> None:
             assert await broker.receive_from_queue("claims", wait=0) is None
         await held.ack()
         assert (await broker.stats("claims")).late == 0
+
+
+async def test_a_process_that_stood_still_while_it_compared_the_clocks_sees_no_jump(url, monkeypatch) -> None:
+    true, looks = clock._now, count()
+
+    def now() -> float:
+        return true() + (0 if next(looks) == 0 else 3_000)  # from the first question to its answer it takes 3 s
+
+    monkeypatch.setattr(clock, "_now", now)
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        assert await broker.receive_from_queue("claims", wait=0) is not None
+    assert value(url, "SELECT value FROM filao.meta WHERE name = 'clock'") is None
 
 
 async def test_who_only_waits_notices_a_jump_for_those_who_come_later(url, monkeypatch) -> None:

@@ -29,8 +29,8 @@ class ServerClock:
 
     def __init__(self, server: str) -> None:
         self._server = server
-        self._offset: float | None = None
-        """What the server's even clock is ahead of ours, in milliseconds; None: they were never compared."""
+        self._offset: tuple[float, float] | None = None
+        """What the server's even clock is ahead of ours, in milliseconds: at least, and at most. None: it is unknown."""
         self._compared = 0.0
         self._jumped: int | None = None
         self._is_fresh = False
@@ -40,7 +40,7 @@ class ServerClock:
         if self._offset is None or self._is_fresh:
             self._is_fresh = False
             return None
-        return -round(_now() + self._offset)
+        return -round(_now() + sum(self._offset) / 2)
 
     async def compare(self, connection: Connection, *, for_call: bool = False) -> None:
         """Compare the clocks, and note a jump; the next call is believed when this was done `for_call`.
@@ -58,9 +58,10 @@ class ServerClock:
         self._is_fresh = for_call
 
     async def _look(self, connection: Connection) -> int:
-        """Return by how many milliseconds the server's clock jumped; 0 when it may not have, and is what we expect.
+        """Return by how many milliseconds the server's clock jumped; 0 when it need not have.
 
-        It was read at some moment between our asking and the answer, however long that took.
+        It was read at some moment between our asking and the answer, and a process may stand still in between: so its
+        offset from ours is known as an interval, and only one that lies apart from the last is a jump.
         """
         asked = _now()
         row = await (await connection.execute("SELECT even, jumped FROM filao.even_clock()")).fetchone()
@@ -69,11 +70,14 @@ class ServerClock:
         came = _now()
         self._tell(jumped)
         least, most = even - came, even - asked
-        expected = (least + most) / 2 if self._offset is None else self._offset
-        offset = min(max(expected, least), most)
-        if abs(offset - expected) > JUMP + DRIFT * (came - self._compared):
-            return round(offset - expected)
-        self._offset, self._compared = offset, came
+        if self._offset is not None:
+            drift = DRIFT * (came - self._compared)
+            before, after = self._offset[0] - drift, self._offset[1] + drift
+            if least - after > JUMP or before - most > JUMP:
+                return round((least + most - before - after) / 2)
+            if max(least, before) <= min(most, after):
+                least, most = max(least, before), min(most, after)
+        self._offset, self._compared = (least, most), came
         return 0
 
     def _tell(self, jumped: int) -> None:
