@@ -11,6 +11,7 @@ import pytest
 
 import filao
 from filao.engines.postgresql import apart, control
+from filao.engines.postgresql import engine as postgresql_engine
 from tests.support.servers import Postgres
 
 pytestmark = pytest.mark.anyio
@@ -107,6 +108,30 @@ async def test_deleting_a_queue_stops_no_other_while_a_transaction_is_open(url, 
             await deleting
     with pytest.raises(filao.QueueNotFound):
         await broker.send_to_queue("claims", 1)
+
+
+async def test_a_late_extend_waits_for_who_may_be_taking_the_message(url, broker) -> None:
+    await broker.send_to_queue("claims", 1)
+    message = await broker.receive_from_queue("claims", lease=0.001)
+    with psycopg.connect(url) as other:
+        other.execute("SELECT FROM filao.message FOR UPDATE")  # as a receive does that finds a lease which ran out
+        extending = asyncio.create_task(message.extend(60))
+        await asyncio.wait([extending], timeout=0.5)
+        other.execute("UPDATE filao.message SET token = 7, attempts = 2, at = at + 60000")
+        other.commit()
+        with pytest.raises(filao.LeaseLost):
+            await extending
+
+
+async def test_an_operator_who_meets_a_held_message_waits_no_longer_than_others_do(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(postgresql_engine, "LOCKED_FOR", 2.0)
+    await broker.send_to_queue("claims", 1)
+    with psycopg.connect(url) as holder:
+        holder.execute("SELECT FROM filao.message FOR UPDATE")
+        async with asyncio.timeout(8):  # it tries for 2 s, of which each try takes a little
+            with pytest.raises(filao.EngineError, match="another transaction has held"):
+                await broker.purge("claims")
+    assert await broker.purge("claims") == 1
 
 
 async def test_a_queue_whose_senders_never_end_is_not_deleted(url, broker, monkeypatch) -> None:

@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {17: "4d4b0a8a1a3d801b"}
+DIGESTS = {18: "12370b9f7e547234"}
 """Of the SQL of a version, the newest alone."""
 
 

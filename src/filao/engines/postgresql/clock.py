@@ -30,7 +30,7 @@ class ServerClock:
     def __init__(self, server: str) -> None:
         self._server = server
         self._offset: tuple[float, float] | None = None
-        """What the server's even clock is ahead of ours, in milliseconds: at least, and at most. None: it is unknown."""
+        """What the server's even clock is ahead of ours, in milliseconds: at least, and at most; None: unknown."""
         self._compared = 0.0
         self._jumped: int | None = None
         self._is_fresh = False

@@ -4,6 +4,7 @@ The queries change nothing; what changes something is a function of the database
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
@@ -100,7 +101,8 @@ class PostgresqlOperators:
     async def delete(self, queue: str) -> int:
         """Delete a queue that holds no message."""
         number = await self.number(queue)
-        for _ in range(round(LOCKED_FOR / UNLOCKED_POLL)):
+        until = time.monotonic() + LOCKED_FOR
+        while time.monotonic() < until:
             (held,) = await self._row("SELECT filao.delete(%s)", number)
             if held is not None:
                 self._forget()

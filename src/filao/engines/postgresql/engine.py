@@ -41,6 +41,7 @@ from filao.errors import EngineUnavailable, FilaoError
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, rules_to_json
 
+CALLED_WITHIN = 1.0  # seconds that a transaction which is committed takes more to call those who wait
 UNUSED_MAX = 60.0  # seconds after which one that nobody used is closed
 
 
@@ -290,10 +291,11 @@ class PostgresqlEngine:
     async def _committed(self, operations: Sequence[Operation]) -> None:
         """Wake those who wait for what a transaction of the user's has stored."""
         if fresh := verbs.fresh(operations):
-            with suppress(FilaoError):  # it is committed; whoever waits polls as well
+            with suppress(FilaoError, TimeoutError):  # it is committed; whoever waits polls as well
                 # A delete forgets numbers.
-                known = [self._numbers.get(queue) or await self.operators.number(queue) for queue in fresh]
-                await self._value(verbs.CALL, known, list(fresh.values()))
+                async with asyncio.timeout(CALLED_WITHIN):
+                    known = [self._numbers.get(queue) or await self.operators.number(queue) for queue in fresh]
+                    await self._value(verbs.CALL, known, list(fresh.values()))
 
     async def _apply_within(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
         """Do operations in a transaction that is open on a connection."""
@@ -356,7 +358,8 @@ class PostgresqlEngine:
 
         It waits for locks briefly and without the connection, which is the batches', again and again.
         """
-        for _ in range(round(LOCKED_FOR / UNLOCKED_POLL)):
+        until = time.monotonic() + LOCKED_FOR
+        while time.monotonic() < until:
             async with self._main.use() as connection:
 
                 async def run() -> tuple[Any, ...]:

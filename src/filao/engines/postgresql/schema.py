@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 17
+VERSION = 18
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -120,6 +120,7 @@ STEPS: dict[int, str] = {
         DROP INDEX filao.message_delayed;
         CREATE INDEX message_delayed ON filao.message (queue, at, id) WHERE state = 'delayed';
     """,
+    18: "SELECT",  # of the functions alone
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """

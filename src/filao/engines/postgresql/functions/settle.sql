@@ -116,7 +116,8 @@ END
 $$;
 
 -- Let leases end so many milliseconds from now; one that ran out but was not taken over runs again. Returns the places of
--- those that were lost. What its own consumer is settling meanwhile is not waited for: nobody else can take it.
+-- those that were lost. What its own consumer is settling meanwhile is not waited for, unless it ran out: until then nobody
+-- else can take it.
 CREATE OR REPLACE FUNCTION filao.extend(q integer, moment bigint, ids bigint[], tokens bigint[], lengths bigint[])
 RETURNS SETOF integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
@@ -154,10 +155,15 @@ BEGIN
     IF m.grp IS NOT NULL THEN
       PERFORM pg_advisory_xact_lock(filao.group_key(q, m.grp));
     END IF;
-    SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i] FOR UPDATE SKIP LOCKED;
-    IF FOUND AND m.state = 'blocked' THEN
+    IF m.at > now THEN
+      SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i] FOR UPDATE SKIP LOCKED;
+      CONTINUE WHEN NOT FOUND;
+    ELSE  -- whoever has locked it may be taking it
+      SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i] FOR UPDATE;
+    END IF;
+    IF NOT FOUND OR m.state = 'blocked' THEN
       RETURN NEXT i;
-    ELSIF FOUND THEN
+    ELSE
       PERFORM filao.count(q, ARRAY['late'], ARRAY[1]);
       UPDATE filao.message t SET state = 'leased', at = now + lengths[i], moved_in = filao.news_of(lengths[i])
       WHERE t.id = m.id;
