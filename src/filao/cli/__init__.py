@@ -2,7 +2,8 @@
 
 But for `work` it relies on the blocking twin alone, so that Ctrl-C interrupts whatever waits: a disk, a queue or a
 pipe. Data go to stdout as JSON lines, past every buffer; whatever is for people goes to stderr. A command returns its
-exit code; what it raises becomes one here. click reads the arguments and rich draws, both from the extra `cli`.
+exit code; what it raises becomes one here. click reads the arguments and rich draws, both from the extra `cli`; it is
+imported where it draws, because most commands draw nothing.
 """
 
 import signal

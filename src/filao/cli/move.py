@@ -5,9 +5,6 @@ import sys
 
 import click
 import msgspec
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
 
 from filao.cli.shell import as_json, is_terminal, note, print_lines
 from filao.cli.tables import draw
@@ -63,6 +60,10 @@ async def _run(source: str, target: str, queues: tuple[str, ...], *, dry_run: bo
 
 async def _watched(here: Movable, there: Movable, queues: tuple[str, ...], planned: list[Moved]) -> list[Moved]:
     """Move, and draw how far it has come for whoever sits at the terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
     with Progress(console=Console(stderr=True), disable=not is_terminal(sys.stderr)) as progress:
         tasks = {
             queue.queue: progress.add_task(escape(printable(queue.queue)), total=queue.waiting + queue.dead)

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 
 import click
 import msgspec
-import rich
 
 from filao.engine import State, StoredMessage
 from filao.printable import printable
@@ -26,6 +25,7 @@ def draw(
 
     `styles` are those of words in the first column. Text from others is never read as markup.
     """
+    import rich
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text

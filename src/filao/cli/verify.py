@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
 from filao.broker import connect
 from filao.cli.shell import addressed, as_json, is_terminal, note, print_lines
@@ -23,6 +21,9 @@ def verify_command(*, arguments: tuple[str, ...], wants_json: bool) -> int:
 
     It takes about a minute, in queues of its own that it deletes. The exit code is 1 when a promise is not kept.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     url, _ = addressed(arguments, least=0, most=0)
     with Progress(console=Console(stderr=True), transient=True, disable=not is_terminal(sys.stderr)) as progress:
         task = progress.add_task("checking", total=None)
