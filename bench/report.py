@@ -235,6 +235,7 @@ def _sandbox(found: dict[str, Any]) -> list[Bar]:
         Bar("sandbox, 2,000 claims: the server's answer in ms, median", found["http"], 200, at_most=True),
         Bar("sandbox, 2,000 claims: the page's answer in ms, median", found["page"], 200, at_most=True),
         Bar("sandbox, 2,000 claims: longest time without a frame in ms", found["gap"], 50, at_most=True),
+        Bar("sandbox, 2,000 claims: the page's longest task in ms of CPU", found["task"], 50, at_most=True),
         Bar("sandbox: first paint in ms", found["painted"], 1000, at_most=True),
     ]
 

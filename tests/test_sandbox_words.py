@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 import subprocess
 import sys
 import tokenize
@@ -102,7 +103,7 @@ def test_what_the_sheet_names_to_read_on_works_as_it_stands(language) -> None:
     files = [where for where in named if where.startswith(str(ROOT)) and not where.startswith(sys.executable)]
     assert len(files) == 5
     assert all(Path(where).exists() for where in files)
-    commands = [where.split() for where in named if where not in files]
+    commands = [shlex.split(where) for where in named if where not in files]
     for command in commands:
         shown = command if command[-1] == "filao" else [*command[:4], "--help"]
         assert subprocess.run(shown, capture_output=True, timeout=60, check=False).returncode == 0

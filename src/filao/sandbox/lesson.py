@@ -101,11 +101,11 @@ class Facts:
 
     @property
     def at_rest(self) -> bool:
-        """Whether all that was sent since is done with."""
+        """Whether all that was sent since is done with, and its consumers have said so."""
         view = self.room.view
         queues = [stats for stats in (view.stats, view.documents) if stats is not None]
         moving = sum(stats.ready + stats.blocked + stats.delayed + stats.leased for stats in queues)
-        return bool(self.sent) and not moving
+        return bool(self.sent) and not moving and not any(lane.holds for lane in self.room.lanes.living())
 
     def overtaking(self) -> tuple[int, int] | None:
         """Return a claim and an earlier one that it has overtaken."""

@@ -278,9 +278,11 @@ OUTCOMES: Mapping[Guarantee, tuple[int, int]] = {
 
 def _trials_hint(facts: Facts) -> str:
     trials = facts.trials()
+    if None in trials.values():
+        return ""
     for guarantee, times in OUTCOMES.items():
         found = tuple(trials.get((guarantee, moment)) for moment in MOMENTS)
-        if None not in found and found != times:
+        if found != times and guarantee in {tried for tried, _ in trials}:
             return "missed"
     return "more" if trials else ""
 

@@ -67,6 +67,7 @@ class Visit:
         self.busy: bool = False
         self._looked = asyncio.Event()  # each look has one of its own
         self._rests_since: float | None = None
+        self._rested = False  # as of the last look: one that is late does not make the step a missed one
         self._looking = asyncio.create_task(self._keep_looking())
 
     async def close(self) -> None:
@@ -108,7 +109,9 @@ class Visit:
     async def _judge(self) -> None:
         """See which conditions of the open step hold by now; with all of them it is done."""
         progress, step, facts = self.progress, self.step, self.facts()
-        self._rests_since = (self._rests_since or time.monotonic()) if facts.at_rest else None
+        now = time.monotonic()
+        self._rests_since = (self._rests_since or now) if facts.at_rest else None
+        self._rested = self._rests_since is not None and now - self._rests_since > RESTED
         if step.follow is not None and progress.ran:
             await step.follow(self.room, facts)
         if len(progress.met) == len(step.conditions):
@@ -203,8 +206,7 @@ class Visit:
     def _hint(self, step: Step, facts: Facts) -> str:
         """Return what to do now; that the step was missed is said only when all has been at rest for a while."""
         hint = step.hint(facts) or ("missed" if facts.at_rest and step.conditions else "")
-        rests = self._rests_since is not None and time.monotonic() - self._rests_since > RESTED
-        return "" if hint == "missed" and not rests else hint
+        return "" if hint == "missed" and not self._rested else hint
 
     def _trials(self, facts: Facts) -> list[scene.Json]:
         found = facts.trials()

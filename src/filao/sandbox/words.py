@@ -1,6 +1,7 @@
 """What the page, the terminal and the lesson say, in each language, read from the `.toml` files beside this one."""
 
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -63,10 +64,11 @@ def further(language: Language) -> list[tuple[str, str]]:
         "further_insurer": "examples/insurance",
     }  # which lie beside the sources, and not where only the package is installed
     here = [(str(SOURCES / path), key) for key, path in files.items() if (SOURCES / path).exists()]
+    python = shlex.quote(sys.executable)
     commands = [
-        (f"{sys.executable} -m pydoc filao", "further_api"),
-        (f"{sys.executable} -m filao --help", "further_commands"),
-        (f"{sys.executable} -m filao sandbox --terminal --language {language}", "further_terminal"),
+        (f"{python} -m pydoc filao", "further_api"),
+        (f"{python} -m filao --help", "further_commands"),
+        (f"{python} -m filao sandbox --terminal --language {language}", "further_terminal"),
     ]
     return [*commands, *here, (str(PROGRAMS), "further_programs")]
 
