@@ -174,7 +174,7 @@ class Asked:
     def __init__(self, observers: Observers, operation: Send | Settle, told: Sequence[tuple[Tracer, Ended]]) -> None:
         self._observers = observers
         self._told = told
-        self.operation = operation
+        self.operation: Send | Settle = operation
         self.result: Result = None
 
     def __enter__(self) -> Self:

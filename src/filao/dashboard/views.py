@@ -50,7 +50,7 @@ class Views:
         self._broker = broker
         self._overview = overview
         self._redact = redact
-        self.triage = Triage(overview)
+        self.triage: Triage = Triage(overview)
 
     # --- queues ------------------------------------------------------------------------------------------------------
 

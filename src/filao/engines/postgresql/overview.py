@@ -44,7 +44,7 @@ Row = Callable[..., Awaitable[tuple[Any, ...]]]
 class PostgresqlOverview:
     """See `filao.overview.Overview`."""
 
-    sees = tuple(State)
+    sees: tuple[State, ...] = tuple(State)
 
     def __init__(self, link: Link, number: Callable[[str], Awaitable[int]], row: Row) -> None:
         self._link = link

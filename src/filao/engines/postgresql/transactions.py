@@ -149,9 +149,9 @@ class PostgresqlTransaction:
         self._connection = connection
         self._apply = apply
         self._ended_by: str | None = None
-        self.has_executed = False
+        self.has_executed: bool = False
         """A statement of the user's has run, and may have left something on the connection."""
-        self.has_prepared = False
+        self.has_prepared: bool = False
         """One has changed what is prepared there, which only the driver may: its connection must not serve another."""
         self.done: list[Operation] = []
         """What is to be made known when it has committed."""

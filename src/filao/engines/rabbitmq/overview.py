@@ -26,7 +26,7 @@ class RabbitmqOverview:
     """See `filao.overview.Overview`."""
 
     log = None
-    sees = (State.DEAD,)
+    sees: tuple[State, ...] = (State.DEAD,)
 
     def __init__(self, peek: Peek) -> None:
         self._peek = peek

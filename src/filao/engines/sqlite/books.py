@@ -142,7 +142,7 @@ class Books:
         self.db = db
         self.file = file
         self.now = now
-        self.known = Known()
+        self.known: Known = Known()
         self._inserts: list[tuple[object, ...]] = []
         self.events: list[tuple[object, ...]] = []
         """What happened to messages whose history is kept, to be written down at the end."""

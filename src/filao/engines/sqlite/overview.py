@@ -38,7 +38,7 @@ _SEEN = f"""
 class SqliteOverview:
     """See `filao.overview.Overview`."""
 
-    sees = tuple(State)
+    sees: tuple[State, ...] = tuple(State)
 
     def __init__(self, change: Worked, look_up: Worked) -> None:
         self._look_up = look_up
