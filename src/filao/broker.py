@@ -418,12 +418,19 @@ class Broker:
         name = name_of(queue)
         return await self._session.engine.operators.remove(name, (State.DEAD,), check_ids(name, ids))
 
-    async def pause(self, queue: str | Queue[Any]) -> None:
-        """Stop deliveries from this queue, for all processes; sends and settles go on."""
-        await self._pausing("pause", name_of(queue)).pause(name_of(queue), paused=True)
+    async def pause(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
+        """Stop deliveries from this queue, or of one `group` of it, for all processes; sends and settles go on.
+
+        Raises `ConfigurationError` for a group of a queue without the rule `group_dead="halt"`: there none ever stops.
+        """
+        pausing = self._pausing("pause", name_of(queue))
+        if group is None:
+            await pausing.pause(name_of(queue), paused=True)
+        else:
+            await pausing.halt_group(name_of(queue), group)
 
     async def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
-        """Resume a paused queue, or one `group` of it that a dead letter halted."""
+        """Resume a paused queue, or one `group` of it that was paused, or that a dead letter halted."""
         pausing = self._pausing("resume", name_of(queue))
         if group is None:
             await pausing.pause(name_of(queue), paused=False)

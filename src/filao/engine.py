@@ -435,8 +435,11 @@ class Pausing(Protocol):
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Stop or resume deliveries; sends go on."""
 
+    async def halt_group(self, queue: str, group: str) -> None:
+        """Stop deliveries of a group, as a dead letter does. Raises `ConfigurationError` where none does."""
+
     async def resume_group(self, queue: str, group: str) -> None:
-        """Let a group that a dead letter halted go on."""
+        """Let a group that was halted go on."""
 
 
 class Tracing(Protocol):

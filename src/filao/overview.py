@@ -96,7 +96,8 @@ class Overview(Protocol):
     ) -> list[Glimpse]:
         """Return messages of one state in its order, from the one behind the id `after`; of one `group` only.
 
-        Blocked ones, and those of a group, stand in the order of sending.
+        Blocked ones, and those of a group, stand in the order of sending. On PostgreSQL, of more than a thousand that
+        are due, or whose leases end, in the same millisecond, the first thousand are told.
 
         Raises `QueueNotFound`, and `ConfigurationError` when the message `after` has left the queue.
         """

@@ -178,6 +178,15 @@ def retry_delay(queue: "Queue[Any]", attempt: int, chance: float) -> float | Non
 COMPARED_MAX = 500  # names that a name which is none is compared with: 30 ms, for the event loop waits
 
 
+def check_halts(queue: Queue[Any], group: str) -> None:
+    """Raise `ConfigurationError` for a group that is to stop in a queue by whose rules none does."""
+    if queue.group_dead != "halt":
+        raise ConfigurationError(
+            f"queue {queue.name!r}: group {group!r} cannot be paused, because the queue's rule is group_dead="
+            f"{queue.group_dead!r}. Nothing was changed; declare it with group_dead='halt', or pause the whole queue."
+        )
+
+
 def not_found(name: str, known: Iterable[str]) -> QueueNotFound:
     """Return the error for a queue that nobody declared, naming those that its caller may have meant."""
     names = sorted(islice(known, COMPARED_MAX))

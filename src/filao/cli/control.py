@@ -8,20 +8,21 @@ from filao.engine import State
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[URL] QUEUE")
-def pause(*, arguments: tuple[str, ...]) -> None:
+@click.option("--group", metavar="GROUP", help="Only this group, of a queue with --group-dead halt.")
+def pause(*, arguments: tuple[str, ...], group: str | None) -> None:
     """Stop deliveries from a queue, for all processes; sends go on.
 
     What is being worked on is finished. `filao resume` lets deliveries go on.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
     with broker_at(url, name) as broker:
-        broker.pause(name)
-    print_lines([as_json({"paused": name})])
+        broker.pause(name, group=group)
+    print_lines([as_json({"paused": name} if group is None else {"paused": name, "group": group})])
 
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[URL] QUEUE")
-@click.option("--group", metavar="GROUP", help="Only this group, which a dead letter halted.")
+@click.option("--group", metavar="GROUP", help="Only this group, which was paused, or which a dead letter halted.")
 def resume(*, arguments: tuple[str, ...], group: str | None) -> None:
     """Resume a paused queue, or one group of it that a dead letter halted."""
     url, (name,) = addressed(arguments, least=1, most=1)

@@ -126,6 +126,24 @@ async def check_a_dead_letter_named_twice_is_redriven_once(stage: Stage) -> None
     await stage.counted(queue, ready=2, dead=0, redriven=2)
 
 
+@needs(Feature.GROUPS, Feature.PAUSE)
+async def check_a_group_that_is_paused_waits_alone_until_it_is_resumed(stage: Stage) -> None:
+    queue = await stage.queue(group_dead="halt")
+    for body, group in ((1, "one"), (2, "one"), (3, "two")):
+        await stage.send(queue, body, group=group)
+    held = await stage.next(queue)
+    await stage.broker.pause(queue, group="one")
+    await held.ack()
+    await stage.send(queue, 4, group="one")
+    await stage.send(queue, 5, group="nobody")
+    equal(await stage.drain(queue), [3, 5])
+    await stage.counted(queue, blocked=2, ready=0)
+    await stage.broker.resume(queue, group="one")
+    equal(await stage.drain(queue), [2, 4])
+    goes_on = await stage.queue()
+    await raises(ConfigurationError, stage.broker.pause(goes_on, group="one"), goes_on.name, "group_dead")
+
+
 @needs(Feature.DEAD_LETTERS)
 async def check_a_dead_letter_that_is_discarded_is_gone_and_the_others_stay(stage: Stage) -> None:
     queue = await stage.queue()

@@ -37,7 +37,7 @@ class Act:
     """Of a kind of dead letters, with `error`."""
     error: str | None = None
     group: str | None = None
-    """Of a group that is to go on."""
+    """Of a group that is to stop or to go on."""
 
     def packed(self) -> str:
         """Return it as a button carries it."""
@@ -122,7 +122,7 @@ class Doing:
         """Carry out; `job` is told how far it came."""
         match act.what:
             case "pause":
-                await self._broker.pause(act.queue)
+                await self._broker.pause(act.queue, group=act.group)
             case "resume":
                 await self._broker.resume(act.queue, group=act.group)
             case "purge":

@@ -17,7 +17,7 @@ from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import Listener
 from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server
 from filao.errors import ConfigurationError, EngineError
-from filao.queue import Queue, not_found, rules_from_json
+from filao.queue import Queue, check_halts, not_found, rules_from_json
 
 SLICE = 2_000  # messages that operators change in one transaction
 UNLOCKED_POLL = 0.05  # seconds between looks whether a lock is free, such as that of a queue's senders
@@ -161,6 +161,12 @@ class PostgresqlOperators:
         number = await self.number(queue)
         await self._row("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
         await self._wake(number, 0 if paused else SLICE)
+
+    async def halt_group(self, queue: str, group: str) -> None:
+        """Stop deliveries of a group."""
+        async with self._link.use() as connection:
+            check_halts(await find(connection, queue), group)
+        await self._row("SELECT filao.halt_group(%s, %s, %s)", await self.number(queue), MOMENT, group)
 
     async def resume_group(self, queue: str, group: str) -> None:
         """Let a halted group go on."""

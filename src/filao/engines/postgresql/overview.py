@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from filao.codec import seen_headers
-from filao.engine import LEASES_LOOKED_AT, State, StoredMessage, instant
+from filao.engine import State, StoredMessage, instant
 from filao.engines.postgresql import control
 from filao.engines.postgresql.clock import MOMENT
 from filao.engines.postgresql.server import Link
@@ -64,9 +64,9 @@ class PostgresqlOverview:
             if group is not None:
                 where = "id = ANY (ARRAY(SELECT filao.of_group(%s, %s, %s, %s, %s)))"
                 given = (number, group, str(state), last[0] if last else 0, min(limit, GLANCE_MAX))
-            elif state is State.LEASED:  # as many as `stats` looks at: their index has no ids
-                some = f"SELECT id FROM filao.message WHERE {where} ORDER BY at LIMIT {LEASES_LOOKED_AT}"
-                where = f"id = ANY (ARRAY({some}))"
+            elif state in (State.LEASED, State.DELAYED):  # their index has no ids: the first thousand are put in order
+                some = f"SELECT id FROM filao.message WHERE {where} AND at >= %s ORDER BY at LIMIT {GLANCE_MAX}"
+                where, given = f"id = ANY (ARRAY({some}))", (number, last[0] if last else 0)
             order = "id" if by_id else control.ORDER[state]
             found = await connection.execute(
                 f"SELECT {_SEEN} FROM filao.message m WHERE {where} {behind} ORDER BY {order} LIMIT %s".encode(),

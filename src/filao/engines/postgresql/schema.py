@@ -116,10 +116,7 @@ STEPS: dict[int, str] = {
         END
         $$;
     """,
-    17: """
-        DROP INDEX filao.message_delayed;
-        CREATE INDEX message_delayed ON filao.message (queue, at, id) WHERE state = 'delayed';
-    """,
+    17: "SELECT",  # of the functions alone
     18: "SELECT",  # of the functions alone
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
@@ -193,7 +190,11 @@ async def _grant_again(connection: Connection, granted: Sequence[tuple[str, str]
     }  # who deletes messages may write down that they did
     for name, role in [
         *granted,
-        *((name, role) for role in operators for name in ("begin_deed", "record_deed", "of_group", "why_held")),
+        *(
+            (name, role)
+            for role in operators
+            for name in ("begin_deed", "halt_group", "record_deed", "of_group", "why_held")
+        ),
     ]:
         if name in names:
             await connection.execute(f"GRANT EXECUTE ON FUNCTION filao.{name} TO {role}".encode())

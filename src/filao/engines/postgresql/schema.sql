@@ -72,7 +72,7 @@ CREATE TABLE filao.message (
 
 CREATE INDEX message_ready    ON filao.message (queue, (-priority), id) WHERE state = 'ready';
 CREATE INDEX message_moved    ON filao.message (queue, moved_in)          WHERE moved_in IS NOT NULL;
-CREATE INDEX message_delayed  ON filao.message (queue, at, id)            WHERE state = 'delayed';
+CREATE INDEX message_delayed  ON filao.message (queue, at)                WHERE state = 'delayed';
 CREATE INDEX message_leased   ON filao.message (queue, at)                WHERE state = 'leased';
 CREATE INDEX message_dead     ON filao.message (queue, id)                WHERE state = 'dead';
 CREATE INDEX message_blocked  ON filao.message (queue, id)                WHERE state = 'blocked';

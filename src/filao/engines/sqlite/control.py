@@ -91,6 +91,10 @@ class SqliteOperators:
         """Stop or resume deliveries."""
         await self._change(lambda books: operators.pause(books, books.row(queue), paused=paused))
 
+    async def halt_group(self, queue: str, group: str) -> None:
+        """Stop deliveries of a group."""
+        await self._change(lambda books: operators.halt_group(books, books.row(queue), group))
+
     async def resume_group(self, queue: str, group: str) -> None:
         """Let a halted group go on."""
         await self._change(lambda books: operators.resume_group(books, books.row(queue), group))

@@ -20,7 +20,7 @@ from filao.engines.sqlite.books import (
     read_rules,
 )
 from filao.errors import ConfigurationError, EngineError
-from filao.queue import Queue, rules_from_json, rules_to_json
+from filao.queue import Queue, check_halts, rules_from_json, rules_to_json
 
 NUMBERS = {name: number for number, name in STATES.items()}
 
@@ -276,6 +276,13 @@ def pause(books: Books, row: QueueRow, *, paused: bool) -> None:
     row.paused = paused
     row.fresh = True
     row.delayed += row.count["delayed"] + row.count["leased"]
+
+
+def halt_group(books: Books, row: QueueRow, group: str) -> None:
+    """Stop a group, as a dead letter of it does."""
+    check_halts(row.rules, group)
+    books.db.execute("INSERT OR IGNORE INTO filao_halted (queue, grp) VALUES (?, ?)", (row.id, group))
+    moves.arrange(books, row, group)
 
 
 def resume_group(books: Books, row: QueueRow, group: str) -> None:

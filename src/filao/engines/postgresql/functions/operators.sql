@@ -156,6 +156,15 @@ BEGIN
 END
 $$;
 
+-- Stop a group, as a dead letter of it does.
+CREATE OR REPLACE FUNCTION filao.halt_group(q integer, moment bigint, g text) RETURNS void
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+BEGIN
+  INSERT INTO filao.halted (queue, grp) VALUES (q, g) ON CONFLICT DO NOTHING;
+  PERFORM filao.arrange(q, g, filao.now(moment), false);
+END
+$$;
+
 -- Let a halted group go on.
 CREATE OR REPLACE FUNCTION filao.resume_group(q integer, moment bigint, g text) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
