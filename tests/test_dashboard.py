@@ -366,8 +366,9 @@ async def test_a_rate_is_kept_and_a_job_can_be_stopped(broker, visitor) -> None:
     await die(broker, {str(number): "no" for number in range(6)})
     await visitor.sees("/en/dead")
     answer = await visitor.sends(Act("redrive", "claims"), rate="0.01")
-    page = await visitor.sees(answer.headers["location"])
-    assert 'progress max="6" value="1"' in page
+    async with asyncio.timeout(30):
+        while 'progress max="6" value="1"' not in (page := await visitor.sees(answer.headers["location"])):
+            await asyncio.sleep(0.05)
     assert 'value="1"' in await visitor.sees("/en/dead")  # it survives a reload
     (number,) = re.findall(r'name="stop" value="(\d+)"', page)
     await visitor.client.post("/en/act", data={"proof": await visitor.proof(), "stop": number})

@@ -44,6 +44,8 @@ class Job:
     logged: int = 0
     """Its number in the log; 0: the engine keeps none."""
     task: "asyncio.Task[None] | None" = field(default=None, repr=False)
+    ended: float = 0.0
+    """When, by the monotonic clock; 0 while it goes on."""
 
 
 class Jobs:
@@ -120,7 +122,7 @@ class Jobs:
         except FilaoError as error:
             log.warning("the log could not be told how %s of queue %r ended: %s", job.deed.what, job.deed.queue, error)
         finally:
-            job.outcome = outcome
+            job.outcome, job.ended = outcome, time.monotonic()
 
     async def _record(self, job: Job) -> None:
         """Note how far a job is, every now and then."""

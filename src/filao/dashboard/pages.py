@@ -25,7 +25,7 @@ from starlette.types import Scope
 from filao.dashboard import charts, shown
 from filao.dashboard.acts import Act, Doing, rate_of, unpacked, wanted
 from filao.dashboard.door import Visitor, read_form
-from filao.dashboard.jobs import Jobs, TooMuchError
+from filao.dashboard.jobs import Job, Jobs, TooMuchError
 from filao.dashboard.texts import texts
 from filao.dashboard.views import Asked, NoMessageError, Views, oldest_age, whole
 from filao.dashboard.watch import Course, Look, Watch
@@ -121,6 +121,9 @@ class Pages:
         if live == "stream":
             return self._stream(request, language, page)
         look = await self._watch.latest()
+        job = self._jobs.of(whole(request.query_params.get("job", "")))
+        if job is not None and job.ended > look.began:  # who is told that it has ended must see what came of it
+            look = await self._watch.anew()
         if live is not None:
             return HTMLResponse(await self._live(request, language, page, look))
         return self._drawn_whole(request, language, look, await self._told(request, page, look))
@@ -302,7 +305,14 @@ class Pages:
         body = form.get("body", "")
         if act.what == "edit":
             self._doing.checked(act.queue, body)  # before it is written into the log
-        job = await self._jobs.begin(deed, partial(self._doing.do, act, body, rate))
+
+        async def work(job: Job) -> None:
+            try:
+                await self._doing.do(act, body, rate, job)
+            finally:
+                self._views.triage.forget(act.queue)
+
+        job = await self._jobs.begin(deed, work)
         if job.task is not None:
             await asyncio.wait([job.task], timeout=ACT_WITHIN)
         await self._watch.anew()

@@ -73,6 +73,10 @@ class Triage:
         kinds = () if told is None else told.kinds
         return sum(kind.count for kind in kinds if (kind.reason, kind.error) == (reason, error))
 
+    def forget(self, queue: str) -> None:
+        """Look at a queue again before anything is told of it: something was done there."""
+        self._told.pop(queue, None)
+
     async def close(self) -> None:
         """Look no more."""
         if self._task is not None:
