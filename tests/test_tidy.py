@@ -24,6 +24,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "checks",
         "queue",
         "engine",
+        "process",
         "overview",
         "draft",
         "observing",
@@ -132,8 +133,8 @@ ORDER = [  # what stands above; a module imports only from here upwards
     ),
     *("conformance.verification", "conformance", "languages", "door", "dashboard", "sandbox", "cli", "__main__"),
 ]
-MODULE_MAX = 600  # lines
-FUNCTION_MAX = 70  # lines, signature and docstring included
+MODULE_MAX = 575  # lines
+FUNCTION_MAX = 60  # lines, signature and docstring included
 
 
 def _name(path: Path) -> str:

@@ -8,8 +8,6 @@ carry queues from one engine to another stands in `moving.py`.
 """
 
 import asyncio
-import os
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
@@ -93,9 +91,7 @@ class State(StrEnum):
 
 
 class OpenAgain(EngineError):
-    """An open engine lost its storage for good, and a sound one is in its place: whoever opens it anew works
-    with that.
-    """
+    """An open engine lost its storage for good; a sound one is in its place, for those who open it anew."""
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -366,9 +362,7 @@ class QueueStats(msgspec.Struct, frozen=True):
     dead_by_reason: dict[str, int] = {}
     """The dead letters that lie there, by why they died."""
     died_by_reason: dict[str, int] = {}
-    """The messages that became dead letters, ever, by why; of those from before it was counted, those that still lay
-    there.
-    """
+    """The messages that became dead letters, ever, by why; of those from before that was counted, what lay there."""
     receivers: tuple[Receiver, ...] = ()
     """The processes that receive from it, by name: 1,000 at most."""
 
@@ -514,7 +508,7 @@ class Immediate(Protocol):
 class Engine(Protocol):
     """The storage that keeps the promises, as a broker needs it. One engine belongs to one event loop.
 
-    Whoever else needs something of it is handed an object: `transactions`, `operators` and, where queues can be carried
+    Its other users are handed an object each: `transactions`, `operators` and, where queues can be carried
     to another engine, the `mover` of `filao.moving.Movable`.
     """
 
@@ -574,28 +568,6 @@ class Engine(Protocol):
     def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Waiter:
         """Take a place to wait; `submit` looks again, `abandoned` is told what came for somebody who had gone away."""
         ...
-
-
-def process_name() -> str:
-    """Return the host and process, as operators see who sends, receives and holds."""
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-REPORT_STALE = 20.0  # seconds after which what a process has said of itself is no longer believed
-
-
-def process_finding(name: str, held: int, state: str, reported_ago: float) -> Finding:
-    """Return what the doctor says of a process that receives; `state` is what it said of itself, if it is a worker."""
-    holds = f"{name} receives here, and holds {held:,} message{'s' * (held != 1)}"
-    if not state:
-        return Finding("processes", "ok", holds)
-    if reported_ago > REPORT_STALE:
-        return Finding("processes", "warning", f"{holds}; its worker has not reported for {reported_ago:.0f} s")
-    level = "ok" if state.startswith(HEALTHY) else "warning"
-    return Finding("processes", level, f"{holds}; its worker is {state}")
-
-
-HEALTHY = "ready and healthy"
 
 
 INSTANT_MAX = 253_402_300_799_000  # milliseconds: the end of the year 9999, which is the last one that Python knows

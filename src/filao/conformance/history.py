@@ -4,8 +4,9 @@ import asyncio
 from typing import Any
 
 from filao.conformance.stage import Stage, equal, needs
-from filao.engine import Event, Feature, process_name
+from filao.engine import Event, Feature
 from filao.errors import LeaseLost, QueueFull
+from filao.process import process_name
 from filao.queue import Backoff
 
 _AT_ONCE = Backoff(first=0)

@@ -15,9 +15,10 @@ from filao.broker import Broker, session_of
 from filao.dashboard.shown import NOTHING, body_of, json_text
 from filao.dashboard.triage import Triage
 from filao.dashboard.watch import Look
-from filao.engine import REPORT_STALE, Event, QueueStats, Receiver, State, StoredMessage
+from filao.engine import Event, QueueStats, Receiver, State, StoredMessage
 from filao.errors import ConfigurationError, QueueNotFound
 from filao.overview import GLANCE_MAX, Glimpse, Overview
+from filao.process import REPORT_STALE
 from filao.queue import Queue, not_found
 
 QUEUES_SHOWN = 100  # queues of one page

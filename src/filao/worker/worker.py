@@ -19,11 +19,12 @@ from filao import sync
 from filao.broker import Broker, connect, session_of
 from filao.calls import Caller
 from filao.checks import check_count, check_duration, check_name
-from filao.engine import HEALTHY, Feature, OpenAgain
+from filao.engine import Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.message import Message
 from filao.observing import Observer, Tracer
 from filao.outside import outside
+from filao.process import HEALTHY
 from filao.queue import Queue, T, not_found
 from filao.worker.handlers import handler_of
 from filao.worker.keeper import Keeper

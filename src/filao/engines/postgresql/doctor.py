@@ -4,9 +4,10 @@ grown.
 
 from collections.abc import AsyncGenerator
 
-from filao.engine import Finding, process_finding
+from filao.engine import Finding
 from filao.engines.postgresql.clock import JUMP
 from filao.engines.postgresql.server import Connection, Server
+from filao.process import process_finding
 
 TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the oldest transaction began
 HOLDERS_MAX = 5  # that are named

@@ -12,9 +12,9 @@ from contextlib import suppress
 
 import psycopg
 
-from filao.engine import process_name
 from filao.engines.postgresql.server import Connection, Server
 from filao.guarded import for_ever
+from filao.process import process_name
 
 ALIVE = 0x46696C61  # "Fila", the first key of the advisory locks that processes hold
 RETRY_MAX = 5.0  # seconds between tries to reach the server again

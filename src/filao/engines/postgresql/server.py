@@ -17,9 +17,10 @@ from psycopg.rows import tuple_row
 
 from filao.codec import shown
 from filao.connections import driver_error, refused
-from filao.engine import Draft, process_name
+from filao.engine import Draft
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError, MessageNotEncodable
 from filao.forks import cut_off, gate, keep
+from filao.process import process_name
 from filao.urls import checked, shown_url
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]

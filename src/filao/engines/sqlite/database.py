@@ -218,10 +218,7 @@ class Database:
     # --- transactions ------------------------------------------------------------------------------------------------
 
     def write(self, *, durable: bool, keeps: bool = False) -> AbstractContextManager[Books]:
-        """Open a transaction, commit it on leaving, and call those who must look again; an exception undoes it.
-
-        `keeps` says that the books learn of all that is written: the queue's verbs see to that.
-        """
+        """Open a transaction, as `begin` does, and commit it on leaving; an exception undoes it."""
         return self.ending(self.begin(durable=durable, keeps=keeps))
 
     @contextmanager
@@ -243,7 +240,8 @@ class Database:
     def begin(self, *, durable: bool, keeps: bool = False) -> Books:
         """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends.
 
-        While another program's transaction is in the way, the turn is given up between two tries: nobody waits inside.
+        `keeps` says that the books learn of all that is written: the queue's verbs see to that. While another program's
+        transaction is in the way, the turn is given up between two tries: nobody waits inside.
         """
         self._set_durable(durable=durable)
         assert self._books is None, "a transaction inside a transaction"
@@ -389,10 +387,7 @@ class Database:
                 self._turnstile.enter()
 
     def look_up(self, work: Callable[[Books], R]) -> R:
-        """Do what only looks: each statement sees what is committed, and nothing is written down.
-
-        Only what recovers or closes the file can be in the way, for a moment.
-        """
+        """Do what only looks. Nothing but what recovers or closes the file can be in the way, for a moment."""
         until = time.monotonic() + files.BUSY_TIMEOUT
         pause, pause_max = BUSY_AGAIN
         while True:
@@ -569,7 +564,7 @@ class Database:
     def write_back(self) -> bool:
         """Copy the WAL into the file, so that what was given back leaves the disk, and return whether all of it was.
 
-        It does not wait for whoever reads or writes just now, because others would wait for us at the turnstile.
+        It does not wait for those who read or write just now: others would wait for us at the turnstile.
         """
         with files.mapped(self.path), self._turn():
             if self._db is None:

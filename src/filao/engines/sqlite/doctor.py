@@ -5,13 +5,14 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from filao.engine import Finding, process_finding
+from filao.engine import Finding
 from filao.engines.sqlite import files, scrutiny
 from filao.engines.sqlite.books import STATES, Books, read_rules, tokens
 from filao.engines.sqlite.clock import JUMP
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineError
+from filao.process import process_finding
 
 _MISCOUNTED = " UNION ALL ".join(
     f"""

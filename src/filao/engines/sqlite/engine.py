@@ -17,19 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filao.engine import (
-    Abandoned,
-    Batch,
-    Extend,
-    Feature,
-    Operation,
-    Receive,
-    Result,
-    Send,
-    Settle,
-    Submit,
-    process_name,
-)
+from filao.engine import Abandoned, Batch, Extend, Feature, Operation, Receive, Result, Send, Settle, Submit
 from filao.engines.sqlite import files, operators, processes, verbs, waitlist
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.control import SqliteOperators
@@ -41,6 +29,7 @@ from filao.engines.sqlite.thread import DatabaseThread, Ticket
 from filao.engines.sqlite.transactions import SqliteTransactions, look_away
 from filao.engines.waiters import Line, Place
 from filao.errors import EngineUnavailable, FilaoError
+from filao.process import process_name
 from filao.queue import Queue
 
 R = TypeVar("R")

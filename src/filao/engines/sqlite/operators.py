@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from filao.engine import EVENTS_MAX, Draft, Event, Failure, State, StoredMessage, instant, process_name
+from filao.engine import EVENTS_MAX, Draft, Event, Failure, State, StoredMessage, instant
 from filao.engines import rows
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
@@ -20,6 +20,7 @@ from filao.engines.sqlite.books import (
     read_rules,
 )
 from filao.errors import ConfigurationError, EngineError
+from filao.process import process_name
 from filao.queue import Queue, check_halts, rules_from_json, rules_to_json
 
 NUMBERS = {name: number for number, name in STATES.items()}

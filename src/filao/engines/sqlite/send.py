@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from filao.draft import too_large
-from filao.engine import Draft, Receipt, Send, process_name
+from filao.engine import Draft, Receipt, Send
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import BLOCKED, DELAYED, LEASED, NO_TOKEN, READY, Books, Entry, QueueRow, oldest_ready
 from filao.errors import FilaoError, QueueFull
+from filao.process import process_name
 
 
 def send(books: Books, operation: Send) -> list[Receipt] | FilaoError:

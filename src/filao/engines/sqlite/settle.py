@@ -8,7 +8,7 @@ changes nothing.
 import random
 from collections.abc import Mapping, Sequence
 
-from filao.engine import Ack, Delivery, Extend, Nack, Operation, Reject, Release, Settle, process_name
+from filao.engine import Ack, Delivery, Extend, Nack, Operation, Reject, Release, Settle
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
     BLOCKED,
@@ -24,6 +24,7 @@ from filao.engines.sqlite.books import (
 )
 from filao.engines.sqlite.receive import Lessee
 from filao.errors import FilaoError, LeaseLost
+from filao.process import process_name
 from filao.queue import retry_delay
 
 _DELETES = {

@@ -1,0 +1,25 @@
+"""A process that sends, receives and holds messages, as operators see it."""
+
+import os
+import socket
+
+from filao.engine import Finding
+
+REPORT_STALE = 20.0  # seconds after which what a process has said of itself is no longer believed
+HEALTHY = "ready and healthy"  # what a worker says of itself first, when it is
+
+
+def process_name() -> str:
+    """Return the host and process, as operators see who sends, receives and holds."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def process_finding(name: str, held: int, state: str, reported_ago: float) -> Finding:
+    """Return what the doctor says of a process that receives; `state` is what it said of itself, if it is a worker."""
+    holds = f"{name} receives here, and holds {held:,} message{'s' * (held != 1)}"
+    if not state:
+        return Finding("processes", "ok", holds)
+    if reported_ago > REPORT_STALE:
+        return Finding("processes", "warning", f"{holds}; its worker has not reported for {reported_ago:.0f} s")
+    level = "ok" if state.startswith(HEALTHY) else "warning"
+    return Finding("processes", level, f"{holds}; its worker is {state}")
