@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_scenario_is_played_alone_and_its_row_is_printed(postgres) -> None:
-    """`postgres` is here for whoever has none installed."""
+    """`postgres` skips it where none is installed."""
     command = [sys.executable, "-m", "tests.chaos", "backend-kill"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

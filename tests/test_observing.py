@@ -1,4 +1,4 @@
-"""The one seam for whoever watches: what it is told, what it costs when it is off, and that it fails nobody."""
+"""The one seam for what watches: what it is told, what it costs when it is off, and that it fails nobody."""
 
 import asyncio
 import logging

@@ -646,7 +646,7 @@ async def test_a_queue_in_which_nothing_is_due_says_so(url, broker) -> None:
         due = f"SELECT filao.due_in({seen}, filao.clock()) FROM filao.queue WHERE name = 'claims'"
         assert operator.execute(due.encode()).fetchone() == (
             None,
-        )  # 0 would make whoever waits look again at once, for ever
+        )  # 0 would make those who wait look again at once, for ever
     await broker.receive_from_queue("claims", lease=30)
     with psycopg.connect(url) as operator:
         (left,) = operator.execute(due.encode()).fetchone() or (None,)
@@ -902,7 +902,7 @@ _OTHER_BACKENDS = """
 
 @pytest.fixture(scope="module")
 def frail(tmp_path_factory, postgres) -> Iterator[Postgres]:
-    """Return a server that tests may crash; `postgres` is here for whoever has none installed."""
+    """Return a server that tests may crash; `postgres` skips it where none is installed."""
     folder = tmp_path_factory.mktemp("frail")
     let_pass(folder)
     with postgres_server(folder / "server") as server:

@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def primary(folder, postgres) -> Iterator[Postgres]:
-    """Return a server of this test's own; `postgres` is here for whoever has none installed."""
+    """Return a server of this test's own; `postgres` skips it where none is installed."""
     with postgres_server(folder / "primary") as server:
         yield server
 

@@ -193,7 +193,7 @@ ATTACK = """
 
 
 async def test_operators_that_somebody_else_made_are_never_used(url, postgres) -> None:
-    """Whoever may create in `public` could run what he likes with the rights of a superuser's next send."""
+    """A role that may create in `public` could run what it likes with the rights of a superuser's next send."""
     with psycopg.connect(url, autocommit=True) as stranger:
         stranger.execute(ATTACK)
         with pytest.raises(psycopg.errors.RaiseException, match="attacked"):

@@ -558,7 +558,7 @@ async def test_a_worker_works_here(url, queue) -> None:
 
 @pytest.fixture(scope="module")
 def frail(tmp_path_factory, rabbitmq) -> Iterator[Rabbitmq]:
-    """Return a server that tests may crash; `rabbitmq` is here for whoever has none installed."""
+    """Return a server that tests may crash; `rabbitmq` skips it where none is installed."""
     with rabbitmq_server(tmp_path_factory.mktemp("frail") / "server") as server:
         yield server
 

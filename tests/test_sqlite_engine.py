@@ -154,7 +154,7 @@ async def test_a_transaction_cancelled_while_it_waits_for_its_turn_takes_none(tm
         assert (await broker.stats("claims")).sent == 2
 
 
-async def test_whoever_waits_too_long_for_its_turn_gives_up_and_was_not_done(tmp_path, monkeypatch) -> None:
+async def test_a_call_that_waits_too_long_for_its_turn_gives_up_and_was_not_done(tmp_path, monkeypatch) -> None:
     async with filao.connect(tmp_path / "claims.db") as broker, filao.connect(tmp_path / "claims.db") as other:
         await broker.declare(filao.Queue("claims"))
         monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.05)

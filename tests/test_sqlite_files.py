@@ -131,7 +131,7 @@ async def test_an_older_file_is_migrated_and_keeps_its_messages(tmp_path) -> Non
     db = sqlite3.connect(path, isolation_level=None)
     steps = (*files.MIGRATIONS, lambda db: db.execute("ALTER TABLE filao_message ADD COLUMN note TEXT"))
     files.migrate(db, path, steps)
-    files.migrate(db, path, steps)  # whoever comes second finds it done
+    files.migrate(db, path, steps)  # the second one finds it done
     assert files.schema_version(db) == len(steps)
     assert db.execute("SELECT content, note FROM filao_message").fetchall() == [(b'"kept"', None)]
     db.close()

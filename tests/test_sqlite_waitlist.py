@@ -1,4 +1,4 @@
-"""The waiting list: who is called, in which order, and what is kept for whoever was."""
+"""The waiting list: who is called, in which order, and what is kept for it."""
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
@@ -86,7 +86,7 @@ def test_a_process_that_comes_by_does_not_take_what_another_was_called_for(proce
     assert waiting.look()[0] == 1
 
 
-def test_what_nobody_was_called_for_is_there_for_whoever_comes_by(processes) -> None:
+def test_what_nobody_was_called_for_is_there_for_the_next(processes) -> None:
     waiting, busy, _, sender = processes
     waiting.look()
     sender.send(3)
@@ -191,7 +191,7 @@ def test_the_leases_of_a_dead_process_are_taken_over_in_slices(processes, monkey
     assert watcher.look(limit=40)[0] == 35
 
 
-def test_whoever_was_called_in_vain_keeps_its_place(processes) -> None:
+def test_a_process_that_was_called_in_vain_keeps_its_place(processes) -> None:
     first, second, busy, sender = processes
     first.look()
     second.look()
@@ -203,7 +203,7 @@ def test_whoever_was_called_in_vain_keeps_its_place(processes) -> None:
     assert called([first, second]) == [True, False]
 
 
-def test_whoever_leaves_some_calls_the_next(processes) -> None:
+def test_a_process_that_leaves_some_calls_the_next(processes) -> None:
     first, second, _, sender = processes
     first.look(limit=5)
     second.look()
@@ -222,7 +222,7 @@ def test_each_delayed_message_is_told_to_one(processes) -> None:
     assert first.look()[1] == pytest.approx(5)
 
 
-def test_whoever_was_called_takes_all_it_wants(processes) -> None:
+def test_a_process_that_was_called_takes_all_it_wants(processes) -> None:
     first, second, _, sender = processes
     first.look(limit=2)
     second.look(limit=2)

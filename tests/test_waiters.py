@@ -1,4 +1,4 @@
-"""The line: whoever waits is served, once, and what comes for those who left goes back."""
+"""The line: each that waits is served, once, and what comes for those who left goes back."""
 
 import asyncio
 from typing import Any, cast
@@ -92,7 +92,7 @@ async def test_what_comes_for_one_who_left_goes_back() -> None:
     assert looks.returned == ["b"]
 
 
-async def test_whoever_runs_out_of_time_during_a_look_gets_what_it_brings() -> None:
+async def test_one_whose_time_is_over_during_a_look_gets_what_it_brings() -> None:
     looks = Looks()
     lucky, unlucky = looks.wait(timeout=0), looks.wait(timeout=0)
     looks.line.call()
@@ -102,7 +102,7 @@ async def test_whoever_runs_out_of_time_during_a_look_gets_what_it_brings() -> N
     assert (lucky.result().deliveries, unlucky.result().deliveries) == (["a"], [])
 
 
-async def test_whoever_runs_out_of_time_goes_home_with_nothing() -> None:
+async def test_one_whose_time_is_over_goes_home_with_nothing() -> None:
     assert (await Looks().wait(timeout=0)).deliveries == []
 
 
@@ -145,7 +145,7 @@ async def test_closing_sends_all_home() -> None:
     assert (await waiting).deliveries == []
 
 
-async def test_whoever_comes_while_others_wait_in_quiet_need_not_look() -> None:
+async def test_one_that_comes_while_others_wait_in_quiet_need_not_look() -> None:
     looks = Looks()
     place = looks.line.place(Receive("claims", 1, waiting=1))
     assert not place.is_behind()

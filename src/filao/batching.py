@@ -69,7 +69,7 @@ class Batcher:
     def is_idle(self) -> bool:
         """Return whether nothing waits for its batch, and what came last came alone; from any thread.
 
-        Those who shared a batch a moment ago will come together again: whoever goes ahead alone keeps them waiting.
+        Those who shared a batch a moment ago will come together again: one that goes ahead alone keeps them waiting.
         """
         return not self._gathered and not self._suspects and not self._had_company
 

@@ -4,7 +4,7 @@ Invariant: whatever exception meets the calling thread (Ctrl-C, or any other tha
 two of its instructions), the call is either answered or taken back. So a call exists before anything is begun, it is
 begun inside the `try` that takes it back, and taking it back is harmless when it has ended; but what it brought for
 nobody goes to `abandoned`. Python runs signal handlers in the main thread alone, where they interrupt only waits for a
-lock; so our threads are started with signals blocked, and whoever waits here waits for a lock.
+lock; so our threads are started with signals blocked, and a thread that waits here waits for a lock.
 """
 
 import asyncio

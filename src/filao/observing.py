@@ -1,4 +1,4 @@
-"""The seam for whoever watches a program: observers are told of operations and of the runs of a worker; tracers follow
+"""The seam for what watches a program: observers are told of operations and of the runs of a worker; tracers follow
 each message.
 
 A broker that nobody watches pays one look at an empty list for each batch, and for each send and settle. What an

@@ -59,7 +59,7 @@ async def _run(source: str, target: str, queues: tuple[str, ...], *, dry_run: bo
 
 
 async def _watched(here: Movable, there: Movable, queues: tuple[str, ...], planned: list[Moved]) -> list[Moved]:
-    """Move, and draw how far it has come for whoever sits at the terminal."""
+    """Move, and draw on the terminal how far it has come."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress

@@ -20,7 +20,7 @@ from filao.urls import has_scheme, shown_url
 
 
 class OutputClosedError(Exception):
-    """Whoever read our stdout went away. (click would take a `BrokenPipeError` for its own.)"""
+    """The reader of our stdout went away. (click would take a `BrokenPipeError` for its own.)"""
 
 
 def addressed(arguments: tuple[str, ...], *, least: int, most: int) -> tuple[str, tuple[str, ...]]:
@@ -111,7 +111,7 @@ def confirmed(command: str, question: str) -> bool:
 
 
 def print_lines(lines: Iterable[bytes]) -> None:
-    """Write lines to stdout, past every buffer: after this they are with whoever reads it."""
+    """Write lines to stdout, past every buffer: after this they are with its reader."""
     content = memoryview(b"".join(line + b"\n" for line in lines))
     if sys.stdout is None:
         raise OSError(errno.EBADF, "closed", "stdout")
@@ -125,7 +125,7 @@ def print_lines(lines: Iterable[bytes]) -> None:
 
 
 def note(text: str) -> None:
-    """Say something to whoever runs this."""
+    """Say something to the person who runs this."""
     click.echo(f"filao: {safe(text)}", err=True)
 
 

@@ -1,4 +1,4 @@
-"""`filao stats` and `filao doctor`: tables for whoever sits at a terminal, JSON lines for everything else."""
+"""`filao stats` and `filao doctor`: tables on a terminal, JSON lines for everything else."""
 
 import sys
 

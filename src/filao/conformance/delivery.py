@@ -211,7 +211,7 @@ async def check_a_late_ack_is_accepted_though_its_message_was_seen_to_be_late(st
     await stage.next(queue)
     slow = await stage.next(queue)
     await stage.advance(6)
-    equal((await stage.next(queue)).body, 1)  # whoever took it has made the other ready too
+    equal((await stage.next(queue)).body, 1)  # the consumer that took it has made the other ready too
     equal((await stage.broker.stats(queue)).ready, 1)
     await slow.ack()
     await stage.nothing(queue)

@@ -71,7 +71,7 @@ class Strays:
 
 
 async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Let a task that would end the loop fail instead: asyncio passes these two on to whoever runs it."""
+    """Let a task that would end the loop fail instead: asyncio passes these two on to the code that runs it."""
     try:
         return await coroutine
     except (SystemExit, KeyboardInterrupt) as error:

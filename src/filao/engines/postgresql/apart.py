@@ -74,7 +74,7 @@ class Apart:
             taken = [self._waiting.popleft() for _ in range(min(TOGETHER_MAX, len(self._waiting)))]
             try:
                 await self._round(taken)
-            finally:  # cancelled: whoever has no result yet is told by close
+            finally:  # cancelled: those without a result yet are told by close
                 self._waiting.extend(waiting for waiting in taken if not waiting.result.done())
 
     async def _round(self, taken: list[_Waiting]) -> None:

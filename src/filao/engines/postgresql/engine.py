@@ -1,7 +1,7 @@
 """The PostgreSQL engine: many machines, one database.
 
 A batch is one transaction and one round trip: its calls (`verbs.py`) of the functions in the database (`functions/`) go
-out as one pipeline, on one connection. Whoever waits is called after the commit. Users' transactions have connections
+out as one pipeline, on one connection. Those who wait are called after the commit. Users' transactions have connections
 of their own, from a pool.
 """
 
@@ -291,7 +291,7 @@ class PostgresqlEngine:
     async def _committed(self, operations: Sequence[Operation]) -> None:
         """Wake those who wait for what a transaction of the user's has stored."""
         if fresh := verbs.fresh(operations):
-            with suppress(FilaoError, TimeoutError):  # it is committed; whoever waits polls as well
+            with suppress(FilaoError, TimeoutError):  # it is committed; those who wait poll as well
                 # A delete forgets numbers.
                 async with asyncio.timeout(CALLED_WITHIN):
                     known = [self._numbers.get(queue) or await self.operators.number(queue) for queue in fresh]
@@ -340,7 +340,7 @@ class PostgresqlEngine:
         """Create the queue or give it these rules."""
         number = await self._value("SELECT filao.declare(%s, %s::jsonb, %s)", queue.name, rules_to_json(queue), MOMENT)
         while await self._value("SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", number, self._moment()):
-            pass  # in transactions of a bounded size; whatever others hold is arranged by whoever receives next
+            pass  # in transactions of a bounded size; what others hold is arranged by the next receive
         self._numbers[queue.name], self._rules[queue.name] = number, queue
 
     async def find(self, queue: str) -> Queue:

@@ -1,7 +1,7 @@
 """A process that receives, as the others see it: its number, its sign of life, and the channel on which it is called.
 
 The sign of life is an advisory lock that its session holds: the server frees it when the session ends, however that
-happens. So whoever finds the lock free for a while may take over the leases. Behind a pooler that gives each
+happens. So a process that finds the lock free for a while may take over the leases. Behind a pooler that gives each
 transaction another connection there can be neither, and polling and the leases' time must do.
 """
 

@@ -399,7 +399,7 @@ class Link:
         """Called when the server answers after it was lost."""
         self._connection: Connection | None = None
         self.lock: asyncio.Lock = asyncio.Lock()
-        """Held by whoever uses it."""
+        """Held by the one that uses it."""
 
     @asynccontextmanager
     async def use(self) -> AsyncGenerator[Connection]:

@@ -122,7 +122,7 @@ class PostgresqlTransactions:
         await self._committed(within.done)
 
     def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
-        """Send on the user's own connection, in the user's own transaction; whoever waits finds it by polling."""
+        """Send on the user's own connection, in the user's own transaction; those who wait find it by polling."""
         for error in verbs.unwritable([operation], self._server.charset).values():
             return error
         with self._server.mapped_within():

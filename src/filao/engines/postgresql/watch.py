@@ -74,7 +74,7 @@ class Watch:
     def _until_next_look(self) -> float:
         if not self._listener.is_listening:
             return POLL_INTERVAL
-        if self._missed:  # so that whoever missed a process sees to it, or that it came back
+        if self._missed:  # so that the one that missed a process sees to it, or that it came back
             return min(POLL_INTERVAL, DEAD_AFTER)
         return max(POLL_INTERVAL, self._look_took / LOOKING_MAX) * self._share() * random.uniform(0.5, 1.5)
 

@@ -130,7 +130,7 @@ class Consumer:
     async def _pushed(self, message: DeliveredMessage) -> None:
         if message.consumer_tag in self._room:
             self._room[message.consumer_tag] -= 1
-        if not self._buffer:  # whoever looks sees what else comes on this turn of the loop
+        if not self._buffer:  # a look sees what else comes on this turn of the loop
             asyncio.get_running_loop().call_soon(self._called)
         self._buffer.append(message)
 

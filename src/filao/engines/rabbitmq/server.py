@@ -209,7 +209,7 @@ class Session:
         return not self._ended.done()
 
     def when_ended(self, call: Callable[[], None]) -> None:
-        """Call back once it has ended, whoever ended it."""
+        """Call back once it has ended, from whichever side."""
         self._ended.add_done_callback(lambda _: call())
 
     async def channel(self, *, confirms: bool = False) -> Channel:

@@ -133,7 +133,7 @@ def _check_backup(copy: Path) -> None:
 def _keep(path: Path) -> Path | None:
     """Give a file and its WAL second names, by which together they are still what they were.
 
-    Whatever interrupts a restore, nothing is lost, and whoever opens the file is told: it has two names, or a WAL that
+    Whatever interrupts a restore, nothing is lost, and who opens the file is told: it has two names, or a WAL that
     is not its own. The next restore goes on with the same names.
     """
     wal = _beside(path, "-wal")

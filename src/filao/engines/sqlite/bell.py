@@ -76,13 +76,13 @@ class Belfry:
         except BlockingIOError:
             pass  # its FIFO is full of rings: it needs no more of them
         except OSError:
-            self._drop(name)  # it is dead, or we have no file descriptor left: whoever lives finds it by polling
+            self._drop(name)  # it is dead, or we have no file descriptor left: one that lives finds it by polling
 
     def is_alive(self, name: str) -> bool:
         """Return whether the process that owns this bell lives; True whenever that cannot be told.
 
-        Whoever lives has its bell here from before it was entered until after it was struck off, and whoever loses it
-        stops to work (see `ground.py`). So a bell that is gone for a while belongs to the dead too.
+        A living process has its bell here from before it was entered until after it was struck off, and one that loses
+        it stops to work (see `ground.py`). So a bell that is gone for a while belongs to the dead too.
         """
         try:
             os.close(self._folder.open_bell(name))

@@ -1,7 +1,7 @@
 """The file as one process holds it: a connection, its turnstile, and transactions that end cleanly whatever happens.
 
 Everything here blocks, and runs in the engine's one database thread. A transaction is one turn at the turnstile, with
-its books; whoever must look again because of it is called as it commits.
+its books; those who must look again because of it are called as it commits.
 
 Invariant: no job keeps a connection in a variable while it waits for its turn, because a fork may close it meanwhile
 (`filao.forks`); what the next job needs, it opens again.
@@ -141,7 +141,7 @@ class Database:
         return db
 
     def _set_clock(self, db: sqlite3.Connection) -> None:
-        """Set the file's clock after a start of the machine, which ended whoever held leases: they are void."""
+        """Set the file's clock after a start of the machine, which ended all that held leases: they are void."""
         if self.clock.has_begun(db):
             return
         db.execute("BEGIN IMMEDIATE")

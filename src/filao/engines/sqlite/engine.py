@@ -66,7 +66,7 @@ class SqliteEngine:
             None if path == files.MEMORY else lambda: SqliteEngine(path, durable=durable, clock=clock, beside=database)
         )
         self._gate = asyncio.Lock()
-        """Held by whoever needs the thread for several jobs that belong together; single jobs only look at it."""
+        """Held by those that need the thread for several jobs that belong together; single jobs only look at it."""
         self._lines: dict[str, Line] = {}
         self._queue_names: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -311,7 +311,7 @@ class SqliteEngine:
         else:
             line.look_in(due_in)
 
-    # --- queues and whoever looks after them -------------------------------------------------------------------------
+    # --- queues ------------------------------------------------------------------------------------------------------
 
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""

@@ -3,7 +3,7 @@
 Somebody else may have made it, or what lies in it, and names that lead here are read from a file that somebody else may
 have written. So all is opened relative to a descriptor of the folder and without following links, and is looked at
 before anything is written to it, locked or removed. What we make belongs to the file's owner, and to its group where
-the file is shared with its group, whoever we are: a look by root must not lock a service out of its own queue.
+the file is shared with its group, whatever user we are: a look by root must not lock a service out of its own queue.
 """
 
 import errno

@@ -62,6 +62,8 @@ def is_halted(books: Books, row: QueueRow, group: str) -> bool:
 
 def arrange(books: Books, row: QueueRow, group: str) -> None:
     """Let the first message of a group through and hold back the others; nobody moves while one is leased."""
+    # At most one message of a group is ready, delayed or leased: its head. The others are blocked. (Where a failing
+    # head is skipped, delayed ones are none of it.) Halted, a group has no head. To be called after each move of one.
     books.flush()
     books.occupied.discard((row.id, group))
     leased, ready, delayed, blocked = (first(books, row, group, s) for s in (LEASED, READY, DELAYED, BLOCKED))

@@ -262,7 +262,7 @@ def redrive(books: Books, row: QueueRow, numbers: Sequence[int], edited: Draft |
 
 
 def remove(books: Books, row: QueueRow, numbers: Sequence[int], states: Sequence[State], *, purges: bool) -> int:
-    """Delete messages in these states; whoever holds one loses its lease."""
+    """Delete messages in these states; a consumer that holds one loses its lease."""
     entries, by = _still(books, row, numbers, states), process_name()
     for entry in entries:
         moves.delete(books, row, entry, "purged" if purges else "cancelled", by)

@@ -65,6 +65,8 @@ def receive(books: Books, asked: Sequence[Receive], lessee: Lessee) -> Sequence[
 
 
 def _lease(books: Books, row: QueueRow, asked: Sequence[Receive], lessee: Lessee) -> list[Delivery]:
+    # A message is leased to one process, by a token that no lease had before, and never past a promise: what others
+    # were called for is left to them while the promise lasts.
     books.flush()
     make_due(books, row)
     limit = sum(one.limit for one in asked)
@@ -88,7 +90,7 @@ def _lease(books: Books, row: QueueRow, asked: Sequence[Receive], lessee: Lessee
 
 
 def _queue_up(books: Books, row: QueueRow, lessee: Lessee, wants: int, *, served: bool) -> None:
-    """Wait for so many messages; whoever was served does so behind the others."""
+    """Wait for so many messages; one that was served does so behind the others."""
     if served and row.id in lessee.waits:
         waitlist.leave(books, row, lessee.process)
         lessee.waits.discard(row.id)
@@ -106,6 +108,8 @@ def _delivery(books: Books, queue: str, token: int, fields: Sequence[Any]) -> De
 
 def make_due(books: Books, row: QueueRow) -> None:
     """Make ready what is due, delayed messages and those whose lease ran out; bury what outlived its ttl."""
+    # What is ready may be leased: nothing whose time has not come, that another holds, or that outlived its ttl is.
+    # Each kind is bounded; what is left is due still, and the next receive goes on with it.
     if row.count["delayed"]:
         for entry in books.entries(
             f"INDEXED BY filao_delayed WHERE queue = ? AND state = 3 AND at <= ? ORDER BY at LIMIT {moves.DUE_MAX}",
@@ -158,7 +162,7 @@ def look(books: Books, queue: str) -> float | None:
 def time_to_due(books: Books, row: QueueRow) -> float | None:
     """Return the seconds until the next delayed message or running lease is due, or what is promised to others is not.
 
-    None while the queue is paused: whoever resumes it calls those who wait.
+    None while the queue is paused: its resumption calls those who wait.
     """
     if row.paused:
         return None

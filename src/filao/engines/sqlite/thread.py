@@ -27,8 +27,9 @@ _ONLY_RAISE = frozenset((None, int(signal.SIG_DFL), int(signal.SIG_IGN), signal.
 
 
 class Ticket:
-    """Decides whether a job that waits for its turn begins: the job or the timer takes it first, and then it is
-    gone.
+    """Decides whether a job that waits for its turn begins: the job or the timer takes it, and it is there once.
+
+    So a caller that was told "nothing was done" was told the truth: the timer had it, and the job can never begin.
     """
 
     def __init__(self, until: float) -> None:

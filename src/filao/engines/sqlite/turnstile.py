@@ -1,6 +1,6 @@
 """The turnstile: processes take turns to write, in about the order in which they came.
 
-SQLite's own busy handler lets waiters sleep and try again, and whoever comes at the right moment goes first: among
+SQLite's own busy handler lets waiters sleep and try again, and one that comes at the right moment goes first: among
 eight busy writers some starve for seconds. A blocking `flock` on a file beside the database queues them in the kernel,
 which also frees it when its holder dies. It is taken around every write, checkpoint and close, and so keeps ours from
 checkpointing and committing at the same instant, which SQLite before 3.51.3 can answer with a corrupt WAL.

@@ -2,7 +2,7 @@
 
 Those that have waited longest are called first, as many as are needed for what is ready. What a process is called for
 is promised to it for a moment, so that a busier one, which happens to come by before it has woken up, does not jump the
-queue: without the promise the load would settle on whoever runs already. Who has not come within the promise sleeps,
+queue: without the promise the load would settle on those that run already. Who has not come within the promise sleeps,
 stopped or blocked: nobody waits for it any more, and it is not called again, until it shows up and waits anew.
 """
 
