@@ -19,7 +19,7 @@ from filao.engines.sqlite import backup
 from filao.worker import keeper as keeper_module
 from filao.worker import outage as outage_module
 from filao.worker import pulse as pulse_module
-from filao.worker import worker as worker_module
+from filao.worker import shift as shift_module
 from tests.test_worker import CLAIMS, PATIENCE, broker, running, until, until_stats
 
 pytestmark = pytest.mark.anyio
@@ -208,7 +208,7 @@ def locked(path: str) -> Generator[None]:
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 async def test_a_keeper_that_waits_for_a_lock_does_not_make_the_loop_look_blocked(url, broker, monkeypatch) -> None:
     monkeypatch.setattr(pulse_module, "TICK", 0.05)
-    monkeypatch.setattr(worker_module, "BLOCKED_AFTER", 0.5)
+    monkeypatch.setattr(shift_module, "BLOCKED_AFTER", 0.5)
     monkeypatch.setattr(keeper_module, "REPORT_EVERY", 0.05)
     worker = handling(url, CLAIMS)
     async with running(worker):
@@ -219,7 +219,7 @@ async def test_a_keeper_that_waits_for_a_lock_does_not_make_the_loop_look_blocke
 
 async def test_an_idle_worker_whose_engine_has_one_connection_is_healthy(monkeypatch) -> None:
     monkeypatch.setattr(pulse_module, "TICK", 0.05)
-    monkeypatch.setattr(worker_module, "BLOCKED_AFTER", 0.3)
+    monkeypatch.setattr(shift_module, "BLOCKED_AFTER", 0.3)
     async with filao.connect("sqlite://:memory:") as broker:
         await broker.declare(CLAIMS)
         worker = handling(broker, CLAIMS)

@@ -19,6 +19,7 @@ from filao.errors import EngineUnavailable, QueueNotFound
 from filao.message import Message, delivery_of
 from filao.worker.outage import pauses
 from filao.worker.pool import Pool
+from filao.worker.pulse import BLOCKED_AFTER, Pulse
 from filao.worker.run import ENDS_WITHIN, Consumer, Handled, Run, Shared
 
 log: logging.Logger = logging.getLogger("filao.worker")
@@ -59,6 +60,8 @@ class Shift:
         self._receiving: set[asyncio.Task[list[Message[Any]]]] = set()
         self._suspects: set[Run] = set()
         """One at most: the message that is to be handled alone."""
+        self.pulse: Pulse = Pulse()
+        """Whether the event loop turns."""
         self._moved = asyncio.Event()
         self._is_ending = False
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -114,6 +117,8 @@ class Shift:
         ]
         if len(self.hung) > HUNG_MAX:
             problems.append(f"{len(self.hung)} handlers have not ended though they were told to: replace this process")
+        if (blocked := self.pulse.blocked_for()) > BLOCKED_AFTER:
+            problems.append(f"the event loop has been blocked for {blocked:.0f} s")
         return problems
 
     # --- feeding -----------------------------------------------------------------------------------------------------

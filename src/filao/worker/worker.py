@@ -31,7 +31,6 @@ from filao.worker.keeper import Keeper
 from filao.worker.outage import Outages, pauses
 from filao.worker.outcomes import Outcomes, check_outcomes
 from filao.worker.pool import Pool
-from filao.worker.pulse import BLOCKED_AFTER, Pulse
 from filao.worker.run import Consumer, Handled, Shared, WorkerGuarantee
 from filao.worker.shift import Shift, Stop, cancel
 from filao.worker.signals import clean_forks, told_by_signals
@@ -118,7 +117,6 @@ class Worker:
         """Of the run under way."""
         self._shift: Shift | None = None
         """The run under way, once the engine was reached."""
-        self._pulse: Pulse | None = None
         self.observers: list[Observer | Tracer] = []
         """Those that are told what it does while it runs; see `filao.Observer` and `filao.Tracer`."""
         self.handled = 0
@@ -288,12 +286,10 @@ class Worker:
 
     def status(self) -> Status:
         """Tell how it is doing; safe from any thread."""
-        shift, pulse = self._shift, self._pulse
-        if shift is None or pulse is None:
+        shift = self._shift
+        if shift is None:
             return Status(ready=False, healthy=False, running={}, handled=self.handled, problems=[])
         problems = shift.problems()
-        if (blocked := pulse.blocked_for()) > BLOCKED_AFTER:
-            problems.append(f"the event loop has been blocked for {blocked:.0f} s")
         running = {name: count for pool in shift.pools for name, count in pool.running().items()}
         return Status(ready=True, healthy=not problems, running=running, handled=self.handled, problems=problems)
 
@@ -362,18 +358,18 @@ class Worker:
             stack.callback(threads.close)
             strays = Strays()
             stack.enter_context(strays.seen(asyncio.get_running_loop()))
-            self._pulse = Pulse()
-            stack.callback(self._pulse.stop)
             session = session_of(broker)
             around = self._surroundings
             beyond = outside(session, caller)
             shared = Shared(broker, session, caller, beyond, keeper, threads, strays, Outages(), around)
-            self._shift = shift = Shift(shared, self._pools(consumers), stop, count, patient=patient)
+            shift = Shift(shared, self._pools(consumers), stop, count, patient=patient)
+            stack.callback(shift.pulse.stop)
+            self._shift = shift
             try:
                 yield shift
             finally:
                 self.has_hung = bool(shift.hung)
-                self._shift = self._pulse = None
+                self._shift = None
 
     def _pools(self, consumers: Mapping[str, Consumer]) -> list[Pool]:
         if self._concurrency is not None:
