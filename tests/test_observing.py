@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -101,6 +102,40 @@ async def test_an_observer_that_fails_is_complained_of_once_and_fails_no_message
             await broker.send_to_queue("claims", number)
     assert len(notebook.operations) == 3
     assert len([record for record in caplog.records if "no ink" in str(record.exc_info)]) == 1
+
+
+class Stumbling:
+    """A tracer that fails wherever it is asked; `late`: only when it is told how an operation ended."""
+
+    def __init__(self, *, late: bool = False) -> None:
+        self._late = late
+
+    def asked(self, _: str, operation: Any) -> Any:
+        return (operation, self.fail) if self._late else self.fail()
+
+    def fail(self, *_: object) -> Any:
+        raise RuntimeError("no ink")
+
+    received = handling = handled = fail
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_tracer_that_fails_is_complained_of_once_and_fails_no_message(url, caplog, late) -> None:
+    worker = filao.Worker(url)
+    worker.observers.append(Stumbling(late=late))
+
+    @worker.consumer(filao.Queue("claims"))
+    async def handle(message: filao.Message[int]) -> None: ...
+
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        broker.observers.add(worker.observers[0])
+        await broker.send_many("claims", range(3))
+        message = await broker.receive_from_queue("claims")
+        async with message.transaction() as transaction:
+            await transaction.send_to_queue("claims", 3)
+        assert [handled.how for handled in await worker.drain(broker)] == ["acked"] * 3
+    assert len([record for record in caplog.records if record.name == "filao.observing"]) == 1
 
 
 async def test_an_observer_is_told_how_each_run_began_and_ended(tmp_path) -> None:
