@@ -17,7 +17,7 @@ from tests.conftest import engine_of
 pytestmark = pytest.mark.anyio
 
 HISTORY = filao.Queue("claims", history=True, history_window=60.0)
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 async def test_events_that_were_kept_long_enough_leave_the_file(tmp_path) -> None:

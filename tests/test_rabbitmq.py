@@ -712,7 +712,7 @@ async def test_its_stats_tell_what_it_knows_and_name_what_it_does_not(url, broke
             await asyncio.sleep(0.05)
     assert (stats.sent, stats.dead_by_reason, stats.receivers, stats.oldest_ready_age) == (0, {}, (), None)
     program = [sys.executable, "-m", "filao", "stats", url, queue.name]
-    told = await asyncio.to_thread(subprocess.run, program, capture_output=True, text=True, timeout=30)
+    told = await asyncio.to_thread(subprocess.run, program, capture_output=True, text=True, timeout=60)
     assert (json.loads(told.stdout)["ready"], json.loads(told.stdout)["dead"]) == (1, 1)
     for unknown in ("RabbitMQ", "delayed", "blocked", "held by others", "ages", "reasons", "paused", "who receives"):
         assert unknown in told.stderr
