@@ -324,28 +324,28 @@ def oldest_ready(db: sqlite3.Connection, queue: int) -> int | None:
 
     Where more than 500 are in use, it is the lowest among the 250 highest and the 250 lowest of them.
     """
-    oldest, priorities = db.execute(_OLDEST_FROM_THE_HIGHEST, (queue, PRIORITIES_MAX)).fetchone()
+    oldest, priorities = db.execute(_OLDEST_FROM_THE_HIGHEST, (queue, queue, PRIORITIES_MAX, queue)).fetchone()
     if priorities < PRIORITIES_MAX:
         return None if oldest is None else int(oldest)
-    other, _ = db.execute(_OLDEST_FROM_THE_LOWEST, (queue, PRIORITIES_MAX)).fetchone()
+    other, _ = db.execute(_OLDEST_FROM_THE_LOWEST, (queue, queue, PRIORITIES_MAX, queue)).fetchone()
     return min(int(oldest), int(other))
 
 
 PRIORITIES_MAX = 250  # priorities that are looked at from either end: under a millisecond
 _OLDEST = """
     WITH RECURSIVE head (priority, n) AS (
-        SELECT {end}(priority), 1 FROM filao_message INDEXED BY filao_ready WHERE queue = ?1 AND state = 2
+        SELECT {end}(priority), 1 FROM filao_message INDEXED BY filao_ready WHERE queue = ? AND state = 2
         UNION ALL
         SELECT (
             SELECT {end}(priority) FROM filao_message INDEXED BY filao_ready
-            WHERE queue = ?1 AND state = 2 AND priority {beyond} head.priority
+            WHERE queue = ? AND state = 2 AND priority {beyond} head.priority
         ), n + 1
         FROM head
-        WHERE priority IS NOT NULL AND n < ?2
+        WHERE priority IS NOT NULL AND n < ?
     )
     SELECT min((
         SELECT min(id) FROM filao_message INDEXED BY filao_ready
-        WHERE queue = ?1 AND state = 2 AND priority = head.priority
+        WHERE queue = ? AND state = 2 AND priority = head.priority
     )), count(priority)
     FROM head
 """

@@ -170,12 +170,12 @@ def time_to_due(books: Books, row: QueueRow) -> float | None:
         """
         SELECT min(at)
         FROM (
-            SELECT min(at) AS at FROM filao_message INDEXED BY filao_delayed WHERE queue = ?1 AND state = 3
+            SELECT min(at) AS at FROM filao_message INDEXED BY filao_delayed WHERE queue = ? AND state = 3
             UNION ALL
-            SELECT min(at) AS at FROM filao_message INDEXED BY filao_leased WHERE queue = ?1 AND state = 4
+            SELECT min(at) AS at FROM filao_message INDEXED BY filao_leased WHERE queue = ? AND state = 4
         )
         """,
-        (row.id,),
+        (row.id, row.id),
     ).fetchone()
     times = [] if found[0] is None else [max(0.0, (found[0] - books.now) / 1000)]
     if row.count["ready"]:

@@ -27,11 +27,11 @@ def wait(books: Books, row: QueueRow, process: int, wants: int) -> None:
     books.db.execute(
         """
         INSERT INTO filao_waiting (queue, since, process, wants, called_at)
-        VALUES (?1, (SELECT coalesce(max(since), 0) + 1 FROM filao_waiting WHERE queue = ?1), ?2, ?3, 0)
+        VALUES (?, (SELECT coalesce(max(since), 0) + 1 FROM filao_waiting WHERE queue = ?), ?, ?, 0)
         ON CONFLICT DO UPDATE SET wants = excluded.wants, called_at = 0
         WHERE wants <> excluded.wants OR called_at <> 0
         """,  # a look in vain writes nothing
-        (row.id, process, wants),
+        (row.id, row.id, process, wants),
     )
     row.nobody_to_call = False
 
@@ -45,11 +45,11 @@ def promised(books: Books, row: QueueRow, process: int) -> int:
     """Return how many messages a process must leave to others; none when it was called itself."""
     own, others = books.db.execute(
         """
-        SELECT total(wants) FILTER (WHERE process = ?2), total(wants) FILTER (WHERE process <> ?2)
+        SELECT total(wants) FILTER (WHERE process = ?), total(wants) FILTER (WHERE process <> ?)
         FROM filao_waiting
-        WHERE queue = ?1 AND called_at BETWEEN ?3 AND ?4
+        WHERE queue = ? AND called_at BETWEEN ? AND ?
         """,
-        (row.id, process, books.now - PROMISED_FOR, books.now),
+        (process, process, row.id, books.now - PROMISED_FOR, books.now),
     ).fetchone()
     return 0 if own else int(others)
 
