@@ -238,9 +238,7 @@ class Event(msgspec.Struct, frozen=True):
     queue: str
     at: datetime
     what: str
-    """sent, received, extended, released, acked; nacked, rejected, malformed, crashed, lease_expired, expired or
-    overflow, as in `Failure.outcome`; died; redriven, cancelled, purged or dropped.
-    """
+    """sent, received, extended, released, acked; as `Failure.outcome`; died; redriven, cancelled, purged or dropped."""
     attempt: int
     by: str
     """Who did it, or held the lease: the host and process; of a transaction of the user's own on PostgreSQL, the
@@ -445,10 +443,7 @@ class Tracing(Protocol):
 
 
 class Operators(Protocol):
-    """What people who look after queues need; no message on its way passes through it.
-
-    All raise `QueueNotFound`. What a call touches is fixed when it begins.
-    """
+    """What people who look after queues need. All raise `QueueNotFound`; what each touches is fixed when it begins."""
 
     @property
     def pausing(self) -> Pausing | None:
