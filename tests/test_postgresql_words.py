@@ -32,7 +32,7 @@ OWN = {
     *(2_047, 86_400_000, 1_718_184_290, 2_147_483_647, 1_181_314_145_000_000),  # keys of locks, a day, no priority
 }
 """Numbers of the SQL alone: each is named where it stands."""
-KINDS = {"k", "m", "ack", "nack", "release", "extend", "extended", "split", "full", "_", "place"}
+KINDS = {"k", "m", "ack", "nack", "release", "extend", "extended", "split", "full", "_", "place", "halted"}
 """What the calls in `verbs.py` are told apart by, and what they answer."""
 
 
