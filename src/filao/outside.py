@@ -21,6 +21,7 @@ def outside(session: Session, caller: Caller) -> Session:
     loop_thread = threading.get_ident()
 
     async def submit(operation: Operation) -> Result:
+        session.check_open()
         if threading.get_ident() == loop_thread:
             return await session.submit(operation)
         caller.check()
