@@ -39,9 +39,25 @@ async def test_a_lone_send_makes_five_statements_and_writes_three_pages(tmp_path
     async with filao.connect(path) as broker:
         await broker.declare(filao.Queue("q"))
         await broker.send_to_queue("q", "the first learns")
-        statements, pages = await counted(broker, path, lambda: broker.send_to_queue("q", "lone"))
+        # The housekeeping may come in between, once in a second.
+        found = [await counted(broker, path, lambda: broker.send_to_queue("q", "lone")) for _ in range(5)]
+        statements, pages = min(found, key=lambda one: len(one[0]))
         assert [statement.split()[0] for statement in statements] == ["BEGIN", "PRAGMA", "INSERT", "UPDATE", "COMMIT"]
         assert pages <= 3  # the message's, its index's, the counters'
+
+
+async def test_a_lone_receive_and_its_ack_make_no_more_than_fourteen_statements(tmp_path) -> None:
+    path = tmp_path / "lone.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("q"))
+        await broker.send_many("q", list(range(6)))
+        await (await broker.receive_from_queue("q")).ack()  # the first learns
+
+        async def receive_and_ack() -> None:
+            await (await broker.receive_from_queue("q")).ack()
+
+        found = [await counted(broker, path, receive_and_ack) for _ in range(5)]
+        assert min(len(statements) for statements, _ in found) <= 14
 
 
 async def test_what_another_process_commits_is_known_at_the_next_send(tmp_path) -> None:
