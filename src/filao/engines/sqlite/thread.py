@@ -127,7 +127,7 @@ class DatabaseThread:
 
 def _may_be_handled() -> bool:
     """Return whether a handler of the program's may run in this thread, between any two instructions."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         return False
     try:
         return not _ONLY_RAISE.issuperset(map(_handler_of, _SIGNALS))
