@@ -427,7 +427,7 @@ class Broker:
         if group is None:
             await pausing.pause(name_of(queue), paused=True)
         else:
-            await pausing.halt_group(name_of(queue), group)
+            await pausing.pause_group(name_of(queue), group, paused=True)
 
     async def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
         """Resume a paused queue, or one `group` of it that was paused, or that a dead letter halted."""
@@ -435,7 +435,7 @@ class Broker:
         if group is None:
             await pausing.pause(name_of(queue), paused=False)
         else:
-            await pausing.resume_group(name_of(queue), group)
+            await pausing.pause_group(name_of(queue), group, paused=False)
 
     def _pausing(self, call: str, queue: str) -> Pausing:
         self._session.check_usable()

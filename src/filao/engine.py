@@ -360,7 +360,7 @@ class QueueStats(msgspec.Struct, frozen=True):
     dead_by_reason: dict[str, int] = {}
     """The dead letters that lie there, by why they died."""
     died_by_reason: dict[str, int] = {}
-    """The messages that became dead letters, ever, by why; of those from before that was counted, what lay there."""
+    """The messages that became dead letters, ever, by why; counted first were those that still lay there."""
     receivers: tuple[Receiver, ...] = ()
     """The processes that receive from it, by name: 1,000 at most."""
 
@@ -427,11 +427,8 @@ class Pausing(Protocol):
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Stop or resume deliveries; sends go on."""
 
-    async def halt_group(self, queue: str, group: str) -> None:
-        """Stop deliveries of a group, as a dead letter does. Raises `ConfigurationError` where none does."""
-
-    async def resume_group(self, queue: str, group: str) -> None:
-        """Let a group that was halted go on."""
+    async def pause_group(self, queue: str, group: str, *, paused: bool) -> None:
+        """Halt a group as a dead letter does, or let it go on. Raises `ConfigurationError` where none is halted."""
 
 
 class Tracing(Protocol):

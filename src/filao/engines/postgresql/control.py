@@ -162,17 +162,16 @@ class PostgresqlOperators:
         await self._row("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
         await self._wake(number, 0 if paused else SLICE)
 
-    async def halt_group(self, queue: str, group: str) -> None:
-        """Stop deliveries of a group."""
+    async def pause_group(self, queue: str, group: str, *, paused: bool) -> None:
+        """Halt a group, or let it go on."""
+        number = await self.number(queue)
+        if not paused:
+            await self._row("SELECT filao.resume_group(%s, %s, %s)", number, MOMENT, group)
+            await self._wake(number, 1)
+            return
         async with self._link.use() as connection:
             check_halts(await find(connection, queue), group)
-        await self._row("SELECT filao.halt_group(%s, %s, %s)", await self.number(queue), MOMENT, group)
-
-    async def resume_group(self, queue: str, group: str) -> None:
-        """Let a halted group go on."""
-        number = await self.number(queue)
-        await self._row("SELECT filao.resume_group(%s, %s, %s)", number, MOMENT, group)
-        await self._wake(number, 1)
+        await self._row("SELECT filao.halt_group(%s, %s, %s)", number, MOMENT, group)
 
     async def report(self, state: str) -> None:
         """Write down how this process is doing."""

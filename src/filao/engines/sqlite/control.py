@@ -91,13 +91,10 @@ class SqliteOperators:
         """Stop or resume deliveries."""
         await self._change(lambda books: operators.pause(books, books.row(queue), paused=paused))
 
-    async def halt_group(self, queue: str, group: str) -> None:
-        """Stop deliveries of a group."""
-        await self._change(lambda books: operators.halt_group(books, books.row(queue), group))
-
-    async def resume_group(self, queue: str, group: str) -> None:
-        """Let a halted group go on."""
-        await self._change(lambda books: operators.resume_group(books, books.row(queue), group))
+    async def pause_group(self, queue: str, group: str, *, paused: bool) -> None:
+        """Halt a group, or let it go on."""
+        work = operators.halt_group if paused else operators.resume_group
+        await self._change(lambda books: work(books, books.row(queue), group))
 
     async def report(self, state: str) -> None:
         """Write down how this process is doing, once it receives."""
