@@ -155,6 +155,38 @@ def test_an_interrupt_undoes_no_transaction_that_began_after_another_program_was
         assert broker.stats("q").sent == 2
 
 
+def test_a_second_interrupt_while_the_first_is_mended_leaves_nothing_either(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "twice.db", durability="relaxed") as broker:
+        broker.declare(filao.Queue("q"))
+        broker.send_to_queue("q", "known")
+        engine = engine_of(broker)
+        lock: Any = engine._thread._busy
+        left = 0
+
+        def begin_and_meet_ctrl_c() -> bool:
+            assert engine._database.try_begin(durable=False) is not None
+            sys.settrace(trace)
+            return interrupt()
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal left
+            frame.f_trace_opcodes = frame.f_code.co_name in ("mend", "leave")
+            left -= event == "opcode"
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        for at in range(1, 40, 3):
+            left = at
+            with suppress(KeyboardInterrupt):
+                engine._thread.visit(begin_and_meet_ctrl_c)
+            sys.settrace(None)
+            assert not lock._is_owned(), at
+            assert not engine._database._turnstile.is_held, at
+        assert broker.send_to_queue("q", "after").id
+
+
 def interrupt() -> bool:
     """Stand for a call that meets Ctrl-C."""
     raise KeyboardInterrupt

@@ -92,14 +92,23 @@ class DatabaseThread:
             gate.leave()
             self._busy.release()
         except BaseException:
+            while not self._is_mended():
+                pass
+            raise
+        return is_done
+
+    def _is_mended(self) -> bool:
+        """Leave nothing of a visit that an exception has met; False when another one came meanwhile: do it again."""
+        try:
             if self._busy.acquire(blocking=False):  # it is ours already, or nobody's
                 self._storage.mend()
                 gate.leave()
                 with suppress(RuntimeError):  # it is no more ours
-                    self._busy.release()
-                    self._busy.release()
-            raise
-        return is_done
+                    while True:
+                        self._busy.release()
+        except BaseException:
+            return False
+        return True
 
     def stop(self) -> None:
         """End the thread after the jobs that were submitted; later ones fail."""
