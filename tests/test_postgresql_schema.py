@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {18: "93c2b50ba7df3902"}
+DIGESTS = {19: "c9ccd5f5aefacfff"}
 """Of the SQL of a version, the newest alone."""
 
 

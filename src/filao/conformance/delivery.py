@@ -205,6 +205,17 @@ async def check_a_late_ack_beside_that_of_the_owner_is_refused(stage: Stage) -> 
 
 
 @needs(Feature.FENCING)
+async def check_of_two_settles_of_one_lease_one_is_refused(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, 2, 3)
+    for other in ("ack", "nack", "release"):
+        message = await stage.next(queue)
+        first = stage.broker.send_to_queue(queue, 4)  # while which is done the two gather to one batch
+        _, *ended = await asyncio.gather(first, getattr(message, other)(), message.ack(), return_exceptions=True)
+        equal([isinstance(end, LeaseLost) for end in ended].count(True), 1)
+
+
+@needs(Feature.FENCING)
 async def check_a_late_ack_is_accepted_though_its_message_was_seen_to_be_late(stage: Stage) -> None:
     queue = await stage.queue(lease=5)
     await stage.send(queue, 1, 2)

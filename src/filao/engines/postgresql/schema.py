@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 18
+VERSION = 19
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -118,6 +118,7 @@ STEPS: dict[int, str] = {
     """,
     17: "SELECT",  # of the functions alone
     18: "SELECT",  # of the functions alone
+    19: "SELECT",  # of the functions alone
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """

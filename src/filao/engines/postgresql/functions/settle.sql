@@ -26,8 +26,9 @@ BEGIN
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
   WITH mine AS MATERIALIZED (
     SELECT held.id, asked.place
-    FROM (
-      SELECT * FROM unnest(ids, tokens, outcomes) WITH ORDINALITY AS given (id, token, outcome, place) ORDER BY id
+    FROM (  -- of two that end one lease the first
+      SELECT DISTINCT ON (id, token) *
+      FROM unnest(ids, tokens, outcomes) WITH ORDINALITY AS given (id, token, outcome, place) ORDER BY id, token, place
     ) AS asked, LATERAL (
       SELECT t.id FROM filao.message t
       WHERE t.id = asked.id AND t.token = asked.token AND t.state IS NOT DISTINCT FROM 'leased' AND t.at > now
