@@ -228,6 +228,12 @@ def test_no_parameter_of_sqlite_has_a_number() -> None:
             assert not re.search(r"\?[0-9]", path.read_text(encoding="utf-8")), path
 
 
+def test_sql_keeps_to_120_columns() -> None:
+    lines = [line for path in SOURCE.rglob("*.sql") for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines
+    assert [line for line in lines if len(line) > 120] == []
+
+
 def test_house_words_are_used() -> None:
     unwanted = {"manager", "helper", "util", "utils", "common", "base"}
     assert not unwanted & {path.stem for path in MODULES}

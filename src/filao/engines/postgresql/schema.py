@@ -92,7 +92,7 @@ STEPS: dict[int, str] = {
         DECLARE
           role regrole;
         BEGIN
-          FOR role IN  -- whoever may read failures may read events
+          FOR role IN  -- a role that may read failures may read events
             SELECT DISTINCT a.grantee FROM pg_class c, aclexplode(c.relacl) AS a
             WHERE c.oid = 'filao.failure'::regclass AND a.privilege_type = 'SELECT' AND a.grantee NOT IN (0, c.relowner)
           LOOP

@@ -7,10 +7,9 @@ CREATE TABLE filao.meta (
   name  text PRIMARY KEY,
   value text NOT NULL
 );
--- 'database': random; also the first part of the ids of messages that were sent before version 2
--- 'version':  of this schema, see schema.py
--- 'clock':    {the sum of the jumps of the server's wall clock, by how much it was ahead of the queues' time after the last,
---             when that was by the wall clock}, see filao.note_jump; there is none before the first
+-- 'database': random; also the first part of the ids of messages that were sent before version 2 'version':  of this
+-- schema, see schema.py 'clock':    {the sum of the jumps of the server's wall clock, by how much it was ahead of the
+-- queues' time after the last, when that was by the wall clock}, see filao.note_jump; there is none before the first
 
 CREATE TYPE filao.state AS ENUM ('ready', 'delayed', 'leased', 'blocked', 'dead');
 
@@ -52,7 +51,7 @@ CREATE TABLE filao.message (
   priority   integer     NOT NULL,       -- higher goes first
   attempts   integer     NOT NULL DEFAULT 0,  -- deliveries less releases
   failures   integer     NOT NULL DEFAULT 0,  -- failed attempts ever put into its history
-  at         bigint      NOT NULL,       -- delayed, or blocked with a delay: due; leased: the lease's end; else: since when
+  at         bigint      NOT NULL,       -- delayed, or blocked with a delay: due; leased: the end; else: since when
   token      bigint      NOT NULL DEFAULT 0,  -- of the last lease while nobody settled it; else 0, which no lease has
   sent_at    bigint      NOT NULL,
   expires_at bigint,                     -- the end of its time to live
@@ -63,12 +62,14 @@ CREATE TABLE filao.message (
   reason     text,                       -- why it is dead
   content    bytea       NOT NULL,
   salt       bigint,                     -- the first part of its id; NULL: meta.database, as before version 2
-  moved_in   xid8 DEFAULT pg_current_xact_id()  -- since which transaction it waits, or is leased for a short time; see seen.sql
+  -- since which transaction it waits, or is leased for a short time; see seen.sql
+  moved_in   xid8 DEFAULT pg_current_xact_id()
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000,
         autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 100000,
         autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 100000,
         autovacuum_vacuum_cost_delay = 0);
--- A queue's table changes wholly every few minutes, so it is vacuumed after a number of changes, not after a share of it.
+-- A queue's table changes wholly every few minutes, so it is vacuumed after a number of changes, not after a share of
+-- it.
 
 CREATE INDEX message_ready    ON filao.message (queue, (-priority), id) WHERE state = 'ready';
 CREATE INDEX message_moved    ON filao.message (queue, moved_in)          WHERE moved_in IS NOT NULL;
@@ -136,15 +137,17 @@ CREATE TABLE filao.halted (    -- groups that wait for an operator
   PRIMARY KEY (queue, grp)
 );
 
-CREATE TABLE filao.unarranged ( -- groups in which a transaction of a user's changed something: the next receive sees to them
+-- Groups in which a transaction of a user's changed something: the next receive sees to them.
+CREATE TABLE filao.unarranged (
   queue integer NOT NULL,
   grp   text    NOT NULL
 );
 CREATE INDEX unarranged_queue ON filao.unarranged (queue);
 
--- What a queue counts, in rows of its own for each backend that counts it, so that nobody waits for anybody, and for each
--- slot of some eight seconds: a row that is updated for ever is, under an old transaction, a chain of dead versions without
--- end. Their sum is what is true; old slots, and the rows of backends that are gone, are folded into those of backend 0.
+-- What a queue counts, in rows of its own for each backend that counts it, so that nobody waits for anybody, and for
+-- each slot of some eight seconds: a row that is updated for ever is, under an old transaction, a chain of dead
+-- versions without end. Their sum is what is true; old slots, and the rows of backends that are gone, are folded into
+-- those of backend 0.
 CREATE TABLE filao.counter (
   queue   integer NOT NULL,
   backend integer NOT NULL,
@@ -164,8 +167,8 @@ CREATE TABLE filao.process (   -- every process that receives here; tokens carry
   reported_at bigint NOT NULL DEFAULT 0
 );
 
--- Processes to call when a queue gets something. A crash of the server ends their sessions, so this needs no WAL. It has no
--- sequence: that of an unlogged table is damaged on a standby that was promoted.
+-- Processes to call when a queue gets something. A crash of the server ends their sessions, so this needs no WAL. It
+-- has no sequence: that of an unlogged table is damaged on a standby that was promoted.
 CREATE UNLOGGED TABLE filao.waiting (
   queue   integer NOT NULL,
   since   bigint  NOT NULL,    -- its place: those that have waited longest are called first

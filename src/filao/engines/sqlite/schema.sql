@@ -69,7 +69,7 @@ CREATE INDEX filao_delayed  ON filao_message (queue, at)                WHERE st
 CREATE INDEX filao_leased   ON filao_message (queue, at)                WHERE state = 4;
 CREATE INDEX filao_dead     ON filao_message (queue, id)                WHERE state = 6;
 CREATE INDEX filao_grouped  ON filao_message (queue, state, grp, id)    WHERE grp IS NOT NULL;
-CREATE INDEX filao_expiring ON filao_message (queue, expires_at)        WHERE expires_at IS NOT NULL AND state IN (2, 3, 5);
+CREATE INDEX filao_expiring ON filao_message (queue, expires_at) WHERE expires_at IS NOT NULL AND state IN (2, 3, 5);
 
 CREATE INDEX filao_named    ON filao_message (queue, message_id)        WHERE message_id IS NOT NULL;
 

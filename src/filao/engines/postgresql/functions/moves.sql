@@ -2,24 +2,25 @@
 -- whatever connection holds it. How messages move from state to state is as in engines/sqlite/moves.py.
 --
 -- Many transactions do this at once (READ COMMITTED). What keeps them apart:
---   * A lease is a row's token. Whoever settles or extends compares it in the statement that writes, and it is overwritten
---     only when somebody else receives the message.
+--   * A lease is a row's token. A settle or an extend compares it in the statement that writes, and it is
+--     overwritten only when somebody else receives the message.
 --   * Whatever looks for work skips rows that others have locked; it never waits for them.
---   * Of a group, only whoever holds its advisory lock changes which message is let through. A receive that cannot have the
---     lock at once leaves that message to the next. A batch takes the locks of its groups first, in order.
---   * In a transaction that the user holds, which may last, groups are not locked but noted down (`later`), and arranged by
---     whoever receives next.
+--   * Of a group, only the holder of its advisory lock changes which message is let through. A receive that cannot have
+--     the lock at once leaves that message to the next. A batch takes the locks of its groups first, in order.
+--   * In a transaction that the user holds, which may last, groups are not locked but noted down (`later`), and
+--     arranged by
+--     the next receive.
 
--- A function that is called from outside sets what its plans rest on. They are made once, when a table may be empty, and
--- must serve when it holds millions: so a sequential scan is never right, and no plan is worth compiling.
+-- A function that is called from outside sets what its plans rest on. They are made once, when a table may be empty,
+-- and must serve when it holds millions: so a sequential scan is never right, and no plan is worth compiling.
 
 -- The server's wall clock, in milliseconds since 1970.
 CREATE OR REPLACE FUNCTION filao.wall() RETURNS bigint LANGUAGE sql VOLATILE AS $$
   SELECT floor(extract(epoch FROM clock_timestamp()) * 1000::numeric)::bigint
 $$;
 
--- By how much the wall clock is ahead when so much time has passed since it was so much ahead: the queues' time follows it
--- by a twentieth of the time that passes, so that a jump changes no duration by more than that.
+-- By how much the wall clock is ahead when so much time has passed since it was so much ahead: the queues' time follows
+-- it by a twentieth of the time that passes, so that a jump changes no duration by more than that.
 CREATE OR REPLACE FUNCTION filao.still_ahead(ahead bigint, passed bigint) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
   SELECT CASE WHEN ahead > 0 THEN greatest(ahead - greatest(passed, 0) / 20, 0)
               ELSE least(ahead + greatest(passed, 0) / 20, 0) END
@@ -55,16 +56,16 @@ BEGIN
 END
 $$;
 
--- Whether whoever called us owns the tables, and so is trusted with all that is in them.
+-- Whether our caller owns the tables, and so is trusted with all that is in them.
 CREATE OR REPLACE FUNCTION filao.is_owner() RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
   RETURN pg_has_role(session_user, (SELECT relowner FROM pg_class WHERE oid = 'filao.message'::regclass), 'MEMBER');
 END
 $$;
 
--- The queues' time. A negative `moment` is what the even clock shows, as far as the caller knows: it is an error when that
--- is not so, for then the wall clock may have jumped, and nobody has noted it. Another is what an owner's test says that it
--- is: in the future all leases, keys and times to live are over.
+-- The queues' time. A negative `moment` is what the even clock shows, as far as the caller knows: it is an error when
+-- that is not so, for then the wall clock may have jumped, and nobody has noted it. Another is what an owner's test
+-- says that it is: in the future all leases, keys and times to live are over.
 CREATE OR REPLACE FUNCTION filao.now(moment bigint) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
   jump CONSTANT bigint := 1000;  -- as in clock.py
@@ -91,7 +92,8 @@ $$;
 CREATE OR REPLACE FUNCTION filao.count(q integer, names text[], amounts bigint[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
   INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
-  SELECT q, pg_backend_pid(), floor(extract(epoch FROM clock_timestamp()) / 8.192)::bigint, given.name, sum(given.amount)
+  SELECT q, pg_backend_pid(), floor(extract(epoch FROM clock_timestamp()) / 8.192)::bigint, given.name,
+         sum(given.amount)
   FROM unnest(names, amounts) AS given (name, amount)
   GROUP BY given.name HAVING sum(given.amount) <> 0
   ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value;
@@ -120,8 +122,8 @@ BEGIN
 END
 $$;
 
--- The first part of ids: random, drawn for each send, so that an id cannot be guessed, and after a restore or a failover is
--- never given again.
+-- The first part of ids: random, drawn for each send, so that an id cannot be guessed, and after a restore or a
+-- failover is never given again.
 CREATE OR REPLACE FUNCTION filao.prefix(salt bigint) RETURNS text LANGUAGE sql IMMUTABLE AS $$
   SELECT lpad(to_hex(salt), 16, '0') || '-'
 $$;
@@ -144,8 +146,8 @@ CREATE OR REPLACE FUNCTION filao.number_of(q integer, wanted text) RETURNS bigin
   )
 $$;
 
--- Many contents as one value and their lengths, which is written faster than an array of them. Not in SQL, which would be
--- planned anew by each call.
+-- Many contents as one value and their lengths, which is written faster than an array of them. Not in SQL, which would
+-- be planned anew by each call.
 CREATE OR REPLACE FUNCTION filao.split(joined bytea, lengths integer[]) RETURNS bytea[] LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
   parts bytea[] := '{}';
@@ -160,10 +162,10 @@ BEGIN
 END
 $$;
 
--- --- groups ------------------------------------------------------------------------------------------------------------
+-- --- groups ----------------------------------------------------------------------------------------------------------
 
--- The key of the lock of a group. Groups share 2,048 locks, because a server has room for some 6,400, for all its databases:
--- that groups wait for one another for a moment is better than that nobody gets a lock.
+-- The key of the lock of a group. Groups share 2,048 locks, because a server has room for some 6,400, for all its
+-- databases: that groups wait for one another for a moment is better than that nobody gets a lock.
 CREATE OR REPLACE FUNCTION filao.group_key(q integer, g text) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
   SELECT 1181314145000000 + (hashtextextended(g, q) & 2047)
 $$;
@@ -195,9 +197,9 @@ $$;
 
 -- Let the first message of each of some groups through and hold back the others; nobody moves while one is leased.
 --
--- All groups at once: of each the first message in each state is looked up by the index of groups, which is the only one
--- that can serve a comparison of (grp, state), whatever the tables hold. Where failed messages are skipped, a head that is
--- not due yet steps aside, and its group is looked at again.
+-- All groups at once: of each the first message in each state is looked up by the index of groups, which is the only
+-- one that can serve a comparison of (grp, state), whatever the tables hold. Where failed messages are skipped, a head
+-- that is not due yet steps aside, and its group is looked at again.
 CREATE OR REPLACE FUNCTION filao.arrange_all(q integer, groups text[], now bigint, later boolean) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -256,7 +258,8 @@ BEGIN
       WHERE l.id IS NULL
     ) AS f;
     moved := ARRAY[
-      moved[1] + filao.set_states(through, 'blocked', 'ready'), moved[2] + filao.set_states(aside, 'blocked', 'delayed'),
+      moved[1] + filao.set_states(through, 'blocked', 'ready'),
+      moved[2] + filao.set_states(aside, 'blocked', 'delayed'),
       moved[3] + filao.set_states(ready, 'ready', 'blocked'), moved[4] + filao.set_states(delayed, 'delayed', 'blocked')
     ];
     groups := again;
@@ -269,7 +272,8 @@ END
 $$;
 
 -- Let the first message of a group through, if there is a group.
-CREATE OR REPLACE FUNCTION filao.arrange(q integer, g text, now bigint, later boolean) RETURNS void LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION filao.arrange(q integer, g text, now bigint, later boolean) RETURNS void
+LANGUAGE plpgsql AS $$
 BEGIN
   IF g IS NOT NULL THEN
     PERFORM filao.arrange_all(q, ARRAY[g], now, later);
@@ -297,7 +301,7 @@ BEGIN
 END
 $$;
 
--- --- deduplication -----------------------------------------------------------------------------------------------------
+-- --- deduplication ---------------------------------------------------------------------------------------------------
 
 -- The id of the message that came first under one of these keys; NULL when both are new.
 CREATE OR REPLACE FUNCTION filao.remembered(q integer, dedup_key text, message_id text, now bigint) RETURNS text
@@ -310,8 +314,8 @@ LANGUAGE sql VOLATILE AS $$
   LIMIT 1
 $$;
 
--- Know a new message's key as long as it is pending; false when another message has it, whatever that one is called: two
--- that were sent at the same time under one message_id have the same name.
+-- Know a new message's key as long as it is pending; false when another message has it, whatever that one is called:
+-- two that were sent at the same time under one message_id have the same name.
 CREATE OR REPLACE FUNCTION filao.remember(q integer, k "char", wanted text, name text, now bigint) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -338,7 +342,7 @@ LANGUAGE sql AS $$
     AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id))
 $$;
 
--- Know the keys of a new message, or return the id of the one that came first. Whoever sends the same at the same time
+-- Know the keys of a new message, or return the id of the one that came first. A send of the same at the same time
 -- waits here until the other has committed. A message that outlived its time to live has no key, whether or not anybody
 -- has looked at it since.
 CREATE OR REPLACE FUNCTION filao.claim_keys(
@@ -369,11 +373,11 @@ RETURNS void LANGUAGE sql AS $$
     AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id))
 $$;
 
--- --- moves -------------------------------------------------------------------------------------------------------------
+-- --- moves -----------------------------------------------------------------------------------------------------------
 
--- These move many messages of one queue at once, which the caller has locked, and each counts what it does once: a counter
--- that is written for each message is a chain of versions that every next write walks. What few messages have, keys and
--- histories, is seen to one by one. Each ends by letting the groups go on.
+-- These move many messages of one queue at once, which the caller has locked, and each counts what it does once: a
+-- counter that is written for each message is a chain of versions that every next write walks. What few messages have,
+-- keys and histories, is seen to one by one. Each ends by letting the groups go on.
 
 -- The groups of messages.
 CREATE OR REPLACE FUNCTION filao.groups_of(ids bigint[]) RETURNS text[] LANGUAGE plpgsql AS $$
@@ -396,8 +400,8 @@ BEGIN
 END
 $$;
 
--- Put an event into the history of messages, if their queue keeps one: who did it, to all (`who`) or to each (`whos`), and
--- more of it. See filao.engine.Event.
+-- Put an event into the history of messages, if their queue keeps one: who did it, to all (`who`) or to each (`whos`),
+-- and more of it. See filao.engine.Event.
 CREATE OR REPLACE FUNCTION filao.note(
   q integer, ids bigint[], what text, who text, details text[], now bigint, whos text[] = NULL
 ) RETURNS void LANGUAGE plpgsql AS $$
@@ -416,7 +420,8 @@ BEGIN
 END
 $$;
 
--- Put a failed attempt into the history of each message, which keeps the last 20; who moves them then adds to `failures`.
+-- Put a failed attempt into the history of each message, which keeps the last 20; who moves them then adds to
+-- `failures`.
 CREATE OR REPLACE FUNCTION filao.record(
   q integer, ids bigint[], outcome text, errors text[], consumers text[], now bigint
 ) RETURNS void LANGUAGE plpgsql AS $$
@@ -539,14 +544,16 @@ BEGIN
   IF dropped THEN
     PERFORM filao.discard(q, ids, 'dropped', now, later);
   ELSE
-    PERFORM filao.record(q, ids, 'expired', array_fill('it outlived its ttl'::text, ARRAY[cardinality(ids)]), NULL, now);
+    PERFORM filao.record(
+      q, ids, 'expired', array_fill('it outlived its ttl'::text, ARRAY[cardinality(ids)]), NULL, now
+    );
     PERFORM filao.die(q, ids, 'expired', now, later);
   END IF;
 END
 $$;
 
--- Expire so many messages at most, from a time on, and return how many there were. What somebody else has locked is left to
--- them.
+-- Expire so many messages at most, from a time on, and return how many there were. What somebody else has locked is
+-- left to them.
 CREATE OR REPLACE FUNCTION filao.expire_some(q integer, most bigint, now bigint, later boolean, since bigint = 0)
 RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
@@ -580,8 +587,8 @@ BEGIN
 END
 $$;
 
--- Expire the message of this name; false when it has not outlived its time to live, or is a dead letter, which keeps its
--- message_id.
+-- Expire the message of this name; false when it has not outlived its time to live, or is a dead letter, which keeps
+-- its message_id.
 CREATE OR REPLACE FUNCTION filao.expire_named(q integer, name text, now bigint, later boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -597,18 +604,21 @@ BEGIN
 END
 $$;
 
--- End leases whose consumers said nothing: the attempts are used. The tokens stay until somebody receives the messages, so
--- that a late ack of work that was done still counts.
-CREATE OR REPLACE FUNCTION filao.lose(q integer, ids bigint[], outcome text, now bigint) RETURNS void LANGUAGE plpgsql AS $$
+-- End leases whose consumers said nothing: the attempts are used. The tokens stay until somebody receives the messages,
+-- so that a late ack of work that was done still counts.
+CREATE OR REPLACE FUNCTION filao.lose(q integer, ids bigint[], outcome text, now bigint) RETURNS void
+LANGUAGE plpgsql AS $$
 DECLARE
   spent   bigint[];
   others  bigint[];
   holders text[];
 BEGIN
-  SELECT array_agg(m.id) FILTER (WHERE m.attempts >= r.max_attempts), array_agg(m.id) FILTER (WHERE m.attempts < r.max_attempts),
+  SELECT array_agg(m.id) FILTER (WHERE m.attempts >= r.max_attempts),
+         array_agg(m.id) FILTER (WHERE m.attempts < r.max_attempts),
          array_agg(h.name ORDER BY array_position(ids, m.id))
   INTO spent, others, holders
-  FROM filao.queue r, filao.message m LEFT JOIN LATERAL (SELECT name FROM filao.process WHERE id = m.token >> 32) AS h ON true
+  FROM filao.queue r, filao.message m
+  LEFT JOIN LATERAL (SELECT name FROM filao.process WHERE id = m.token >> 32) AS h ON true
   WHERE r.id = q AND m.id = ANY (ids);
   PERFORM filao.count(q, ARRAY['lost'], ARRAY[cardinality(ids)]);
   PERFORM filao.record(q, ids, outcome, NULL, holders, now);

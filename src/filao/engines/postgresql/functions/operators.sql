@@ -5,8 +5,8 @@ CREATE OR REPLACE FUNCTION filao.mark() RETURNS bigint LANGUAGE sql VOLATILE AS 
   SELECT last_value FROM filao.number
 $$;
 
--- The next messages in these states, or of these ids, that an operator's command is about: locked; up to its mark; dead ones
--- in order, behind those that it has seen.
+-- The next messages in these states, or of these ids, that an operator's command is about: locked; up to its mark; dead
+-- ones in order, behind those that it has seen.
 CREATE OR REPLACE FUNCTION filao.chosen(
   q integer, states filao.state[], ids text[], after bigint, mark bigint, most integer
 ) RETURNS SETOF bigint LANGUAGE plpgsql AS $$
@@ -17,7 +17,8 @@ BEGIN
   IF ids IS NOT NULL THEN
     RETURN QUERY
       SELECT m.id FROM filao.message m
-      WHERE m.id = ANY (ARRAY(SELECT filao.number_of(q, name) FROM unnest(ids) AS name))  -- looked up once, not for each row
+      -- looked up once, not for each row
+      WHERE m.id = ANY (ARRAY(SELECT filao.number_of(q, name) FROM unnest(ids) AS name))
         AND m.queue = q AND m.state = ANY (states)
         AND m.id > after AND m.id <= mark
       ORDER BY m.id LIMIT most FOR UPDATE;
@@ -62,8 +63,8 @@ BEGIN
 END
 $$;
 
--- Delete the next messages in these states; whoever holds one loses its lease. A purge starts afresh: what it removed may be
--- sent again at once.
+-- Delete the next messages in these states; a consumer that holds one loses its lease. A purge starts afresh: what it
+-- removed may be sent again at once.
 CREATE OR REPLACE FUNCTION filao.remove(
   q integer, moment bigint, states filao.state[], ids text[], after bigint, mark bigint, most integer,
   OUT done integer, OUT last bigint
@@ -81,7 +82,7 @@ BEGIN
 END
 $$;
 
--- Make ready all that is due, for whoever is about to carry messages away.
+-- Make ready all that is due, for those who are about to carry messages away.
 CREATE OR REPLACE FUNCTION filao.make_all_due(q integer, moment bigint) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 BEGIN
@@ -130,8 +131,8 @@ CREATE OR REPLACE FUNCTION filao.held(q integer) RETURNS bigint LANGUAGE sql VOL
 $$;
 
 -- Delete a queue that holds no message, with all that is remembered of it; returns how many it holds, or NULL while a
--- transaction that has sent to it is open: each holds a lock that all senders of a queue share. Nobody waits here, so that
--- nobody waits for a deletion.
+-- transaction that has sent to it is open: each holds a lock that all senders of a queue share. Nobody waits here, so
+-- that nobody waits for a deletion.
 CREATE OR REPLACE FUNCTION filao.delete(q integer) RETURNS bigint
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
@@ -174,8 +175,8 @@ BEGIN
 END
 $$;
 
--- Create a queue or give it these rules; returns its number. Groups to which other rules apply now are noted down: there may
--- be more than one transaction can have locks for.
+-- Create a queue or give it these rules; returns its number. Groups to which other rules apply now are noted down:
+-- there may be more than one transaction can have locks for.
 CREATE OR REPLACE FUNCTION filao.declare(wanted text, new_rules jsonb, moment bigint) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
@@ -223,9 +224,10 @@ LANGUAGE sql VOLATILE AS $$
   WHERE id = number
 $$;
 
--- The messages of a group in one state, in the order of sending, from the one behind `after`: so many at most. The rows are
--- compared as the index has them, so that nothing else is looked at.
-CREATE OR REPLACE FUNCTION filao.of_group(q integer, g text, s filao.state, after bigint, most integer) RETURNS SETOF bigint
+-- The messages of a group in one state, in the order of sending, from the one behind `after`: so many at most. The rows
+-- are compared as the index has them, so that nothing else is looked at.
+CREATE OR REPLACE FUNCTION filao.of_group(q integer, g text, s filao.state, after bigint, most integer)
+RETURNS SETOF bigint
 LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
   SELECT m.id FROM filao.message m
   WHERE m.queue = q AND (m.grp, m.state, m.id) > (g, s, after) AND (m.grp, m.state) <= (g, s) AND m.grp IS NOT NULL

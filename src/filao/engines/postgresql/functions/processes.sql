@@ -1,8 +1,9 @@
 -- Processes that receive, and what is cleared up behind them.
 
--- Take over the leases of a process that died, or give back those of one that leaves, so many at most; return how many there
--- were. When there are no more, it is no longer among those that receive.
-CREATE OR REPLACE FUNCTION filao.strike_off(p integer, moment bigint, died boolean, most integer DEFAULT 2000) RETURNS integer
+-- Take over the leases of a process that died, or give back those of one that leaves, so many at most; return how many
+-- there were. When there are no more, it is no longer among those that receive.
+CREATE OR REPLACE FUNCTION filao.strike_off(p integer, moment bigint, died boolean, most integer DEFAULT 2000)
+RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now  bigint := filao.now(moment);
@@ -33,7 +34,7 @@ BEGIN
 END
 $$;
 
--- Whether a queue has something for whoever waits: ready, due, or to be arranged.
+-- Whether a queue has something for those who wait: ready, due, or to be arranged.
 CREATE OR REPLACE FUNCTION filao.has_work(q integer, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
   seen  filao.seen := filao.look_at_times(q, filao.look(q, filao.seen(q)), now);
@@ -55,9 +56,12 @@ BEGIN
 END
 $$;
 
--- Look after all processes: call those who wait where there is something that nobody called them for, such as sends in users'
--- transactions, or what somebody was called for who stands still. Returns how many live, and who shows no sign of life.
-CREATE OR REPLACE FUNCTION filao.watch(p integer, moment bigint, alive bigint, OUT living integer, OUT missing integer[])
+-- Look after all processes: call those who wait where there is something that nobody called them for, such as sends in
+-- users' transactions, or what somebody was called for who stands still. Returns how many live, and who shows no sign
+-- of life.
+CREATE OR REPLACE FUNCTION filao.watch(
+  p integer, moment bigint, alive bigint, OUT living integer, OUT missing integer[]
+)
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now    bigint := filao.now(moment);
@@ -78,8 +82,8 @@ BEGIN
 END
 $$;
 
--- Forget old events and old deduplication keys, those from a time on, and fold the counters of old slots and of backends that are gone. Returns
--- up to which time keys were forgotten; NULL when that was all of both.
+-- Forget old events and old deduplication keys, those from a time on, and fold the counters of old slots and of
+-- backends that are gone. Returns up to which time keys were forgotten; NULL when that was all of both.
 CREATE OR REPLACE FUNCTION filao.tidy(moment bigint, since bigint = 0) RETURNS bigint
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE

@@ -1,7 +1,7 @@
 -- Receiving: what is due, the claim, those who wait.
 
--- Make ready what is due: delayed messages, and those whose lease ran out; expire what outlived its time to live. Whatever
--- somebody else has locked is left to them. Returns whether anything may have moved.
+-- Make ready what is due: delayed messages, and those whose lease ran out; expire what outlived its time to live.
+-- Whatever somebody else has locked is left to them. Returns whether anything may have moved.
 CREATE OR REPLACE FUNCTION filao.make_due(q integer, seen filao.seen, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
   chosen bigint[];
@@ -22,7 +22,8 @@ BEGIN
     acted := true;
     SELECT array_agg(lapsed.id), min(lapsed.expires_at) INTO chosen, oldest
     FROM (
-      SELECT id, grp, expires_at FROM filao.message WHERE queue = q AND state = 'leased' AND at >= seen.leased AND at <= now
+      SELECT id, grp, expires_at FROM filao.message
+      WHERE queue = q AND state = 'leased' AND at >= seen.leased AND at <= now
       ORDER BY at LIMIT 1000 FOR UPDATE SKIP LOCKED
     ) AS lapsed
     WHERE lapsed.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, lapsed.grp));
@@ -41,9 +42,9 @@ BEGIN
 END
 $$;
 
--- Lease messages. `waiting` is how many callers are about to wait: when there are fewer messages, their process goes on the
--- waiting list, and a last row without an id says when something is due, in milliseconds: at once for a process that was
--- not on the list when it looked, for what was sent meanwhile called nobody.
+-- Lease messages. `waiting` is how many callers are about to wait: when there are fewer messages, their process goes on
+-- the waiting list, and a last row without an id says when something is due, in milliseconds: at once for a process
+-- that was not on the list when it looked, for what was sent meanwhile called nobody.
 CREATE OR REPLACE FUNCTION filao.receive(
   q integer, moment bigint, process integer, lease bigint, token bigint, most integer, waiting integer
 ) RETURNS TABLE (
@@ -108,7 +109,8 @@ BEGIN
     END LOOP;
     IF found > 0 AND rules.kept_for IS NOT NULL THEN
       INSERT INTO filao.event (queue, message, at, until, what, attempt, who, detail)
-      SELECT rules.name, filao.name_of(m), now, now + rules.kept_for, 'received', m.attempts, filao.process_name(receive.process), ''
+      SELECT rules.name, filao.name_of(m), now, now + rules.kept_for, 'received', m.attempts,
+             filao.process_name(receive.process), ''
       FROM filao.message m
       WHERE m.queue = q AND m.state = 'leased' AND m.at = now + coalesce(receive.lease, rules.lease)
         AND m.token = receive.token
@@ -125,7 +127,7 @@ BEGIN
   PERFORM filao.remember_seen(q, seen);
   IF found < greatest(waiting, 1) THEN
     id := NULL; content := NULL;
-    IF NOT rules.paused THEN  -- else whoever waits would look again and again; a queue that is resumed calls them
+    IF NOT rules.paused THEN  -- else those who wait would look again and again; a queue that is resumed calls them
       due_in := filao.due_in(seen, now);
     END IF;
     IF waiting > 0 AND filao.wait(q, process, waiting - found::integer) THEN
@@ -136,8 +138,8 @@ BEGIN
 END
 $$;
 
--- Milliseconds until the next delayed message or running lease is due; NULL when none was seen. What is due by now and was
--- not taken is locked by somebody's transaction, which may last: those who wait must not look again and again.
+-- Milliseconds until the next delayed message or running lease is due; NULL when none was seen. What is due by now and
+-- was not taken is locked by somebody's transaction, which may last: those who wait must not look again and again.
 CREATE OR REPLACE FUNCTION filao.due_in(seen filao.seen, now bigint) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
   locked CONSTANT integer := 250;  -- milliseconds until the next look for it
@@ -147,8 +149,8 @@ BEGIN
 END
 $$;
 
--- Put a process on the waiting list; false when it stood there, which writes nothing. Its place there is a setting of the
--- session, as in seen.sql.
+-- Put a process on the waiting list; false when it stood there, which writes nothing. Its place there is a setting of
+-- the session, as in seen.sql.
 CREATE OR REPLACE FUNCTION filao.wait(q integer, p integer, wanted integer) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
   setting text   := filao.setting('place', q, 'filao.waiting') || '_' || p;
@@ -199,7 +201,7 @@ BEGIN
     FOR w IN
       SELECT t.ctid, t.* FROM filao.waiting t
       WHERE t.queue = q AND t.since >= floor ORDER BY t.queue, t.since LIMIT 100 FOR UPDATE SKIP LOCKED
-    LOOP  -- whoever is being called by another is called by them
+    LOOP  -- those who are being called by another are called by them
       first := coalesce(first, w.since);
       EXIT WHEN wanted <= 0;
       DELETE FROM filao.waiting t WHERE t.ctid = w.ctid;

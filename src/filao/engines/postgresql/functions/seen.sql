@@ -2,18 +2,18 @@
 --
 -- While anybody's old transaction is open no dead row can be removed, and a scan for the first ready message walks over
 -- all that were handled since. So a session remembers where what it saw begins, its floors, and scans from there. What
--- comes to wait below a floor afterwards does so in a transaction whose end the session had not seen; each message tells in
--- which transaction it came to wait (`moved_in`), and an index finds those that are news to a snapshot.
+-- comes to wait below a floor afterwards does so in a transaction whose end the session had not seen; each message
+-- tells in which transaction it came to wait (`moved_in`), and an index finds those that are news to a snapshot.
 --
--- The invariant: below its floors a session would find no message that waits, but those moved by transactions that ran at
--- its `snapshot` or began later, or by `own`, in which it looked. A message that somebody's claim has locked is seen as
--- ready, so that a claim that is rolled back leaves no hole.
+-- The invariant: below its floors a session would find no message that waits, but those moved by transactions that ran
+-- at its `snapshot` or began later, or by `own`, in which it looked. A message that somebody's claim has locked is seen
+-- as ready, so that a claim that is rolled back leaves no hole.
 --
--- What was seen is a setting of the session: it is rolled back with the transaction and ends with the session. A pooler may
--- hand it to another client, for it is true of the database. A session without it begins at the bottom.
+-- What was seen is a setting of the session: it is rolled back with the transaction and ends with the session. A pooler
+-- may hand it to another client, for it is true of the database. A session without it begins at the bottom.
 
--- The name of a setting in which a session remembers something of a table's rows. It names the table's file too: a table
--- that was restored, emptied or made anew holds rows that came there in transactions of another time.
+-- The name of a setting in which a session remembers something of a table's rows. It names the table's file too: a
+-- table that was restored, emptied or made anew holds rows that came there in transactions of another time.
 CREATE OR REPLACE FUNCTION filao.setting(what text, q integer, held regclass) RETURNS text LANGUAGE plpgsql AS $$
 BEGIN
   RETURN format('filao.%s_%s_%s', what, q, pg_relation_filenode(held));
@@ -22,7 +22,9 @@ $$;
 
 -- Nothing: the floors are the bottom.
 CREATE OR REPLACE FUNCTION filao.nothing_seen() RETURNS filao.seen LANGUAGE sql VOLATILE AS $$
-  SELECT ROW (pg_current_snapshot(), pg_current_xact_id_if_assigned(), '{}', '{}', 2147483647, 0, 0, 0, 0, 0)::filao.seen
+  SELECT ROW (
+    pg_current_snapshot(), pg_current_xact_id_if_assigned(), '{}', '{}', 2147483647, 0, 0, 0, 0, 0
+  )::filao.seen
 $$;
 
 -- What this session has seen of a queue.
@@ -31,8 +33,9 @@ CREATE OR REPLACE FUNCTION filao.seen(q integer) RETURNS filao.seen LANGUAGE sql
                   filao.nothing_seen())
 $$;
 
--- What a lease of so many milliseconds tells of its transaction: nothing, unless it may end before that does, and so before
--- a session looked that did not see it. A transaction that receives takes no longer than 30 s, or a statement is ended.
+-- What a lease of so many milliseconds tells of its transaction: nothing, unless it may end before that does, and so
+-- before a session looked that did not see it. A transaction that receives takes no longer than 30 s, or a statement is
+-- ended.
 CREATE OR REPLACE FUNCTION filao.news_of(lease bigint) RETURNS xid8 LANGUAGE sql VOLATILE AS $$
   SELECT CASE WHEN lease < 30000 THEN pg_current_xact_id() END
 $$;
@@ -131,8 +134,8 @@ BEGIN
 END
 $$;
 
--- Raise the floors in time to the first that is seen: where that may be due, or always with `ahead`. Leases that others took
--- since end later than the last look, or are news. Where the clock was set back since, they may end at any time.
+-- Raise the floors in time to the first that is seen: where that may be due, or always with `ahead`. Leases that others
+-- took since end later than the last look, or are news. Where the clock was set back since, they may end at any time.
 CREATE OR REPLACE FUNCTION filao.look_at_times(q integer, seen filao.seen, now bigint, ahead boolean = false)
 RETURNS filao.seen LANGUAGE plpgsql AS $$
 DECLARE

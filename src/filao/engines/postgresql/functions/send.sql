@@ -12,9 +12,10 @@ CREATE OR REPLACE FUNCTION filao.waiting(q integer) RETURNS bigint LANGUAGE sql 
   SELECT coalesce(sum(value), 0)::bigint FROM filao.counter WHERE queue = q AND name IN ('ready', 'delayed')
 $$;
 
--- Make the oldest waiting message a dead letter; false when there is none. One that a consumer is just claiming is waited
--- for; if it was claimed, the next is the oldest.
-CREATE OR REPLACE FUNCTION filao.drop_oldest(q integer, now bigint, later boolean) RETURNS boolean LANGUAGE plpgsql AS $$
+-- Make the oldest waiting message a dead letter; false when there is none. One that a consumer is just claiming is
+-- waited for; if it was claimed, the next is the oldest.
+CREATE OR REPLACE FUNCTION filao.drop_oldest(q integer, now bigint, later boolean) RETURNS boolean
+LANGUAGE plpgsql AS $$
 DECLARE
   oldest bigint;
   now_is filao.state;
@@ -38,7 +39,9 @@ BEGIN
     SELECT state INTO now_is FROM filao.message WHERE id = oldest FOR UPDATE;
     EXIT WHEN now_is IN ('ready', 'delayed');
   END LOOP;
-  PERFORM filao.record(q, ARRAY[oldest], 'overflow', ARRAY['the queue was full and its rule is to drop the oldest'], NULL, now);
+  PERFORM filao.record(
+    q, ARRAY[oldest], 'overflow', ARRAY['the queue was full and its rule is to drop the oldest'], NULL, now
+  );
   PERFORM filao.die(q, ARRAY[oldest], 'overflow', now, later);
   RETURN true;
 END
@@ -83,7 +86,8 @@ $$;
 
 -- Claim the keys of some sends' drafts, in order, and return the places of those that are duplicates.
 CREATE OR REPLACE FUNCTION filao.claim(
-  q integer, now bigint, later boolean, salt bigint, numbers bigint[], chosen integer[], ops integer[], dedup_keys text[],
+  q integer, now bigint, later boolean, salt bigint, numbers bigint[], chosen integer[], ops integer[],
+  dedup_keys text[],
   message_ids text[]
 ) RETURNS TABLE (place integer, came_first text) LANGUAGE plpgsql AS $$
 DECLARE
@@ -109,7 +113,8 @@ $$;
 -- Store the drafts of some sends, but for duplicates, and return the places.
 CREATE OR REPLACE FUNCTION filao.store(
   rules filao.queue, now bigint, later boolean, salt bigint, numbers bigint[], chosen integer[], twice integer[],
-  ops integer[], kinds smallint[], contents bytea[], headers text[], delays bigint[], priorities integer[], groups text[],
+  ops integer[], kinds smallint[], contents bytea[], headers text[], delays bigint[], priorities integer[],
+  groups text[],
   dedup_keys text[], ttls bigint[], message_ids text[]
 ) RETURNS SETOF integer LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -145,20 +150,23 @@ BEGIN
     SELECT n FROM generate_series(1, cardinality(contents)) AS n WHERE ops[n] = ANY (chosen) AND n <> ALL (twice);
   IF groups IS NOT NULL THEN
     PERFORM filao.arrange_all(rules.id, ARRAY(
-      SELECT DISTINCT given.g FROM unnest(groups, ops) AS given (g, op) WHERE given.g IS NOT NULL AND given.op = ANY (chosen)
+      SELECT DISTINCT given.g FROM unnest(groups, ops) AS given (g, op)
+      WHERE given.g IS NOT NULL AND given.op = ANY (chosen)
     ), now, later);
   END IF;
 END
 $$;
 
--- Store drafts. `ops` tells which belong to one send: all of its drafts are stored, or none. An array that holds nothing but
--- defaults may be NULL. Durations are milliseconds. Returns a row for each draft: its number, or the id of the message that
--- came first; or one row with a `problem` for a whole send: its `number` is then how many of its drafts are new.
+-- Store drafts. `ops` tells which belong to one send: all of its drafts are stored, or none. An array that holds
+-- nothing but defaults may be NULL. Durations are milliseconds. Returns a row for each draft: its number, or the id of
+-- the message that came first; or one row with a `problem` for a whole send: its `number` is then how many of its
+-- drafts are new.
 --
--- The keys are claimed before the messages are counted, so that a queue's limit counts what is new, whatever keys the drafts
--- of one send share with each other or with what is there; those of a send that is refused are given up again.
+-- The keys are claimed before the messages are counted, so that a queue's limit counts what is new, whatever keys the
+-- drafts of one send share with each other or with what is there; those of a send that is refused are given up again.
 CREATE OR REPLACE FUNCTION filao.send(
-  q integer, moment bigint, later boolean, salt bigint, ops integer[], kinds smallint[], contents bytea[], headers text[],
+  q integer, moment bigint, later boolean, salt bigint, ops integer[], kinds smallint[], contents bytea[],
+  headers text[],
   delays bigint[], priorities integer[], groups text[], dedup_keys text[], ttls bigint[], message_ids text[]
 ) RETURNS TABLE (place integer, op integer, number bigint, came_first text, problem text, detail bigint)
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
@@ -202,7 +210,8 @@ BEGIN
     parts := CASE WHEN rules.max_length IS NULL THEN chosen ELSE chosen[this:this] END;
     twice := '{}';
     FOR place, came_first IN
-      SELECT c.place, c.came_first FROM filao.claim(q, now, later, salt, numbers, parts, ops, dedup_keys, message_ids) AS c
+      SELECT c.place, c.came_first
+      FROM filao.claim(q, now, later, salt, numbers, parts, ops, dedup_keys, message_ids) AS c
     LOOP
       twice := twice || place;
       op := ops[place]; number := NULL; problem := NULL; detail := NULL;
@@ -212,8 +221,10 @@ BEGIN
     IF rules.max_length IS NULL OR filao.has_room(rules, new, now, later) THEN
       RETURN QUERY
         SELECT n, ops[n], numbers[n], NULL::text, NULL::text, NULL::bigint
-        FROM filao.store(rules, now, later, salt, numbers, parts, twice, ops, kinds, contents, headers, delays, priorities,
-                         groups, dedup_keys, ttls, message_ids) AS n;
+        FROM filao.store(
+          rules, now, later, salt, numbers, parts, twice, ops, kinds, contents, headers, delays, priorities, groups,
+          dedup_keys, ttls, message_ids
+        ) AS n;
     ELSE
       FOREACH i IN ARRAY array_positions(ops, parts[1]) LOOP
         CONTINUE WHEN i = ANY (twice);

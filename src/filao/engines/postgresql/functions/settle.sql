@@ -1,7 +1,8 @@
 -- Settling and extending, each with the lease's token in the statement that writes.
 --
--- Messages are found by their ids, whatever the planner believes of the table: a join with it is written as LATERAL or with
--- an array, and a state is compared with IS NOT DISTINCT FROM where `=` would let the plan walk through an index of states.
+-- Messages are found by their ids, whatever the planner believes of the table: a join with it is written as LATERAL or
+-- with an array, and a state is compared with IS NOT DISTINCT FROM where `=` would let the plan walk through an index
+-- of states.
 
 -- How long a message waits after its nth failed attempt: see filao.queue.Backoff.
 CREATE OR REPLACE FUNCTION filao.backoff(rules filao.queue, attempt integer) RETURNS bigint LANGUAGE sql VOLATILE AS $$
@@ -9,7 +10,8 @@ CREATE OR REPLACE FUNCTION filao.backoff(rules filao.queue, attempt integer) RET
           * (1 - rules.jitter * random()))::bigint
 $$;
 
--- End leases, each as its outcome says: ack, nack, reject, malformed or release. Returns the places of those that were lost.
+-- End leases, each as its outcome says: ack, nack, reject, malformed or release. Returns the places of those that were
+-- lost.
 CREATE OR REPLACE FUNCTION filao.settle(
   q integer, moment bigint, later boolean, consumer text, ids bigint[], tokens bigint[], outcomes text[], errors text[],
   delays bigint[]
@@ -82,14 +84,18 @@ BEGIN
         PERFORM filao.release(q, fate.ids, fate.dues, now, later);
       WHEN 'nack', 'max_attempts' THEN
         PERFORM filao.count(q, ARRAY['nacked'], ARRAY[fate.count]);
-        PERFORM filao.record(q, fate.ids, 'nacked', fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now);
+        PERFORM filao.record(
+          q, fate.ids, 'nacked', fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now
+        );
         IF fate.what = 'nack' THEN
           PERFORM filao.give_back(q, fate.ids, fate.dues, false, 1, 0, now, later);
         ELSE
           PERFORM filao.die(q, fate.ids, 'max_attempts', now, later);
         END IF;
       ELSE
-        PERFORM filao.record(q, fate.ids, fate.what, fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now);
+        PERFORM filao.record(
+          q, fate.ids, fate.what, fate.errors, array_fill(consumer, ARRAY[cardinality(fate.ids)]), now
+        );
         PERFORM filao.die(q, fate.ids, fate.what, now, later);
     END CASE;
   END LOOP;
@@ -116,9 +122,9 @@ BEGIN
 END
 $$;
 
--- Let leases end so many milliseconds from now; one that ran out but was not taken over runs again. Returns the places of
--- those that were lost. What its own consumer is settling meanwhile is not waited for, unless it ran out: until then nobody
--- else can take it.
+-- Let leases end so many milliseconds from now; one that ran out but was not taken over runs again. Returns the places
+-- of those that were lost. What its own consumer is settling meanwhile is not waited for, unless it ran out: until then
+-- nobody else can take it.
 CREATE OR REPLACE FUNCTION filao.extend(q integer, moment bigint, ids bigint[], tokens bigint[], lengths bigint[])
 RETURNS SETOF integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
@@ -159,7 +165,7 @@ BEGIN
     IF m.at > now THEN
       SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i] FOR UPDATE SKIP LOCKED;
       CONTINUE WHEN NOT FOUND;
-    ELSE  -- whoever has locked it may be taking it
+    ELSE  -- the transaction that has locked it may be taking it
       SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i] FOR UPDATE;
     END IF;
     IF NOT FOUND OR m.state = 'blocked' THEN

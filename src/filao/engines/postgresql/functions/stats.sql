@@ -1,10 +1,10 @@
--- What there is, by state. It costs the same at any depth, and under an old transaction: what may be looked for from a floor
--- is (see seen.sql), for dead rows lie below it. Of leases, which no one nacks back, the floor is the time. Dead letters have
--- none: only an operator takes them away.
+-- What there is, by state. It costs the same at any depth, and under an old transaction: what may be looked for from a
+-- floor is (see seen.sql), for dead rows lie below it. Of leases, which no one nacks back, the floor is the time. Dead
+-- letters have none: only an operator takes them away.
 
--- Since when the oldest of each state has been there: when it was sent; of delayed ones, since when the first was due. NULL:
--- there is none. `holding` are the processes that hold the first 1,000 leases, once for each; `waiting` those that wait.
--- Of priorities the 512 highest are looked at. What is counted as none is not looked for.
+-- Since when the oldest of each state has been there: when it was sent; of delayed ones, since when the first was due.
+-- NULL: there is none. `holding` are the processes that hold the first 1,000 leases, once for each; `waiting` those
+-- that wait. Of priorities the 512 highest are looked at. What is counted as none is not looked for.
 CREATE OR REPLACE FUNCTION filao.ages(
   q integer, moment bigint, counted jsonb, OUT now bigint, OUT since_ready bigint, OUT since_delayed bigint,
   OUT since_leased bigint, OUT since_blocked bigint, OUT since_dead bigint, OUT holding integer[], OUT waiting integer[]
