@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import closing
 
 import pytest
 
+import filao
 from filao.sandbox.journal import journal_of
 from filao.sandbox.lanes import Lane
 from filao.sandbox.lesson import Facts, mark
 from filao.sandbox.room import Room, RoomError
+from filao.sandbox.rows import Rows
 from tests.support.learner import PATIENCE, until_soon
 
 pytestmark = pytest.mark.anyio
@@ -55,3 +58,15 @@ async def test_a_consumer_that_is_sent_home_with_a_claim_in_hand_gives_it_back_a
     await until_seen(room, lane, "gone")
     assert [lease.how for lease in lane.leases] == ["released"]
     assert "killed" not in [move.what for move in room.lanes.moves]
+
+
+async def test_the_row_of_a_send_is_as_the_send_left_it_though_a_consumer_has_the_message(tmp_path) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        receipt = await broker.send_to_queue("claims", {"claim_id": 1})
+        with closing(Rows(path)) as rows:
+            ready = rows.row(receipt.id)
+            await broker.receive_from_queue("claims")
+            assert '"state":"leased"' in rows.row(receipt.id)
+            assert rows.row(receipt.id, as_sent=True) == ready

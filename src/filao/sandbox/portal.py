@@ -41,7 +41,7 @@ class Portal:
             self._note("unsent", claim, "", str(error))
         else:
             answered = f"{(time.perf_counter() - began) * 1000:.1f}"
-            self._note("sent", claim, receipt.id, answered, self._rows.row(receipt.id))
+            self._note("sent", claim, receipt.id, answered, self._rows.row(receipt.id, as_sent=True))
 
     def _note(self, what: What, claim: Claim, message: str, note: str, row: str = "") -> None:
         with suppress(OSError):  # the disk is full: the claim is worth more than its record

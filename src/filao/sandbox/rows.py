@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from filao.engines.sqlite.books import LEASED, NO_TOKEN, READY, STATES
+
 SHOWN = (
     "id",
     "state",
@@ -18,7 +20,6 @@ SHOWN = (
     "reason",
     "content",
 )  # columns, in the order in which they are shown
-STATES = {2: "ready", 3: "delayed", 4: "leased", 5: "blocked", 6: "dead"}
 CONTENT_MAX = 120  # characters
 NUMBER_MAX = 15  # digits
 WAIT = 0.2  # seconds for a lock that another holds
@@ -31,8 +32,11 @@ class Rows:
         self._url = f"{Path(file).absolute().as_uri()}?mode=ro"
         self._connection: sqlite3.Connection | None = None
 
-    def row(self, message: str) -> str:
-        """Return a message's row as JSON; empty when it is not there, or cannot be read now."""
+    def row(self, message: str, *, as_sent: bool = False) -> str:
+        """Return a message's row as JSON; empty when it is not there, or cannot be read now.
+
+        `as_sent`: as its send left it, though a quick consumer has it by now. A lease changes four columns, no more.
+        """
         number = message.rpartition("-")[2]
         if not number.isdecimal() or len(number) > NUMBER_MAX:
             return ""
@@ -43,7 +47,12 @@ class Rows:
             found = self._connection.execute("SELECT * FROM filao_message WHERE id = ?", (int(number),)).fetchone()
         except sqlite3.Error:
             return ""
-        return "" if found is None else msgspec.json.encode(_shown(dict(found))).decode()
+        if found is None:
+            return ""
+        row = dict(found)
+        if as_sent and row["state"] == LEASED:
+            row |= {"state": READY, "attempts": 0, "token": NO_TOKEN, "at": row["sent_at"]}
+        return msgspec.json.encode(_shown(row)).decode()
 
     def close(self) -> None:
         """Let go of the file."""
