@@ -211,7 +211,8 @@ async def check_of_two_settles_of_one_lease_one_is_refused(stage: Stage) -> None
     for other in ("ack", "nack", "release"):
         message = await stage.next(queue)
         first = stage.broker.send_to_queue(queue, 4)  # while which is done the two gather to one batch
-        _, *ended = await asyncio.gather(first, getattr(message, other)(), message.ack(), return_exceptions=True)
+        asked: list[Any] = [first, getattr(message, other)(), message.ack()]
+        ended = await asyncio.gather(*asked, return_exceptions=True)
         equal([isinstance(end, LeaseLost) for end in ended].count(True), 1)
 
 
