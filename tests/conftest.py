@@ -3,6 +3,7 @@ needed.
 """
 
 import os
+import signal
 import tempfile
 from collections.abc import Generator, Iterator
 from itertools import count
@@ -34,6 +35,11 @@ LONGEST = (
     *("cli", "postgresql_failover", "work", "worker_outages", "lifecycle", "processes", "moving", "faults", "types"),
 )
 """The files of tests that take longest, the longest first."""
+
+
+def pytest_configure() -> None:
+    """Let what tests start end by Ctrl-C: a shell without job control has what it starts behind ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
