@@ -42,6 +42,7 @@ def run(url: str | Path, program: str, code: int = 0) -> list[str]:
         [sys.executable, "-c", text, str(url)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == code, done.stdout + done.stderr
+    assert "Exception in thread" not in done.stderr
     return done.stdout.splitlines()
 
 
@@ -70,6 +71,18 @@ ENDS = {
         """
         broker.receive_many("claims", 9)
         for _ in range(3): threading.Thread(target=lambda: broker.receive_from_queue("claims"), daemon=True).start()
+        time.sleep(0.1)
+        """,
+        0,
+    ),
+    "daemon threads that send": (
+        """
+        def send():
+            while True:
+                broker.send_to_queue("other", 1)
+        broker.declare(filao.Queue("other"))
+        broker.receive_many("claims", 9)
+        for _ in range(3): threading.Thread(target=send, daemon=True).start()
         time.sleep(0.1)
         """,
         0,

@@ -59,6 +59,7 @@ class Caller:
     def check(self) -> None:
         """Raise `ConfigurationError` when no call can be made any more."""
         if self._refusal:
+            stay_if_it_ends()
             raise ConfigurationError(self._refusal)
 
     def begin(self, call: "Call[Any]") -> None:
@@ -102,6 +103,23 @@ class Caller:
             f"this was begun by the process that has forked this one (pid {os.getpid()}), and can be used only there"
         )
         self._calls = set()
+
+
+_ends = threading.Event()
+
+
+def interpreter_ends() -> None:
+    """Learn that the interpreter ends: all threads but daemons have ended."""
+    _ends.set()
+
+
+def stay_if_it_ends() -> None:
+    """Keep a daemon thread whose call has failed because the interpreter ends, as one that waits for anything is kept.
+
+    It would print what it raises while the streams are torn down, which may end the process with a fatal error.
+    """
+    if _ends.is_set() and threading.current_thread().daemon:
+        threading.Event().wait()
 
 
 _callers: "weakref.WeakSet[Caller]" = weakref.WeakSet()
@@ -150,6 +168,7 @@ class Call(Generic[R]):
         """Wait until it is over, and return or raise what came of it."""
         with self._over:
             if self._error is not None:
+                stay_if_it_ends()
                 raise self._error
             return cast("R", self._result)
 

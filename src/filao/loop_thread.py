@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 
 from filao.broker import Broker, session_of
-from filao.calls import Caller, signals_left_to_others
+from filao.calls import Caller, interpreter_ends, signals_left_to_others
 from filao.errors import EngineUnavailable, FilaoError
 from filao.outside import outside
 from filao.session import CLOSES_WITHIN
@@ -100,6 +100,7 @@ class LoopThread:
 
 def _close_all() -> None:
     """Close what is still open when the interpreter ends: all at once, and within one bound."""
+    interpreter_ends()
     until = time.monotonic() + JOINED_WITHIN
     threads = list(_threads)
     for thread in threads:

@@ -25,7 +25,7 @@ from typing import Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar, c
 from filao.broker import Broker as AsyncBroker
 from filao.broker import connect as connect_async
 from filao.broker import received_at_once, receiving_of, session_of
-from filao.calls import Caller, Held
+from filao.calls import Caller, Held, stay_if_it_ends
 from filao.engine import Engine, Feature
 from filao.engines import Durability
 from filao.errors import ConfigurationError
@@ -424,6 +424,9 @@ def _run_here(coroutine: Coroutine[Any, Any, R]) -> R:
     except StopIteration as returned:
         result: R = returned.value
         return result
+    except BaseException:
+        stay_if_it_ends()
+        raise
     coroutine.close()
     raise AssertionError("what is done in the calling thread waited")
 
