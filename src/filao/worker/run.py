@@ -69,8 +69,8 @@ class Handled:
     attempt: int
     how: How
     """acked, retried (it comes again), dead (it does not), released, lost (this worker does not hold it any more),
-    failed
-    (it was received at most once, and is gone), settled (its handler did it by itself)."""
+    failed (it was received at most once, and is gone), settled (its handler did it by itself).
+    """
     error: str
     """What the handler raised, with its traceback; empty when it did not."""
     seconds: float
@@ -423,9 +423,9 @@ class Run:
 
     @_whatever_happens
     def _settle(self, outcome: engine.Outcome | None) -> None:
-        """End the lease as the handler decided, and the run with it. The place is another's before that, so that the
-        next
-        receive travels in the settle's transaction.
+        """End the lease as the handler decided, and the run with it.
+
+        The place is another's before that, so that the next receive travels in the settle's transaction.
         """
         self.keep_until = None
         self._make_room()

@@ -438,9 +438,8 @@ class Database:
         if self._lost is not None:
             again = self._ground is not None and self._ground.may_be_opened_again(self._lost)
             raise (OpenAgain if again else EngineError)(
-                f"{self.path} {self._lost.what}. This call is not confirmed, and nothing more "
-                "is done with the file that was "
-                f"opened. What to do: stop the processes that use it, then {self._lost.remedy}."
+                f"{self.path} {self._lost.what}. This call is not confirmed, and nothing more is done with the file "
+                f"that was opened. What to do: stop the processes that use it, then {self._lost.remedy}."
             )
 
     def _error(self, error: Exception) -> EngineError:
