@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 19
+VERSION = 10
 """Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
 STEPS: dict[int, str] = {
     2: """
@@ -54,9 +54,7 @@ STEPS: dict[int, str] = {
     7: "SELECT",  # of the functions alone
     8: "SELECT",  # of the functions alone
     9: "SELECT",  # of the functions alone
-    10: "SELECT",  # of the functions alone
-    11: "SELECT",  # of the functions alone
-    12: """
+    10: """
         CREATE TABLE filao.audit (
           id       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
           at       bigint NOT NULL,
@@ -69,9 +67,6 @@ STEPS: dict[int, str] = {
           ended_at bigint,
           outcome  text   NOT NULL DEFAULT ''
         );
-    """,
-    13: "SELECT",  # of the functions alone
-    14: """
         ALTER TABLE filao.queue ADD COLUMN kept_for bigint GENERATED ALWAYS AS (
           CASE WHEN (rules ->> 'history')::boolean THEN ((rules ->> 'history_window')::float8 * 1000)::bigint END
         ) STORED;
@@ -92,33 +87,15 @@ STEPS: dict[int, str] = {
         DECLARE
           role regrole;
         BEGIN
-          FOR role IN  -- a role that may read failures may read events
+          FOR role IN  -- a role that may read failures may read events and the log
             SELECT DISTINCT a.grantee FROM pg_class c, aclexplode(c.relacl) AS a
             WHERE c.oid = 'filao.failure'::regclass AND a.privilege_type = 'SELECT' AND a.grantee NOT IN (0, c.relowner)
           LOOP
-            EXECUTE format('GRANT SELECT ON filao.event TO %s', role);
+            EXECUTE format('GRANT SELECT ON filao.audit, filao.event TO %s', role);
           END LOOP;
         END
         $$;
     """,
-    15: "SELECT",  # of the functions alone
-    16: """
-        DO $$
-        DECLARE
-          role regrole;
-        BEGIN
-          FOR role IN  -- a role that may read failures may read the log
-            SELECT DISTINCT a.grantee FROM pg_class c, aclexplode(c.relacl) AS a
-            WHERE c.oid = 'filao.failure'::regclass AND a.privilege_type = 'SELECT' AND a.grantee NOT IN (0, c.relowner)
-          LOOP
-            EXECUTE format('GRANT SELECT ON filao.audit TO %s', role);
-          END LOOP;
-        END
-        $$;
-    """,
-    17: "SELECT",  # of the functions alone
-    18: "SELECT",  # of the functions alone
-    19: "SELECT",  # of the functions alone
 }
 """What brings the tables from version n - 1 to n; the functions are all made anew."""
 _LOOK = """
