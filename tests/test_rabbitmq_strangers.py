@@ -1,6 +1,7 @@
 """RabbitMQ: what strangers may publish to a queue, its dead letters and the register, and what must not come of it."""
 
 import asyncio
+import gc
 import json
 import re
 import struct
@@ -11,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import aio_pika
 import pika
 import pika.data
 import pytest
@@ -173,6 +175,21 @@ async def test_a_connection_that_is_lost_again_and_again_is_told_of(rabbitmq, qu
                     await ended.wait()
             assert "head of its queue" in told()[0]
             await broker.send_to_queue(queue, 1)
+
+
+async def test_a_connection_that_fails_is_closed(monkeypatch) -> None:
+    """Or the client tries to close it when it is collected, where no event loop may run, and Python warns of that."""
+    closed: list[bool] = []
+    monkeypatch.setattr(aio_pika.Connection, "__del__", lambda connection: closed.append(connection.is_closed))
+
+    async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        with pytest.raises(filao.EngineUnavailable):
+            await filao.connect(f"amqp://127.0.0.1:{server.sockets[0].getsockname()[1]}/").open()
+    gc.collect()
+    assert closed == [True]
 
 
 # --- dead letters ----------------------------------------------------------------------------------------------------

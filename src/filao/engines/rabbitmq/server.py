@@ -97,7 +97,7 @@ class Server:
                 with self.mapped():
                     connection = aio_pika.Connection(URL(url), client_properties={"connection_name": "filao"})
                     connection.kwargs["transport_factory"] = self._transports
-                    await connection.connect(timeout=CONNECTED_WITHIN)
+                    await _connected(connection)
             except ValueError:  # whose text may hold the password
                 refused = True
                 break
@@ -260,6 +260,8 @@ class Session:
         with suppress(*AWAY):
             async with asyncio.timeout(CONNECTED_WITHIN):
                 await self._connection.close()
+        if not self._connection.is_closed:
+            await self._connection.close()  # which had failed, and now only notes that it is closed
         self._end()
 
     def _end(self, *why: object) -> None:
@@ -310,6 +312,15 @@ class Link:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+
+async def _connected(connection: aio_pika.Connection) -> None:
+    """Connect. One that fails is closed: it would try to close itself when it is collected, where no loop may run."""
+    try:
+        await connection.connect(timeout=CONNECTED_WITHIN)
+    except BaseException:
+        await connection.close()
+        raise
 
 
 def _numbers(version: str) -> tuple[int, ...]:
