@@ -5,7 +5,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
@@ -20,65 +19,9 @@ from filao.engine import Draft, Send
 from filao.engines.sqlite.engine import SqliteEngine
 from filao.engines.sqlite.turnstile import is_passable
 from filao.sync import door_of
+from tests.support.instructions import instructions, interrupted
 
 PATIENCE = 20.0  # seconds after which a call that never returns fails its test
-SOURCES = str(Path(filao.__file__).parent)
-
-
-def interrupted(call: Callable[[], object], at: int) -> bool:
-    """Raise KeyboardInterrupt at the instruction of ours that comes as number `at`; return whether there was one."""
-
-    def interrupt() -> None:
-        sys.settrace(None)
-        raise KeyboardInterrupt
-
-    try:
-        return stopped_at(call, at, interrupt)
-    except KeyboardInterrupt:
-        return True
-
-
-def stopped_at(call: Callable[[], object], at: int, do: Callable[[], object]) -> bool:
-    """Do something at the instruction of ours that comes as number `at`; return whether there was one."""
-    left = at
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        if not frame.f_code.co_filename.startswith(SOURCES):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left == 0:
-                do()
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-    return left <= 0
-
-
-def instructions(call: Callable[[], object]) -> int:
-    """Return how many instructions of ours a call takes."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(SOURCES):
-            return None
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-    return count
 
 
 def engine_of(broker: filao.sync.Broker) -> SqliteEngine:
@@ -195,7 +138,7 @@ def interrupt() -> bool:
 HANDLED = """
 import os, signal, sys
 import filao, filao.sync
-from tests.test_lone_calls import instructions, stopped_at
+from tests.support.instructions import instructions, stopped_at
 
 def handle(*_):
     broker.send_to_queue("q", "handled")

@@ -179,17 +179,18 @@ async def test_a_connection_that_is_lost_again_and_again_is_told_of(rabbitmq, qu
 
 async def test_a_connection_that_fails_is_closed(monkeypatch) -> None:
     """Or the client tries to close it when it is collected, where no event loop may run, and Python warns of that."""
-    closed: list[bool] = []
-    monkeypatch.setattr(aio_pika.Connection, "__del__", lambda connection: closed.append(connection.is_closed))
+    ended: list[aio_pika.Connection] = []
+    monkeypatch.setattr(aio_pika.Connection, "__del__", ended.append)
 
     async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
         with pytest.raises(filao.EngineUnavailable):
-            await filao.connect(f"amqp://127.0.0.1:{server.sockets[0].getsockname()[1]}/").open()
+            await filao.connect(f"amqp://127.0.0.1:{port}/").open()
     gc.collect()
-    assert closed == [True]
+    assert [connection.is_closed for connection in ended if connection.url.port == port] == [True]
 
 
 # --- dead letters ----------------------------------------------------------------------------------------------------

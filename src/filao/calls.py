@@ -64,13 +64,13 @@ class Caller:
 
     def begin(self, call: "Call[Any]") -> None:
         """Begin a call. Raises `ConfigurationError` when there is no loop any more."""
-        self.check()
-        self._calls.add(call)
+        self._calls.add(call)  # first: then `end` sees this call, or this call sees that it came too late
         try:
+            self.check()
             call.begin()
-        except RuntimeError as error:
+        except ConfigurationError:
             self._calls.discard(call)
-            raise ConfigurationError(ENDED) from error
+            raise
 
     def held(
         self,
@@ -161,8 +161,11 @@ class Call(Generic[R]):
         self._over.acquire()
 
     def begin(self) -> None:
-        """Let the loop begin it."""
-        self._loop.call_soon_threadsafe(self._start)  # which takes the caller's context along
+        """Let the loop begin it. Raises `ConfigurationError` when there is no loop any more."""
+        try:
+            self._loop.call_soon_threadsafe(self._start)  # which takes the caller's context along
+        except RuntimeError as error:
+            raise ConfigurationError(ENDED) from error
 
     def result(self) -> R:
         """Wait until it is over, and return or raise what came of it."""

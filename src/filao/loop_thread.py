@@ -81,8 +81,6 @@ class LoopThread:
         except BaseException as error:
             self._error = error
         finally:
-            if hasattr(self, "caller"):
-                self.caller.end()
             self._opened.set()
             _threads.discard(self)
 
@@ -91,11 +89,14 @@ class LoopThread:
         self._stopping = asyncio.Event()
         if self._is_stopping:
             self._stopping.set()
-        async with self._broker:
-            self.here: Broker = Broker(outside(session_of(self._broker), self.caller))
-            """The same broker for other threads; its coroutines block, and never suspend."""
-            self._opened.set()
-            await self._stopping.wait()
+        try:
+            async with self._broker:
+                self.here: Broker = Broker(outside(session_of(self._broker), self.caller))
+                """The same broker for other threads; its coroutines block, and never suspend."""
+                self._opened.set()
+                await self._stopping.wait()
+        finally:
+            self.caller.end()  # before the loop ends what is left of it: a task that came after that would never run
 
 
 def _close_all() -> None:
