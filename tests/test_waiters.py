@@ -15,12 +15,12 @@ pytestmark = pytest.mark.anyio
 class Looks:
     """Remembers the looks, and lets the test answer them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_pushed_to: bool = False) -> None:
         self.asked: list[Receive] = []
         self.answers: list[asyncio.Future[Result]] = []
         self.returned: list[Any] = []
         self.looked = asyncio.Event()
-        self.line = Line(self.submit, self.give_back)
+        self.line = Line(self.submit, self.give_back, is_pushed_to=is_pushed_to)
 
     def submit(self, operation: Operation) -> "asyncio.Future[Result]":
         self.asked.append(cast("Receive", operation))
@@ -163,3 +163,30 @@ async def test_a_call_says_whether_it_found_anybody() -> None:
     assert not looks.line.call()
     looks.wait()
     assert looks.line.call()
+
+
+async def test_what_was_not_pushed_in_time_is_looked_for_before_somebody_leaves() -> None:
+    looks = Looks(is_pushed_to=True)
+    waiting = looks.wait(limit=2, timeout=0)
+    await looks.looked.wait()
+    assert looks.asked == [Receive("claims", 2)]
+    await looks.answer("a")
+    assert waiting.result().deliveries == ["a"]
+
+
+async def test_what_a_last_look_brings_for_nobody_goes_back() -> None:
+    looks = Looks(is_pushed_to=True)
+    waiting = looks.wait(timeout=0)
+    await looks.looked.wait()
+    waiting.cancel()
+    await looks.answer("a")
+    assert looks.returned == ["a"]
+
+
+async def test_a_last_look_that_fails_is_told() -> None:
+    looks = Looks(is_pushed_to=True)
+    waiting = looks.wait(timeout=0)
+    await looks.looked.wait()
+    looks.answers[-1].set_exception(EngineUnavailable("away"))
+    with pytest.raises(EngineUnavailable, match="away"):
+        await waiting

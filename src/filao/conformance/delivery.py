@@ -135,6 +135,15 @@ async def check_consume_ends_when_nothing_came_for_its_wait(stage: Stage) -> Non
 
 
 @needs()
+async def check_the_shortest_wait_finds_what_is_there(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, *range(3))
+    one = await stage.broker.receive_from_queue(queue, wait=1e-6)
+    both = await stage.broker.receive_many(queue, 3, wait=1e-6)
+    equal([message.body for message in ([one] if one else []) + both], [0, 1, 2])
+
+
+@needs()
 async def check_leaving_consume_gives_back_what_was_not_yielded(stage: Stage) -> None:
     queue = await stage.queue()
     await stage.send(queue, "taken", "fetched ahead", "fetched ahead too")

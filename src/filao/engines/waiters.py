@@ -16,9 +16,9 @@ from filao.errors import EngineUnavailable
 class Line:
     """The line of one queue."""
 
-    def __init__(self, submit: Submit, abandoned: Abandoned, *, looks_for_each: bool = False) -> None:
-        self.looks_for_each = looks_for_each
-        """The engine must hear of everyone who waits, though somebody waits already."""
+    def __init__(self, submit: Submit, abandoned: Abandoned, *, is_pushed_to: bool = False) -> None:
+        self.is_pushed_to = is_pushed_to
+        """A look of those who wait asks the engine to push to them: it must hear of everyone, and may be slow."""
         self._submit = submit
         self._abandoned = abandoned
         self._waiting: dict[asyncio.Future[Received], Place] = {}
@@ -78,8 +78,23 @@ class Line:
         """Send one home with nothing; if a look is under way for it, after that, which may bring something."""
         if future in self._looking:
             self._leave(future)
+        elif self.is_pushed_to and not future.done():  # what is there may not have been pushed yet
+            receive = self._waiting[future].receive
+            self._leave(future)
+            looked = self._submit(Receive(receive.queue, receive.limit, receive.lease))
+            looked.add_done_callback(partial(self._last_look, future))
         elif not future.done():
             future.set_result(Received([]))
+
+    def _last_look(self, future: "asyncio.Future[Received]", done: "asyncio.Future[Result]") -> None:
+        error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
+        if future.done():
+            if error is None:
+                self._abandoned(cast("Received", done.result()))
+        elif error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast("Received", done.result()))
 
     def _look(self) -> None:
         """Look once for all who want the same lease; the others are next."""
@@ -135,7 +150,7 @@ class Place:
 
     def is_behind(self) -> bool:
         """Look at the line."""
-        return not self._line.looks_for_each and self._line.is_quiet()
+        return not self._line.is_pushed_to and self._line.is_quiet()
 
     def wait(self, due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
         """Wait in line."""

@@ -291,7 +291,7 @@ class RabbitmqEngine:
         """Take a place to wait for a queue."""
         line = self._lines.get(receive.queue)
         if line is None:
-            line = self._lines[receive.queue] = Line(submit, abandoned, looks_for_each=True)
+            line = self._lines[receive.queue] = Line(submit, abandoned, is_pushed_to=True)
         return line.place(receive)
 
     def _call(self, queue: str) -> None:
