@@ -95,9 +95,9 @@ class Server:
         for url in list(self._urls):
             try:
                 with self.mapped():
-                    connection = aio_pika.Connection(URL(url), client_properties={"connection_name": "filao"})
+                    connection = _Connection(URL(url), client_properties={"connection_name": "filao"})
                     connection.kwargs["transport_factory"] = self._transports
-                    await _connected(connection)
+                    await connection.connect(timeout=CONNECTED_WITHIN)
             except ValueError:  # whose text may hold the password
                 refused = True
                 break
@@ -185,6 +185,13 @@ class _Transports(TransportFactory):
         for transport in list(self._sockets):
             cut_off(lambda: int(transport.get_extra_info("socket").fileno()))  # noqa: B023 - called at once
             keep(transport)
+
+
+class _Connection(aio_pika.Connection):
+    """A connection that a `Session` closes, or the server, or that never opened: when it is collected, all is done."""
+
+    def __del__(self) -> None:
+        """Do not begin to close it, as the client would, where no event loop may run."""
 
 
 class Session:
@@ -312,15 +319,6 @@ class Link:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
-
-
-async def _connected(connection: aio_pika.Connection) -> None:
-    """Connect. One that fails is closed: it would try to close itself when it is collected, where no loop may run."""
-    try:
-        await connection.connect(timeout=CONNECTED_WITHIN)
-    except BaseException:
-        await connection.close()
-        raise
 
 
 def _numbers(version: str) -> tuple[int, ...]:
