@@ -447,7 +447,7 @@ async def test_no_statement_of_the_dashboard_walks_past_messages(broker) -> None
     seen: set[str] = set()
     async with visiting(broker, allow_actions=True) as somebody:
         await somebody.sees("/en/queues")
-        engine_of(broker)._database._db.set_trace_callback(seen.add)
+        engine_of(broker)._database.hold.db.set_trace_callback(seen.add)
         for state in filao.State:
             page = await somebody.sees(f"/en/queue?name=claims&state={state}")
             await somebody.sees(f"/en/queue?name=claims&state={state}&group=policy-1")
@@ -456,10 +456,10 @@ async def test_no_statement_of_the_dashboard_walks_past_messages(broker) -> None
                 await somebody.sees(f"/en/queue?name=claims&state={state}&after={after}&group=policy-1")
         for path in (f"message?queue=claims&id={receipt.id}", "dead", "processes", "log", "queues"):
             await somebody.sees(f"/en/{path}")
-        engine_of(broker)._database._db.set_trace_callback(None)
+        engine_of(broker)._database.hold.db.set_trace_callback(None)
     queries = [sql for sql in seen if sql.split()[0] == "SELECT" and "filao_" in sql]
     assert len(queries) > 15
-    db = sqlite3.connect(engine_of(broker)._database.path)
+    db = sqlite3.connect(engine_of(broker)._database.hold.path)
     for sql in queries:
         plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}")]
         assert not [step for step in plan if "SCAN filao_message" in step or "SCAN filao_failure" in step], (sql, plan)

@@ -26,10 +26,10 @@ async def test_events_that_were_kept_long_enough_leave_the_file(tmp_path) -> Non
         await broker.declare(HISTORY)
         await broker.send_many("claims", range(1_500))
         clock.advance(61)
-        database = engine_of(broker)._database
+        engine = engine_of(broker)
         async with asyncio.timeout(PATIENCE):
-            while await engine_of(broker)._look_up(_events):
-                await engine_of(broker)._alone(lambda: database.tidy(idle=False))
+            while await engine._look_up(_events):
+                await engine._alone(lambda: engine._tidy_some(idle=False))
 
 
 def _events(books) -> int:

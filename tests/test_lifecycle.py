@@ -368,7 +368,7 @@ async def test_a_foreign_transaction_is_waited_for_no_longer_than_the_bound(db, 
                 with pytest.raises(filao.EngineUnavailable, match="locked"):
                     await call
             await broker.close()
-    assert engine_of(broker)._database._db is None
+    assert engine_of(broker)._database.hold.db is None
 
 
 # --- forks of the blocking twin --------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_whatever_instruction_is_interrupted_nothing_is_left_of_a_lone_call(tmp_
             engine = engine_of(broker)
             assert engine._thread._busy.acquire(timeout=PATIENCE), at
             assert not engine._database.is_in_transaction, at
-            assert not engine._database._turnstile.is_held, at
+            assert not engine._database.hold.turnstile.is_held, at
             engine._thread._busy.release()
         assert is_passable(path.with_name("lone.db-filao"), PATIENCE)
         other = threading.Thread(target=broker.send_to_queue, args=("q", "after"), daemon=True)
@@ -126,7 +126,7 @@ def test_a_second_interrupt_while_the_first_is_mended_leaves_nothing_either(tmp_
                 engine._thread.visit(begin_and_meet_ctrl_c)
             sys.settrace(None)
             assert not lock._is_owned(), at
-            assert not engine._database._turnstile.is_held, at
+            assert not engine._database.hold.turnstile.is_held, at
         assert broker.send_to_queue("q", "after").id
 
 

@@ -13,6 +13,7 @@ from filao.engine import Receive
 from filao.engines.sqlite import verbs
 from filao.engines.sqlite.clock import BOOT_ID
 from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.presence import Presence
 from tests.conftest import engine_of
 
 pytestmark = pytest.mark.anyio
@@ -112,14 +113,15 @@ def hold_leases(path, machine: Machine) -> Callable[[], None]:
     """Return what ends a process that holds leases, as a power cut would: nothing is given back."""
     database = Database(path, durable=False, clock=machine, wake=lambda _: None)
     database.open()
-    lessee = database.register("a machine")
+    lessee = Presence(database).enter("a machine")
     with database.write(durable=False) as books:
         verbs.apply(books, [Receive("claims", 1, lease=3600.0)], lessee)
 
     def end() -> None:
-        assert database.bell is not None
-        database.bell.let_go()
-        database.bell = None
+        belfry = database.hold.belfry
+        assert belfry.own is not None
+        belfry.own.let_go()
+        belfry.own = None
         database.close()
 
     return end

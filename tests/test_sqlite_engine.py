@@ -254,7 +254,7 @@ async def test_those_who_wait_write_nothing_while_others_send(tmp_path, monkeypa
             begun.extend([sql] * sql.startswith("BEGIN"))
             looked.extend([sql] * ("data_version" in sql))
 
-        engine_of(broker)._database._db.set_trace_callback(trace)
+        engine_of(broker)._database.hold.db.set_trace_callback(trace)
         async with asyncio.timeout(30):
             while len(looked) < 10:
                 await other.send_to_queue("busy", 1)
@@ -317,9 +317,9 @@ async def test_the_age_of_a_queue_costs_the_same_whatever_its_priorities(tmp_pat
             def step(count=count) -> None:
                 count[0] += 1
 
-            engine_of(broker)._database._db.set_progress_handler(step, 1)
+            engine_of(broker)._database.hold.db.set_progress_handler(step, 1)
             assert (await broker.stats(queue)).oldest_ready_age is not None
-            engine_of(broker)._database._db.set_progress_handler(None, 1)
+            engine_of(broker)._database.hold.db.set_progress_handler(None, 1)
             steps.append(count[0])
             await broker.purge(queue)
         assert steps[1] < steps[0] * 1.2
@@ -331,7 +331,7 @@ async def test_the_first_use_of_a_name_reads_one_row(tmp_path) -> None:
         await broker.declare(*(filao.Queue(f"claims.{number}") for number in range(200)))
     async with filao.connect(path) as broker:
         seen: list[str] = []
-        engine_of(broker)._database._db.set_trace_callback(seen.append)
+        engine_of(broker)._database.hold.db.set_trace_callback(seen.append)
         await broker.send_to_queue("claims.7", 7)
         assert not [sql for sql in seen if "filao_queue" in sql and " WHERE " not in sql]
 
@@ -362,7 +362,7 @@ async def test_the_connection_is_replaced_after_the_disk_failed(tmp_path) -> Non
         await broker.declare(filao.Queue("claims"))
         await broker.send_to_queue("claims", 1)
         database = engine_of(broker)._database
-        before = database._db
+        before = database.hold.db
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_FSYNC, "SQLITE_IOERR_FSYNC"
 
@@ -373,7 +373,7 @@ async def test_the_connection_is_replaced_after_the_disk_failed(tmp_path) -> Non
         with pytest.raises(filao.EngineUnavailable, match="disk"):
             await engine_of(broker)._alone(fail)
         await broker.send_to_queue("claims", 2)
-        assert database._db is not before
+        assert database.hold.db is not before
         assert (await broker.stats("claims")).ready == 2
 
 

@@ -207,15 +207,16 @@ async def test_a_drained_backlog_leaves_the_disk(tmp_path) -> None:
                 for message in messages:
                     await transaction.ack(message)
         full = path.stat().st_size + (tmp_path / "claims.db-wal").stat().st_size
-        thread, database = engine_of(broker)._thread, engine_of(broker)._database
-        while await thread.submit(partial(database.tidy, idle=True)):
+        engine = engine_of(broker)
+        thread, hold = engine._thread, engine._hold
+        while await thread.submit(partial(engine._tidy_some, idle=True)):
             pass
         with closing(sqlite3.connect(path)) as reader:
             reader.execute("BEGIN")
             reader.execute("SELECT count(*) FROM filao_queue").fetchall()
             await broker.send_to_queue("claims", "behind the reader")
-            assert not await thread.submit(database.write_back)  # at once: others would wait for us
-        assert await thread.submit(database.write_back)
+            assert not await thread.submit(hold.write_back)  # at once: others would wait for us
+        assert await thread.submit(hold.write_back)
         assert full > 10_000_000
         assert path.stat().st_size + (tmp_path / "claims.db-wal").stat().st_size < 2_000_000
 
@@ -223,10 +224,10 @@ async def test_a_drained_backlog_leaves_the_disk(tmp_path) -> None:
 async def test_relaxed_durability_is_a_choice_that_is_checked(tmp_path) -> None:
     async with filao.connect(tmp_path / "claims.db", durability="relaxed") as broker:
         await broker.declare(filao.Queue("claims"))
-        assert engine_of(broker)._database._db.execute("PRAGMA synchronous").fetchone() == (1,)
+        assert engine_of(broker)._database.hold.db.execute("PRAGMA synchronous").fetchone() == (1,)
     async with filao.connect(tmp_path / "claims.db") as broker:
         await broker.send_to_queue("claims", 1)
-        assert engine_of(broker)._database._db.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert engine_of(broker)._database.hold.db.execute("PRAGMA synchronous").fetchone() == (2,)
     with pytest.raises(filao.ConfigurationError, match="durability"):
         filao.connect(tmp_path / "claims.db", durability="maybe")  # type: ignore[arg-type]
 

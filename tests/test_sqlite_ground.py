@@ -118,7 +118,7 @@ async def test_nothing_is_confirmed_once_the_file_is_not_what_was_opened(db, hap
     async with filao.connect(db) as broker:
         await broker.declare(CLAIMS)
         await broker.send_many(CLAIMS, ["before"] * 300)
-        await engine_of(broker)._alone(engine_of(broker)._database.write_back)
+        await engine_of(broker)._alone(engine_of(broker)._database.hold.write_back)
         shutil.copyfile(db, db.parent / "early.db")
         await broker.send_to_queue(CLAIMS, "before too")
         await asyncio.to_thread(happens, db)
@@ -138,12 +138,12 @@ async def test_a_file_that_is_overwritten_after_a_checkpoint_is_noticed_though_i
         await broker.declare(CLAIMS)
         await broker.send_to_queue(CLAIMS, "first")
         engine = engine_of(broker)
-        await engine._alone(engine._database.write_back)
+        await engine._alone(engine._database.hold.write_back)
         shutil.copyfile(db, db.parent / "early.db")
         message = await broker.receive_from_queue(CLAIMS)
         assert message is not None
         await message.ack()
-        await engine._alone(engine._database.write_back)
+        await engine._alone(engine._database.hold.write_back)
         shutil.copyfile(db.parent / "early.db", db)
         with pytest.raises(filao.EngineError, match="was overwritten in place"):
             await broker.send_to_queue(CLAIMS, "after")
@@ -337,8 +337,7 @@ async def test_a_link_that_leads_elsewhere_by_now_is_noticed(db) -> None:
         await broker.declare(CLAIMS)
         (db.parent / "current").unlink()
         (db.parent / "current").symlink_to("two")
-        database = engine_of(broker)._database
-        assert database.may_be_lost()
+        assert engine_of(broker)._hold.may_be_lost()
         with pytest.raises(filao.EngineError, match=r"current/claims\.db, which was deleted or replaced"):
             await broker.send_to_queue(CLAIMS, "after")
 

@@ -21,7 +21,7 @@ async def counted(broker: filao.Broker, path: Path, call: Callable[[], Awaitable
     """Return the statements that a call makes, and the pages that it writes."""
     engine = session_of(broker).engine
     assert isinstance(engine, SqliteEngine)
-    db = engine._database._db
+    db = engine._database.hold.db
     assert db is not None
     wal = path.with_name(path.name + "-wal")
     statements: list[str] = []

@@ -251,7 +251,7 @@ async def test_without_a_descriptor_an_error_says_so(db) -> None:
     async with filao.connect(db) as broker:
         with no_descriptor_left():
             await broker.send_to_queue(CLAIMS, "what is open goes on")
-        assert engine_of(broker)._database.bell is None
+        assert engine_of(broker)._database.hold.belfry.own is None
 
 
 WITHOUT = """

@@ -12,6 +12,7 @@ from filao.engine import Draft, Receive, Received, Send
 from filao.engines.sqlite import operators, verbs
 from filao.engines.sqlite import processes as processes_module
 from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.presence import Presence
 
 QUEUE = filao.Queue("claims", lease=1000)
 
@@ -22,7 +23,8 @@ class Process:
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self.database = Database(path, durable=False, clock=clock, wake=lambda _: None)
         self.database.open()
-        self.lessee = self.database.register("a test")
+        self.presence = Presence(self.database)
+        self.lessee = self.presence.enter("a test")
         with self.database.write(durable=False) as books:
             operators.declare(books, QUEUE)
 
@@ -37,8 +39,8 @@ class Process:
         return len(cast("Received", received).deliveries), cast("Received", received).due_in
 
     def was_called(self) -> bool:
-        assert self.database.bell is not None
-        return bool(self.database.bell.heard())
+        assert self.database.hold.belfry.own is not None
+        return bool(self.database.hold.belfry.own.heard())
 
     def close(self) -> None:
         self.database.close()
@@ -139,12 +141,12 @@ def test_who_does_not_come_is_not_waited_for_again_until_it_shows_up(processes, 
 def test_a_look_in_vain_writes_nothing(processes) -> None:
     waiting, other, *_ = processes
     waiting.look()
-    before = other.database.has_moved(), other.database.has_moved()
+    before = other.presence.has_moved(), other.presence.has_moved()
     for _ in range(3):
         assert waiting.look() == (0, None)
-    assert (before, other.database.has_moved()) == ((True, False), False)
+    assert (before, other.presence.has_moved()) == ((True, False), False)
     waiting.look(limit=2)
-    assert other.database.has_moved()
+    assert other.presence.has_moved()
 
 
 def test_what_is_due_in_a_paused_queue_wakes_nobody_up(processes, clock) -> None:
@@ -165,14 +167,14 @@ def test_a_process_watches_three_others_and_goes_on_behind_the_dead(processes, c
         more = [stack.enter_context(closing(Process(tmp_path / "claims.db", clock))) for _ in range(4)]
         everyone = [*processes, *more]
         watcher = everyone[5]
-        assert watcher.database.has_moved()
-        assert [process for process, _ in watcher.database._others] == [7, 8, 1]
+        assert watcher.presence.has_moved()
+        assert [process for process, _ in watcher.presence._others] == [7, 8, 1]
         for dead in (everyone[6], everyone[7], everyone[0], everyone[1]):
-            assert dead.database.bell is not None
-            dead.database.bell.let_go()
+            assert dead.database.hold.belfry.own is not None
+            dead.database.hold.belfry.own.let_go()
         for _ in range(4):
-            watcher.database.bury_some()
-        assert [process for process, _ in watcher.database._others] == [3, 4, 5]
+            watcher.presence.bury_some()
+        assert [process for process, _ in watcher.presence._others] == [3, 4, 5]
 
 
 def test_the_leases_of_a_dead_process_are_taken_over_in_slices(processes, monkeypatch) -> None:
@@ -180,12 +182,12 @@ def test_the_leases_of_a_dead_process_are_taken_over_in_slices(processes, monkey
     dead, watcher, *_, sender = processes
     sender.send(35)
     assert dead.look(limit=35)[0] == 35
-    assert dead.database.bell is not None
-    dead.database.bell.let_go()
-    watcher.database.has_moved()
+    assert dead.database.hold.belfry.own is not None
+    dead.database.hold.belfry.own.let_go()
+    watcher.presence.has_moved()
     slices = 0
-    while watcher.database.dead_processes():
-        watcher.database.bury_some()
+    while watcher.presence.dead():
+        watcher.presence.bury_some()
         slices += 1
     assert slices == 4
     assert watcher.look(limit=40)[0] == 35

@@ -49,9 +49,9 @@ async def test_on_sqlite_it_takes_as_many_steps_at_any_depth(tmp_path, clock) ->
                 nonlocal steps
                 steps += 1
 
-            engine_of(broker)._database._db.set_progress_handler(count, 1)
+            engine_of(broker)._database.hold.db.set_progress_handler(count, 1)
             await broker.stats("claims")
-            engine_of(broker)._database._db.set_progress_handler(None, 1)
+            engine_of(broker)._database.hold.db.set_progress_handler(None, 1)
             taken.append(steps)
     assert taken[1] <= taken[0] * 1.2, taken
 

@@ -77,15 +77,18 @@ class Gate:
         """Let a child cut itself off from it after every fork from now on."""
         self._connected.add(connected)
 
-    def enter(self, storage: Storage) -> None:
-        """Begin a job. Without a lock, while nobody forks: who enters first and looks then is seen by who shuts."""
+    def enter(self, storage: Storage | None = None) -> None:
+        """Begin a job on a storage, or go on with one that has no transaction open.
+
+        Without a lock, while nobody forks: who enters first and looks then is seen by who shuts.
+        """
         self._inside.add(threading.get_ident())
         if not self._is_wanted:
             return
         with self._changed:
             self._inside.discard(threading.get_ident())
             self._changed.notify_all()
-            while self._is_shut or (self._is_wanted and not storage.is_in_transaction):
+            while self._is_shut or (self._is_wanted and not (storage is not None and storage.is_in_transaction)):
                 self._changed.wait()
             self._inside.add(threading.get_ident())
 
@@ -105,8 +108,11 @@ class Gate:
                 self._changed.notify_all()
 
     @contextmanager
-    def outside(self, storage: Storage) -> Generator[None]:
-        """Step out of a job, to wait for another process: a fork may happen meanwhile, after which nothing is open."""
+    def outside(self) -> Generator[None]:
+        """Step out of a job that has no transaction open, to wait for another process.
+
+        A fork may happen meanwhile, after which nothing is open.
+        """
         if threading.get_ident() not in self._inside:
             yield
             return
@@ -114,7 +120,7 @@ class Gate:
         try:
             yield
         finally:
-            self.enter(storage)
+            self.enter()
 
     # --- the fork ----------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ def back_up(path: Path, copy: Path) -> int:
         database.open()
         with files.mapped(copy), _partial(copy, ".partial", None) as partial:
             _copy(database.read().db, partial)
-            database.look()  # what was copied is still the queue's file
+            database.hold.look()  # what was copied is still the queue's file
             partial.rename(copy)
             _flush(copy.parent)
     finally:

@@ -11,7 +11,7 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from filao.engines.sqlite.folder import Folder
 
@@ -59,14 +59,28 @@ class Bell:
 
 
 class Belfry:
-    """The bells of the other processes, as this one rings them."""
+    """The bells beside a file: this process's own, and those of the others, as this one rings them.
 
-    def __init__(self, folder: Folder) -> None:
+    Without a folder there are none, and nobody is known to be dead.
+    """
+
+    def __init__(self, folder: Folder | None) -> None:
+        self.own: Bell | None = None
+        """The bell of this process, once it is entered among those that receive."""
         self._folder = folder
         self._ropes: dict[str, int] = {}
         """The writing ends that were opened: a process that was rung for once will be again."""
         self._missed: dict[str, float] = {}
         """The bells that are not where they should be, and since when (`time.monotonic`)."""
+
+    def make(self) -> Bell | None:
+        """Make a bell for this process; None where there are none. It is its `own` once others can know of it."""
+        if self._folder is None or not hasattr(os, "mkfifo"):
+            return None
+        try:
+            return Bell(self._folder)
+        except OSError:
+            return None  # a file system without FIFOs: polling finds what no bell tells
 
     def ring(self, name: str, queue: int) -> None:
         """Wake the owner of a bell. Never fails: a ring is a hint, and a commit must not depend on it."""
@@ -84,6 +98,8 @@ class Belfry:
         A living process has its bell here from before it was entered until after it was struck off, and one that loses
         it stops to work (see `ground.py`). So a bell that is gone for a while belongs to the dead too.
         """
+        if self._folder is None:
+            return True
         try:
             os.close(self._folder.open_bell(name))
         except FileNotFoundError:
@@ -93,6 +109,11 @@ class Belfry:
         self._missed.pop(name, None)
         return True
 
+    def dead(self, among: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Return the processes, of those with these bells, that tell that they are dead; this one never does."""
+        own = self.own.name if self.own is not None else ""
+        return [(process, bell) for process, bell in among if bell not in ("", own) and not self.is_alive(bell)]
+
     def misses(self, name: str) -> bool:
         """Return whether a bell was not where it should be when it was last looked for."""
         return name in self._missed
@@ -101,20 +122,34 @@ class Belfry:
         """Remove the bell of a process that died."""
         self._drop(name)
         self._missed.pop(name, None)
-        self._folder.remove_bell(name)
+        if self._folder is not None:
+            self._folder.remove_bell(name)
 
     def forgotten(self, known: Collection[str]) -> list[str]:
         """Return the bells of processes that died before they were entered anywhere."""
+        if self._folder is None:
+            return []
         before = time.time() - _ENTERED_WITHIN
         unknown = [name for name, made_at in self._folder.bells() if made_at < before and name not in known]
         return [name for name in unknown if not self.is_alive(name)]
 
     def close(self) -> None:
-        """Let go of all the bells."""
+        """Take this process's own bell down, and let go of all the others."""
+        own, self.own = self.own, None
+        self.let_go()
+        if own is not None:
+            own.close()
+
+    def let_go(self) -> None:
+        """Let go of all the bells, and leave this process's own where it is: for a child after a fork."""
         for name in list(self._ropes):
             self._drop(name)
+        if self.own is not None:
+            self.own.let_go()
 
     def _take(self, name: str) -> int:
+        if self._folder is None:
+            raise FileNotFoundError(name)
         if len(self._ropes) >= _ROPES_MAX:
             self._drop(next(iter(self._ropes)))
         self._ropes[name] = rope = self._folder.open_bell(name)

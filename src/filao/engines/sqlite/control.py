@@ -12,6 +12,8 @@ from filao.engines.sqlite import moves, operators, processes
 from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.doctor import examine
+from filao.engines.sqlite.hold import Hold
+from filao.engines.sqlite.receive import NOBODY
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineUnavailable
 from filao.queue import Queue
@@ -34,8 +36,8 @@ class Worked(Protocol):
 class SqliteOperators:
     """See `filao.engine.Operators`, and `Pausing` and `Tracing`, which it is as well."""
 
-    def __init__(self, database: Database, beside: Database, change: Worked, look_up: Worked) -> None:
-        self._database = database
+    def __init__(self, hold: Hold, beside: Database, change: Worked, look_up: Worked) -> None:
+        self._hold = hold
         self._beside = beside
         self._change = change
         self._look_up = look_up
@@ -99,12 +101,12 @@ class SqliteOperators:
     async def report(self, state: str) -> None:
         """Write down how this process is doing, once it receives."""
         lessee = self._beside.lessee
-        if lessee is not None:
+        if lessee is not NOBODY:
             await self._change(lambda books: processes.report(books, lessee.process, state))
 
     async def doctor(self) -> list[Finding]:
         """Examine the file and say what an operator should know."""
-        return await self._look_up(lambda books: examine(books, self._database))
+        return await self._look_up(lambda books: examine(books, self._hold))
 
     async def _chosen(
         self, queue: str, states: Sequence[State], ids: Sequence[str] | None, limit: int | None

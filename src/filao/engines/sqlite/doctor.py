@@ -9,7 +9,7 @@ from filao.engine import Finding
 from filao.engines.sqlite import files, scrutiny
 from filao.engines.sqlite.books import STATES, Books, read_rules, tokens
 from filao.engines.sqlite.clock import JUMP
-from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.hold import Hold
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineError
 from filao.process import process_finding
@@ -35,17 +35,17 @@ _MISCOUNTED_REASONS = """
 WAL_NOTABLE = 64 * 1024 * 1024  # bytes
 
 
-def examine(books: Books, database: Database) -> list[Finding]:
+def examine(books: Books, hold: Hold) -> list[Finding]:
     """Look at everything, from the library to the last page."""
     return [
         _version(),
-        *([] if database.path == files.MEMORY else _files(database.path)),
+        *([] if hold.path == files.MEMORY else _files(hold.path)),
         *_modes(books.db),
-        _clock(books, database),
+        _clock(books, hold),
         _tables(books.db),
         *_unreadable(books.db),
         *_queues(books),
-        *_processes(books, database),
+        *_processes(books, hold),
         _integrity(books.db),
     ]
 
@@ -105,8 +105,8 @@ def _modes(db: sqlite3.Connection) -> Iterator[Finding]:
         )
 
 
-def _clock(books: Books, database: Database) -> Finding:
-    ahead = database.clock.ahead(books.db)
+def _clock(books: Books, hold: Hold) -> Finding:
+    ahead = hold.clock.ahead(books.db)
     if abs(ahead) * 1000 <= JUMP:
         return Finding("clock", "ok", "the file's time is the wall clock's")
     text = (
@@ -166,14 +166,14 @@ def _queues(books: Books) -> Iterator[Finding]:
             yield Finding(subject, "ok", f"{queue.ready:,} ready, {queue.leased:,} leased, {queue.delayed:,} delayed")
 
 
-def _processes(books: Books, database: Database) -> Iterator[Finding]:
+def _processes(books: Books, hold: Hold) -> Iterator[Finding]:
     found = books.db.execute("SELECT id, bell, name, state, reported_at FROM filao_process ORDER BY id").fetchall()
-    dead = {process for process, _ in database.dead_processes([(process, bell) for process, bell, *_ in found])}
+    dead = {process for process, _ in hold.belfry.dead((process, bell) for process, bell, *_ in found)}
     for process, bell, name, state, reported_at in found:
         if process in dead:
             text = f"{name} died; the next waiting consumer takes its leases over"
             yield Finding("processes", "note", text)
-        elif database.misses(bell):
+        elif hold.belfry.misses(bell):
             text = f"{name} shows no sign of life: it died, or stops because the folder beside the file was lost"
             yield Finding("processes", "warning", text)
         else:

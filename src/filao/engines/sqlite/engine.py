@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filao.engine import Abandoned, Batch, Extend, Feature, Operation, Receive, Result, Send, Settle, Submit
-from filao.engines.sqlite import files, operators, processes, verbs, waitlist
+from filao.engines.sqlite import files, housekeeping, operators, verbs
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.control import SqliteOperators
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.moving import SqliteMover
 from filao.engines.sqlite.overview import SqliteOverview
+from filao.engines.sqlite.presence import Presence
 from filao.engines.sqlite.receive import NOBODY, look
 from filao.engines.sqlite.thread import DatabaseThread, Ticket
 from filao.engines.sqlite.transactions import SqliteTransactions, look_away
@@ -60,6 +61,8 @@ class SqliteEngine:
         beside: Database | None = None,
     ) -> None:
         self._database = database = Database(path, durable=durable, clock=clock, wake=self._call_soon)
+        self._hold = database.hold
+        self._presence = Presence(database)
         self._beside = beside or database
         """What holds the leases of this process: a sibling keeps those of the engine that it was made from."""
         self._sibling = (
@@ -73,9 +76,9 @@ class SqliteEngine:
         self._untidy = False
         self._looks = False
         """A job that only looks runs."""
-        self.operators: SqliteOperators = SqliteOperators(database, self._beside, self._change, self._look_up)
+        self.operators: SqliteOperators = SqliteOperators(self._hold, self._beside, self._change, self._look_up)
         self.overview: SqliteOverview = SqliteOverview(self._change, self._look_up)
-        self.mover: SqliteMover = SqliteMover(database.path, self.operators, self._change, self._look_up)
+        self.mover: SqliteMover = SqliteMover(path, self.operators, self._change, self._look_up)
         self.transactions: SqliteTransactions = SqliteTransactions(
             database, self._alone_in, self._in_turn, self._submit
         )
@@ -84,7 +87,7 @@ class SqliteEngine:
         """Open the file, create or migrate its tables, and start the thread that writes."""
         self._loop = asyncio.get_running_loop()
         self._database.loop_thread = threading.get_ident()
-        self._thread = DatabaseThread(f"filao {self._database.path.name}", self._database)
+        self._thread = DatabaseThread(f"filao {self._hold.path.name}", self._database)
         try:
             await self._in_turn(self._database.open)
         except BaseException:
@@ -112,11 +115,11 @@ class SqliteEngine:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._stop_looking(until)
             with suppress(FilaoError):  # what cannot be given back runs out
-                while await self._alone(self._resign, until):
+                while await self._alone(self._presence.resign, until):
                     pass
         finally:
-            if self._database.bell is not None:
-                self._loop.remove_reader(self._database.bell.reader)
+            if self._hold.belfry.own is not None:
+                self._loop.remove_reader(self._hold.belfry.own.reader)
             closed = self._in_turn(self._database.close, max(until, time.monotonic() + CLOSED_WITHIN))
             closed.add_done_callback(look_away)
             self._thread.stop()
@@ -125,7 +128,7 @@ class SqliteEngine:
     async def _stop_looking(self, until: float) -> None:
         """Let a job that only looks fail, whatever it looks at: each of its statements is interrupted as it runs."""
         while self._looks and time.monotonic() < until:
-            self._database.interrupt()
+            self._hold.interrupt()
             await asyncio.sleep(INTERRUPTED_EVERY)
 
     def drop(self) -> None:
@@ -133,7 +136,7 @@ class SqliteEngine:
 
         def end() -> None:
             with suppress(FilaoError):
-                while self._resign():
+                while self._presence.resign():
                     pass
             self._database.close()
 
@@ -156,14 +159,14 @@ class SqliteEngine:
         receives = [operation for operation in operations if isinstance(operation, Receive)]
         lines = [self._lines.get(receive.queue) for receive in receives if receive.waiting]
         lessee = self._database.lessee
-        if (receives and lessee is None) or any(line is not None and line.wanted() for line in lines):
+        if (receives and lessee is NOBODY) or any(line is not None and line.wanted() for line in lines):
             return False
         writes = len(receives) < len(operations)
         books = self._database.try_begin(durable=writes)
         if books is None:
             return False
         try:
-            results += verbs.apply(books, operations, lessee or NOBODY)
+            results += verbs.apply(books, operations, lessee)
         except BaseException as error:
             self._database.undo(error)
         self._database.commit(books)
@@ -174,7 +177,7 @@ class SqliteEngine:
     def _execute(self, batch: Batch) -> list[Result]:
         if batch.receives:
             self._register()
-        lessee = self._database.lessee or NOBODY
+        lessee = self._database.lessee
         takes = {Receive: lessee is not NOBODY, Send: batch.writes, Settle: batch.writes, Extend: batch.writes}
         with self._database.write(durable=batch.writes, keeps=True) as books:
             results = verbs.apply(books, batch.take(lambda operation: takes[type(operation)]), lessee)
@@ -203,7 +206,7 @@ class SqliteEngine:
                 self._database.ticket = None
 
         future = self._thread.submit(with_ticket)
-        timer = self._loop.call_later(ticket.until - now, _give_up, ticket, future, self._database.path)
+        timer = self._loop.call_later(ticket.until - now, _give_up, ticket, future, self._hold.path)
         future.add_done_callback(partial(_take_back, ticket, timer))
         return future
 
@@ -215,8 +218,7 @@ class SqliteEngine:
                 await self._gate.acquire()
         except TimeoutError:
             raise EngineUnavailable(
-                f"{self._database.path}: a transaction of this broker has been open for "
-                f"{files.BUSY_TIMEOUT:g} seconds, "
+                f"{self._hold.path}: a transaction of this broker has been open for {files.BUSY_TIMEOUT:g} seconds, "
                 f"and all else waits for it. Nothing was done; do what is slow before a transaction begins."
             ) from None
         try:
@@ -234,15 +236,16 @@ class SqliteEngine:
         return line.place(receive)
 
     def _register(self) -> None:
-        if self._database.lessee is None:
-            self._database.register(process_name())
-            bell = self._database.bell
+        if self._database.lessee is NOBODY:
+            self._presence.enter(process_name())
+            bell = self._hold.belfry.own
             if bell is not None:
                 self._loop.call_soon_threadsafe(self._loop.add_reader, bell.reader, self._hear)
 
     def _hear(self) -> None:
-        if self._database.bell is not None:
-            for queue in self._database.bell.heard():
+        bell = self._hold.belfry.own
+        if bell is not None:
+            for queue in bell.heard():
                 self._call(queue)
 
     def _call_soon(self, queue: int) -> None:
@@ -256,51 +259,43 @@ class SqliteEngine:
 
     async def _pass_on(self, queue: str) -> None:
         """Let the next process be called: nobody waits here any more."""
-
-        def job() -> None:
-            lessee = self._database.lessee
-            if lessee is not None:
-                with self._database.write(durable=False) as books:
-                    waitlist.leave(books, books.row(queue), lessee.process)
-                    books.row(queue).fresh = True
-
         with suppress(FilaoError):
-            await self._alone(job)
+            await self._alone(partial(self._presence.pass_on, queue))
 
     async def _watch(self) -> None:
         """As a process that receives, look for deaths, and for commits that rang no bell."""
-        steady = self._database.clock.steady
+        steady = self._hold.clock.steady
         ahead = steady() - self._loop.time()
         while True:
             await asyncio.sleep(POLL_INTERVAL)
             was, ahead = ahead, steady() - self._loop.time()
-            if self._database.may_be_lost() and await self._is_lost():
+            if self._hold.may_be_lost() and await self._is_lost():
                 for line in self._lines.values():
                     line.call()  # who waits must hear of it
-            if self._database.lessee is None:
+            if self._database.lessee is NOBODY:
                 continue
             if abs(ahead - was) > SLEPT:  # the machine slept, and the loop's timers with it
                 for line in self._lines.values():
                     line.call()
             with suppress(FilaoError):  # a storage that fails says so to those who call it
-                while self._database.may_have_moved() or self._database.dead_processes():
+                while self._presence.may_have_moved() or self._presence.dead():
                     quiet = [name for name, line in self._lines.items() if line.is_quiet()]
                     for name, due_in in await self._alone(partial(self._look, quiet)):
                         self._tell(name, due_in)
-                    if not self._database.dead_processes():
+                    if not self._presence.dead():
                         break
 
     async def _is_lost(self) -> bool:
         try:
-            await self._alone(self._database.look)
+            await self._alone(self._hold.look)
         except FilaoError:
             return True
         return False
 
     def _look(self, waiting_for: Sequence[str] = ()) -> list[tuple[str, float | None]]:
         """Return the queues that have something for those who wait, and in how many seconds; bury some of the dead."""
-        moved = self._database.has_moved()
-        self._database.bury_some()
+        moved = self._presence.has_moved()
+        self._presence.bury_some()
         books = self._database.read()
         return [(queue, look(books, queue)) for queue in waiting_for] if moved else []
 
@@ -371,19 +366,16 @@ class SqliteEngine:
         """Return whether there is more to do in the next round."""
         more = True
         for _ in range(TIDY_SLICES_IDLE if idle else TIDY_SLICES_BUSY):
-            more = await self._alone(partial(self._database.tidy, idle=idle))
+            more = await self._alone(partial(self._tidy_some, idle=idle))
             if not more or (idle and self._untidy):
                 break
         if not idle or more or self._untidy:
             return True
-        return not await self._alone(self._database.write_back)
+        return not await self._alone(self._hold.write_back)
 
-    def _resign(self) -> bool:
-        """Give back a slice of our leases; return whether there are more."""
-        if self._database.lessee is None:
-            return False
+    def _tidy_some(self, *, idle: bool) -> bool:
         with self._database.write(durable=False) as books:
-            return not processes.resign(books, self._database.lessee.process)
+            return housekeeping.tidy(books, idle=idle)
 
 
 def _take_back(ticket: Ticket, timer: asyncio.TimerHandle, future: "asyncio.Future[Any]") -> None:

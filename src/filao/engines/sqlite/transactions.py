@@ -14,7 +14,6 @@ from filao.engines.sqlite import files, verbs
 from filao.engines.sqlite.books import Books, check_stands
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.foreign import open_transaction
-from filao.engines.sqlite.receive import NOBODY
 from filao.engines.sqlite.send import send
 from filao.engines.statements import check_statement
 from filao.errors import FilaoError
@@ -73,9 +72,9 @@ class SqliteTransactions:
     def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
         """Send on the user's own connection, in the user's own transaction; waiting processes find it by polling."""
         database = self._database
-        database.look()
-        with files.mapped(database.path):
-            books = database.books_on(open_transaction(connection, database.path))
+        database.hold.look()
+        with files.mapped(database.hold.path):
+            books = database.books_on(open_transaction(connection, database.hold.path))
             receipts = send(books, operation)
             books.write_down()
         return receipts
@@ -96,12 +95,12 @@ class SqliteTransaction:
 
     async def apply(self, operations: Sequence[Operation]) -> list[Result]:
         """Do operations as part of this transaction."""
-        return await self._do(lambda: verbs.apply(self._books, operations, self._database.lessee or NOBODY))
+        return await self._do(lambda: verbs.apply(self._books, operations, self._database.lessee))
 
     async def _do(self, job: Callable[[], R]) -> R:
         def mapped() -> R:
             self._database.check_open(self._books)
-            with files.mapped(self._database.path):
+            with files.mapped(self._database.hold.path):
                 check_stands(self._books)
                 try:
                     return job()

@@ -1,0 +1,273 @@
+"""The file as one process holds it: a connection, what that stands on, its turn to write, and the bells beside it.
+
+Everything here blocks, and runs in the engine's one database thread, but for what says otherwise.
+
+Invariant: no job keeps the connection in a variable while it waits for its turn, because a fork may close it meanwhile
+(`filao.forks`); what the next job needs, it opens again.
+"""
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filao.engine import OpenAgain
+from filao.engines.sqlite import files, processes, scrutiny
+from filao.engines.sqlite.bell import Belfry
+from filao.engines.sqlite.clock import FileClock
+from filao.engines.sqlite.folder import Folder
+from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
+from filao.engines.sqlite.turnstile import Turnstile
+from filao.errors import ConfigurationError, EngineError
+from filao.forks import gate, keep
+
+_inherited: set[Path] = set()
+"""Files that were open when this process was forked, as a job on them would not end: SQLite is mistaken about them."""
+
+
+class Hold:
+    """One process's hold on a Filao file, or on a private one in memory."""
+
+    def __init__(self, path: Path, *, durable: bool, clock: Callable[[], float]) -> None:
+        self.path: Path = path
+        self.name: str = ""
+        """The random name of the file, the first part of the ids of its oldest messages."""
+        self.clock: FileClock = FileClock(clock)
+        self.turnstile: Turnstile = Turnstile(None)
+        self.belfry: Belfry = Belfry(None)
+        self.db: sqlite3.Connection | None = None
+        """None until it is opened, and again after a fork or when the disk failed."""
+        self.lost: Loss | None = None
+        """How the file is known to be no longer what was opened; None while it is not."""
+        self._given = path
+        self._folder: Folder | None = None
+        """Where the turnstile and the bells are; None in memory and on Windows."""
+        self._durable = durable
+        self._flushes = durable
+        self._has_failed = False
+        """The disk failed: what the file holds must be looked at before it is used again."""
+        self._ground: Ground | None = None
+        self._looked_at = 0.0
+        self._is_suspicious = False
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the file, and create or migrate its tables."""
+        if self.path != files.MEMORY:
+            self._given = self.path.absolute()
+            self.path = files.resolved(self.path)  # one file, one turnstile, by whatever path it is called
+            files.check_path(self.path)
+        with files.mapped(self.path):
+            if self.path != files.MEMORY:
+                files.check_is_database(self.path)
+                files.create(self.path)
+                if os.name == "posix":  # elsewhere SQLite's own locks and polling must do
+                    self._folder = Folder(files.sidecar(self.path), self.path.stat())
+                    self.turnstile = Turnstile(self._folder)
+                    self.belfry = Belfry(self._folder)
+            with self.turn():
+                self.connect()
+
+    def connect(self) -> sqlite3.Connection:
+        """Open the connection, for the first time or again; in a turn."""
+        if self.path in _inherited:
+            raise ConfigurationError(
+                f"{self.path} cannot be used in this process (pid {os.getpid()}): it was forked while a statement ran "
+                f"there, and SQLite's locks would be wrong. Start the process again, or by spawn instead of fork."
+            )
+        if self._ground is not None and not self._ground.is_file_there():
+            self.lost = self._ground.missing()
+            self.check_lost()
+        db = files.connect(self.path, full=self._durable, cookie=self.turnstile.noted())
+        try:
+            self._begin(db)
+            files.set_patience(db, 0.0)
+        except BaseException:
+            db.close()
+            raise
+        self.db = db
+        self._flushes = self._durable
+        self._has_failed = False
+        return db
+
+    def _begin(self, db: sqlite3.Connection) -> None:
+        """Look at what was opened, and bring it up to date."""
+        scrutiny.check(db, self.path)
+        is_new = files.migrate(db, self.path)
+        self._set_clock(db)
+        if is_new:  # so that the file itself can be told from others
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        self.name = db.execute("SELECT value FROM filao_meta WHERE name = 'file'").fetchone()[0]
+        if self.path != files.MEMORY:
+            self._ground = Ground(self.path, self._given, self._folder.path if self._folder is not None else None)
+            self.turnstile.note(self._ground.cookie)
+            self.watch_bell()
+        if self._has_failed:
+            files.check_whole(db, self.path)
+
+    def _set_clock(self, db: sqlite3.Connection) -> None:
+        """Set the file's clock after a start of the machine, which ended all that held leases: they are void."""
+        if self.clock.has_begun(db):
+            return
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            bells = [bell for (bell,) in db.execute("SELECT bell FROM filao_process WHERE bell <> ''")]
+            lives = self._folder is not None and any(map(self.belfry.is_alive, bells))
+            if self.clock.begin(db) and not lives:
+                processes.void_leases(db, self.clock.now(db))
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def usable(self) -> sqlite3.Connection:
+        """Return the connection; opened afresh after a fork, or after the disk failed."""
+        if self.db is not None:
+            return self.db
+        with files.mapped(self.path), self.turn():
+            return self.connect()
+
+    def set_durable(self, *, durable: bool) -> None:
+        """Let what commits next be flushed to the disk, or not."""
+        if self.db is not None and self._flushes != (durable and self._durable):
+            with files.mapped(self.path):
+                files.set_durable(self.db, durable=not self._flushes)
+            self._flushes = not self._flushes
+
+    def break_off(self) -> None:
+        """Let go of a connection whose disk failed: it is never trusted again, and the file is looked at first."""
+        db, self.db, self._has_failed = self.db, None, True
+        if db is not None:
+            with suppress(sqlite3.Error):
+                self._let_go(db)
+
+    def close(self) -> None:
+        """Let go of the file; the last process to do so writes its WAL back."""
+        self.belfry.close()
+        try:
+            with files.mapped(self.path), self.turn():
+                if self.db is not None:
+                    self._let_go(self.db)
+        finally:
+            self.db = None
+            self.turnstile.close()
+            if self._folder is not None:
+                self._folder.close()
+
+    def _let_go(self, db: sqlite3.Connection) -> None:
+        """Close a connection, without writing its WAL into what may lie there now."""
+        self.lost = self.lost or (self._ground.look() if self._ground is not None else None)
+        if self.lost is not None and self._ground is not None:
+            self._ground.let_go(db, self.lost)
+        else:
+            db.close()
+
+    # --- turns -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def turn(self) -> Generator[None]:
+        """Wait for a turn, and end it on leaving."""
+        self.take_turn()
+        try:
+            yield
+        finally:
+            self.turnstile.leave()
+
+    def take_turn(self) -> None:
+        """Wait for a turn, which `turnstile.leave` ends; no transaction is open here meanwhile."""
+        if not self.turnstile.try_enter():
+            with gate.outside():
+                self.turnstile.enter()
+
+    # --- forks: see `filao.forks.Storage` ----------------------------------------------------------------------------
+
+    def interrupt(self) -> None:
+        """Let the statement that runs fail. From any thread."""
+        with suppress(sqlite3.Error):
+            if self.db is not None:
+                self.db.interrupt()
+
+    def leave(self) -> None:
+        """Close the connection.
+
+        Not in a turn: this thread may hold up the one whose turn it is. SQLite writes the WAL back only if nobody else
+        has the file open, and keeps others out meanwhile.
+        """
+        db, self.db = self.db, None
+        if db is not None:
+            with suppress(sqlite3.Error):
+                self._let_go(db)
+
+    def inherit(self) -> None:
+        """Forget in a child what is the parent's: its turn at the turnstile, its bell, the bells that it rings."""
+        if self.db is not None:
+            _inherited.add(self.path)
+        keep(self.db)
+        self.turnstile.close()
+        self.belfry.let_go()
+        if self._folder is not None:
+            self._folder.close()
+
+    # --- the ground --------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Raise `EngineError` when the file is no longer what was opened; what is confirmed after this is in it."""
+        if self.lost is None and self._ground is not None and self.db is not None:
+            self.lost = self._ground.look() or (self._ground.missing() if self._is_suspicious else None)
+            self._is_suspicious = False
+            self._looked_at = time.monotonic()
+        if self.lost is not None:
+            self.check_lost()
+
+    def look_if_due(self) -> None:
+        """Look, unless that was done a moment ago."""
+        if self._is_suspicious or time.monotonic() - self._looked_at > LOOKED_WITHIN:
+            self.look()
+
+    def may_be_lost(self) -> bool:
+        """Return whether those who wait should look; costs no more than a few `stat`s, in any thread."""
+        if self._ground is not None and self.db is not None and self.lost is None:
+            self._is_suspicious = self._ground.missing() is not None
+            return self._is_suspicious or self._ground.has_changed()
+        return self.lost is not None
+
+    def check_lost(self) -> None:
+        """Raise `EngineError` when the file is known to be no longer what was opened."""
+        if self.lost is not None:
+            again = self._ground is not None and self._ground.may_be_opened_again(self.lost)
+            raise (OpenAgain if again else EngineError)(
+                f"{self.path} {self.lost.what}. This call is not confirmed, and nothing more is done with the file "
+                f"that was opened. What to do: stop the processes that use it, then {self.lost.remedy}."
+            )
+
+    def error(self, error: Exception) -> EngineError:
+        """Return our error for one of SQLite's, which may come of a file that is no longer what was opened."""
+        try:
+            self.look()
+        except EngineError as lost:
+            return lost
+        return files.engine_error(self.path, error)
+
+    def watch_bell(self) -> None:
+        """Notice when this process's own bell is gone, and with it the folder."""
+        if self.belfry.own is not None and self._ground is not None and self._folder is not None:
+            self._ground.watch(self._folder.path / self.belfry.own.name)
+
+    # --- housekeeping ------------------------------------------------------------------------------------------------
+
+    def write_back(self) -> bool:
+        """Copy the WAL into the file, so that what was given back leaves the disk, and return whether all of it was.
+
+        It does not wait for those who read or write just now: others would wait for us at the turnstile.
+        """
+        with files.mapped(self.path), self.turn():
+            if self.db is None:
+                return True
+            self.look()
+            is_busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self.look()
+        return not is_busy

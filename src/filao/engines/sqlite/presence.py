@@ -1,0 +1,105 @@
+"""This process among the others that have the file open: it enters itself, and looks after some of them.
+
+Processes watch each other in a circle. When one dies, which its bell tells, one that watches it takes its leases over.
+What is committed on a connection of the user's rings no bell: SQLite's count of the commits by others tells of it.
+"""
+
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+
+from filao.engines.sqlite import files, processes, waitlist
+from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.receive import NOBODY, Lessee
+
+WAL_SETTLED = 1.0  # seconds after the last change of the WAL during which each look goes into the database
+
+
+class Presence:
+    """What one process knows of those that receive from the same file, itself among them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._hold = database.hold
+        self._others: Sequence[tuple[int, str]] = []
+        """The processes, and their bells, that this one watches."""
+        self._seen: tuple[sqlite3.Connection, int] | None = None
+        """A connection, and what SQLite counted there of the commits by others, at the last look."""
+        self._wal_changed = -1.0
+
+    def enter(self, name: str) -> Lessee:
+        """Enter this process among those that receive, with a bell where the file system has FIFOs."""
+        database, belfry = self._database, self._hold.belfry
+        if database.lessee is not NOBODY:
+            return database.lessee
+        bell = belfry.make()
+        try:
+            with database.write(durable=False) as books:
+                process = processes.enter(books, bell.name if bell is not None else "", name)
+                known = {row[0] for row in books.db.execute("SELECT bell FROM filao_process")}
+        except BaseException:
+            if bell is not None:
+                bell.close()
+            raise
+        belfry.own = bell
+        with files.mapped(self._hold.path):
+            self._hold.watch_bell()
+        database.lessee = Lessee(process, name)
+        for forgotten in belfry.forgotten(known):
+            belfry.take_down(forgotten)
+        return database.lessee
+
+    def resign(self) -> bool:
+        """Give back a slice of the leases of this process; return whether there are more."""
+        if self._database.lessee is NOBODY:
+            return False
+        with self._database.write(durable=False) as books:
+            return not processes.resign(books, self._database.lessee.process)
+
+    def pass_on(self, queue: str) -> None:
+        """Let the next process be called: nobody waits for this queue here any more."""
+        if self._database.lessee is not NOBODY:
+            with self._database.write(durable=False) as books:
+                waitlist.leave(books, books.row(queue), self._database.lessee.process)
+                books.row(queue).fresh = True
+
+    def dead(self) -> list[tuple[int, str]]:
+        """Return those of the watched, and their bells, that tell that they are dead. In any thread."""
+        return self._hold.belfry.dead(self._others)
+
+    def bury_some(self) -> None:
+        """Take over a slice of the leases of a process that died; when none is left, watch others in its place."""
+        for process, bell in self.dead()[:1]:
+            with self._database.write(durable=False) as books:
+                is_done = processes.bury(books, process)
+            if is_done:
+                self._hold.belfry.take_down(bell)
+                self._learn_others()
+
+    def may_have_moved(self) -> bool:
+        """Return False when the WAL tells that nobody can have committed for a while; costs no more than a `stat`."""
+        if self._hold.path == files.MEMORY:
+            return False
+        try:
+            changed = os.stat(f"{self._hold.path}-wal").st_mtime  # noqa: PTH116 - often: a Path costs as much as this
+        except OSError:
+            return True
+        # A file's time is as coarse as the kernel's tick, so one look after the last change is not enough.
+        was, self._wal_changed = self._wal_changed, changed
+        return changed != was or abs(time.time() - changed) < WAL_SETTLED
+
+    def has_moved(self) -> bool:
+        """Return whether anyone else committed since the last call, and learn whom to watch."""
+        with files.mapped(self._hold.path):
+            db = self._hold.usable()
+            seen = (db, db.execute("PRAGMA data_version").fetchone()[0])
+            if seen == self._seen:
+                return False
+            self._seen = seen
+        self._learn_others()
+        return True
+
+    def _learn_others(self) -> None:
+        if self._database.lessee is not NOBODY:
+            self._others = processes.watched(self._database.read(), self._database.lessee.process)
