@@ -19,6 +19,8 @@ class Commits:
 
     def __init__(self, failing: str = "", error: Exception | None = None) -> None:
         self.batches: list[list[str]] = []
+        self.since: list[float] = []
+        self.begun_at: list[float] = []
         self.begun = asyncio.Event()
         self.turn = asyncio.Event()
         self.turn.set()
@@ -30,6 +32,8 @@ class Commits:
         self.error = error
 
     async def __call__(self, batch: Batch) -> list[Result]:
+        self.since.append(batch.since)
+        self.begun_at.append(asyncio.get_running_loop().time())
         await self.turn.wait()
         if self.away is not None:
             raise self.away
@@ -79,6 +83,29 @@ async def test_a_batch_has_a_bound() -> None:
     batcher = commits.batcher()
     await asyncio.gather(*(batcher.submit(ask("a")) for _ in range(BATCH_MAX + 1)))
     assert [len(batch) for batch in commits.batches] == [BATCH_MAX, 1]
+
+
+async def test_who_gathered_behind_a_batch_has_waited_since_it_came() -> None:
+    commits = Commits()
+    commits.open.clear()
+    batcher = commits.batcher()
+    first = batcher.submit(ask("a"))
+    await commits.begun.wait()
+    before = asyncio.get_running_loop().time()
+    second = batcher.submit(ask("b"))
+    after = asyncio.get_running_loop().time()
+    await asyncio.sleep(0)
+    third = batcher.submit(ask("c"))
+    commits.open.set()
+    await asyncio.gather(first, second, third)
+    assert before <= commits.since[1] <= after
+
+
+async def test_what_a_full_batch_left_in_line_waits_on_while_batches_are_done() -> None:
+    commits = Commits()
+    batcher = commits.batcher()
+    await asyncio.gather(*(batcher.submit(ask("a")) for _ in range(2 * BATCH_MAX + 1)))
+    assert commits.since[2] > commits.begun_at[0]
 
 
 async def test_a_failure_reaches_its_own_caller_alone() -> None:

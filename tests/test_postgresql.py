@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 
 import filao
 from filao.broker import session_of
+from filao.engine import Batch, Receive
 from filao.engines.postgresql import doctor, schema, server, transactions, watch
 from filao.engines.postgresql import engine as engine_module
 from filao.message import delivery_of
@@ -991,6 +992,29 @@ async def test_a_network_that_stalls_is_given_up_and_found_again(frail, frail_ur
             await load.resumes()
         await load.finish(near)
     assert load.lost == set()
+
+
+async def test_what_a_call_has_waited_counts_when_the_server_does_not_answer(frail, frail_url, proxy) -> None:
+    async with through(proxy, frail, frail_url) as far:
+        await far.declare(filao.Queue("claims"))
+        proxy.stall()
+        since = asyncio.get_running_loop().time() - server.ANSWERS_WITHIN + 0.2
+        asked = Batch(receives=True, writes=False, take=lambda _: [Receive("claims", 1)], since=since)
+        async with asyncio.timeout(10):  # far less than its time from now on
+            with pytest.raises(filao.EngineUnavailable, match="has not answered"):
+                await engine_of(far).execute(asked)
+        proxy.go_on()
+
+
+@pytest.mark.parametrize("call", ["stats", "peek", "pause", "delete_queue"])
+async def test_the_parts_of_an_operators_call_share_its_time(frail, frail_url, proxy, monkeypatch, call) -> None:
+    async with through(proxy, frail, frail_url) as far:
+        await far.declare(filao.Queue("claims"))
+        monkeypatch.setattr(server, "ANSWERS_WITHIN", 0.5)
+        proxy.delay = 0.3  # each part is in time, two are not
+        with pytest.raises(filao.EngineUnavailable, match="has not answered"):
+            await getattr(far, call)("claims")
+        proxy.delay = 0.0
 
 
 async def test_a_commit_whose_answer_is_lost_is_repeated_and_stored_once(frail, frail_url, proxy) -> None:

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 import filao
-from filao.engines.postgresql import apart, control
+from filao.engines.postgresql import apart, control, server
 from filao.engines.postgresql import engine as postgresql_engine
 from tests.support.servers import Postgres
 
@@ -80,6 +80,16 @@ async def test_a_lock_that_is_never_free_is_given_up_in_words(url, broker, monke
         with pytest.raises(filao.EngineError, match=r"another transaction has held a message, key.*Nothing was done"):
             await broker.send_to_queue("claims", 2, dedup_key="k")
     assert (await broker.stats("claims")).sent == 1
+
+
+async def test_a_wait_for_a_lock_ends_with_the_time_of_its_call(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(apart, "LOCKED_FOR", 3600.0)
+    monkeypatch.setattr(server, "ANSWERS_WITHIN", 1.5)
+    with psycopg.connect(url) as holder:
+        await broker.send_to_queue("claims", 1, within=holder, dedup_key="k")
+        async with asyncio.timeout(20):
+            with pytest.raises(filao.EngineError):
+                await broker.send_to_queue("claims", 2, dedup_key="k")
 
 
 async def test_a_broker_that_is_closed_leaves_nobody_waiting_for_a_lock(url, broker) -> None:

@@ -46,6 +46,8 @@ class Batcher:
         self._gathered: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""
+        self._gathered_since = 0.0
+        """When the first came to an empty line, by the loop's clock."""
         self._had_company = False
         self._is_called = False
         """The loop will begin a batch on its next turn."""
@@ -60,6 +62,8 @@ class Batcher:
         if loop is None:
             loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
+        if not self._gathered:
+            self._gathered_since = loop.time()
         self._gathered.append((operation, future))
         if not self._is_called and len(self._doing) < self._concurrent_batches:
             self._is_called = True
@@ -80,8 +84,12 @@ class Batcher:
             self._idle.append(done)
             await done
 
-    def _begin(self) -> None:
-        """Let the engine do what has gathered, or rest."""
+    def _begin(self, behind: float | None = None) -> None:
+        """Let the engine do what has gathered, or rest; `behind`: when the batch began that has just ended.
+
+        Who gathered during a batch has waited since then, and the engine counts that. What a full batch left in line
+        waits on, for as long as batches are done: it counts from the beginning of the last.
+        """
         self._is_called = False
         waiting = self._suspects or self._gathered
         if len(self._doing) >= self._concurrent_batches:
@@ -89,11 +97,13 @@ class Batcher:
         if waiting:
             receives = sum(isinstance(operation, Receive) for operation, _ in waiting)
             taken: list[_Entry] = []
-            take = partial(self._take, asyncio.get_running_loop(), taken)
-            began = time.perf_counter()
-            doing = asyncio.ensure_future(self._execute(Batch(receives > 0, receives < len(waiting), take)))
+            loop = asyncio.get_running_loop()
+            take = partial(self._take, loop, taken)
+            began, now = time.perf_counter(), loop.time()
+            since = now if behind is None or self._suspects else max(behind, self._gathered_since)
+            doing = asyncio.ensure_future(self._execute(Batch(receives > 0, receives < len(waiting), take, since)))
             self._doing.add(doing)
-            doing.add_done_callback(partial(self._finish, taken, began))
+            doing.add_done_callback(partial(self._finish, taken, began, now))
         elif not self._doing and not self._late:
             for idle in self._idle:
                 if not idle.done():
@@ -119,7 +129,11 @@ class Batcher:
         return [operation for operation, _ in taken]
 
     def _finish(
-        self, entries: list[_Entry], began: float, done: "asyncio.Future[Sequence[Result | asyncio.Future[Result]]]"
+        self,
+        entries: list[_Entry],
+        began: float,
+        at: float,
+        done: "asyncio.Future[Sequence[Result | asyncio.Future[Result]]]",
     ) -> None:
         """Give each caller its result, and begin the next batch."""
         self._doing.discard(done)
@@ -147,7 +161,7 @@ class Batcher:
             for _, future in failed:
                 if not future.done():
                     future.set_exception(error)
-        self._begin()
+        self._begin(at)
 
     def _finish_late(self, entry: _Entry, began: float, late: "asyncio.Future[Result]") -> None:
         """Give a caller its result, which came after those of its batch."""

@@ -289,6 +289,8 @@ class Batch(msgspec.Struct, frozen=True):
     """There is something else among them, which must be durable."""
     take: Callable[[Callable[[Operation], bool]], list[Operation]]
     """Takes them, once, when the engine can begin: all that wait, in order, up to the first that it does not accept."""
+    since: float
+    """When the first of them began to wait, by the loop's clock: from then on the engine's time limit counts."""
 
 
 class Receiver(msgspec.Struct, frozen=True):

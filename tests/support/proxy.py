@@ -5,6 +5,7 @@ server.
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -39,6 +40,8 @@ class Proxy:
         self._flowing = threading.Event()
         self._flowing.set()
         self._swallow: tuple[bytes, bytes] | None = None
+        self.delay: float = 0.0
+        """Seconds by which each answer comes later."""
         self.swallowed = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -99,6 +102,7 @@ class Proxy:
     def _answer(self, line: _Line) -> None:
         with suppress(OSError):
             while data := line.server.recv(65_536):
+                time.sleep(self.delay)
                 self._flowing.wait()
                 if line.asked.is_set():
                     if self._swallow is not None and self._swallow[1] in data:

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from psycopg.errors import LockNotAvailable
 
 from filao.engine import Operation, Result
-from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server
+from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server, end_of_call
 from filao.engines.postgresql.verbs import queue_of
 from filao.errors import EngineUnavailable, FilaoError
 
 LOCKED_APART = 0.05  # seconds that a try waits for a lock
 TRIES_MAX = 32  # in one round, which then takes 1.6 s at most; what came meanwhile has its turn in the next
 TOGETHER_MAX = 1_000  # operations in one try
+LAST_TRY = (
+    0.5  # seconds of its time that a call keeps for a last try, which cut short would leave in doubt what was done
+)
 
 Do = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
 
@@ -29,6 +32,8 @@ Do = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
 class _Waiting:
     operation: Operation
     result: "asyncio.Future[Result]"
+    since: float
+    """When its batch began to wait."""
     until: float
 
 
@@ -42,6 +47,8 @@ class Apart:
         self._waiting: deque[_Waiting] = deque()
         self._queues: Counter[str] = Counter()
         self._running: asyncio.Task[None] | None = None
+        self._is_answered = True
+        """The last try ended with an answer: what is not done by now lacks a lock, not the server."""
 
     def has(self, queue: str) -> bool:
         """Return whether an operation on a queue waits here: what may need the same lock need not stop a batch to see
@@ -49,11 +56,15 @@ class Apart:
         """
         return self._queues[queue] > 0
 
-    def add(self, operation: Operation) -> "asyncio.Future[Result]":
-        """Do an operation as soon as its locks are free; it fails when they are not in time."""
+    def add(self, operation: Operation, since: float) -> "asyncio.Future[Result]":
+        """Do an operation as soon as its locks are free; it fails when they are not in time.
+
+        It has waited `since` then with its batch, which counts: what is left of its time is all that it has here.
+        """
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Result] = loop.create_future()
-        self._waiting.append(_Waiting(operation, result, loop.time() + LOCKED_FOR))
+        until = min(loop.time() + LOCKED_FOR, end_of_call(since) - LAST_TRY)
+        self._waiting.append(_Waiting(operation, result, since, until))
         self._queues[queue_of(operation)] += 1
         if self._running is None or self._running.done():
             self._running = loop.create_task(self._run())
@@ -91,20 +102,25 @@ class Apart:
     def _is_over(self, waiting: _Waiting) -> bool:
         if not waiting.result.cancelled() and asyncio.get_running_loop().time() < waiting.until:
             return False
-        self._settle(waiting, self._server.engine_error(LockNotAvailable("a lock was not free in time")))
+        if self._is_answered:
+            self._settle(waiting, self._server.engine_error(LockNotAvailable("a lock was not free in time")))
+        else:
+            self._settle(waiting, self._server.unanswered(begun=False))
         return True
 
     async def _try(self, part: Sequence[_Waiting]) -> bool:
         """Do operations in one transaction; return False when a lock is missing, and nothing was done."""
         operations = [waiting.operation for waiting in part]
         results: Sequence[Result]
+        self._is_answered = True
         try:
-            async with self._link.use() as connection:
+            async with self._link.use(min(waiting.since for waiting in part)) as connection:
                 try:
                     results = await self._do(connection, operations)
                 except LockNotAvailable:
                     return False
         except FilaoError as error:
+            self._is_answered = not isinstance(error, EngineUnavailable)
             if len(part) > 1 and not isinstance(error, EngineUnavailable):
                 return False  # one of them is at fault, and fails alone
             results = [error] * len(part)

@@ -100,14 +100,15 @@ class PostgresqlOperators:
 
     async def delete(self, queue: str) -> int:
         """Delete a queue that holds no message."""
-        number = await self.number(queue)
-        until = time.monotonic() + LOCKED_FOR
-        while time.monotonic() < until:
-            (held,) = await self._row("SELECT filao.delete(%s)", number)
-            if held is not None:
-                self._forget()
-                return int(held)
-            await asyncio.sleep(UNLOCKED_POLL)
+        async with self._server.one_call():
+            number = await self.number(queue)
+            until = time.monotonic() + LOCKED_FOR
+            while time.monotonic() < until:
+                (held,) = await self._row("SELECT filao.delete(%s)", number)
+                if held is not None:
+                    self._forget()
+                    return int(held)
+                await asyncio.sleep(UNLOCKED_POLL)
         raise EngineError(
             f"{self._server.name}: queue {queue!r} was not deleted: transactions that have sent to it have been open "
             f"for {LOCKED_FOR:g} s. Nothing was done; delete it when its senders have stopped."
@@ -115,16 +116,18 @@ class PostgresqlOperators:
 
     async def stats(self, queue: str | None = None) -> list[QueueStats]:
         """Read the counters of every queue, or of one."""
-        await self._row("SELECT filao.expire_all(%s)", MOMENT)
-        async with self._link.use() as connection:
-            return await stats(connection, self._moment(), queue)
+        async with self._server.one_call():
+            await self._row("SELECT filao.expire_all(%s)", MOMENT)
+            async with self._link.use() as connection:
+                return await stats(connection, self._moment(), queue)
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
-        number = await self.number(queue)
-        await self._row("SELECT filao.expire_all(%s)", MOMENT)
-        async with self._link.use() as connection:
-            return await peek(connection, (number, queue), state, limit=limit, after=after)
+        async with self._server.one_call():
+            number = await self.number(queue)
+            await self._row("SELECT filao.expire_all(%s)", MOMENT)
+            async with self._link.use() as connection:
+                return await peek(connection, (number, queue), state, limit=limit, after=after)
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Give dead letters back, each to its old place."""
@@ -158,20 +161,22 @@ class PostgresqlOperators:
 
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Stop or resume deliveries."""
-        number = await self.number(queue)
-        await self._row("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
-        await self._wake(number, 0 if paused else SLICE)
+        async with self._server.one_call():
+            number = await self.number(queue)
+            await self._row("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
+            await self._wake(number, 0 if paused else SLICE)
 
     async def pause_group(self, queue: str, group: str, *, paused: bool) -> None:
         """Halt a group, or let it go on."""
-        number = await self.number(queue)
-        if not paused:
-            await self._row("SELECT filao.resume_group(%s, %s, %s)", number, MOMENT, group)
-            await self._wake(number, 1)
-            return
-        async with self._link.use() as connection:
-            check_halts(await find(connection, queue), group)
-        await self._row("SELECT filao.halt_group(%s, %s, %s)", number, MOMENT, group)
+        async with self._server.one_call():
+            number = await self.number(queue)
+            if not paused:
+                await self._row("SELECT filao.resume_group(%s, %s, %s)", number, MOMENT, group)
+                await self._wake(number, 1)
+                return
+            async with self._link.use() as connection:
+                check_halts(await find(connection, queue), group)
+            await self._row("SELECT filao.halt_group(%s, %s, %s)", number, MOMENT, group)
 
     async def report(self, state: str) -> None:
         """Write down how this process is doing."""

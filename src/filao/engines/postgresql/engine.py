@@ -33,7 +33,7 @@ from filao.engines.postgresql.listener import Listener
 from filao.engines.postgresql.moving import PostgresqlMover
 from filao.engines.postgresql.overview import PostgresqlOverview
 from filao.engines.postgresql.schema import migrate
-from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server, in_time
+from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server
 from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransactions, Transactions, retried
 from filao.engines.postgresql.watch import Watch
 from filao.engines.waiters import Line, Place
@@ -79,7 +79,9 @@ class PostgresqlEngine:
         self.operators: PostgresqlOperators = PostgresqlOperators(
             self._server, self._main, self._listener, self._row, self._moment, forget=self._numbers.clear
         )
-        self.overview: PostgresqlOverview = PostgresqlOverview(self._main, self.operators.number, self._row)
+        self.overview: PostgresqlOverview = PostgresqlOverview(
+            self._server, self._main, self.operators.number, self._row
+        )
         self.mover: PostgresqlMover = PostgresqlMover(
             self._server,
             self._main,
@@ -126,8 +128,8 @@ class PostgresqlEngine:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             if self._listener.process:
-                with suppress(FilaoError, TimeoutError):  # what it could not give back runs out, or is taken over
-                    async with in_time():
+                with suppress(FilaoError):  # what it could not give back runs out, or is taken over
+                    async with self._server.one_call():
                         await self._strike_off(self._listener.process, died=False)
             await self._apart.close()
             await self._listener.close()
@@ -157,7 +159,7 @@ class PostgresqlEngine:
 
     async def execute(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
         """Do a batch as one transaction, with what joined it while we waited for the connection."""
-        async with self._main.use() as connection:
+        async with self._main.use(batch.since) as connection:
             if self._is_closing:
                 raise EngineUnavailable("the broker was closed meanwhile")
             if batch.receives and not self._listener.process:
@@ -167,10 +169,10 @@ class PostgresqlEngine:
                     self._start(self._listener.run())
             may_receive = self._listener.process != 0
             operations = batch.take(lambda operation: may_receive or not isinstance(operation, Receive))
-            return await self._together(connection, operations)
+            return await self._together(connection, operations, batch.since)
 
     async def _together(
-        self, connection: Connection, operations: Sequence[Operation]
+        self, connection: Connection, operations: Sequence[Operation], since: float
     ) -> "list[Result | asyncio.Future[Result]]":
         """Do operations as one batch, but for those that must wait for somebody's lock: their results come later."""
         results: dict[int, Result | asyncio.Future[Result]] = dict(verbs.unwritable(operations, self._server.charset))
@@ -189,7 +191,7 @@ class PostgresqlEngine:
                     place: operation for place, operation in here.items() if not verbs.may_wait(operation, self._rules)
                 }
         return [
-            results[place] if place in results else self._apart.add(operation)
+            results[place] if place in results else self._apart.add(operation, since)
             for place, operation in enumerate(operations)
         ]
 
@@ -358,9 +360,10 @@ class PostgresqlEngine:
 
         It waits for locks briefly and without the connection, which is the batches', again and again.
         """
-        until = time.monotonic() + LOCKED_FOR
-        while time.monotonic() < until:
-            async with self._main.use() as connection:
+        now = asyncio.get_running_loop().time
+        since = now()
+        while now() < since + LOCKED_FOR:
+            async with self._main.use(since) as connection:
 
                 async def run() -> tuple[Any, ...]:
                     given = [self._expected() if value is MOMENT else value for value in parameters]

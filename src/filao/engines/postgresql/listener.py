@@ -87,11 +87,16 @@ class Listener:
 
     async def _listen(self, process: int) -> None:
         """Begin another session of a process that is entered."""
-        connection = await self._server.connect()
-        with self._server.mapped():
-            await connection.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", (ALIVE, process))
-            await connection.execute(f"LISTEN filao_{process}".encode())
-            found = await connection.execute("UPDATE filao.process SET has_session = true WHERE id = %s", (process,))
+        async with self._server.one_call():
+            connection = await self._server.connect()
+            try:
+                await connection.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", (ALIVE, process))
+                await connection.execute(f"LISTEN filao_{process}".encode())
+                entered = "UPDATE filao.process SET has_session = true WHERE id = %s"
+                found = await connection.execute(entered, (process,))
+            except BaseException:
+                await connection.close()
+                raise
         if not found.rowcount:  # we were away for so long that we were struck off
             self.process = 0
             self._registered.clear()

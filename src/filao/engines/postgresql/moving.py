@@ -78,27 +78,30 @@ class PostgresqlMover:
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages that came from elsewhere."""
-        number = await self._operators.number(queue)
-        async with self._transactions.begin() as connection:
-            results = await self._apply(connection, carried.sends(queue, parcels))
-            for place, parcel in enumerate(parcels):
-                if carried.has_rival(parcel, results[place]):
-                    again = carried.sends(queue, [carried.without_key(parcel)])
-                    (results[place],) = await self._apply(connection, again)
-            new = [parcel for parcel, result in zip(parcels, results, strict=True) if carried.is_new(result)]
-            await amend(connection, number, self._moment(), new)
+        async with self._server.one_call():
+            number = await self._operators.number(queue)
+            async with self._transactions.begin() as connection:
+                results = await self._apply(connection, carried.sends(queue, parcels))
+                for place, parcel in enumerate(parcels):
+                    if carried.has_rival(parcel, results[place]):
+                        again = carried.sends(queue, [carried.without_key(parcel)])
+                        (results[place],) = await self._apply(connection, again)
+                new = [parcel for parcel, result in zip(parcels, results, strict=True) if carried.is_new(result)]
+                await amend(connection, number, self._moment(), new)
 
     async def memory(self, queue: str) -> Memory:
         """Return the keys of messages that have ended, and the groups that are halted."""
-        number = await self._operators.number(queue)
-        async with self._link.use() as connection:
-            return await memory(connection, number, self._moment())
+        async with self._server.one_call():
+            number = await self._operators.number(queue)
+            async with self._link.use() as connection:
+                return await memory(connection, number, self._moment())
 
     async def remember(self, queue: str, memory: Memory) -> None:
         """Remember what another engine remembered."""
-        number = await self._operators.number(queue)
-        async with self._transactions.begin() as connection:
-            await remember(connection, number, self._moment(), memory)
+        async with self._server.one_call():
+            number = await self._operators.number(queue)
+            async with self._transactions.begin() as connection:
+                await remember(connection, number, self._moment(), memory)
 
 
 async def pack(connection: Connection, queue: int, moment: int | None, after: int, limit: int) -> list[Parcel]:

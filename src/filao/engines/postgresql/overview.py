@@ -10,7 +10,7 @@ from filao.codec import seen_headers
 from filao.engine import State, StoredMessage, instant
 from filao.engines.postgresql import control
 from filao.engines.postgresql.clock import MOMENT
-from filao.engines.postgresql.server import Link
+from filao.engines.postgresql.server import Link, Server
 from filao.overview import (
     BLOCKED_LOOKED_AT,
     DEED,
@@ -46,7 +46,8 @@ class PostgresqlOverview:
 
     sees: tuple[State, ...] = tuple(State)
 
-    def __init__(self, link: Link, number: Callable[[str], Awaitable[int]], row: Row) -> None:
+    def __init__(self, server: Server, link: Link, number: Callable[[str], Awaitable[int]], row: Row) -> None:
+        self._server = server
         self._link = link
         self._number = number
         self.log: PostgresqlLog = PostgresqlLog(link, row)
@@ -55,37 +56,40 @@ class PostgresqlOverview:
         self, queue: str, state: State, *, limit: int, after: str | None = None, group: str | None = None
     ) -> list[Glimpse]:
         """Return messages of one state, without their bodies."""
-        number = await self._number(queue)
-        async with self._link.use() as connection:
-            by_id = group is not None or state is State.BLOCKED
-            behind, last = await control.behind(connection, number, queue, state, after, by_id=by_id)
-            given: tuple[Any, ...] = (number,)
-            where = f"queue = %s AND state OPERATOR(pg_catalog.=) '{State(state)}'"
-            if group is not None:
-                where = "id = ANY (ARRAY(SELECT filao.of_group(%s, %s, %s, %s, %s)))"
-                given = (number, group, str(state), last[0] if last else 0, min(limit, GLANCE_MAX))
-            elif state in (State.LEASED, State.DELAYED):  # their index has no ids: the first thousand are put in order
-                some = f"SELECT id FROM filao.message WHERE {where} AND at >= %s ORDER BY at LIMIT {GLANCE_MAX}"
-                where, given = f"id = ANY (ARRAY({some}))", (number, last[0] if last else 0)
-            order = "id" if by_id else control.ORDER[state]
-            found = await connection.execute(
-                f"SELECT {_SEEN} FROM filao.message m WHERE {where} {behind} ORDER BY {order} LIMIT %s".encode(),
-                (*given, *last, min(limit, GLANCE_MAX)),
-            )
-            return [_glimpse(state, fields) for fields in await found.fetchall()]
+        async with self._server.one_call():
+            number = await self._number(queue)
+            async with self._link.use() as connection:
+                by_id = group is not None or state is State.BLOCKED
+                behind, last = await control.behind(connection, number, queue, state, after, by_id=by_id)
+                given: tuple[Any, ...] = (number,)
+                where = f"queue = %s AND state OPERATOR(pg_catalog.=) '{State(state)}'"
+                if group is not None:
+                    where = "id = ANY (ARRAY(SELECT filao.of_group(%s, %s, %s, %s, %s)))"
+                    given = (number, group, str(state), last[0] if last else 0, min(limit, GLANCE_MAX))
+                elif state in (State.LEASED, State.DELAYED):  # their index has no ids: the first are put in order
+                    some = f"SELECT id FROM filao.message WHERE {where} AND at >= %s ORDER BY at LIMIT {GLANCE_MAX}"
+                    where, given = f"id = ANY (ARRAY({some}))", (number, last[0] if last else 0)
+                order = "id" if by_id else control.ORDER[state]
+                found = await connection.execute(
+                    f"SELECT {_SEEN} FROM filao.message m WHERE {where} {behind} ORDER BY {order} LIMIT %s".encode(),
+                    (*given, *last, min(limit, GLANCE_MAX)),
+                )
+                return [_glimpse(state, fields) for fields in await found.fetchall()]
 
     async def find(self, queue: str, message_id: str) -> StoredMessage | None:
         """Return one message."""
-        number = await self._number(queue)
-        async with self._link.use() as connection:
-            return await control.find_message(connection, (number, queue), message_id)
+        async with self._server.one_call():
+            number = await self._number(queue)
+            async with self._link.use() as connection:
+                return await control.find_message(connection, (number, queue), message_id)
 
     async def held_groups(self, queue: str) -> list[HeldGroup]:
         """Return groups that wait, and why."""
-        number = await self._number(queue)
-        async with self._link.use() as connection:
-            found = await connection.execute(_HELD, {"queue": number, "most": BLOCKED_LOOKED_AT})
-            return [HeldGroup(group, why, waiting) for group, waiting, why in await found.fetchall()]
+        async with self._server.one_call():
+            number = await self._number(queue)
+            async with self._link.use() as connection:
+                found = await connection.execute(_HELD, {"queue": number, "most": BLOCKED_LOOKED_AT})
+                return [HeldGroup(group, why, waiting) for group, waiting, why in await found.fetchall()]
 
 
 class PostgresqlLog:

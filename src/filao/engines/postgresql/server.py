@@ -28,9 +28,7 @@ _STATUS = psycopg.pq.TransactionStatus
 
 VERSION_MIN = 140_000  # stored generated columns and the record type of a table in SQL functions came with 12 and 14
 CONNECTED_WITHIN = 10  # seconds
-ANSWERS_WITHIN = (
-    30.0  # seconds for anything that is asked of the server, reaching it included; later is as good as never
-)
+ANSWERS_WITHIN = 30.0  # seconds for all that a call asks of the server and waits for; later is as good as never
 UNDONE_WITHIN = 1.0  # seconds for a rollback; else the connection is closed, which does the same
 LOCKED_FOR = 10.0  # seconds that an operation waits for a row that somebody's transaction holds
 LOCKED_BRIEFLY = 0.2  # seconds that a batch waits for one; then what needs it waits elsewhere: see `apart.py`
@@ -143,27 +141,37 @@ class Server:
 
         `is_ours`: no statement of a user's runs on it. `locked_for`: how many seconds a statement waits for a lock.
         """
-        with self.mapped(begun=False):
-            async with in_time():
-                connection = await psycopg.AsyncConnection.connect(
-                    self.url,
-                    autocommit=True,
-                    connect_timeout=CONNECTED_WITHIN,
-                    row_factory=tuple_row,
-                    application_name=f"filao {process_name()}",
-                    client_encoding="UTF8",
-                    keepalives_idle=10,
-                    keepalives_interval=5,
-                    keepalives_count=3,
-                    tcp_user_timeout=round(ANSWERS_WITHIN * 1000),
-                )
-                self._connections.add(connection)
-                try:
-                    await self.set_up(connection, is_ours=is_ours, locked_for=locked_for)
-                except BaseException:
-                    await connection.close()
-                    raise
+        async with self.one_call(begun=False):
+            connection = await psycopg.AsyncConnection.connect(
+                self.url,
+                autocommit=True,
+                connect_timeout=CONNECTED_WITHIN,
+                row_factory=tuple_row,
+                application_name=f"filao {process_name()}",
+                client_encoding="UTF8",
+                keepalives_idle=10,
+                keepalives_interval=5,
+                keepalives_count=3,
+                tcp_user_timeout=round(ANSWERS_WITHIN * 1000),
+            )
+            self._connections.add(connection)
+            try:
+                await self.set_up(connection, is_ours=is_ours, locked_for=locked_for)
+            except BaseException:
+                await connection.close()
+                raise
         return connection
+
+    @asynccontextmanager
+    async def one_call(self, since: float | None = None, *, begun: bool = True) -> AsyncGenerator[Attempt]:
+        """Let all that a block asks of the server, and all that it waits for, end within ANSWERS_WITHIN together,
+        counted from `since`, by the loop's clock; and turn errors into ours, as `mapped` does.
+
+        Blocks within a block share its limit: however many parts a call has, its caller waits no longer.
+        """
+        with self.mapped(begun=begun) as attempt:
+            async with in_time(since):
+                yield attempt
 
     async def set_up(self, connection: Connection, *, is_ours: bool, locked_for: float) -> None:
         """Check a new connection and give it the settings that the promises rest on."""
@@ -271,11 +279,13 @@ class Server:
                 self.distrust()
             raise self.engine_error(error, begun=attempt.begun) from error
         except TimeoutError as error:
-            raise EngineUnavailable(
-                f"{self.name} has not answered for {ANSWERS_WITHIN:g} s. {_doubt(begun=attempt.begun)}"
-            ) from error
+            raise self.unanswered(begun=attempt.begun) from error
         except OSError as error:
             raise EngineUnavailable(f"{self.name} cannot be reached: {error}. {_doubt(begun=attempt.begun)}") from error
+
+    def unanswered(self, *, begun: bool) -> EngineUnavailable:
+        """Return the error of a call whose time is over."""
+        return EngineUnavailable(f"{self.name} has not answered for {ANSWERS_WITHIN:g} s. {_doubt(begun=begun)}")
 
     @contextmanager
     def mapped_within(self) -> Generator[None]:
@@ -384,9 +394,14 @@ def _doubt(*, begun: bool) -> str:
     )
 
 
-def in_time() -> asyncio.Timeout:
-    """Return what raises `TimeoutError` in a block in which the server does not answer in time."""
-    return asyncio.timeout(ANSWERS_WITHIN)
+def in_time(since: float | None = None) -> asyncio.Timeout:
+    """Return what raises `TimeoutError` in a block that lasts longer than the server may take, counted from `since`."""
+    return asyncio.timeout_at(end_of_call(asyncio.get_running_loop().time() if since is None else since))
+
+
+def end_of_call(since: float) -> float:
+    """Return when a call must have ended that has waited `since` then."""
+    return since + ANSWERS_WITHIN
 
 
 class Link:
@@ -402,20 +417,19 @@ class Link:
         """Held by the one that uses it."""
 
     @asynccontextmanager
-    async def use(self) -> AsyncGenerator[Connection]:
+    async def use(self, since: float | None = None) -> AsyncGenerator[Connection]:
         """Give the connection to one at a time; when something goes wrong with it, it is not used again.
 
-        Waiting for it, opening it and using it have one time limit together.
+        Waiting for it, opening it and using it have one time limit together: see `Server.one_call`.
         """
-        with self._server.mapped(begun=False) as attempt:
-            async with in_time(), self.lock:
-                connection = await self._usable()
-                attempt.begun = True
-                try:
-                    yield connection
-                finally:
-                    if not await _is_idle(connection):
-                        await self.close()
+        async with self._server.one_call(since, begun=False) as attempt, self.lock:
+            connection = await self._usable()
+            attempt.begun = True
+            try:
+                yield connection
+            finally:
+                if not await _is_idle(connection):
+                    await self.close()
 
     async def _usable(self) -> Connection:
         connection = self._connection

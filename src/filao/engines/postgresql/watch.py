@@ -13,7 +13,7 @@ from typing import Any
 
 from filao.engines.postgresql.clock import MOMENT
 from filao.engines.postgresql.listener import ALIVE, Listener
-from filao.engines.postgresql.server import Connection
+from filao.engines.postgresql.server import Connection, in_time
 from filao.errors import FilaoError
 
 POLL_INTERVAL = 0.5  # seconds between looks for what calls nobody: sends in users' transactions, and whatever got lost
@@ -121,7 +121,7 @@ class Watch:
         self._dead_rows = dead
         if horizon > self._vacuumed_to and (dead > VACUUM_AFTER or (dead == before and dead > VACUUM_AT_REST)):
             self._vacuumed_to = horizon
-            async with self._connection() as connection:
+            async with self._connection() as connection, in_time():
                 await connection.execute("VACUUM (SKIP_LOCKED) filao.message")
 
 
