@@ -21,6 +21,7 @@ from filao.engines.sqlite.turnstile import is_passable
 from filao.sync import door_of
 from tests.support.instructions import instructions, interrupted
 
+FULL = 2  # SQLite's number for PRAGMA synchronous = FULL
 PATIENCE = 20.0  # seconds after which a call that never returns fails its test
 
 
@@ -71,6 +72,18 @@ def test_whatever_instruction_is_interrupted_nothing_is_left_of_a_lone_call(tmp_
         settle_all(broker)
         stats = broker.stats("q")
         assert (stats.leased, stats.ready, stats.sent) == (0, 0, stats.acked + stats.dead)
+
+
+def test_what_is_sent_after_an_interrupted_receive_is_flushed(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "flushed.db") as broker:
+        broker.declare(filao.Queue("q"))
+        hold = engine_of(broker)._hold
+        assert hold.db is not None
+        for at in range(1, instructions(lambda: hold.set_durable(durable=False))):
+            hold.set_durable(durable=True)
+            interrupted(lambda: hold.set_durable(durable=False), at)
+            hold.set_durable(durable=True)
+            assert hold.db.execute("PRAGMA synchronous").fetchone() == (FULL,), at
 
 
 def settle_all(broker: filao.sync.Broker) -> None:

@@ -29,12 +29,12 @@ class Process:
             operators.declare(books, QUEUE)
 
     def send(self, count: int, delay: float = 0.0) -> None:
-        with self.database.write(durable=False) as books:
+        with self.database.write(durable=False, keeps=True) as books:
             verbs.apply(books, [Send("claims", [Draft(0, b"1", delay=delay)] * count)], self.lessee)
 
     def look(self, limit: int = 1, waiting: int = 1) -> tuple[int, float | None]:
         """Return how many messages were found, and the seconds until more is due."""
-        with self.database.write(durable=False) as books:
+        with self.database.write(durable=False, keeps=True) as books:
             (received,) = verbs.apply(books, [Receive("claims", limit, waiting=waiting)], self.lessee)
         return len(cast("Received", received).deliveries), cast("Received", received).due_in
 
@@ -86,6 +86,15 @@ def test_a_process_that_comes_by_does_not_take_what_another_was_called_for(proce
     assert found == 0
     assert due_in == pytest.approx(0.1)
     assert waiting.look()[0] == 1
+
+
+def test_who_has_called_another_leaves_it_what_it_was_called_for(processes, clock) -> None:
+    waiting, sender, *_ = processes
+    waiting.look()
+    sender.send(1)
+    assert sender.look()[0] == 0
+    clock.advance(0.101)
+    assert sender.look()[0] == 1
 
 
 def test_what_nobody_was_called_for_is_there_for_the_next(processes) -> None:

@@ -72,7 +72,10 @@ ENTRY = "id, state, attempts, grp, dedup_key, message_id, salt"
 class QueueRow:
     """A queue's row while a transaction works on it."""
 
-    __slots__ = ("_loaded", "count", "delayed", "fresh", "id", "nobody_to_call", "paused", "reasons", "rules")
+    __slots__ = (
+        *("_loaded", "count", "delayed", "expires_from", "fresh", "id", "nobody_to_call", "paused", "promised_until"),
+        *("reasons", "rules"),
+    )
 
     def __init__(self, row: Sequence[int], rules: Queue) -> None:
         self.id: int = row[0]
@@ -88,6 +91,10 @@ class QueueRow:
         """How many were delayed: those who wait must learn when each is due."""
         self.nobody_to_call: bool = False
         """Whether it is known that its waiting list holds nobody who has not been called."""
+        self.promised_until: int = 0
+        """When nobody is to be called: the end of the last promise made to those who were."""
+        self.expires_from: float = 0
+        """Before this time, in milliseconds, none of its messages that wait can expire, as far as is known."""
 
     def pending(self) -> int:
         """Return how many messages count towards `max_length`."""
@@ -227,6 +234,8 @@ class Books:
 
     def flush(self) -> None:
         """Insert what was sent so far, so that statements see it."""
+        if not self._inserts:
+            return
         for rows in slices(self._inserts):
             self.db.execute(_INSERTS[len(rows)], tuple(chain.from_iterable(rows)))
         self._inserts = []
@@ -273,6 +282,8 @@ class Books:
 
     def count_move(self, row: QueueRow, was: int, state: int) -> None:
         """Count a message that went from one state to another."""
+        if was in (LEASED, DEAD):
+            row.expires_from = 0  # it waits again, and may expire
         row.count[STATES[was]] -= 1
         row.count[STATES[state]] += 1
         row.tell(state)

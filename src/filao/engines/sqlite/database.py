@@ -203,7 +203,7 @@ class Database:
             books.write_down()
             self._call(calls(books))
             books.db.execute("COMMIT")
-            self.hold.look()  # before anything is confirmed
+            self.hold.look_at_commit()
         except BaseException as error:
             self.undo(error)
         self._books = None

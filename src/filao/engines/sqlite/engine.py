@@ -156,12 +156,11 @@ class SqliteEngine:
         return self._thread.visit(partial(self._at_once, operations, results))
 
     def _at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
-        receives = [operation for operation in operations if isinstance(operation, Receive)]
-        lines = [self._lines.get(receive.queue) for receive in receives if receive.waiting]
+        kinds = set(map(type, operations))
         lessee = self._database.lessee
-        if (receives and lessee is NOBODY) or any(line is not None and line.wanted() for line in lines):
+        if Receive in kinds and (lessee is NOBODY or any(map(self._is_behind, operations))):
             return False
-        writes = len(receives) < len(operations)
+        writes = kinds != {Receive}
         books = self._database.try_begin(durable=writes)
         if books is None:
             return False
@@ -173,6 +172,11 @@ class SqliteEngine:
         self._queue_names.update(books.names())
         self._untidy |= writes
         return True
+
+    def _is_behind(self, operation: Operation) -> bool:
+        """Return whether an operation would take what others in line wait for."""
+        line = self._lines.get(operation.queue) if isinstance(operation, Receive) and operation.waiting else None
+        return line is not None and line.wanted() > 0
 
     def _execute(self, batch: Batch) -> list[Result]:
         if batch.receives:

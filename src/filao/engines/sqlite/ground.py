@@ -64,7 +64,8 @@ class Ground:
         self._others = {str(name): _identity(name.stat()) for name in others}
         self._base = (about.st_mtime_ns, about.st_size)
         self._fds: dict[_Identity, int] = {}
-        self._checkpoint = self._read_checkpoint()
+        self._seen_index = self._read(self._index, _INDEX)
+        """The WAL-index as the last look read it; only once the file has changed is sense made of it."""
         self.cookie: int = schema_cookie(self._read(self._identity, HEADER))
         """The count of changes of the schema in the file itself: it never goes back, and a copy's begins anew."""
 
@@ -73,7 +74,7 @@ class Ground:
 
         Three `stat`s and a read of memory; one thread at a time.
         """
-        begun = self._read_checkpoint()  # before the file: what it explains must not have been seen before it
+        index = self._read(self._index, _INDEX)  # before the file: what it explains must not have been seen before it
         try:
             about = os.stat(self._name)  # noqa: PTH116 - for each commit: a Path costs as much as the call
         except OSError:
@@ -83,7 +84,7 @@ class Ground:
         if loss is None and base != self._base and self._was_overwritten():
             loss = _OVERWRITTEN
         if loss is None:
-            self._base, self._checkpoint = base, begun
+            self._base, self._seen_index = base, index
         return loss
 
     def has_changed(self) -> bool:
@@ -166,15 +167,8 @@ class Ground:
         if not header.startswith(_MAGIC) or header[18:20] != _WAL_MODE or schema_cookie(header) < self.cookie:
             return True
         self.cookie = schema_cookie(header)
-        checkpoint = self._read_checkpoint()
-        return checkpoint is not None and checkpoint == self._checkpoint and not checkpoint.is_under_way()
-
-    def _read_checkpoint(self) -> "_Checkpoint | None":
-        """Return how far the last checkpoint has come; None where we may not look."""
-        index = self._read(self._index, _INDEX)
-        if index is None or len(index) < _INDEX:
-            return None
-        return _Checkpoint(index[96:100], index[128:132], index[32:40])
+        checkpoint = _checkpoint(self._read(self._index, _INDEX))
+        return checkpoint is not None and checkpoint == _checkpoint(self._seen_index) and not checkpoint.is_under_way()
 
     def _read(self, file: _Identity, size: int) -> bytes | None:
         """Read a file's beginning through the descriptor by which SQLite has it open."""
@@ -217,6 +211,13 @@ class _Checkpoint(NamedTuple):
     def is_under_way(self) -> bool:
         """Return whether somebody is writing back, or died of it."""
         return self.done != self.begun
+
+
+def _checkpoint(index: bytes | None) -> _Checkpoint | None:
+    """Return how far the last checkpoint has come; None where we may not look."""
+    if index is None or len(index) < _INDEX:
+        return None
+    return _Checkpoint(index[96:100], index[128:132], index[32:40])
 
 
 def left_over(path: Path, cookie: int) -> Loss | None:

@@ -45,7 +45,10 @@ class Hold:
         self._folder: Folder | None = None
         """Where the turnstile and the bells are; None in memory and on Windows."""
         self._durable = durable
-        self._flushes = durable
+        self._flushes: bool | None = durable
+        """Whether commits are flushed; None: not known, as a visit was interrupted in the middle of changing it."""
+        self._confirms = True
+        """Whether somebody is told that what commits next is durable."""
         self._has_failed = False
         """The disk failed: what the file holds must be looked at before it is used again."""
         self._ground: Ground | None = None
@@ -133,10 +136,14 @@ class Hold:
 
     def set_durable(self, *, durable: bool) -> None:
         """Let what commits next be flushed to the disk, or not."""
-        if self.db is not None and self._flushes != (durable and self._durable):
-            with files.mapped(self.path):
-                files.set_durable(self.db, durable=not self._flushes)
-            self._flushes = not self._flushes
+        self._confirms, flushes = durable, durable and self._durable
+        if self.db is not None and self._flushes is not flushes:
+            self._flushes = None
+            try:
+                files.set_durable(self.db, durable=flushes)
+            except files.FAILURES as error:
+                raise files.engine_error(self.path, error) from error
+            self._flushes = flushes
 
     def break_off(self) -> None:
         """Let go of a connection whose disk failed: it is never trusted again, and the file is looked at first."""
@@ -222,6 +229,13 @@ class Hold:
             self._looked_at = time.monotonic()
         if self.lost is not None:
             self.check_lost()
+
+    def look_at_commit(self) -> None:
+        """Look before anything is confirmed; what confirms nothing need not look each time."""
+        if self._confirms:
+            self.look()
+        else:
+            self.look_if_due()
 
     def look_if_due(self) -> None:
         """Look, unless that was done a moment ago."""

@@ -4,6 +4,7 @@ The verbs of the queue (`send.py`, `receive.py`, `settle.py`) and of its operato
 these moves, on the books of one transaction. `postgresql/functions/moves.sql` is the same, in the same order.
 """
 
+import math
 from collections.abc import Iterable
 
 from filao.engine import HISTORY_MAX
@@ -24,6 +25,11 @@ from filao.engines.sqlite.books import (
 
 DUE_MAX = 5_000  # rows of a kind that one receive makes ready: about 50 ms of the write lock; the next one goes on
 _EXPIRED = "INDEXED BY filao_expiring WHERE queue = ? AND expires_at <= ? AND state IN (2, 3, 5)"
+_SOONEST = """
+    SELECT min(expires_at)
+    FROM filao_message INDEXED BY filao_expiring
+    WHERE queue = ? AND expires_at IS NOT NULL AND state IN (2, 3, 5)
+"""
 _EXPIRED_ONE = "WHERE queue = ? AND expires_at <= ? AND state IN (2, 3, 5) AND id = ?"
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -249,6 +255,13 @@ def expire(books: Books, row: QueueRow, entry: Entry) -> None:
 
 def let_expire(books: Books, row: QueueRow, limit: int = DUE_MAX) -> int:
     """End up to `limit` messages that outlived their ttl, and return how many there were."""
+    if books.now < row.expires_from:
+        return 0
+    books.flush()
+    soonest = books.db.execute(_SOONEST, (row.id,)).fetchone()[0]
+    row.expires_from = math.inf if soonest is None else soonest
+    if books.now < row.expires_from:
+        return 0
     expired = books.entries(f"{_EXPIRED} LIMIT ?", (row.id, books.now, limit))
     for entry in expired:
         expire(books, row, entry)

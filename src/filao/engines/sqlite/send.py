@@ -65,6 +65,8 @@ def _store(books: Books, row: QueueRow, draft: Draft, claimed: Sequence[tuple[in
         state = _state_in_group(books, row, draft.group, state)
     ttl = row.rules.ttl if draft.ttl is None else draft.ttl
     expires_at = None if ttl is None else now + round(ttl * 1000)
+    if expires_at is not None:
+        row.expires_from = min(row.expires_from, expires_at)
     name, salt = books.salted(number) if draft.message_id is None else (draft.message_id, None)
     place = (number, row.id, state, draft.priority, at, NO_TOKEN, now, expires_at, draft.group)
     content = (draft.dedup_key, draft.message_id, draft.headers, draft.kind, draft.content, salt)

@@ -202,7 +202,7 @@ def ack_together(books: Books, acks: Sequence[Operation], lessee: Lessee) -> boo
 
 def extend_together(books: Books, extends: Sequence[Extend], lessee: Lessee) -> bool:
     """Extend many leases by the same time with a few statements, or none and return False."""
-    if len({extend.seconds for extend in extends}) != 1:
+    if len(extends) < 2 or len({extend.seconds for extend in extends}) != 1:
         return False
     until = books.now + round(extends[0].seconds * 1000)
     if not _all_in_time(books, _EXTENDS, (until,), [extend.delivery for extend in extends]):

@@ -14,8 +14,10 @@ def apply(books: Books, operations: Sequence[Operation], lessee: Lessee) -> list
     """Do the operations in order, but receive last, so that what became ready in this batch is found."""
     results: list[Result] = [None] * len(operations)
     receives: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
-    acked = ack_together(books, [operation for operation in operations if is_plain_ack(operation)], lessee)
-    extended = extend_together(books, [operation for operation in operations if isinstance(operation, Extend)], lessee)
+    acked = extended = False
+    if len(operations) > 1:
+        acked = ack_together(books, [one for one in operations if is_plain_ack(one)], lessee)
+        extended = extend_together(books, [one for one in operations if isinstance(one, Extend)], lessee)
     for index, operation in enumerate(operations):
         if (acked and is_plain_ack(operation)) or (extended and isinstance(operation, Extend)):
             continue

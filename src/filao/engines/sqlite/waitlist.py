@@ -43,6 +43,8 @@ def leave(books: Books, row: QueueRow, process: int) -> None:
 
 def promised(books: Books, row: QueueRow, process: int) -> int:
     """Return how many messages a process must leave to others; none when it was called itself."""
+    if row.nobody_to_call and books.now > row.promised_until:
+        return 0
     own, others = books.db.execute(
         """
         SELECT total(wants) FILTER (WHERE process = ?), total(wants) FILTER (WHERE process <> ?)
@@ -89,6 +91,7 @@ def _called(books: Books, row: QueueRow) -> list[Call]:
             delayed -= 1
     reached = len(waiting) < _CALLED_MAX and all(bell for _, bell, *_ in waiting)
     row.nobody_to_call = reached and len(chosen) + sum(called for *_, called in waiting) == len(waiting)
+    row.promised_until = books.now + PROMISED_FOR if waiting else 0
     if not chosen:
         return chosen
     now = books.now
