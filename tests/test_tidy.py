@@ -119,7 +119,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "sync",
     ),
     *(f"worker.{name}" for name in ("signals", "outage", "outcomes", "handlers", "threads", "pulse", "keeper")),
-    *(f"worker.{name}" for name in ("surroundings", "strays", "run", "pool", "shift", "worker")),
+    *(f"worker.{name}" for name in ("surroundings", "strays", "handling", "run", "pool", "shift", "worker")),
     *(
         "worker",
         "worker.supervisor",

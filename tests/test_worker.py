@@ -17,7 +17,7 @@ import filao
 import filao.sync
 from filao.engines.sqlite import processes
 from filao.message import delivery_of
-from filao.worker import run as run_module
+from filao.worker import handling as handling_module
 from filao.worker import shift as shift_module
 from filao.worker.shift import Shift
 from filao.worker.worker import Worker
@@ -60,8 +60,9 @@ async def until_stats(broker: filao.Broker, queue: str = "claims", **wanted: int
 
 def shift_of(worker: Worker) -> Shift:
     """Look inside: return what a worker is doing."""
-    assert worker._shift is not None
-    return worker._shift
+    shift = getattr(worker._status, "__self__", None)
+    assert isinstance(shift, Shift)
+    return shift
 
 
 @asynccontextmanager
@@ -411,7 +412,7 @@ STUBBORN = [
 
 @pytest.mark.parametrize("kind", STUBBORN)
 async def test_a_handler_that_does_not_end_is_settled_without_it(url, broker, monkeypatch, caplog, kind) -> None:
-    monkeypatch.setattr(run_module, "ENDS_WITHIN", 0.05)
+    monkeypatch.setattr(handling_module, "ENDS_WITHIN", 0.05)
     worker, end = filao.Worker(url), threading.Event()
 
     async def stubborn(message: filao.Message) -> None:
@@ -436,7 +437,7 @@ async def test_a_handler_that_does_not_end_is_settled_without_it(url, broker, mo
 
 @pytest.mark.parametrize("kind", STUBBORN)
 async def test_a_handler_that_does_not_end_leaves_its_place_to_others(url, broker, monkeypatch, kind) -> None:
-    monkeypatch.setattr(run_module, "ENDS_WITHIN", 0.05)
+    monkeypatch.setattr(handling_module, "ENDS_WITHIN", 0.05)
     worker, end, seen = filao.Worker(url), threading.Event(), []
 
     async def stubborn(message: filao.Message) -> None:

@@ -15,7 +15,7 @@ import pytest
 import filao
 import filao.sync
 from filao.broker import session_of
-from filao.worker import run as run_module
+from filao.worker import handling as handling_module
 from tests.test_worker import AGAIN, CLAIMS, PATIENCE, broker, running, shift_of, until, until_stats
 
 pytestmark = pytest.mark.anyio
@@ -141,7 +141,7 @@ async def test_an_interrupt_of_a_handler_uses_its_attempts_and_then_it_is_dead(u
 async def test_a_hung_exactly_once_handler_is_undone_and_holds_up_nobody(
     url, broker, monkeypatch, caplog, kind
 ) -> None:
-    monkeypatch.setattr(run_module, "ENDS_WITHIN", 0.1)
+    monkeypatch.setattr(handling_module, "ENDS_WITHIN", 0.1)
     async with broker.transaction() as tx:
         await tx.execute("CREATE TABLE payment (claim INTEGER)")
     worker, began, end, refused = filao.Worker(url), threading.Event(), threading.Event(), []

@@ -5,8 +5,10 @@ with `handlers`, `threads`, `outcomes` and `strays`; `keeper` extends the leases
 `outage` tells what fails, `signals` who is told to stop. `supervisor` runs several processes.
 """
 
+from filao.worker.handlers import WorkerGuarantee
 from filao.worker.outcomes import Outcomes, Reject, Release, Retry
-from filao.worker.run import Handled, WorkerGuarantee
-from filao.worker.worker import Status, Worker
+from filao.worker.run import Handled
+from filao.worker.shift import Status
+from filao.worker.worker import Worker
 
 __all__ = ["Handled", "Outcomes", "Reject", "Release", "Retry", "Status", "Worker", "WorkerGuarantee"]

@@ -11,11 +11,15 @@ import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from filao import sync
 from filao.errors import ConfigurationError
 from filao.message import Message, Transaction
+from filao.queue import Queue
+from filao.worker.outcomes import Outcomes
+
+WorkerGuarantee = Literal["at-most-once", "at-least-once", "exactly-once"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,19 @@ class Handler:
     """The type of the body that its annotation asks for; None when it does not say."""
     wants: Mapping[str, type[Any]]
     """What it asks for besides, by the names of its parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A queue, its handler, and how the two go together."""
+
+    queue: Queue[Any]
+    handler: Handler
+    concurrency: int
+    timeout: float | None
+    guarantee: WorkerGuarantee
+    weight: float
+    outcomes: Outcomes
 
 
 def handler_of(function: Callable[..., Any], *, with_transaction: bool) -> Handler:

@@ -40,8 +40,10 @@ class Kept(Protocol):
     """Seconds that each extension gives it."""
     extended_at: float
     """Monotonic time of the receive or of the last extension."""
-    keep_until: float | None
-    """Monotonic time after which it must not be kept: its handler should have ended."""
+    keep_until: float
+    """Monotonic time after which it must not be kept: its handler should have ended. Infinite for one that may take
+    for ever.
+    """
 
     def lose(self) -> None:
         """Learn, on the worker's loop, that the lease is not held any more."""
@@ -154,7 +156,7 @@ class Keeper:
     def _due(self, now: float) -> list[Kept]:
         """Return those of whose lease a third has passed, and with them all that will be at the next look."""
         late = now + self._tick
-        kept = [one for one in list(self._kept.values()) if one.keep_until is None or now < one.keep_until]
+        kept = [one for one in list(self._kept.values()) if now < one.keep_until]
         return [one for one in kept if late - one.extended_at >= one.lease / 3]
 
     async def _extend(self, session: Session, due: Sequence[Kept]) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping
 
-from filao.worker.run import Consumer
+from filao.worker.handlers import Consumer
 
 
 class Pool:

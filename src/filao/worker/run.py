@@ -1,17 +1,12 @@
 """One attempt at one message: its handler runs while the lease is kept, and it ends in one settle.
 
-Invariant: the handler has a task (and a plain function a thread) of its own, and the run waits beside it. So nothing
-that a handler does, raises or swallows keeps the run from its end: a settle, with the transaction undone where there is
-one and the handler did not say that its work is done.
-
-Two clocks run. The lease says that the worker lives: the keeper extends it. The timeout says how long the handler may
-take. Who ends a run early (its timeout, a lost lease, a worker that stops) says why, and the handler is cancelled: a
-coroutine at its next await, a thread at its next bytecode. One that does not end then is settled without it.
+Invariant: nothing that a handler does keeps its run from its end: a settle, with the transaction undone where there is
+one and the handler did not say that its work is done. (`handling.py` sees to the handler.)
 """
 
 import asyncio
-import inspect
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -20,44 +15,20 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import msgspec
 
-from filao import engine, sync
-from filao.broker import Broker
-from filao.calls import Caller
+from filao import engine
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, LeaseLost
 from filao.message import AT_MOST_ONCE, Message, deferred_transaction_for, delivery_of, error_text, mark_settled
-from filao.queue import Queue, retry_delay
-from filao.session import Session
-from filao.worker.handlers import Handler
-from filao.worker.keeper import Keeper
-from filao.worker.outage import Outages, pauses
-from filao.worker.outcomes import Outcomes, is_decision, of_error, of_value, without_our_frames
-from filao.worker.strays import Children, Strays
-from filao.worker.surroundings import Surroundings
-from filao.worker.threads import Call, Threads, children_end
+from filao.queue import retry_delay
+from filao.worker.handlers import Consumer
+from filao.worker.handling import ENDS_WITHIN, NEVER_ENDED, Handling, Raised, Shared, Why
+from filao.worker.outage import pauses
+from filao.worker.outcomes import is_decision, of_error, of_value, without_our_frames
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-WorkerGuarantee = Literal["at-most-once", "at-least-once", "exactly-once"]
-Why = Literal["timeout", "lost", "stopped"]
 How = Literal["acked", "retried", "dead", "released", "lost", "failed", "settled"]
-
-ENDS_WITHIN = 5.0  # seconds that a cancelled handler may take to end before its message is settled without it
-ANSWERED_WITHIN = 0.1  # seconds in which a settle by the handler itself is answered after the lease has ended with it
-
-
-@dataclass(frozen=True, slots=True)
-class Consumer:
-    """A queue, its handler, and how the two go together."""
-
-    queue: Queue[Any]
-    handler: Handler
-    concurrency: int
-    timeout: float | None
-    guarantee: WorkerGuarantee
-    weight: float
-    outcomes: Outcomes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,38 +47,25 @@ class Handled:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What all runs of a worker share."""
-
-    broker: Broker
-    session: Session
-    caller: Caller
-    """For plain handlers, in their threads, ..."""
-    outside: Session
-    """... and what they settle by."""
-    keeper: Keeper
-    threads: Threads
-    strays: Strays
-    outages: Outages
-    surroundings: Surroundings
-
-
-class _Raised:
-    """What a handler raised, as a value: whatever it is, it must not end the task, the transaction or the loop."""
-
-    __slots__ = ("error",)
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
 class _Undone(Exception):
     """Leaves a transaction that is not to be committed."""
 
 
-_NEVER_ENDED = object()
-"""In place of what a handler returned: it was told to end, and did not."""
+class _NoHandling:
+    """Stands for the handler of a message before it is started; of one that is given back it never is."""
+
+    has_hung = False
+
+    def end(self, why: Why) -> None:
+        """See `Handling`, as of the others: there is nothing to end."""
+
+    def lose(self) -> None: ...
+    def give_up(self) -> None: ...
+    def abandon(self) -> None: ...
+    def when_handler_ends(self, callback: Callable[[], None]) -> None: ...
+
+
+_NO_HANDLING = _NoHandling()
 
 
 def _whatever_happens(step: Callable[Concatenate["Run", P], None]) -> Callable[Concatenate["Run", P], None]:
@@ -132,21 +90,8 @@ class Run:
     """
 
     __slots__ = (
-        *(
-            "_began",
-            "_call",
-            "_consumer",
-            "_ended",
-            "_freed",
-            "_has_made_room",
-            "_message",
-            "_raised",
-            "_shared",
-            "_side",
-            "_task",
-            "_then",
-        ),
-        *("_timers", "_why", "children", "delivery", "extended_at", "is_over", "keep_until", "lease"),
+        *("_began", "_consumer", "_ended", "_freed", "_has_made_room", "_message", "_raised", "_shared"),
+        *("_stop_beside", "delivery", "extended_at", "handling", "is_over", "keep_until", "lease"),
     )
 
     def __init__(
@@ -162,27 +107,19 @@ class Run:
         self._message = message
         self._freed = freed
         self._ended = ended
-        self._task: asyncio.Task[object] | None = None
-        """The handler's."""
-        self._call: Call | None = None
-        """Of a plain handler, in its thread."""
-        self._side: asyncio.Task[Any] | None = None
-        """What is done beside the handler: its transaction, or a settle that must be tried again."""
-        self._then: Callable[[object], None] | None = None
-        """What to do with that to which the handler came; None when it has been done, or there is none yet."""
-        self._why: Why | None = None
-        self._timers: list[asyncio.TimerHandle] = []
+        self.handling: Handling | _NoHandling = _NO_HANDLING
+        """Its handler at work, once it is started."""
+        self._stop_beside: Callable[[], object] = _nothing
+        """Ends what is done beside the handler: its transaction, or a settle that must be tried again."""
         self._raised = ""
         """The kind of exception in which its handler ended; for observers."""
         self._began = 0.0
-        self.children: Children = {}
-        """Tasks that the handler has started."""
         self.is_over: bool = False
         self._has_made_room = False
         self.delivery: engine.Delivery = delivery_of(message)
         self.lease: float = consumer.queue.lease
         self.extended_at: float = time.monotonic()
-        self.keep_until: float | None = None
+        self.keep_until: float = math.inf
         if consumer.guarantee != "at-most-once":  # which has no lease while its handler runs
             shared.keeper.keep(self)  # from now on: before it begins, another handler may block the loop
 
@@ -195,16 +132,6 @@ class Run:
     def has_begun(self) -> bool:
         """Whether it was started, or given back."""
         return self._began > 0.0
-
-    @property
-    def has_hung(self) -> bool:
-        """Whether its handler runs though nobody waits for it any more."""
-        return self._task is not None and self._then is None and not self._task.done()
-
-    def when_handler_ends(self, callback: Callable[[], None]) -> None:
-        """Call it when a handler that has hung ends after all."""
-        if self._task is not None:
-            self._task.add_done_callback(lambda _: callback())
 
     @property
     def log(self) -> "logging.LoggerAdapter[logging.Logger]":
@@ -237,7 +164,8 @@ class Run:
 
     def _beside(self, work: Coroutine[Any, Any, R], then: Callable[[R], None]) -> None:
         """Do what takes more than one step, and then go on with what came of it."""
-        side = self._side = asyncio.get_running_loop().create_task(work)
+        side = asyncio.get_running_loop().create_task(work)
+        self._stop_beside = side.cancel
 
         def done(task: asyncio.Task[R]) -> None:
             if task.cancelled():
@@ -286,124 +214,49 @@ class Run:
 
     # --- the handler -------------------------------------------------------------------------------------------------
 
-    async def _handled(self, *transaction: Any) -> object:
-        """Start the handler, and return what it came to, or that nobody waits for it any more."""
-        over: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        self._start(lambda ending: None if over.done() else over.set_result(ending), *transaction)
+    async def _handled(self, *transaction: Any) -> Handling:
+        """Start the handler, and return it when it has ended or nobody waits for it any more."""
+        over: asyncio.Future[Handling] = asyncio.get_running_loop().create_future()
+        self._start(lambda handling: None if over.done() else over.set_result(handling), *transaction)
         return await over
 
-    def _start(self, then: Callable[[object], None], *transaction: Any) -> None:
-        loop, timeout = asyncio.get_running_loop(), self._consumer.timeout
-        self._then = then
-        context = self._shared.strays.context(self.children)
-        if self._shared.session.observers:
-            context.run(self._shared.session.observers.began, self.delivery)
-        if timeout is not None:
-            self.keep_until = self._began + timeout + ENDS_WITHIN
-            self._timers.append(loop.call_later(timeout, self.end, "timeout"))
-        self._task = loop.create_task(self._invoke(*transaction), context=context)
-        self._task.add_done_callback(self._handler_ended)
-
-    async def _invoke(self, *transaction: Any) -> object:
-        """Return what the handler returned, or what it raised."""
-        around = self._shared.surroundings
-        try:
-            if not around:
-                return await self._invoke_in(None, *transaction)
-            async with around.around(self._message):
-                return await self._invoke_in(around, *transaction)
-        except BaseException as raised:
-            return _Raised(raised)
-        return None  # type: ignore[unreachable]  # middleware may take for itself what the handler raised
-
-    async def _invoke_in(self, around: Surroundings | None, *transaction: Any) -> object:
-        handler = self._consumer.handler
-        function = handler.function
-        if handler.is_async:
-            calling = function if around is None else partial(around.call, function)
-            with children_end():
-                came = await calling(self._message, *transaction)
-            return _result(handler, came)
-        calling = function if around is None else partial(around.call_plain, function)
-        caller = self._shared.caller
-        blocking = [sync.Transaction(caller, one) for one in transaction]
-        self._call = self._shared.threads.start(
-            calling, sync.Message(caller, self._shared.outside, self._message), *blocking
-        )
-        return _result(handler, await self._call.future)
-
-    def _handler_ended(self, task: "asyncio.Task[object]") -> None:
-        self._come_to(_Raised(asyncio.CancelledError()) if task.cancelled() else task.result())
-
-    def give_up(self) -> None:
-        """Wait no longer for the handler; harmless when it has ended."""
-        self._come_to(_NEVER_ENDED)
+    def _start(self, then: Callable[[Handling], None], *transaction: Any) -> None:
+        if self._consumer.timeout is not None:
+            self.keep_until = self._began + self._consumer.timeout + ENDS_WITHIN
+        self.handling = Handling(self._shared, self._consumer, self._message, then, *transaction)
 
     @_whatever_happens
-    def _come_to(self, ending: object) -> None:
-        """Go on with what the handler came to, or without it; once."""
-        if (then := self._then) is None:
-            return
-        self._then = None
-        for timer in self._timers:
-            timer.cancel()
-        if self.children:
-            self._shared.strays.report(self._consumer.handler.name, self.children, self.log)
-        then(ending)
-
-    @_whatever_happens
-    def _conclude(self, ending: object) -> None:
-        self._settle(self._decided(ending))
-
-    # --- its early end -----------------------------------------------------------------------------------------------
-
-    def end(self, why: Why) -> None:
-        """Tell the handler to end; harmless when it has ended, or was told before."""
-        if self._then is None or self._why is not None:
-            return
-        self._why = why
-        self._timers.append(asyncio.get_running_loop().call_later(ENDS_WITHIN, self.give_up))
-        self._cancel()
+    def _conclude(self, handling: Handling) -> None:
+        self._settle(self._decided(handling))
 
     def lose(self) -> None:
         """End the handler because its lease is another's, unless a settle of the handler's own has ended the lease."""
-        if self._then is not None:
-            self._timers.append(asyncio.get_running_loop().call_later(ANSWERED_WITHIN, self._lost))
+        self.handling.lose()
 
     def abandon(self) -> None:
         """Leave everything as it is; its lease runs out, or goes back when the broker is closed."""
-        if self._side is not None:
-            self._side.cancel()
-        if self._then is not None and self._why is None:
-            self._cancel()
-        self._then = None
+        self._stop_beside()
+        self.handling.abandon()
         self._end("lost", None)
-
-    def _lost(self) -> None:
-        if not self._message.settled:
-            self.end("lost")
-
-    def _cancel(self) -> None:
-        if self._call is not None:
-            self._call.interrupt()
-        elif self._task is not None:
-            self._task.cancel()
 
     # --- the outcome -------------------------------------------------------------------------------------------------
 
-    def _decided(self, ending: object) -> engine.Outcome | None:
+    def _decided(self, handling: Handling) -> engine.Outcome | None:
         """Return what becomes of the message; None when its lease is another's."""
-        if not isinstance(ending, _Raised) and ending is not _NEVER_ENDED:
+        if handling.children:
+            self._shared.strays.report(self._consumer.handler.name, handling.children, self.log)
+        ending = handling.ending
+        if not isinstance(ending, Raised) and ending is not NEVER_ENDED:
             return self._outcome(lambda: of_value(ending))
-        if self._why == "timeout":
+        if handling.why == "timeout":
             self._raised = "TimeoutError"
             text = f"TimeoutError: the handler ran longer than its timeout of {self._consumer.timeout:g} s"
             self.log.warning("%s: %s", self.about(), text)
             return engine.Nack(error=text)
-        if self._why == "lost":
+        if handling.why == "lost":
             self.log.warning("%s: its lease was lost, so its handler was told to end", self.about())
             return None
-        if not isinstance(ending, _Raised) or self._why == "stopped":
+        if not isinstance(ending, Raised) or handling.why == "stopped":
             return engine.Release()
         raised = without_our_frames(ending.error)
         if not is_decision(raised, self._consumer.outcomes):
@@ -427,7 +280,7 @@ class Run:
 
         The place is another's before that, so that the next receive travels in the settle's transaction.
         """
-        self.keep_until = None
+        self.keep_until = math.inf
         self._make_room()
         if self._message.settled:
             self._end(self._settled_before(outcome), outcome)
@@ -490,15 +343,16 @@ class Run:
         self.is_over = True
         self._shared.keeper.let_go(self)
         self._make_room()
-        if self.has_hung:
+        if self.handling.has_hung:
             self.log.error(
                 "%s: its handler %s was told to end and still runs; the message was settled without it (%s)",
                 *(self.about(), self._consumer.handler.name, how),
             )
         self._tell(how, outcome)
         error = outcome.error if isinstance(outcome, (engine.Nack, engine.Reject)) else ""
-        seconds = time.monotonic() - self._began if self._task is not None else 0.0
-        if self._shared.session.observers and self._task is not None:
+        was_handled = self.handling is not _NO_HANDLING
+        seconds = time.monotonic() - self._began if was_handled else 0.0
+        if self._shared.session.observers and was_handled:
             self._shared.session.observers.ended(self.delivery, how, seconds, self._raised)
         self._ended(self, Handled(self.queue, self.delivery.id, self.delivery.attempt, how, error, seconds))
 
@@ -534,14 +388,8 @@ class Run:
         self.log.info("%s: %s%s", self.about(), follows, f": {text}" if text else "")
 
 
-def _result(handler: Handler, result: object) -> object:
-    """Refuse what a wrapper returned in place of running it: acknowledged, it would be lost."""
-    if not inspect.isawaitable(result) and not inspect.isgenerator(result) and not inspect.isasyncgen(result):
-        return result
-    if inspect.iscoroutine(result):
-        result.close()  # or Python warns that nobody awaited it
-    advice = "await it" if handler.is_async else "make the handler `async def`, and await in it"
-    raise TypeError(f"the handler {handler.name} returned a {type(result).__name__} that nobody runs: {advice}")
+def _nothing() -> None:
+    """Stop nothing."""
 
 
 def last_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 A shift is made when the engine has been reached, and dropped when it ends. While the storage fails it waits, for as
 long as that takes. Two things end it: a broker that was closed under it, as that is its program's own doing, and a
-storage that is there again but must be opened anew, as a file that was restored; whoever supervises the process starts
+storage that is there again but must be opened anew, as a file that was restored; what supervises the process starts
 it again.
 """
 
@@ -11,16 +11,20 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from filao.engine import OpenAgain, Release
 from filao.errors import EngineUnavailable, QueueNotFound
 from filao.message import Message, delivery_of
+from filao.process import HEALTHY
+from filao.worker.handlers import Consumer
+from filao.worker.handling import ENDS_WITHIN, Shared
 from filao.worker.outage import pauses
 from filao.worker.pool import Pool
 from filao.worker.pulse import BLOCKED_AFTER, Pulse
-from filao.worker.run import ENDS_WITHIN, Consumer, Handled, Run, Shared
+from filao.worker.run import Handled, Run
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
@@ -28,6 +32,32 @@ POLL = 5.0  # seconds after which a wait for messages begins anew, which shows t
 SILENT_AFTER = 30.0  # seconds without a successful look, with room to start something, after which a pool is unhealthy
 HUNG_MAX = 10  # handlers that do not end: with more, so much of the process is lost that it is unhealthy
 AT_ONCE = 0.5  # seconds in which the messages of handlers that did not end are given back
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a worker is doing."""
+
+    ready: bool
+    """It has reached its engine and receives."""
+    healthy: bool
+    """Every consumer that has room has managed to poll lately, and the event loop turns."""
+    running: dict[str, int]
+    """Messages being worked on, by queue."""
+    handled: int
+    """Attempts that have ended."""
+    problems: list[str]
+
+    def told(self) -> str:
+        """Return it in words, for the doctor."""
+        how = HEALTHY if self.healthy else "ready" if self.ready else "not ready"
+        running = ", ".join(f"{count:,} of {name!r} running" for name, count in self.running.items())
+        return "; ".join([f"{how}, {running}, {self.handled:,} handled", *self.problems])
+
+
+def at_rest(handled: int) -> Status:
+    """Tell how a worker is doing that does not run."""
+    return Status(ready=False, healthy=False, running={}, handled=handled, problems=[])
 
 
 class Stop:
@@ -104,6 +134,12 @@ class Shift:
         await self.finish(0.0)
         if self._failed.done():
             self._failed.result()
+
+    def status(self, handled: int) -> Status:
+        """Tell how it is doing; safe from any thread."""
+        problems = self.problems()
+        running = {name: count for pool in self.pools for name, count in pool.running().items()}
+        return Status(ready=True, healthy=not problems, running=running, handled=handled, problems=problems)
 
     def problems(self) -> list[str]:
         """Say what is wrong; safe from any thread."""
@@ -270,9 +306,9 @@ class Shift:
     def _ended(self, run: Run, handled: Handled) -> None:
         del self._runs[run]
         self._suspects.discard(run)
-        if run.has_hung:
+        if run.handling.has_hung:
             self.hung.add(run)
-            run.when_handler_ends(partial(self.hung.discard, run))
+            run.handling.when_handler_ends(partial(self.hung.discard, run))
         self._move()
         try:
             self._on_handled(handled)
@@ -294,11 +330,11 @@ class Shift:
         try:
             await self._wait_for_runs(grace, at_once)
             for run in list(self._runs):
-                run.end("stopped")
+                run.handling.end("stopped")
             await self._wait_for_runs(ENDS_WITHIN, at_once)
             await self._wait_for_runs(AT_ONCE)
             for run in list(self._runs):
-                run.give_up()
+                run.handling.give_up()
             await self._wait_for_runs(AT_ONCE)
         finally:
             await cancel(at_once)

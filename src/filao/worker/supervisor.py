@@ -19,8 +19,9 @@ from typing import BinaryIO
 
 import msgspec
 
+from filao.worker.shift import Status
 from filao.worker.signals import told_by_signals
-from filao.worker.worker import Status, Worker
+from filao.worker.worker import Worker
 
 log: logging.Logger = logging.getLogger("filao.worker")
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
@@ -24,15 +24,15 @@ from filao.errors import ConfigurationError, EngineError, FilaoError, Unsupporte
 from filao.message import Message
 from filao.observing import Observer, Tracer
 from filao.outside import outside
-from filao.process import HEALTHY
 from filao.queue import Queue, T, not_found
-from filao.worker.handlers import handler_of
+from filao.worker.handlers import Consumer, WorkerGuarantee, handler_of
+from filao.worker.handling import Shared
 from filao.worker.keeper import Keeper
 from filao.worker.outage import Outages, pauses
 from filao.worker.outcomes import Outcomes, check_outcomes
 from filao.worker.pool import Pool
-from filao.worker.run import Consumer, Handled, Shared, WorkerGuarantee
-from filao.worker.shift import Shift, Stop, cancel
+from filao.worker.run import Handled
+from filao.worker.shift import Shift, Status, Stop, at_rest, cancel
 from filao.worker.signals import clean_forks, told_by_signals
 from filao.worker.strays import Strays
 from filao.worker.surroundings import Lifespan, Middleware, Surroundings, check_lifespan, lived, supplied
@@ -65,27 +65,6 @@ class Registering(Protocol[T]):
     ) -> Callable[Concatenate[sync.Message[T], P], R]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
-    """How a worker is doing."""
-
-    ready: bool
-    """It has reached its engine and receives."""
-    healthy: bool
-    """Every consumer that has room has managed to poll lately, and the event loop turns."""
-    running: dict[str, int]
-    """Messages being worked on, by queue."""
-    handled: int
-    """Attempts that have ended."""
-    problems: list[str]
-
-    def told(self) -> str:
-        """Return it in words, for the doctor."""
-        how = HEALTHY if self.healthy else "ready" if self.ready else "not ready"
-        running = ", ".join(f"{count:,} of {name!r} running" for name, count in self.running.items())
-        return "; ".join([f"{how}, {running}, {self.handled:,} handled", *self.problems])
-
-
 class Worker:
     """Handlers for the queues of one broker.
 
@@ -113,10 +92,10 @@ class Worker:
         self._declared: list[Queue[Any]] = []
         self._lifespans: list[Lifespan] = []
         self._surroundings = Surroundings()
-        self._stop: Stop | None = None
-        """Of the run under way."""
-        self._shift: Shift | None = None
-        """The run under way, once the engine was reached."""
+        self._tell: Callable[[], None] = _nobody
+        """Tells the run under way to stop."""
+        self._status: Callable[[int], Status] = at_rest
+        """Asks the run under way, once the engine was reached."""
         self.observers: list[Observer | Tracer] = []
         """Those that are told what it does while it runs; see `filao.Observer` and `filao.Tracer`."""
         self.handled = 0
@@ -265,8 +244,7 @@ class Worker:
 
     def stop(self) -> None:
         """Stop gracefully; called again, at once. For the loop that runs the worker; harmless when it does not run."""
-        if self._stop is not None:
-            self._stop.tell()
+        self._tell()
 
     async def drain(self, broker: Broker | None = None, *, limit: int = DRAINED_MAX) -> list[Handled]:
         """Handle everything that is ready, and what becomes ready meanwhile, and return what happened; for tests.
@@ -286,12 +264,7 @@ class Worker:
 
     def status(self) -> Status:
         """Tell how it is doing; safe from any thread."""
-        shift = self._shift
-        if shift is None:
-            return Status(ready=False, healthy=False, running={}, handled=self.handled, problems=[])
-        problems = shift.problems()
-        running = {name: count for pool in shift.pools for name, count in pool.running().items()}
-        return Status(ready=True, healthy=not problems, running=running, handled=self.handled, problems=problems)
+        return self._status(self.handled)
 
     # --- opening -----------------------------------------------------------------------------------------------------
 
@@ -300,14 +273,15 @@ class Worker:
         """Refuse to run twice at the same time."""
         if not self._consumers:
             raise ConfigurationError("this worker has no consumers: decorate a function with @worker.consumer(queue)")
-        if self._stop is not None:
+        if self._tell is not _nobody:
             raise ConfigurationError("this worker runs already")
-        self._stop = Stop()
+        stop = Stop()
+        self._tell = stop.tell
         try:
             with clean_forks():
-                yield self._stop
+                yield stop
         finally:
-            self._stop = None
+            self._tell = _nobody
 
     async def _reach(self, broker: Broker) -> dict[str, Consumer]:
         """Open the broker, and return the consumers with the rules of their queues."""
@@ -364,12 +338,12 @@ class Worker:
             shared = Shared(broker, session, caller, beyond, keeper, threads, strays, Outages(), around)
             shift = Shift(shared, self._pools(consumers), stop, count, patient=patient)
             stack.callback(shift.pulse.stop)
-            self._shift = shift
+            self._status = shift.status
             try:
                 yield shift
             finally:
                 self.has_hung = bool(shift.hung)
-                self._shift = None
+                self._status = at_rest
 
     def _pools(self, consumers: Mapping[str, Consumer]) -> list[Pool]:
         if self._concurrency is not None:
@@ -423,6 +397,10 @@ async def _reached(reach: Callable[[], Awaitable[dict[str, Consumer]]], stop: St
 def _supplied(consumers: Mapping[str, Consumer], values: Sequence[Any]) -> dict[str, Consumer]:
     """Return the consumers, their handlers with what the lifespans gave."""
     return {name: replace(one, handler=supplied(one.handler, values)) for name, one in consumers.items()}
+
+
+def _nobody() -> None:
+    """Stand for a run that could be told to stop, where there is none."""
 
 
 def _second(queue: str, first: Consumer) -> ConfigurationError:

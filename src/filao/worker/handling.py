@@ -1,0 +1,196 @@
+"""A handler at work on one message: it is started, told to end, waited for, and in the end left to itself.
+
+Invariant: the handler has a task (and a plain function a thread) of its own. So nothing that it does, raises or
+swallows keeps from going on what waits for it; and that goes on once, with what it came to or without.
+
+Two clocks run. The lease says that the worker lives: the keeper extends it. The timeout says how long the handler may
+take. What ends it early (its timeout, a lost lease, a worker that stops) says why, and the handler is cancelled: a
+coroutine at its next await, a thread at its next bytecode. One that does not end then is left behind.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from filao import sync
+from filao.broker import Broker
+from filao.calls import Caller
+from filao.message import Message, delivery_of
+from filao.session import Session
+from filao.worker.handlers import Consumer, Handler
+from filao.worker.keeper import Keeper
+from filao.worker.outage import Outages
+from filao.worker.strays import Children, Strays
+from filao.worker.surroundings import Surroundings
+from filao.worker.threads import Threads, children_end
+
+Why = Literal["itself", "timeout", "lost", "stopped"]
+"""What ended a handler."""
+
+ENDS_WITHIN = 5.0  # seconds that a cancelled handler may take to end before its message is settled without it
+ANSWERED_WITHIN = 0.1  # seconds in which a settle by the handler itself is answered after the lease has ended with it
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all runs of a worker share."""
+
+    broker: Broker
+    session: Session
+    caller: Caller
+    """For plain handlers, in their threads, ..."""
+    outside: Session
+    """... and what they settle by."""
+    keeper: Keeper
+    threads: Threads
+    strays: Strays
+    outages: Outages
+    surroundings: Surroundings
+
+
+class Raised:
+    """What a handler raised, as a value: whatever it is, it must not end the task, the transaction or the loop."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+NEVER_ENDED = object()
+"""In place of what a handler returned: it was told to end, and did not."""
+
+
+class Handling:
+    """Calls a handler, and goes on with `then` when it has ended or is given up; that gets this."""
+
+    __slots__ = (
+        *("_cancel", "_consumer", "_is_awaited", "_message", "_shared", "_task", "_then", "_timers"),
+        *("children", "ending", "why"),
+    )
+
+    def __init__(
+        self,
+        shared: Shared,
+        consumer: Consumer,
+        message: Message[Any],
+        then: Callable[["Handling"], None],
+        *transaction: Any,
+    ) -> None:
+        self._shared = shared
+        self._consumer = consumer
+        self._message = message
+        self._then = then
+        self.ending: object = NEVER_ENDED
+        """What the handler returned, or `Raised`."""
+        self.why: Why = "itself"
+        """What ended it."""
+        self.children: Children = {}
+        """Tasks that the handler has started."""
+        self._is_awaited = True
+        self._timers: list[asyncio.TimerHandle] = []
+        self._cancel: Callable[[], object] = self._cancel_task
+        """Tells the handler to end, where it is."""
+        loop = asyncio.get_running_loop()
+        context = shared.strays.context(self.children)
+        if shared.session.observers:
+            context.run(shared.session.observers.began, delivery_of(message))
+        if consumer.timeout is not None:
+            self._timers.append(loop.call_later(consumer.timeout, self.end, "timeout"))
+        self._task: asyncio.Task[object] = loop.create_task(self._invoke(*transaction), context=context)
+        self._task.add_done_callback(self._handler_ended)
+
+    @property
+    def has_hung(self) -> bool:
+        """Whether the handler runs though nobody waits for it any more."""
+        return not self._is_awaited and not self._task.done()
+
+    def when_handler_ends(self, callback: Callable[[], None]) -> None:
+        """Call it when a handler that has hung ends after all."""
+        self._task.add_done_callback(lambda _: callback())
+
+    # --- the call ----------------------------------------------------------------------------------------------------
+
+    async def _invoke(self, *transaction: Any) -> object:
+        """Return what the handler returned, or what it raised."""
+        around = self._shared.surroundings
+        try:
+            if not around:
+                return await self._invoke_in(None, *transaction)
+            async with around.around(self._message):
+                return await self._invoke_in(around, *transaction)
+        except BaseException as raised:
+            return Raised(raised)
+        return None  # type: ignore[unreachable]  # middleware may take for itself what the handler raised
+
+    async def _invoke_in(self, around: Surroundings | None, *transaction: Any) -> object:
+        handler = self._consumer.handler
+        function = handler.function
+        if handler.is_async:
+            calling = function if around is None else partial(around.call, function)
+            with children_end():
+                came = await calling(self._message, *transaction)
+            return _result(handler, came)
+        calling = function if around is None else partial(around.call_plain, function)
+        caller = self._shared.caller
+        blocking = [sync.Transaction(caller, one) for one in transaction]
+        call = self._shared.threads.start(calling, sync.Message(caller, self._shared.outside, self._message), *blocking)
+        self._cancel = call.interrupt
+        return _result(handler, await call.future)
+
+    # --- its end -----------------------------------------------------------------------------------------------------
+
+    def end(self, why: Why) -> None:
+        """Tell the handler to end; harmless when it has ended, or was told before."""
+        if not self._is_awaited or self.why != "itself":
+            return
+        self.why = why
+        self._timers.append(asyncio.get_running_loop().call_later(ENDS_WITHIN, self.give_up))
+        self._cancel()
+
+    def lose(self) -> None:
+        """End the handler because its lease is another's, unless a settle of the handler's own has ended the lease."""
+        if self._is_awaited:
+            self._timers.append(asyncio.get_running_loop().call_later(ANSWERED_WITHIN, self._lost))
+
+    def give_up(self) -> None:
+        """Go on without the handler; harmless when it has ended."""
+        if self._is_awaited:
+            self._go_on()
+
+    def abandon(self) -> None:
+        """Tell the handler to end, and never go on."""
+        if self._is_awaited and self.why == "itself":
+            self._cancel()
+        self._is_awaited = False
+
+    def _lost(self) -> None:
+        if not self._message.settled:
+            self.end("lost")
+
+    def _cancel_task(self) -> None:
+        self._task.cancel()
+
+    def _handler_ended(self, task: "asyncio.Task[object]") -> None:
+        if self._is_awaited:
+            self.ending = Raised(asyncio.CancelledError()) if task.cancelled() else task.result()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._is_awaited = False
+        for timer in self._timers:
+            timer.cancel()
+        self._then(self)
+
+
+def _result(handler: Handler, result: object) -> object:
+    """Refuse what a wrapper returned in place of running it: acknowledged, it would be lost."""
+    if not inspect.isawaitable(result) and not inspect.isgenerator(result) and not inspect.isasyncgen(result):
+        return result
+    if inspect.iscoroutine(result):
+        result.close()  # or Python warns that nobody awaited it
+    advice = "await it" if handler.is_async else "make the handler `async def`, and await in it"
+    raise TypeError(f"the handler {handler.name} returned a {type(result).__name__} that nobody runs: {advice}")
