@@ -630,10 +630,11 @@ async def test_a_confirm_that_is_lost_leaves_the_sender_in_doubt_and_the_message
     assert [(message.body, message.id) for message in found[1:]] == [(1, "claim-1")] * 2  # doubled, and both can tell
 
 
-async def test_a_server_that_blocks_senders_lets_consumers_finish(frail, queue, monkeypatch) -> None:
+async def test_a_server_that_blocks_senders_lets_consumers_finish_and_costs_no_lease(frail, queue, monkeypatch) -> None:
     async with filao.connect(frail.url()) as broker:
         await broker.declare(queue)
-        await broker.send_many(queue, [1, 2])
+        await broker.send_many(queue, [0, 1, 2])
+        held = await received(broker, queue)
         await asyncio.to_thread(frail.command, "set_vm_memory_high_watermark", "0.000001")
         try:
             with monkeypatch.context() as patched:
@@ -644,6 +645,7 @@ async def test_a_server_that_blocks_senders_lets_consumers_finish(frail, queue, 
                 (error,) = await sending
             assert isinstance(error, filao.EngineUnavailable)
             assert "memory" in str(error)
+            await held.ack()
         finally:
             await asyncio.to_thread(frail.command, "set_vm_memory_high_watermark", "0.4")
         await broker.send_to_queue(queue, 4)

@@ -46,7 +46,7 @@ from filao.engines.rabbitmq.overview import RabbitmqOverview
 from filao.engines.rabbitmq.publisher import Publisher, deleted
 from filao.engines.rabbitmq.refusals import check_delay, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
-from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Link, Server, Session
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, FAREWELL_WITHIN, Link, Server, Session
 from filao.engines.waiters import Line, Place
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost
 from filao.guarded import for_ever
@@ -113,19 +113,26 @@ class RabbitmqEngine:
     # --- the data plane ----------------------------------------------------------------------------------------------
 
     async def execute(self, batch: Batch) -> list[Result]:
-        """Do a batch: what must be confirmed is on its way at once, the rest is done in order."""
+        """Do a batch: what must be confirmed is on its way at once, the rest is done in order.
+
+        When its time is over, only the connection that it waited for is given up: a server that blocks those who send
+        takes nobody's leases.
+        """
         if self._is_closing:
             raise EngineUnavailable("the broker was closed meanwhile")
-        session = await self._receiving.session()
-        operations = batch.take(_alike())  # so that a receive does not wait for what the server must confirm
+        waited_for: Link | Session | None = None
         try:
-            async with asyncio.timeout(ANSWERS_WITHIN):
+            async with asyncio.timeout_at(batch.since + ANSWERS_WITHIN):
+                waited_for = session = await self._receiving.session()
+                operations = batch.take(_alike())  # so that a receive does not wait for what the server must confirm
+                if operations and _needs_confirm(operations[0]):
+                    waited_for = self._sending
                 if not {_queue_of(operation) for operation in operations} <= self._declared.rules.keys():
                     await self._declared.learn()
                 return await self._do(operations, session)
         except TimeoutError as error:
-            await session.close()
-            await self._sending.close()
+            if waited_for is not None:
+                await waited_for.close(FAREWELL_WITHIN)
             raise self._server.engine_error(error) from error
 
     async def _do(self, operations: Sequence[Operation], session: Session) -> list[Result]:

@@ -50,6 +50,7 @@ wire.install()
 VERSION_MIN = (3, 10)  # where quorum queues got message TTLs, and dead letters that cannot be lost on their way
 CONNECTED_WITHIN = 10.0  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for a reply or a confirm; a server that takes longer is as good as away
+FAREWELL_WITHIN = 0.5  # seconds for the farewell of a server that has not answered in time
 STEADY_AFTER = 10.0  # seconds of life after which the end of a session is no sign that the next will be short as well
 LOST_OFTEN = 5  # short sessions one after the other of which we tell
 PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between sessions that were short
@@ -262,10 +263,12 @@ class Session:
         except ChannelNotFoundEntity:
             return None
 
-    async def close(self) -> None:
-        """End it; what was received and not settled goes back to its queues."""
+    async def close(self, within: float = CONNECTED_WITHIN) -> None:
+        """End it; what was received and not settled goes back to its queues. The server's farewell is waited for
+        `within` so many seconds.
+        """
         with suppress(*AWAY):
-            async with asyncio.timeout(CONNECTED_WITHIN):
+            async with asyncio.timeout(within):
                 await self._connection.close()
         if not self._connection.is_closed:
             await self._connection.close()  # which had failed, and now only notes that it is closed
@@ -314,11 +317,11 @@ class Link:
         await asyncio.sleep(self._pause * random.uniform(0.5, 1.5))
         self._pause = min(2 * self._pause or PAUSE_FIRST, PAUSE_MAX)
 
-    async def close(self) -> None:
-        """End the session."""
+    async def close(self, within: float = CONNECTED_WITHIN) -> None:
+        """End the session; the server's farewell is waited for `within` so many seconds."""
         session, self._session = self._session, None
         if session is not None:
-            await session.close()
+            await session.close(within)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
