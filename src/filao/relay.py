@@ -132,11 +132,7 @@ class Relay:
                     size = (size + 1) // 2
                     continue
                 if waits:
-                    left = len(recorded) - done
-                    told = (self._outbox.table, left, printable(str(error)))
-                    fields = _fields(queue, some[0].draft.message_id)
-                    log.warning("relay of %s: %d messages stay in it: %s", *told, extra=fields)
-                    self._refused[queue] = time.monotonic() + REFUSED_FOR
+                    self._wait_with(recorded[done:], error)
                     return
                 self._session.check_usable()  # else it is not this row that cannot be sent
                 size = len(recorded)
@@ -145,6 +141,13 @@ class Relay:
             else:
                 sent += [one.number for one in some]
                 done += len(some)
+
+    def _wait_with(self, recorded: list[Recorded], error: Exception) -> None:
+        """Leave the messages of a queue in the outbox for a while."""
+        queue, first = recorded[0].queue, recorded[0].draft.message_id
+        told = (self._outbox.table, len(recorded), printable(str(error)))
+        log.warning("relay of %s: %d messages stay in it: %s", *told, extra=_fields(queue, first))
+        self._refused[queue] = time.monotonic() + REFUSED_FOR
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ def commands() -> None:
            too large, a queue that is full ...
       4    the storage or the output is not available
       130  interrupted by Ctrl-C
-      141  whoever read the output went away
+      141  the reader of the output went away
       143  ended by SIGTERM
     """  # noqa: D301  # click's mark for a paragraph that is not wrapped is a real backspace
 

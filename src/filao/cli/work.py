@@ -158,9 +158,7 @@ async def _work(
 
 
 def _has_ended(executor: ThreadPoolExecutor) -> bool:
-    """Return whether the threads of `asyncio.to_thread` end in a moment: whoever was cancelled there has left them
-    running.
-    """
+    """Return whether the threads of `asyncio.to_thread` end in a moment; a cancelled call leaves one running."""
     ending = threading.Thread(target=executor.shutdown, daemon=True)
     ending.start()
     ending.join(ENDS_WITHIN)

@@ -63,6 +63,14 @@ def handler_of(function: Callable[..., Any], *, with_transaction: bool) -> Handl
     return Handler(function, name, is_async, _body_of(function, first, name, is_async=is_async), wants)
 
 
+def check_body(handler: Handler, rules: Queue[Any]) -> None:
+    """Raise `ConfigurationError` when a handler asks for bodies of another type than its queue has."""
+    if handler.body is not None and rules.body not in (None, handler.body):
+        raise ConfigurationError(
+            f"the handler {handler.name} asks for bodies of {handler.body!r}; queue {rules.name!r} has {rules.body!r}"
+        )
+
+
 def _wanted(function: Callable[..., Any], known: tuple[str, ...]) -> dict[str, type[Any]]:
     """Return the parameters behind those that every handler has, where their annotations are classes."""
     try:

@@ -1,8 +1,8 @@
 """Threads in which plain functions run: daemons, so that one that hangs does not keep the process, and interruptible.
 
 A thread is interrupted with an exception at its next bytecode, as CPython allows: a call into C ends first, an endless
-loop ends at once. (`PyThreadState_SetAsyncExc`, https://docs.python.org/3/c-api/threads.html) Whoever was interrupted
-is never used again, so that a late exception hits nobody else.
+loop ends at once. (`PyThreadState_SetAsyncExc`, https://docs.python.org/3/c-api/threads.html) A thread
+that was interrupted is never used again, so that a late exception hits nobody else.
 """
 
 import asyncio

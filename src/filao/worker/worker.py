@@ -25,7 +25,7 @@ from filao.message import Message
 from filao.observing import Observer, Tracer
 from filao.outside import outside
 from filao.queue import Queue, T, not_found
-from filao.worker.handlers import Consumer, WorkerGuarantee, handler_of
+from filao.worker.handlers import Consumer, WorkerGuarantee, check_body, handler_of
 from filao.worker.handling import Shared
 from filao.worker.keeper import Keeper
 from filao.worker.outage import Outages, pauses
@@ -132,36 +132,29 @@ class Worker:
         """
         name = queue.name if isinstance(queue, Queue) else queue
         check_name(name)
-        if name in self._consumers:
-            raise _second(name, self._consumers[name])
-        check_count(f"consumer of {name!r}", "concurrency", concurrency, most=CONCURRENCY_MAX)
-        if timeout is not None:
-            check_duration(f"consumer of {name!r}", "timeout", timeout, least=0.001)
-        if guarantee not in ("at-most-once", "at-least-once", "exactly-once"):
-            raise ConfigurationError(
-                f'consumer of {name!r}: guarantee is {guarantee!r}; it must be "at-most-once", "at-least-once" or '
-                f'"exactly-once"'
-            )
-        if not weight > 0:
-            raise ConfigurationError(f"consumer of {name!r}: weight is {weight!r}; it must be above 0")
+        self._check_first(name)
+        _check_terms(name, concurrency, timeout, guarantee, weight)
         mapped = dict(outcomes or {})
         check_outcomes(mapped)
 
         def register(function: F) -> F:
             handler = handler_of(function, with_transaction=guarantee == "exactly-once")
             rules = queue if isinstance(queue, Queue) else Queue(name)
-            if handler.body is not None and rules.body not in (None, handler.body):
-                raise ConfigurationError(
-                    f"the handler {handler.name} asks for bodies of {handler.body!r}; queue {name!r} has {rules.body!r}"
-                )
-            if name in self._consumers:
-                raise _second(name, self._consumers[name])
+            check_body(handler, rules)
+            self._check_first(name)
             if isinstance(queue, Queue):
                 self._declared.append(queue)
             self._consumers[name] = Consumer(rules, handler, concurrency, timeout, guarantee, weight, mapped)
             return function
 
         return cast("Registering[T]", register)
+
+    def _check_first(self, queue: str) -> None:
+        if queue in self._consumers:
+            raise ConfigurationError(
+                f"queue {queue!r} has a consumer in this worker already, {self._consumers[queue].handler.name}: two "
+                f"would take each other's messages. Let one function handle both kinds, or use two queues."
+            )
 
     def lifespan(self, function: L) -> L:
         """Let the decorated generator function open what a process needs once, such as a pool of connections.
@@ -322,20 +315,7 @@ class Worker:
             for observer in [one for one in self.observers if one not in broker.observers]:
                 broker.observers.add(observer)
                 stack.callback(broker.observers.remove, observer)
-            caller = Caller(asyncio.get_running_loop())
-            stack.callback(caller.end, "the worker has stopped, so this message is settled without its handler")
-            shortest = min(consumer.queue.lease for consumer in consumers.values())
-            keeper = Keeper(session_of(broker), shortest, lambda: self.status().told())
-            stack.push_async_callback(keeper.stop)
-            await keeper.start()
-            threads = Threads("filao handler")
-            stack.callback(threads.close)
-            strays = Strays()
-            stack.enter_context(strays.seen(asyncio.get_running_loop()))
-            session = session_of(broker)
-            around = self._surroundings
-            beyond = outside(session, caller)
-            shared = Shared(broker, session, caller, beyond, keeper, threads, strays, Outages(), around)
+            shared = await self._shared(broker, min(one.queue.lease for one in consumers.values()), stack)
             shift = Shift(shared, self._pools(consumers), stop, count, patient=patient)
             stack.callback(shift.pulse.stop)
             self._status = shift.status
@@ -344,6 +324,21 @@ class Worker:
             finally:
                 self.has_hung = bool(shift.hung)
                 self._status = at_rest
+
+    async def _shared(self, broker: Broker, shortest_lease: float, stack: AsyncExitStack) -> Shared:
+        """Make what all runs share; the stack takes it back."""
+        session, loop = session_of(broker), asyncio.get_running_loop()
+        caller = Caller(loop)
+        stack.callback(caller.end, "the worker has stopped, so this message is settled without its handler")
+        keeper = Keeper(session, shortest_lease, lambda: self.status().told())
+        stack.push_async_callback(keeper.stop)
+        await keeper.start()
+        threads = Threads("filao handler")
+        stack.callback(threads.close)
+        strays = Strays()
+        stack.enter_context(strays.seen(loop))
+        beyond, around = outside(session, caller), self._surroundings
+        return Shared(broker, session, caller, beyond, keeper, threads, strays, Outages(), around)
 
     def _pools(self, consumers: Mapping[str, Consumer]) -> list[Pool]:
         if self._concurrency is not None:
@@ -403,9 +398,14 @@ def _nobody() -> None:
     """Stand for a run that could be told to stop, where there is none."""
 
 
-def _second(queue: str, first: Consumer) -> ConfigurationError:
-    return ConfigurationError(
-        f"queue {queue!r} has a consumer in this worker already, {first.handler.name}: two "
-        "would take each other's messages. "
-        f"Let one function handle both kinds, or use two queues."
-    )
+def _check_terms(name: str, concurrency: int, timeout: float | None, guarantee: str, weight: float) -> None:
+    check_count(f"consumer of {name!r}", "concurrency", concurrency, most=CONCURRENCY_MAX)
+    if timeout is not None:
+        check_duration(f"consumer of {name!r}", "timeout", timeout, least=0.001)
+    if guarantee not in ("at-most-once", "at-least-once", "exactly-once"):
+        raise ConfigurationError(
+            f'consumer of {name!r}: guarantee is {guarantee!r}; it must be "at-most-once", "at-least-once" or '
+            f'"exactly-once"'
+        )
+    if not weight > 0:
+        raise ConfigurationError(f"consumer of {name!r}: weight is {weight!r}; it must be above 0")

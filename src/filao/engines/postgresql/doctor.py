@@ -17,10 +17,11 @@ TABLE_LARGE = 1024**3  # bytes
 
 async def examine(connection: Connection, server: Server) -> list[Finding]:
     """Return what there is to say, good and bad."""
-    return [finding async for finding in _findings(connection, server)]
+    parts = (_settings(connection, server), _load(connection), _messages(connection))
+    return [finding for part in parts async for finding in part]
 
 
-async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Finding]:
+async def _settings(connection: Connection, server: Server) -> AsyncGenerator[Finding]:
     version = await _value(connection, "SHOW server_version")
     yield Finding("server", "ok", f"{server.name}, version {version}")
     if server.is_pooled:
@@ -37,6 +38,10 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
             )
     if await _value(connection, "SHOW autovacuum") != "on":
         yield Finding("autovacuum", "error", "autovacuum is off: the message table grows without end. Turn it on.")
+
+
+async def _load(connection: Connection) -> AsyncGenerator[Finding]:
+    """Yield what others do to the server."""
     for holder, pid, age, query in await (
         await connection.execute(_HOLDERS, (TRANSACTION_LONG, HOLDERS_MAX))
     ).fetchall():
@@ -55,6 +60,10 @@ async def _findings(connection: Connection, server: Server) -> AsyncGenerator[Fi
     yield Finding(
         "connections", level, f"{used} of {most} are in use; a worker process takes up to three, a sender one"
     )
+
+
+async def _messages(connection: Connection) -> AsyncGenerator[Finding]:
+    """Yield how the queues are, and who receives from them."""
     yield _clock(int(await _value(connection, _AHEAD)) / 1000)
     size = int(await _value(connection, "SELECT pg_total_relation_size('filao.message')"))
     level = "note" if size > TABLE_LARGE else "ok"

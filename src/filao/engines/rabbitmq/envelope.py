@@ -52,16 +52,7 @@ def written(queue: str, draft: Draft, name: str, ttl: float | None, moment: int)
     """Return the properties that a message is published with; raise `MessageTooLarge` for what AMQP cannot hold."""
     headers: dict[str, Any] = dict(decode_headers(draft.headers))
     for header in headers:
-        if header.startswith(_OTHERS) or header in _COPIES:
-            raise MessageNotEncodable(
-                f"queue {queue!r}: header {header!r}: RabbitMQ or Filao acts upon headers of this name. Nothing "
-                "was sent. Choose another name."
-            )
-        if len(header.encode()) > SHORT_MAX:
-            raise MessageTooLarge(
-                f"queue {queue!r}: the name of header {header[:40]!r}… takes more than {SHORT_MAX} bytes, which AMQP "
-                f"cannot carry. Nothing was sent."
-            )
+        _check_header(queue, header)
     headers[SENT_AT] = moment
     expiration = None
     if ttl is not None and draft.delay > 0:
@@ -79,6 +70,19 @@ def written(queue: str, draft: Draft, name: str, ttl: float | None, moment: int)
         expiration=expiration,
         headers=headers,
     )
+
+
+def _check_header(queue: str, header: str) -> None:
+    if header.startswith(_OTHERS) or header in _COPIES:
+        raise MessageNotEncodable(
+            f"queue {queue!r}: header {header!r}: RabbitMQ or Filao acts upon headers of this name. Nothing was sent. "
+            f"Choose another name."
+        )
+    if len(header.encode()) > SHORT_MAX:
+        raise MessageTooLarge(
+            f"queue {queue!r}: the name of header {header[:40]!r}… takes more than {SHORT_MAX} bytes, which AMQP "
+            f"cannot carry. Nothing was sent."
+        )
 
 
 def read(queue: str, message: DeliveredMessage, token: int, unnamed: Callable[[], str]) -> Delivery:

@@ -1,4 +1,4 @@
-"""Which queues are declared, by which rules: one message in a queue of its own, which whoever reads it holds meanwhile.
+"""Which queues are declared, by which rules: one message in a queue of its own, held by its reader meanwhile.
 
 RabbitMQ tells its clients neither which queues there are nor what they were declared with, so Filao keeps a register.
 It is read by taking the message and giving it back, within a millisecond; to change it, a new one is published before

@@ -3,8 +3,8 @@ again.
 
 The client library decodes each frame in the task that reads the connection. What it raises there ends the connection,
 the message goes back to the head of its queue, and the next connection ends as well. So the decoders that raise are
-replaced by ones that read what they can and mark it: `Mended` text and `MendedTable`s. Whoever reads the message makes
-it `malformed`. What the library decodes by itself is decoded as before.
+replaced by ones that read what they can and mark it: `Mended` text and `MendedTable`s. What reads the message
+makes it `malformed`. What the library decodes by itself is decoded as before.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -66,16 +66,11 @@ def restore(copy: Path, path: Path) -> Path | None:
                 _copy(source, partial, cookie=turnstile.noted() + 1)
             if not is_passable(folder.path, files.BUSY_TIMEOUT):
                 raise EngineUnavailable(
-                    f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process. "
-                    "Nothing was changed: stop the "
-                    f"processes that use it, and try again"
+                    f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process. Nothing was "
+                    f"changed: stop the processes that use it, and try again"
                 )
             with turnstile.turn():
-                kept = _keep(path)
-                partial.rename(path)
-                for part in ("-wal", "-shm"):
-                    _beside(path, part).unlink(missing_ok=True)
-                _flush(path.parent)
+                kept = _replace(path, partial)
         finally:
             turnstile.close()
             folder.close()
@@ -128,6 +123,16 @@ def _check_backup(copy: Path) -> None:
             raise ConfigurationError(
                 f"{copy} is no backup of a queue that this version of Filao knows (version {version})"
             )
+
+
+def _replace(path: Path, partial: Path) -> Path | None:
+    """Put a file in another's place, in a turn, and return where that is kept; see `_keep` for interruptions."""
+    kept = _keep(path)
+    partial.rename(path)
+    for part in ("-wal", "-shm"):
+        _beside(path, part).unlink(missing_ok=True)
+    _flush(path.parent)
+    return kept
 
 
 def _keep(path: Path) -> Path | None:

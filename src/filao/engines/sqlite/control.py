@@ -126,9 +126,7 @@ class SqliteOperators:
         return total
 
     async def _let_expire(self) -> None:
-        """Let what is expired go where nobody received and saw to it; should the file be locked, whoever asks
-        sees it.
-        """
+        """Let what is expired go where nobody received and saw to it; while the file is locked, it is still shown."""
         slices = EXPIRED_SLICES_MAX
         with suppress(EngineUnavailable):
             for queue in await self._look_up(operators.outlived):

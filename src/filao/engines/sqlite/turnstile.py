@@ -80,9 +80,7 @@ class Turnstile:
 
 
 def is_passable(folder: Path, within: float) -> bool:
-    """Return whether one gets through `within` so many seconds: whether nobody stands still in it. For whoever stops
-    others.
-    """
+    """Return whether a turn comes `within` so many seconds: whether no process stands still in one."""
     if sys.platform == "win32":
         return True
     file = os.open(folder / TURNSTILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -66,9 +66,9 @@ def calls(books: Books) -> list[Call]:
     return [call for row in rows for call in _called(books, row)]
 
 
-def _called(books: Books, row: QueueRow) -> list[Call]:
-    """Choose those that have waited longest: enough for what is ready, and one for each new time to learn of."""
-    waiting = books.db.execute(
+def _waiting(books: Books, row: QueueRow) -> list[tuple[int, str, int, int]]:
+    """Return those that have waited longest: process, bell, how many it wants, and whether it was just called."""
+    return books.db.execute(
         f"""
         SELECT p.id, p.bell, w.wants, w.called_at BETWEEN ? AND ?
         FROM filao_waiting w
@@ -79,6 +79,11 @@ def _called(books: Books, row: QueueRow) -> list[Call]:
         """,
         (books.now - PROMISED_FOR, books.now, row.id, books.now - PROMISED_FOR, books.now),
     ).fetchall()
+
+
+def _called(books: Books, row: QueueRow) -> list[Call]:
+    """Choose those that have waited longest: enough for what is ready, and one for each new time to learn of."""
+    waiting = _waiting(books, row)
     ready = row.count["ready"] - sum(wants for *_, wants, called in waiting if called)
     delayed = row.delayed
     chosen: list[Call] = []
