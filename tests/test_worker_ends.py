@@ -39,6 +39,21 @@ class NoText:
     __repr__ = __str__
 
 
+class EndsPrograms(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+    def __getattr__(self, name: str) -> object:
+        raise KeyboardInterrupt
+
+    __repr__ = __str__
+
+
+class KeepsItsTraceback(Exception):
+    def with_traceback(self, _: object) -> Any:
+        raise RuntimeError("as it is")
+
+
 async def cancels_itself(message: filao.Message) -> None:
     task = asyncio.current_task()
     assert task is not None
@@ -96,6 +111,9 @@ ENDS: dict[str, tuple[Callable[..., Any], str]] = {
     "a retry for a number": (raising(filao.Retry(404, delay=60)), "delayed"),
     "a reason that cannot be printed": (raising(filao.Reject(NoText())), "dead"),
     "an error that cannot be printed": (raising(Unprintable()), "delayed"),
+    "a reason that ends programs": (raising(filao.Reject(EndsPrograms())), "delayed"),
+    "an error that ends programs": (raising(EndsPrograms()), "delayed"),
+    "an error that keeps its traceback": (raising(KeepsItsTraceback()), "delayed"),
     "a reason that cannot be encoded": (raising(filao.Reject("\ud800 \0 5 €")), "dead"),
     "an error that cannot be encoded": (raising(ValueError("\ud800 \0 5 €")), "delayed"),
     "a coroutine returned": (returns_a_coroutine, "delayed"),

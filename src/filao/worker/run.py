@@ -75,7 +75,7 @@ def _whatever_happens(step: Callable[Concatenate["Run", P], None]) -> Callable[C
     def guarded(run: "Run", /, *arguments: P.args, **options: P.kwargs) -> None:
         try:
             step(run, *arguments, **options)
-        except Exception:
+        except BaseException:  # one that ends programs may be the handler's, wherever its texts are read
             run.log.exception("%s: an error of the worker's own; its lease runs out", run.about())
             run.abandon()
 
@@ -258,17 +258,21 @@ class Run:
             return None
         if not isinstance(ending, Raised) or handling.why == "stopped":
             return engine.Release()
-        raised = without_our_frames(ending.error)
+        error = ending.error
+        return self._outcome(lambda: self._of_error(error))
+
+    def _of_error(self, error: BaseException) -> engine.Outcome:
+        raised = without_our_frames(error)
         if not is_decision(raised, self._consumer.outcomes):
             self._raised = type(raised).__qualname__
             trace = (type(raised), raised, raised.__traceback__)
             self.log.warning("%s failed: %s", self.about(), last_line(raised), exc_info=trace)
-        return self._outcome(lambda: of_error(raised, self._consumer.outcomes))
+        return of_error(raised, self._consumer.outcomes)
 
     def _outcome(self, decide: Callable[[], engine.Outcome]) -> engine.Outcome:
         try:
             return decide()
-        except Exception as error:  # what the handler gave cannot be read: that is its failure
+        except BaseException as error:  # what the handler gave cannot be read, or ends programs: that is its failure
             self.log.warning("%s: what its handler decided cannot be read", self.about(), exc_info=True)
             return engine.Nack(error=error_text(error))
 
