@@ -38,9 +38,9 @@ def test_the_queue_whose_message_waits_longest_stands_first() -> None:
 
 def test_a_line_takes_eighty_columns_whatever_stands_in_it() -> None:
     wide = stats("q" * 128, ready=123_456_789_012, age=9e7, paused=True)
-    assert len(line(wide, {wide.name: (1e9, 0.1)})) <= 80
+    assert len(line(wide, Reading(0.0, rates={wide.name: (1e9, 0.1)}))) <= 80
     assert len(heading()) == 80
-    assert "\x1b" not in line(stats("a\x1b[2J"), {})
+    assert "\x1b" not in line(stats("a\x1b[2J"), READING)
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (40, 6), (20, 3)])
@@ -77,6 +77,15 @@ def test_rates_are_what_was_sent_since_the_last_look() -> None:
     was = Reading(time.monotonic() - 10.0, [stats("a", sent=100)])
     rate, _ = read_again(lambda: [stats("a", sent=200), stats("new", sent=5)], was).rates["a"]
     assert 5 < rate <= 10
+
+
+def test_what_an_engine_does_not_tell_is_no_nought_and_is_named() -> None:
+    reading = Reading(0.0, [stats("a", ready=9)], {"a": (0.0, 0.0)}, untold="RabbitMQ does not tell what is leased")
+    assert line(reading.queues[0], reading).split() == ["a", "9", "-", "-", "0", "-", "-", "-"]
+    for view in (View(), View(chosen="a", is_inside=True)):
+        shown = screen(reading, view, "", columns=80, rows=24)
+        assert "RabbitMQ does not tell what is leased" in shown
+        assert "nobody receives" not in shown
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ from typing import BinaryIO, TextIO
 import click
 import msgspec
 
+from filao.broker import session_of
+from filao.engine import Feature
 from filao.engines import sqlite_path
 from filao.errors import ConfigurationError, QueueNotFound
 from filao.printable import printable, printable_json
-from filao.sync import Broker, connect
+from filao.sync import Broker, connect, door_of
 from filao.urls import has_scheme, shown_url
 
 
@@ -79,6 +81,17 @@ def broker_at(url: str, queue: str = "QUEUE", *, create: bool = False) -> Genera
         raise QueueNotFound(
             f"{error} In a shell: filao declare {shown_url(url)} {shlex.quote(queue)}.{hint}"
         ) from error
+
+
+def untold(broker: Broker, shown: str) -> str:
+    """Return what an engine does not tell of its queues, and what is `shown` for it; empty when it tells all."""
+    if Feature.COUNTERS in broker.features:
+        return ""
+    return (
+        f"{session_of(door_of(broker)).engine.name} tells what is ready, what is dead, and what this process holds. It "
+        "does not tell what is delayed, blocked or held by others, ages, reasons, whether a queue is paused, who "
+        f"receives, nor what was ever sent, received, acked or died: those are {shown} here"
+    )
 
 
 def file_of(url: str) -> Path | None:

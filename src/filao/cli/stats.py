@@ -5,23 +5,16 @@ import sys
 import click
 import msgspec
 
-from filao.broker import session_of
-from filao.cli.shell import addressed, as_json, broker_at, file_of, is_terminal, note, print_lines
+from filao.cli.shell import addressed, as_json, broker_at, file_of, is_terminal, note, print_lines, untold
 from filao.cli.tables import age_text, draw
 from filao.cli.top import watch
 from filao.engine import Feature, Finding, QueueStats, State
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
-from filao.sync import door_of
 from filao.urls import shown_url
 
 _json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
 _COLUMNS = ("ready", "delayed", "blocked", "leased", "dead", "sent", "acked")
 _WITHOUT_COUNTERS = {"ready": "ready", "held by this process": "leased", "dead": "dead"}
-_UNTOLD = (
-    "{0} tells what is ready, what is dead, and what this process holds. It does not tell what is delayed, blocked or "
-    "held by others, ages, reasons, whether a queue is paused, who receives, nor what was ever sent, received, acked "
-    "or died: those are 0 or empty here"
-)
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
 
@@ -39,10 +32,9 @@ def stats(*, arguments: tuple[str, ...], wants_json: bool, is_watched: bool) -> 
         return watch(url, names[0] if names else None, every=1.0)
     with broker_at(url, *names) as broker:
         found = [broker.stats(name) for name in names] or broker.stats()
-        counts = Feature.COUNTERS in broker.features
-        engine = session_of(door_of(broker)).engine.name
-    if not counts:
-        note(_UNTOLD.format(engine))
+        counts, not_told = Feature.COUNTERS in broker.features, untold(broker, "0 or empty")
+    if not_told:
+        note(not_told)
     if wants_json or not is_terminal(sys.stdout):
         print_lines(as_json(queue) for queue in found)
     elif names:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from shutil import get_terminal_size
+from textwrap import wrap
 
 import click
 
-from filao.cli.shell import addressed, broker_at, is_terminal, print_lines
+from filao.cli.shell import addressed, broker_at, is_terminal, note, print_lines, untold
 from filao.engine import QueueStats, State
 from filao.errors import EngineError
 from filao.printable import printable
@@ -68,6 +69,8 @@ class Reading:
     rates: Mapping[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
     """Sent and acked, by queue."""
     trouble: str = ""
+    untold: str = ""
+    """What the engine does not tell, in words; a dash stands for it. Empty: it tells all."""
 
 
 @click.command()
@@ -96,7 +99,7 @@ def watch(url: str, queue: str | None, *, every: float, times: int | None = None
         def look() -> Sequence[QueueStats]:
             return broker.stats() if queue is None else [broker.stats(queue)]
 
-        first = Reading(time.monotonic(), look())
+        first = Reading(time.monotonic(), look(), untold=untold(broker, "-"))
         if is_terminal(sys.stdout) and is_terminal(sys.stdin):
             _on_terminal(
                 look,
@@ -124,14 +127,16 @@ def read_again(look: Callable[[], Sequence[QueueStats]], before: Reading) -> Rea
         for one in queues
         if one.name in was
     }
-    return Reading(now, queues, rates)
+    return Reading(now, queues, rates, untold=before.untold)
 
 
 def _in_lines(look: Callable[[], Sequence[QueueStats]], reading: Reading, every: float, times: int | None) -> None:
     print_lines([heading().encode()])
+    if reading.untold:
+        note(reading.untold)
     done = 0
     while True:
-        lines = [line(one, reading.rates) for one in sorted_by(reading.queues, "age")]
+        lines = [line(one, reading) for one in sorted_by(reading.queues, "age")]
         print_lines([text.encode(errors="replace") for text in lines or [reading.trouble or "no queue is declared"]])
         done += 1
         if done == times:
@@ -229,13 +234,15 @@ def heading() -> str:
     )
 
 
-def line(queue: QueueStats, rates: Mapping[str, tuple[float, float]]) -> str:
+def line(queue: QueueStats, reading: Reading) -> str:
     """Return a queue on a line of 80 columns; `later` are those delayed and blocked."""
     name = printable(f"{queue.name} (paused)" if queue.paused else queue.name)
     name = name if len(name) <= _NAME else name[: _NAME - 1] + "…"
-    counts = (queue.ready, queue.leased, queue.delayed + queue.blocked, queue.dead)
-    rate_in, rate_out = (short(rate) for rate in rates[queue.name]) if queue.name in rates else ("-", "-")
-    figures = " ".join(f"{short(count):>7}" for count in counts)
+    rate_in, rate_out = (short(rate) for rate in reading.rates[queue.name]) if queue.name in reading.rates else "--"
+    leased, later = short(queue.leased), short(queue.delayed + queue.blocked)
+    if reading.untold:
+        leased = later = rate_in = rate_out = "-"
+    figures = " ".join(f"{figure:>7}" for figure in (short(queue.ready), leased, later, short(queue.dead)))
     return f"{name:<{_NAME}} {figures} {age(queue.oldest_ready_age):>7} {rate_in:>6} {rate_out:>5}"
 
 
@@ -245,23 +252,27 @@ def screen(reading: Reading, view: View, title: str, *, columns: int, rows: int)
     inside = next((one for one in queues if one.name == view.chosen), None) if view.is_inside else None
     head = f"filao top  {printable(title)}"
     told = [head, printable(reading.trouble) or f"{len(queues):,} queues, by {view.sort}", ""]
+    if reading.untold and inside is None:
+        told[2:2] = wrap(reading.untold, columns)
     if inside is not None:
-        told += [heading(), line(inside, reading.rates), "", *_told(inside)]
+        told += [heading(), line(inside, reading), "", *_told(inside, reading, columns)]
         keys = "Esc back  q quit"
     else:
         at = next((place for place, one in enumerate(queues) if one.name == view.chosen), 0)
         room = max(1, rows - len(told) - 3)
         first = max(0, min(at - room // 2, len(queues) - room))
         told.append(heading())
-        cut = [line(one, reading.rates)[:columns] for one in queues[first : first + room]]
+        cut = [line(one, reading)[:columns] for one in queues[first : first + room]]
         told += [f"\x1b[7m{text}\x1b[27m" if first + place == at else text for place, text in enumerate(cut)]
         keys = "up/down choose  Enter look into  s sort  q quit"
     told = [text if text.startswith("\x1b") else text[:columns] for text in told[: max(1, rows - 2)]]
     return [*told, "", keys[:columns]]
 
 
-def _told(queue: QueueStats) -> list[str]:
+def _told(queue: QueueStats, reading: Reading, columns: int) -> list[str]:
     """Return what there is to know of one queue."""
+    if reading.untold:
+        return [f"{'ready':<9}{queue.ready:>12,}", f"{'dead':<9}{queue.dead:>12,}", "", *wrap(reading.untold, columns)]
     lines = [f"{state:<9}{getattr(queue, state):>12,}   oldest {age(queue.oldest_age(state))}" for state in State]
     totals = ("sent", "received", "acked", "nacked", "lost")
     lines += ["", "  ".join(f"{name} {getattr(queue, name):,}" for name in totals)]
