@@ -7,7 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import closing
 from html import unescape
 from itertools import count
@@ -25,10 +25,12 @@ from starlette.routing import Mount
 import filao
 from filao.dashboard import app
 from filao.dashboard.acts import Act
+from filao.dashboard.door import FormError, read_form
+from filao.dashboard.jobs import REMEMBERED_MAX, RUNNING_MAX, Job, Jobs, TooMuchError, in_slices
 from filao.dashboard.neighbours import is_of_another_user
 from filao.dashboard.texts import FOLDER, texts
 from filao.engine import StoredMessage
-from filao.overview import error_kind
+from filao.overview import Deed, error_kind
 from tests.conftest import engine_of
 from tests.support.proxy import Proxy
 from tests.support.servers import Postgres
@@ -199,15 +201,39 @@ async def test_a_form_of_ten_megabytes_is_refused(broker) -> None:
         assert answer.status_code == 413
 
 
+async def test_a_form_that_does_not_come_whole_is_no_form() -> None:
+    """Of a body of `1234` that a connection broke off behind `12`, the rest would have been another amount."""
+
+    async def read(*parts: dict[str, Any]) -> dict[str, str]:
+        coming = iter([{"type": "http.request", "body": b"confirmed=yes&body=12", "more_body": True}, *parts])
+
+        async def receive() -> dict[str, Any]:
+            return next(coming)
+
+        return await read_form(receive)
+
+    assert await read({"type": "http.request", "body": b"34"}) == {"confirmed": "yes", "body": "1234"}
+    for rest in ({"type": "http.disconnect"}, {"type": "http.request", "body": b"%ff"}):
+        with pytest.raises(FormError):
+            await read(rest)
+
+
 # --- the pages -------------------------------------------------------------------------------------------------------
 
 
 async def test_queues_stand_by_their_oldest_age(broker, visitor) -> None:
     await broker.send_to_queue("letters", 1)
+    while not (await broker.stats("letters")).oldest_ready_age:  # or both were sent in one millisecond
+        await asyncio.sleep(0.001)
     await broker.send_to_queue("claims", 1)
     page = await visitor.sees("/en/queues")
     assert page.index('id="q-letters"') < page.index('id="q-claims"')
     assert 'id="q-letters"' not in await visitor.sees("/en/queues?q=CLAIM")
+
+
+async def test_a_page_beyond_the_last_queue_is_the_last_one(broker, visitor) -> None:
+    for path in ("/en/queues?from=100", f"/en/queues?from={'9' * 18}"):
+        assert 'id="q-claims"' in await visitor.sees(path)
 
 
 @on_both
@@ -255,6 +281,19 @@ async def test_a_message_is_shown_whole_whatever_it_holds(broker, visitor) -> No
     receipt = await broker.send_to_queue("claims", "x" * 200_000)
     assert len(await visitor.sees(f"/en/message?queue=claims&id={receipt.id}")) < 100_000
     assert len(await visitor.sees(f"/en/message?queue=claims&id={receipt.id}&whole=1")) > 200_000
+
+
+async def test_what_is_edited_shows_no_mark_that_turns_the_reading_round_and_keeps_it(broker, visitor) -> None:
+    """Text from others: of `{"a": 1}` a mark may show something else than what is sent back."""
+    await die(broker, {"an\u202eamount\x9b": "no\u202e"})
+    (letter,) = await broker.dead_letters("claims")
+    page = await visitor.sees(f"/en/message?queue=claims&id={letter.id}")
+    (edited,) = re.findall(r'name="body"[^>]*>\n(.*)</textarea>', page)
+    await visitor.sees("/en/dead")
+    act = Act("redrive", "claims", reason="rejected", error="no\u202e")
+    assert "\u202e" not in page + (await visitor.sends(act, confirmed="")).text + await visitor.sees("/en/dead")
+    await visitor.does(Act("edit", "claims", id=letter.id), body=edited)
+    assert [message.body for message in await broker.peek("claims")] == [letter.body]
 
 
 async def test_a_body_is_redacted_by_a_function_of_the_users(broker) -> None:
@@ -379,6 +418,15 @@ async def test_a_rate_is_kept_and_a_job_can_be_stopped(broker, visitor) -> None:
 
 
 @on_both
+async def test_a_long_error_is_of_the_same_kind_on_the_page_and_on_the_command_line(broker, visitor) -> None:
+    error = "the bank's answer: " + "".join(f"{number:x}" for number in range(3_000))
+    await die(broker, {"a": error, "b": RuntimeError("x" * 1_500)})
+    found = {kind for _, kind in rows(await visitor.sees("/en/dead"))}
+    assert found == {error_kind(letter.error) for letter in await broker.dead_letters("claims")}
+    assert "RuntimeError" in found
+
+
+@on_both
 async def test_one_is_discarded_and_all_are_redriven(broker, visitor) -> None:
     await die(broker, FOUR_KINDS)
     (first, *_) = await broker.dead_letters("claims")
@@ -386,6 +434,32 @@ async def test_one_is_discarded_and_all_are_redriven(broker, visitor) -> None:
     assert (await broker.stats("claims")).dead == 6
     await visitor.does(Act("redrive", "claims"))
     assert (await broker.stats("claims")).ready == 6
+
+
+async def test_what_somebody_else_has_done_meanwhile_is_said(broker, visitor) -> None:
+    await die(broker, {"a": "no"})
+    (letter,) = await broker.dead_letters("claims")
+    act = Act("edit", "claims", id=letter.id)
+    assert "not there any more" not in await visitor.does(act, body='"first"')
+    assert "1 was not there any more" in await visitor.does(act, body='"second"')
+    assert [message.body for message in await broker.peek("claims")] == ["first"]
+
+
+async def test_where_a_job_ends_is_said_before_it_begins(broker, visitor, monkeypatch) -> None:
+    await die(broker, FOUR_KINDS)
+    await visitor.sees("/en/dead")
+    kind = Act("discard", "claims", reason="rejected", error="ValueError")
+    assert "the first" not in (await visitor.sends(kind, confirmed="")).text
+    monkeypatch.setattr("filao.dashboard.acts.LOOKED_AT_MAX", 6)
+    monkeypatch.setattr("filao.dashboard.acts.CHOSEN_MAX", 6)
+    asked = (await visitor.sends(kind, confirmed="")).text
+    assert "counted among the first 10,000" in asked
+    assert "goes through the first 100,000" in asked
+    await visitor.does(Act("redrive", "claims"))
+    assert (await broker.stats("claims")).dead == 0  # all of a queue have no such bound
+    await die(broker, FOUR_KINDS)
+    await visitor.does(Act("discard", "claims"), rate="10000")
+    assert (await broker.stats("claims")).dead == 1
 
 
 async def test_an_edited_body_must_fit_the_queues_type(broker) -> None:
@@ -434,6 +508,62 @@ async def test_what_no_button_does_is_refused(broker, visitor) -> None:
     assert (await visitor.sends(Act("redrive", "claims"), rate="quick")).status_code == 400
     assert (await visitor.sends(Act("pause", "nothing"))).status_code == 303
     assert "nothing" in await visitor.sees("/en/log")
+
+
+@pytest.fixture
+async def jobs(broker: filao.Broker) -> AsyncGenerator[Jobs]:
+    kept = Jobs(lambda: engine_of(broker).overview)
+    yield kept
+    await kept.close()
+
+
+async def end(job: Job) -> None:
+    assert job.task is not None
+    await asyncio.wait_for(asyncio.shield(job.task), 30)
+
+
+async def test_a_step_that_has_begun_is_seen_through_and_counted_when_its_job_is_stopped(broker, jobs) -> None:
+    began, may_end = asyncio.Event(), asyncio.Event()
+
+    async def step(ids: Sequence[str]) -> int:
+        began.set()
+        await may_end.wait()
+        return len(ids)
+
+    job = await jobs.begin(Deed("ada", "redrive", "claims", wanted=2), lambda job: in_slices(job, ["a", "b"], step, 1))
+    await asyncio.wait_for(began.wait(), 30)
+    jobs.stop(job.number)
+    may_end.set()
+    await end(job)
+    (deed,) = await engine_of(broker).overview.log.deeds(1)
+    assert (deed.done, deed.outcome) == (1, "stopped")
+
+
+async def test_a_long_job_is_remembered_however_many_short_ones_came_after_it(jobs) -> None:
+    may_end = asyncio.Event()
+
+    async def last(_: Job) -> None:
+        await may_end.wait()
+
+    async def pass_by(_: Job) -> None:
+        pass
+
+    long = await jobs.begin(Deed("ada", "redrive", "claims"), last)
+    for _ in range(REMEMBERED_MAX + 1):
+        await end(await jobs.begin(Deed("ada", "pause", "claims"), pass_by))
+    assert jobs.running() == [long]
+    may_end.set()
+    await end(long)
+
+
+async def test_no_more_jobs_begin_at_once_than_may_run(jobs) -> None:
+    async def last(job: Job) -> None:
+        await job.stopping.wait()
+
+    deed = Deed("ada", "redrive", "claims")
+    begun = await asyncio.gather(*(jobs.begin(deed, last) for _ in range(RUNNING_MAX + 3)), return_exceptions=True)
+    assert len(jobs.running()) == RUNNING_MAX
+    assert [type(one) for one in begun].count(TooMuchError) == 3
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------
@@ -531,7 +661,8 @@ def test_every_word_of_the_templates_is_known() -> None:
         ("Traceback …\nmy.own.Error\n", "my.own.Error"),
         ("claim 17 of 3", "claim # of #"),
         ("", ""),
-        ("x" * 500, "x" * 80),
+        ("x" * 5_000, "x" * 80),
+        ("Traceback …\n" + "  File\n" * 1_000 + "ValueError: bad 1\n", "ValueError"),
     ],
 )
 def test_an_error_is_of_a_kind(error: str, kind: str) -> None:

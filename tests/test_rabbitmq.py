@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Iterator
@@ -734,6 +735,10 @@ async def test_its_dead_letters_are_triaged_and_what_cannot_be_shown_is_said(bro
     async with visiting(broker, allow_actions=True) as operator:
         assert sorted(rows(await operator.sees(f"/en/dead?queue={name}"))) == [(1, "one"), (2, "two")]
         assert "RabbitMQ shows dead letters only" in await operator.sees(f"/en/queue?name={name}")
+        for path in (f"queue?name={name}", f"queues?q={name}", "processes"):
+            page = await operator.sees(f"/en/{path}")
+            assert "RabbitMQ tells how much is ready and dead" in page
+            assert not re.search(r"delayed<|acknowledged|Pause…|Oldest|in/s|Nobody", page)
         assert "RabbitMQ has no place for a log" in await operator.sees("/en/log")
         await operator.does(Act("redrive", name, reason="rejected", error="two"))
         (letter,) = await broker.dead_letters(queue)

@@ -13,7 +13,11 @@ import msgspec
 from filao.engine import State, StoredMessage, instant
 
 GLANCE_MAX = 1_000  # messages of one list: some 10 ms of the database's time
-ERROR_TAIL = 500  # characters of a last error that a list tells: its last line tells what was raised
+ERROR_SEEN = (
+    2_000  # characters of a last error that a list tells: what was raised stands in the last line of a traceback ...
+)
+ERROR_HEAD = 100  # ... and at the beginning of what is none
+ERROR_TAIL = ERROR_SEEN - ERROR_HEAD - 1
 BLOCKED_LOOKED_AT = 1_000  # blocked messages whose groups are told
 DEEDS_KEPT = 10_000  # entries of the log; older ones are forgotten
 
@@ -33,7 +37,7 @@ class Glimpse(msgspec.Struct, frozen=True):
     """As `StoredMessage.at`."""
     reason: str | None = None
     error: str = ""
-    """The end of the last error that was recorded."""
+    """The last error that was recorded, as `seen_error` cuts it."""
     consumer: str = ""
     """Of a leased message: the host and process that hold it."""
 
@@ -135,11 +139,18 @@ class Seen(Protocol):
     def overview(self) -> Overview: ...
 
 
+def seen_error(error: str) -> str:
+    """Return the beginning and the end of an error, as each engine's lists tell it."""
+    return error if len(error) <= ERROR_SEEN else f"{error[:ERROR_HEAD]}\n{error[-ERROR_TAIL:]}"
+
+
 def error_kind(error: str) -> str:
     """Return what dead letters of one kind have in common: the class of the exception that a traceback ends with.
 
-    Of a text without one it is the beginning of its first line, with `#` for each number.
+    Of a text without one it is the beginning of its first line, with `#` for each number. It is the same of a whole
+    error and of what a list tells of it.
     """
+    error = seen_error(error)
     for line in reversed(error.splitlines()):
         raised = _RAISED.match(line)
         if raised is not None:

@@ -15,7 +15,7 @@ from filao.broker import Broker
 from filao.checks import check_name
 from filao.codec import codec_for
 from filao.dashboard.jobs import RATE_MAX, Job, in_slices
-from filao.dashboard.triage import CHOSEN_MAX, dead_letters
+from filao.dashboard.triage import CHOSEN_MAX, LOOKED_AT_MAX, dead_letters
 from filao.engine import QueueStats, State
 from filao.errors import ConfigurationError, FilaoError, MessageError
 from filao.overview import Deed, Overview, error_kind
@@ -106,6 +106,15 @@ def wanted(act: Act, queue: QueueStats | None, kind: int) -> int:
     return queue.dead if act.reason is None else kind
 
 
+def bounds(act: Act, queue: QueueStats | None) -> list[str]:
+    """Return by name the bounds that a deed meets, of which the page that asks for a confirmation tells."""
+    dead = 0 if queue is None else queue.dead
+    if act.what not in ("redrive", "discard") or act.id is not None:
+        return []
+    counted = ["counted"] if act.reason is not None and dead > LOOKED_AT_MAX else []
+    return [*counted, "job"] if dead > CHOSEN_MAX else counted
+
+
 class Doing:
     """Carries acts out on a broker."""
 
@@ -142,14 +151,19 @@ class Doing:
         def step(ids: Sequence[str]) -> Awaitable[int]:
             return broker.redrive(queue, ids=ids) if act.what == "redrive" else broker.discard(queue, ids=ids)
 
-        if act.id is None and act.reason is None and rate is None:  # all at once: the engine knows which
+        goes_by_steps = (
+            rate is not None or State.READY in self._overview().sees
+        )  # each step of RabbitMQ goes through all
+        is_of_all = act.id is None and act.reason is None
+        ids = [act.id] if act.id is not None else await self._chosen(act) if goes_by_steps or not is_of_all else []
+        if is_of_all and rate is None and (len(ids) == CHOSEN_MAX or not goes_by_steps):  # the engine knows which
             job.done = await (broker.redrive(queue) if act.what == "redrive" else broker.purge(queue, state=State.DEAD))
             return
-        ids = [act.id] if act.id is not None else await self._chosen(act)
-        if rate is None and State.READY not in self._overview().sees:  # RabbitMQ goes through all of them for each step
-            job.done = await step(ids)
-        else:
+        job.wanted = len(ids)
+        if goes_by_steps:
             await in_slices(job, ids, step, rate)
+        else:
+            job.done = await step(ids)
 
     async def _chosen(self, act: Act) -> list[str]:
         """Return the ids of a kind: fixed when it begins, or what dies again would never end."""

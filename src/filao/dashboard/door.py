@@ -4,6 +4,7 @@ The cookie of a session is signed with a key that is made from the token, so tha
 and nothing is remembered. Each session has a proof, which every form carries: a page of another site cannot know it.
 """
 
+import asyncio
 import base64
 import getpass
 import hashlib
@@ -30,6 +31,7 @@ TOKEN_LEAST = 12  # characters: fewer can be guessed from a cookie that was seen
 SESSION_LASTS = 12 * 3_600  # seconds
 NAME_MAX = 64  # characters of the name that somebody gives with the token
 FORM_MAX = 2 * 1024 * 1024  # bytes: an edited body, and what stands around it
+FORM_WITHIN = 30.0  # seconds for a form to come: the bound of every wait
 
 SAFE = door.SAFE | {
     "referrer-policy": "same-origin",  # under no-referrer, browsers send forms with the origin `null`
@@ -45,11 +47,23 @@ NOT_HERE = (
     "application admit people.\n"
 )
 NOT_ADMITTED = "The application does not admit you to this dashboard.\n"
-TOO_LARGE = f"A form has at most {FORM_MAX:,} bytes.\n"
+BAD_FORMS = {
+    "form_too_large": (413, f"A form has at most {FORM_MAX:,} bytes.\n"),
+    "form_unreadable": (400, "The form did not come whole, or cannot be read.\n"),
+}
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 Admit = Callable[[Scope], str | None]
 """Returns who it is that asks, for the log, or None for those who may not come in."""
+
+
+class FormError(Exception):
+    """A form that nothing is done with: one of `BAD_FORMS`."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.status, self.text = BAD_FORMS[what]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +158,10 @@ class Door:
     async def _try(self, scope: Scope, receive: Receive, guesses: Guesses) -> Response:
         if guesses.are_too_many():
             return PlainTextResponse("Too many guesses at a time.\n", 429)
-        form = await read_form(receive)
-        if form is None:
-            return PlainTextResponse(TOO_LARGE, 413)
+        try:
+            form = await read_form(receive)
+        except FormError as error:
+            return PlainTextResponse(error.text, error.status)
         if not await guesses.is_right(form.get("token", "").strip()):
             return self._enter(scope, True)
         kept = self._kept(scope, _new_session(form.get("name", "")))
@@ -184,20 +199,26 @@ class Door:
         return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
 
 
-async def read_form(receive: Receive) -> dict[str, str] | None:
-    """Return the fields of a form, of which each counts once; None when it is too large."""
-    content = b""
-    while True:
-        message = await receive()
-        content += message.get("body", b"")
-        if len(content) > FORM_MAX:
-            return None
-        if message["type"] == "http.disconnect" or not message.get("more_body"):
-            break
+async def read_form(receive: Receive) -> dict[str, str]:
+    """Return the fields of a form, of which each counts once.
+
+    Raises `FormError` when it is too large, or not whole: half of a number is a number.
+    """
+    content = bytearray()
     try:
-        fields = parse_qs(content.decode(errors="replace"), keep_blank_values=True, max_num_fields=50)
-    except ValueError:
-        return {}
+        async with asyncio.timeout(FORM_WITHIN):
+            more = True
+            while more:
+                message = await receive()
+                content += message.get("body", b"")
+                if len(content) > FORM_MAX:
+                    raise FormError("form_too_large")
+                if message["type"] == "http.disconnect":
+                    raise FormError("form_unreadable")
+                more = message.get("more_body", False)
+        fields = parse_qs(content.decode(), keep_blank_values=True, max_num_fields=50, errors="strict")
+    except (TimeoutError, ValueError) as error:
+        raise FormError("form_unreadable") from error
     return {name: values[0] for name, values in fields.items()}
 
 

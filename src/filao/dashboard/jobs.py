@@ -32,18 +32,28 @@ class TooMuchError(Exception):
     """So many deeds are under way that no more is begun."""
 
 
+class StoppedError(Exception):
+    """Somebody stopped a deed; what it has done is counted."""
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """A deed, here."""
 
     number: int
     deed: Deed
+    wanted: int
+    """How many messages it is about: as many as were known when it began, then as many as were chosen."""
     done: int = 0
     outcome: str = ""
     """Empty while it goes on; as `Deed.outcome`."""
     logged: int = 0
     """Its number in the log; 0: the engine keeps none."""
     task: "asyncio.Task[None] | None" = field(default=None, repr=False)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+    """Set when somebody wants it to stop; it does so between two steps."""
+    can_stop: bool = False
+    """It goes by steps; what an engine does all at once is seen through."""
     ended: float = 0.0
     """When, by the monotonic clock; 0 while it goes on."""
 
@@ -71,31 +81,39 @@ class Jobs:
         """
         if len(self.running()) >= RUNNING_MAX:
             raise TooMuchError
-        kept = self._overview().log
-        logged = 0 if kept is None else await kept.begin(deed)
+        self._last += 1
+        job = self._jobs[self._last] = Job(self._last, deed, deed.wanted)
+        try:
+            kept = self._overview().log
+            job.logged = 0 if kept is None else await kept.begin(deed)
+        except BaseException:
+            del self._jobs[job.number]
+            raise
         log.info(
             "%s: %s %s of queue %r, %d messages", deed.who, deed.what, deed.about or "all", deed.queue, deed.wanted
         )
-        self._last += 1
-        job = self._jobs[self._last] = Job(self._last, deed, logged=logged)
-        while len(self._jobs) > REMEMBERED_MAX:
-            self._jobs.pop(next(number for number, one in self._jobs.items() if one.outcome or one is not job))
+        while len(self._jobs) > REMEMBERED_MAX:  # fewer than these go on
+            del self._jobs[next(number for number, one in self._jobs.items() if one.outcome)]
         job.task = asyncio.create_task(self._run(job, work))
         return job
 
     def stop(self, number: int) -> None:
-        """End a job; what it has done stays done."""
-        job = self._jobs.get(number)
-        if job is not None and job.task is not None:
-            job.task.cancel()
+        """End a job after the step that it is at; what it has done stays done."""
+        if (job := self._jobs.get(number)) is not None:
+            job.stopping.set()
 
     async def close(self) -> None:
-        """End all."""
-        tasks = [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]
-        for task in tasks:
-            task.cancel()
+        """End all, after the steps that they are at; what takes longer than `ENDS_WITHIN` is left in the middle."""
+        running = self.running()
+        for job in running:
+            job.stopping.set()
+        tasks = {job.task for job in running if job.task is not None}
         if tasks:
-            await asyncio.wait(tasks, timeout=ENDS_WITHIN)
+            _, late = await asyncio.wait(tasks, timeout=ENDS_WITHIN)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=ENDS_WITHIN)
 
     async def _run(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
         recording = asyncio.create_task(self._record(job))
@@ -103,6 +121,8 @@ class Jobs:
         try:
             await work(job)
             outcome = DONE
+        except StoppedError:
+            pass
         except FilaoError as error:
             outcome = str(error)
         except asyncio.CancelledError:
@@ -136,10 +156,17 @@ class Jobs:
 
 
 async def in_slices(job: Job, ids: Sequence[str], step: Step, rate: float | None) -> None:
-    """Do something to messages, slice by slice; at most `rate` of them a second."""
+    """Do something to messages, slice by slice; at most `rate` of them a second.
+
+    A step that has begun is seen through and counted. Raises `StoppedError` when somebody stops it in between.
+    """
     size = SLICE if rate is None else max(1, min(SLICE, round(rate / TICKS)))
-    began = time.monotonic()
+    began, job.can_stop = time.monotonic(), True
     for first in range(0, len(ids), size):
+        if job.stopping.is_set():
+            raise StoppedError
         job.done += await step(ids[first : first + size])
         if rate is not None:
-            await asyncio.sleep(max(0.0, began + (first + size) / rate - time.monotonic()))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, began + (first + size) / rate - time.monotonic())):
+                    await job.stopping.wait()

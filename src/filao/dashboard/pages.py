@@ -22,14 +22,16 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.types import Scope
 
+from filao.broker import session_of
 from filao.dashboard import charts, shown
-from filao.dashboard.acts import Act, Doing, rate_of, unpacked, wanted
-from filao.dashboard.door import Visitor, read_form
+from filao.dashboard.acts import Act, Doing, bounds, rate_of, unpacked, wanted
+from filao.dashboard.door import FormError, Visitor, read_form
 from filao.dashboard.jobs import Job, Jobs, TooMuchError
 from filao.dashboard.texts import texts
+from filao.dashboard.triage import CHOSEN_MAX, LOOKED_AT_MAX
 from filao.dashboard.views import Asked, NoMessageError, Views, oldest_age, whole
 from filao.dashboard.watch import Course, Look, Watch
-from filao.engine import State
+from filao.engine import Feature, State
 from filao.errors import ConfigurationError, FilaoError, QueueNotFound
 from filao.languages import LANGUAGES, Language, fill
 from filao.languages import wanted as wanted_language
@@ -197,7 +199,8 @@ class Pages:
     def _render(self, template: str, request: Request, language: Language, look: Look, told: Told) -> str:
         root = f"{request.scope.get('root_path', '')}"
         visitor: Visitor | None = request.scope.get("filao_visitor")
-        told_texts = texts(language)
+        told_texts, features = texts(language), self._watch.broker.features
+        counts = Feature.COUNTERS in features
 
         def t(key: str, **values: object) -> str:
             return fill(language, told_texts[key], values)
@@ -234,7 +237,10 @@ class Pages:
             look=look,
             visitor=visitor,
             may_act=self._allow_actions,
-            states=tuple(State),
+            states=tuple(State) if counts else (State.READY, State.DEAD),
+            counts=counts,
+            engine=session_of(self._watch.broker).engine.name,
+            may_pause=Feature.PAUSE in features,
             jobs=self._shown_jobs(request),
         )
 
@@ -266,9 +272,10 @@ class Pages:
         look = await self._watch.latest()
         draw = partial(self._drawn_whole, request, language, look)
         visitor: Visitor = request.scope["filao_visitor"]
-        form = await read_form(request.receive)
-        if form is None:
-            return draw(Told("trouble", {"what": "form_too_large"}, 413))
+        try:
+            form = await read_form(request.receive)
+        except FormError as error:
+            return draw(Told("trouble", {"what": error.what}, error.status))
         if not _is_same(form.get("proof", ""), visitor.proof):
             return draw(Told("trouble", {"what": "forged"}, 403))
         if not self._allow_actions:
@@ -282,6 +289,9 @@ class Pages:
         how_many = self._wanted(act, look)
         values = {
             "act": act,
+            "bounds": bounds(act, look.queues.get(act.queue)),
+            "looked_at_max": LOOKED_AT_MAX,
+            "chosen_max": CHOSEN_MAX,
             "how_many": how_many,
             "wrong": "",
             "body": form.get("body", ""),

@@ -115,11 +115,12 @@ class Triage:
 async def dead_letters(overview: Overview, queue: str, most: int) -> AsyncGenerator[Glimpse]:
     """Yield a queue's dead letters in the order of sending, so many at most, in slices."""
     after: str | None = None
-    for _ in range(0, most, GLANCE_MAX):
-        page = await overview.glance(queue, State.DEAD, limit=GLANCE_MAX, after=after)
+    for first in range(0, most, GLANCE_MAX):
+        limit = min(GLANCE_MAX, most - first)
+        page = await overview.glance(queue, State.DEAD, limit=limit, after=after)
         for letter in page:
             yield letter
-        if len(page) < GLANCE_MAX:
+        if len(page) < limit:
             return
         after = page[-1].id
 

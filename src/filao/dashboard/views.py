@@ -15,9 +15,10 @@ from filao.broker import Broker, session_of
 from filao.dashboard.shown import NOTHING, body_of, json_text
 from filao.dashboard.triage import Triage
 from filao.dashboard.watch import Look
-from filao.engine import Event, QueueStats, Receiver, State, StoredMessage
+from filao.engine import Event, Feature, QueueStats, Receiver, State, StoredMessage
 from filao.errors import ConfigurationError, QueueNotFound
 from filao.overview import GLANCE_MAX, Glimpse, Overview
+from filao.printable import printable_json
 from filao.process import REPORT_STALE
 from filao.queue import Queue, not_found
 
@@ -57,17 +58,19 @@ class Views:
 
     async def queues(self, asked: Asked) -> Told:
         """Tell of the queues, by oldest age."""
-        sort = asked.query.get("sort", "age")
-        sort = sort if sort in SORTS else "age"
+        sorts = SORTS if Feature.COUNTERS in self._broker.features else SORTS[1:]
+        sort = asked.query.get("sort", "")
+        sort = sort if sort in sorts else sorts[0]
         words = asked.query.get("q", "").strip().lower()
         fitting = [one for one in asked.look.queues.values() if words in one.name.lower()]
-        first = whole(asked.query.get("from", ""))
+        first = min(whole(asked.query.get("from", "")), max(0, len(fitting) - 1) // QUEUES_SHOWN * QUEUES_SHOWN)
         most = heapq.nsmallest(first + QUEUES_SHOWN, fitting, key=_rank(sort))
         shown = most[first:]
         total = {state: sum(getattr(one, state) for one in fitting) for state in State}
         return {
             "queues": shown,
             "sort": sort,
+            "sorts": sorts,
             "q": asked.query.get("q", "").strip(),
             "count": len(fitting),
             "total": total,
@@ -137,7 +140,7 @@ class Views:
             blank = msgspec.structs.replace(found, body=None, headers={}, history=())
             return told | {"message": blank, "trouble_of_redaction": type(error).__name__, "is_redacted": True}
         is_editable = found.state is State.DEAD and self._redact is None and not isinstance(found.body, bytes)
-        editable = json_text(found.body) if is_editable else ""
+        editable = printable_json(json_text(found.body).encode()).decode() if is_editable else ""
         told |= {"message": found, "body": body, "editable": editable, "timeline": _timeline(found)}
         return told | {"is_redacted": self._redact is not None}
 

@@ -5,6 +5,30 @@ const part = document.querySelector("[data-live]");
 const STREAMS = 3; // a browser has six connections to a server for all its tabs; who gets no stream asks now and then
 const ASKS_EVERY = 5000; // milliseconds
 const NARROWS = 1000; // milliseconds between two attempts to get a stream
+const STALE = 10000; // milliseconds without an answer after which the page says so
+const SILENCE = 60000; // milliseconds after which a connection counts as broken: a stream ends after 30 seconds
+
+const silent = document.getElementById("silent");
+let heard = Date.now();
+let lost = 0; // since when nobody answers
+
+function hear() {
+  heard = Date.now();
+  lost = 0;
+  silent.hidden = true;
+}
+
+function lose() {
+  lost ||= Date.now();
+}
+
+function watch() {
+  if (document.hidden) { lost = 0; return; }
+  if (Date.now() - heard > SILENCE) lose();
+  if (!lost || Date.now() - lost < STALE) return;
+  silent.querySelector("time").textContent = new Date(heard).toLocaleTimeString(document.documentElement.lang);
+  silent.hidden = false;
+}
 
 function draw(text) {
   const focused = part.contains(document.activeElement) ? document.activeElement.id : "";
@@ -20,8 +44,9 @@ function listen() {
   return new Promise((done) => {
     const events = new EventSource(part.dataset.live);
     const end = () => { events.close(); done(); };
-    events.onmessage = (event) => draw(event.data);
-    events.onerror = () => { if (events.readyState === EventSource.CLOSED) end(); };
+    events.onopen = hear;
+    events.onmessage = (event) => { hear(); draw(event.data); };
+    events.onerror = () => { lose(); if (events.readyState === EventSource.CLOSED) end(); };
     document.addEventListener("visibilitychange", () => { if (document.hidden) end(); }, { once: true });
   });
 }
@@ -29,9 +54,11 @@ function listen() {
 async function ask() {
   try {
     const answer = await fetch(part.dataset.live.replace("live=stream", "live=once"));
-    if (answer.ok) draw(await answer.text());
+    if (!answer.ok) { lose(); return; }
+    draw(await answer.text());
+    hear();
   } catch {
-    // the server is away: it is asked again
+    lose(); // it is asked again
   }
 }
 
@@ -54,4 +81,7 @@ async function live() {
   }
 }
 
-if (part) live();
+if (part) {
+  live();
+  setInterval(watch, 1000); // milliseconds
+}

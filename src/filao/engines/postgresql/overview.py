@@ -15,6 +15,8 @@ from filao.overview import (
     BLOCKED_LOOKED_AT,
     DEED,
     DEEDS_KEPT,
+    ERROR_HEAD,
+    ERROR_SEEN,
     ERROR_TAIL,
     GLANCE_MAX,
     Deed,
@@ -25,7 +27,9 @@ from filao.overview import (
 
 _SEEN = f"""
     filao.name_of(m), length(m.content), m.headers, m.attempts, m.priority, m.grp, m.sent_at, m.at, m.reason,
-    coalesce((SELECT right(f.error, {ERROR_TAIL}) FROM filao.failure f
+    coalesce((SELECT CASE WHEN length(f.error) <= {ERROR_SEEN} THEN f.error
+                     ELSE concat(left(f.error, {ERROR_HEAD}), chr(10), right(f.error, {ERROR_TAIL})) END
+              FROM filao.failure f
               WHERE f.message = m.id ORDER BY f.id DESC LIMIT 1), ''),
     coalesce((SELECT name FROM filao.process WHERE id = m.token >> 32), '')
 """

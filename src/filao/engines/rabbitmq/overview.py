@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 
 from filao.engine import State, StoredMessage
-from filao.overview import ERROR_TAIL, GLANCE_MAX, Glimpse, HeldGroup
+from filao.overview import GLANCE_MAX, Glimpse, HeldGroup, seen_error
 
 FOUND_AMONG = 10_000  # dead letters among which one is looked for
 
@@ -62,5 +62,5 @@ def _glimpse(message: StoredMessage) -> Glimpse:
         message.sent_at,
         message.at,
         message.reason,
-        message.error[-ERROR_TAIL:],
+        seen_error(message.error),
     )

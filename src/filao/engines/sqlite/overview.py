@@ -18,6 +18,8 @@ from filao.overview import (
     BLOCKED_LOOKED_AT,
     DEED,
     DEEDS_KEPT,
+    ERROR_HEAD,
+    ERROR_SEEN,
     ERROR_TAIL,
     GLANCE_MAX,
     Deed,
@@ -27,7 +29,9 @@ from filao.overview import (
 )
 
 _ERROR = f"""
-    coalesce((SELECT substr(error, -{ERROR_TAIL}) FROM filao_failure INDEXED BY filao_failures
+    coalesce((SELECT CASE WHEN length(error) <= {ERROR_SEEN} THEN error
+                     ELSE substr(error, 1, {ERROR_HEAD}) || char(10) || substr(error, -{ERROR_TAIL}) END
+              FROM filao_failure INDEXED BY filao_failures
               WHERE message = filao_message.id ORDER BY id DESC LIMIT 1), '')
 """
 _SEEN = f"""
