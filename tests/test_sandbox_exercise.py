@@ -1,5 +1,6 @@
 """Step 11: what is said of a learner's code, good, bad, endless or ending itself; and that nothing of it is left."""
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -74,6 +75,18 @@ def processes(folder: Path) -> list[int]:
     return found
 
 
+def marked(folder: Path) -> list[str]:
+    """Return the processes in whose environment a folder stands."""
+    found: list[str] = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder).encode() in (entry / "environ").read_bytes():
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
 async def results(found: Exercise, text: str) -> dict[str, tuple[str, str]]:
     await found.start(text)
     await until_soon(lambda: not found.is_running)
@@ -123,19 +136,55 @@ async def test_an_error_that_is_not_caught_is_told_with_its_line(checked, only) 
     ("text", "key"),
     [
         (SKELETON.replace("while True:", "while True"), "syntax"),
-        ("x = '\0'", "syntax"),
+        ("x = '\0'", "no_python"),
         ("(" * 3000, "syntax"),
         ("import sys; sys.exit(3)", "exited"),
         ("print('hello')", "ended"),
         ("raise KeyboardInterrupt", "raised"),
-        ("import os; os._exit(1)", "no_start"),
+        ("import os; os._exit(1)", "vanished"),
+        ("input('what now?')", "raised"),
+        ("bytearray(3 * 1024**3)", "raised"),
+        ("#" * (exercise.CODE_MAX + 1), "too_long"),
     ],
-    ids=["syntax", "null", "nesting", "exit", "end", "interrupt", "hard exit"],
+    ids=["syntax", "null", "nesting", "exit", "end", "interrupt", "hard exit", "input", "memory", "too long"],
 )
 async def test_what_is_no_consumer_is_told_and_not_suffered(checked, only, text, key) -> None:
     only("after_work")
     found = await results(checked, text)
     assert found["after_work"] == ("red", key)
+
+
+async def test_what_the_code_has_started_ends_with_it(checked, tmp_path) -> None:
+    started = "import os, subprocess, sys\nos.fork()\nasleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+    await checked.start(f"{started}subprocess.run(asleep, start_new_session=True)\n")
+    await until_soon(lambda: len(marked(tmp_path)) >= 4)
+    await checked.cancel()
+    await until_soon(lambda: marked(tmp_path) == [])
+
+
+async def test_code_that_starts_ever_more_processes_is_stopped_and_told(checked, only, monkeypatch) -> None:
+    only("after_work")
+    monkeypatch.setattr(exercise, "CROWD", 4)
+    monkeypatch.setattr(exercise, "COUNT_EVERY", 0.05)
+    text = "import os, time\nwhile os.fork():\n    time.sleep(0.01)\ntime.sleep(600)\n"
+    assert await results(checked, text) == {"after_work": ("red", "crowd")}
+
+
+async def test_what_is_checked_again_and_again_at_once_is_checked_once(checked) -> None:
+    await asyncio.gather(*(checked.start("import time\ntime.sleep(600)\n") for _ in range(3)))
+    assert checked.started == 3  # and when it is stopped, nothing is left
+
+
+async def test_the_code_runs_where_nothing_of_ours_lies(checked, only) -> None:
+    only("after_work")
+    await results(checked, "import os\nprint(os.listdir())\n")
+    assert checked.output == "[]\n"
+
+
+async def test_code_that_cannot_be_stored_is_told(checked, tmp_path) -> None:
+    (tmp_path / "exercise").mkdir()
+    (tmp_path / "exercise" / "my_consumer.py").mkdir()
+    assert (await results(checked, SKELETON))["once"] == ("red", "storage")
 
 
 async def test_an_endless_loop_is_told(checked, monkeypatch) -> None:

@@ -7,11 +7,14 @@ from contextlib import closing
 import pytest
 
 import filao
+from filao.sandbox import visits
 from filao.sandbox.journal import journal_of
 from filao.sandbox.lanes import Lane
 from filao.sandbox.lesson import Facts, mark
 from filao.sandbox.room import Room, RoomError
 from filao.sandbox.rows import Rows
+from filao.sandbox.steps import STEPS
+from filao.sandbox.visits import Visit
 from tests.support.learner import PATIENCE, until_soon
 
 pytestmark = pytest.mark.anyio
@@ -70,3 +73,29 @@ async def test_the_row_of_a_send_is_as_the_send_left_it_though_a_consumer_has_th
             await broker.receive_from_queue("claims")
             assert '"state":"leased"' in rows.row(receipt.id)
             assert rows.row(receipt.id, as_sent=True) == ready
+
+
+@pytest.mark.parametrize(("key", "act"), [("kill", "long_claims"), ("zombie", "short_lease")])
+async def test_a_step_in_which_nobody_can_work_any_more_says_so(tmp_path, monkeypatch, key, act) -> None:
+    monkeypatch.setattr(visits, "RESTED", 0.1)
+    (tmp_path / "room").mkdir()
+    visit = Visit(await Room(tmp_path / "room").__aenter__())
+    try:
+        visit.go([step.key for step in STEPS].index(key))
+        await visit.act(act)
+        await until_soon(lambda: hint(visit) in ("kill", "pause"))
+        for lane in visit.room.lanes.living():
+            if key == "kill":
+                visit.room.kill(lane.number)
+            else:
+                await visit.room.pause(lane.number)
+        await until_soon(lambda: hint(visit) == "stranded")
+        if key == "zombie":
+            visit.room.go_on(visit.room.lanes.living()[0].number)
+            await until_soon(lambda: hint(visit) != "stranded")
+    finally:
+        await visit.close()
+
+
+def hint(visit: Visit) -> str:
+    return str(visit.shown(known=0, claim=0)["lesson"]["hint"])

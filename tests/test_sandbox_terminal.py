@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from filao.sandbox.room import Room
 from filao.sandbox.steps import STEPS
+from filao.sandbox.terminal import Face
+from filao.sandbox.visits import Visit
 from filao.sandbox.words import program, words
 from tests.test_sandbox_exercise import TRANSACTION, code
 
@@ -94,6 +97,29 @@ def test_where_there_is_no_code_yet_the_skeleton_is_put_there(pipe, tmp_path) ->
     assert pipe.process.wait(PATIENCE) == 0
     assert (tmp_path / "my_consumer.py").read_text() == program("my_consumer")
     assert "Acknowledged before it was paid" in re.sub(r"\s+", " ", pipe.said())
+
+
+def test_what_cannot_be_read_or_counted_is_told_and_ends_nothing(pipe, tmp_path) -> None:
+    (tmp_path / "my_consumer.py").mkdir()
+    for wish in ("k" + "9" * 5_000, *("n" * 10), "c", "q"):
+        pipe.ask(wish)
+    assert pipe.process.wait(PATIENCE) == 0
+    assert "Consumer 999999999 is not there any more" in pipe.said()
+    assert "Is a directory" in pipe.said()
+
+
+@pytest.mark.anyio
+async def test_a_key_is_waited_for_while_the_number_of_a_consumer_may_go_on(tmp_path) -> None:
+    (tmp_path / "room").mkdir()
+    visit = Visit(await Room(tmp_path / "room").__aenter__())
+    lanes = visit.room.lanes
+    lanes.expect(1, 0)
+    lanes.expect(12, 0)
+    face = Face(visit, "en")
+    wishes = [wish for wish in ("k", "k1", "k12", "k1\n", "k3", "+", "\n") if face.is_whole(wish)]
+    lanes.by_number.clear()
+    await visit.close()
+    assert wishes == ["k12", "k1\n", "k3", "+", "\n"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

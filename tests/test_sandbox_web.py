@@ -33,6 +33,10 @@ BELOW_THE_FOLD = (
     "(({ scrollHeight, clientHeight }) => scrollHeight - clientHeight)(document.querySelector('.lesson-body'))"
 )
 A_LINE = 22  # pixels: fonts differ
+SOCKETS = """
+    window.sockets = [];
+    window.WebSocket = class extends WebSocket { constructor(...all) { super(...all); sockets.push(this); } };
+"""
 SPEED = "5"  # times as fast as for people: what is seen in each step is the same, by construction
 
 
@@ -137,6 +141,36 @@ async def test_progress_is_kept_when_the_page_is_opened_anew(learner) -> None:
     await learner.until("document.documentElement.lang === 'fr'")
     await learner.page.wait_for_selector(".numbers li:nth-child(1) .done")
     assert learner.stats().sent == 0
+
+
+async def test_another_room_prints_what_was_proved_in_the_one_before(learner, served) -> None:
+    await learner.go(2)
+    await learner.act("send_few")
+    await learner.has_done()
+    await learner.until("(localStorage.getItem('filao-lesson') || '').includes('answer_ms')")
+    await learner.page.context.clear_cookies()
+    await learner.page.goto(f"{served.url}en?token={TOKEN}")
+    await learner.go(11)
+    await learner.press(".next")
+    assert re.search(r"took [\d.]+ ms", await learner.page.inner_text(".proved .done"))
+
+
+async def test_a_page_that_lost_its_connection_shows_each_event_once(learner) -> None:
+    await learner.page.add_init_script(SOCKETS)
+    await learner.page.reload()
+    await learner.press(".start")
+    await learner.go(2)
+    await learner.act("send_few")
+    await learner.has_done()
+    await learner.tab("slow")
+    await learner.page.wait_for_selector(".count >> text=/ 10")
+    await learner.page.evaluate("sockets.at(-1).close()")
+    await learner.page.wait_for_selector(".notice.lost")
+    await learner.page.wait_for_selector(".notice.lost", state="detached")
+    await learner.tab("timeline")
+    await learner.press("[data-do=one]:enabled")
+    await learner.tab("slow")
+    await learner.page.wait_for_selector(".count >> text=/ 12")
 
 
 async def test_a_teacher_presents_with_the_arrow_keys(learner) -> None:

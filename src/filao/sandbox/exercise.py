@@ -3,7 +3,7 @@ has taught.
 
 Each check has a queue file of its own. It looks at what happened outside: the table of payments, the engine's
 counters, and what the processes wrote down; and it says why it is red. Whatever the code does, loops, exits or
-errors, is told within a bounded time.
+errors, is told within a bounded time. Each process leads a group: what the code starts itself dies with it.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +36,13 @@ CODE_MAX = 40_000  # characters
 STUCK_AFTER = 20.0  # seconds in which nothing has happened
 BUSY_AFTER = 4.0  # seconds of CPU that a process has used when nothing happens: it loops
 CHECK_MAX = 120.0  # seconds that one check takes at most
+DESK = "desk"  # the folder in which the code runs: what it writes by a name of its own meets nothing of ours
+RUN = "FILAO_RUN"  # names the run in the environment of its processes
+CROWD = 30  # processes of a run that are too many: three are ours, and a consumer needs few of its own
+COUNT_EVERY = 0.5  # seconds between two looks at how many there are
 LOOK_EVERY = 0.05  # seconds
 SHOWN_MAX = 3_000  # characters of what the processes print
+HOPELESS = ("stuck", "loops", "exited", "ended", "vanished", "crowd")  # why the other checks are not made
 ALL, KILLED = 100, 30  # claims of `nothing_lost`, and the one of them whose first holder is killed
 
 State = Literal["open", "running", "green", "red"]
@@ -70,6 +75,7 @@ class Exercise:
         self._folder = folder
         self._runs = 0
         self._task: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()  # else what starts while another one stops would be owned by nobody
         self.results: dict[str, Result] = {check: Result() for check in CHECKS}
         self.output: str = ""
         """The last that the processes printed."""
@@ -84,15 +90,20 @@ class Exercise:
 
     async def start(self, code: str) -> None:
         """Check some code; what was being checked is dropped."""
-        await self.stop()
-        self.started += 1
-        self.code = code[:CODE_MAX]
-        self.results = {check: Result() for check in CHECKS}
-        self.output = ""
-        self._task = asyncio.create_task(self._check_all())
+        async with self._turn:
+            await self._stop()
+            self.started += 1
+            self.code = code
+            self.results = {check: Result() for check in CHECKS}
+            self.output = ""
+            self._task = asyncio.create_task(self._check_all())
 
     async def stop(self) -> None:
         """End what is running; none of its processes is left."""
+        async with self._turn:
+            await self._stop()
+
+    async def _stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
@@ -113,25 +124,32 @@ class Exercise:
         except RedError as error:
             self.results = {check: Result("red", error.key, error.values) for check in CHECKS}
             return
+        except OSError as error:  # the disk is full, say
+            self.results = {check: Result("red", "storage", {"error": str(error)}) for check in CHECKS}
+            return
         for check in CHECKS:
             self.results[check] = Result("running")
             self.results[check] = await self._checked(check, program)
-            if self.results[check].key in ("stuck", "loops", "exited", "ended", "no_start"):
+            if self.results[check].key in HOPELESS:
                 for rest in CHECKS[CHECKS.index(check) + 1 :]:
                     self.results[rest] = Result("red", "not_run")
                 return
 
     def _written(self) -> Path:
-        """Write the code into its file. Raises `RedError` where it is no Python."""
+        """Write the code into its file. Raises `RedError` where it is no Python, or too much of it."""
+        if len(self.code) > CODE_MAX:
+            raise RedError("too_long", most=CODE_MAX)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         program = self._folder / "my_consumer.py"
         program.write_text(self.code, encoding="utf-8", errors="replace")
         try:
             compile(self.code, str(program), "exec")
         except SyntaxError as error:
-            raise RedError("syntax", line=error.lineno or 0, error=str(error.msg)) from error
+            if error.lineno:
+                raise RedError("syntax", line=error.lineno, error=str(error.msg)) from error
+            raise RedError("no_python", error=str(error.msg)) from error
         except (ValueError, RecursionError, MemoryError, OverflowError) as error:
-            raise RedError("syntax", line=0, error=str(error)) from error
+            raise RedError("no_python", error=str(error) or type(error).__name__) from error
         return program
 
     async def _checked(self, check: str, program: Path) -> Result:
@@ -189,8 +207,8 @@ class Run:
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=output,
-                    cwd=self._folder,
-                    env=own_environment(),
+                    cwd=self._folder / DESK,
+                    env=own_environment() | {RUN: str(self._folder)},
                     start_new_session=True,
                 )
             self.processes.append(process)
@@ -225,18 +243,42 @@ class Run:
         return [record for record in self.records if record.what == what]
 
     def kill(self, number: int) -> int:
-        """Kill a process; return its pid."""
+        """Kill a process with its group; return its pid."""
         process = self.processes[number - 1]
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.returncode is None:  # else its number may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         return process.pid
+
+    def end(self) -> None:
+        """Kill all processes, and what they have started that left their groups."""
+        for number, process in enumerate(self.processes, 1):
+            self.kill(number)
+            if process.stdin is not None:
+                process.stdin.close()
+        for pid in self._started():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _started(self) -> list[int]:
+        """Return all processes of the run, by what stands in their environment; none where that cannot be read."""
+        mark = f"{RUN}={self._folder}\0".encode()
+        found: list[int] = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it has just ended, or is another user's
+                if mark in path.read_bytes() + b"\0":
+                    found.append(int(path.parent.name))
+        return found
 
     async def until(self, reached: Callable[[filao.QueueStats], bool]) -> filao.QueueStats:
         """Wait for a state. Raises `RedError` when all processes are gone, or nothing happens for long."""
         seen: object = None
-        since = time.monotonic()
+        since = counted = time.monotonic()
         while True:
+            if time.monotonic() - counted > COUNT_EVERY:
+                counted = time.monotonic()
+                self._need_few()
             stats = await self.stats()
             self.noted("")
             if reached(stats):
@@ -244,7 +286,7 @@ class Run:
             now = (len(self.records), stats.received, stats.acked, stats.nacked, self.payments())
             if now != seen:
                 seen, since = now, time.monotonic()
-            alive = [process for process in self.processes if process.poll() is None]
+            alive = [process for process in self.processes if _status(process) is None]
             if not alive:
                 raise self.why_died()
             if time.monotonic() - since > STUCK_AFTER:
@@ -257,7 +299,14 @@ class Run:
             told: dict[str, Any] = json.loads(record.note)
             key = str(told.pop("how"))
             return RedError(key, **told)
-        return RedError("no_start", output=self.printed()[-300:])
+        statuses = [status for process in self.processes if (status := _status(process)) is not None]
+        return RedError("vanished", status=statuses[-1] if statuses else 0, output=self.printed()[-300:])
+
+    def _need_few(self) -> None:
+        """Raise `RedError` when the code has started so many processes that it will not stop."""
+        count = len(self._started())
+        if count > CROWD:
+            raise RedError("crowd", count=count, most=CROWD)
 
     def _why_stuck(self, alive: "Sequence[subprocess.Popen[bytes]]") -> RedError:
         seconds = round(STUCK_AFTER)
@@ -277,27 +326,42 @@ class Run:
 @asynccontextmanager
 async def _running(folder: Path, program: Path) -> AsyncGenerator[Run]:
     """Make a run; at its end all of its processes are dead, and its files are gone."""
-    folder.mkdir(mode=0o700)
-    run: Run | None = None
+    (folder / DESK).mkdir(mode=0o700, parents=True)
+    broker = filao.connect(folder / "claims.db")
     try:
-        async with filao.connect(folder / "claims.db") as broker:
-            backoff = filao.Backoff(first=0.1, ceiling=0.2, jitter=0.0)
-            await broker.declare(filao.Queue(CLAIMS, lease=30, max_attempts=3, backoff=backoff))
-            async with broker.transaction() as tx:
-                await tx.execute(PAYMENTS)
-            business = sqlite3.connect(folder / "claims.db")
+        await _to_its_end(broker.open())
+        backoff = filao.Backoff(first=0.1, ceiling=0.2, jitter=0.0)
+        await broker.declare(filao.Queue(CLAIMS, lease=30, max_attempts=3, backoff=backoff))
+        async with broker.transaction() as tx:
+            await tx.execute(PAYMENTS)
+        with closing(sqlite3.connect(folder / "claims.db")) as business:
+            run = Run(folder, program, broker, business)
             try:
-                run = Run(folder, program, broker, business)
                 yield run
             finally:
-                business.close()
-                for process in run.processes if run is not None else ():
-                    process.kill()
-                    process.wait()
-                    if process.stdin is not None:
-                        process.stdin.close()
+                run.end()
     finally:
+        await broker.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _to_its_end(opening: Coroutine[Any, Any, None]) -> None:
+    """Open, and when that is cancelled, only then: it would go on in its thread, in a folder that is removed."""
+    task = asyncio.create_task(opening)
+    try:
+        await asyncio.shield(task)
+    finally:
+        await asyncio.wait((task,))
+
+
+def _status(process: "subprocess.Popen[bytes]") -> int | None:
+    """Return how a process ended, None while it runs; its number stays its own, because it names the group to kill."""
+    if process.returncode is not None or sys.platform == "darwin":
+        return process.poll()
+    found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 def _cpu_of(process: "subprocess.Popen[bytes]") -> float:

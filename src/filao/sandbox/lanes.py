@@ -308,6 +308,10 @@ class Lanes:
             lane for lane in self.by_number.values() if lane.lives and lane.state != "leaving" and not lane.is_guest
         ]
 
+    def able(self) -> list[Lane]:
+        """Return the consumers of ours that can do something: those that live and do not stand still."""
+        return [lane for lane in self.living() if lane.state != "paused"]
+
     def leaving(self) -> list[Lane]:
         """Return the consumers of ours that were sent home, and whose process is still there."""
         return [lane for lane in self.by_number.values() if lane.state == "leaving"]

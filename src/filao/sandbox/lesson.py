@@ -107,6 +107,14 @@ class Facts:
         moving = sum(stats.ready + stats.blocked + stats.delayed + stats.leased for stats in queues)
         return bool(self.sent) and not moving and not any(lane.holds for lane in self.room.lanes.living())
 
+    @property
+    def is_stranded(self) -> bool:
+        """Whether claims lie there and nobody is left to move them."""
+        lanes, stats = self.room.lanes, self.room.view.stats
+        if stats is None or self.room.is_frozen or lanes.able() or lanes.guests():
+            return False
+        return bool(stats.ready + stats.blocked + stats.delayed + stats.leased)
+
     def overtaking(self) -> tuple[int, int] | None:
         """Return a claim and an earlier one that it has overtaken."""
         last = None

@@ -61,6 +61,8 @@ class Step:
     """What to do now, when a condition waits for the learner; the key of a text."""
     follow: Action | None = None
     """What is done again and again while the step is open."""
+    is_worked: bool = True
+    """Consumers of the room are meant to work in it."""
     hero: Callable[[Facts], int] = field(default=lambda facts: facts.numbers[0] if facts.numbers else 0)
     """The claim that the step is about."""
 
@@ -346,6 +348,7 @@ STEPS: tuple[Step, ...] = (
             "waiting": lambda facts: facts.room.view.stats is not None and facts.room.view.stats.ready >= FEW,
         },
         0,
+        is_worked=False,
         values=lambda facts: {"answer_ms": "…" if facts.room.answer_ms is None else f"{facts.room.answer_ms:.1f}"},
     ),
     Step(
@@ -449,7 +452,7 @@ STEPS: tuple[Step, ...] = (
         },
         1,
     ),
-    Step("implement", {}, {check: _is_passed(check) for check in CHECKS}, 2),
+    Step("implement", {}, {check: _is_passed(check) for check in CHECKS}, 2, is_worked=False),
 )
 
 

@@ -35,6 +35,7 @@ from filao.sandbox.words import lesson, program, translated, words
 DRAW_EVERY = 0.2  # seconds
 WAITED = 120.0  # seconds that `w` waits at most
 PLAIN_WIDTH = 100  # columns where there is no terminal
+DIGITS_MAX = 9  # of a consumer's number
 CHIPS = 14  # claims that are shown of each place
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CODE = "my_consumer.py"
@@ -89,7 +90,8 @@ class Face:
         if told["trials"]:
             lines += [self._trial(row) for row in told["trials"]]
         if told["hint"]:
-            lines.append(f"→ {filled(text['missed'] if told['hint'] == 'missed' else text['hints'][told['hint']])}")
+            told_now = {"missed": text["missed"], "stranded": self.say("stranded")} | text.get("hints", {})
+            lines.append(f"→ {filled(told_now[told['hint']])}")
         if told["is_done"]:
             lines.append(f"{self.say('why')} · {filled(text['why'])}")
         title = f"{told['current'] + 1}/{len(STEPS)} · {text['title']} · {len(told['done'])} ✓"
@@ -180,13 +182,22 @@ class Face:
             return await self._do(wish.strip())
         except RoomError as error:
             self.note = self.say(f"error_{error.key}", **error.values)
-        except FilaoError as error:
+        except (FilaoError, OSError) as error:
             self.note = self.say("error_failed", why=str(error))
         return True
 
+    def is_whole(self, wish: str) -> bool:
+        """Return whether keys are a wish already; a consumer's number may have more digits than were typed."""
+        verb, typed = wish[:1], wish[1:]
+        if verb not in ("k", "p", "r") or typed[-1:].isspace():
+            return True
+        numbers = [str(lane.number) for lane in self._visit.room.lanes.living()]
+        return bool(typed) and not any(number.startswith(typed) and number != typed for number in numbers)
+
     async def _do(self, wish: str) -> bool:
         visit, room = self._visit, self._visit.room
-        verb, number = wish[:1], int(wish[1:].strip() or 0) if wish[1:].strip().isdecimal() else 0
+        verb, digits = wish[:1], wish[1:].strip()[:DIGITS_MAX]
+        number = int(digits) if digits.isdecimal() else 0
         match verb:
             case "q":
                 return False
@@ -293,12 +304,13 @@ async def _converse(face: Face) -> None:
     with _keys(), Live(console=console, screen=True, auto_refresh=False) as live:
         drawing = asyncio.create_task(_redraw(live, face))
         try:
+            wish = ""
             async for key in _typed(b""):
-                more = b"kpr".find(key.encode()) >= 0 and key
-                if not more and not await face.hear(key.strip()):
-                    return
-                if more and not await face.hear(key + await anext(_typed(b""))):
-                    return
+                wish += key
+                if face.is_whole(wish):
+                    if not await face.hear(wish):
+                        return
+                    wish = ""
         finally:
             drawing.cancel()
             await asyncio.wait((drawing,))

@@ -1,6 +1,7 @@
 """Runs a learner's consumer as it stands, in a process of its own, and writes down what it does to messages.
 
-It hears no orders. It ends when its parent does, however deep in a loop the learner's code is. It may be told to die
+It hears no orders, and the code has no input. It ends when its parent does, however deep in a loop the code is, with
+all that the code has started; what the code may write and claim of memory is bounded. It may be told to die
 by SIGKILL just before it acknowledges a claim, as a process does that loses its power after the work; or to be at
 work on a claim until it is killed, so that the kill finds it there on every machine.
 """
@@ -27,6 +28,9 @@ from filao.sandbox.orders import number_in
 
 ENDLESS = 3_600.0  # seconds of work on a claim whose holder is to be killed
 WRITTEN_MAX = 16 * 1024 * 1024  # bytes of a file that a learner's code may write, its output included
+MEMORY_MAX = (
+    2 * 1024**3
+)  # bytes of addresses of one process: a list that grows for ever ends in a MemoryError, not here
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -129,12 +133,24 @@ class Trap:
 
 
 def _end_with_the_parent() -> None:
+    """Watch the pipe that the parent holds, from a place of its own: the code's input is empty, and `input()` fails."""
+    pipe = os.dup(0)
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+
     def wait() -> None:
-        while os.read(0, 1024):
+        while os.read(pipe, 1024):
             pass
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _bound() -> None:
+    for what, most in ((resource.RLIMIT_FSIZE, WRITTEN_MAX), (resource.RLIMIT_AS, MEMORY_MAX)):
+        _, hard = resource.getrlimit(what)
+        if hard == resource.RLIM_INFINITY or hard > most:
+            resource.setrlimit(what, (most, most))
 
 
 def _line_of(error: BaseException, program: str) -> int:
@@ -146,7 +162,7 @@ def _line_of(error: BaseException, program: str) -> int:
 def main() -> None:
     """Run the learner's code, and write down how it ended."""
     trial = msgspec.json.decode(sys.argv[1], type=Trial)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN_MAX, WRITTEN_MAX))
+    _bound()
     _end_with_the_parent()
     trap = Trap(trial)
     trap.set()

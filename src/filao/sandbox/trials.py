@@ -40,7 +40,7 @@ async def _kill_at(room: Room, guarantee: Guarantee, moment: Moment) -> None:
 
 async def _until_halted(room: Room, claim: int) -> Lane:
     until = time.monotonic() + WAITED
-    while time.monotonic() < until:
+    while time.monotonic() < until and room.lanes.able():
         lane = room.halted(claim)
         if lane is not None:
             return lane
@@ -51,7 +51,7 @@ async def _until_halted(room: Room, claim: int) -> Lane:
 async def _until_over(room: Room, claim: int) -> None:
     """Wait until a claim has left the queue; not for ever, because a learner may have stopped everybody."""
     until = time.monotonic() + WAITED
-    while time.monotonic() < until:
+    while time.monotonic() < until and room.lanes.able():
         fate = room.effects.by_claim(claim)
         if fate is not None and fate.is_gone and not any(lane.holds for lane in room.lanes.living()):
             return

@@ -110,7 +110,7 @@ class Visit:
         """See which conditions of the open step hold by now; with all of them it is done."""
         progress, step, facts = self.progress, self.step, self.facts()
         now = time.monotonic()
-        self._rests_since = (self._rests_since or now) if facts.at_rest else None
+        self._rests_since = (self._rests_since or now) if facts.at_rest or self._is_stranded(facts) else None
         self._rested = self._rests_since is not None and now - self._rests_since > RESTED
         if step.follow is not None and progress.ran:
             await step.follow(self.room, facts)
@@ -204,9 +204,14 @@ class Visit:
         }
 
     def _hint(self, step: Step, facts: Facts) -> str:
-        """Return what to do now; that the step was missed is said only when all has been at rest for a while."""
+        """Return what to do now; that the step was missed is said only when nothing has moved for a while."""
+        if self._rested and self._is_stranded(facts):
+            return "stranded"
         hint = step.hint(facts) or ("missed" if facts.at_rest and step.conditions else "")
         return "" if hint == "missed" and not self._rested else hint
+
+    def _is_stranded(self, facts: Facts) -> bool:
+        return self.step.is_worked and facts.is_stranded
 
     def _trials(self, facts: Facts) -> list[scene.Json]:
         found = facts.trials()

@@ -190,7 +190,7 @@ async def _redrive(visit: Visit, asked: Asked) -> None:
 async def _check(visit: Visit, asked: Asked) -> None:
     if visit.step.key == "implement":
         visit.begin()
-    await visit.room.exercise.start(asked.text("code", CODE_MAX))
+    await visit.room.exercise.start(asked.text("code", CODE_MAX + 1))
 
 
 async def _stop(visit: Visit, _: Asked) -> None:

@@ -190,8 +190,6 @@ class _Sitting:
         if asked.get("do") == "story":
             claim = asked.get("claim")
             self._claim = claim if type(claim) is int and 0 <= claim < 2**53 else 0
-        elif asked.get("do") == "anew":
-            self._known = 0
         else:
             task = asyncio.create_task(self._do(asked))
             self._doing.add(task)

@@ -21,7 +21,7 @@ const TOLD_FOR = 9000; // milliseconds that a note stays
 const root = document.getElementById("page");
 const state = {
   scene: null, moves: [], tab: "timeline", at: 0, playing: false, claim: 0, note: "", beat: 0, presenting: false, hidden: false,
-  shown: "stage", code: kept(), leaves: false, lost: false, rule: "filao", pinned: true, theme: localStorage.getItem("filao-theme"),
+  shown: "stage", code: kept(), leaves: false, lost: false, rule: "filao", pinned: true, proofs: {}, theme: localStorage.getItem("filao-theme"),
   view: (name) => change({ shown: name }),
   tell,
   write: (code, anew) => { keep(code); change({ code, leaves: false }); if (anew) document.querySelector("textarea.code").value = code; },
@@ -36,10 +36,9 @@ let socket;
 function connect() {
   socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/socket`);
   socket.onopen = () => {
-    state.lost = false;
+    Object.assign(state, { lost: false, moves: [] }); // those of the step come again
     const stored = localStorage.getItem(KEPT);
-    if (stored) { try { ask({ do: "restore", ...JSON.parse(stored) }); } catch { localStorage.removeItem(KEPT); } }
-    ask({ do: "anew" });
+    if (stored) { try { restore(JSON.parse(stored)); } catch { localStorage.removeItem(KEPT); } }
     if (state.claim) ask({ do: "story", claim: state.claim });
   };
   socket.onmessage = (event) => {
@@ -48,6 +47,11 @@ function connect() {
     if (told.note) tell(say(`error_${told.note.key}`, told.note.values));
   };
   socket.onclose = () => { state.lost = true; schedule(); setTimeout(connect, 1500); };
+}
+
+function restore({ proofs, ...told }) {
+  state.proofs = { ...proofs };
+  ask({ do: "restore", ...told });
 }
 
 function ask(what) {
@@ -64,8 +68,10 @@ function arrive(scene) {
   schedule();
 }
 
-function remember({ done, current, chosen }) {
-  const text = JSON.stringify({ done, current, chosen });
+// The proofs stay here: another room, of a sandbox that was started again, knows what was done, and not with which numbers.
+function remember({ done, current, chosen, proofs }) {
+  Object.assign(state.proofs, proofs);
+  const text = JSON.stringify({ done, current, chosen, proofs: state.proofs });
   if (text !== state.remembered && state.remembered !== undefined) localStorage.setItem(KEPT, text);
   state.remembered = text;
 }
@@ -117,7 +123,7 @@ function render() {
     return;
   }
   const begins = state.shown === "stage" && !state.started && !scene.lesson.ran && !scene.lesson.done.length && scene.lesson.current === 0 && !scene.stage.queue;
-  const body = begins ? opening(() => change({ started: true })) : state.shown === "sheet" ? sheet(scene, () => change({ shown: "stage" })) : lessonPage(scene);
+  const body = begins ? opening(() => change({ started: true })) : state.shown === "sheet" ? sheet(scene, state.proofs, () => change({ shown: "stage" })) : lessonPage(scene);
   draw(root, h("a", { class: "skip", href: "#stage" }, say("skip")), top(scene, begins), body, notes());
   if (state.justDone) {
     state.justDone = false;

@@ -46,7 +46,7 @@ function sees(step, text, told) {
 
 function hint(text, told) {
   if (!told.hint) return h("p", { class: "hint", role: "status" });
-  const words = told.hint === "missed" ? text.missed : text.hints?.[told.hint];
+  const words = { missed: text.missed, stranded: say("stranded") }[told.hint] ?? text.hints?.[told.hint];
   return h("p", { class: `hint on ${told.hint}`, role: "status" }, words ? rich(words, told.values, h) : "");
 }
 

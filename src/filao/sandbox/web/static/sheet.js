@@ -3,7 +3,7 @@
 import { h } from "./dom.js";
 import { euros, further, lesson, number, rich, say, steps, words } from "./say.js";
 
-export function sheet(scene, back) {
+export function sheet(scene, proofs, back) {
   const { lesson: told, stage, books } = scene;
   const sums = stage.queue;
   const date = new Date().toLocaleDateString(words.locale, { dateStyle: "long" });
@@ -14,7 +14,7 @@ export function sheet(scene, back) {
     h("p", { class: "soft" }, books.lost || books.doubled ? say("sheet_wrongs") : ""),
     h("ol", { class: "proved" }, steps.map((step) => {
       const done = told.done.includes(step.key);
-      const values = told.proofs[step.key] ?? {};
+      const values = Object(proofs[step.key]);
       return h("li", { class: done ? "done" : "" }, h("h2", {}, lesson[step.key].title, " ", h("span", { class: "soft" }, done ? "✓" : say("open"))), done ? h("p", {}, rich(lesson[step.key].why, values, h)) : null);
     })),
     h("h2", {}, say("further")), h("ul", { class: "further" }, further.map(([where, key]) => h("li", {}, say(key), " ", h("code", {}, where)))));
