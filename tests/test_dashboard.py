@@ -258,6 +258,22 @@ async def test_a_key_that_has_gone_is_said_to_be_gone(broker, visitor) -> None:
     assert "start again" in await visitor.sees(path, 410)
 
 
+@on_both
+async def test_a_nul_in_an_address_names_nothing(broker, visitor) -> None:
+    for path in ("queue?name=%00", "message?queue=%00", "message?queue=claims&id=%00"):
+        await visitor.sees(f"/en/{path}", 404)
+    await visitor.sees("/en/queue?name=claims&state=ready&after=%00", 410)
+    for state in filao.State:
+        await visitor.sees(f"/en/queue?name=claims&state={state}&group=%00")
+    for act in (
+        Act("redrive", "claims", id="\0"),
+        Act("cancel", "claims", id="\0"),
+        Act("pause", "letters", group="\0"),
+    ):
+        await visitor.does(act)
+
+
+@on_both
 async def test_what_is_not_there_is_not_found_and_names_what_looks_like_it(broker, visitor) -> None:
     receipt = await broker.send_to_queue("letters", 1)
     assert "claims" in await visitor.sees("/en/queue?name=claim", 404)

@@ -14,7 +14,7 @@ from typing import Any, Self, get_args, overload
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from filao.checks import PEEK_MAX, RECEIVE_MANY_MAX, check_duration, check_ids, check_limit
+from filao.checks import PEEK_MAX, RECEIVE_MANY_MAX, check_duration, check_ids, check_key, check_limit, is_text
 from filao.codec import codec_for, seen_as, shown
 from filao.draft import Outgoing, draft, drafts, larger
 from filao.engine import (
@@ -355,6 +355,8 @@ class Broker:
         self._session.check_usable()
         name = name_of(queue)
         check_limit(name, limit, PEEK_MAX)
+        if after is not None and not is_text(after):
+            raise ConfigurationError(f"queue {name!r}: after is {shown(after)}, which no message has for its id")
         found = await self._session.engine.operators.peek(name, _state(state), limit=limit, after=after)
         if not isinstance(queue, Queue) or queue.body is None:
             return found
@@ -390,7 +392,7 @@ class Broker:
                 raise ConfigurationError(f"queue {name!r}: redrive with headers= needs body= too")
             return await self._session.engine.operators.redrive(name, chosen, limit, None)
         if chosen is None or len(chosen) != 1:
-            raise ConfigurationError(f"queue {name!r}: redrive with a new body needs exactly one id in ids=")
+            raise ConfigurationError(f"queue {name!r}: redrive with a new body needs exactly one message's id in ids=")
         edited = draft(await self._session.known(queue), Outgoing(body, headers=headers))
         return await self._session.engine.operators.redrive(name, chosen, limit, edited)
 
@@ -427,6 +429,7 @@ class Broker:
         if group is None:
             await pausing.pause(name_of(queue), paused=True)
         else:
+            check_key(name_of(queue), "group", group)
             await pausing.pause_group(name_of(queue), group, paused=True)
 
     async def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
@@ -435,6 +438,7 @@ class Broker:
         if group is None:
             await pausing.pause(name_of(queue), paused=False)
         else:
+            check_key(name_of(queue), "group", group)
             await pausing.pause_group(name_of(queue), group, paused=False)
 
     def _pausing(self, call: str, queue: str) -> Pausing:
@@ -461,7 +465,8 @@ class Broker:
                 f"message {shown(message_id)}: trace: {engine.name} remembers no history of messages. Engines that do: "
                 f"SQLite, PostgreSQL."
             )
-        return await engine.operators.tracing.trace(check_ids("trace", [message_id])[0])
+        ids = check_ids("trace", [message_id])
+        return await engine.operators.tracing.trace(ids[0]) if ids else []
 
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know; on a large file this takes a while."""

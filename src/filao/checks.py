@@ -58,7 +58,7 @@ def check_priority(queue: str, priority: object) -> None:
 
 def check_key(queue: str, what: str, key: object) -> None:
     """Raise `ConfigurationError` unless it is a text that can be a group, a dedup_key or a message_id."""
-    if not isinstance(key, str) or not 0 < len(key) <= KEY_MAX or not _is_text(key):
+    if not isinstance(key, str) or not 0 < len(key) <= KEY_MAX or not is_text(key):
         raise ConfigurationError(
             f"queue {queue!r}: {what} is {shown(key)}; it must be a text of 1 to {KEY_MAX} characters"
         )
@@ -74,15 +74,15 @@ def check_own_id(queue: str, message_id: str) -> None:
 
 
 def check_ids(queue: str, ids: Iterable[str]) -> list[str]:
-    """Return the ids, each once; a lone string, which is an iterable of characters, is a mistake."""
+    """Return the ids, each once, that a message may have; a lone string, an iterable of characters, is a mistake."""
     if isinstance(ids, str):
         raise ConfigurationError(
             f"queue {queue!r}: ids is the string {shown(ids)}; give a list, such as [{shown(ids)}]"
         )
-    return list(dict.fromkeys(ids))
+    return [one for one in dict.fromkeys(ids) if is_text(one)]
 
 
-def _is_text(key: str) -> bool:
+def is_text(key: str) -> bool:
     """Return whether UTF-8 can hold it: half a surrogate pair cannot be stored; a NUL would end it early in SQL."""
     try:
         key.encode()

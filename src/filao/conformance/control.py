@@ -126,6 +126,25 @@ async def check_a_dead_letter_named_twice_is_redriven_once(stage: Stage) -> None
     await stage.counted(queue, ready=2, dead=0, redriven=2)
 
 
+@needs(Feature.DEAD_LETTERS)
+async def check_an_id_that_no_message_can_have_is_of_none(stage: Stage) -> None:
+    queue, broker = await stage.queue(max_attempts=1), stage.broker
+    await stage.send(queue, 1)
+    await (await stage.next(queue)).reject("no")
+    for strange in ("\0", "a\0b", "\ud800"):
+        equal(await broker.redrive(queue, ids=[strange]), 0)
+        equal(await broker.discard(queue, ids=[strange]), 0)
+        await raises(ConfigurationError, broker.peek(queue, state=State.DEAD, after=strange), queue.name)
+        await raises(ConfigurationError, broker.redrive(queue, ids=[strange], body=2), queue.name)
+        if Feature.PEEK in broker.features:
+            equal(await broker.cancel(queue, strange), False)
+        if Feature.TRACE in broker.features:
+            equal(await broker.trace(strange), [])
+        if Feature.PAUSE in broker.features:
+            await raises(ConfigurationError, broker.pause(queue, group=strange), queue.name)
+            await raises(ConfigurationError, broker.resume(queue, group=strange), queue.name)
+
+
 @needs(Feature.GROUPS, Feature.PAUSE)
 async def check_a_group_that_is_paused_waits_alone_until_it_is_resumed(stage: Stage) -> None:
     queue = await stage.queue(group_dead="halt")

@@ -74,7 +74,7 @@ class Act:
 def unpacked(text: str) -> Act | None:
     """Return what a button carries; None for what no button of ours does."""
     try:
-        fields = dict(parse_qsl(text, keep_blank_values=True, max_num_fields=10))
+        fields = dict(parse_qsl(text.replace("%00", "%E2%90%80"), keep_blank_values=True, max_num_fields=10))
         act = Act(**fields)
         check_name(act.queue)
     except (TypeError, ValueError, FilaoError):

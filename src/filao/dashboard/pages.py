@@ -7,7 +7,7 @@ events, and is drawn once for all who look at the same.
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -134,7 +134,7 @@ class Pages:
         """Return what a page tells, or why it cannot."""
         try:
             async with asyncio.timeout(READ_WITHIN):
-                return Told(page, await self._view[page](Asked(look, request.query_params)))
+                return Told(page, await self._view[page](Asked(look, _storable(request.query_params))))
         except (QueueNotFound, NoMessageError) as error:
             return Told("trouble", {"what": "not_there", "why": str(error)}, 404)
         except ConfigurationError as error:  # the message that a list was to go on behind has gone
@@ -333,6 +333,11 @@ class Pages:
     def _wanted(self, act: Act, look: Look) -> int:
         kind = self._views.triage.count(act.queue, act.reason or "", act.error or "")
         return wanted(act, look.queues.get(act.queue), kind)
+
+
+def _storable(query: Mapping[str, str]) -> dict[str, str]:
+    """Return what a page was asked for, with a mark for NUL, which no name, id or key holds and no SQL takes."""
+    return {name: value.replace("\0", "\N{SYMBOL FOR NULL}") for name, value in query.items()}
 
 
 def _packed(what: str, queue: str, **about: str) -> str:
