@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 import filao
+from filao.broker import session_of
 from filao.engines.sqlite import backup
 from filao.worker import keeper as keeper_module
 from filao.worker import outage as outage_module
@@ -113,6 +114,33 @@ CUTS = {
     ),
     "missing": ("ALTER DATABASE {0} RENAME TO {0}_away", "ALTER DATABASE {0}_away RENAME TO {0}"),
 }
+
+
+class Hasty(filao.Broker):
+    """One whose queue somebody else deletes as soon as it was declared."""
+
+    async def declare(self, *queues: filao.Queue[Any]) -> None:
+        await super().declare(*queues)
+        await super().delete_queue(LETTERS)
+
+
+async def test_a_queue_that_is_deleted_while_the_worker_that_declares_it_starts_is_waited_for(url, broker) -> None:
+    async with Hasty(session_of(filao.connect(url))) as hasty:
+        worker, ready, handled = filao.Worker(hasty), asyncio.Event(), asyncio.Event()
+
+        @worker.consumer(LETTERS)
+        async def handle(message: filao.Message) -> None:
+            handled.set()
+
+        async with asyncio.timeout(PATIENCE):
+            working = asyncio.create_task(worker.run(ready=ready.set))
+            await asyncio.wait([working, asyncio.create_task(ready.wait())], return_when=asyncio.FIRST_COMPLETED)
+            await broker.declare(LETTERS)
+            await broker.send_to_queue(LETTERS, 1)
+            await asyncio.wait([working, asyncio.create_task(handled.wait())], return_when=asyncio.FIRST_COMPLETED)
+            worker.stop()
+            await working
+    assert handled.is_set()
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -281,7 +281,8 @@ class Worker:
         if broker is not self._source:
             await broker.open()
         await broker.declare(*self._declared)
-        stored = {queue.name: queue for queue in await broker.queues()}
+        # One of ours that was deleted since then is waited for, as it is later.
+        stored = {queue.name: queue for queue in (*self._declared, *await broker.queues())}
         consumers: dict[str, Consumer] = {}
         for name, consumer in self._consumers.items():
             if name not in stored:
