@@ -4,6 +4,7 @@ import asyncio
 import os
 import sqlite3
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -133,6 +134,38 @@ async def test_a_statement_that_ended_the_transaction_undoes_all_of_it(tmp_path,
         await message.ack()
         async with broker.transaction() as tx:
             assert await tx.execute("SELECT claim FROM paid") == [(7,)]
+
+
+LASTING = [
+    "PRAGMA query_only = ON",
+    "-- a remark\n; pragma locking_mode = exclusive",
+    "CREATE TEMP TRIGGER never BEFORE INSERT ON filao_message BEGIN SELECT RAISE(ABORT, 'never'); END",
+    "CREATE TEMP TABLE filao_message (id INTEGER)",
+]
+
+
+@pytest.mark.parametrize("statement", LASTING)
+@pytest.mark.parametrize("end", ["committed", "undone"])
+async def test_what_a_statement_leaves_on_the_connection_ends_with_its_transaction(tmp_path, statement, end) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        with suppress(filao.EngineError, ZeroDivisionError):  # one makes even its own transaction fail
+            async with broker.transaction() as tx:
+                await tx.execute(statement)
+                _ = 1 / (end == "committed")
+        await broker.send_to_queue("claims", 1)
+        async with filao.connect(tmp_path / "claims.db") as other:
+            await other.send_to_queue("claims", 2)
+        assert [(await broker.receive_from_queue("claims")).body for _ in range(2)] == [1, 2]
+
+
+async def test_a_statement_that_may_leave_something_costs_no_message_in_memory() -> None:
+    async with filao.connect("sqlite://:memory:") as broker:
+        await broker.declare(filao.Queue("claims"))
+        async with broker.transaction() as tx:
+            await tx.execute("CREATE TABLE paid (claim INTEGER)")
+            await tx.send_to_queue("claims", 1)
+        assert (await broker.receive_from_queue("claims")).body == 1
 
 
 async def test_a_transaction_cancelled_while_it_waits_for_its_turn_takes_none(tmp_path) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from filao.codec import shown
 from filao.errors import ConfigurationError
 
 _NOT_IN_TRANSACTIONS = frozenset(
@@ -23,8 +24,13 @@ _PARTS = re.compile(
 )
 
 
-def check_statement(sql: str) -> None:
-    """Raise `ConfigurationError` for a statement that would end the transaction which it is in."""
+def check_statement(sql: str) -> str:
+    """Return the first word of a statement, in capitals.
+
+    Raises `ConfigurationError` for what is none, and for one that would end the transaction which it is in.
+    """
+    if not isinstance(sql, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+        raise ConfigurationError(f"a statement is {shown(sql)}; it must be a text. Nothing was done")
     found = _FIRST_WORD.match(sql)
     word = found[1].upper() if found else ""
     if word == "/*":  # PostgreSQL ends it elsewhere than SQLite: what is the statement's first word?
@@ -35,6 +41,7 @@ def check_statement(sql: str) -> None:
         raise ConfigurationError(
             f"{word} inside a transaction: leaving the block commits it, an exception rolls it back. Nothing was done"
         )
+    return word
 
 
 def first_words(sql: str) -> str:

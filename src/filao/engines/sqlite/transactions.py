@@ -20,6 +20,9 @@ from filao.errors import FilaoError
 
 R = TypeVar("R")
 
+_LEAVE_TRACES = ("PRAGMA", "CREATE")
+"""Statements that may leave on their connection what outlasts their transaction: a setting, a temporary table."""
+
 
 class InTurn(Protocol):
     """Runs a job in the database's thread that waits for a turn to write, but not for ever."""
@@ -57,17 +60,27 @@ class SqliteTransactions:
         """Hold the file for the user's own statements; every other writer waits until this ends."""
         until = time.monotonic() + files.BUSY_TIMEOUT
         async with self._alone_in(until):
+            transaction: SqliteTransaction | None = None
             try:
                 books = await self._in_turn(lambda: self._database.begin(durable=True), until)
-                yield SqliteTransaction(self._database, self._submit, books)
+                transaction = SqliteTransaction(self._database, self._submit, books)
+                yield transaction
             except BaseException as error:
                 # The thread does jobs in order, so this one ends what was begun. Who is cancelled does not wait for it.
-                undone = self._submit(partial(self._database.roll_back, error))
+                undone = self._submit(partial(self._end, transaction, partial(self._database.roll_back, error)))
                 undone.add_done_callback(look_away)
                 if not isinstance(error, asyncio.CancelledError):
                     await asyncio.wait([undone])
                 raise
-            await self._submit(lambda: self._database.commit(books))
+            await self._submit(partial(self._end, transaction, partial(self._database.commit, books)))
+
+    def _end(self, transaction: "SqliteTransaction | None", end: Callable[[], None]) -> None:
+        """End a transaction; what its statements may have left on the connection, the next one does not find there."""
+        try:
+            end()
+        finally:
+            if transaction is not None and transaction.leaves_traces and self._database.hold.path != files.MEMORY:
+                self._database.hold.leave()  # the next job opens another; what is in memory would be gone
 
     def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
         """Send on the user's own connection, in the user's own transaction; waiting processes find it by polling."""
@@ -87,10 +100,12 @@ class SqliteTransaction:
         self._database = database
         self._submit = submit
         self._books = books
+        self.leaves_traces: bool = False
+        """Whether its connection may not be used any more."""
 
     async def execute(self, sql: str, parameters: Any) -> list[Any]:
         """Run one statement of the user's and return its rows."""
-        check_statement(sql)
+        self.leaves_traces |= check_statement(sql) in _LEAVE_TRACES
         return await self._do(lambda: self._books.db.execute(sql, parameters).fetchall())
 
     async def apply(self, operations: Sequence[Operation]) -> list[Result]:
