@@ -31,8 +31,9 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 LONGEST = (
-    *("sandbox_web", "rabbitmq", "sandbox_terminal", "postgresql", "state_machine", "worker", "conformance", "docs"),
-    *("cli", "postgresql_failover", "work", "worker_outages", "lifecycle", "processes", "moving", "faults", "types"),
+    *("sandbox_web", "rabbitmq", "sandbox_terminal", "postgresql", "state_machine", "conformance", "docs"),
+    *("postgresql_failover", "work", "worker_outages", "forks", "worker_outcomes", "worker_handling", "worker_run"),
+    *("processes", "cli", "cli_send", "moving", "faults", "types", "loop_thread", "calls_interrupted", "worker_keeper"),
 )
 """The files of tests that take longest, the longest first."""
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import filao
 from filao.codec import DEPTH_MAX, is_too_deep
-from tests.test_cli import run
+from tests.support.shell import run
 
 pytestmark = pytest.mark.anyio
 

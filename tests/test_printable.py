@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import filao
 import filao.sync
 from filao.printable import printable, printable_json
-from tests.test_cli import run, sent_to_terminal
+from tests.support.shell import run, sent_to_terminal
 
 UNPRINTABLE = [
     character

@@ -16,7 +16,7 @@ import filao
 import filao.sync
 from filao.broker import session_of
 from filao.worker import handling as handling_module
-from tests.test_worker import AGAIN, CLAIMS, PATIENCE, broker, running, shift_of, until, until_stats
+from tests.support.working import AGAIN, CLAIMS, PATIENCE, broker, running, shift_of, until, until_stats
 
 pytestmark = pytest.mark.anyio
 __all__ = ["broker"]

@@ -21,7 +21,7 @@ from filao.worker import keeper as keeper_module
 from filao.worker import outage as outage_module
 from filao.worker import pulse as pulse_module
 from filao.worker import shift as shift_module
-from tests.test_worker import CLAIMS, PATIENCE, broker, running, until, until_stats
+from tests.support.working import CLAIMS, PATIENCE, broker, running, until, until_stats
 
 pytestmark = pytest.mark.anyio
 __all__ = ["broker"]

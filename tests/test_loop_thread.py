@@ -1,0 +1,89 @@
+"""How a blocking broker that is left open ends with the interpreter."""
+
+import textwrap
+import time
+
+import pytest
+
+from filao.engines.sqlite import files
+from tests.support.programs import attempts, db, run
+
+__all__ = ["db"]
+
+
+ENDS = {
+    "end of the script": ("pass", 0),
+    "sys.exit": ("sys.exit(3)", 3),
+    "an uncaught exception": ("raise KeyError(1)", 1),
+    "sys.exit in a thread": ("threading.Thread(target=sys.exit).start()", 0),
+    "daemon threads that wait": (
+        """
+        broker.receive_many("claims", 9)
+        for _ in range(3): threading.Thread(target=lambda: broker.receive_from_queue("claims"), daemon=True).start()
+        time.sleep(0.1)
+        """,
+        0,
+    ),
+    "daemon threads that send": (
+        """
+        def send():
+            while True:
+                broker.send_to_queue("other", 1)
+        broker.declare(filao.Queue("other"))
+        broker.receive_many("claims", 9)
+        for _ in range(3): threading.Thread(target=send, daemon=True).start()
+        time.sleep(0.1)
+        """,
+        0,
+    ),
+    "a daemon thread in a transaction": (
+        """
+        def hold():
+            with broker.transaction() as tx:
+                tx.execute("SELECT 1")
+                inside.set()
+                time.sleep(1000)
+        inside = threading.Event()
+        threading.Thread(target=hold, daemon=True).start()
+        inside.wait()
+        """,
+        0,
+    ),
+    "a thread that is not done": (
+        """
+        def work():
+            time.sleep(0.3)
+            broker.send_to_queue("claims", 3)
+        threading.Thread(target=work).start()
+        """,
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_broker_that_is_left_open_closes_itself_when_the_interpreter_ends(db, how) -> None:
+    ending, code = ENDS[how]
+    program = f"""
+broker = filao.sync.connect(url)
+broker.open()
+message = broker.receive_from_queue("claims")
+{textwrap.dedent(ending)}
+"""
+    began = time.monotonic()
+    run(db, program, code)
+    assert time.monotonic() - began < 20  # it does not wait for a bound to run out
+    assert attempts(db) == [1] * (4 if how == "a thread that is not done" else 3)
+    assert [path.name for path in files.sidecar(db).iterdir() if path.is_fifo()] == []
+
+
+def test_a_broker_that_is_left_open_on_a_server_closes_itself_too(url) -> None:
+    program = """
+        broker = filao.sync.connect(url)
+        broker.open()
+        broker.declare(claims)
+        broker.send_to_queue(claims, 1)
+        broker.receive_from_queue(claims)
+    """
+    run(url, program)
+    assert attempts(url) == [1]

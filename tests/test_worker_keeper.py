@@ -1,0 +1,72 @@
+"""Leases are kept while handlers work, whatever they do to the event loop and the interpreter."""
+
+import asyncio
+import dataclasses
+import time
+
+import pytest
+
+import filao
+import filao.sync
+from tests.support.working import SHORT, broker
+
+pytestmark = pytest.mark.anyio
+
+__all__ = ["broker"]
+
+
+async def test_a_handler_longer_than_its_lease_keeps_it(url, broker) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(SHORT, concurrency=2)
+    async def handle(message: filao.Message) -> None:
+        await asyncio.sleep(1.0)
+
+    await broker.send_many("claims", [1, 2])
+    await worker.drain()
+    stats = await broker.stats("claims")
+    assert (stats.acked, stats.received, stats.lost, stats.late) == (2, 2, 0, 0)
+
+
+@pytest.mark.parametrize("bodies", [[0], [0, 1, 2, 3], [1, 2, 3, 0]])
+async def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_its_neighbours(url, broker, bodies) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(SHORT, concurrency=4)
+    async def handle(message: filao.Message) -> None:
+        if message.body == 0:
+            time.sleep(1.0)  # noqa: ASYNC251  # what must not be done, and is
+
+    await broker.send_many("claims", bodies)
+    await worker.drain()
+    stats = await broker.stats("claims")
+    assert (stats.acked, stats.received, stats.lost, stats.late) == (len(bodies), len(bodies), 0, 0)
+
+
+async def test_a_handler_that_keeps_the_interpreter_busy_keeps_its_lease(url, broker) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(dataclasses.replace(SHORT, lease=1.0), concurrency=2)
+    def handle(message: filao.sync.Message) -> None:
+        until = time.monotonic() + 3.0
+        while time.monotonic() < until:
+            pass
+
+    await broker.send_many("claims", [1, 2])
+    await worker.drain()
+    stats = await broker.stats("claims")
+    assert (stats.acked, stats.received, stats.lost) == (2, 2, 0)
+
+
+async def test_in_memory_leases_are_kept_too() -> None:
+    async with filao.connect("sqlite://:memory:") as broker:
+        worker = filao.Worker(broker)
+
+        @worker.consumer(SHORT)
+        async def handle(message: filao.Message) -> None:
+            await asyncio.sleep(1.0)
+
+        await broker.declare(SHORT)
+        await broker.send_to_queue("claims", 1)
+        assert [handled.how for handled in await worker.drain()] == ["acked"]
+        assert (await broker.stats("claims")).late == 0

@@ -1,0 +1,103 @@
+"""Who may start: what a worker claims, and whose turn it is."""
+
+import asyncio
+
+import pytest
+
+import filao
+from filao.engines.sqlite import processes
+from filao.message import delivery_of
+from tests.conftest import engine_of
+from tests.support.working import CLAIMS, broker, running, until, until_stats
+
+pytestmark = pytest.mark.anyio
+
+__all__ = ["broker"]
+
+
+async def test_it_claims_only_what_it_can_start_now(url, broker) -> None:
+    worker, go_on, began = filao.Worker(url), asyncio.Event(), []
+
+    @worker.consumer(CLAIMS, concurrency=3)
+    async def handle(message: filao.Message) -> None:
+        began.append(message.body)
+        await go_on.wait()
+
+    await broker.send_many("claims", range(10))
+    async with running(worker):
+        await until_stats(broker, leased=3, ready=7)
+        await until(lambda: len(began) == 3)
+        assert worker.status().running == {"claims": 3}
+        go_on.set()
+        await until_stats(broker, acked=10)
+    assert began == list(range(10))
+
+
+async def test_queues_that_share_a_worker_get_their_weights(url, broker) -> None:
+    worker, order = filao.Worker(url, concurrency=1), []
+    heavy, light = filao.Queue("heavy"), filao.Queue("light")
+    await broker.declare(heavy, light)
+    await broker.send_many("heavy", range(60))
+    await broker.send_many("light", range(60))
+
+    @worker.consumer(heavy, weight=3)
+    async def handle_heavy(message: filao.Message) -> None:
+        order.append("heavy")
+
+    @worker.consumer(light, weight=1)
+    async def handle_light(message: filao.Message) -> None:
+        order.append("light")
+
+    assert len(await worker.drain()) == 120
+    assert 55 <= order[:80].count("heavy") <= 61
+    async with running(worker):
+        await broker.send_to_queue("light", 1)
+        await until_stats(broker, "light", acked=61)
+        await broker.send_to_queue("heavy", 1)
+        await until_stats(broker, "heavy", acked=61)
+
+
+async def test_a_waiting_worker_with_several_queues_loses_nothing(url, broker) -> None:
+    worker, seen = filao.Worker(url, concurrency=2), []
+    names = [f"queue{number}" for number in range(5)]
+    await broker.declare(*map(filao.Queue, names))
+
+    for name in names:
+
+        async def handle(message: filao.Message) -> None:
+            seen.append((message.queue, message.body))
+
+        worker.consumer(name)(handle)
+    async with running(worker):
+        for number in range(20):
+            await asyncio.gather(*(broker.send_to_queue(name, number) for name in names))
+        await until(lambda: len(seen) == 100)
+    assert sorted(seen) == sorted((name, number) for name in names for number in range(20))
+    stats = await broker.stats()
+    assert sum(queue.received - queue.released for queue in stats) == 100
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # it looks inside
+async def test_what_may_have_killed_its_process_is_handled_alone(url, broker) -> None:
+    worker, held = filao.Worker(url), []
+    await broker.declare(filao.Queue("other"))
+
+    async def handle(message: filao.Message) -> None:
+        await asyncio.sleep(0.01)
+        if delivery_of(message).crashed:
+            held.append(sum(stats.leased for stats in await broker.stats()))
+
+    worker.consumer(CLAIMS, concurrency=4)(handle)
+    worker.consumer("other", concurrency=4)(handle)
+    await broker.send_many("claims", range(3))
+    async with filao.connect(url) as dying:
+        await dying.receive_many("claims", 3)
+        database = engine_of(dying)._database
+        await broker.send_many("claims", range(10))
+        await broker.send_many("other", range(10))
+        with database.write(durable=True) as books:  # as another process does when this one is dead
+            processes.bury(books, database.lessee.process)
+    async with running(worker):
+        await until_stats(broker, acked=13)
+        await until_stats(broker, "other", acked=10)
+    assert held == [1, 1, 1]
