@@ -5,7 +5,7 @@ what comes out. `connect` opens it; it belongs to the event loop that opened it,
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from filao.engine import (
     Event,
     Feature,
     Finding,
-    Pausing,
     QueueStats,
     Receipt,
     Receive,
@@ -122,18 +121,13 @@ class Broker:
         """
         self._session.check_usable()
         for queue in queues:
-            if not isinstance(queue, Queue):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
-                raise ConfigurationError(
-                    f"declare was given {shown(queue)}; give a queue, such as filao.Queue({shown(queue)})"
-                )
-            codec_for(queue.body)
+            _check_queue(queue)
         for queue in queues:
             await self._session.declare(queue)
 
     async def queues(self) -> list[Queue[Any]]:
         """Return every declared queue with its rules, by name."""
-        self._session.check_usable()
-        return await self._session.engine.operators.queues()
+        return await self._session.operators.queues()
 
     async def delete_queue(self, queue: str | Queue[Any], *, messages: bool = False) -> None:
         """Delete a queue, with its rules, its counters and what deduplication remembers of it; no other call does.
@@ -141,22 +135,13 @@ class Broker:
         Raises `ConfigurationError` when it still holds messages, dead letters included, unless `messages` are to go
         too.
         """
-        self._session.check_usable()
-        name = name_of(queue)
+        name, operators = name_of(queue), self._session.operators
         if messages:
-            await self._session.engine.operators.remove(name, tuple(State), None)
-        held = await self._session.engine.operators.delete(name)
+            await operators.remove(name, tuple(State), None)
+        held = await operators.delete(name)
         self._session.forget(name)
-        if held and messages:
-            raise ConfigurationError(
-                f"queue {name!r} was not deleted: {held:,} messages have been sent to it since this began. Those that "
-                f"were in it before are gone. Stop its senders, and delete it again"
-            )
         if held:
-            raise ConfigurationError(
-                f"queue {name!r} was not deleted: it holds {held:,} messages. Receive or purge them first, or delete "
-                f"them with it: delete_queue({name!r}, messages=True)"
-            )
+            raise _not_deleted(name, held, purged=messages)
 
     # --- send --------------------------------------------------------------------------------------------------------
 
@@ -232,21 +217,11 @@ class Broker:
 
     @overload
     async def receive_from_queue(
-        self,
-        queue: str | Queue[T],
-        *,
-        wait: None = None,
-        lease: float | None = None,
-        guarantee: Guarantee = "at-least-once",
+        self, queue: str | Queue[T], *, wait: None = None, lease: float | None = ..., guarantee: Guarantee = ...
     ) -> Message[T]: ...
     @overload
     async def receive_from_queue(
-        self,
-        queue: str | Queue[T],
-        *,
-        wait: float,
-        lease: float | None = None,
-        guarantee: Guarantee = "at-least-once",
+        self, queue: str | Queue[T], *, wait: float, lease: float | None = ..., guarantee: Guarantee = ...
     ) -> Message[T] | None: ...
     async def receive_from_queue(
         self,
@@ -333,17 +308,11 @@ class Broker:
     async def stats(self, queue: None = None) -> list[QueueStats]: ...
     async def stats(self, queue: str | Queue[Any] | None = None) -> QueueStats | list[QueueStats]:
         """Return the counters of one queue, or of all, by name. It costs the same at any depth."""
-        self._session.check_usable()
-        found = await self._session.engine.operators.stats(None if queue is None else name_of(queue))
+        found = await self._session.operators.stats(None if queue is None else name_of(queue))
         return found if queue is None else found[0]
 
     async def peek(
-        self,
-        queue: str | Queue[T],
-        *,
-        state: State | str = State.READY,
-        limit: int = 10,
-        after: str | None = None,
+        self, queue: str | Queue[T], *, state: State | str = State.READY, limit: int = 10, after: str | None = None
     ) -> list[StoredMessage[T]]:
         """Return stored messages of one state, in their order, and change nothing.
 
@@ -352,12 +321,10 @@ class Broker:
         `after` is the id of the last message seen: ask again with it for the next page. Raises `ConfigurationError`
         when that message has left the queue meanwhile.
         """
-        self._session.check_usable()
-        name = name_of(queue)
+        name, operators = name_of(queue), self._session.operators
         check_limit(name, limit, PEEK_MAX)
-        if after is not None and not is_text(after):
-            raise ConfigurationError(f"queue {name!r}: after is {shown(after)}, which no message has for its id")
-        found = await self._session.engine.operators.peek(name, _state(state), limit=limit, after=after)
+        _check_after(name, after)
+        found = await operators.peek(name, _state(state), limit=limit, after=after)
         if not isinstance(queue, Queue) or queue.body is None:
             return found
         return [replace(stored, body=seen_as(queue.body, stored.body)) for stored in found]
@@ -382,74 +349,54 @@ class Broker:
         All of them, or those with these `ids`, or the first `limit`. A new `body` (and `headers`) replaces the old one;
         that asks for exactly one id. Their histories are kept, and they no longer expire.
         """
-        self._session.check_usable()
-        name = name_of(queue)
+        name, operators = name_of(queue), self._session.operators
         if limit is not None:
             check_limit(name, limit, 2**53)
         chosen = None if ids is None else check_ids(name, ids)
-        if body is UNSET:
-            if headers is not None:
-                raise ConfigurationError(f"queue {name!r}: redrive with headers= needs body= too")
-            return await self._session.engine.operators.redrive(name, chosen, limit, None)
-        if chosen is None or len(chosen) != 1:
-            raise ConfigurationError(f"queue {name!r}: redrive with a new body needs exactly one message's id in ids=")
-        edited = draft(await self._session.known(queue), Outgoing(body, headers=headers))
-        return await self._session.engine.operators.redrive(name, chosen, limit, edited)
+        new = _edited(name, chosen, body, headers)
+        edited = None if new is None else draft(await self._session.known(queue), new)
+        return await operators.redrive(name, chosen, limit, edited)
 
     async def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:
         """Delete all that waits (ready, delayed and blocked), or all in one `state`, and return how many there were.
 
         Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease.
         """
-        self._session.check_usable()
         states = _WAITING if state is None else (_state(state),)
-        return await self._session.engine.operators.remove(name_of(queue), states, None)
+        return await self._session.operators.remove(name_of(queue), states, None)
 
     async def cancel(self, queue: str | Queue[Any], message_id: str) -> bool:
         """Delete one message if it still waits; False when it is being worked on, dead or gone."""
-        self._session.check_usable()
         ids = check_ids(name_of(queue), [message_id])
-        return bool(await self._session.engine.operators.remove(name_of(queue), _WAITING, ids))
+        return bool(await self._session.operators.remove(name_of(queue), _WAITING, ids))
 
     async def discard(self, queue: str | Queue[Any], *, ids: Iterable[str]) -> int:
         """Delete dead letters for good, those with these `ids`, and return how many there were.
 
         All of them: `purge(queue, state="dead")`.
         """
-        self._session.check_usable()
-        name = name_of(queue)
-        return await self._session.engine.operators.remove(name, (State.DEAD,), check_ids(name, ids))
+        return await self._session.operators.remove(name_of(queue), (State.DEAD,), check_ids(name_of(queue), ids))
 
     async def pause(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
         """Stop deliveries from this queue, or of one `group` of it, for all processes; sends and settles go on.
 
         Raises `ConfigurationError` for a group of a queue without the rule `group_dead="halt"`: there none ever stops.
         """
-        pausing = self._pausing("pause", name_of(queue))
-        if group is None:
-            await pausing.pause(name_of(queue), paused=True)
-        else:
-            check_key(name_of(queue), "group", group)
-            await pausing.pause_group(name_of(queue), group, paused=True)
+        await self._pause(queue, group, paused=True)
 
     async def resume(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
         """Resume a paused queue, or one `group` of it that was paused, or that a dead letter halted."""
-        pausing = self._pausing("resume", name_of(queue))
-        if group is None:
-            await pausing.pause(name_of(queue), paused=False)
-        else:
-            check_key(name_of(queue), "group", group)
-            await pausing.pause_group(name_of(queue), group, paused=False)
+        await self._pause(queue, group, paused=False)
 
-    def _pausing(self, call: str, queue: str) -> Pausing:
-        self._session.check_usable()
-        engine = self._session.engine
-        if engine.operators.pausing is None:
-            raise UnsupportedFeature(
-                f"queue {queue!r}: {call}: {engine.name} has no queues that can be paused. Engines that can: SQLite, "
-                f"PostgreSQL."
-            )
-        return engine.operators.pausing
+    async def _pause(self, queue: str | Queue[Any], group: str | None, *, paused: bool) -> None:
+        name, pausing = name_of(queue), self._session.operators.pausing
+        if pausing is None:
+            raise _cannot(f"queue {name!r}: {'pause' if paused else 'resume'}", self._session, "pauses no queues")
+        if group is None:
+            await pausing.pause(name, paused=paused)
+        else:
+            check_key(name, "group", group)
+            await pausing.pause_group(name, group, paused=paused)
 
     async def trace(self, message_id: str) -> list[Event]:
         """Return what happened to the message with this id, the oldest event first; none of it was forgotten since.
@@ -458,20 +405,55 @@ class Broker:
         returned at most; a `message_id` of a sender's own may name a message in each of several queues. Raises
         `UnsupportedFeature` where the engine cannot remember.
         """
-        self._session.check_usable()
-        engine = self._session.engine
-        if engine.operators.tracing is None:
-            raise UnsupportedFeature(
-                f"message {shown(message_id)}: trace: {engine.name} remembers no history of messages. Engines that do: "
-                f"SQLite, PostgreSQL."
-            )
+        tracing = self._session.operators.tracing
+        if tracing is None:
+            raise _cannot(f"message {shown(message_id)}: trace", self._session, "remembers no history of messages")
         ids = check_ids("trace", [message_id])
-        return await engine.operators.tracing.trace(ids[0]) if ids else []
+        return await tracing.trace(ids[0]) if ids else []
 
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know; on a large file this takes a while."""
-        self._session.check_usable()
-        return await self._session.engine.operators.doctor()
+        return await self._session.operators.doctor()
+
+
+def _check_queue(queue: Queue[Any]) -> None:
+    if not isinstance(queue, Queue):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+        raise ConfigurationError(f"declare was given {shown(queue)}; give a queue, such as filao.Queue({shown(queue)})")
+    codec_for(queue.body)
+
+
+def _check_after(queue: str, after: str | None) -> None:
+    if after is not None and not is_text(after):
+        raise ConfigurationError(f"queue {queue!r}: after is {shown(after)}, which no message has for its id")
+
+
+def _edited(
+    queue: str, ids: Collection[str] | None, body: T | UnsetType, headers: Mapping[str, str] | None
+) -> Outgoing[T] | None:
+    """Return what takes the place of a dead letter that is sent back; None when it goes as it is."""
+    if body is UNSET:
+        if headers is not None:
+            raise ConfigurationError(f"queue {queue!r}: redrive with headers= needs body= too")
+        return None
+    if ids is None or len(ids) != 1:
+        raise ConfigurationError(f"queue {queue!r}: redrive with a new body needs exactly one message's id in ids=")
+    return Outgoing(body, headers=headers)
+
+
+def _not_deleted(queue: str, held: int, *, purged: bool) -> ConfigurationError:
+    if purged:
+        return ConfigurationError(
+            f"queue {queue!r} was not deleted: {held:,} messages have been sent to it since this began. Those that "
+            f"were in it before are gone. Stop its senders, and delete it again"
+        )
+    return ConfigurationError(
+        f"queue {queue!r} was not deleted: it holds {held:,} messages. Receive or purge them first, or delete them "
+        f"with it: delete_queue({queue!r}, messages=True)"
+    )
+
+
+def _cannot(what: str, session: Session, lacks: str) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{what}: {session.engine.name} {lacks}. Engines that can: SQLite, PostgreSQL.")
 
 
 def _asked(queue: str, limit: int, wait: float | None, lease: float | None, guarantee: Guarantee) -> Receive:

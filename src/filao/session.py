@@ -21,6 +21,7 @@ from filao.engine import (
     Extend,
     Immediate,
     Operation,
+    Operators,
     Outcome,
     Receipt,
     Received,
@@ -185,6 +186,12 @@ class Session:
         """Raise `ConfigurationError` when it is closed, not yet open, or was inherited through a fork."""
         if self._unusable:
             raise ConfigurationError(f"this broker {self._unusable}")
+
+    @property
+    def operators(self) -> Operators:
+        """What operators use, once it is checked that a call can be made now."""
+        self.check_usable()
+        return self.engine.operators
 
     def check_usable(self, *, anywhere: bool = False, before_it_begins: bool = False) -> None:
         """Raise `ConfigurationError` when a call cannot be made now and, unless it can be `anywhere`, on this loop.
