@@ -20,7 +20,7 @@ def measures(source: Path) -> Iterator[tuple[str, object]]:
     texts = {path: path.read_text(encoding="utf-8") for path in paths}
     trees = {path: ast.parse(text) for path, text in texts.items()}
     nodes = [node for tree in trees.values() for node in ast.walk(tree)]
-    functions = sorted(_lines(node) for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    functions = sorted(lines(node) for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
     modules = sorted(text.count("\n") for text in texts.values())
     yield "modules", len(modules)
@@ -31,9 +31,9 @@ def measures(source: Path) -> Iterator[tuple[str, object]]:
         "function lines, median / p90 / p99 / most",
         " / ".join(map(str, [f"{median(functions):g}", *ranks, functions[-1]])),
     )
-    yield "class lines, most", _most((_lines(node), node.name) for node in classes)
-    yield "public methods of a class, most", _most((len(_methods(node)), node.name) for node in classes)
-    yield "classes with more than 15 methods", sum(len(_methods(node)) > 15 for node in classes)
+    yield "class lines, most", _most((lines(node), node.name) for node in classes)
+    yield "public methods of a class, most", _most((len(public_methods(node)), node.name) for node in classes)
+    yield "classes with more than 15 methods", sum(len(public_methods(node)) > 15 for node in classes)
     wide = [line for text in texts.values() for line in text.splitlines() if len(line) > COLUMNS_MAX]
     yield f"lines over {COLUMNS_MAX} columns", len(wide)
     graph = {_name(path, source): set(_imported(tree, source)) for path, tree in trees.items()}
@@ -41,14 +41,16 @@ def measures(source: Path) -> Iterator[tuple[str, object]]:
     yield "modules in a circle of imports", len(_circles(graph))
     seam = next((node for node in classes if node.name == "Engine" and "Protocol" in ast.dump(node)), None)
     if seam is not None:
-        yield "members of the seam", len(_methods(seam))
+        yield "members of the seam", len(public_methods(seam))
 
 
-def _lines(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
+def lines(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
+    """Return how many lines a function or a class takes, signature and docstring included."""
     return (node.end_lineno or 0) - node.lineno + 1
 
 
-def _methods(node: ast.ClassDef) -> set[str]:
+def public_methods(node: ast.ClassDef) -> set[str]:
+    """Return the names of a class's methods and properties that others may use."""
     found = [one for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
     return {one.name for one in found if not one.name.startswith("_")}
 

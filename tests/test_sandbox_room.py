@@ -52,7 +52,7 @@ async def test_a_consumer_that_is_sent_home_with_a_claim_in_hand_gives_it_back_a
     await room.change(work=60.0)
     since = mark(room)
     lane = room.add_consumer()
-    await room.submit([room.case()])
+    await room.submit([room.customers.case()])
     await until_seen(room, lane, "working")
     room.remove_consumer()
     assert Facts(room, since).killed() is None

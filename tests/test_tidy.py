@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import filao
+from tests.house import lines, public_methods
 
 SOURCE = Path(filao.__file__).parent
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent.name != "programs")  # which are a learner's
@@ -138,6 +139,8 @@ ORDER = [  # what stands above; a module imports only from here upwards
 ]
 MODULE_MAX = 575  # lines
 FUNCTION_MAX = 60  # lines, signature and docstring included
+CLASS_MAX = 350  # lines
+METHODS_MAX = 25  # public ones of a class
 
 
 def _name(path: Path) -> str:
@@ -172,12 +175,15 @@ def test_a_module_imports_only_what_stands_above_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_a_module_is_short_and_so_are_its_functions(path: Path) -> None:
+def test_a_module_is_short_and_so_are_its_classes_and_functions(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= MODULE_MAX
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < FUNCTION_MAX, node.name
+            assert lines(node) <= FUNCTION_MAX, node.name
+        if isinstance(node, ast.ClassDef):
+            assert lines(node) <= CLASS_MAX, node.name
+            assert len(public_methods(node)) <= METHODS_MAX, node.name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)

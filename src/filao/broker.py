@@ -263,7 +263,7 @@ class Broker:
             return (await self._receiving.look(known, receive, guarantee))[0]
         return await self._receiving.wait(known, receive, wait, guarantee)
 
-    async def consume(
+    def consume(
         self,
         queue: str | Queue[T],
         *,
@@ -277,17 +277,8 @@ class Broker:
         Up to `prefetch` are leased at once, which is faster; but those that wait for their turn wait within their
         lease. When the loop is left, those that were not yielded go back, their attempts unused.
         """
-        ahead: list[Message[T]] = []
-        try:
-            while True:
-                ahead = await self.receive_many(queue, prefetch, wait=wait, lease=lease, guarantee=guarantee)
-                if not ahead:
-                    return
-                ahead.reverse()
-                while ahead:
-                    yield ahead.pop()
-        finally:
-            self._receiving.give_back(*reversed(ahead))
+        receive = partial(self.receive_many, queue, prefetch, wait=wait, lease=lease, guarantee=guarantee)
+        return self._receiving.each(receive)
 
     # --- transactions ------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Whatever is received and cannot be handed over is given back: its caller was can
 """
 
 import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, cast
 
 from filao.at_most_once import AtMostOnce
@@ -75,6 +76,17 @@ class Receiving:
                 self._session.give_back_unread(result)
             raise
         return messages if messages or not (deliveries or receive.waiting) else None
+
+    async def each(self, receive: Callable[[], Awaitable[list[Message[T]]]]) -> AsyncGenerator[Message[T]]:
+        """Yield messages one by one until none came; when the loop is left, those that were not yielded go back."""
+        ahead: list[Message[T]] = []
+        try:
+            while ahead := await receive():
+                ahead.reverse()
+                while ahead:
+                    yield ahead.pop()
+        finally:
+            self.give_back(*reversed(ahead))
 
     async def _taken(self, future: "asyncio.Future[Any]") -> Any:
         """Return what was received, or give it back when our caller was cancelled in the turn in which it came."""

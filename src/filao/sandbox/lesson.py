@@ -138,7 +138,7 @@ class Facts:
 
     def dead(self) -> Fate | None:
         """Return the first claim sent since that became a dead letter."""
-        return next((fate for fate in self.sent if fate.message in self.room.gave_up), None)
+        return next((fate for fate in self.sent if fate.message in self.room.viewer.gave_up), None)
 
     def redriven(self) -> bool:
         """Return whether dead letters were sent back."""

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from filao.sandbox.room import Room, Sample
+from filao.sandbox.room import Room
+from filao.sandbox.view import Sample
 
 WINDOW = 20.0  # seconds that are measured
 VARIATION_OF_WORK = 0.06  # the coefficient of variation of the time that a claim takes
@@ -54,7 +55,7 @@ def _erlang_c(offered: float, servers: int) -> float:
 def measured(room: Room, since: float) -> Load | None:
     """Return what was seen in the last seconds, or since a moment; None before there is enough of it."""
     begins = max(since, time.monotonic() - WINDOW)
-    samples = [sample for sample in room.history if sample.at >= begins]
+    samples = [sample for sample in room.viewer.history if sample.at >= begins]
     if len(samples) < 4:
         return None
     span = samples[-1].at - samples[0].at

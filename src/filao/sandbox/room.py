@@ -5,29 +5,25 @@ end and its folder goes. Nothing here knows how it is drawn.
 """
 
 import asyncio
-import heapq
 import shutil
 import socket
-import sqlite3
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from random import Random
 from types import TracebackType
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import msgspec
 from msgspec import UNSET
 
 import filao
-from filao.checks import PEEK_MAX
-from filao.engine import QueueStats, State, StoredMessage
+from filao.engine import State, StoredMessage
 from filao.engines.sqlite.turnstile import is_passable
 from filao.sandbox import journal
 from filao.sandbox.crew import Crew, is_there
-from filao.sandbox.effects import Effects, Payment
+from filao.sandbox.customers import Case, Customers
+from filao.sandbox.effects import Effects
 from filao.sandbox.exercise import Exercise
 from filao.sandbox.journal import PORTAL, PRINTER, Record, Tail, journal_of
 from filao.sandbox.lanes import Lane, Lanes
@@ -47,23 +43,16 @@ from filao.sandbox.orders import (
     number_in,
 )
 from filao.sandbox.rows import Rows
+from filao.sandbox.view import SHOWN, View, Viewer
 
 FILE = "claims.db"
 SUBMITTED_MAX = 5_000  # claims in one go
 CLAIMS_MAX = 20_000  # in one room: what is known of each is kept in memory
-SHOWN = 60  # messages of each state that one look reads
 TOLD_AT_ONCE = 200  # claims in one line to the portal, which fits into a pipe
-REMEMBERED, REMEMBERED_EVERY = 240, 0.5  # samples for the charts, and seconds between them
-AUDIT_EVERY = 0.5  # seconds between two looks at the whole queue
-ROOM_LEAST = 2_000_000  # bytes: with less of it left, the disk is full for SQLite
 STOP_TRIES, STOP_PAUSE, PASSES_WITHIN = 40, 0.02, 0.05  # to stop a consumer outside its turn to write
 THAWED_WITHIN = 2.0  # seconds in which consumers that were frozen extend their leases
-ARRIVING_MAX = 50  # claims that come in by themselves between two looks
 WORK, BACKOFF = 2.0, 1.0  # seconds, at the ordinary speed: of a claim, and before its second attempt
 READY_WITHIN = 30.0  # seconds that a scene waits for the consumers that it starts
-
-POLICIES = (12, 27, 33, 48, 56, 71)
-KINDS = ("collision", "glass", "water", "storm", "theft", "hail", "fire")
 
 
 class RoomError(Exception):
@@ -75,49 +64,6 @@ class RoomError(Exception):
         self.values = values
 
 
-class Case(NamedTuple):
-    """What a customer tells; the claim gets its number when it is handed in."""
-
-    policy: int
-    amount: int
-    kind: str
-    effort: float = 1.0
-
-
-class Sample(NamedTuple):
-    """How things stood at one moment."""
-
-    at: float
-    """Monotonic time."""
-    depth: int
-    """Claims in the queue, those under lease included."""
-    age: float
-    sent: int
-    paid: int
-    busy: int
-    """Consumers at work."""
-    consumers: int
-
-
-class View(msgspec.Struct, frozen=True):
-    """What one look found."""
-
-    stats: QueueStats | None
-    """None: the queue is not created yet."""
-    documents: QueueStats | None
-    ready: Sequence[StoredMessage] = ()
-    delayed: Sequence[StoredMessage] = ()
-    blocked: Sequence[StoredMessage] = ()
-    leased: Sequence[StoredMessage] = ()
-    dead: Sequence[StoredMessage] = ()
-    notes: Sequence[StoredMessage] = ()
-    """What waits in the queue of the documents."""
-    is_full: bool = False
-    """The disk is."""
-    error: str = ""
-    """What the storage said, when it did not answer."""
-
-
 class Room:
     """One learner's insurer; `async with` opens and closes it."""
 
@@ -127,10 +73,10 @@ class Room:
         """How many times as fast as ordinarily the lesson's scenes go: the work, and what is waited after a failure."""
         self.file: Path = folder / FILE
         self.setting: Setting = Setting(work=WORK / speed, backoff=BACKOFF / speed)
+        self.customers: Customers = Customers()
         self._rows = Rows(self.file)
         self.lanes: Lanes = Lanes(self._rows.row)
         self.effects: Effects = Effects()
-        self.view: View = View(None, None)
         self.portal_pid: int = 0
         self.answer_ms: float | None = None
         """What the portal needed to answer the last customer."""
@@ -142,32 +88,24 @@ class Room:
         """The claim whose letter is being written."""
         self.trials: dict[tuple[Guarantee, Moment], int] = {}
         """The claims whose consumers were killed, see `trials.py`."""
-        self.gave_up: set[str] = set()
-        """Messages that were seen among the dead letters."""
         self.policies: dict[int, int] = {}
         """By claim, for those that were submitted here."""
         self.exercise: Exercise = Exercise(folder / "exercise")
-        self.history: deque[Sample] = deque(maxlen=REMEMBERED)
         self.is_frozen: bool = False
-        self.last_claim: int = 0
-        self._free: list[int] = []  # numbers whose claims the queue refused, a heap
         self._broker = filao.connect(self.file)
+        self.viewer: Viewer = Viewer(folder, self._broker, self.lanes, self.effects)
         self._crew = Crew(folder)
         self._tails: dict[int, Tail] = {}
-        self._last_payment = 0
         self._consumers = 0
-        self._audited_at = 0.0
         self._acting = asyncio.Lock()
         self._frozen: list[int] = []
         self._halt: Halt | None = None
-        self._chance = Random(7)
-        self._next_arrival = 0.0
 
     async def __aenter__(self) -> Self:
         await self._broker.open()
         async with self._broker.transaction() as tx:
             await tx.execute(PAYMENTS)
-        self._business = sqlite3.connect(self.file)
+        self.viewer.open(self.file)
         return self
 
     async def __aexit__(
@@ -177,7 +115,7 @@ class Room:
             self._crew.go_on(lane.number)
         await self.exercise.stop()
         await asyncio.to_thread(self._crew.end_all)
-        self._business.close()
+        self.viewer.close()
         self._rows.close()
         with suppress(filao.FilaoError):
             await self._broker.close()
@@ -214,50 +152,22 @@ class Room:
         self.need_queue()
         if len(cases) > SUBMITTED_MAX or len(self.effects.fates) + len(cases) > CLAIMS_MAX:
             raise RoomError("too_many", count=len(cases), most=SUBMITTED_MAX)
-        claims = [Claim(self._next_number(), *case) for case in cases]
+        claims = [Claim(self.customers.next_number(), *case) for case in cases]
         self.policies.update((claim.claim_id, claim.policy) for claim in claims)
         for start in range(0, len(claims), TOLD_AT_ONCE):
             part = Submission(tuple(claims[start : start + TOLD_AT_ONCE]), grouped=self.setting.grouped)
             if not await asyncio.to_thread(self._crew.tell, PORTAL, part):
                 for claim in claims[start:]:
-                    heapq.heappush(self._free, claim.claim_id)
+                    self.customers.take_back(claim.claim_id)
                 raise RoomError("portal_died", count=len(claims) - start)
         return [claim.claim_id for claim in claims]
 
     async def arrive(self) -> None:
         """Let the claims come in that are due by themselves."""
-        now, rate = time.monotonic(), self.setting.arrivals
-        if not rate or self.is_frozen or not self.has_queue:
-            self._next_arrival = now
-            return
-        due = 0
-        while self._next_arrival <= now and due < ARRIVING_MAX:
-            self._next_arrival += self._chance.expovariate(rate)
-            due += 1
-        self._next_arrival = max(self._next_arrival, now - 1.0)
+        is_open = self.has_queue and not self.is_frozen
+        due = self.customers.due(self.setting.arrivals if is_open else 0.0, time.monotonic())
         if due and len(self.effects.fates) + due <= CLAIMS_MAX:
-            await self.submit(self.cases(due))
-
-    def _next_number(self) -> int:
-        if self._free:
-            return heapq.heappop(self._free)
-        self.last_claim += 1
-        return self.last_claim
-
-    def cases(self, count: int, **told: Any) -> list[Case]:
-        """Make up what customers tell, but for what is given."""
-        return [self.case(**told) for _ in range(count)]
-
-    def case(
-        self, *, policy: int | None = None, amount: int | None = None, kind: str = "", effort: float = 1.0
-    ) -> Case:
-        """Make up what is not given of a case."""
-        return Case(
-            self._chance.choice(POLICIES) if policy is None else policy,
-            self._chance.randrange(20_000, 900_000) if amount is None else amount,
-            kind or self._chance.choice(KINDS),
-            effort,
-        )
+            await self.submit(self.customers.cases(due))
 
     async def redrive(self, messages: Sequence[str] | None = None, *, body: Any = UNSET) -> int:
         """Send dead letters back; with a `body`, the one that is named is mended."""
@@ -268,7 +178,7 @@ class Room:
 
     async def mend(self, message: str, policy: int) -> None:
         """Correct the policy of a dead letter, and send it back. Raises `RoomError` when it is not there any more."""
-        letter = next((letter for letter in self.view.dead if letter.id == message), None)
+        letter = next((letter for letter in self.viewer.view.dead if letter.id == message), None)
         if letter is None:
             raise RoomError("no_letter")
         stored: Any = letter.body
@@ -280,7 +190,7 @@ class Room:
         """Delete what waits, or all in one state."""
         self.need_queue()
         states = (State.READY, State.DELAYED, State.BLOCKED) if state is None else (state,)
-        self.effects.removed(await self._ids(states))
+        self.effects.removed(await self.viewer.ids(states))
         return await self._broker.purge(CLAIMS, state=state)
 
     async def clear(self) -> None:
@@ -290,11 +200,6 @@ class Room:
         await self.change(arrivals=0.0, failing=0.0)
         await self.purge()
         await self.purge(State.DEAD)
-
-    @property
-    def upcoming(self) -> int:
-        """The number of the next claim."""
-        return self._free[0] if self._free else self.last_claim + 1
 
     def need_queue(self) -> None:
         """Raise `RoomError` unless the queue is created."""
@@ -459,68 +364,12 @@ class Room:
         now = time.monotonic()
         self._listen()
         self._check_processes(now)
-        try:
-            self.view = await self._see(now)
-            self._remember(now)
-        except (filao.FilaoError, sqlite3.Error) as error:
-            self.view = msgspec.structs.replace(self.view, error=str(error), is_full=self._is_full())
-        return self.view
+        return await self.viewer.look(now)
 
-    def _remember(self, now: float) -> None:
-        """Add to what the charts show, now and then."""
-        stats = self.view.stats
-        if stats is None or (self.history and now - self.history[-1].at < REMEMBERED_EVERY):
-            return
-        depth = stats.ready + stats.blocked + stats.delayed + stats.leased
-        living = self.lanes.living()
-        busy = sum(lane.holds is not None for lane in living)
-        counts = (stats.sent, len(self.effects.payments), busy, len(living))
-        self.history.append(Sample(now, depth, stats.oldest_ready_age or 0.0, *counts))
-
-    async def _see(self, now: float) -> View:
-        found = {stats.name: stats for stats in await self._broker.stats()}
-        stats = found.get(CLAIMS)
-        if stats is None:
-            return View(None, None, is_full=self._is_full())
-        ready, delayed, blocked, leased, dead = [await self._peek(state, stats) for state in _SHOWN_STATES]
-        self.lanes.see(leased, now)
-        self.gave_up.update(message.id for message in dead)
-        self.lanes.bury((message.id for message in dead), now)
-        self._read_payments()
-        if now - self._audited_at >= AUDIT_EVERY:
-            self._audited_at = now
-            self.effects.audit(set(await self._ids(tuple(_SHOWN_STATES))))
-        documents = found.get(DOCUMENTS)
-        notes = await self._broker.peek(DOCUMENTS, limit=SHOWN) if documents is not None and documents.ready else ()
-        return View(stats, documents, ready, delayed, blocked, leased, dead, notes, is_full=self._is_full())
-
-    async def _peek(self, state: State, stats: QueueStats) -> Sequence[StoredMessage]:
-        return await self._broker.peek(CLAIMS, state=state, limit=SHOWN) if getattr(stats, state) else ()
-
-    def _read_payments(self) -> None:
-        rows = self._business.execute(
-            "SELECT id, message, claim, cents, paid_by, attempt FROM payment WHERE id > ? ORDER BY id",
-            (self._last_payment,),
-        ).fetchall()
-        if rows:
-            self._last_payment = rows[-1][0]
-            payments = [Payment(*row) for row in rows]
-            self.effects.paid(payments)
-            for payment in payments:
-                if not payment.paid_by.isdecimal():
-                    self.lanes.guest_paid(payment.message, payment.attempt, time.monotonic())
-
-    async def _ids(self, states: Iterable[State]) -> list[str]:
-        """Return the ids of all messages in some states."""
-        ids: list[str] = []
-        for state in states:
-            after: str | None = None
-            while page := await self._broker.peek(CLAIMS, state=state, limit=PEEK_MAX, after=after):
-                ids += [message.id for message in page]
-                after = page[-1].id
-                if len(page) < PEEK_MAX:
-                    break
-        return ids
+    @property
+    def view(self) -> View:
+        """What the last look found."""
+        return self.viewer.view
 
     def _listen(self) -> None:
         news = [record for tail in self._tails.values() for record in tail.read()]
@@ -542,7 +391,7 @@ class Room:
             self.lanes.move(record)
         elif record.what == "unsent":
             self.refused += 1
-            heapq.heappush(self._free, record.claim)
+            self.customers.take_back(record.claim)
             self.lanes.tell(record.at, "unsent", claim=record.claim, why=record.note)
 
     def _check_processes(self, now: float) -> None:
@@ -562,12 +411,6 @@ class Room:
                 pid = self._start(number, module)
                 self._tails[number] = tail
                 self.portal_pid = pid if number == PORTAL else self.portal_pid
-
-    def _is_full(self) -> bool:
-        return shutil.disk_usage(self.folder).free < ROOM_LEAST
-
-
-_SHOWN_STATES = (State.READY, State.DELAYED, State.BLOCKED, State.LEASED, State.DEAD)
 
 
 def number_of(message: StoredMessage) -> int:

@@ -265,7 +265,7 @@ def load(room: Room, since: float) -> Json:
     """Return the sliders' numbers: what theory predicts, what was measured, and the last minutes of it."""
     setting, consumers = room.setting, len(room.lanes.living())
     seen = measured(room, since)
-    samples: Sequence[Any] = list(room.history)[-CHARTED:]
+    samples: Sequence[Any] = list(room.viewer.history)[-CHARTED:]
     return {
         "predicted": asdict(predicted(setting.arrivals, setting.work, consumers, setting.failing)),
         "measured": None if seen is None else asdict(seen),

@@ -8,10 +8,11 @@ the speed of the machine; and what it says stands in `lesson.en.toml` and `lesso
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
+from filao.sandbox.customers import Case
 from filao.sandbox.exercise import CHECKS
 from filao.sandbox.lesson import Facts
 from filao.sandbox.orders import GUARANTEES, MOMENTS, Guarantee
-from filao.sandbox.room import Case, Room, RoomError
+from filao.sandbox.room import Room, RoomError
 from filao.sandbox.trials import try_kills
 
 FEW, MANY = 5, 12  # claims that a step wants to see
@@ -78,7 +79,7 @@ async def _send_few(room: Room, _: Facts) -> None:
     await room.clear()
     await room.change(grouped=False, documents=False)
     await room.have_consumers(0)
-    await room.submit(room.cases(FEW))
+    await room.submit(room.customers.cases(FEW))
 
 
 async def _one(room: Room, _: Facts) -> None:
@@ -87,7 +88,7 @@ async def _one(room: Room, _: Facts) -> None:
     await room.change(work=1.0 / room.speed, **rules)
     stats = room.view.stats
     if stats is None or stats.ready < FEW:
-        await room.submit(room.cases(FEW))
+        await room.submit(room.customers.cases(FEW))
     await room.have_consumers(1)
 
 
@@ -102,12 +103,12 @@ async def _plain(room: Room, consumers: int, *, work: float, lease: float = 6.0)
 
 async def _three(room: Room, _: Facts) -> None:
     await _plain(room, 3, work=1.0 / room.speed)
-    await room.submit([room.case(effort=SLOW_CLAIM), *room.cases(MANY - 1)])
+    await room.submit([room.customers.case(effort=SLOW_CLAIM), *room.customers.cases(MANY - 1)])
 
 
 async def _long_claims(room: Room, _: Facts) -> None:
     await _plain(room, 3, work=LONG)
-    await room.submit(room.cases(2))  # so that one consumer is free to take over
+    await room.submit(room.customers.cases(2))  # so that one consumer is free to take over
 
 
 async def _kill(room: Room, facts: Facts) -> None:
@@ -130,7 +131,7 @@ async def _hurry(room: Room, facts: Facts) -> None:
 
 async def _poison(room: Room, _: Facts) -> None:
     await _plain(room, 3, work=1.0 / room.speed)
-    await room.submit([room.case(policy=0), *room.cases(4)])
+    await room.submit([room.customers.case(policy=0), *room.customers.cases(4)])
 
 
 async def _mend(room: Room, facts: Facts) -> None:
@@ -149,7 +150,7 @@ def _try(guarantee: Guarantee) -> Act:
 
 async def _short_lease(room: Room, _: Facts) -> None:
     await _plain(room, 2, work=LONG, lease=SHORT_LEASE)
-    await room.submit([room.case()])
+    await room.submit([room.customers.case()])
 
 
 async def _pause(room: Room, facts: Facts) -> None:
@@ -185,13 +186,15 @@ def _by_policy(room: Room) -> list[Case]:
     """Return three claims of each of four policies; the first of each is long, and would be overtaken without
     groups.
     """
-    return [room.case(policy=policy, effort=effort) for policy in (12, 27, 33, 48) for effort in (2.5, 1.0, 1.0)]
+    return [
+        room.customers.case(policy=policy, effort=effort) for policy in (12, 27, 33, 48) for effort in (2.5, 1.0, 1.0)
+    ]
 
 
 async def _documents(room: Room, _: Facts) -> None:
     await _plain(room, 3, work=1.0 / room.speed)
     await room.change(documents=True, guarantee="exactly-once")
-    await room.submit(room.cases(FEW))
+    await room.submit(room.customers.cases(FEW))
 
 
 # --- what must be seen -----------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ class Face:
             case "-" | "−":  # noqa: RUF001  # the sign that the page shows
                 room.remove_consumer()
             case "s":
-                await room.submit(room.cases(1))
+                await room.submit(room.customers.cases(1))
             case "c":
                 await self._check()
             case "w":

@@ -26,11 +26,11 @@ async def try_kills(room: Room, guarantee: Guarantee) -> None:
 
 async def _kill_at(room: Room, guarantee: Guarantee, moment: Moment) -> None:
     """Let the next claim's consumer stand still at a moment of its work, and kill it there."""
-    claim = room.upcoming
+    claim = room.customers.upcoming
     try:
         room.halt(Halt(claim, moment))
         room.trials[guarantee, moment] = claim
-        await room.submit([room.case()])
+        await room.submit([room.customers.case()])
         lane = await _until_halted(room, claim)
         room.kill(lane.number)
     finally:

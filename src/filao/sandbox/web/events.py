@@ -104,9 +104,9 @@ async def _submit(visit: Visit, asked: Asked) -> None:
     room = visit.room
     room.need_queue()
     if asked.flag("poison"):
-        await room.submit([room.case(policy=0)])
+        await room.submit([room.customers.case(policy=0)])
     else:
-        await room.submit(room.cases(asked.whole("count", 1, BURST_MAX)))
+        await room.submit(room.customers.cases(asked.whole("count", 1, BURST_MAX)))
 
 
 async def _submit_file(visit: Visit, asked: Asked) -> None:
@@ -119,7 +119,7 @@ async def _submit_file(visit: Visit, asked: Asked) -> None:
         read = from_text(asked.text("name", 100), text, SUBMITTED_MAX + 1)
     except BadClaimsError as error:
         raise RoomError(f"csv_{error.key}", **error.values) from error
-    await room.submit([room.case(policy=one.policy, amount=one.amount) for one in read])
+    await room.submit([room.customers.case(policy=one.policy, amount=one.amount) for one in read])
 
 
 async def _add(visit: Visit, _: Asked) -> None:
