@@ -197,6 +197,9 @@ $$;
 
 -- Let the first message of each of some groups through and hold back the others; nobody moves while one is leased.
 --
+-- Invariant, for who holds a group's lock: at most one of its messages is ready or leased, and it is the first; what
+-- stands behind that is blocked. Where failed messages are skipped, the delayed ones do not count.
+--
 -- All groups at once: of each the first message in each state is looked up by the index of groups, which is the only
 -- one that can serve a comparison of (grp, state), whatever the tables hold. Where failed messages are skipped, a head
 -- that is not due yet steps aside, and its group is looked at again.

@@ -2,6 +2,8 @@
 
 -- Make ready what is due: delayed messages, and those whose lease ran out; expire what outlived its time to live.
 -- Whatever somebody else has locked is left to them. Returns whether anything may have moved.
+--
+-- Invariant: a slice of each kind at a time, the earliest first; what is left over is still due, and seen by the next.
 CREATE OR REPLACE FUNCTION filao.make_due(q integer, seen filao.seen, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
   chosen bigint[];
@@ -45,6 +47,8 @@ $$;
 -- Lease messages. `waiting` is how many callers are about to wait: when there are fewer messages, their process goes on
 -- the waiting list, and a last row without an id says when something is due, in milliseconds: at once for a process
 -- that was not on the list when it looked, for what was sent meanwhile called nobody.
+--
+-- Invariant: what is leased here was ready, and its row's lock, and its group's, are this transaction's until it ends.
 CREATE OR REPLACE FUNCTION filao.receive(
   q integer, moment bigint, process integer, lease bigint, token bigint, most integer, waiting integer
 ) RETURNS TABLE (

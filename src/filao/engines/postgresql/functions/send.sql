@@ -164,6 +164,8 @@ $$;
 --
 -- The keys are claimed before the messages are counted, so that a queue's limit counts what is new, whatever keys the
 -- drafts of one send share with each other or with what is there; those of a send that is refused are given up again.
+--
+-- Invariant: between the look at a queue's limit and the commit no other sends to it: the lock of its row is held.
 CREATE OR REPLACE FUNCTION filao.send(
   q integer, moment bigint, later boolean, salt bigint, ops integer[], kinds smallint[], contents bytea[],
   headers text[],

@@ -12,6 +12,9 @@ $$;
 
 -- End leases, each as its outcome says: ack, nack, reject, malformed or release. Returns the places of those that were
 -- lost.
+--
+-- Invariant: `done` are the places that are settled. A row is changed after it was locked by its id and its token
+-- together, so that nobody else has received it; of two outcomes for one lease the first is done.
 CREATE OR REPLACE FUNCTION filao.settle(
   q integer, moment bigint, later boolean, consumer text, ids bigint[], tokens bigint[], outcomes text[], errors text[],
   delays bigint[]
