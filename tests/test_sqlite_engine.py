@@ -4,6 +4,7 @@ import asyncio
 import os
 import sqlite3
 import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -13,6 +14,7 @@ from filao.broker import session_of
 from filao.engines.sqlite import control, files
 from filao.engines.sqlite import engine as sqlite_engine
 from filao.engines.sqlite import processes as processes_module
+from filao.engines.sqlite.thread import Tickets
 from tests.conftest import engine_of
 
 pytestmark = pytest.mark.anyio
@@ -383,11 +385,56 @@ async def test_who_takes_long_but_waits_for_nobody_is_not_given_up(tmp_path, mon
 
         looking = asyncio.ensure_future(engine._look_up(examine))
         await begun.wait()
-        for timer in engine._loop._scheduled:  # the one that gives up, now
-            if timer._callback is sqlite_engine._give_up:
-                timer._run()
+        engine._tickets.give_up(time.monotonic() + 60)
         may_end.set()
         assert await looking == "examined"
+
+
+async def test_who_has_not_begun_in_time_is_told_and_the_others_are_waited_for() -> None:
+    tickets, loop, now = (
+        Tickets(lambda: filao.EngineUnavailable("too late")),
+        asyncio.get_running_loop(),
+        time.monotonic(),
+    )
+    late, begun, patient, ended = [loop.create_future() for _ in range(4)]
+    for future in (ended, late, begun):
+        ticket = tickets.hand_out(now + 3600, future)
+    ticket.take()
+    tickets.hand_out(now + 7200, patient)
+    ended.set_result(None)
+    tickets.give_up(now + 3601)
+    assert isinstance(late.exception(), filao.EngineUnavailable)
+    assert not begun.done()
+    assert not patient.done()
+    tickets.give_up(now + 7201)
+    assert isinstance(patient.exception(), filao.EngineUnavailable)
+    assert tickets._timer is None
+
+
+async def test_who_may_wait_for_a_moment_only_is_not_kept_by_the_timer_of_others() -> None:
+    tickets, loop, now = (
+        Tickets(lambda: filao.EngineUnavailable("too late")),
+        asyncio.get_running_loop(),
+        time.monotonic(),
+    )
+    patient, hurried = loop.create_future(), loop.create_future()
+    tickets.hand_out(now + 3600, patient)
+    tickets.hand_out(now + 0.001, hurried)
+    with pytest.raises(filao.EngineUnavailable):
+        async with asyncio.timeout(20):
+            await hurried
+    assert not patient.done()
+    patient.cancel()
+    tickets.close()
+
+
+async def test_a_closed_broker_leaves_no_timer(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        engine = engine_of(broker)
+        await broker.declare(filao.Queue("claims"))
+    timer = engine._tickets._timer
+    assert timer is not None
+    assert timer.cancelled()
 
 
 async def test_the_connection_is_replaced_after_the_disk_failed(tmp_path) -> None:

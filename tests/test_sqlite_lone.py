@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,27 @@ async def test_a_lone_send_makes_five_statements_and_writes_three_pages(tmp_path
         statements, pages = min(found, key=lambda one: len(one[0]))
         assert [statement.split()[0] for statement in statements] == ["BEGIN", "PRAGMA", "INSERT", "UPDATE", "COMMIT"]
         assert pages <= 3  # the message's, its index's, the counters'
+
+
+async def test_a_lone_send_takes_three_turns_of_the_loop(tmp_path, monkeypatch) -> None:
+    loop: Any = asyncio.get_running_loop()
+    turns = 0
+
+    def select(timeout: float | None) -> Any:
+        nonlocal turns
+        turns += 1
+        return select_as_ever(timeout)
+
+    select_as_ever = loop._selector.select
+    async with filao.connect(tmp_path / "lone.db") as broker:
+        await broker.declare(filao.Queue("q"))
+        monkeypatch.setattr(loop._selector, "select", select)
+        taken: list[int] = []
+        for _ in range(5):  # the watch over other processes may come in between
+            turns = 0
+            await broker.send_to_queue("q", "lone")
+            taken.append(turns)
+        assert min(taken) <= 3  # its batch begins, its batch has ended, it goes on
 
 
 async def test_a_lone_receive_and_its_ack_make_twelve_statements_and_write_seven_pages(tmp_path) -> None:

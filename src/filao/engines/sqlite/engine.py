@@ -26,7 +26,7 @@ from filao.engines.sqlite.moving import SqliteMover
 from filao.engines.sqlite.overview import SqliteOverview
 from filao.engines.sqlite.presence import Presence
 from filao.engines.sqlite.receive import NOBODY, look
-from filao.engines.sqlite.thread import DatabaseThread, Ticket
+from filao.engines.sqlite.thread import DatabaseThread, Direct, Tickets
 from filao.engines.sqlite.transactions import SqliteTransactions, look_away
 from filao.engines.waiters import Line, Place
 from filao.errors import EngineUnavailable, FilaoError
@@ -88,10 +88,11 @@ class SqliteEngine:
         self._loop = asyncio.get_running_loop()
         self._database.loop_thread = threading.get_ident()
         self._thread = DatabaseThread(f"filao {self._hold.path.name}", self._database)
+        self._tickets = Tickets(self._stood_still)
         try:
             await self._in_turn(self._database.open)
         except BaseException:
-            self._thread.submit(self._database.close).add_done_callback(look_away)
+            self._thread.submit(self._database.close).add_done_callback(self._end)
             self._thread.stop()
             raise
         self._start(self._keep_tidy())
@@ -121,9 +122,14 @@ class SqliteEngine:
             if self._hold.belfry.own is not None:
                 self._loop.remove_reader(self._hold.belfry.own.reader)
             closed = self._in_turn(self._database.close, max(until, time.monotonic() + CLOSED_WITHIN))
-            closed.add_done_callback(look_away)
+            closed.add_done_callback(self._end)
             self._thread.stop()
         await closed
+
+    def _end(self, closed: "asyncio.Future[None]") -> None:
+        """Leave no timer behind, nor the error of a close that nobody waits for any more."""
+        self._tickets.close()
+        look_away(closed)
 
     async def _stop_looking(self, until: float) -> None:
         """Let a job that only looks fail, whatever it looks at: each of its statements is interrupted as it runs."""
@@ -149,7 +155,7 @@ class SqliteEngine:
         """Do a batch as one transaction, with what joined it until our turn came."""
         if self._gate.locked():
             return self._alone(partial(self._execute, batch))
-        return self._in_turn(partial(self._execute, batch))
+        return self._in_turn(partial(self._execute, batch), future=Direct(self._loop))
 
     def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
         """Do a batch in the calling thread, if nobody is in the way."""
@@ -194,13 +200,14 @@ class SqliteEngine:
         self._untidy = True
         return self._thread.submit(job)
 
-    def _in_turn(self, job: Callable[[], R], until: float | None = None) -> "asyncio.Future[R]":
-        """Run a job that waits for a turn to write, but not for ever: another process may stand still in the turnstile.
-
-        The job or the timer takes the ticket first, and so decides: that it begins, or that it never will.
+    def _in_turn(
+        self, job: Callable[[], R], until: float | None = None, future: "asyncio.Future[R] | None" = None
+    ) -> "asyncio.Future[R]":
+        """Run a job that waits for a turn to write, but not for ever: another process may stand still in the
+        turnstile.
         """
-        now = time.monotonic()
-        ticket = Ticket(now + files.BUSY_TIMEOUT if until is None else until)
+        future = self._loop.create_future() if future is None else future
+        ticket = self._tickets.hand_out(time.monotonic() + files.BUSY_TIMEOUT if until is None else until, future)
 
         def with_ticket() -> R:
             self._database.ticket = ticket
@@ -209,10 +216,14 @@ class SqliteEngine:
             finally:
                 self._database.ticket = None
 
-        future = self._thread.submit(with_ticket)
-        timer = self._loop.call_later(ticket.until - now, _give_up, ticket, future, self._hold.path)
-        future.add_done_callback(partial(_take_back, ticket, timer))
-        return future
+        return self._thread.submit(with_ticket, future)
+
+    def _stood_still(self) -> EngineUnavailable:
+        path = self._hold.path
+        return EngineUnavailable(
+            f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process, which may be paused or "
+            f"stuck in a transaction. Nothing was done; find it with: filao doctor {path}"
+        )
 
     @asynccontextmanager
     async def _alone_in(self, until: float) -> AsyncGenerator[None]:
@@ -380,19 +391,3 @@ class SqliteEngine:
     def _tidy_some(self, *, idle: bool) -> bool:
         with self._database.write(durable=False) as books:
             return housekeeping.tidy(books, idle=idle)
-
-
-def _take_back(ticket: Ticket, timer: asyncio.TimerHandle, future: "asyncio.Future[Any]") -> None:
-    timer.cancel()
-    if future.cancelled():
-        ticket.take()  # so that it never begins, unless it has
-
-
-def _give_up(ticket: Ticket, future: "asyncio.Future[Any]", path: Path) -> None:
-    if ticket.take() and not future.done():
-        future.set_exception(
-            EngineUnavailable(
-                f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process, which may be paused or "
-                f"stuck in a transaction. Nothing was done; find it with: filao doctor {path}"
-            )
-        )

@@ -8,11 +8,13 @@ Every job runs inside the gate of forks, so that none is half-way when this proc
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from importlib import import_module
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from filao.errors import EngineUnavailable
 from filao.forks import Storage, gate
@@ -42,6 +44,96 @@ class Ticket:
         return self._lock.acquire(blocking=False)
 
 
+class Direct(asyncio.Future[R]):
+    """A future that calls its callbacks in the turn of the loop in which it ends, where others do so in the next.
+
+    For callbacks that are short, and for nobody who awaits it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._then: list[Callable[[Any], object]] = []
+
+    def add_done_callback(self, fn: Callable[[Self], object], /, *, context: Context | None = None) -> None:
+        """Call `fn` when it ends, or soon if it has."""
+        if self.done():
+            super().add_done_callback(fn, context=context)
+        else:
+            self._then.append(fn)
+
+    def set_result(self, result: R, /) -> None:
+        """End it, and say so."""
+        super().set_result(result)
+        self._tell()
+
+    def set_exception(self, exception: type | BaseException, /) -> None:
+        """End it by an error, and say so."""
+        super().set_exception(exception)
+        self._tell()
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Cancel it, and say so."""
+        is_cancelled = super().cancel(msg)
+        if is_cancelled:
+            self._tell()
+        return is_cancelled
+
+    def _tell(self) -> None:
+        for callback in self._then:
+            callback(self)
+
+
+class Tickets:
+    """Those of jobs that have not ended. One timer serves all: to set and cancel one for each costs a lone call much.
+
+    Whoever takes a ticket first, the job or the timer, decides: that it begins, or that it never will.
+    """
+
+    def __init__(self, refusal: Callable[[], Exception]) -> None:
+        """`refusal` makes the error of a job that never began."""
+        self._loop = asyncio.get_running_loop()
+        self._refusal = refusal
+        self._held: dict[asyncio.Future[Any], Ticket] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = 0.0
+
+    def hand_out(self, until: float, future: "asyncio.Future[Any]") -> Ticket:
+        """Return the ticket of a job that must have begun by then (monotonic), or its future fails."""
+        ticket = self._held[future] = Ticket(until)
+        if self._timer is None or until < self._rings_at:
+            self._set(until)
+        future.add_done_callback(self._take_back)
+        return ticket
+
+    def give_up(self, now: float) -> None:
+        """Let those fail that had to begin before now and did not."""
+        self._timer = None
+        for future, ticket in list(self._held.items()):
+            if ticket.until <= now and ticket.take() and not future.done():
+                future.set_exception(self._refusal())
+        soonest = min((ticket.until for ticket in self._held.values() if ticket.until > now), default=None)
+        if soonest is not None:
+            self._set(soonest)
+
+    def close(self) -> None:
+        """Stop the timer, when no job can come any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set(self, until: float) -> None:
+        self.close()
+        self._rings_at = until
+        self._timer = self._loop.call_later(until - time.monotonic(), self._ring)
+
+    def _ring(self) -> None:
+        self.give_up(max(self._rings_at, time.monotonic()))
+
+    def _take_back(self, future: "asyncio.Future[Any]") -> None:
+        ticket = self._held.pop(future)
+        if future.cancelled():
+            ticket.take()  # so that it never begins, unless it has
+
+
 class Visited(Storage, Protocol):
     """What jobs and visits work on."""
 
@@ -64,9 +156,13 @@ class DatabaseThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Callable[[], R]) -> "asyncio.Future[R]":
-        """Run `job` after those before it; the future is resolved on the loop, unless that happened meanwhile."""
-        future: asyncio.Future[R] = self._loop.create_future()
+    def submit(self, job: Callable[[], R], future: "asyncio.Future[R] | None" = None) -> "asyncio.Future[R]":
+        """Run `job` after those before it; the future is resolved on the loop, unless that happened meanwhile.
+
+        It is the last that a lone caller does: the thread wakes up, and wants Python's lock, which the loop gives up
+        when it has nothing to do.
+        """
+        future = self._loop.create_future() if future is None else future
         if self._is_stopped:
             future.set_exception(EngineUnavailable("the broker was closed meanwhile. Nothing of this was done."))
         else:
