@@ -700,7 +700,9 @@ async def test_a_process_that_was_struck_off_though_it_lives_registers_anew_and_
         with psycopg.connect(url, autocommit=True) as operator:
             operator.execute("SELECT filao.strike_off(%s, NULL, true)", (before,))
             operator.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND objid = %s", (before,)
+                "SELECT pg_terminate_backend(pid) FROM pg_locks "
+                "WHERE locktype = 'advisory' AND objid = %s AND pid <> %s",
+                (before, engine._main._connection.info.backend_pid),
             )
         await broker.send_to_queue("claims", number)
         async with asyncio.timeout(20):
@@ -792,6 +794,36 @@ async def test_the_leases_of_a_process_that_died_are_taken_over_long_before_they
     await message.reject()
     (dead,) = await broker.dead_letters("claims")
     assert [failure.outcome for failure in dead.history] == ["crashed", "rejected"]
+
+
+async def test_a_process_that_lost_one_session_and_gets_no_other_keeps_its_leases(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(watch, "COME_BACK_WITHIN", 0.0)
+    monkeypatch.setattr(watch, "DEAD_AFTER", 0.1)
+    role = f"tenant_{url.rpartition('/')[2]}"
+    with psycopg.connect(url, autocommit=True) as operator:
+        operator.execute(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 2".encode())
+        operator.execute(f"GRANT filao TO {role}".encode())
+        async with filao.connect(url.replace("filao@", f"{role}@")) as tenant, asyncio.timeout(30):
+            await broker.send_to_queue("claims", 1)
+            held = await tenant.receive_from_queue("claims")
+            operator.execute(f"ALTER ROLE {role} CONNECTION LIMIT 1".encode())
+            async with holder_of_another(url, broker) as dying:
+                operator.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s AND query LIKE 'LISTEN%%'",
+                    (role,),
+                )
+                receiving = asyncio.ensure_future(broker.receive_from_queue("claims"))
+                dying.kill()
+                await (await receiving).ack()  # so others had the time to take over what the dead left
+            await held.ack()
+
+
+@asynccontextmanager
+async def holder_of_another(url: str, broker: filao.Broker) -> AsyncGenerator["subprocess.Popen[str]"]:
+    """Run a process that holds a message which is sent now."""
+    await broker.send_to_queue("claims", 2)
+    async with holder(url, lease=600) as process:
+        yield process
 
 
 @pytest.mark.parametrize("died", [True, False])

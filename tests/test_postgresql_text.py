@@ -8,7 +8,7 @@ from psycopg import errors
 
 import filao
 from filao.engines.postgresql.server import Charset, Server
-from tests.conftest import let_pass, missing
+from tests.conftest import engine_of, let_pass, missing
 from tests.support.servers import Postgres, has_pgbouncer, pgbouncer
 
 pytestmark = pytest.mark.anyio
@@ -107,6 +107,12 @@ async def test_extra_errors_of_plpgsql_prevent_no_first_opening(postgres) -> Non
         await broker.declare(filao.Queue("claims"))
         await broker.send_to_queue("claims", 1, dedup_key="k", group="g")
         await (await broker.receive_from_queue("claims")).ack()
+
+
+async def test_sessions_that_rest_are_not_ended_whatever_the_database_says(postgres) -> None:
+    url = create(postgres, "UTF8", "idle_session_timeout = '10min'")
+    async with filao.connect(url) as broker, engine_of(broker)._main.use() as connection:
+        assert await (await connection.execute("SHOW idle_session_timeout")).fetchone() == ("0",)
 
 
 async def test_a_process_that_cannot_open_its_session_leaves_no_row_behind(postgres) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.torture.auditor import complaints_of
 from tests.torture.checker import Kept, Left, check
 from tests.torture.history import History, Record, read
+from tests.torture.scene import Pen, Scene
 
 ROOT = Path(__file__).parent.parent
 LEASE = 1.0
@@ -35,6 +36,12 @@ def test_nothing_is_lost_or_unexplained_when_processes_are_killed_at_random(url)
     ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_no_two_pens_of_a_process_write_as_the_same_task(tmp_path: Path) -> None:
+    desk = Pen(Scene("", tmp_path, "worker-1"), History(tmp_path / "worker-1"))
+    pens = [desk, first := desk.another(), second := first.another(), desk.another(), second.another(), first.another()]
+    assert len({pen.task for pen in pens}) == len(pens)
 
 
 # --- forgeries -------------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ in any other way than by a signal has met an error that Filao should not have ra
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from random import Random
-from threading import Lock
 from typing import Any
 
 import msgspec
@@ -62,19 +62,17 @@ class Scene:
 class Pen:
     """Writes down what one task does; a call within a call is written with a pen of its own."""
 
-    def __init__(self, scene: Scene, history: History, task: int = 0) -> None:
+    def __init__(self, scene: Scene, history: History, task: int = 0, numbers: Iterator[int] | None = None) -> None:
         self.scene = scene
         self.task = task
         self.chance = Random(f"{scene.seed} {scene.process} {task}")
         self._history = history
-        self._lent = 0
-        self._lock = Lock()
+        self._numbers = count(task + 1_000, 1_000) if numbers is None else numbers
+        """Of all that were had from the first pen, at whatever remove: a number is one task's."""
 
     def another(self) -> "Pen":
-        """Return a pen for what goes on beside or within what this one writes."""
-        with self._lock:
-            self._lent += 1
-            return Pen(self.scene, self._history, self.task + 1_000 * self._lent)
+        """Return a pen for what goes on beside or within what this one writes. From any thread."""
+        return Pen(self.scene, self._history, next(self._numbers), self._numbers)
 
     def begin(self, call: Verb, **about: Any) -> Record:
         """Write down that a call begins."""

@@ -59,7 +59,7 @@ class PostgresqlEngine:
         self._clock = clock
         self._listener = Listener(self._server, self._heard)
         self._time = ServerClock(self._server.name)
-        self._main = Link(self._server, LOCKED_BRIEFLY, self._listener.nudge)
+        self._main = Link(self._server, LOCKED_BRIEFLY, self._listener.greet)
         self._apart = Apart(self._server, self._batch)
         self._transactions = Transactions(self._server)
         strike_off = partial(self._strike_off, died=True)

@@ -1,7 +1,8 @@
 """A process that receives, as the others see it: its number, its sign of life, and the channel on which it is called.
 
-The sign of life is an advisory lock that its session holds: the server frees it when the session ends, however that
-happens. So a process that finds the lock free for a while may take over the leases. Behind a pooler that gives each
+The sign of life is an advisory lock that its session holds, and its main connection too: the server frees it when a
+session ends, however that happens. So a process that finds the lock free for a while may take over the leases; one that
+lost a session and finds no room for another is seen to live by the other. Behind a pooler that gives each
 transaction another connection there can be neither, and polling and the leases' time must do.
 """
 
@@ -18,6 +19,10 @@ from filao.process import process_name
 
 ALIVE = 0x46696C61  # "Fila", the first key of the advisory locks that processes hold
 RETRY_MAX = 5.0  # seconds between tries to reach the server again
+
+
+_BE_SEEN = "SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.pg_advisory_lock_shared(%s, %s)"
+"""Hold the sign of life, and none of a number that the process had before."""
 
 
 class Listener:
@@ -68,6 +73,7 @@ class Listener:
             self.process = process
             await self._hang_up()
             self._connection, self.since = session, time.monotonic()
+            await self.greet(connection)
         self._tokens = 0
         self._registered.set()
 
@@ -82,7 +88,7 @@ class Listener:
             assert row is not None
             process: int = row[0]
             if has_session:
-                await connection.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", (ALIVE, process))
+                await connection.execute(_BE_SEEN, (ALIVE, process))
         return process
 
     async def _listen(self, process: int) -> None:
@@ -90,7 +96,7 @@ class Listener:
         async with self._server.one_call():
             connection = await self._server.connect()
             try:
-                await connection.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", (ALIVE, process))
+                await connection.execute(_BE_SEEN, (ALIVE, process))
                 await connection.execute(f"LISTEN filao_{process}".encode())
                 entered = "UPDATE filao.process SET has_session = true WHERE id = %s"
                 found = await connection.execute(entered, (process,))
@@ -107,9 +113,11 @@ class Listener:
         """Hear calls for ever; when the session is lost, begin another."""
         await for_ever("the PostgreSQL listener", self._hear, wake=self._reachable, pause_max=RETRY_MAX)
 
-    def nudge(self) -> None:
-        """Try again now to reach the server: it answered somebody else of this process."""
+    async def greet(self, main: Connection) -> None:
+        """Try again now to reach the server, which answered on the main connection; and be seen to live there."""
         self._reachable.set()
+        if self.process and not self._server.is_pooled:
+            await main.execute(_BE_SEEN, (ALIVE, self.process))
 
     async def _hear(self) -> None:
         """Begin a session, or hear calls until it is lost."""

@@ -5,7 +5,7 @@ import codecs
 import select
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from types import UnionType
@@ -201,6 +201,7 @@ class Server:
             "lock_timeout": f"{locked_for:g}s",
             "statement_timeout": f"{ANSWERS_WITHIN:g}s",
             "default_transaction_isolation": "read committed",
+            "idle_session_timeout": "0",  # a process that waits rests, and its sessions are its sign of life
         }
         if is_ours:  # so that nobody can put an operator or a function in the way of ours
             settings["search_path"] = "pg_catalog, pg_temp"
@@ -407,11 +408,13 @@ def end_of_call(since: float) -> float:
 class Link:
     """A connection that is opened when it is needed, and anew after it was lost."""
 
-    def __init__(self, server: Server, locked_for: float, opened: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, server: Server, locked_for: float, opened: Callable[[Connection], Awaitable[None]] | None = None
+    ) -> None:
         self._server = server
         self._locked_for = locked_for
         self._opened = opened
-        """Called when the server answers after it was lost."""
+        """What is done on each new connection first."""
         self._connection: Connection | None = None
         self.lock: asyncio.Lock = asyncio.Lock()
         """Held by the one that uses it."""
@@ -435,8 +438,14 @@ class Link:
         connection = self._connection
         if connection is None or self._server.is_lost(connection):
             await self.close()
-            connection = self._connection = await self._server.connect(locked_for=self._locked_for)
-            self._opened()
+            connection = await self._server.connect(locked_for=self._locked_for)
+            self._connection = connection
+            if self._opened is not None:
+                try:
+                    await self._opened(connection)
+                except BaseException:
+                    await self.close()
+                    raise
         return connection
 
     async def close(self) -> None:

@@ -66,7 +66,7 @@ LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now    bigint := filao.now(moment);
   lively integer[] := ARRAY(
-    SELECT objid::bigint::integer FROM pg_locks
+    SELECT DISTINCT objid::bigint::integer FROM pg_locks  -- two sessions of a process may hold it
     WHERE locktype = 'advisory' AND classid::bigint = alive AND objsubid = 2
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
   );
