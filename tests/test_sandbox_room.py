@@ -8,9 +8,9 @@ import pytest
 
 import filao
 from filao.sandbox import visits
-from filao.sandbox.journal import journal_of
+from filao.sandbox.journal import Record, journal_of
 from filao.sandbox.lanes import Lane
-from filao.sandbox.lesson import Facts, mark
+from filao.sandbox.lesson import Facts, Mark, mark
 from filao.sandbox.room import Room, RoomError
 from filao.sandbox.rows import Rows
 from filao.sandbox.steps import STEPS
@@ -99,3 +99,14 @@ async def test_a_step_in_which_nobody_can_work_any_more_says_so(tmp_path, monkey
 
 def hint(visit: Visit) -> str:
     return str(visit.shown(known=0, claim=0)["lesson"]["hint"])
+
+
+async def test_the_claim_that_is_told_to_have_been_overtaken_is_the_long_one(tmp_path) -> None:
+    room = Room(tmp_path)
+    for claim in (6, 7, 8):
+        room.effects.sent(f"message-{claim}", claim)
+        room.lanes.expect(claim, 0).turns("waiting")
+        room.lanes.feed(Record(1.0, claim, "received", f"message-{claim}", claim, 1))
+    for at, claim in enumerate((8, 7, 6), 2):  # 8 passes 7 by chance
+        room.lanes.feed(Record(float(at), claim, "handled", f"message-{claim}", claim, 1))
+    assert Facts(room, Mark()).overtaking() == (8, 6)

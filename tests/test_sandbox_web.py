@@ -29,10 +29,6 @@ pytestmark = pytest.mark.anyio
 
 ROOT = Path(__file__).parents[1]
 SHOTS = ROOT / "build" / "sandbox"
-BELOW_THE_FOLD = (
-    "(({ scrollHeight, clientHeight }) => scrollHeight - clientHeight)(document.querySelector('.lesson-body'))"
-)
-A_LINE = 22  # pixels: fonts differ
 SOCKETS = """
     window.sockets = [];
     window.WebSocket = class extends WebSocket { constructor(...all) { super(...all); sockets.push(this); } };
@@ -78,7 +74,7 @@ async def test_a_learner_who_does_only_what_the_page_says_completes_all_eleven_s
         for number, step in enumerate(PATH, 1):
             await step(learner)
             assert len(await learner.has_done()) > 80
-            assert await learner.page.evaluate(BELOW_THE_FOLD) < A_LINE
+            await learner.above_the_fold()
             await learner.shoot(SHOTS, f"step-{number:02}")
             if number < len(PATH):
                 await learner.press(".next.strong")

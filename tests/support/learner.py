@@ -26,6 +26,10 @@ PATIENCE = 60.0
 TOKEN = "correct-horse-battery"
 AXE = Path(sys.prefix) / "npm" / "node_modules" / "axe-core" / "axe.min.js"
 TOO_SMALL = Path(__file__).with_name("too_small.js").read_text(encoding="utf-8")
+BELOW_THE_FOLD = (
+    "(({ scrollHeight, clientHeight }) => scrollHeight - clientHeight)(document.querySelector('.lesson-body'))"
+)
+A_LINE = 22  # pixels: fonts differ
 QUIET = (  # without them a browser looks for its maker, which a test machine cannot reach
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
@@ -157,6 +161,10 @@ class Learner:
     async def write(self, code: str) -> None:
         """Put code into the editor of the last step."""
         await self.page.fill("textarea.code", code)
+
+    async def above_the_fold(self) -> None:
+        """See that the whole step, as it stands now, is to be seen without scrolling."""
+        assert await self.page.evaluate(BELOW_THE_FOLD) < A_LINE, await self.page.inner_text(".lesson-body")
 
     async def checks(self) -> dict[str, str]:
         """Have the code checked, and return how each check ended."""

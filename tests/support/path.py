@@ -53,6 +53,7 @@ async def three(learner: Learner) -> None:
 async def kill(learner: Learner) -> None:
     await learner.act("long_claims")
     await learner.page.wait_for_selector(".hint.kill")
+    await learner.above_the_fold()
     await learner.act("kill")
     await learner.sees("killed", "taken_over", "finished")
     assert learner.stats().lost >= 1
@@ -65,6 +66,7 @@ async def poison(learner: Learner) -> None:
         (letter,) = broker.dead_letters(QUEUE)
     assert (letter.reason, letter.attempts) == ("max_attempts", 3)
     await learner.page.wait_for_selector(".hint.mend")
+    await learner.above_the_fold()
     await learner.act("mend")
     await learner.sees("redriven", "mended")
 
@@ -79,8 +81,10 @@ async def guarantees(learner: Learner) -> None:
 async def zombie(learner: Learner) -> None:
     await learner.act("short_lease")
     await learner.page.wait_for_selector(".hint.pause")
+    await learner.above_the_fold()
     await learner.act("pause")
     await learner.page.wait_for_selector(".hint.wake")
+    await learner.above_the_fold()
     await learner.page.wait_for_selector(".timeline .lease-end")
     await learner.act("wake")
     await learner.sees("taken_over", "refused", "safe")

@@ -43,6 +43,7 @@ COUNT_EVERY = 0.5  # seconds between two looks at how many there are
 LOOK_EVERY = 0.05  # seconds
 SHOWN_MAX = 3_000  # characters of what the processes print
 HOPELESS = ("stuck", "loops", "exited", "ended", "vanished", "crowd")  # why the other checks are not made
+SHARED = "\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}"  # between the shares of consumers, which stay in one line
 ALL, KILLED = 100, 30  # claims of `nothing_lost`, and the one of them whose first holder is killed
 
 State = Literal["open", "running", "green", "red"]
@@ -439,7 +440,7 @@ async def _nothing_lost(run: Run) -> Result:
     if lost:
         raise RedError("lost_some", lost=lost, all=ALL)
     counts = [sum(record.who == number for record in run.noted("received")) for number in range(1, PROCESSES + 1)]
-    return Result("green", "ok_nothing_lost", {"all": ALL, "pid": pid, "shares": " / ".join(map(str, counts))})
+    return Result("green", "ok_nothing_lost", {"all": ALL, "pid": pid, "shares": SHARED.join(map(str, counts))})
 
 
 async def _once(run: Run) -> Result:

@@ -116,13 +116,10 @@ class Facts:
         return bool(stats.ready + stats.blocked + stats.delayed + stats.leased)
 
     def overtaking(self) -> tuple[int, int] | None:
-        """Return a claim and an earlier one that it has overtaken."""
-        last = None
-        for lease in self.own_paid:
-            if last is not None and lease.claim < last:
-                return last, lease.claim
-            last = lease.claim if last is None else max(last, lease.claim)
-        return None
+        """Return the claim that was paid first, and the one that was sent first, if that is another."""
+        if not self.sent or not self.own_paid or self.own_paid[0].claim == self.sent[0].claim:
+            return None
+        return self.own_paid[0].claim, self.sent[0].claim
 
     def killed(self) -> Lease | None:
         """Return the first attempt that a SIGKILL ended."""

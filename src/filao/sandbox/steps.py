@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from filao.sandbox.customers import Case
-from filao.sandbox.exercise import CHECKS
+from filao.sandbox.exercise import CHECKS, SHARED
 from filao.sandbox.lesson import Facts
 from filao.sandbox.orders import GUARANTEES, MOMENTS, Guarantee
 from filao.sandbox.room import Room, RoomError
@@ -225,7 +225,7 @@ def _kill_values(facts: Facts) -> Values:
             "after": "…",
         }
     after = facts.after(lease)
-    waited = "…" if after is None or lease.ended is None else f"{max(0.0, after.began - lease.ended):.1f}"
+    waited = "…" if after is None or lease.ended is None else max(1, round(1000 * (after.began - lease.ended)))
     return {"consumer": lease.lane, "claim": lease.claim, "other": after.lane if after else "…", "after": waited}
 
 
@@ -243,7 +243,7 @@ def _shares(facts: Facts) -> str:
     counts: dict[int, int] = {}
     for lease in facts.own_paid:
         counts[lease.lane] = counts.get(lease.lane, 0) + 1
-    return " / ".join(str(counts[lane]) for lane in sorted(counts)) or "…"
+    return SHARED.join(str(counts[lane]) for lane in sorted(counts)) or "…"
 
 
 def _three_values(facts: Facts) -> Values:

@@ -139,10 +139,16 @@ function top(scene, begins) {
     h("p", { class: "brand" }, h("strong", {}, "Filao"), h("span", {}, say("subtitle"))),
     begins ? null : numbers(scene.lesson, go),
     h("div", { class: "actions" },
-      begins ? null : h("button", { class: "link present", "aria-pressed": String(state.presenting), onclick: () => change({ presenting: !state.presenting, beat: 0 }) }, say(state.presenting ? "leave" : "present")),
+      begins ? null : h("button", { class: "link present", "aria-pressed": String(state.presenting), onclick: present }, say(state.presenting ? "leave" : "present")),
       begins || state.presenting ? null : h("button", { class: "link hide", "aria-pressed": String(state.hidden), onclick: () => change({ hidden: !state.hidden }) }, say(state.hidden ? "show_lesson" : "hide_lesson")),
       h("button", { class: "link theme", onclick: toggleTheme }, say(isDark() ? "light" : "dark")),
       h("a", { class: "link", href: `/${other}`, hreflang: other, lang: other }, say("other_language"))));
+}
+
+// What was pressed gives the focus away: the arrow keys would draw its ring before the class.
+function present(event) {
+  event.currentTarget.blur();
+  change({ presenting: !state.presenting, beat: 0 });
 }
 
 const isDark = () => (state.theme ? state.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);

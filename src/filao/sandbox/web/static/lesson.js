@@ -5,6 +5,7 @@ import { lesson, rich, say, steps } from "./say.js";
 
 export const BEATS = ["claim", "predict", "do", "see", "why"];
 
+// A hint says what to do now, in the place of what the step says on the whole: the panel has room for one of the two.
 export function panel(told, state, ask, go) {
   const step = steps[told.current];
   const text = lesson[step.key];
@@ -13,7 +14,8 @@ export function panel(told, state, ask, go) {
       h("h2", {}, `${told.current + 1} · ${text.title}`),
       h("p", { class: "claim" }, rich(text.claim, told.values, h)),
       predict(step, text, told, ask),
-      told.is_done ? null : h("div", {}, h("h3", { class: "runin" }, say("do")), rich(text.do, told.values, h)), told.trials ? null : acts(step.acts, text, told, ask), hint(text, told),
+      told.is_done || (told.hint && step.acts.length) ? null : h("div", {}, h("h3", { class: "runin" }, say("do")), rich(text.do, told.values, h)),
+      hint(text, told), told.trials ? null : acts(step.acts, text, told, ask),
       step.key === "implement" ? null : told.trials ? trials(step, text, told, ask) : [told.is_done ? null : h("h3", {}, say("see")), sees(step, text, told)],
       told.is_done ? why(step, text, told) : null),
     h("div", { class: "lesson-foot" }, foot(told, state, go)));

@@ -31,7 +31,7 @@ export function replayed(scene, shown) {
     claims.set(frame.id, after(claims.get(frame.id), frame));
   }
   const all = [...claims.values()];
-  const chip = (one) => ({ id: one.id, claim: one.claim, policy: 0, again: one.attempt > 1, attempt: one.attempt });
+  const chip = (one) => ({ id: one.id, claim: one.claim, policy: null, again: one.attempt > 1, attempt: one.attempt });
   const paid = all.filter((one) => one.paid);
   const waiting = all.filter((one) => one.where === "queue");
   const late = all.filter((one) => one.where === "delayed");
@@ -45,7 +45,7 @@ export function replayed(scene, shown) {
       return { number: lane, state: all.some((one) => one.killedBy === lane) ? "killed" : held ? "working" : "waiting", holds: held ? { ...chip(held), paid: held.paid > 0 } : null, left: null, lease: 1 };
     }),
     done: all.filter((one) => one.where === "gone" && one.paid).map((one) => ({ ...chip(one), times: one.paid })).reverse(),
-    paid: paid.length, cents: 0,
+    paid: paid.length, cents: null,
   };
 }
 

@@ -118,13 +118,15 @@ function done(scene, box) {
   const x = middle(box).x;
   if (box.w > 200) {
     return h("g", { key: "done" }, frame(box, "box"), text(box.x + 14, box.y + 30, say("processed"), { class: "strong" }),
-      text(box.x + 14, box.y + 54, euros(scene.cents), { class: "good" }), text(box.x + box.w - 14, box.y + 50, number(scene.paid), { class: "huge end" }));
+      text(box.x + 14, box.y + 54, amount(scene), { class: "good" }), text(box.x + box.w - 14, box.y + 50, number(scene.paid), { class: "huge end" }));
   }
   return h("g", { key: "done" }, frame(box, "box"),
     text(x, box.y + 28, say("processed"), { class: "strong mid" }),
     text(x, box.y + 66, number(scene.paid), { class: "huge mid" }),
-    text(x, box.y + 92, euros(scene.cents), { class: "good mid" }));
+    text(x, box.y + 92, amount(scene), { class: "good mid" }));
 }
+
+const amount = (scene) => (scene.cents === null ? "" : euros(scene.cents)); // a replay knows no amounts
 
 function nobody(place, options) {
   const x = place.isWide ? place.done.x - 26 - CARD : 0;
@@ -149,7 +151,7 @@ function second(told, place) {
 function consumer(one, box, ask, options) {
   const gone = one.state === "killed" || one.state === "crashed";
   const size = box.h >= 86 ? "full" : box.h >= 64 ? "medium" : "small";
-  const name = one.guest ? say("guest") : say(size === "full" ? "consumer_n" : "consumer_short", { n: one.number });
+  const name = one.guest ? say("guest") : say(size === "small" ? "consumer_short" : "consumer_n", { n: one.number });
   const kind = gone ? "box gone" : one.over ? "box zombie" : one.state === "paused" ? "box paused" : one.holds ? "box working" : "box";
   const controls = gone || one.guest || options.still || one.state === "leaving" ? null : buttons(one, box, size, ask);
   return h("g", { key: `consumer-${one.number}`, class: "consumer", "data-consumer": one.number, "data-state": one.state },
@@ -276,7 +278,7 @@ function draw(one, scene, ask, options) {
     key: one.key, class: `chip${one.kind}${again}${options.hero === chip.claim ? " hero" : ""}`, at: one.at, "data-claim": chip.claim,
     onclick: () => options.follow?.(chip.claim),
   },
-  h("title", {}, say("chip", { n: chip.claim, policy: chip.policy ?? "" })),
+  h("title", {}, chip.policy === null ? say("claim_n", { n: chip.claim }) : say("chip", { n: chip.claim, policy: chip.policy ?? "" })),
   h("rect", { width: CHIP.w, height: CHIP.h, rx: 9 }),
   h("text", { x: CHIP.w / 2, y: 25, class: label.length > 3 ? "mid tight" : "mid" }, label),
   chip.locked ? h("path", { class: "lock", d: "M35,-3 v-3 a5,5 0 0 1 10,0 v3 m-11,0 h12 v9 h-12 z" }) : null,

@@ -7,7 +7,8 @@ const BAR_LEAST = 36; // pixels, so that every bar carries its number
 const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, because the lane's next bar begins after them
 const LEASE_END = 130; // pixels of a bar before its lease's end that hold its number and these words
 const LANES_MAX = 7;
-const RESTS = 2; // seconds that are drawn after the last bar: while nothing happens, the time of the step stands still
+const RESTS = 2; // seconds that are drawn after the last bar, at most: while nothing happens, the time of the step stands still
+const REST = 0.25; // of the room is what they take at most, so that the last bars are in sight on a phone
 const GLYPHS = {
   acked: "M-5,0 L-1,4 L6,-5",
   settled: "M-5,0 L-1,4 L6,-5",
@@ -27,12 +28,14 @@ export function timeline(told, width, height, options) {
   const lanes = told.lanes.filter((lane) => kept.has(lane));
   const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
   const isAtRest = bars.length && bars.every((bar) => bar.to !== null);
-  const now = Math.max(0.1, isAtRest ? Math.min(told.now, Math.max(...bars.map((bar) => bar.to)) + RESTS) : told.now);
-  const lengths = bars.map((bar) => Math.max(SHORTEST, (bar.to ?? now) - bar.from));
+  const last = isAtRest ? Math.max(...bars.map((bar) => bar.to)) : Infinity;
+  const drawnTo = Math.max(0.1, Math.min(told.now, last + RESTS));
+  const lengths = bars.map((bar) => Math.max(SHORTEST, (bar.to ?? drawnTo) - bar.from));
   const wanted = lengths.length ? BAR_LEAST / Math.min(...lengths) : 0;
   const [label, named] = width < 500 ? [84, "consumer_short"] : [172, "consumer_n"];
   const room = width - label - 20;
-  const scale = Math.max(room / Math.max(8, now * 1.04), Math.min(wanted, 144));
+  const scale = Math.max(room / Math.max(8, drawnTo * 1.04), Math.min(wanted, 144));
+  const now = Math.min(drawnTo, last + (REST * room) / scale);
   const end = Math.max(now * 1.04, room / scale);
   const full = Math.max(room + 20, 20 + end * scale);
   const x = (at) => 4 + at * scale;
@@ -79,7 +82,7 @@ function drawn(bar, x, now, y, tall, options) {
   glyph && (fits || bar.how === "killed") ? h("path", { class: "glyph", d: glyph, transform: `translate(${fits ? to - 12 : Math.max(to, from + digits + 8) + 10} ${middle - 1})` }) : null,
   bar.lease_end !== null ? h("g", { class: "lease-end" },
     h("line", { x1: x(bar.lease_end), x2: x(bar.lease_end), y1: y - 1, y2: y + tall }),
-    h("text", x(bar.lease_end) - from > LEASE_END ? { x: x(bar.lease_end) - 5, y: middle + 5, class: "before" } : { x: x(bar.lease_end) + 4, y: middle + 5 }, say("lease_end"))) : null);
+    h("text", x(bar.lease_end) - from > LEASE_END ? { x: x(bar.lease_end) - 5, y: middle + 5, class: "before" } : { x: Math.max(to, x(bar.lease_end)) + 5, y: middle + 5 }, say("lease_end"))) : null);
 }
 
 function about(bar) {
