@@ -17,7 +17,7 @@ import filao
 from filao.conformance import Verdict, checks, verify
 from filao.dashboard.acts import Act
 from filao.engine import Feature
-from filao.engines.rabbitmq import RabbitmqEngine, consumer, engine, server, topology
+from filao.engines.rabbitmq import RabbitmqEngine, consumer, control, engine, server, topology
 from tests.conftest import engine_of
 from tests.support.load import loaded
 from tests.support.proxy import Proxy
@@ -720,6 +720,56 @@ async def test_its_stats_tell_what_it_knows_and_name_what_it_does_not(url, broke
     for unknown in ("RabbitMQ", "delayed", "blocked", "held by others", "ages", "reasons", "paused", "who receives"):
         assert unknown in told.stderr
     await held.ack()
+
+
+# --- several operators at once ---------------------------------------------------------------------------------------
+
+
+async def _dies(broker: filao.Broker, queue: filao.Queue, number: int) -> None:
+    """Let so many messages die."""
+    for body in range(number):
+        await broker.send_to_queue(queue, body)
+    await _die(broker, queue, number)
+
+
+async def _die(broker: filao.Broker, queue: filao.Queue, number: int) -> None:
+    for _ in range(number):
+        await (await received(broker, queue)).reject("no")
+    async with asyncio.timeout(60):
+        while (await broker.stats(queue)).dead < number:
+            await asyncio.sleep(0.05)
+
+
+async def test_each_of_several_operators_has_all_dead_letters(broker, queue, url) -> None:
+    """They are received to be looked at: two at a time would each see a part, and take it for all."""
+    await _dies(broker, queue, 20)
+    async with filao.connect(url) as other:
+        looks = (one.dead_letters(queue) for one in (broker, other, broker))
+        assert [len(found) for found in await asyncio.gather(*looks)] == [20, 20, 20]
+        found = await asyncio.gather(other.dead_letters(queue), broker.redrive(queue))
+        assert found[1] == 20
+        await _die(broker, queue, 20)
+        assert (await asyncio.gather(other.dead_letters(queue), broker.purge(queue, state="dead")))[1] == 20
+
+
+async def test_dead_letters_that_somebody_keeps_are_said_to_be_away(broker, queue, foreign, monkeypatch) -> None:
+    monkeypatch.setattr(control, "TAKEN_WITHIN", 0.1)
+    foreign.queue_declare(topology.dead_name(queue.name) + control.TAKEN, exclusive=True)
+    for call in (broker.dead_letters(queue), broker.redrive(queue), broker.purge(queue, state="dead")):
+        with pytest.raises(filao.EngineUnavailable, match=f"{queue.name}.*another program has had its dead letters"):
+            await call
+
+
+async def test_dead_letters_that_are_being_looked_at_are_counted(broker, queue) -> None:
+    await _dies(broker, queue, 2)
+    operators = engine_of(broker).operators
+    async with (
+        operators._declared.apart() as session,
+        control._dead(session, queue.name, operators._taken) as (_, letters),
+    ):
+        assert [letter async for letter in letters]
+        assert (await broker.stats(queue)).dead == 2
+    assert (await broker.stats(queue)).dead == 2
 
 
 # --- the dashboard ---------------------------------------------------------------------------------------------------
