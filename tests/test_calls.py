@@ -1,14 +1,20 @@
-"""Calls from threads into an event loop, when the loop ends."""
+"""Calls from threads into an event loop: when the loop ends, and in the midst of what they would wait for."""
 
 import asyncio
+import gc
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
+
+import pytest
 
 import filao
 import filao.sync
 from filao.calls import ENDED, Call, Caller
+from filao.engines.sqlite import files
+from filao.forks import gate
 from tests.support.instructions import stopped_at
 
 
@@ -62,3 +68,81 @@ def test_an_end_that_meets_the_beginning_of_a_call_leaves_no_task() -> None:
 def begin(caller: Caller) -> None:
     with suppress(filao.ConfigurationError):
         caller.begin(Call(caller.loop, asyncio.sleep, (3600,), None, caller.forget_call))
+
+
+CALLS: dict[str, Callable[[filao.sync.Broker], Any]] = {
+    "send": lambda broker: broker.send_to_queue("other", 1),
+    "receive": lambda broker: broker.receive_from_queue("other"),
+    "stats": lambda broker: broker.stats(),
+    "transaction": lambda broker: broker.transaction().__enter__(),
+    "close": lambda broker: broker.close(),
+}
+
+
+@pytest.fixture
+def broker(tmp_path):
+    with filao.sync.connect(tmp_path / "claims.db") as opened:
+        opened.declare(filao.Queue("claims"), filao.Queue("other"))
+        yield opened
+
+
+def refused(call: Callable[[], object], told: list[str]) -> None:
+    try:
+        call()
+    except filao.ConfigurationError as error:
+        told.append(str(error))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_from_an_observer_is_refused_because_it_would_wait_for_itself(broker, call: str) -> None:
+    told: list[str] = []
+
+    class Calling:
+        def operated(self, done: filao.Operated) -> None:
+            refused(lambda: CALLS[call](broker), told)
+            assert done.queue == "claims"
+
+        def began(self, delivery: object) -> None: ...
+        def ended(self, *_: object) -> None: ...
+
+    broker.observers.add(Calling())
+    broker.send_to_queue("claims", 1)
+    assert broker.stats("claims").ready == 1  # told by then
+    assert "in the midst of another one" in told[0]
+    assert broker.stats("other").sent == 0
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_from_what_a_statement_binds_is_refused(broker, monkeypatch, call: str) -> None:
+    monkeypatch.setattr(files, "BUSY_TIMEOUT", 1.0)
+    told: list[str] = []
+
+    class Calling:
+        def __conform__(self, _: object) -> str:
+            refused(lambda: CALLS[call](broker), told)
+            return "bound"
+
+    with broker.transaction() as tx:
+        assert tx.execute("SELECT ?", (Calling(),)) == [("bound",)]
+    assert "in the midst of another one" in told[0]
+
+
+def test_a_call_from_a_collection_in_the_midst_of_a_lone_call_is_refused(broker) -> None:
+    told: list[str] = []
+
+    def collecting(*_: object) -> None:
+        if not told and threading.get_ident() in gate._inside:
+            told.append("")
+            refused(lambda: CALLS["stats"](broker), told)
+
+    broker.send_to_queue("claims", 1)
+    threshold = gc.get_threshold()
+    gc.callbacks.append(collecting)
+    gc.set_threshold(1)
+    try:
+        broker.send_to_queue("claims", 2)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(collecting)
+    assert "in the midst of another one" in told[1]
+    assert broker.stats("claims").ready == 2

@@ -19,19 +19,27 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 from filao.errors import ConfigurationError
+from filao.forks import gate
 
 H = TypeVar("H")
 R = TypeVar("R")
 
 _FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS"}  # a thread gets its own, at once
+_IN_THE_MIDST = (
+    "this call comes in the midst of another one of a broker, from an observer say, a __del__ or a handler of logs, so "
+    "that the two would wait for each other. Nothing was done: hand it to a thread of the program's own, by a "
+    "queue.SimpleQueue"
+)
 ENDED = "this broker was closed meanwhile, so this call was not answered; open it again, or another"
 
 
 class Caller:
     """Makes calls on one event loop, from any number of other threads, until it is ended."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, loop_thread: int = 0) -> None:
         self.loop = loop
+        self._loop_thread = loop_thread
+        """The one that runs the loop: a call that waited there would wait for itself."""
         self._calls: set[Call[Any]] = set()
         """Those that have not ended."""
         self._refusal = ""
@@ -62,8 +70,18 @@ class Caller:
             stay_if_it_ends()
             raise ConfigurationError(self._refusal)
 
+    def check_thread(self) -> None:
+        """Raise `ConfigurationError` in a thread that is in the midst of what a call would wait for.
+
+        An observer runs there; and so does a `__del__`, wherever the collector finds what it belongs to.
+        """
+        here = threading.get_ident()
+        if here == self._loop_thread or gate.is_inside(here):
+            raise ConfigurationError(_IN_THE_MIDST)
+
     def begin(self, call: "Call[Any]") -> None:
         """Begin a call. Raises `ConfigurationError` when there is no loop any more."""
+        self.check_thread()
         self._calls.add(call)  # first: then `end` sees this call, or this call sees that it came too late
         try:
             self.check()

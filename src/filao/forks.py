@@ -107,6 +107,10 @@ class Gate:
             with self._changed:
                 self._changed.notify_all()
 
+    def is_inside(self, thread: int) -> bool:
+        """Return whether a thread runs a job just now."""
+        return thread in self._inside
+
     @contextmanager
     def outside(self) -> Generator[None]:
         """Step out of a job that has no transaction open, to wait for another process.

@@ -85,7 +85,7 @@ class LoopThread:
             _threads.discard(self)
 
     async def _live(self) -> None:
-        self.caller: Caller = Caller(asyncio.get_running_loop())
+        self.caller: Caller = Caller(asyncio.get_running_loop(), loop_thread=threading.get_ident())
         self._stopping = asyncio.Event()
         if self._is_stopping:
             self._stopping.set()

@@ -81,6 +81,8 @@ def _done_here(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) 
 
     @wraps(function)
     def call(self: Any, /, *arguments: P.args, **keywords: P.kwargs) -> R:
+        caller: Caller = self._caller
+        caller.check_thread()
         return _run_here(function(self._here, *arguments, **keywords))
 
     call.__module__ = __name__
@@ -164,6 +166,7 @@ class Broker:
         with self._opening:
             thread = self._thread
             if thread is not None:
+                thread.caller.check_thread()
                 thread.leave(threading.get_ident())
                 thread.stop()
                 self._refusal = _CLOSED
@@ -228,6 +231,7 @@ class Broker:
     ) -> "list[Message[T]]":
         here = self._here
         caller = self._caller
+        caller.check_thread()
         messages = _run_here(received_at_once(here, queue, limit, wait=wait, lease=lease, guarantee=guarantee))
         if messages is None:
             receive = partial(self._inner.receive_many, queue, limit, wait=wait, lease=lease, guarantee=guarantee)

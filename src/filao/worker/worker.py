@@ -8,6 +8,7 @@ while; told again, it gives everything back at once.
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
@@ -329,7 +330,7 @@ class Worker:
     async def _shared(self, broker: Broker, shortest_lease: float, stack: AsyncExitStack) -> Shared:
         """Make what all runs share; the stack takes it back."""
         session, loop = session_of(broker), asyncio.get_running_loop()
-        caller = Caller(loop)
+        caller = Caller(loop, loop_thread=threading.get_ident())
         stack.callback(caller.end, "the worker has stopped, so this message is settled without its handler")
         keeper = Keeper(session, shortest_lease, lambda: self.status().told())
         stack.push_async_callback(keeper.stop)
