@@ -171,10 +171,18 @@ async def test_a_file_that_is_there_is_replaced_only_when_that_is_said(db, copy)
     assert "--replace" in ran.stderr
 
 
-@pytest.mark.parametrize("content", [b"", b"no database" * 100])
+FOREIGN = "CREATE TABLE filao_meta (name, value)"
+PRETENDING = f"{FOREIGN}; INSERT INTO filao_meta VALUES ('version', 6)"
+
+
+@pytest.mark.parametrize("content", [b"", b"no database" * 100, FOREIGN, PRETENDING])
 async def test_what_is_no_backup_is_not_put_in_place(db, copy, content) -> None:
     await filled(db, "kept")
-    copy.write_bytes(content)
+    if isinstance(content, bytes):
+        copy.write_bytes(content)
+    else:
+        with closing(sqlite3.connect(copy)) as foreign:
+            foreign.executescript(content)
     ran = command("restore", db, copy, "--replace")
     assert ran.returncode in (3, 4)
     assert str(copy) in ran.stderr

@@ -1,6 +1,7 @@
 """The file: who may read it, where it may lie, how it is created, migrated, kept small, and what is refused."""
 
 import os
+import socket
 import sqlite3
 import stat
 from contextlib import closing
@@ -11,6 +12,7 @@ import pytest
 
 import filao
 from filao.engines.sqlite import files
+from filao.engines.sqlite.backup import back_up
 from tests.conftest import engine_of, let_pass
 
 pytestmark = pytest.mark.anyio
@@ -79,6 +81,22 @@ async def test_a_url_that_cannot_be_right_is_refused(url) -> None:
 async def test_a_folder_is_no_database(tmp_path) -> None:
     with pytest.raises(filao.ConfigurationError, match="is a folder"):
         await filao.connect(tmp_path).open()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+async def test_what_is_no_file_is_refused_at_once(tmp_path, kind) -> None:
+    path = tmp_path / "claims.db"
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "socket":
+            listener.bind(str(path))
+        else:
+            path = Path(os.devnull)
+        with pytest.raises(filao.ConfigurationError, match="is no file"):
+            await filao.connect(path).open()
+        with pytest.raises(filao.ConfigurationError, match="is no file"):
+            back_up(path, tmp_path / "copy.db")
 
 
 async def test_a_missing_folder_is_named(tmp_path) -> None:

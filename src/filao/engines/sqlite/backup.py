@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from filao.engines.sqlite import files
+from filao.engines.sqlite import files, scrutiny
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.turnstile import Turnstile, is_passable
@@ -118,6 +118,10 @@ def _copy(source: sqlite3.Connection, partial: Path, *, cookie: int = 0) -> None
 def _check_backup(copy: Path) -> None:
     """Raise unless a file is a Filao file that this version can open."""
     with files.mapped(copy), closing(sqlite3.connect(f"{copy.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        with scrutiny.bounded(db, copy):
+            wrong = "; ".join(scrutiny.differences(db))
+        if wrong:  # told now: once it lies in the queue's place it is too late
+            raise EngineError(f"{copy} is no backup that Filao made, or is damaged: {wrong}. Nothing was changed")
         version = files.schema_version(db)
         if not 0 < version <= len(files.MIGRATIONS):
             raise ConfigurationError(

@@ -81,6 +81,8 @@ def check_path(path: Path) -> None:
         )
     if path.is_dir():
         raise ConfigurationError(f"{path} is a folder; give the path of a file in it, such as {path / 'filao.db'}")
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"{path} is no file but a device, a pipe or a socket; give the path of a file")
     if path.exists() and not _may(path, os.W_OK):
         raise ConfigurationError(f"{path} is read-only for this user; a queue writes even when it receives")
     check_folder(path)
