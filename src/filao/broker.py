@@ -427,7 +427,7 @@ def _edited(
             raise ConfigurationError(f"queue {queue!r}: redrive with headers= needs body= too")
         return None
     if ids is None or len(ids) != 1:
-        raise ConfigurationError(f"queue {queue!r}: redrive with a new body needs exactly one message's id in ids=")
+        raise ConfigurationError(f"queue {queue!r}: redrive with a new body needs exactly one id of a message in ids=")
     return Outgoing(body, headers=headers)
 
 
