@@ -2,7 +2,8 @@
 
 `python -m bench.account [--messages 20000]`: sends by 64 tasks, a drain by 64 tasks, lone sends, and the same sends by
 hand. CPU is told, not time, because other load on the machine changes it little; the two cores of a machine divided by
-what both need together is the rate that cannot be passed.
+what both need together is the rate that cannot be passed. `--parts` tells instead what a lone send's parts cost the
+server when it calls them itself in a loop: the least of many rounds, which other load changes least.
 """
 
 import argparse
@@ -22,6 +23,22 @@ BODY = b"x" * 256
 TASKS = 64
 LONE = 1_000
 FUNCTIONS_TOLD = 12
+LOOPS, ROUNDS = 400, 12
+PARTS = {
+    "filao.send": """
+        PERFORM * FROM filao.send(q, -even, false, 1, '{0}', '{1}', ARRAY[body], NULL, NULL, NULL, NULL, NULL, NULL,
+                                  NULL)
+    """,
+    "a bare INSERT of that row": """
+        INSERT INTO filao.message (id, queue, state, kind, priority, at, sent_at, content, salt)
+        VALUES (nextval('filao.number'), q, 'ready', 1, 0, even, even, body, 1)
+    """,
+    "filao.count": """
+        PERFORM filao.count(q, ARRAY['sent', 'ready', 'delayed', 'blocked', 'duplicates'], ARRAY[1, 1, 0, 0, 0])
+    """,
+    "filao.now": "PERFORM filao.now(-even)",
+    "filao.call": "PERFORM filao.call(ARRAY[q], ARRAY[1])",
+}
 
 
 class _Account:
@@ -91,6 +108,38 @@ async def _functions(url: str, messages: int) -> None:
             )
 
 
+def _parts(url: str) -> None:
+    """Print what the server's own CPU is for each part of a lone send."""
+    import psycopg
+
+    least: dict[str, float] = {}
+    with psycopg.connect(url, autocommit=True) as connection:
+        clock = Path(f"/proc/{connection.info.backend_pid}/schedstat")
+        for part in [*PARTS] * ROUNDS:
+            began = int(clock.read_text().split()[0])
+            connection.execute(f"""
+                DO $$
+                DECLARE
+                  q integer := (SELECT id FROM filao.queue);
+                  even bigint := (SELECT even FROM filao.even_clock());
+                  body bytea := decode(repeat('78', {len(BODY)}), 'hex');
+                BEGIN
+                  FOR i IN 1 .. {LOOPS} LOOP
+                    {PARTS[part]};
+                  END LOOP;
+                END $$
+            """)
+            took = (int(clock.read_text().split()[0]) - began) / 1_000 / LOOPS
+            least[part] = min(took, least.get(part, took))
+    for part, took in least.items():
+        print(f"{part:<26} {took:7.1f} us of the server's CPU (least of {ROUNDS})")
+
+
+async def _declared(url: str) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("account"))
+
+
 async def _measure(url: str, by_hand: str, account: _Account, messages: int) -> None:
     async with filao.connect(url) as broker:
         await broker.declare(filao.Queue("account"))
@@ -115,17 +164,22 @@ def main() -> None:
     """Start a server that counts its functions' time, and print the account."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--messages", type=int, default=20_000)
-    messages: int = parser.parse_args().messages
+    parser.add_argument("--parts", action="store_true")
+    options = parser.parse_args()
     folder = Path("/tmp") / f"filao-account-{time.monotonic_ns()}"  # the server's own user must reach it
     with postgres_server(folder) as server:
         import psycopg
 
+        if options.parts:
+            asyncio.run(_declared(url := server.create("parts")))
+            _parts(url)
+            return
         with psycopg.connect(server.url(), autocommit=True) as connection:
             connection.execute("ALTER SYSTEM SET track_functions = 'pl'")
             connection.execute("SELECT pg_reload_conf()")
         postmaster = int((folder / "data" / "postmaster.pid").read_text().split()[0])
         account = _Account(postmaster)
-        asyncio.run(_measure(server.create("ours"), server.create("theirs"), account, messages))
+        asyncio.run(_measure(server.create("ours"), server.create("theirs"), account, options.messages))
 
 
 if __name__ == "__main__":

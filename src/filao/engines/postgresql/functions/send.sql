@@ -94,9 +94,6 @@ DECLARE
   prefix text := filao.prefix(salt);
   n      integer;
 BEGIN
-  IF dedup_keys IS NULL AND message_ids IS NULL THEN
-    RETURN;
-  END IF;
   FOR n IN 1 .. cardinality(ops) LOOP
     CONTINUE WHEN ops[n] <> ALL (chosen);
     came_first := filao.claim_keys(
@@ -110,13 +107,13 @@ BEGIN
 END
 $$;
 
--- Store the drafts of some sends, but for duplicates, and return the places.
+-- Store the drafts of some sends, but for duplicates.
 CREATE OR REPLACE FUNCTION filao.store(
   rules filao.queue, now bigint, later boolean, salt bigint, numbers bigint[], chosen integer[], twice integer[],
   ops integer[], kinds smallint[], contents bytea[], headers text[], delays bigint[], priorities integer[],
   groups text[],
   dedup_keys text[], ttls bigint[], message_ids text[]
-) RETURNS SETOF integer LANGUAGE plpgsql AS $$
+) RETURNS void LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
   states bigint[];
@@ -146,8 +143,6 @@ BEGIN
     WHERE ops[n] = ANY (chosen) AND n <> ALL (twice)
     ORDER BY n;
   END IF;
-  RETURN QUERY
-    SELECT n FROM generate_series(1, cardinality(contents)) AS n WHERE ops[n] = ANY (chosen) AND n <> ALL (twice);
   IF groups IS NOT NULL THEN
     PERFORM filao.arrange_all(rules.id, ARRAY(
       SELECT DISTINCT given.g FROM unnest(groups, ops) AS given (g, op)
@@ -193,15 +188,17 @@ BEGIN
   IF isolated THEN  -- its snapshot may be older than a deletion, which this then finds
     PERFORM FROM filao.queue WHERE id = q FOR KEY SHARE;
   END IF;
-  RETURN QUERY
-    SELECT 0, ops[n], NULL::bigint, NULL::text, 'too large', max(length(content))::bigint
-    FROM unnest(contents) WITH ORDINALITY AS given (content, n)
-    WHERE length(content) > rules.body_max
-    GROUP BY 2;
   chosen := ARRAY(
     SELECT ops[n] FROM unnest(contents) WITH ORDINALITY AS given (content, n)
     GROUP BY 1 HAVING max(length(content)) <= rules.body_max ORDER BY 1
   );
+  IF NOT ops <@ chosen THEN
+    RETURN QUERY
+      SELECT 0, ops[n], NULL::bigint, NULL::text, 'too large', max(length(content))::bigint
+      FROM unnest(contents) WITH ORDINALITY AS given (content, n)
+      WHERE length(content) > rules.body_max
+      GROUP BY 2;
+  END IF;
   IF rules.max_length IS NOT NULL AND isolated THEN  -- it does not see what others have sent since it began
     RETURN QUERY SELECT 0, this, NULL::bigint, NULL::text, 'isolated', NULL::bigint FROM unnest(chosen) AS this;
     RETURN;
@@ -211,22 +208,25 @@ BEGIN
   FOR this IN 1 .. CASE WHEN rules.max_length IS NULL THEN 1 ELSE cardinality(chosen) END LOOP
     parts := CASE WHEN rules.max_length IS NULL THEN chosen ELSE chosen[this:this] END;
     twice := '{}';
-    FOR place, came_first IN
-      SELECT c.place, c.came_first
-      FROM filao.claim(q, now, later, salt, numbers, parts, ops, dedup_keys, message_ids) AS c
-    LOOP
-      twice := twice || place;
-      op := ops[place]; number := NULL; problem := NULL; detail := NULL;
-      RETURN NEXT;
-    END LOOP;
+    IF dedup_keys IS NOT NULL OR message_ids IS NOT NULL THEN
+      FOR place, came_first IN
+        SELECT c.place, c.came_first
+        FROM filao.claim(q, now, later, salt, numbers, parts, ops, dedup_keys, message_ids) AS c
+      LOOP
+        twice := twice || place;
+        op := ops[place]; number := NULL; problem := NULL; detail := NULL;
+        RETURN NEXT;
+      END LOOP;
+    END IF;
     new := cardinality(array_positions(ops, parts[1])) - cardinality(twice);
     IF rules.max_length IS NULL OR filao.has_room(rules, new, now, later) THEN
+      PERFORM filao.store(
+        rules, now, later, salt, numbers, parts, twice, ops, kinds, contents, headers, delays, priorities, groups,
+        dedup_keys, ttls, message_ids
+      );
       RETURN QUERY
         SELECT n, ops[n], numbers[n], NULL::text, NULL::text, NULL::bigint
-        FROM filao.store(
-          rules, now, later, salt, numbers, parts, twice, ops, kinds, contents, headers, delays, priorities, groups,
-          dedup_keys, ttls, message_ids
-        ) AS n;
+        FROM generate_series(1, cardinality(contents)) AS n WHERE ops[n] = ANY (parts) AND n <> ALL (twice);
     ELSE
       FOREACH i IN ARRAY array_positions(ops, parts[1]) LOOP
         CONTINUE WHEN i = ANY (twice);
