@@ -614,6 +614,19 @@ async def test_a_network_that_stalls_is_given_up_and_found_again(frail, hardy, m
     assert load.lost == set()
 
 
+async def test_an_operators_call_waits_for_no_farewell_of_a_server_that_stalls(frail, queue, monkeypatch) -> None:
+    with closing(Proxy(frail.port)) as proxy:
+        async with filao.connect(frail.url(proxy.port)) as far, asyncio.timeout(20):
+            await far.declare(queue)
+            monkeypatch.setattr(server, "CONNECTED_WITHIN", 3600.0)
+            with pytest.raises(filao.EngineUnavailable, match="has not answered"):
+                async with engine_of(far)._declared.apart() as session:
+                    monkeypatch.setattr(server, "ANSWERS_WITHIN", 0.3)
+                    proxy.stall()
+                    await session.depth(queue.name)
+            proxy.go_on()
+
+
 CONFIRM = b"\x00\x3c\x00\x50"  # basic.ack
 
 

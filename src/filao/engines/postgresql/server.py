@@ -205,6 +205,7 @@ class Server:
         }
         if is_ours:  # so that nobody can put an operator or a function in the way of ours
             settings["search_path"] = "pg_catalog, pg_temp"
+            settings["idle_in_transaction_session_timeout"] = "0"  # ours have a limit of their own
         calls = [f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()]
         self._settings[connection] = f"SELECT {', '.join(calls)}"
         await connection.execute(self._settings[connection].encode())

@@ -24,7 +24,7 @@ from pamqp.commands import Basic
 from filao.checks import check_name
 from filao.codec import shown
 from filao.engines.rabbitmq.refusals import has_delay
-from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, CONNECTED_WITHIN, FAREWELL_WITHIN, Server, Session
 from filao.engines.rabbitmq.topology import QUORUM, REGISTER
 from filao.errors import ConfigurationError, EngineUnavailable
 from filao.queue import Backoff, Queue, not_found, rules_from_json, rules_to_json
@@ -92,11 +92,13 @@ class Declared:
     async def apart(self) -> AsyncGenerator[Session]:
         """Give a session of its own: what goes wrong there costs no lease and leaves no send in doubt."""
         session = await self._server.connect()
+        within = FAREWELL_WITHIN  # after an error, which may be that the server does not answer
         try:
             with self._server.mapped():
                 yield session
+            within = CONNECTED_WITHIN
         finally:
-            await session.close()
+            await session.close(within)
 
 
 async def queues(session: Session, server: Server) -> tuple[dict[str, Queue], list[str]]:

@@ -224,7 +224,8 @@ class Session:
         """Open a channel."""
         channel = self._connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
         try:
-            await channel.initialize(timeout=ANSWERS_WITHIN)
+            async with asyncio.timeout(ANSWERS_WITHIN):  # the library's own limit does not reach the server's answer
+                await channel.initialize()
         except RuntimeError as error:  # what aio-pika says of a connection that has just ended
             raise ConnectionResetError(str(error)) from error
         return cast("Channel", await channel.get_underlay_channel())
@@ -247,12 +248,14 @@ class Session:
     async def aside(self, *, confirms: bool = False) -> AsyncGenerator[Channel]:
         """Open a channel for what may fail: an error ends its channel, and all that runs on it."""
         channel = await self.channel(confirms=confirms)
+        within = FAREWELL_WITHIN  # after an error, which may be that the server does not answer
         try:
             yield channel
+            within = CONNECTED_WITHIN
         finally:
             if not channel.is_closed and self.is_open:
                 with suppress(*AWAY):
-                    async with asyncio.timeout(CONNECTED_WITHIN):
+                    async with asyncio.timeout(within):
                         await channel.close()
 
     async def depth(self, queue: str) -> int | None:
