@@ -114,7 +114,6 @@ def test_a_call_from_an_observer_is_refused_because_it_would_wait_for_itself(bro
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_from_what_a_statement_binds_is_refused(broker, monkeypatch, call: str) -> None:
-    monkeypatch.setattr(files, "BUSY_TIMEOUT", 1.0)
     told: list[str] = []
 
     class Calling:
@@ -123,6 +122,7 @@ def test_a_call_from_what_a_statement_binds_is_refused(broker, monkeypatch, call
             return "bound"
 
     with broker.transaction() as tx:
+        monkeypatch.setattr(files, "BUSY_TIMEOUT", 1.0)
         assert tx.execute("SELECT ?", (Calling(),)) == [("bound",)]
     assert "in the midst of another one" in told[0]
 

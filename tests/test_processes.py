@@ -164,16 +164,17 @@ async def test_senders_wait_for_a_long_transaction_of_a_foreign_writer(broker, d
 
 
 async def test_a_foreign_writer_that_does_not_end_is_a_clear_error_and_nothing_is_lost(db, monkeypatch) -> None:
-    monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.2)
     async with filao.connect(db) as first, filao.connect(db) as second:
         await first.send_to_queue(CLAIMS, "before")
         held = await wait_for_one(second)
         with other(db, FOREIGN_WRITER) as foreign:
             assert await foreign.says() == "writing"
-            calls = [first.send_to_queue(CLAIMS, "refused"), second.send_to_queue(CLAIMS, "refused"), held.ack()]
-            for error in await asyncio.gather(*calls, return_exceptions=True):
-                assert isinstance(error, filao.EngineUnavailable)
-                assert "locked" in str(error)
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "BUSY_TIMEOUT", 0.2)
+                calls = [first.send_to_queue(CLAIMS, "refused"), second.send_to_queue(CLAIMS, "refused"), held.ack()]
+                for error in await asyncio.gather(*calls, return_exceptions=True):
+                    assert isinstance(error, filao.EngineUnavailable)
+                    assert "locked" in str(error)
             foreign.may_go_on()
             assert await foreign.says() == "committed"
         await first.send_to_queue(CLAIMS, "after")
@@ -191,7 +192,6 @@ STANDS_STILL = """
 
 @pytest.mark.parametrize("call", ["send", "receive", "stats", "declare", "open", "close"])
 async def test_a_process_that_stands_still_while_it_writes_does_not_hang_the_others(db, monkeypatch, call) -> None:
-    monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.1)
     broker, newcomer = filao.connect(db), filao.connect(db)
     await broker.open()
     calls = {
@@ -204,7 +204,8 @@ async def test_a_process_that_stands_still_while_it_writes_does_not_hang_the_oth
     }
     with other(db, STANDS_STILL) as still:
         assert await still.says() == "writing"
-        async with asyncio.timeout(5):
+        monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.1)
+        async with asyncio.timeout(20):
             with pytest.raises(filao.EngineUnavailable, match="another process"):
                 await broker.send_to_queue(CLAIMS, "refused")
             with suppress(filao.EngineUnavailable):

@@ -61,12 +61,12 @@ def _is_free(db: Path) -> bool:
 
 @pytest.mark.anyio
 async def test_a_foreign_transaction_is_waited_for_no_longer_than_the_bound(db, monkeypatch) -> None:
-    monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.3)
     broker = filao.connect(db)
     await broker.open()
     held = await broker.receive_from_queue(CLAIMS)
     with foreign_writer(db):
-        async with asyncio.timeout(5):
+        monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.3)
+        async with asyncio.timeout(20):
             for call in (broker.send_to_queue(CLAIMS, 1), held.ack(), broker.transaction().__aenter__()):
                 with pytest.raises(filao.EngineUnavailable, match="locked"):
                     await call
