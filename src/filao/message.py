@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Generic, Literal, Self, cast
 
 from filao.checks import check_duration
-from filao.codec import decode_headers
+from filao.codec import decode_headers, shown
 from filao.draft import Outgoing, draft, drafts
 from filao.engine import (
     Ack,
@@ -30,7 +30,7 @@ from filao.engine import (
     Settle,
     instant,
 )
-from filao.errors import ConfigurationError, FilaoError, LeaseLost
+from filao.errors import ConfigurationError, FilaoError, LeaseLost, QueueNotFound
 from filao.queue import Queue, T
 from filao.session import Inside, Session, current_transaction
 
@@ -220,8 +220,21 @@ class Transaction:
 
     async def ack(self, message: Message[Any]) -> None:
         """Acknowledge a message with this transaction. Raises `LeaseLost`, which should undo the rest."""
+        if not isinstance(message, Message):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+            raise ConfigurationError(f"ack was given {shown(message)}; give a message that this broker has received")
+        if any(message is acked for acked in self._acked):
+            return
         check_held(message, "acked")
-        await self._apply(Settle(delivery_of(message), Ack()))
+        try:
+            await self._apply(Settle(delivery_of(message), Ack()))
+        except (LeaseLost, QueueNotFound) as error:
+            if message._session.engine is self._inside.session.engine:  # noqa: SLF001
+                raise
+            raise ConfigurationError(
+                f"message {message.id} of queue {message.queue!r} was received by another broker, and the storage of "
+                f"this transaction knows no such lease: a transaction acknowledges what lies in its own storage. "
+                f"Nothing was changed."
+            ) from error
         self._acked.append(message)
 
     async def _send(self, operation: Send) -> list[Receipt]:

@@ -26,6 +26,7 @@ from filao.broker import Broker as AsyncBroker
 from filao.broker import connect as connect_async
 from filao.broker import received_at_once, receiving_of, session_of
 from filao.calls import Caller, Held, stay_if_it_ends
+from filao.codec import shown
 from filao.engine import Engine, Feature
 from filao.engines import Durability
 from filao.errors import ConfigurationError
@@ -380,6 +381,8 @@ class Transaction:
     send_many: Final = _reading(_blocking(AsyncTransaction.send_many))
 
     def ack(self, message: Message[Any]) -> None:
+        if not isinstance(message, Message):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+            raise ConfigurationError(f"ack was given {shown(message)}; give a message that this broker has received")
         self._caller.call(self._inner.ack, inner_of(message))
 
 

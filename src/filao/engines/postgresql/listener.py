@@ -7,6 +7,7 @@ transaction another connection there can be neither, and polling and the leases'
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +37,7 @@ class Listener:
         self.process: int = 0
         """The number of this process; 0 before it has received anything."""
         self._tokens = 0
+        """Counted from anywhere: in another database, or one that was restored, the same number has other tokens."""
         self._registered = asyncio.Event()
         self._reachable = asyncio.Event()
         """Set when the server answered on another connection."""
@@ -54,7 +56,7 @@ class Listener:
 
     def next_token(self) -> int:
         """Return a token that no other lease ever had."""
-        self._tokens += 1
+        self._tokens = (self._tokens + 1) % 2**32
         return (self.process << 32) + self._tokens
 
     async def register(self, connection: Connection) -> None:
@@ -74,7 +76,7 @@ class Listener:
             await self._hang_up()
             self._connection, self.since = session, time.monotonic()
             await self.greet(connection)
-        self._tokens = 0
+        self._tokens = secrets.randbits(31)
         self._registered.set()
 
     async def _enter(self, connection: Connection, *, has_session: bool) -> int:

@@ -1,12 +1,13 @@
 """Receiving: what is due, the claim, those who wait. `postgresql/functions/receive.sql` is the same in SQL."""
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from filao.engine import Delivery, Receive, Received
 from filao.engines.sqlite import moves, waitlist
-from filao.engines.sqlite.books import ENTRY, Books, QueueRow, tokens
+from filao.engines.sqlite.books import ENTRY, TOKENS_PER_PROCESS, Books, QueueRow, tokens
 from filao.engines.waiters import deal
 from filao.errors import FilaoError
 
@@ -31,13 +32,14 @@ class Lessee:
 
     process: int
     name: str
-    leases: int = 0
+    leases: int = field(default_factory=lambda: secrets.randbits(31))
+    """Counted from anywhere: in another file, or one that was restored, the same process's number has other tokens."""
     waits: set[int] = field(default_factory=set[int])
     """The queues on whose waiting lists it may stand."""
 
     def next_token(self) -> int:
-        """Return a token that no other lease of this file ever had; those of one statement share it."""
-        self.leases += 1
+        """Return a token that no other lease ever had; those of one statement share it."""
+        self.leases = (self.leases + 1) % TOKENS_PER_PROCESS
         return tokens(self.process)[0] + self.leases
 
 

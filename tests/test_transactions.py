@@ -1,0 +1,72 @@
+"""Transactions of a broker's: which messages they acknowledge, on each engine that has them."""
+
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+import filao
+from tests.support.servers import Postgres
+
+pytestmark = pytest.mark.anyio
+_others = count()
+
+
+@pytest.fixture
+def elsewhere(request: pytest.FixtureRequest, url: str, tmp_path: Path) -> str:
+    """Return the URL of another storage of the same engine."""
+    if not url.startswith("postgresql"):
+        return str(tmp_path / "other.db")
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create(f"elsewhere{next(_others)}")
+
+
+async def test_a_transaction_acknowledges_no_message_of_another_storage(url, elsewhere) -> None:
+    """Both have a first process, which leases a first message."""
+    async with filao.connect(url) as here, filao.connect(elsewhere) as there:
+        held = []
+        for broker in (here, there):
+            await broker.declare(filao.Queue("claims"))
+            await broker.send_to_queue("claims", 1)
+            held.append(await broker.receive_from_queue("claims"))
+        with pytest.raises(filao.ConfigurationError, match="received by another broker"):
+            async with here.transaction() as tx:
+                await tx.ack(held[1])
+        for message in held:
+            await message.ack()
+
+
+async def test_a_transaction_acknowledges_what_another_broker_on_its_storage_holds(url) -> None:
+    async with filao.connect(url) as broker, filao.connect(url) as other:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        message = await broker.receive_from_queue("claims")
+        async with other.transaction() as tx:
+            await tx.ack(message)
+        assert message.settled
+        assert (await broker.stats("claims")).acked == 1
+
+
+async def test_a_handler_that_acknowledges_in_its_transaction_itself_has_its_work_kept(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        async with broker.transaction() as tx:
+            await tx.execute("CREATE TABLE payment (claim INTEGER)")
+        worker = filao.Worker(broker)
+
+        @worker.consumer("claims", guarantee="exactly-once")
+        async def pay(message: filao.Message, tx: filao.Transaction) -> None:
+            await tx.execute("INSERT INTO payment VALUES (?)", (message.body,))
+            await tx.ack(message)
+
+        await broker.send_to_queue("claims", 7)
+        assert [handled.how for handled in await worker.drain(limit=1)] == ["acked"]
+        async with broker.transaction() as tx:
+            assert [row[0] for row in await tx.execute("SELECT claim FROM payment")] == [7]
+
+
+async def test_what_is_no_message_is_not_acknowledged(url) -> None:
+    async with filao.connect(url) as broker:
+        with pytest.raises(filao.ConfigurationError, match="give a message"):
+            async with broker.transaction() as tx:
+                await tx.ack("no message")  # type: ignore[arg-type]  # users are not all typed
