@@ -29,7 +29,7 @@ async def test_events_that_were_kept_long_enough_leave_the_file(tmp_path) -> Non
         engine = engine_of(broker)
         async with asyncio.timeout(PATIENCE):
             while await engine._look_up(_events):
-                await engine._alone(lambda: engine._tidy_some(idle=False))
+                await engine._alone(lambda: engine._housekeeper.tidy_some(idle=False))
 
 
 def _events(books) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 import filao
 from filao.broker import session_of
-from filao.engines.sqlite import control, files
+from filao.engines.sqlite import control, files, housekeeping
 from filao.engines.sqlite import engine as sqlite_engine
 from filao.engines.sqlite import processes as processes_module
 from filao.engines.sqlite.thread import Tickets
@@ -39,7 +39,7 @@ def processes(path) -> int:
 
 async def test_housekeeping_waits_for_a_transaction_of_the_users(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 0.001)
-    monkeypatch.setattr(sqlite_engine, "TIDY_EVERY", 0.001)
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 0.001)
     path = tmp_path / "claims.db"
     async with filao.connect(path) as broker:
         await broker.declare(filao.Queue("claims"))
@@ -49,7 +49,7 @@ async def test_housekeeping_waits_for_a_transaction_of_the_users(tmp_path, monke
             await transaction.execute("CREATE TABLE mine (number INTEGER)")
             for number in range(300):
                 await transaction.execute("INSERT INTO mine VALUES (?)", (number,))
-                engine_of(broker)._untidy = number % 2 == 0
+                engine_of(broker)._housekeeper.is_wanted = number % 2 == 0
             await transaction.send_to_queue("claims", "sent with it")
         assert (await waiting).body == "sent with it"
         async with broker.transaction() as transaction:
@@ -321,7 +321,7 @@ async def test_a_message_whose_lease_was_extended_late_leaves_no_failure_behind(
 
 
 async def test_housekeeping_comes_under_steady_traffic(tmp_path, monkeypatch, clock) -> None:
-    monkeypatch.setattr(sqlite_engine, "TIDY_EVERY", 0.001)
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 0.001)
     async with filao.connect(tmp_path / "claims.db", clock=clock) as broker:
         await broker.declare(filao.Queue("claims", dedup_window=5))
         for number in range(5):

@@ -56,9 +56,9 @@ ORDER = [  # what stands above; a module imports only from here upwards
             *(
                 "stats",
                 "foreign",
-                "housekeeping",
                 "hold",
                 "database",
+                "housekeeping",
                 "presence",
                 "transactions",
                 "backup",

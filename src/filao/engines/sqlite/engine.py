@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filao.engine import Abandoned, Batch, Extend, Feature, Operation, Receive, Result, Send, Settle, Submit
-from filao.engines.sqlite import files, housekeeping, operators, verbs
+from filao.engines.sqlite import files, operators, verbs
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.control import SqliteOperators
 from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.housekeeping import Housekeeper
 from filao.engines.sqlite.moving import SqliteMover
 from filao.engines.sqlite.overview import SqliteOverview
 from filao.engines.sqlite.presence import Presence
@@ -37,9 +38,6 @@ R = TypeVar("R")
 
 POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and commits on the users' own connections
 SLEPT = 0.5  # seconds that the steady clock went on more than the event loop's between two looks
-TIDY_EVERY = 1.0  # seconds between rounds of housekeeping, after a write of ours
-TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic, ...
-TIDY_SLICES_IDLE = 100  # ... and in a second without it
 INTERRUPTED_EVERY = 0.01  # seconds between interruptions of a look that a close waits for
 CLOSED_WITHIN = 1.0  # seconds more to close the file, when giving back what was held took as long as it may
 
@@ -73,7 +71,7 @@ class SqliteEngine:
         self._lines: dict[str, Line] = {}
         self._queue_names: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._untidy = False
+        self._housekeeper = Housekeeper(database, self._alone)
         self._looks = False
         """A job that only looks runs."""
         self.operators: SqliteOperators = SqliteOperators(self._hold, self._beside, self._change, self._look_up)
@@ -95,7 +93,7 @@ class SqliteEngine:
             self._thread.submit(self._database.close).add_done_callback(self._end)
             self._thread.stop()
             raise
-        self._start(self._keep_tidy())
+        self._start(self._housekeeper.keep())
         self._start(self._watch())
 
     def sibling(self) -> "SqliteEngine | None":
@@ -176,7 +174,7 @@ class SqliteEngine:
             self._database.undo(error)
         self._database.commit(books)
         self._queue_names.update(books.names())
-        self._untidy |= writes
+        self._housekeeper.is_wanted |= writes
         return True
 
     def _is_behind(self, operation: Operation) -> bool:
@@ -192,12 +190,12 @@ class SqliteEngine:
         with self._database.write(durable=batch.writes, keeps=True) as books:
             results = verbs.apply(books, batch.take(lambda operation: takes[type(operation)]), lessee)
             self._queue_names.update(books.names())
-        self._untidy |= batch.writes
+        self._housekeeper.is_wanted |= batch.writes
         return results
 
     def _submit(self, job: Callable[[], R]) -> "asyncio.Future[R]":
         """Run a job of a transaction that has the thread, and so its turn."""
-        self._untidy = True
+        self._housekeeper.is_wanted = True
         return self._thread.submit(job)
 
     def _in_turn(
@@ -338,7 +336,7 @@ class SqliteEngine:
             with self._database.write(durable=True) as books:
                 return work(books)
 
-        self._untidy = True
+        self._housekeeper.is_wanted = True
         return await self._alone(job)
 
     async def _look_up(self, work: Callable[[Books], R]) -> R:
@@ -360,34 +358,7 @@ class SqliteEngine:
         async with self._alone_in(until):
             return await self._in_turn(job, until)
 
-    # --- housekeeping ------------------------------------------------------------------------------------------------
-
     def _start(self, work: Any) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _keep_tidy(self) -> None:
-        """Give back what is over: some of it each second under traffic, the rest in the first second without."""
-        is_behind = False
-        while True:
-            await asyncio.sleep(TIDY_EVERY)
-            idle, self._untidy = not self._untidy, False
-            if not idle or is_behind:
-                with suppress(FilaoError):
-                    is_behind = await self._tidy(idle=idle)
-
-    async def _tidy(self, *, idle: bool) -> bool:
-        """Return whether there is more to do in the next round."""
-        more = True
-        for _ in range(TIDY_SLICES_IDLE if idle else TIDY_SLICES_BUSY):
-            more = await self._alone(partial(self._tidy_some, idle=idle))
-            if not more or (idle and self._untidy):
-                break
-        if not idle or more or self._untidy:
-            return True
-        return not await self._alone(self._hold.write_back)
-
-    def _tidy_some(self, *, idle: bool) -> bool:
-        with self._database.write(durable=False) as books:
-            return housekeeping.tidy(books, idle=idle)

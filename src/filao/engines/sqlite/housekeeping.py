@@ -1,8 +1,21 @@
 """What nobody waits for: what is expired, forgotten or free, in slices that cost others little."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from typing import Protocol, TypeVar
+
 from filao.engines.sqlite import moves, operators, processes
 from filao.engines.sqlite.books import Books
+from filao.engines.sqlite.database import Database
+from filao.errors import FilaoError
 
+R = TypeVar("R")
+
+TIDY_EVERY = 1.0  # seconds between rounds of housekeeping, after a write of ours
+TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic, ...
+TIDY_SLICES_IDLE = 100  # ... and in a second without it
 FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
 FREE_PAGES_BUSY = 2_560  # 10 MiB that stay free under traffic
 TIDY_PAGES = 500  # pages given back to the file system in one turn: a few milliseconds of the write lock
@@ -23,3 +36,47 @@ def tidy(books: Books, *, idle: bool) -> bool:
         books.db.execute(f"PRAGMA incremental_vacuum({TIDY_PAGES})").fetchall()
         more |= books.db.execute("PRAGMA freelist_count").fetchone()[0] < free
     return more
+
+
+class Alone(Protocol):
+    """Runs a job in the database's thread, but not in the middle of a transaction of the user's."""
+
+    def __call__(self, job: Callable[[], R]) -> Awaitable[R]:
+        """Return what it comes to."""
+        ...
+
+
+class Housekeeper:
+    """Tidies up on the event loop, for as long as its file is open."""
+
+    def __init__(self, database: Database, alone: Alone) -> None:
+        self.is_wanted: bool = False
+        """Whether something was written since the last round."""
+        self._database = database
+        self._alone = alone
+
+    async def keep(self) -> None:
+        """Give back what is over: some of it each second under traffic, the rest in the first second without."""
+        is_behind = False
+        while True:
+            await asyncio.sleep(TIDY_EVERY)
+            idle, self.is_wanted = not self.is_wanted, False
+            if not idle or is_behind:
+                with suppress(FilaoError):
+                    is_behind = await self._round(idle=idle)
+
+    async def _round(self, *, idle: bool) -> bool:
+        """Return whether there is more to do in the next round."""
+        more = True
+        for _ in range(TIDY_SLICES_IDLE if idle else TIDY_SLICES_BUSY):
+            more = await self._alone(partial(self.tidy_some, idle=idle))
+            if not more or (idle and self.is_wanted):
+                break
+        if not idle or more or self.is_wanted:
+            return True
+        return not await self._alone(self._database.hold.write_back)
+
+    def tidy_some(self, *, idle: bool) -> bool:
+        """Do a slice in a transaction of its own; return whether there is more to do."""
+        with self._database.write(durable=False) as books:
+            return tidy(books, idle=idle)
