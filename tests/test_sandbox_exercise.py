@@ -68,7 +68,7 @@ def processes(folder: Path) -> list[int]:
     found: list[int] = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdecimal() and str(folder) in (entry / "cmdline").read_text():
+            if entry.name.isdecimal() and bytes(folder) in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except OSError:
             continue
