@@ -517,6 +517,9 @@ async def test_what_no_button_does_is_refused(broker, visitor) -> None:
         "what=redrive",
         "what=redrive&queue=../x",
         "what=cancel&queue=claims",
+        "what=purge&queue=claims&id=1",  # the log would tell of one
+        "what=pause&queue=letters&id=1",
+        "what=redrive&queue=claims&id=1&reason=rejected&error=",
         "x" * 99,
     ):
         form = {"proof": await visitor.proof(), "do": do, "confirmed": "yes"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.async_api import Browser, Page
+from playwright.async_api import Browser, BrowserContext, Page
 
 import filao
 from tests.conftest import missing
@@ -78,9 +78,22 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
         running.process.kill()
 
 
-@pytest.fixture
-async def chrome() -> AsyncGenerator[Browser]:
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """As everywhere; one event loop for all tests of this file, so that they share a browser."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def chrome(anyio_backend: str) -> AsyncGenerator[Browser]:
     async with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def context(chrome: Browser) -> AsyncGenerator[BrowserContext]:
+    """Return a browser's cookies and tabs, of this test alone."""
+    async with await chrome.new_context() as opened:
         yield opened
 
 
@@ -121,13 +134,21 @@ class Operator:
         """Return what axe-core complains about, by all of its rules or by these."""
         if not AXE.exists():
             missing("axe-core")
-        await self.page.evaluate(AXE.read_text())
-        found = await self.page.evaluate("only => axe.run(only.length ? {runOnly: only} : {})", rules)
+        if not await self.page.evaluate("'axe' in window"):
+            await self.page.evaluate(AXE.read_text())
+        found = await self.page.evaluate(
+            "only => axe.run({resultTypes: ['violations'], ...(only.length ? {runOnly: only} : {})})", rules
+        )
         return [f"{one['id']}: {one['nodes'][0]['html']}" for one in found["violations"]]
 
+    async def shoot(self, path: str) -> None:
+        """Keep what the screen shows, where somebody asked for it."""
+        if os.environ.get("FILAO_SHOTS"):
+            await self.page.screenshot(path=path)
 
-async def test_three_thousand_dead_letters_are_triaged_by_keyboard_alone(chrome, dashboard) -> None:
-    operator = Operator(await chrome.new_page())
+
+async def test_three_thousand_dead_letters_are_triaged_by_keyboard_alone(context, dashboard) -> None:
+    operator = Operator(await context.new_page())
     await operator.arrive(dashboard.url)
     await operator.press("nav a[href$=dead]", ".triage tbody tr:nth-child(4)")
     async with filao.connect(dashboard.file) as broker:
@@ -154,8 +175,8 @@ async def test_three_thousand_dead_letters_are_triaged_by_keyboard_alone(chrome,
     assert operator.complaints == []
 
 
-async def test_nothing_bars_the_way_nor_breaks_the_policy_in_light_in_dark_and_on_a_phone(chrome, dashboard) -> None:
-    operator = Operator(await chrome.new_page())
+async def test_nothing_bars_the_way_nor_breaks_the_policy_in_light_in_dark_and_on_a_phone(context, dashboard) -> None:
+    operator = Operator(await context.new_page())
     await operator.arrive(dashboard.url)
     async with filao.connect(dashboard.file) as broker:
         await broker.redrive("claims.processing")
@@ -169,14 +190,14 @@ async def test_nothing_bars_the_way_nor_breaks_the_policy_in_light_in_dark_and_o
         await operator.page.goto(f"{dashboard.url}fr/{path}")
         shot = SHOTS / path.partition("?")[0]
         assert await operator.violations() == [], path
-        await operator.page.screenshot(path=f"{shot}-light.png")
+        await operator.shoot(f"{shot}-light.png")
         await operator.page.emulate_media(color_scheme="dark")
         assert await operator.violations("color-contrast") == [], path
-        await operator.page.screenshot(path=f"{shot}-dark.png")
+        await operator.shoot(f"{shot}-dark.png")
         await operator.page.emulate_media(color_scheme="light")
         await operator.page.set_viewport_size({"width": 390, "height": 800})
         assert await operator.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
-        await operator.page.screenshot(path=f"{shot}-phone.png")
+        await operator.shoot(f"{shot}-phone.png")
         await operator.page.set_viewport_size({"width": 1280, "height": 800})
         if path.startswith("message"):
             assert len(await operator.page.inner_text("pre.body")) <= 64 * 1024
@@ -185,18 +206,33 @@ async def test_nothing_bars_the_way_nor_breaks_the_policy_in_light_in_dark_and_o
     assert operator.complaints == []
 
 
-async def test_more_tabs_than_a_browser_has_connections_all_live(chrome, dashboard) -> None:
+async def test_more_tabs_than_a_browser_has_connections_all_live(context, dashboard) -> None:
     """It has six to one server: were each tab to keep one, the seventh would never load."""
-    async with await chrome.new_context() as context:
-        first = Operator(await context.new_page())
-        await first.arrive(dashboard.url)
-        pages = [first.page, *[await context.new_page() for _ in range(6)]]
-        for page in pages[1:]:
-            await page.goto(f"{dashboard.url}en/queues", timeout=PATIENCE * 1000)
-        async with filao.connect(dashboard.file) as broker:
-            await broker.declare(filao.Queue("just.declared"))
-        for page in pages:
-            await page.wait_for_selector("text=just.declared", timeout=PATIENCE * 1000)
+    first = Operator(await context.new_page())
+    await first.arrive(dashboard.url)
+    pages = [first.page, *[await context.new_page() for _ in range(6)]]
+    for page in pages[1:]:
+        await page.goto(f"{dashboard.url}en/queues", timeout=PATIENCE * 1000)
+    async with filao.connect(dashboard.file) as broker:
+        await broker.declare(filao.Queue("just.declared"))
+    for page in pages:
+        await page.wait_for_selector("text=just.declared", timeout=PATIENCE * 1000)
+
+
+async def test_a_page_that_nobody_answers_any_more_says_so_until_somebody_does(context, dashboard) -> None:
+    operator = Operator(await context.new_page())
+    page = operator.page
+    await operator.arrive(dashboard.url)
+    await page.clock.install()
+    await page.route("**live=*", lambda route: route.abort())
+    await page.goto(f"{dashboard.url}en/queues")
+    assert await page.is_hidden("#silent")
+    await page.wait_for_event("requestfailed", lambda request: "live=" in request.url)
+    await page.clock.fast_forward(15_000)
+    await page.wait_for_selector("#silent time:text-matches('[0-9]')")
+    await page.unroute("**live=*")
+    await page.clock.fast_forward(5_000)
+    await page.wait_for_selector("#silent", state="hidden")
 
 
 def test_a_wrong_token_and_a_taken_port_are_refused(dashboard, tmp_path) -> None:

@@ -21,7 +21,17 @@ from filao.errors import ConfigurationError, FilaoError, MessageError
 from filao.overview import Deed, Overview, error_kind
 from filao.queue import Queue
 
-WHATS = ("redrive", "discard", "edit", "cancel", "purge", "pause", "resume")
+_OF_LETTERS: tuple[set[str], ...] = (set(), {"id"}, {"reason", "error"})
+WHATS: dict[str, tuple[set[str], ...]] = {
+    "redrive": _OF_LETTERS,
+    "discard": _OF_LETTERS,
+    "edit": ({"id"},),
+    "cancel": ({"id"},),
+    "purge": (set(),),
+    "pause": (set(), {"group"}),
+    "resume": (set(), {"group"}),
+}
+"""What can be done, and of what of a queue: with anything else beside it the log would tell of less than was done."""
 ABOUT_MAX = 400  # characters of what the log says that a deed was about
 
 
@@ -77,9 +87,10 @@ def unpacked(text: str) -> Act | None:
         fields = dict(parse_qsl(text.replace("%00", "%E2%90%80"), keep_blank_values=True, max_num_fields=10))
         act = Act(**fields)
         check_name(act.queue)
+        about = fields.keys() - {"what", "queue"}
     except (TypeError, ValueError, FilaoError):
         return None
-    return act if act.what in WHATS and (act.what not in ("edit", "cancel") or act.id is not None) else None
+    return act if about in WHATS.get(act.what, ()) else None
 
 
 def rate_of(text: str) -> float | None:

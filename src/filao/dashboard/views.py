@@ -293,12 +293,12 @@ def _seconds(text: str) -> float | None:
         return None
 
 
-def _timeline(message: StoredMessage) -> list[tuple[datetime, str, str]]:
-    """Return when what happened, with a detail."""
-    happened = [(message.sent_at, "sent", "")]
-    happened += [(one.at, one.outcome, f"{one.attempt} · {one.consumer}".strip(" ·")) for one in message.history]
+def _timeline(message: StoredMessage) -> list[tuple[datetime, str, int, str]]:
+    """Return when what happened, at which attempt (0: none), with a detail."""
+    happened = [(message.sent_at, "sent", 0, "")]
+    happened += [(one.at, one.outcome, one.attempt, one.consumer) for one in message.history]
     if message.state is not State.READY or message.at != message.sent_at:
-        happened.append((message.at, f"at_{message.state}", message.consumer or message.reason or ""))
+        happened.append((message.at, f"at_{message.state}", 0, message.consumer or message.reason or ""))
     if message.expires_at is not None:
-        happened.append((message.expires_at, "expires", ""))
+        happened.append((message.expires_at, "expires", 0, ""))
     return sorted(happened, key=lambda one: one[0])
