@@ -1,6 +1,7 @@
 """Traces and metrics for OpenTelemetry, as an SDK sees them, and as a collector gets them from three processes."""
 
 import asyncio
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -353,3 +354,59 @@ def test_a_collector_sees_one_story_from_three_processes(tmp_path) -> None:
         "messaging.client.consumed.messages",
         "messaging.process.duration",
     }
+
+
+AWAY = """
+import asyncio
+import os
+import sys
+
+import filao
+from filao.opentelemetry import OpenTelemetry
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+path, silent, closed = sys.argv[1:]
+tracers = TracerProvider(shutdown_on_exit=False)
+exporter = OTLPSpanExporter(silent + "/v1/traces")
+tracers.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=20, max_export_batch_size=10))
+reader = PeriodicExportingMetricReader(OTLPMetricExporter(closed + "/v1/metrics"), export_interval_millis=50)
+observer = OpenTelemetry(tracer_provider=tracers, meter_provider=MeterProvider([reader], shutdown_on_exit=False))
+claims = filao.Queue("claims")
+worker = filao.Worker(path)
+worker.observers.append(observer)
+
+
+@worker.consumer(claims)
+async def decide(message: filao.Message): ...
+
+
+async def main():
+    async with filao.connect(path) as broker:
+        broker.observers.add(observer)
+        await broker.declare(claims)
+        for number in range(100):
+            await broker.send_to_queue(claims, number)
+        await worker.drain(broker)
+        print((await broker.stats("claims")).acked)
+
+
+asyncio.run(main())
+sys.stdout.flush()
+os._exit(0)  # an exporter that tries again and again is not waited for
+"""
+
+
+def test_a_collector_that_is_away_neither_holds_up_nor_fails_a_message(tmp_path) -> None:
+    """Spans go to one that takes the connection and says nothing, more than are kept; measures to a closed port."""
+    (tmp_path / "program.py").write_text(AWAY, encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens on it, and nobody else can
+        urls = [f"http://127.0.0.1:{one.getsockname()[1]}" for one in (silent, closed)]
+        program = [sys.executable, "program.py", "claims.db", *urls]
+        done = subprocess.run(program, cwd=tmp_path, timeout=ENDS_WITHIN, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "100\n"), done.stderr

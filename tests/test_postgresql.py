@@ -25,6 +25,7 @@ from filao.engine import Batch, Receive
 from filao.engines.postgresql import doctor, schema, server, transactions, watch
 from filao.engines.postgresql import engine as engine_module
 from filao.message import delivery_of
+from filao.overview import Deed
 from filao.session import Session as FilaoSession
 from tests.conftest import engine_of, let_pass
 from tests.support.load import QUEUE, loaded
@@ -449,6 +450,10 @@ async def test_the_doctor_says_what_is_wrong(url, broker) -> None:
     assert found["connections"].level == "ok"
     assert "version" in found["server"].text
     assert not [finding for finding in found.values() if finding.level == "error"]
+    assert "dashboard's log" not in found
+    await engine_of(broker).overview.log.begin(Deed("ada", "redrive", "claims", wanted=7))
+    (told,) = [finding for finding in await broker.doctor() if finding.subject == "dashboard's log"]
+    assert (told.level, "redrive of queue 'claims' by ada, 0 of 7 messages" in told.text) == ("note", True)
 
 
 async def test_when_all_connections_are_in_transactions_the_next_is_told(broker, monkeypatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 import filao
 from filao.engines.sqlite.doctor import wal_reset_fixed
+from filao.overview import Deed
 from tests.conftest import engine_of
 
 pytestmark = pytest.mark.anyio
@@ -42,6 +43,22 @@ async def test_stuck_leases_and_dead_letters_are_told(tmp_path, clock) -> None:
     assert findings["queue stuck"][0] == "warning"
     assert "1 leases have run out" in findings["queue stuck"][1]
     assert findings["queue sad"] == ("note", "1 dead letters")
+
+
+async def test_a_deed_without_an_end_and_what_is_remembered_are_told(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims", history=True))
+        assert not {"history", "dashboard's log"} & set(await found(broker))
+        await broker.send_to_queue("claims", 1)
+        log = engine_of(broker).overview.log
+        number = await log.begin(Deed("ada", "redrive", "claims", wanted=7))
+        await log.record(number, 3)
+        findings = await found(broker)
+        assert findings["history"][0] == "ok"
+        assert findings["dashboard's log"][0] == "note"
+        assert "redrive of queue 'claims' by ada, 3 of 7 messages" in findings["dashboard's log"][1]
+        await log.record(number, 7, "done")
+        assert (await found(broker))["dashboard's log"] == ("ok", "1 entries, each with its end")
 
 
 async def test_a_file_that_others_may_read_is_told(tmp_path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from filao.engine import State, StoredMessage, instant
+from filao.engine import Finding, State, StoredMessage, instant
 
 GLANCE_MAX = 1_000  # messages of one list: some 10 ms of the database's time
 ERROR_SEEN = (
@@ -77,6 +77,19 @@ def deed_of(row: Sequence[Any]) -> Deed:
     who, what, queue, about, wanted, done, number, at, ended_at, outcome = row
     ended = None if ended_at is None else instant(ended_at)
     return Deed(who, what, queue, about, wanted, done, number, instant(at), ended, outcome)
+
+
+def deeds_finding(count: int, unended: Sequence[Deed]) -> list[Finding]:
+    """Return what the doctor says of the log, of an empty one nothing; `unended` have no end, the latest first."""
+    if not unended:
+        return [Finding("dashboard's log", "ok", f"{count:,} entries, each with its end")] if count else []
+    last = unended[0]
+    text = (
+        f"{len(unended):,} of {count:,} entries have no end: they go on, or their dashboard died and what they did not "
+        f"come to is not done. The latest: {last.what} of queue {last.queue!r} by {last.who}, {last.done:,} of "
+        f"{last.wanted:,} messages. See filao log"
+    )
+    return [Finding("dashboard's log", "note", text)]
 
 
 DEED = "who, what, queue, about, wanted, done, id, at, ended_at, outcome"

@@ -7,12 +7,14 @@ from collections.abc import AsyncGenerator
 from filao.engine import Finding
 from filao.engines.postgresql.clock import JUMP
 from filao.engines.postgresql.server import Connection, Server
+from filao.overview import DEED, deed_of, deeds_finding
 from filao.process import process_finding
 
 TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the oldest transaction began
 HOLDERS_MAX = 5  # that are named
 QUERY_MAX = 200  # characters of their last statements
 TABLE_LARGE = 1024**3  # bytes
+HISTORY_TOLD = 1024**2  # bytes: an empty table has some
 
 
 async def examine(connection: Connection, server: Server) -> list[Finding]:
@@ -68,6 +70,15 @@ async def _messages(connection: Connection) -> AsyncGenerator[Finding]:
     size = int(await _value(connection, "SELECT pg_total_relation_size('filao.message')"))
     level = "note" if size > TABLE_LARGE else "ok"
     yield Finding("size", level, f"the messages take {size / 1024**2:,.1f} MiB")
+    history = int(await _value(connection, "SELECT pg_total_relation_size('filao.event')"))
+    if history > HISTORY_TOLD:
+        yield Finding("history", "ok", f"the history of messages takes {history / 1024**2:,.1f} MiB")
+    deeds = int(await _value(connection, "SELECT count(*) FROM filao.audit"))
+    unended = await connection.execute(
+        f"SELECT {DEED} FROM filao.audit WHERE ended_at IS NULL ORDER BY id DESC".encode()
+    )
+    for finding in deeds_finding(deeds, [deed_of(row) for row in await unended.fetchall()]):
+        yield finding
     expired = int(await _value(connection, _EXPIRED))
     if expired:
         yield Finding("leases", "note", f"{expired:,} leases have run out and wait for a consumer of their queues")

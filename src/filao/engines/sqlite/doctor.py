@@ -12,6 +12,7 @@ from filao.engines.sqlite.clock import JUMP
 from filao.engines.sqlite.hold import Hold
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineError
+from filao.overview import DEED, deed_of, deeds_finding
 from filao.process import process_finding
 
 _MISCOUNTED = " UNION ALL ".join(
@@ -46,6 +47,7 @@ def examine(books: Books, hold: Hold) -> list[Finding]:
         *_unreadable(books.db),
         *_queues(books),
         *_processes(books, hold),
+        *_kept(books.db),
         _integrity(books.db),
     ]
 
@@ -182,6 +184,16 @@ def _processes(books: Books, hold: Hold) -> Iterator[Finding]:
                 tokens(process),
             ).fetchone()
             yield process_finding(name, held, state, (books.now - reported_at) / 1000)
+
+
+def _kept(db: sqlite3.Connection) -> Iterator[Finding]:
+    """Yield what is remembered of messages that are gone, and of what operators did."""
+    (events,) = db.execute("SELECT count(*) FROM filao_event").fetchone()
+    if events:
+        yield Finding("history", "ok", f"{events:,} events of messages, of queues declared with history=True")
+    (deeds,) = db.execute("SELECT count(*) FROM filao_audit").fetchone()
+    unended = db.execute(f"SELECT {DEED} FROM filao_audit WHERE ended_at IS NULL ORDER BY id DESC").fetchall()
+    yield from deeds_finding(deeds, [deed_of(row) for row in unended])
 
 
 def _integrity(db: sqlite3.Connection) -> Finding:
