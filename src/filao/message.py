@@ -168,7 +168,7 @@ class Transaction:
     def __init__(self, inside: Inside, within: EngineTransaction) -> None:
         self._inside = inside
         self._within = within
-        self._acked: list[Message[Any]] = []
+        self._acked: dict[Message[Any], None] = {}
 
     async def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """Run one statement of your own, with its parameters, and return its rows."""
@@ -222,7 +222,7 @@ class Transaction:
         """Acknowledge a message with this transaction. Raises `LeaseLost`, which should undo the rest."""
         if not isinstance(message, Message):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
             raise ConfigurationError(f"ack was given {shown(message)}; give a message that this broker has received")
-        if any(message is acked for acked in self._acked):
+        if message in self._acked:
             return
         check_held(message, "acked")
         try:
@@ -235,7 +235,7 @@ class Transaction:
                 f"this transaction knows no such lease: a transaction acknowledges what lies in its own storage. "
                 f"Nothing was changed."
             ) from error
-        self._acked.append(message)
+        self._acked[message] = None
 
     async def _send(self, operation: Send) -> list[Receipt]:
         return cast("list[Receipt]", await self._apply(operation))
