@@ -316,9 +316,7 @@ class Broker:
         check_limit(name, limit, PEEK_MAX)
         _check_after(name, after)
         found = await operators.peek(name, _state(state), limit=limit, after=after)
-        if not isinstance(queue, Queue) or queue.body is None:
-            return found
-        return [replace(stored, body=seen_as(queue.body, stored.body)) for stored in found]
+        return _seen(queue, found)
 
     async def dead_letters(
         self, queue: str | Queue[T], *, limit: int = 100, after: str | None = None
@@ -416,6 +414,12 @@ def _check_queue(queue: Queue[Any]) -> None:
 def _check_after(queue: str, after: str | None) -> None:
     if after is not None and not is_text(after):
         raise ConfigurationError(f"queue {queue!r}: after is {shown(after)}, which no message has for its id")
+
+
+def _seen(queue: str | Queue[T], found: list[StoredMessage[T]]) -> list[StoredMessage[T]]:
+    if not isinstance(queue, Queue) or queue.body is None:
+        return found
+    return [replace(stored, body=seen_as(queue.body, stored.body)) for stored in found]
 
 
 def _edited(

@@ -33,7 +33,7 @@ def mark(room: Room) -> Mark:
     """Return where things stand."""
     stats = room.view.stats
     redriven = stats.redriven if stats is not None else 0
-    return Mark(time.monotonic(), len(room.effects.fates), room.lanes.moved, redriven, len(room.letters))
+    return Mark(time.monotonic(), len(room.effects.fates), room.lanes.moved, redriven, len(room.news.letters))
 
 
 class Facts:
@@ -185,4 +185,4 @@ class Facts:
 
     def letters(self) -> int:
         """Return how many letters were written."""
-        return len(self.room.letters) - self.since.letters
+        return len(self.room.news.letters) - self.since.letters

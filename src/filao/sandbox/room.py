@@ -20,13 +20,13 @@ from msgspec import UNSET
 import filao
 from filao.engine import State, StoredMessage
 from filao.engines.sqlite.turnstile import is_passable
-from filao.sandbox import journal
 from filao.sandbox.crew import Crew, is_there
 from filao.sandbox.customers import Case, Customers
 from filao.sandbox.effects import Effects
 from filao.sandbox.exercise import Exercise
-from filao.sandbox.journal import PORTAL, PRINTER, Record, Tail, journal_of
+from filao.sandbox.journal import PORTAL, PRINTER, Tail, journal_of
 from filao.sandbox.lanes import Lane, Lanes
+from filao.sandbox.news import News
 from filao.sandbox.orders import (
     CLAIMS,
     CONSUMERS_MAX,
@@ -77,15 +77,8 @@ class Room:
         self._rows = Rows(self.file)
         self.lanes: Lanes = Lanes(self._rows.row)
         self.effects: Effects = Effects()
+        self.news: News = News(self.customers, self.lanes, self.effects)
         self.portal_pid: int = 0
-        self.answer_ms: float | None = None
-        """What the portal needed to answer the last customer."""
-        self.refused: int = 0
-        """Claims that the queue did not take."""
-        self.letters: list[int] = []
-        """Claims for which a letter was written."""
-        self.printing: int = 0
-        """The claim whose letter is being written."""
         self.trials: dict[tuple[Guarantee, Moment], int] = {}
         """The claims whose consumers were killed, see `trials.py`."""
         self.policies: dict[int, int] = {}
@@ -372,27 +365,7 @@ class Room:
         return self.viewer.view
 
     def _listen(self) -> None:
-        news = [record for tail in self._tails.values() for record in tail.read()]
-        for record in sorted(news, key=lambda record: record.at):
-            match record.who:
-                case journal.PORTAL:
-                    self._of_portal(record)
-                case journal.PRINTER:
-                    self.printing = record.claim if record.what == "received" else 0
-                    if record.what == "handled" and record.claim not in self.letters:
-                        self.letters.append(record.claim)
-                case _:
-                    self.lanes.feed(record)
-
-    def _of_portal(self, record: Record) -> None:
-        if record.what == "sent":
-            self.effects.sent(record.message, record.claim, record.at)
-            self.answer_ms = float(record.note)
-            self.lanes.move(record)
-        elif record.what == "unsent":
-            self.refused += 1
-            self.customers.take_back(record.claim)
-            self.lanes.tell(record.at, "unsent", claim=record.claim, why=record.note)
+        self.news.read(self._tails.values())
 
     def _check_processes(self, now: float) -> None:
         """Find those that ended, and whether they were told to."""

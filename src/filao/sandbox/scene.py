@@ -38,7 +38,7 @@ def stage(room: Room, since: Mark) -> Json:
     held = {message.id: message for message in view.leased}
     return {
         "frozen": room.is_frozen,
-        "producer": {"sent": len(room.effects.fates), "answer_ms": room.answer_ms, "refused": room.refused},
+        "producer": {"sent": len(room.effects.fates), "answer_ms": room.news.answer_ms, "refused": room.news.refused},
         "queue": None if stats is None else _queue(room, stats),
         "documents": _documents(room) if room.setting.documents else None,
         "consumers": [_consumer(room, lane, held) for lane in _shown_consumers(room, since)],
@@ -77,9 +77,9 @@ def _documents(room: Room) -> Json:
     return {
         "waiting": [{"id": f"note-{number_of(note)}", "claim": number_of(note)} for note in room.view.notes[:12]],
         "ready": stats.ready if stats is not None else 0,
-        "printing": room.printing,
-        "letters": room.letters[-6:],
-        "count": len(room.letters),
+        "printing": room.news.printing,
+        "letters": room.news.letters[-6:],
+        "count": len(room.news.letters),
     }
 
 

@@ -347,12 +347,14 @@ STEPS: tuple[Step, ...] = (
         {
             "nobody": lambda facts: facts.has_queue and facts.consumers == 0,
             "sent": lambda facts: len(facts.sent) >= FEW,
-            "answered": lambda facts: len(facts.sent) >= FEW and facts.room.answer_ms is not None,
+            "answered": lambda facts: len(facts.sent) >= FEW and facts.room.news.answer_ms is not None,
             "waiting": lambda facts: facts.room.view.stats is not None and facts.room.view.stats.ready >= FEW,
         },
         0,
         is_worked=False,
-        values=lambda facts: {"answer_ms": "…" if facts.room.answer_ms is None else f"{facts.room.answer_ms:.1f}"},
+        values=lambda facts: {
+            "answer_ms": "…" if facts.room.news.answer_ms is None else f"{facts.room.news.answer_ms:.1f}"
+        },
     ),
     Step(
         "one",
