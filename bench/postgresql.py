@@ -1,9 +1,16 @@
-"""PostgreSQL, one server for all: Filao, a plain SKIP LOCKED queue written by hand on psycopg, and pgqueuer."""
+"""PostgreSQL, one server for all: Filao, a plain SKIP LOCKED queue written by hand on psycopg, and pgqueuer.
+
+procrastinate and awa are measured too where they are installed (`pip install procrastinate awa-pg`).
+"""
 
 import asyncio
+import importlib
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +21,15 @@ from bench.measures import ROUNDS, Ground
 
 BODY = b"x" * 256
 TASKS = 64
-SENT = {"Filao": 40_000, "by hand": 8_000, "pgqueuer": 8_000}
+SENT = {"Filao": 40_000, "by hand": 8_000, "pgqueuer": 8_000, "procrastinate": 2_000, "awa": 2_000}
 DEEP = 1_000_000
 CLAIMS = 300  # whose median is a claim's cost
 THROUGH = 500_000  # messages whose traces in the table are measured
 SETTLED_WITHIN = 15.0  # seconds that the housekeeping has for what is left
 
+BY_HAND = ("procrastinate", "awa")  # peers that are installed by hand
+
+Peer = Callable[[str, int], Coroutine[Any, Any, tuple[float, float]]]
 Found = dict[str, dict[str, float]]
 
 
@@ -34,7 +44,7 @@ def postgresql(ground: Ground) -> dict[str, Any]:
 async def _measure(ground: Ground, server: Postgres) -> dict[str, Any]:
     rates: dict[str, dict[str, list[float]]] = {"send": {}, "drain": {}}
     for number in range(ROUNDS):
-        for name, peer in PEERS.items():
+        for name, peer in _there().items():
             count = max(300, round(SENT[name] * ground.scale))
             send, drain = await peer(server.create(f"round{number}-{name.replace(' ', '')}".lower()), count)
             rates["send"].setdefault(name, []).append(send)
@@ -139,7 +149,60 @@ async def _pgqueuer(url: str, count: int) -> tuple[float, float]:
     return sent, drained
 
 
-PEERS = {"Filao": _filao, "by hand": _by_hand, "pgqueuer": _pgqueuer}
+async def _procrastinate(url: str, count: int) -> tuple[float, float]:
+    procrastinate: Any = importlib.import_module("procrastinate")
+    connector = procrastinate.PsycopgConnector(conninfo=url, min_size=4, max_size=TASKS)
+    app = procrastinate.App(connector=connector)
+
+    @app.task(name="bench", queue="bench")  # type: ignore[untyped-decorator]  # it is installed by hand
+    async def handle(body: str) -> None:
+        pass
+
+    async with app.open_async():
+        await app.schema_manager.apply_schema_async()
+        sent = await _timed(count, lambda: _all(count, lambda _: handle.defer_async(body=BODY.decode())))
+        work = partial(app.run_worker_async, wait=False, concurrency=TASKS, install_signal_handlers=False)
+        return sent, await _timed(count, work)
+
+
+@dataclass
+class Bench:
+    """A job of awa's, whose kind is its name."""
+
+    body: str
+
+
+async def _awa(url: str, count: int) -> tuple[float, float]:
+    awa: Any = importlib.import_module("awa")
+    left, done = count, asyncio.Event()
+    client = awa.AsyncClient(url)
+    await client.migrate()
+
+    @client.task(Bench, queue="bench")  # type: ignore[untyped-decorator]  # as above
+    async def handle(job: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            done.set()
+
+    async def drain() -> None:
+        await client.start([("bench", TASKS)])
+        await done.wait()
+
+    job = Bench(BODY.decode())
+    try:
+        sent = await _timed(count, lambda: _all(count, lambda _: client.insert(job, queue="bench")))
+        return sent, await _timed(count, drain)
+    finally:
+        await client.shutdown()
+
+
+PEERS = {"Filao": _filao, "by hand": _by_hand, "pgqueuer": _pgqueuer, "procrastinate": _procrastinate, "awa": _awa}
+
+
+def _there() -> dict[str, Peer]:
+    """Return the peers that can be measured here."""
+    return {name: peer for name, peer in PEERS.items() if name not in BY_HAND or find_spec(name)}
 
 
 # --- depth and size --------------------------------------------------------------------------------------------------
