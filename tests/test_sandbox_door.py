@@ -30,7 +30,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    with sandbox(tmp_path_factory.mktemp("door") / "files") as running:
+    with sandbox(tmp_path_factory.mktemp("door") / "files", linger=0.5) as running:
         yield running
 
 

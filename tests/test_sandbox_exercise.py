@@ -103,9 +103,10 @@ async def test_the_skeleton_is_red_everywhere_with_reasons(checked) -> None:
     }
 
 
-@pytest.mark.parametrize("body", [TRANSACTION, IDEMPOTENT], ids=["in one transaction", "idempotent"])
-async def test_good_code_is_green_everywhere(checked, body) -> None:
-    assert {state for state, _ in (await results(checked, code(body))).values()} == {"green"}
+async def test_good_code_is_green_everywhere(checked) -> None:
+    assert {state for state, _ in (await results(checked, code(IDEMPOTENT))).values()} == {
+        "green"
+    }  # the page has others
 
 
 async def test_a_kill_finds_code_at_work_however_it_reads_the_claim(checked, only) -> None:
@@ -188,15 +189,15 @@ async def test_code_that_cannot_be_stored_is_told(checked, tmp_path) -> None:
 
 
 async def test_an_endless_loop_is_told(checked, monkeypatch) -> None:
-    monkeypatch.setattr(exercise, "STUCK_AFTER", 8.0)
-    monkeypatch.setattr(exercise, "BUSY_AFTER", 1.0)
+    monkeypatch.setattr(exercise, "STUCK_AFTER", 5.0)
+    monkeypatch.setattr(exercise, "BUSY_AFTER", 0.6)
     found = await results(checked, "while True:\n    pass\n")
     assert found["after_work"] == ("red", "loops")
     assert found["once"] == ("red", "not_run")
 
 
 async def test_code_that_waits_for_nothing_is_told(checked, monkeypatch) -> None:
-    monkeypatch.setattr(exercise, "STUCK_AFTER", 4.0)
+    monkeypatch.setattr(exercise, "STUCK_AFTER", 1.0)
     found = await results(checked, "import time\nwhile True:\n    time.sleep(1)\n")
     assert found["after_work"] == ("red", "stuck")
 

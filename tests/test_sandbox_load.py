@@ -28,6 +28,10 @@ def test_more_than_can_be_done_grows_without_end(arrivals, consumers) -> None:
     assert (found.depth, found.latency) == (None, None)
 
 
+def test_where_nothing_arrives_nothing_grows_though_nobody_works() -> None:
+    assert predicted(0.0, 0.5, 0, 0.0).depth == 0.0
+
+
 def test_an_empty_queue_costs_only_the_work() -> None:
     assert predicted(0.0, 0.5, 2, 0.0).latency == pytest.approx(0.5)
 

@@ -1,6 +1,8 @@
 """A room without a page: its consumers are real processes, which come and go while others work."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncGenerator
 from contextlib import closing
 
@@ -61,6 +63,21 @@ async def test_a_consumer_that_is_sent_home_with_a_claim_in_hand_gives_it_back_a
     await until_seen(room, lane, "gone")
     assert [lease.how for lease in lane.leases] == ["released"]
     assert "killed" not in [move.what for move in room.lanes.moves]
+
+
+async def test_a_world_that_cannot_be_frozen_whole_goes_on(room) -> None:
+    lanes = [room.add_consumer(), room.add_consumer()]
+    for lane in lanes:
+        await until_seen(room, lane, "waiting")
+    os.kill(lanes[1].pid, signal.SIGKILL)  # and no look has found it yet
+    with pytest.raises(RoomError) as raised:
+        await room.freeze()
+    assert raised.value.key == "no_consumer"
+    assert not room.is_frozen
+    await room.submit([room.case(effort=0.01)])
+    async with asyncio.timeout(PATIENCE):
+        while not lanes[0].handled:
+            await room.look()
 
 
 async def test_the_row_of_a_send_is_as_the_send_left_it_though_a_consumer_has_the_message(tmp_path) -> None:

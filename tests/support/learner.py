@@ -19,7 +19,7 @@ from playwright.async_api import Browser, Page, async_playwright
 import filao
 import filao.sync
 from filao.sandbox.steps import STEPS
-from filao.sandbox.visits import ROOMS_MAX
+from filao.sandbox.visits import LINGER, ROOMS_MAX
 
 CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
 PATIENCE = 60.0
@@ -30,6 +30,12 @@ BELOW_THE_FOLD = (
     "(({ scrollHeight, clientHeight }) => scrollHeight - clientHeight)(document.querySelector('.lesson-body'))"
 )
 A_LINE = 22  # pixels: fonts differ
+START = """
+import runpy, sys
+from filao.sandbox import visits
+visits.LINGER, visits.ROOMS_MAX = float(sys.argv.pop(1)), int(sys.argv.pop(1))
+runpy.run_module("filao", run_name="__main__", alter_sys=True)
+"""
 QUIET = (  # without them a browser looks for its maker, which a test machine cannot reach
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
@@ -42,15 +48,19 @@ def chromium() -> str | None:
 
 
 class Sandbox:
-    """A running `filao sandbox`."""
+    """A running `filao sandbox`, which keeps rooms for as long and has as many as a test asks for."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, linger: float = LINGER, rooms: int = ROOMS_MAX) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.rooms_max = rooms
         self.folder = folder
         self.log = folder.parent / f"{folder.name}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "filao", "sandbox", "--no-browser", "--port", "0", *arguments],
+                [
+                    *(sys.executable, "-c", START, str(linger), str(rooms)),
+                    *("sandbox", "--no-browser", "--port", "0", *arguments),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -90,9 +100,9 @@ class Sandbox:
 
 
 @contextmanager
-def sandbox(folder: Path, *arguments: str) -> Generator[Sandbox]:
+def sandbox(folder: Path, *arguments: str, linger: float = LINGER, rooms: int = ROOMS_MAX) -> Generator[Sandbox]:
     """Run a sandbox whose temporary files lie in a folder, and end it."""
-    running = Sandbox(folder, *arguments)
+    running = Sandbox(folder, *arguments, linger=linger, rooms=rooms)
     try:
         yield running
     finally:
@@ -117,7 +127,9 @@ class Learner:
 
     async def arrive(self) -> None:
         """Open the page, and press "start"."""
-        await until_soon(lambda: len(self._sandbox.rooms()) < ROOMS_MAX)  # those of learners who have left close soon
+        await until_soon(
+            lambda: len(self._sandbox.rooms()) < self._sandbox.rooms_max
+        )  # those of learners who have left close soon
         before = set(self._sandbox.rooms())
         await self.page.goto(f"{self._sandbox.url}{self.language}?token={TOKEN}")
         await self.press(".start")

@@ -368,7 +368,7 @@ def _status(process: "subprocess.Popen[bytes]") -> int | None:
 def _cpu_of(process: "subprocess.Popen[bytes]") -> float:
     """Return the seconds of CPU that a process has used; 0 where that cannot be told."""
     try:
-        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        fields = Path(f"/proc/{process.pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -35,7 +35,7 @@ def predicted(arrivals: float, work: float, consumers: int, failing: float) -> L
     tries = 1 / max(0.05, 1 - failing)
     offered = arrivals * work * tries
     if not consumers:
-        return Load(arrivals, 0.0, None, None)
+        return Load(arrivals, 0.0, None if arrivals else 0.0, None)
     busy = offered / consumers
     if busy >= 1:
         return Load(arrivals, busy, None, None)

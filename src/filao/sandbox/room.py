@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, cast
 
 import msgspec
@@ -101,9 +100,7 @@ class Room:
         self.viewer.open(self.file)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         for lane in self.lanes.living():
             self._crew.go_on(lane.number)
         await self.exercise.stop()
@@ -165,8 +162,6 @@ class Room:
     async def redrive(self, messages: Sequence[str] | None = None, *, body: Any = UNSET) -> int:
         """Send dead letters back; with a `body`, the one that is named is mended."""
         self.need_queue()
-        if body is UNSET:
-            return await self._broker.redrive(CLAIMS, ids=messages)
         return await self._broker.redrive(CLAIMS, ids=messages, body=body)
 
     async def mend(self, message: str, policy: int) -> None:
@@ -277,8 +272,9 @@ class Room:
         Not in its turn to write to the file, where it would hold up everybody. Raises `RoomError` when it cannot be
         met outside it.
         """
-        self.lane(number)
         for _ in range(STOP_TRIES):
+            if self._crew.has_ended(self.lane(number).number):
+                raise RoomError("no_consumer", consumer=number)
             if self._crew.stop_if(number, self._others_can_write):
                 self._listen()
                 self.lanes.stood_still(number, time.monotonic())
@@ -297,26 +293,32 @@ class Room:
         self._tell(lane)
 
     async def freeze(self) -> None:
-        """Stop the world: nothing is delivered, and all consumers stand still."""
+        """Stop the world: nothing is delivered, and all consumers stand still; or nobody does, when one cannot."""
         self.need_queue()
         async with self._acting:
-            await self._broker.pause(CLAIMS)
-            working = [lane.number for lane in self.lanes.living() if lane.state in ("waiting", "working")]
-            for number in working:
-                await self.pause(number)
-            self._frozen = working
             self.is_frozen = True
+            await self._broker.pause(CLAIMS)
+            try:
+                for lane in [lane for lane in self.lanes.able() if lane.state != "starting"]:
+                    await self.pause(lane.number)
+                    self._frozen.append(lane.number)
+            except RoomError:
+                await self._go_on()
+                raise
 
     async def thaw(self) -> None:
         """Let the world go on: first the consumers, who extend the leases that they hold, and then the queue."""
         async with self._acting:
-            for number in self._frozen:
-                if self.lanes.by_number[number].state == "paused":
-                    self.go_on(number)
-            await self._until_extended(self._frozen)
-            await self._broker.resume(CLAIMS)
-            self._frozen = []
-            self.is_frozen = False
+            await self._go_on()
+
+    async def _go_on(self) -> None:
+        for number in self._frozen:
+            if self.lanes.by_number[number].state == "paused":
+                self.go_on(number)
+        await self._until_extended(self._frozen)
+        await self._broker.resume(CLAIMS)
+        self._frozen = []
+        self.is_frozen = False
 
     async def _until_extended(self, numbers: Sequence[int]) -> None:
         names = {f"{socket.gethostname()}:{self.lanes.by_number[number].pid}" for number in numbers}
@@ -380,8 +382,7 @@ class Room:
         for number, module in ((PORTAL, "portal"), (PRINTER, "printer")):
             if number in self._tails and self._crew.has_ended(number):
                 self.lanes.tell(now, f"{module}_died")
-                tail = self._tails[number]
-                pid = self._start(number, module)
+                tail, pid = self._tails[number], self._start(number, module)
                 self._tails[number] = tail
                 self.portal_pid = pid if number == PORTAL else self.portal_pid
 

@@ -6,6 +6,7 @@ import { copy, download } from "./panels.js";
 import { fill, lesson, mayRunCode, programs, python, say, translated } from "./say.js";
 
 const KEPT = "filao-code";
+const MINE = "filao-code-mine"; // what stood in the editor when the skeleton was asked for
 const NOTHING = "\u200b"; // keeps an empty line as high as others
 
 export const kept = () => localStorage.getItem(KEPT) ?? programs.my_consumer;
@@ -27,11 +28,22 @@ export function editor(told, state, ask) {
       h("div", { class: "acts" },
         h("button", { class: "act", "data-act": "check", disabled: told.running, onclick: run }, say(told.running ? "checking" : "check")),
         h("button", { class: "plain", disabled: !told.running, onclick: () => ask({ do: "stop" }) }, say("stop")),
-        h("button", { class: "plain", onclick: () => state.write(programs.my_consumer, true) }, say("anew"))),
+        swap(state)),
       h("ol", { class: "checks", "data-run": told.run, "data-running": told.running }, told.checks.map((check) => h("li", { class: check.state, "data-check": check.key, "data-state": check.state },
         h("strong", {}, h("span", { class: "mark", "aria-hidden": "true" }, { open: "○", running: "…", green: "✓", red: "✖\ufe0e" }[check.state]), " ", fill(lesson.implement.conditions[check.key]),
           h("span", { class: "sr-only" }, ` (${say(`check_${check.state}`)})`)),
         check.told && check.state !== "open" && check.state !== "running" ? h("p", {}, reason(check)) : null)))));
+}
+
+// The skeleton takes the place of the learner's code, and gives it back: nothing that was written is lost by a press.
+function swap(state) {
+  const mine = localStorage.getItem(MINE);
+  const isSkeleton = state.code === programs.my_consumer;
+  const exchange = () => {
+    if (!isSkeleton) localStorage.setItem(MINE, state.code);
+    state.write(isSkeleton ? mine : programs.my_consumer, true);
+  };
+  return h("button", { class: "plain swap", disabled: isSkeleton && !mine, onclick: exchange }, say(isSkeleton && mine ? "mine" : "anew"));
 }
 
 // What Python itself says, in the words of the page where these are known; then its own words stand behind, small.
