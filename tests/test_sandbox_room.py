@@ -74,7 +74,7 @@ async def test_a_world_that_cannot_be_frozen_whole_goes_on(room) -> None:
         await room.freeze()
     assert raised.value.key == "no_consumer"
     assert not room.is_frozen
-    await room.submit([room.case(effort=0.01)])
+    await room.submit([room.customers.case(effort=0.01)])
     async with asyncio.timeout(PATIENCE):
         while not lanes[0].handled:
             await room.look()

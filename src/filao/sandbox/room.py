@@ -296,8 +296,8 @@ class Room:
         """Stop the world: nothing is delivered, and all consumers stand still; or nobody does, when one cannot."""
         self.need_queue()
         async with self._acting:
-            self.is_frozen = True
             await self._broker.pause(CLAIMS)
+            self.is_frozen = True
             try:
                 for lane in [lane for lane in self.lanes.able() if lane.state != "starting"]:
                     await self.pause(lane.number)
