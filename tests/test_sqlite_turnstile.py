@@ -1,4 +1,4 @@
-"""Nobody waits inside the turnstile, whoever else has the file's lock."""
+"""Nobody waits inside the turnstile for a lock that another program has on the file."""
 
 import asyncio
 import subprocess

@@ -86,7 +86,7 @@ class Direct(asyncio.Future[R]):
 class Tickets:
     """Those of jobs that have not ended. One timer serves all: to set and cancel one for each costs a lone call much.
 
-    Whoever takes a ticket first, the job or the timer, decides: that it begins, or that it never will.
+    What takes a ticket first, the job or the timer, decides: that it begins, or that it never will.
     """
 
     def __init__(self, refusal: Callable[[], Exception]) -> None:
