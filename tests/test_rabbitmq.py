@@ -615,6 +615,39 @@ async def test_a_network_that_stalls_is_given_up_and_found_again(frail, hardy, m
     assert load.lost == set()
 
 
+async def allow_channels(server: Rabbitmq, most: int) -> None:
+    await asyncio.to_thread(server.command, "eval", f"application:set_env(rabbit, channel_max, {most}).")
+
+
+async def test_a_queue_more_than_the_server_allows_channels_is_refused_and_costs_no_lease(frail) -> None:
+    queues = [filao.Queue(f"channel{number}", backoff=filao.Backoff(first=0)) for number in range(4)]
+    async with filao.connect(frail.url()) as broker:
+        await broker.declare(*queues)
+        for queue in queues:
+            await broker.send_to_queue(queue, 1)
+    await allow_channels(frail, 3)
+    try:
+        async with filao.connect(frail.url()) as broker:
+            held = [await received(broker, queue) for queue in queues[:3]]
+            with pytest.raises(filao.ConfigurationError, match="allows 3 channels"):
+                await broker.receive_from_queue(queues[3], wait=0)
+            for message in held:
+                await message.ack()
+    finally:
+        await allow_channels(frail, 2047)
+
+
+async def test_large_bodies_at_once_need_no_more_channels_than_a_server_allows(frail, queue) -> None:
+    await allow_channels(frail, 40)
+    try:
+        async with filao.connect(frail.url()) as broker:
+            await broker.declare(queue)
+            await asyncio.gather(*(broker.send_to_queue(queue, b"x" * 150_000) for _ in range(150)))
+            assert (await broker.stats(queue)).ready == 150
+    finally:
+        await allow_channels(frail, 2047)
+
+
 async def test_an_operators_call_waits_for_no_farewell_of_a_server_that_stalls(frail, queue, monkeypatch) -> None:
     with closing(Proxy(frail.port)) as proxy:
         async with filao.connect(frail.url(proxy.port)) as far, asyncio.timeout(20):

@@ -21,6 +21,8 @@ from filao.queue import Queue
 
 LARGE = 128 * 1024  # bytes of a body above which it has a channel of its own, which ends when the server refuses it
 
+LARGE_AT_ONCE = 32  # of these channels, by one process; a connection may have 2,047, unless the server says otherwise
+
 _Ready = tuple[bytes, envelope.Properties, float]  # a body, its properties and its delay
 
 
@@ -30,6 +32,7 @@ class Publisher:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._numbers = count(1)
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
 
     def name(self) -> str:
         """Return an id that no other message has, and that nobody can guess."""
@@ -45,12 +48,11 @@ class Publisher:
             names.append(draft.message_id or self.name())
             properties = envelope.written(queue.name, draft, names[-1], draft.ttl or queue.ttl, moment)
             ready.append((draft.content, properties, draft.delay))
-        session = await self._link.session()
         if any(len(content) > LARGE for content, _, _ in ready):
-            async with session.aside(confirms=True) as channel:
+            async with self._large, (await self._link.session()).aside(confirms=True) as channel:
                 await _publish_all(channel, queue.name, ready)
         else:
-            await self._publish_all(session, queue.name, ready)
+            await self._publish_all(await self._link.session(), queue.name, ready)
         return names
 
     async def store(self, queue: Queue[Any], parcels: Sequence[Parcel]) -> None:

@@ -7,12 +7,13 @@ import random
 import re
 import socket
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sized
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aio_pika
+import aiormq
 from aiormq import Channel
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
 from aiormq.exceptions import (
@@ -204,7 +205,11 @@ class Session:
         self._connection.close_callbacks.add(self._end)
         self._publishing: Channel | None = None
         self._opening = asyncio.Lock()
-        properties = connection.transport.connection.server_properties if connection.transport else {}
+        inner = cast("aiormq.Connection | None", connection.transport and connection.transport.connection)
+        self._channels: Sized = () if inner is None else inner.channels
+        self._channels_max: int = 0 if inner is None else inner.connection_tune.channel_max or 0
+        """How many the server allows at once; 0: as many as can be numbered."""
+        properties = {} if inner is None else inner.server_properties
         self.version: str = str(properties.get("version", "0"))
         self.cluster: str = str(properties.get("cluster_name", ""))
         self.opened_at: float = asyncio.get_running_loop().time()
@@ -221,7 +226,15 @@ class Session:
         self._ended.add_done_callback(lambda _: call())
 
     async def channel(self, *, confirms: bool = False) -> Channel:
-        """Open a channel."""
+        """Open a channel. Raises `ConfigurationError` for one more than the server allows: asked for it, the server
+        would end the connection, and with it every lease.
+        """
+        if self._channels_max and len(self._channels) >= self._channels_max:
+            raise ConfigurationError(
+                f"the server allows {self._channels_max:,} channels on a connection, and all are open: one for each "
+                f"queue that this process receives from, and for each large body on its way. Nothing was done. Raise "
+                f"channel_max in rabbitmq.conf, or use fewer at once."
+            )
         channel = self._connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
         try:
             async with asyncio.timeout(ANSWERS_WITHIN):  # the library's own limit does not reach the server's answer
