@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from filao import ConfigurationError, MessageNotEncodable
+from filao import ConfigurationError, MessageNotEncodable, Queue
 from filao.codec import BYTES, JSON, codec_for, shown
 
 
@@ -168,6 +168,31 @@ def test_a_pydantic_model_in_a_plain_body_is_written_by_pydantic() -> None:
 def test_a_type_that_nothing_can_decode_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="cannot be the type"):
         codec_for(lambda: 1)
+
+
+@dataclass
+class Forward:
+    claim: "Undefined"  # type: ignore[name-defined]  # noqa: F821
+
+
+def test_a_type_whose_annotations_cannot_be_read_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Undefined"):
+        codec_for(Forward)
+    with pytest.raises(ConfigurationError, match="cannot be the type"):
+        Queue("claims", body={"claim_id": int})  # type: ignore[arg-type]  # users are not all typed
+
+
+def test_a_body_that_fails_when_it_is_read_is_refused() -> None:
+    class Failing:
+        @property
+        def model_dump_json(self) -> str:
+            raise KeyError("claim_id")
+
+    released = memoryview(b"photo")
+    released.release()
+    for body in (Failing(), [Failing()], released):
+        with pytest.raises(MessageNotEncodable, match="Nothing was sent"):
+            codec_for(None).encode("q", body)
 
 
 def test_an_error_text_survives_a_value_that_cannot_be_shown() -> None:

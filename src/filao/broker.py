@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from filao.checks import PEEK_MAX, RECEIVE_MANY_MAX, check_duration, check_ids, check_key, check_limit, is_text
 from filao.codec import codec_for, seen_as, shown
-from filao.draft import Outgoing, draft, drafts, larger
+from filao.draft import Outgoing, draft, drafts, larger, listed
 from filao.engine import (
     Engine,
     Event,
@@ -206,7 +206,7 @@ class Broker:
         """
         known = await self._session.known(queue, within)
         terms = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
-        bodies = list(bodies)
+        bodies = listed(bodies)
         try:
             sent = drafts(known, bodies, terms)
         except MessageTooLarge as error:
@@ -459,7 +459,7 @@ def _asked(queue: str, limit: int, wait: float | None, lease: float | None, guar
     if lease is not None:
         check_duration(f"queue {queue!r}", "lease", lease, least=0.001, most=LEASE_MAX)
     if guarantee not in _GUARANTEES:
-        raise ConfigurationError(f"guarantee is {guarantee!r}; it must be {' or '.join(_GUARANTEES)}")
+        raise ConfigurationError(f"guarantee is {shown(guarantee)}; it must be {' or '.join(_GUARANTEES)}")
     return Receive(queue, limit, lease, waiting=int(wait != 0))
 
 
@@ -484,7 +484,6 @@ def receiving_of(broker: Broker) -> Receiving:
 
 
 def _state(state: State | str) -> State:
-    try:
-        return State(state)
-    except ValueError:
-        raise ConfigurationError(f"state is {state!r}; it must be one of {', '.join(State)}") from None
+    if not isinstance(state, str) or state not in tuple(State):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigurationError(f"state is {shown(state)}; it must be one of {', '.join(State)}")
+    return State(state)

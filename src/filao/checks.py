@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 from filao.codec import shown
 from filao.errors import ConfigurationError, MessageError
-from filao.urls import shown_url
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DURATION_MAX = 10 * 365 * 86_400.0  # seconds; for delays, time to live and windows
@@ -23,15 +22,19 @@ _NUMBER = (int, float)  # once: a union in the call would be made anew for every
 def check_name(name: object) -> None:
     """Raise `ConfigurationError` unless `name` may name a queue."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        named = repr(shown_url(name) if isinstance(name, str) else name)
-        named = named if len(named) <= 200 else f"{named[:200]}…"
-        raise ConfigurationError(f"queue name {named}: a name is 1 to 128 characters of A-Z a-z 0-9 . _ -")
+        raise ConfigurationError(f"queue name {shown(name)}: a name is 1 to 128 characters of A-Z a-z 0-9 . _ -")
 
 
 def check_duration(owner: str, what: str, value: object, *, least: float = 0.0, most: float = DURATION_MAX) -> None:
     """Raise `ConfigurationError` unless `value` is a number of seconds from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, _NUMBER) or not least <= value <= most:
-        raise ConfigurationError(f"{owner}: {what} is {value!r}; it must be from {least:g} to {most:g} seconds")
+        raise ConfigurationError(f"{owner}: {what} is {shown(value)}; it must be from {least:g} to {most:g} seconds")
+
+
+def check_number(owner: str, what: str, value: object, *, least: float, most: float) -> None:
+    """Raise `ConfigurationError` unless `value` is a number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not least <= value <= most:
+        raise ConfigurationError(f"{owner}: {what} is {shown(value)}; it must be a number from {least:g} to {most:g}")
 
 
 def check_count(owner: str, what: str, value: object, *, most: int) -> None:
@@ -79,11 +82,19 @@ def check_ids(queue: str, ids: Iterable[str]) -> list[str]:
         raise ConfigurationError(
             f"queue {queue!r}: ids is the string {shown(ids)}; give a list, such as [{shown(ids)}]"
         )
-    return [one for one in dict.fromkeys(ids) if is_text(one)]
+    if not isinstance(ids, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+        raise ConfigurationError(f"queue {queue!r}: ids is {shown(ids)}; give a list of ids")
+    found = list(ids)
+    for one in found:
+        if not isinstance(one, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"queue {queue!r}: {shown(one)} is no id: an id is a text")
+    return [one for one in dict.fromkeys(found) if is_text(one)]
 
 
-def is_text(key: str) -> bool:
-    """Return whether UTF-8 can hold it: half a surrogate pair cannot be stored; a NUL would end it early in SQL."""
+def is_text(key: object) -> bool:
+    """Return whether it is a text that can be stored: half a surrogate pair cannot, and a NUL ends it early in SQL."""
+    if not isinstance(key, str):
+        return False
     try:
         key.encode()
     except UnicodeEncodeError:

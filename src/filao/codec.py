@@ -58,12 +58,12 @@ class Codec:
         Whether it comes back as it was is seen by reading it, which is quicker than walking through the body in Python:
         that tells only what is wrong when something is.
         """
-        if isinstance(body, _RAW):
-            content = bytes(cast("bytes", body))
-            if self.body not in (None, bytes):
-                raise _not_of_type(queue, self.body, content, "it is raw bytes")
-            return BYTES, content
         try:
+            if isinstance(body, _RAW):
+                content = bytes(cast("bytes", body))
+                if self.body not in (None, bytes):
+                    raise _not_of_type(queue, self.body, content, "it is raw bytes")
+                return BYTES, content
             content = _encode_json(body)
             if is_too_deep(content):
                 raise _too_deep(queue, body)
@@ -71,7 +71,9 @@ class Codec:
                 self._check_is_of_type(queue, body, content)
             elif msgspec.json.decode(content) != body:  # a NaN, which is written as null, is not equal to itself
                 _check(body, "", typed=False)
-        except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError) as error:
+        except MessageNotEncodable:
+            raise
+        except Exception as error:  # of a model's own, too
             raise MessageNotEncodable(
                 f"queue {queue!r}: the body {shown(body)} cannot be written as JSON: {error}. Nothing was sent."
             ) from error
@@ -109,7 +111,7 @@ def _codec(body: Any) -> Codec:
         return Codec(body, lambda content: validate(content, strict=True))
     try:
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(body, strict=True)
-    except TypeError as error:
+    except Exception as error:  # a name that is not defined, or whatever its annotations raise
         raise ConfigurationError(f"{shown(body)} cannot be the type of a queue's bodies: {error}") from error
     return Codec(body, decoder.decode)
 
@@ -132,7 +134,7 @@ def encode_headers(queue: str, headers: Mapping[str, str]) -> str | None:
     if not headers:
         return None
     try:
-        content = _encode_json(headers)
+        content = _encode_json(headers if type(headers) is dict else dict(headers))
     except UnicodeEncodeError as error:
         raise MessageNotEncodable(f"queue {queue!r}: a header is not valid Unicode: {error}") from error
     if len(content) > HEADERS_MAX:
@@ -257,7 +259,7 @@ def _check_instance(value: object, where: str) -> None:
     """Raise `ValueError` when what is in its fields is not what its class says: its consumer could not read it."""
     try:
         read = codec_for(type(value)).read
-    except (ConfigurationError, NameError, AttributeError):
+    except ConfigurationError:
         return  # nobody can read it by this class, so nobody will
     try:
         read(_encode_json(value))

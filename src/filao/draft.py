@@ -7,7 +7,7 @@ from typing import Any, Generic, cast
 import msgspec
 
 from filao.checks import check_duration, check_key, check_own_id, check_priority
-from filao.codec import codec_for, encode_headers
+from filao.codec import codec_for, encode_headers, shown
 from filao.engine import Draft
 from filao.errors import ConfigurationError, MessageTooLarge
 from filao.queue import Queue, T
@@ -46,6 +46,17 @@ class Outgoing(_Terms, Generic[T], frozen=True):
     body: T
 
 
+_NO_LISTS = (str, bytes, bytearray, memoryview, Mapping)
+
+
+def listed(bodies: Iterable[Any]) -> list[Any]:
+    """Return bodies as a list; a text, bytes or a dict, which are iterables of something else, is a mistake."""
+    if isinstance(bodies, _NO_LISTS) or not hasattr(bodies, "__iter__"):
+        given = cast("object", bodies)
+        raise ConfigurationError(f"send_many was given {shown(given)} for its bodies; give a list. Nothing was sent")
+    return list(bodies)
+
+
 def draft(queue: Queue[Any], outgoing: Outgoing[Any]) -> Draft:
     """Return the message, checked and encoded, or raise the error that names what is wrong."""
     return _draft(queue, outgoing.body, outgoing)
@@ -53,7 +64,7 @@ def draft(queue: Queue[Any], outgoing: Outgoing[Any]) -> Draft:
 
 def drafts(queue: Queue[Any], bodies: Iterable[object], terms: Outgoing[None]) -> list[Draft]:
     """Return a message for each body; all go with the same terms, but for those that bring their own."""
-    bodies = list(bodies)
+    bodies = listed(bodies)
     if len(bodies) > SEND_MANY_MAX:
         raise ConfigurationError(
             f"queue {queue.name!r}: {len(bodies):,} messages in one send_many; at most {SEND_MANY_MAX:,} are stored as "

@@ -13,7 +13,8 @@ from typing import Any, Generic, Literal
 import msgspec
 from typing_extensions import TypeVar
 
-from filao.checks import check_count, check_duration, check_name
+from filao.checks import check_count, check_duration, check_name, check_number
+from filao.codec import shown
 from filao.errors import ConfigurationError, QueueNotFound
 
 T = TypeVar("T", default=Any)  # a queue without a body type carries plain JSON: dicts, lists, strings, numbers
@@ -46,10 +47,8 @@ class Backoff:
     def __post_init__(self) -> None:
         check_duration("Backoff", "first", self.first)
         check_duration("Backoff", "ceiling", self.ceiling)
-        if not 1.0 <= self.factor <= 100.0:
-            raise ConfigurationError(f"Backoff: factor is {self.factor!r}; it must be from 1 to 100")
-        if not 0.0 <= self.jitter <= 1.0:
-            raise ConfigurationError(f"Backoff: jitter is {self.jitter!r}; it must be from 0 to 1")
+        check_number("Backoff", "factor", self.factor, least=1.0, most=100.0)
+        check_number("Backoff", "jitter", self.jitter, least=0.0, most=1.0)
 
     def delay(self, attempt: int, chance: float) -> float:
         """Return the seconds to wait after the nth failed `attempt`; `chance` is a random number from 0 to 1."""
@@ -113,16 +112,20 @@ class Queue(Generic[T]):
         if self.max_length is not None:
             check_count(f"queue {self.name!r}", "max_length", self.max_length, most=2**53)
         if not isinstance(self.backoff, Backoff):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
-            raise ConfigurationError(f"queue {self.name!r}: backoff is {self.backoff!r}; give a filao.Backoff(first=…)")
+            raise ConfigurationError(
+                f"queue {self.name!r}: backoff is {shown(self.backoff)}; give a filao.Backoff(first=…)"
+            )
         if not isinstance(self.emulate, tuple) or not set(self.emulate) <= set(EMULATED):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
             raise ConfigurationError(
-                f"queue {self.name!r}: emulate is {self.emulate!r}; it must be a tuple of "
+                f"queue {self.name!r}: emulate is {shown(self.emulate)}; it must be a tuple of "
                 f"some of: {', '.join(EMULATED)}"
             )
+        if getattr(self.body, "__hash__", None) is None:
+            raise ConfigurationError(f"queue {self.name!r}: {shown(self.body)} cannot be the type of its bodies")
         for rule, allowed in _CHOICES.items():
             if getattr(self, rule) not in allowed:
                 raise ConfigurationError(
-                    f"queue {self.name!r}: {rule} is {getattr(self, rule)!r}; it must be one of "
+                    f"queue {self.name!r}: {rule} is {shown(getattr(self, rule))}; it must be one of "
                     f"{', '.join(map(str, allowed))}"
                 )
 

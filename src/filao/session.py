@@ -229,6 +229,8 @@ class Session:
         self.check_usable(anywhere=within is not None)
         if isinstance(queue, Queue):
             return queue
+        if not isinstance(queue, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+            check_name(queue)  # type: ignore[unreachable]
         return self._queues.get(queue) or (None if within is None else self.known_within(queue))
 
     def known_within(self, queue: str | Queue[T]) -> Queue[T]:

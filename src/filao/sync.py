@@ -27,6 +27,7 @@ from filao.broker import connect as connect_async
 from filao.broker import received_at_once, receiving_of, session_of
 from filao.calls import Caller, Held, stay_if_it_ends
 from filao.codec import shown
+from filao.draft import listed
 from filao.engine import Engine, Feature
 from filao.engines import Durability
 from filao.errors import ConfigurationError
@@ -95,7 +96,7 @@ def _reading(send: F) -> F:
 
     @wraps(send)
     def call(self: Any, /, queue: Any, bodies: Iterable[Any], **terms: Any) -> Any:
-        return send(self, queue, list(bodies), **terms)
+        return send(self, queue, listed(bodies), **terms)
 
     return cast("F", call)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
+from filao.codec import shown
 from filao.engines.sqlite import SqliteEngine
 from filao.engines.sqlite.files import MEMORY
 from filao.errors import ConfigurationError
@@ -18,7 +19,7 @@ Durability = Literal["full", "relaxed"]
 def engine_for(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> Movable:
     """Return the engine, not yet open, that a URL or a path names."""
     if durability not in ("full", "relaxed"):
-        raise ConfigurationError(f'durability is {durability!r}; it must be "full" or "relaxed"')
+        raise ConfigurationError(f'durability is {shown(durability)}; it must be "full" or "relaxed"')
     durable = durability == "full"
     scheme = url.partition("://")[0].lower() if isinstance(url, str) and has_scheme(url) else ""
     if isinstance(url, str) and scheme in ("postgresql", "postgres"):
@@ -64,6 +65,8 @@ def sqlite_path(url: str | Path) -> Path:
     """Return the file that a URL or a path names. Raises `ConfigurationError` for what cannot be right."""
     if isinstance(url, Path):
         return url
+    if not isinstance(url, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+        raise ConfigurationError(f"a URL is a text, and a path a text or a pathlib.Path: neither is {shown(url)}")
     if not url:
         raise ConfigurationError('the URL is empty; give a path such as "claims.db", or sqlite://:memory:')
     if "\0" in url:

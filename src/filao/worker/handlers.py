@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from filao import sync
+from filao.codec import shown
 from filao.errors import ConfigurationError
 from filao.message import Message, Transaction
 from filao.queue import Queue
@@ -50,9 +51,9 @@ class Consumer:
 
 def handler_of(function: Callable[..., Any], *, with_transaction: bool) -> Handler:
     """Read a function's signature, or raise `ConfigurationError` that says what it should be."""
-    name = getattr(function, "__qualname__", None) or repr(function)
+    name = getattr(function, "__qualname__", None) or shown(function)
     if not callable(function):
-        raise ConfigurationError(f"a handler must be a function, not {function!r}")
+        raise ConfigurationError(f"a handler must be a function, not {shown(function)}")
     call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
     if inspect.isasyncgenfunction(call) or inspect.isgeneratorfunction(call):
         raise ConfigurationError(f"the handler {name} is a generator, which would do nothing; a handler returns")

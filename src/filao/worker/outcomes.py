@@ -10,10 +10,11 @@ Release(delay=30)           back to its place after 30 seconds, the attempt not 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filao import engine
 from filao.checks import check_duration
+from filao.codec import shown
 from filao.errors import ConfigurationError
 from filao.message import error_text
 
@@ -80,14 +81,18 @@ def without_our_frames(error: BaseException) -> BaseException:
     return error.with_traceback(trace)
 
 
-def check_outcomes(outcomes: Mapping[Any, Any]) -> None:
-    """Raise `ConfigurationError` for a mapping that could not work."""
-    for kind, steer in outcomes.items():
+def check_outcomes(outcomes: Outcomes | None) -> Outcomes:
+    """Return a copy of the mapping; raise `ConfigurationError` for one that could not work."""
+    if outcomes is not None and not isinstance(outcomes, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigurationError(f"outcomes is {shown(outcomes)}; it must be a dict")
+    mapped = dict(outcomes or {})
+    for kind, steer in cast("Mapping[Any, Any]", mapped).items():
         if not (isinstance(kind, type) and issubclass(kind, BaseException)) or _steer(steer) is None:
             raise ConfigurationError(
-                f"outcomes maps {kind!r} to {steer!r}; map exception classes to "
+                f"outcomes maps {shown(cast('object', kind))} to {shown(steer)}; map exception classes to "
                 "filao.Retry, filao.Reject or filao.Release"
             )
+    return mapped
 
 
 def _meant(error: BaseException, mapped: Outcomes) -> Steer | None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
+from filao.codec import shown
 from filao.errors import ConfigurationError
 from filao.worker.handlers import Handler
 
@@ -157,7 +158,7 @@ def _entered(function: Any, what: str, parameter: str) -> tuple[bool, Callable[.
     if not is_async and not inspect.isgeneratorfunction(inner):
         raise ConfigurationError(
             f"{what} must be a generator function that yields once, as `async def {what}({parameter}): … yield …`, "
-            f"not {function!r}"
+            f"not {shown(function)}"
         )
     given = cast("Callable[..., Any]", function)
     if inner is not function:  # a context manager already

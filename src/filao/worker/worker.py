@@ -19,7 +19,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overloa
 from filao import sync
 from filao.broker import Broker, connect, session_of
 from filao.calls import Caller
-from filao.checks import check_count, check_duration, check_name
+from filao.checks import check_count, check_duration, check_name, check_number
+from filao.codec import shown
 from filao.engine import Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.message import Message
@@ -48,6 +49,7 @@ L = TypeVar("L", bound=Lifespan)
 M = TypeVar("M", bound=Middleware)
 
 CONCURRENCY_MAX = 1_000  # messages at once in one process: what one receive and one group commit can carry
+WEIGHT_MIN, WEIGHT_MAX = 1e-6, 1e6  # parts of a capacity: with more between two of them, one never has a turn
 DRAINED_MAX = 10_000  # attempts of one `drain`, so that a handler that always releases does not run for ever
 
 
@@ -135,8 +137,7 @@ class Worker:
         check_name(name)
         self._check_first(name)
         _check_terms(name, concurrency, timeout, guarantee, weight)
-        mapped = dict(outcomes or {})
-        check_outcomes(mapped)
+        mapped = check_outcomes(outcomes)
 
         def register(function: F) -> F:
             handler = handler_of(function, with_transaction=guarantee == "exactly-once")
@@ -406,8 +407,7 @@ def _check_terms(name: str, concurrency: int, timeout: float | None, guarantee: 
         check_duration(f"consumer of {name!r}", "timeout", timeout, least=0.001)
     if guarantee not in ("at-most-once", "at-least-once", "exactly-once"):
         raise ConfigurationError(
-            f'consumer of {name!r}: guarantee is {guarantee!r}; it must be "at-most-once", "at-least-once" or '
+            f'consumer of {name!r}: guarantee is {shown(guarantee)}; it must be "at-most-once", "at-least-once" or '
             f'"exactly-once"'
         )
-    if not weight > 0:
-        raise ConfigurationError(f"consumer of {name!r}: weight is {weight!r}; it must be above 0")
+    check_number(f"consumer of {name!r}", "weight", weight, least=WEIGHT_MIN, most=WEIGHT_MAX)

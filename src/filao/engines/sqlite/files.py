@@ -47,7 +47,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
 _MOUNTS = Path("/proc/self/mountinfo")
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
-FAILURES = (sqlite3.Error, OverflowError, UnicodeDecodeError)
+FAILURES = (sqlite3.Error, OverflowError, UnicodeError)
 """What Python's sqlite3 raises: of SQLite's, and for a number or a text that no file should hold, or that an error
 tells.
 """
