@@ -138,6 +138,16 @@ async def test_a_token_is_asked_for_by_a_form_and_kept_in_a_strict_cookie(broker
         await somebody.sees("/en/queues", 401)
 
 
+async def test_behind_a_proxy_that_speaks_tls_the_cookie_is_never_sent_without_and_a_lost_host_is_told(broker) -> None:
+    async with visiting(broker, token=TOKEN, hosts=["ops.example"], host="http://ops.example") as somebody:
+        form = {"token": TOKEN}
+        for headers, is_secure in (({}, False), ({"x-forwarded-proto": "https"}, True)):
+            answer = await somebody.client.post("/enter", data=form, headers=headers)
+            assert ("Secure" in answer.headers["set-cookie"].split("; ")) is is_secure
+        answer = await somebody.client.post("/enter", data=form, headers={"origin": "https://ops.example:8443"})
+        assert (answer.status_code, "have the proxy pass the header Host on" in answer.text) == (403, True)
+
+
 async def test_a_cookie_that_was_tampered_with_opens_nothing(broker) -> None:
     async with visiting(broker, token=TOKEN) as somebody:
         await somebody.client.post("/enter", data={"token": TOKEN})

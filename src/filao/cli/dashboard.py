@@ -100,6 +100,13 @@ def dashboard(
 async def _serve(served: "Dashboard", broker: Broker, listening: socket.socket) -> None:
     import uvicorn
 
+    class Server(uvicorn.Server):
+        """Ends what lives on pages that are open, which it would wait for, before their connections."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await served.close()
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(
         served,
         log_level="error",
@@ -112,7 +119,7 @@ async def _serve(served: "Dashboard", broker: Broker, listening: socket.socket) 
     )
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            await uvicorn.Server(config).serve(sockets=[listening])
+            await Server(config).serve(sockets=[listening])
     finally:
         await served.close()
         await broker.close()

@@ -36,7 +36,10 @@ class Dashboard:
         await self._door(scope, receive, send)
 
     async def close(self) -> None:
-        """End what was begun here; the broker stays open. Deeds that were under way are noted down as stopped."""
+        """End what was begun here, live pages included; the broker stays open.
+
+        Deeds that were under way are noted down as stopped.
+        """
         for one in self._closing:
             await one.close()
 

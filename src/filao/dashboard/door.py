@@ -41,7 +41,10 @@ SAFE = door.SAFE | {
 }
 
 OTHER_HOST = "This dashboard answers to other names of hosts: {}.\n"
-OTHER_SITE = "This dashboard does not answer to pages of other sites.\n"
+OTHER_SITE = (
+    "This dashboard does not answer to pages of other sites. Is this one its own, behind a proxy? Then have the proxy "
+    "pass the header Host on as it came.\n"
+)
 NOT_HERE = (
     "This dashboard answers to its own machine, and to the user who runs it. Give it a token (--token), or let the "
     "application admit people.\n"
@@ -170,6 +173,7 @@ class Door:
     def _kept(self, scope: Scope, session: str) -> str:
         """Return the header that has a browser keep a session."""
         response = Response()
+        speaks_tls = "https" in (scope.get("scheme"), Headers(scope=scope).get("x-forwarded-proto"))
         response.set_cookie(
             self._cookie,
             f"{session}.{self._sign(session)}",
@@ -177,7 +181,7 @@ class Door:
             path=scope.get("root_path", "") or "/",
             httponly=True,
             samesite="strict",
-            secure=scope.get("scheme") == "https",
+            secure=speaks_tls,
         )
         return response.headers["set-cookie"]
 

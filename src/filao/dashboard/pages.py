@@ -163,7 +163,7 @@ class Pages:
             until, drawn = time.monotonic() + LIVE_FOR, ""
             look = await self._watch.latest()
             yield "retry: 1000\n\n"
-            while (left := until - time.monotonic()) > 0:
+            while not self._watch.is_closed and (left := until - time.monotonic()) > 0:
                 now = await self._live(request, language, page, look)
                 if now != drawn:
                     yield "".join(f"data: {line}\n" for line in now.split("\n")) + "\n"

@@ -71,6 +71,7 @@ class Watch:
         self._task: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self._came: asyncio.Future[None] | None = None
+        self.is_closed: bool = False
 
     async def latest(self) -> Look:
         """Return what was seen last, after a look that is due; begin to look, if nobody does."""
@@ -84,7 +85,7 @@ class Watch:
         """Return the first look behind one, or the last when there is none after so many seconds."""
         self._ask()
         until = time.monotonic() + within
-        while self._look.number <= number and (left := until - time.monotonic()) > 0:
+        while not self.is_closed and self._look.number <= number and (left := until - time.monotonic()) > 0:
             if self._came is None:
                 self._came = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._came], timeout=left)
@@ -94,21 +95,28 @@ class Watch:
         """Look now, because something was done, and return what is seen, as soon as it is."""
         now = time.monotonic()
         until = now + FIRST_WITHIN
-        while self._look.began < now and (left := until - time.monotonic()) > 0:
+        while not self.is_closed and self._look.began < now and (left := until - time.monotonic()) > 0:
             self._hurry.set()
             await self.after(self._look.number, left)
         return self._look
 
     async def close(self) -> None:
-        """Look no more."""
+        """Look no more, and let those go who wait for a look."""
+        self.is_closed = True
+        self._tell()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
 
     def _ask(self) -> None:
         self._asked_at = time.monotonic()
-        if self._task is None or self._task.done():
+        if not self.is_closed and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(for_ever("the dashboard's watch", self._once))
+
+    def _tell(self) -> None:
+        if self._came is not None:
+            self._came.set_result(None)
+            self._came = None
 
     def _pause(self, every: float) -> float:
         return max(every, SHARE * self._took)
@@ -126,9 +134,7 @@ class Watch:
             queues = {one.name: one for one in seen}
             self._remember(queues, began)
             self._look = Look(number, queues, datetime.now(UTC), began=began)
-        if self._came is not None:
-            self._came.set_result(None)
-            self._came = None
+        self._tell()
         is_quiet = time.monotonic() - self._asked_at > QUIET_AFTER
         if trouble:
             self._took = 0.0  # it was spent in waiting
