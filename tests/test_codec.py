@@ -204,3 +204,14 @@ def test_an_error_text_survives_a_value_that_cannot_be_shown() -> None:
 
     assert "RuntimeError" in shown(Nasty())
     assert len(shown("x" * 1000)) < 100
+
+
+def test_what_a_signals_handler_raises_while_a_body_is_written_is_not_said_to_be_the_bodys() -> None:
+    class Interrupt(Exception): ...
+
+    class Slow:
+        def model_dump_json(self) -> str:
+            raise Interrupt  # as a handler does, wherever the signal meets the program
+
+    with pytest.raises(Interrupt):
+        codec_for(None).encode("claims", Slow())

@@ -29,6 +29,10 @@ SHOWN_MAX = 80  # characters of a wrong value that an error text repeats
 
 
 _RAW = (bytes, bytearray, memoryview)  # once: a union in the call would be made anew for every body
+_UNWRITABLE = (
+    *(TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError),
+    *(AttributeError, LookupError, ArithmeticError),  # of a model's own properties, too
+)
 
 
 class _PydanticModel(Protocol):
@@ -71,9 +75,7 @@ class Codec:
                 self._check_is_of_type(queue, body, content)
             elif msgspec.json.decode(content) != body:  # a NaN, which is written as null, is not equal to itself
                 _check(body, "", typed=False)
-        except MessageNotEncodable:
-            raise
-        except Exception as error:  # of a model's own, too
+        except _UNWRITABLE as error:  # no others: a signal's handler may raise its own here
             raise MessageNotEncodable(
                 f"queue {queue!r}: the body {shown(body)} cannot be written as JSON: {error}. Nothing was sent."
             ) from error
