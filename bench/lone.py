@@ -2,15 +2,20 @@
 
 All stand in one process and take turns call by call, so that whatever disturbs the machine disturbs them alike. A
 quarter of the calls are faster than the figure that is told: a busy disk makes the others longer, whosever they are.
+
+`--cpu` tells what a call costs in CPU instead, of all threads, with the file in memory: the least of many short rounds,
+for comparing two versions on a machine that is not quiet.
 """
 
+import argparse
 import asyncio
+import gc
 import sqlite3
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,8 @@ from bench.peers import QUEUE
 
 BODY = b"x" * 256
 ROUNDS = 2_000
+TOGETHER, SHORT_ROUNDS = 40, 80  # calls in a round for CPU, and rounds
+MEMORY = Path("/dev/shm")
 Call = Callable[[], object]
 
 
@@ -93,13 +100,78 @@ def _huey(folder: Path) -> dict[str, Call]:
     return {"huey, enqueue": lambda: storage.enqueue(BODY), "huey, dequeue": storage.dequeue}
 
 
+class _Costs:
+    """The least that a call took, in microseconds of CPU, by its name."""
+
+    def __init__(self) -> None:
+        self.least: dict[str, float] = {}
+
+    def note(self, name: str, began: float) -> None:
+        """Learn that a round has ended."""
+        took = 1e6 * (time.process_time() - began) / TOGETHER
+        self.least[name] = min(took, self.least.get(name, took))
+
+    def of(self, name: str, call: Call) -> None:
+        """Measure a round of calls."""
+        began = time.process_time()
+        for _ in range(TOGETHER):
+            call()
+        self.note(name, began)
+
+    async def of_async(self, name: str, call: Callable[[], Awaitable[object]]) -> None:
+        """Measure a round of calls of the async face."""
+        began = time.process_time()
+        for _ in range(TOGETHER):
+            await call()
+        self.note(name, began)
+
+
+async def _async_costs(costs: _Costs, path: Path) -> None:
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue(QUEUE))
+
+        async def receive_and_ack() -> None:
+            await (await broker.receive_from_queue(QUEUE)).ack()
+
+        for _ in range(SHORT_ROUNDS):
+            await costs.of_async("filao, send", lambda: broker.send_to_queue(QUEUE, BODY))
+            await costs.of_async("filao, receive and ack", receive_and_ack)
+
+
+def _receive(broker: filao.sync.Broker, held: list[filao.sync.Message[Any]]) -> None:
+    held.append(broker.receive_from_queue(QUEUE))
+
+
+def _ack(held: list[filao.sync.Message[Any]]) -> None:
+    held.pop().ack()
+
+
+def _cpu(folder: Path) -> dict[str, float]:
+    """Return the microseconds of CPU of a lone call."""
+    costs = _Costs()
+    gc.disable()  # when it runs is chance
+    with filao.sync.connect(folder / "filao.db") as broker:
+        broker.declare(filao.Queue(QUEUE))
+        for _ in range(SHORT_ROUNDS):
+            held: list[filao.sync.Message[Any]] = []
+            costs.of("filao.sync, send", lambda: broker.send_to_queue(QUEUE, BODY))
+            costs.of("filao.sync, receive", partial(_receive, broker, held))
+            costs.of("filao.sync, ack", partial(_ack, held))
+    asyncio.run(_async_costs(costs, folder / "async.db"))
+    return costs.least
+
+
 def main() -> None:
     """Print the figures."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        found = measured(Path(folder), rounds)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=ROUNDS)
+    parser.add_argument("--cpu", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=MEMORY if options.cpu else ".") as folder:
+        found = _cpu(Path(folder)) if options.cpu else measured(Path(folder), options.rounds)
     for name, microseconds in sorted(found.items(), key=lambda one: one[1]):
-        print(f"{name:<28} {microseconds:7.1f} µs   {microseconds - found['raw commit']:+7.1f} over a raw commit")
+        over = "of CPU" if options.cpu else f"{microseconds - found['raw commit']:+7.1f} over a raw commit"
+        print(f"{name:<28} {microseconds:7.1f} µs   {over}")
 
 
 if __name__ == "__main__":

@@ -159,6 +159,8 @@ class Place:
 
 def deal(deliveries: Sequence[Delivery], limits: Sequence[int]) -> list[list[Delivery]]:
     """Deal the deliveries in turn to hands that take at most so many each."""
+    if len(limits) == 1:
+        return [list(deliveries[: limits[0]])]
     hands: list[list[Delivery]] = [[] for _ in limits]
     rest = iter(deliveries)
     for card in range(max(limits, default=0)):

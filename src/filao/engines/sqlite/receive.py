@@ -12,10 +12,11 @@ from filao.engines.waiters import deal
 from filao.errors import FilaoError
 
 _DELIVERED = "id, priority, attempts, grp, dedup_key, message_id, headers, kind, content, sent_at, failures, salt"
-_LEASE = f"""
+_LEASE, _LEASE_ONE = (
+    f"""
     UPDATE filao_message
     SET state = 4, at = ?, token = ?, attempts = attempts + 1
-    WHERE id IN (
+    WHERE id {is_one_of} (
         SELECT id
         FROM filao_message INDEXED BY filao_ready
         WHERE queue = ? AND state = 2 AND (expires_at IS NULL OR expires_at > ?)
@@ -23,7 +24,9 @@ _LEASE = f"""
         LIMIT ?
     )
     RETURNING {_DELIVERED}
-"""
+    """
+    for is_one_of in ("IN", "=")  # a list of one costs SQLite a table of its own
+)
 
 
 @dataclass(slots=True)
@@ -78,7 +81,8 @@ def _lease(books: Books, row: QueueRow, asked: Sequence[Receive], lessee: Lessee
         return []
     token = lessee.next_token()
     until = books.now + round((asked[0].lease or row.rules.lease) * 1000)
-    found = books.db.execute(_LEASE, (until, token, row.id, books.now, limit)).fetchall()
+    lease = _LEASE_ONE if limit == 1 else _LEASE
+    found = books.db.execute(lease, (until, token, row.id, books.now, limit)).fetchall()
     row.count["ready"] -= len(found)
     row.count["leased"] += len(found)
     row.count["received"] += len(found)
