@@ -823,6 +823,26 @@ async def test_dead_letters_that_are_being_looked_at_are_counted(broker, queue) 
     assert (await broker.stats(queue)).dead == 2
 
 
+async def test_letters_of_strangers_without_an_id_are_not_deleted_for_one_another(broker, queue, foreign) -> None:
+    """Asked for the id that they lack, each of them would be the one."""
+    for reason in ("one", "two\u202e"):
+        properties = pika.BasicProperties(headers={"x-filao-reason": reason, "x-filao-error": "no"})
+        foreign.basic_publish("", topology.dead_name(queue.name), b"1", properties)
+    async with asyncio.timeout(60):
+        while (await broker.stats(queue)).dead < 2:
+            await asyncio.sleep(0.05)
+    assert await broker.discard(queue, ids=[""]) == 0
+    async with visiting(broker, allow_actions=True) as operator:
+        page = await operator.sees(f"/en/dead?queue={queue.name}")
+        assert "no id: it goes with all of its queue only" in page
+        assert "\u202e" not in page
+        await operator.sees(f"/en/message?queue={queue.name}&id=", 404)
+        await operator.does(Act("discard", queue.name, reason="one", error="no"))
+        assert (await broker.stats(queue)).dead == 2
+        await operator.does(Act("discard", queue.name))
+    assert (await broker.stats(queue)).dead == 0
+
+
 # --- the dashboard ---------------------------------------------------------------------------------------------------
 
 

@@ -77,7 +77,10 @@ def check_own_id(queue: str, message_id: str) -> None:
 
 
 def check_ids(queue: str, ids: Iterable[str]) -> list[str]:
-    """Return the ids, each once, that a message may have; a lone string, an iterable of characters, is a mistake."""
+    """Return the ids, each once, that a message may have; a lone string, an iterable of characters, is a mistake.
+
+    No message is named by the empty one: on RabbitMQ it would name all that strangers sent without an id.
+    """
     if isinstance(ids, str):
         raise ConfigurationError(
             f"queue {queue!r}: ids is the string {shown(ids)}; give a list, such as [{shown(ids)}]"
@@ -88,7 +91,7 @@ def check_ids(queue: str, ids: Iterable[str]) -> list[str]:
     for one in found:
         if not isinstance(one, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(f"queue {queue!r}: {shown(one)} is no id: an id is a text")
-    return [one for one in dict.fromkeys(found) if is_text(one)]
+    return [one for one in dict.fromkeys(found) if one and is_text(one)]
 
 
 def is_text(key: object) -> bool:

@@ -181,7 +181,7 @@ class Doing:
         chosen: list[str] = []
         async for letter in dead_letters(self._overview(), act.queue, CHOSEN_MAX):
             fits = act.reason is None or (letter.reason or "") == act.reason
-            if fits and (act.error is None or error_kind(letter.error) == act.error):
+            if letter.id and fits and (act.error is None or error_kind(letter.error) == act.error):
                 chosen.append(letter.id)
         return chosen
 

@@ -126,8 +126,8 @@ class Views:
     async def message(self, asked: Asked) -> Told:
         """Tell all of one message."""
         name, message_id = asked.query.get("queue", ""), asked.query.get("id", "")
-        found = await self._overview().find(name, message_id)
-        events = await self._events(name, message_id)
+        found = await self._overview().find(name, message_id) if message_id else None
+        events = await self._events(name, message_id) if message_id else []
         if found is None and not events:
             raise NoMessageError(name, message_id)
         told: Told = {"message": found, "trouble_of_redaction": "", "body": None, "editable": "", "events": events}
