@@ -221,8 +221,7 @@ async def test_more_tabs_than_a_browser_has_connections_all_live(context, dashbo
     first = Operator(await context.new_page())
     await first.arrive(dashboard.url)
     pages = [first.page, *[await context.new_page() for _ in range(6)]]
-    for page in pages[1:]:
-        await page.goto(f"{dashboard.url}en/queues", timeout=PATIENCE * 1000)
+    await asyncio.gather(*(page.goto(f"{dashboard.url}en/queues", timeout=PATIENCE * 1000) for page in pages[1:]))
     async with filao.connect(dashboard.file) as broker:
         await broker.declare(filao.Queue("just.declared"))
     for page in pages:
