@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 import filao
 from filao.broker import session_of
-from filao.engine import Batch, Receive
+from filao.engine import Batch, Draft, Operation, Send
 from filao.engines.postgresql import doctor, schema, server, transactions, watch
 from filao.engines.postgresql import engine as engine_module
 from filao.message import delivery_of
@@ -1036,8 +1036,9 @@ async def test_what_a_call_has_waited_counts_when_the_server_does_not_answer(fra
         await far.declare(filao.Queue("claims"))
         proxy.stall()
         since = asyncio.get_running_loop().time() - server.ANSWERS_WITHIN + 0.2
-        asked = Batch(receives=True, writes=False, take=lambda _: [Receive("claims", 1)], since=since)
-        async with asyncio.timeout(10):  # far less than its time from now on
+        sends: list[Operation] = [Send("claims", [Draft(0, b"1", None)])]
+        asked = Batch(receives=False, writes=True, take=lambda _: sends, since=since)
+        async with asyncio.timeout(10):  # far less than its time from now on, and than the driver's farewell, 10 s more
             with pytest.raises(filao.EngineUnavailable, match="has not answered"):
                 await engine_of(far).execute(asked)
         proxy.go_on()

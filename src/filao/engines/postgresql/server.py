@@ -23,13 +23,14 @@ from filao.forks import cut_off, gate, keep
 from filao.process import process_name
 from filao.urls import checked, shown_url
 
-Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 _STATUS = psycopg.pq.TransactionStatus
 
 VERSION_MIN = 140_000  # stored generated columns and the record type of a table in SQL functions came with 12 and 14
 CONNECTED_WITHIN = 10  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for all that a call asks of the server and waits for; later is as good as never
-UNDONE_WITHIN = 1.0  # seconds for a rollback; else the connection is closed, which does the same
+UNDONE_WITHIN = (
+    1.0  # seconds for a rollback, or to cancel a statement; else the connection is closed, which does the same
+)
 LOCKED_FOR = 10.0  # seconds that an operation waits for a row that somebody's transaction holds
 LOCKED_BRIEFLY = 0.2  # seconds that a batch waits for one; then what needs it waits elsewhere: see `apart.py`
 
@@ -88,6 +89,18 @@ _REFUSALS = (
 )
 
 
+class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
+    """A connection that lets go soon when its call is cancelled, as it is when its time is over."""
+
+    async def cancel_safe(self, *, timeout: float = UNDONE_WITHIN) -> None:
+        """Let the server end what it is at; one that does not hear it soon is left, or the driver waits 10 s for it."""
+        try:
+            await super().cancel_safe(timeout=min(timeout, UNDONE_WITHIN))
+        except psycopg.Error:
+            self.pgconn.finish()
+            raise
+
+
 def _about(url: str) -> dict[str, Any] | None:
     """Return what a URL says, None where psycopg cannot read it: its message may hold the password, and is dropped."""
     try:
@@ -142,7 +155,7 @@ class Server:
         `is_ours`: no statement of a user's runs on it. `locked_for`: how many seconds a statement waits for a lock.
         """
         async with self.one_call(begun=False):
-            connection = await psycopg.AsyncConnection.connect(
+            connection = await Connection.connect(
                 self.url,
                 autocommit=True,
                 connect_timeout=CONNECTED_WITHIN,
