@@ -19,7 +19,7 @@ def test_little_s_law_holds() -> None:
 
 
 def test_failures_cost_attempts() -> None:
-    assert predicted(1.0, 0.5, 2, 0.5).busy == pytest.approx(2 * predicted(1.0, 0.5, 2, 0.0).busy)
+    assert predicted(1.0, 0.5, 2, 0.5).busy == pytest.approx(2 * (predicted(1.0, 0.5, 2, 0.0).busy or 0.0))
 
 
 @pytest.mark.parametrize(("arrivals", "consumers"), [(4.0, 1), (2.0, 1), (1.0, 0)])
@@ -30,6 +30,7 @@ def test_more_than_can_be_done_grows_without_end(arrivals, consumers) -> None:
 
 def test_where_nothing_arrives_nothing_grows_though_nobody_works() -> None:
     assert predicted(0.0, 0.5, 0, 0.0).depth == 0.0
+    assert predicted(2.0, 0.5, 0, 0.0).busy is None
 
 
 def test_an_empty_queue_costs_only_the_work() -> None:

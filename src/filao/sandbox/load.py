@@ -22,8 +22,9 @@ class Load:
 
     arrivals: float
     """Claims per second."""
-    busy: float
-    """The share of their time that the consumers work: the utilisation; in a prediction it may exceed 1."""
+    busy: float | None
+    """The share of their time that the consumers work: the utilisation; in a prediction it may exceed 1. None: nobody
+    is there to be busy."""
     depth: float | None
     """Claims in the queue and in hand, on average: Little's L. None: it grows without end, or nothing was measured."""
     latency: float | None
@@ -35,7 +36,7 @@ def predicted(arrivals: float, work: float, consumers: int, failing: float) -> L
     tries = 1 / max(0.05, 1 - failing)
     offered = arrivals * work * tries
     if not consumers:
-        return Load(arrivals, 0.0, None if arrivals else 0.0, None)
+        return Load(arrivals, None, None if arrivals else 0.0, None)
     busy = offered / consumers
     if busy >= 1:
         return Load(arrivals, busy, None, None)

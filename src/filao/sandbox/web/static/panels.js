@@ -43,9 +43,10 @@ export function loadPanel(load, ask) {
   const slider = (rule, least, most, step, value, shown) => h("label", { class: "slider" }, h("span", {}, say(`slide_${rule}`)), h("output", {}, shown),
     h("input", { type: "range", min: least, max: most, step, value, oninput: (event) => ask({ do: "set", rule, value: Number(event.target.value) }) }));
   const { predicted, measured } = load;
+  const grows = predicted.depth === null;
   const cell = (value, write) => (value === null || value === undefined ? "–" : write(value));
   const line = (key, write) => h("tr", {}, h("th", { scope: "row" }, say(`load_${key}`)),
-    h("td", {}, predicted[key] === null ? say("grows") : cell(predicted[key], write)), h("td", {}, cell(measured?.[key], write)));
+    h("td", {}, predicted[key] === null && key !== "busy" ? say("grows") : cell(predicted[key], write)), h("td", {}, cell(measured?.[key], write)));
   const percent = (value) => `${number(value * 100, 0)}\u00a0%`;
   return h("div", { class: "load" },
     h("div", { class: "sliders" },
@@ -53,10 +54,10 @@ export function loadPanel(load, ask) {
       slider("work", 0.1, 4, 0.1, load.work, seconds(load.work)),
       slider("consumers", 0, 6, 1, load.consumers, number(load.consumers)),
       slider("failing", 0, 0.8, 0.05, load.failing, percent(load.failing))),
-    h("table", { class: predicted.busy >= 1 ? "theory over" : "theory" },
+    h("table", { class: grows ? "theory over" : "theory" },
       h("thead", {}, h("tr", {}, h("td", {}), h("th", { scope: "col" }, say("predicted")), h("th", { scope: "col" }, say("measured")))),
       h("tbody", {}, line("arrivals", (value) => `${number(value, 2)} /s`), line("busy", percent), line("depth", (value) => number(value, 1)), line("latency", seconds)),
-      h("caption", {}, predicted.busy >= 1 ? say("overload") : say("little"))),
+      h("caption", {}, say(grows ? "overload" : "little"))),
     h("div", { class: "charts" }, chart(say("chart_depth"), load.depth, (value) => number(value, 0)), chart(say("chart_age"), load.age, seconds)));
 }
 
