@@ -1,6 +1,9 @@
 """Opening and closing: at module level, in loops and in threads."""
 
 import asyncio
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +16,39 @@ from filao.engines.sqlite import files
 from tests.support.programs import CLAIMS, PATIENCE, attempts, db
 
 __all__ = ["db"]
+
+
+def test_a_broker_that_gets_no_thread_says_so_and_keeps_no_other_from_its_end(db) -> None:
+    script = """
+    import sys, threading, filao, filao.sync
+    broker = filao.sync.connect(sys.argv[1])
+    broker.open()
+    broker.declare(filao.Queue("q"))
+    broker.send_to_queue("q", 1)
+    held = broker.receive_from_queue("q")
+    before = threading.stack_size(2**62)  # more than there is
+    try:
+        filao.sync.connect(sys.argv[1]).open()
+    except filao.EngineUnavailable as error:
+        print("cannot start a thread" in str(error))
+    threading.stack_size(before)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), db], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (ran.stdout, ran.stderr) == ("True\n", "")
+    with filao.sync.connect(db) as broker:
+        assert broker.stats("q").leased == 0
+
+
+@pytest.mark.anyio
+async def test_a_file_that_gets_no_thread_says_so(db) -> None:
+    before = threading.stack_size(2**62)
+    try:
+        with pytest.raises(filao.EngineUnavailable, match="cannot start a thread"):
+            await filao.connect(db).open()
+    finally:
+        threading.stack_size(before)
 
 
 def test_a_broker_can_be_closed_and_opened_again(db) -> None:

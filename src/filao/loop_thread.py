@@ -16,6 +16,7 @@ from filao.broker import Broker, session_of
 from filao.calls import Caller, interpreter_ends, signals_left_to_others
 from filao.errors import EngineUnavailable, FilaoError
 from filao.outside import outside
+from filao.process import no_thread
 from filao.session import CLOSES_WITHIN
 
 log: logging.Logger = logging.getLogger("filao")
@@ -42,8 +43,12 @@ class LoopThread:
         """Open the broker in the thread, and wait until that is done."""
         _threads.add(self)
         _close_at_exit()
-        with signals_left_to_others():
-            self._thread.start()
+        try:
+            with signals_left_to_others():
+                self._thread.start()
+        except RuntimeError as refused:
+            _threads.discard(self)
+            raise EngineUnavailable(no_thread(refused)) from refused
         self._opened.wait()
         if self._error is not None:
             error, self._error = self._error, None
@@ -57,6 +62,8 @@ class LoopThread:
 
     def leave(self, thread: int | None) -> None:
         """Undo the transactions of a thread that closes the broker, or of all: they cannot end while it waits."""
+        if self._stopping is None:  # it has not begun
+            return
         with suppress(RuntimeError):  # it has ended
             self.caller.loop.call_soon_threadsafe(self.caller.leave, thread)
 

@@ -23,3 +23,11 @@ def process_finding(name: str, held: int, state: str, reported_ago: float) -> Fi
         return Finding("processes", "warning", f"{holds}; its worker has not reported for {reported_ago:.0f} s")
     level = "ok" if state.startswith(HEALTHY) else "warning"
     return Finding("processes", level, f"{holds}; its worker is {state}")
+
+
+def no_thread(error: RuntimeError) -> str:
+    """Return the words for a thread that cannot be started; Python says no more than that."""
+    return (
+        f"this process cannot start a thread ({error}): most likely it may have no more of them, or no more memory. "
+        f"Nothing was done; end some, or raise the limit (ulimit -u, or the container's pids)"
+    )

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from filao.errors import EngineUnavailable
 from filao.forks import Storage, gate
+from filao.process import no_thread
 
 R = TypeVar("R")
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
@@ -154,7 +155,10 @@ class DatabaseThread:
         self._busy = threading.RLock()
         """Held by who uses the connection; it knows its owner, who may have been interrupted before it knew."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise EngineUnavailable(no_thread(error)) from error
 
     def submit(self, job: Callable[[], R], future: "asyncio.Future[R] | None" = None) -> "asyncio.Future[R]":
         """Run `job` after those before it; the future is resolved on the loop, unless that happened meanwhile.
