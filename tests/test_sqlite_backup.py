@@ -90,6 +90,19 @@ async def test_a_backup_is_one_file_for_its_owner_alone(db, copy) -> None:
     assert {path.name for path in db.parent.iterdir()} == {"claims.db", "claims.db-filao", "claims.backup"}
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file system has no such names")
+async def test_a_backup_may_have_a_name_that_is_no_text(db, tmp_path) -> None:
+    await filled(db, "kept")
+    copy = tmp_path / os.fsdecode(b"copy-\xff.db")
+    made = command("backup", db, copy)
+    assert (made.returncode, json.loads(made.stdout)["backup"]) == (0, str(copy))
+    assert command("restore", copy, db, "--replace").returncode == 0
+    assert command("doctor", copy).returncode == 0
+    restored = command("restore", db, copy, "--replace")
+    assert (restored.returncode, json.loads(restored.stdout)["restored"]) == (0, str(db))
+    assert await waiting(db) == ["kept"]
+
+
 async def test_a_backup_overwrites_nothing(db, copy) -> None:
     await filled(db, "kept")
     copy.write_text("precious")

@@ -1,6 +1,7 @@
 """What all commands need of the shell that runs them: which queues they are about, and where their output goes."""
 
 import errno
+import json
 import os
 import shlex
 import sys
@@ -101,7 +102,10 @@ def file_of(url: str) -> Path | None:
 
 def as_json(value: object) -> bytes:
     """Return a line of output."""
-    return printable_json(msgspec.json.encode(value))
+    try:
+        return printable_json(msgspec.json.encode(value))
+    except UnicodeEncodeError:  # a file's name that is no UTF-8: written so that Python reads the same name
+        return printable_json(json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode())
 
 
 def is_terminal(stream: TextIO | None) -> bool:
