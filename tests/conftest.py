@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from filao.broker import session_of
 from filao.testing import Clock, filao_broker, filao_clock  # noqa: F401  # fixtures
@@ -39,8 +40,13 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
-    """Let what tests start end by Ctrl-C: a shell without job control has what it starts behind ignore it."""
+    """Let what tests start end by Ctrl-C: a shell without job control has what it starts behind ignore it.
+
+    And let no example of a property fail because the machine was busy.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings.register_profile("whatever it takes", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("whatever it takes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
