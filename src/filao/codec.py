@@ -76,9 +76,7 @@ class Codec:
             elif msgspec.json.decode(content) != body:  # a NaN, which is written as null, is not equal to itself
                 _check(body, "", typed=False)
         except _UNWRITABLE as error:  # no others: a signal's handler may raise its own here
-            raise MessageNotEncodable(
-                f"queue {queue!r}: the body {shown(body)} cannot be written as JSON: {error}. Nothing was sent."
-            ) from error
+            raise _not_written(queue, body, error) from error  # pyright: ignore[reportUnknownArgumentType]
         return JSON, content
 
     def _check_is_of_type(self, queue: str, body: object, content: bytes) -> None:
@@ -285,6 +283,12 @@ def _too_deep(queue: str, body: object) -> MessageNotEncodable:
     return MessageNotEncodable(
         f"queue {queue!r}: the body {shown(body)} is nested more than {DEPTH_MAX} deep, which not every reader "
         f"bears. Nothing was sent. Send it flatter, or as bytes."
+    )
+
+
+def _not_written(queue: str, body: object, error: Exception) -> MessageNotEncodable:
+    return MessageNotEncodable(
+        f"queue {queue!r}: the body {shown(body)} cannot be written as JSON: {error}. Nothing was sent."
     )
 
 
