@@ -167,7 +167,7 @@ async def test_code_that_starts_ever_more_processes_is_stopped_and_told(checked,
     only("after_work")
     monkeypatch.setattr(exercise, "CROWD", 4)
     monkeypatch.setattr(exercise, "COUNT_EVERY", 0.05)
-    text = "import os, time\nwhile os.fork():\n    time.sleep(0.01)\ntime.sleep(600)\n"
+    text = "import os, time\nwhile os.fork():\n    time.sleep(0.05)\ntime.sleep(600)\n"
     assert await results(checked, text) == {"after_work": ("red", "crowd")}
 
 
