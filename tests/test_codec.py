@@ -119,6 +119,28 @@ def test_what_would_come_back_as_something_else_is_refused(value: Any, wrap: Any
             codec_for(body).encode("q", wrap(value))
 
 
+@dataclass
+class Open:
+    claim_id: int
+    extra: Any = None
+
+
+@pytest.mark.parametrize("value", COERCED, ids=repr)
+def test_what_a_type_leaves_open_comes_back_as_it_was_or_is_refused(value: Any) -> None:
+    inside = Open(7, {"a": [value]})
+    for body, sent in ((Open, inside), (list[Open], [inside]), (None, {"claim": inside}), (Any, value)):
+        with pytest.raises(MessageNotEncodable, match=r"come back as|cannot be written"):
+            codec_for(body).encode("q", sent)
+
+
+def test_what_a_type_leaves_open_may_be_what_json_holds_or_a_record() -> None:
+    codec = codec_for(Open)
+    possible: list[Any] = [None, 1.5, "text", [{"a": [True, None]}], {"b": {}}]
+    for extra in possible:
+        assert codec.decode(*codec.encode("q", Open(7, extra))) == Open(7, extra)
+    assert codec.decode(*codec.encode("q", Open(7, Open(8)))).extra == {"claim_id": 8, "extra": None}
+
+
 def test_the_place_of_what_is_refused_is_told() -> None:
     with pytest.raises(MessageNotEncodable, match=r"the Decimal at \['lines'\]\[1\]\['amount'\]"):
         codec_for(None).encode("q", {"lines": [{}, {"amount": Decimal(1)}]})

@@ -55,6 +55,8 @@ class Codec:
 
     body: type[Any] | None
     read: Callable[[bytes], Any]
+    is_open: bool = False
+    """Whether the type says of some part that it may be anything: there what JSON makes of it is what comes back."""
 
     def encode(self, queue: str, body: object) -> tuple[int, bytes]:
         """Return what the content is (`JSON` or `BYTES`) and the content, or raise `MessageNotEncodable`.
@@ -88,7 +90,10 @@ class Codec:
         if isinstance(read, dict | list | tuple | set | frozenset) and read != body:
             if msgspec.json.decode(content) != body:
                 _check(body, "", typed=False)
-        elif b"null" in content:
+            return
+        if self.is_open and read != body:
+            _check_open(body, read, "")
+        if b"null" in content:
             _check(body, "", typed=True)
 
     def decode(self, kind: int, content: bytes) -> Any:
@@ -113,7 +118,11 @@ def _codec(body: Any) -> Codec:
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(body, strict=True)
     except Exception as error:  # a name that is not defined, or whatever its annotations raise
         raise ConfigurationError(f"{shown(body)} cannot be the type of a queue's bodies: {error}") from error
-    return Codec(body, decoder.decode)
+    try:
+        is_open = _is_open(msgspec.inspect.type_info(body), set())
+    except (*_UNWRITABLE, NameError, NotImplementedError):  # it can be decoded, and not be described
+        is_open = False
+    return Codec(body, decoder.decode, is_open)
 
 
 codec_for: Callable[[Any], Codec] = lru_cache(maxsize=256)(_codec)
@@ -262,9 +271,38 @@ def _check_instance(value: object, where: str) -> None:
     except ConfigurationError:
         return  # nobody can read it by this class, so nobody will
     try:
-        read(_encode_json(value))
+        came = read(_encode_json(value))
     except ValueError as error:
         raise ValueError(f"the {type(value).__qualname__}{_at(where)} is none: {error}") from error
+    _check_open(value, came, where)
+
+
+def _is_open(kind: object, seen: set[int]) -> bool:
+    """Return whether a type, as msgspec describes it, holds `Any`."""
+    if isinstance(kind, msgspec.inspect.AnyType):
+        return True
+    if isinstance(kind, tuple):
+        return any(_is_open(part, seen) for part in cast("tuple[object, ...]", kind))
+    if not isinstance(kind, msgspec.inspect.Type | msgspec.inspect.Field) or id(kind) in seen:
+        return False
+    seen.add(id(kind))
+    return any(_is_open(getattr(kind, name), seen) for name in kind.__struct_fields__)
+
+
+def _check_open(value: Any, read: Any, where: str) -> None:
+    """Raise `ValueError` for a part that was read as something else, where the type left open what it is."""
+    kind = type(value)  # pyright: ignore[reportUnknownVariableType]
+    if kind is type(read) and (fields := _fields(value)) is not None:
+        for name in fields:
+            _check_open(getattr(value, name), getattr(read, name), f"{where}.{name}")
+    elif kind is type(read) is dict and value.keys() == read.keys():
+        for key, item in value.items():
+            _check_open(item, read[key], f"{where}[{shown(key)}]")
+    elif kind is type(read) is list and len(value) == len(read):
+        for place, (item, came) in enumerate(zip(value, read, strict=True)):
+            _check_open(item, came, f"{where}[{place}]")
+    elif value != read:
+        _check(value, where, typed=False)
 
 
 def _other(value: object, where: str) -> ValueError:
