@@ -73,6 +73,14 @@ def test_what_is_missing_or_too_much_is_wrong_usage(db, tmp_path):
     assert "none.jsonl" in no_file.err
 
 
+@pytest.mark.parametrize("command", [["redrive", "--rate"], ["receive", "--wait"], ["top", "--every"]])
+def test_what_is_no_number_is_wrong_usage(db, command):
+    verb, option = command
+    ran = run(verb, db, "claims", f"{option}=nan")
+    assert ran.code == 2
+    assert "'nan' is no number" in ran.err
+
+
 def test_the_help_lists_the_exit_codes_and_every_command():
     ran = run("--help")
     assert ran.code == 0

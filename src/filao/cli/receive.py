@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines, shown_body, usage
+from filao.cli.shell import Number, addressed, as_json, broker_at, is_terminal, note, print_lines, shown_body, usage
 from filao.errors import LeaseLost
 from filao.printable import printable
 from filao.sync import Broker, Message, call_on, inner_of
@@ -21,9 +21,7 @@ SLOW_AFTER = 0.5  # seconds of a slow reader after which what it has not yet tak
 @click.argument("arguments", nargs=-1, metavar="[URL] QUEUE")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many messages. Default 1.")
 @click.option("--all", "everything", is_flag=True, help="Until the queue has nothing ready.")
-@click.option(
-    "--wait", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait so long whenever there is none. Default 0."
-)
+@click.option("--wait", type=Number(min=0), metavar="SECONDS", help="Wait so long whenever there is none. Default 0.")
 @click.option("--follow", is_flag=True, help="Wait for ever for the next one; without --limit, never end.")
 @click.option(
     "--raw", is_flag=True, help="Print bodies only: JSON as a line, bytes untouched (but on a terminal) and a newline."

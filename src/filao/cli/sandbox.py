@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from filao.cli.shell import note, usage
+from filao.cli.shell import Number, note, usage
 
 PORT = 8747
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -32,7 +32,7 @@ OPENER = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" conten
 @click.option("--language", type=click.Choice(LANGUAGES), default="en", show_default=True, help="Of the terminal.")
 @click.option(
     "--speed",
-    type=click.FloatRange(*SPEEDS),
+    type=Number(*SPEEDS),
     default=1.0,
     show_default=True,
     help="How many times as fast the lesson's consumers work.",

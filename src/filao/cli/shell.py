@@ -7,8 +7,9 @@ import shlex
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import click
 import msgspec
@@ -24,6 +25,17 @@ from filao.urls import has_scheme, shown_url
 
 class OutputClosedError(Exception):
     """The reader of our stdout went away. (click would take a `BrokenPipeError` for its own.)"""
+
+
+class Number(click.FloatRange):
+    """A number within bounds; click's own lets `nan` pass, which is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or tell what is wrong with it."""
+        number = super().convert(value, param, ctx)
+        if isnan(number):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
 
 
 def addressed(arguments: tuple[str, ...], *, least: int, most: int) -> tuple[str, tuple[str, ...]]:

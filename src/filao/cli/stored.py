@@ -11,7 +11,18 @@ import msgspec
 
 from filao.checks import PEEK_MAX
 from filao.cli.lines import json_text
-from filao.cli.shell import addressed, as_json, broker_at, confirmed, is_terminal, note, print_lines, shown_body, usage
+from filao.cli.shell import (
+    Number,
+    addressed,
+    as_json,
+    broker_at,
+    confirmed,
+    is_terminal,
+    note,
+    print_lines,
+    shown_body,
+    usage,
+)
 from filao.cli.tables import draw_stored, tell
 from filao.engine import QueueStats, State, StoredMessage
 from filao.overview import error_kind
@@ -154,7 +165,7 @@ _kind_option = click.option(
 @_reason_option
 @_kind_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only so many, the oldest first.")
-@click.option("--rate", type=click.FloatRange(0.01, 10_000), metavar="N", help="At most so many per second.")
+@click.option("--rate", type=Number(0.01, 10_000), metavar="N", help="At most so many per second.")
 @click.option("--body", metavar="JSON", help="Replace the body of the one --id.")
 def redrive(
     *,

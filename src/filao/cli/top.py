@@ -18,7 +18,7 @@ from textwrap import wrap
 
 import click
 
-from filao.cli.shell import addressed, broker_at, is_terminal, note, print_lines, untold
+from filao.cli.shell import Number, addressed, broker_at, is_terminal, note, print_lines, untold
 from filao.engine import QueueStats, State
 from filao.errors import EngineError
 from filao.printable import printable
@@ -75,9 +75,7 @@ class Reading:
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[URL] [QUEUE]")
-@click.option(
-    "--every", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds between looks."
-)
+@click.option("--every", type=Number(0.1, 3600), default=1.0, show_default=True, help="Seconds between looks.")
 @click.option("--times", type=click.IntRange(1), help="How many looks; without it until q or Ctrl-C.")
 def top(*, arguments: tuple[str, ...], every: float, times: int | None) -> int:
     """Watch the queues: depth, age, rates, and who receives.
