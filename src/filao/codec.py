@@ -260,6 +260,8 @@ def _fields(value: object) -> Iterable[str] | None:
     for fields in ("__struct_fields__", "__dataclass_fields__", "__pydantic_fields__"):
         if hasattr(kind, fields):
             return cast("Iterable[str]", getattr(kind, fields))
+    if hasattr(kind, "model_dump_json"):  # pydantic's before 2.10
+        return cast("Iterable[str]", getattr(kind, "model_fields", ()))
     attributes = getattr(kind, "__attrs_attrs__", None)
     return None if attributes is None else [attribute.name for attribute in attributes]
 
