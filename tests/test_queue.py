@@ -1,6 +1,7 @@
 """The rules of a queue: what is refused, what is stored, what follows from them."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -70,3 +71,13 @@ def test_the_last_attempt_is_followed_by_death() -> None:
 def test_a_queue_that_is_not_found_names_its_neighbours() -> None:
     assert "'claims.processing'" in str(not_found("claim.procesing", ["documents", "claims.processing"]))
     assert "No queue is declared" in str(not_found("claims", []))
+
+
+@dataclass
+class Changeable:
+    claim: int
+
+
+@pytest.mark.parametrize("body", [dict, list, Changeable, dict[str, int], Any, Changeable | None])
+def test_a_type_may_be_one_whose_instances_cannot_be_hashed(body: Any) -> None:
+    assert Queue("claims", body=body).body == body

@@ -120,8 +120,12 @@ class Queue(Generic[T]):
                 f"queue {self.name!r}: emulate is {shown(self.emulate)}; it must be a tuple of "
                 f"some of: {', '.join(EMULATED)}"
             )
-        if getattr(self.body, "__hash__", None) is None:
-            raise ConfigurationError(f"queue {self.name!r}: {shown(self.body)} cannot be the type of its bodies")
+        try:
+            hash(self.body)  # as all types can be
+        except TypeError as error:
+            raise ConfigurationError(
+                f"queue {self.name!r}: {shown(self.body)} cannot be the type of its bodies"
+            ) from error
         for rule, allowed in _CHOICES.items():
             if getattr(self, rule) not in allowed:
                 raise ConfigurationError(
