@@ -17,6 +17,8 @@ from filao.broker import session_of
 from filao.testing import Clock, filao_broker, filao_clock  # noqa: F401  # fixtures
 from tests.support.servers import Postgres, Rabbitmq, has_postgres, has_rabbitmq, postgres_server, rabbitmq_server
 
+untraced = pytest.mark.skipif("COVERAGE_RUN" in os.environ, reason="what interrupts a thread meets the tracer too")
+
 
 @pytest.fixture
 def clock() -> Clock:

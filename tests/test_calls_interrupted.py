@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.conftest import untraced
 from tests.support.programs import db, run
 
 __all__ = ["db"]
@@ -10,6 +11,7 @@ __all__ = ["db"]
 ROUNDS = 1_000  # of each call; ten thousand were run by hand
 
 
+@untraced
 @pytest.mark.parametrize("call", ["send", "receive", "ack", "transaction", "stats", "consume", "open"])
 def test_an_exception_from_a_signals_handler_leaves_nothing_behind(db, call) -> None:
     program = f"""

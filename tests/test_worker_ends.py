@@ -16,6 +16,7 @@ import filao
 import filao.sync
 from filao.broker import session_of
 from filao.worker import handling as handling_module
+from tests.conftest import untraced
 from tests.support.working import AGAIN, CLAIMS, PATIENCE, broker, running, shift_of, until, until_stats
 
 pytestmark = pytest.mark.anyio
@@ -155,6 +156,7 @@ async def test_an_interrupt_of_a_handler_uses_its_attempts_and_then_it_is_dead(u
     assert (letter.attempts, letter.reason) == (3, "max_attempts")
 
 
+@untraced
 @pytest.mark.parametrize("kind", ["coroutine", "thread"])
 async def test_a_hung_exactly_once_handler_is_undone_and_holds_up_nobody(
     url, broker, monkeypatch, caplog, kind
