@@ -61,7 +61,7 @@ class Polled:
 
     async def receive(self, wait: float) -> tuple[bytes, Any] | None:
         until = time.monotonic() + wait
-        while (found := self._try_to_take()) is None and time.monotonic() < until:  # noqa: ASYNC110 - nothing tells them
+        while (found := self._try_to_take()) is None and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(IDLE)
         return found
 

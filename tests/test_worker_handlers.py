@@ -121,7 +121,7 @@ def test_a_wrong_handler_is_refused_when_it_is_registered(function, text) -> Non
 
 
 def test_annotations_that_only_a_type_checker_can_read_refuse_no_handler_but_for_the_messages() -> None:
-    async def handle(message: filao.Message[Claim], other: "Unknown" = 1) -> "Unknown": ...  # type: ignore[name-defined]  # noqa: F821
+    async def handle(it: filao.Message[Claim], other: "No" = 1) -> "No": ...  # type: ignore[name-defined]  # noqa: F821
 
     async def wrong(message: "filao.Message[Unknown]") -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
@@ -132,7 +132,7 @@ def test_annotations_that_only_a_type_checker_can_read_refuse_no_handler_but_for
 
 def test_a_handler_of_another_type_than_its_queue_is_refused() -> None:
     assert "queue 'claims' has <class 'int'>" in refused(
-        lambda worker: worker.consumer(filao.Queue("claims", body=int))(of_claims)  # type: ignore[arg-type]  # which type checkers see, too
+        lambda worker: worker.consumer(filao.Queue("claims", body=int))(of_claims)  # type: ignore[arg-type]
     )
 
 

@@ -52,7 +52,7 @@ def check_limit(queue: str, limit: object, most: int) -> None:
 def check_priority(queue: str, priority: object) -> None:
     """Raise `ConfigurationError` unless it is a whole number that a priority may be."""
     whole = isinstance(priority, int) and not isinstance(priority, bool)
-    if not whole or not -PRIORITY_MAX <= priority <= PRIORITY_MAX:  # type: ignore[operator]  # whole says that it is an int
+    if not whole or not -PRIORITY_MAX <= priority <= PRIORITY_MAX:  # type: ignore[operator]  # it is an int
         raise ConfigurationError(
             f"queue {queue!r}: priority is {shown(priority)}; it must be a whole number from "
             f"{-PRIORITY_MAX} to {PRIORITY_MAX}"

@@ -112,7 +112,7 @@ def _codec(body: Any) -> Codec:
     if body is None:
         return Codec(body, msgspec.json.decode)
     if hasattr(body, "model_validate_json"):
-        validate = cast("Callable[..., Any]", getattr(body, "model_validate_json"))  # noqa: B009 - pydantic stays optional
+        validate = cast("Callable[..., Any]", getattr(body, "model_validate_json"))  # noqa: B009
         return Codec(body, lambda content: validate(content, strict=True))
     try:
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(body, strict=True)
@@ -136,7 +136,7 @@ def encode_headers(queue: str, headers: Mapping[str, str]) -> str | None:
     if len(headers) > HEADERS_COUNT_MAX:
         raise MessageTooLarge(f"queue {queue!r}: {len(headers)} headers; at most {HEADERS_COUNT_MAX} are carried")
     for name, value in headers.items():
-        if not isinstance(name, str) or not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance] - users are not all typed
+        if not isinstance(name, str) or not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise MessageNotEncodable(
                 f"queue {queue!r}: header {shown(name)} is {shown(value)}; names and values are strings"
             )

@@ -106,7 +106,7 @@ def _of_psycopg(given: Any, psycopg: Any, *, needs_transaction: bool) -> Connect
     return Connection("postgresql", str(psycopg.paramstyle), _through_cursor(cursor))
 
 
-def _check_transaction(holds: object, needs: bool, advice: str) -> None:  # noqa: FBT001  # private, and always named by its value
+def _check_transaction(holds: object, needs: bool, advice: str) -> None:  # noqa: FBT001
     if needs and not holds:
         raise ConfigurationError(
             "this connection commits each statement for itself and holds no transaction, so "

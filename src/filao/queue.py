@@ -111,11 +111,14 @@ class Queue(Generic[T]):
         check_count(f"queue {self.name!r}", "body_max", self.body_max, most=BODY_MAX_EVER)
         if self.max_length is not None:
             check_count(f"queue {self.name!r}", "max_length", self.max_length, most=2**53)
-        if not isinstance(self.backoff, Backoff):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+        if not isinstance(self.backoff, Backoff):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(
                 f"queue {self.name!r}: backoff is {shown(self.backoff)}; give a filao.Backoff(first=…)"
             )
-        if not isinstance(self.emulate, tuple) or not set(self.emulate) <= set(EMULATED):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+        if (
+            not isinstance(self.emulate, tuple)  # pyright: ignore[reportUnnecessaryIsInstance]
+            or not set(self.emulate) <= set(EMULATED)
+        ):
             raise ConfigurationError(
                 f"queue {self.name!r}: emulate is {shown(self.emulate)}; it must be a tuple of "
                 f"some of: {', '.join(EMULATED)}"

@@ -62,7 +62,8 @@ def started(*arguments: str | Path, program: list[str] = FILAO, **streams: Any) 
     """Run a program beside the test, and leave none behind."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     command = [*program, *map(str, arguments)]
-    opened: subprocess.Popen[bytes] = subprocess.Popen(command, env=ENVIRONMENT, bufsize=0, **streams)  # type: ignore[assignment]  # mypy takes streams for text=True
+    opened: subprocess.Popen[bytes]
+    opened = subprocess.Popen(command, env=ENVIRONMENT, bufsize=0, **streams)  # type: ignore[assignment]
     with opened as process:
         try:
             yield process
