@@ -169,8 +169,11 @@ def test_a_record_in_a_plain_body_is_its_consumers_to_restore() -> None:
     assert codec_for(Dated).decode(*codec_for(None).encode("q", sent)) == sent
 
 
+WRONG = [Plain("seven"), Struct("seven"), Model.model_construct(claim_id="seven")]  # type: ignore[arg-type]
+
+
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
-@pytest.mark.parametrize("wrong", [Plain("seven"), Struct("seven"), Model.model_construct(claim_id="seven")], ids=repr)  # type: ignore[arg-type]
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
 def test_an_instance_whose_fields_are_of_another_type_is_refused(wrong: Any) -> None:
     for body in (type(wrong), None):
         with pytest.raises(MessageNotEncodable, match=type(wrong).__name__):
