@@ -28,6 +28,11 @@ class Looks:
         self.answers.append(asyncio.get_running_loop().create_future())
         return self.answers[-1]
 
+    async def begun(self) -> None:
+        """Wait until a look has begun."""
+        async with asyncio.timeout(20):
+            await self.looked.wait()
+
     def give_back(self, result: Result) -> None:
         self.returned += cast("Received", result).deliveries
 
@@ -122,7 +127,7 @@ async def test_they_look_when_the_next_message_is_due() -> None:
     looks.line.call()
     looks.looked.clear()
     await looks.answer(due_in=0.0)
-    await looks.looked.wait()
+    await looks.begun()
     assert len(looks.asked) == 2
     await looks.answer("a")
     assert waiting.result().deliveries == ["a"]
@@ -168,7 +173,7 @@ async def test_a_call_says_whether_it_found_anybody() -> None:
 async def test_what_was_not_pushed_in_time_is_looked_for_before_somebody_leaves() -> None:
     looks = Looks(is_pushed_to=True)
     waiting = looks.wait(limit=2, timeout=0)
-    await looks.looked.wait()
+    await looks.begun()
     assert looks.asked == [Receive("claims", 2)]
     await looks.answer("a")
     assert waiting.result().deliveries == ["a"]
@@ -177,7 +182,7 @@ async def test_what_was_not_pushed_in_time_is_looked_for_before_somebody_leaves(
 async def test_what_a_last_look_brings_for_nobody_goes_back() -> None:
     looks = Looks(is_pushed_to=True)
     waiting = looks.wait(timeout=0)
-    await looks.looked.wait()
+    await looks.begun()
     waiting.cancel()
     await looks.answer("a")
     assert looks.returned == ["a"]
@@ -186,7 +191,7 @@ async def test_what_a_last_look_brings_for_nobody_goes_back() -> None:
 async def test_a_last_look_that_fails_is_told() -> None:
     looks = Looks(is_pushed_to=True)
     waiting = looks.wait(timeout=0)
-    await looks.looked.wait()
+    await looks.begun()
     looks.answers[-1].set_exception(EngineUnavailable("away"))
     with pytest.raises(EngineUnavailable, match="away"):
         await waiting

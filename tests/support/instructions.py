@@ -26,29 +26,16 @@ def interrupted(call: Callable[[], object], at: int) -> bool:
 
 def stopped_at(call: Callable[[], object], at: int, do: Callable[[], object]) -> bool:
     """Do something at the instruction of ours that comes as number `at`; return whether there was one."""
-    left = at
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        if not frame.f_code.co_filename.startswith(SOURCES):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left == 0:
-                do()
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-    return left <= 0
+    return _traced(call, lambda number: do() if number == at else None) >= at
 
 
 def instructions(call: Callable[[], object]) -> int:
     """Return how many instructions of ours a call takes."""
+    return _traced(call, lambda _: None)
+
+
+def _traced(call: Callable[[], object], each: Callable[[int], object]) -> int:
+    """Make a call, with something done before each instruction of ours, and return how many there were."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -56,7 +43,9 @@ def instructions(call: Callable[[], object]) -> int:
         if not frame.f_code.co_filename.startswith(SOURCES):
             return None
         frame.f_trace_opcodes = True
-        count += event == "opcode"
+        if event == "opcode":
+            count += 1
+            each(count)
         return trace
 
     sys.settrace(trace)
