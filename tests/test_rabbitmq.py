@@ -798,6 +798,33 @@ async def test_each_of_several_operators_has_all_dead_letters(broker, queue, url
         assert (await asyncio.gather(other.dead_letters(queue), broker.purge(queue, state="dead")))[1] == 20
 
 
+async def test_dead_letters_keep_their_order_however_often_they_are_looked_at(broker, queue, foreign) -> None:
+    for number in range(100):
+        properties = pika.BasicProperties(message_id=str(number), headers={"x-filao-reason": "rejected"})
+        foreign.basic_publish("", topology.dead_name(queue.name), b"1", properties)
+    async with asyncio.timeout(60):
+        while (await broker.stats(queue)).dead < 100:
+            await asyncio.sleep(0.05)
+    for _ in range(3):
+        assert [letter.id for letter in await broker.dead_letters(queue, limit=100)] == list(map(str, range(100)))
+    assert await broker.redrive(queue, ids=["0", "50"]) == 2
+    walked: list[str] = []
+    while page := await broker.dead_letters(queue, limit=40, after=walked[-1] if walked else None):
+        walked += [letter.id for letter in page]
+    assert walked == [str(number) for number in range(100) if number not in (0, 50)]
+
+
+async def test_a_queue_whose_dead_letters_somebody_keeps_loses_nothing_to_a_delete(
+    broker, queue, foreign, monkeypatch
+) -> None:
+    monkeypatch.setattr(control, "TAKEN_WITHIN", 0.1)
+    await broker.send_to_queue(queue, 1)
+    foreign.queue_declare(topology.dead_name(queue.name) + control.TAKEN, exclusive=True)
+    with pytest.raises(filao.EngineUnavailable, match="Nothing was done"):
+        await broker.delete_queue(queue, messages=True)
+    assert (await received(broker, queue)).body == 1
+
+
 async def test_dead_letters_that_somebody_keeps_are_said_to_be_away(broker, queue, foreign, monkeypatch) -> None:
     monkeypatch.setattr(control, "TAKEN_WITHIN", 0.1)
     foreign.queue_declare(topology.dead_name(queue.name) + control.TAKEN, exclusive=True)
@@ -811,10 +838,10 @@ async def test_dead_letters_that_are_being_looked_at_are_counted(broker, queue) 
     operators = engine_of(broker).operators
     async with (
         operators._declared.apart() as session,
-        control._dead(session, queue.name, operators._taken) as (_, letters),
+        control._dead(session, queue.name, operators._taken) as look,
     ):
-        assert [letter async for letter in letters]
-        assert (await broker.stats(queue)).dead == 2
+        async for _ in look.each():
+            assert (await broker.stats(queue)).dead == 2
     assert (await broker.stats(queue)).dead == 2
 
 

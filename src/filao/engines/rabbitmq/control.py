@@ -5,9 +5,8 @@ program at a time takes the dead letters of a queue, or each would see a part an
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 from aiormq import Channel
@@ -27,8 +26,11 @@ TAKEN = "#taken"  # behind a queue's name; no queue of ours can be called so
 TAKEN_WITHIN = ANSWERS_WITHIN  # seconds until somebody else has put the dead letters back: thousands take seconds
 LOOK_AGAIN = 0.05  # seconds
 
-Taken = Counter[str]
-"""How many dead letters of each queue this process has taken out and not yet put back."""
+TOGETHER = 32  # of those that come back together RabbitMQ keeps the order, and shuffles more (3.10)
+BACK_WITHIN = 1.0  # seconds that we wait to see them back before the next: only their order depends on it
+
+Taken = dict[str, int]
+"""How many dead letters there are of each queue whose dead letters this process has taken out."""
 
 
 class RabbitmqOperators:
@@ -41,7 +43,7 @@ class RabbitmqOperators:
         self._server = server
         self._declared = declared
         self._held = held
-        self._taken: Taken = Counter()
+        self._taken: Taken = {}
 
     async def queues(self) -> list[Queue]:
         """Return every declared queue with its rules, by name."""
@@ -95,11 +97,10 @@ class RabbitmqOperators:
         async with self._declared.apart() as session:
             if not {State.READY, State.DEAD} & set(states):
                 raise refused(queue, f"to purge {' and '.join(states)} messages", "way to reach them")
+            if State.DEAD in states:
+                await _take(session, queue)  # or nothing is done
             ready = await purge(session, queue) if State.READY in states else 0
-            if State.DEAD not in states:
-                return ready
-            await _take(session, queue)
-            return ready + await purge(session, dead_name(queue))
+            return ready + (await purge(session, dead_name(queue)) if State.DEAD in states else 0)
 
     async def report(self, state: str) -> None:
         """Do nothing: the server keeps no list of processes that others could read."""
@@ -134,10 +135,8 @@ async def stats(session: Session, queue: str, held: int, taken: Taken) -> QueueS
 
     Dead letters that this process looks at are there, though the server does not count them meanwhile.
     """
-    ready, out = await session.depth(queue), taken[queue]
-    dead = await session.depth(dead_name(queue))
-    if taken[queue] < out:  # they went back meanwhile
-        dead = await session.depth(dead_name(queue))
+    ready, there_are = await session.depth(queue), taken.get(queue, 0)
+    dead = await session.depth(dead_name(queue)) or 0
     return QueueStats(
         name=queue,
         paused=False,
@@ -145,7 +144,7 @@ async def stats(session: Session, queue: str, held: int, taken: Taken) -> QueueS
         delayed=0,
         blocked=0,
         leased=held,
-        dead=(dead or 0) + taken[queue],
+        dead=max(dead, taken.get(queue, there_are)),
         oldest_ready_age=None,
     )
 
@@ -159,9 +158,9 @@ async def purge(session: Session, queue: str) -> int:
 async def peek(session: Session, queue: str, limit: int, after: str | None, taken: Taken) -> list[StoredMessage]:
     """Return dead letters, the first to die first."""
     found: list[StoredMessage] = []
-    async with _dead(session, queue, taken) as (_, messages):
+    async with _dead(session, queue, taken) as look:
         seen = after is None
-        async for message in messages:
+        async for message in look.each():
             if seen:
                 found.append(envelope.stored(queue, message))
             elif envelope.name_of(message.header.properties) == after:
@@ -181,8 +180,8 @@ async def redrive(
     most = len(wanted) if wanted is not None else limit
     done = 0
     back: set[str] = set()
-    async with _dead(session, queue, taken) as (channel, messages):
-        async for message in messages:
+    async with _dead(session, queue, taken) as look:
+        async for message in look.each():
             properties = message.header.properties
             name = envelope.name_of(properties)
             if name in back:
@@ -191,11 +190,10 @@ async def redrive(
                 continue
             content = message.body if edited is None else edited.content
             new = envelope.redriven(properties, edited)
-            await channel.basic_publish(
+            await look.channel.basic_publish(
                 content, routing_key=queue, properties=new, mandatory=True, timeout=ANSWERS_WITHIN
             )
-            await channel.basic_ack(message.delivery_tag or 0)
-            taken[queue] -= 1
+            await look.delete(message)
             done += 1
             back |= {name} - {""}
             if done == most:
@@ -207,35 +205,73 @@ async def discard(session: Session, queue: str, ids: Sequence[str], taken: Taken
     """Delete dead letters by their ids, and return how many there were."""
     wanted = set(ids)
     done = 0
-    async with _dead(session, queue, taken) as (channel, messages):
-        async for message in messages:
+    async with _dead(session, queue, taken) as look:
+        async for message in look.each():
             if envelope.name_of(message.header.properties) in wanted:
-                await channel.basic_ack(message.delivery_tag or 0)
-                taken[queue] -= 1
+                await look.delete(message)
                 done += 1
     return done
 
 
-@asynccontextmanager
-async def _dead(
-    session: Session, queue: str, taken: Taken
-) -> AsyncGenerator[tuple[Channel, AsyncGenerator[DeliveredMessage]]]:
-    """Give the dead letters there are now, in order; those that were not acknowledged go back when the block ends, or
-    we die.
+class _Look:
+    """The dead letters that there were when it began, in order, as this process has them meanwhile."""
 
-    What goes back lines up behind what went back before, so to keep the order all go together, the unseen as well.
-    """
+    def __init__(self, channel: Channel, queue: str, most: int, taken: Taken) -> None:
+        self.channel = channel
+        self._queue = queue
+        self._unseen = most
+        self._taken = taken
+        self._held: dict[int, None] = {}
+        """The delivery tags of those that are to go back, in order."""
+
+    async def each(self) -> AsyncGenerator[DeliveredMessage]:
+        """Take those that were not taken yet, one after the other; more may die meanwhile, without end."""
+        while self._unseen:
+            self._unseen -= 1
+            message = await self.channel.basic_get(dead_name(self._queue), timeout=ANSWERS_WITHIN)
+            if message.delivery_tag is None:
+                return
+            self._held[message.delivery_tag] = None
+            yield message
+
+    async def delete(self, message: DeliveredMessage) -> None:
+        """Let one not go back."""
+        tag = message.delivery_tag or 0
+        await self.channel.basic_ack(tag)
+        del self._held[tag]
+        self._taken[self._queue] -= 1
+
+    async def give_back(self) -> None:
+        """Put all others back in order, the unseen as well: what goes back lines up behind what went before."""
+        async for _ in self.each():
+            pass
+        tags = list(self._held)
+        for first in range(0, len(tags), TOGETHER):
+            some = tags[first : first + TOGETHER]
+            wanted = await self._depth() + len(some)
+            await self.channel.basic_nack(some[-1], multiple=True, requeue=True)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BACK_WITHIN):
+                    while await self._depth() < wanted:  # noqa: ASYNC110 - nothing tells of it
+                        await asyncio.sleep(0)
+
+    async def _depth(self) -> int:
+        found = await self.channel.queue_declare(dead_name(self._queue), passive=True, timeout=ANSWERS_WITHIN)
+        return found.message_count or 0
+
+
+@asynccontextmanager
+async def _dead(session: Session, queue: str, taken: Taken) -> AsyncGenerator[_Look]:
+    """Give the dead letters there are now; those that were not deleted go back when the block ends, or we die."""
     await _take(session, queue)
-    most = await session.depth(dead_name(queue)) or 0  # those that die meanwhile have no end
-    async with session.aside(confirms=True) as channel:
-        messages = _each(channel, queue, most, taken)
-        try:
-            yield channel, messages
-            async for _ in messages:
-                pass
-            await channel.basic_nack(0, multiple=True, requeue=True)
-        finally:
-            taken.pop(queue, None)
+    most = taken[queue] = await session.depth(dead_name(queue)) or 0
+    try:
+        async with session.aside(confirms=True) as channel:
+            look = _Look(channel, queue, most, taken)
+            yield look
+            await look.give_back()
+    finally:
+        del taken[queue]
 
 
 async def _take(session: Session, queue: str) -> None:
@@ -258,12 +294,3 @@ async def _take(session: Session, queue: str) -> None:
             await asyncio.sleep(LOOK_AGAIN)
         else:
             return
-
-
-async def _each(channel: Channel, queue: str, most: int, taken: Taken) -> AsyncGenerator[DeliveredMessage]:
-    for _ in range(most):
-        message = await channel.basic_get(dead_name(queue), timeout=ANSWERS_WITHIN)
-        if message.delivery_tag is None:
-            break
-        taken[queue] += 1
-        yield message
