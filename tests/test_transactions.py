@@ -1,11 +1,14 @@
 """Transactions of a broker's: which messages they acknowledge, on each engine that has them."""
 
+import asyncio
 from itertools import count
 from pathlib import Path
 
 import pytest
 
 import filao
+from filao.broker import session_of
+from filao.message import Deferred
 from tests.support.servers import Postgres
 
 pytestmark = pytest.mark.anyio
@@ -70,3 +73,20 @@ async def test_what_is_no_message_is_not_acknowledged(url) -> None:
         with pytest.raises(filao.ConfigurationError, match="give a message"):
             async with broker.transaction() as tx:
                 await tx.ack("no message")  # type: ignore[arg-type]  # users are not all typed
+
+
+async def test_what_begins_after_its_block_was_left_is_undone_and_holds_up_nobody(url) -> None:
+    """As of a handler that was given up while it waited for its turn."""
+    async with filao.connect(url) as broker, filao.connect(url) as other:
+        await broker.declare(filao.Queue("claims"))
+        async with broker.transaction() as before:
+            await before.execute("SELECT 1")
+            async with Deferred(session_of(broker).transactions("test").begin) as deferred:
+                late = asyncio.ensure_future(deferred.execute("SELECT 1", ()))
+                while not deferred.has_begun():
+                    await asyncio.sleep(0)
+        with pytest.raises(filao.ConfigurationError, match="has ended meanwhile"):
+            await late
+        async with asyncio.timeout(20):
+            await other.send_to_queue("claims", 1)
+            await broker.send_to_queue("claims", 2)

@@ -259,12 +259,16 @@ class Deferred:
     """A transaction that begins with its first statement, so that what is slow before it makes nobody wait.
 
     On SQLite a transaction holds the one write lock of the file. See `filao.engine.EngineTransaction`.
+
+    Invariant: whatever begins here is ended here. A handler that was given up may still wait for its turn to begin when
+    its block is left; what begins then is undone at once.
     """
 
     def __init__(self, opening: Callable[[], AbstractAsyncContextManager[EngineTransaction]]) -> None:
         self._opening = opening
         self._opened = AsyncExitStack()
         self._transaction: EngineTransaction | None = None
+        self._is_over = False
         self._lock = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -273,6 +277,7 @@ class Deferred:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_over = True
         await self._opened.__aexit__(kind, error, trace)
 
     def has_begun(self) -> bool:
@@ -290,8 +295,16 @@ class Deferred:
     async def _begun(self) -> EngineTransaction:
         async with self._lock:
             if self._transaction is None:
-                self._transaction = await self._opened.enter_async_context(self._opening())
+                self._check_open()
+                async with AsyncExitStack() as stack:
+                    transaction = await stack.enter_async_context(self._opening())
+                    self._check_open()
+                    self._transaction, self._opened = transaction, stack.pop_all()
             return self._transaction
+
+    def _check_open(self) -> None:
+        if self._is_over:
+            raise ConfigurationError("this transaction has ended meanwhile; nothing of it was done")
 
 
 # --- what insiders may do with them ----------------------------------------------------------------------------------
