@@ -1,7 +1,10 @@
 """What `filao send` reads: lines that become messages, as they come, in slices that are stored all or none."""
 
 import os
-from collections.abc import Callable, Iterator
+import select
+import signal
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -144,11 +147,33 @@ def _read_line(line: bytes, read: Reader) -> Outgoing[Any]:
 def _arriving(stream: BinaryIO) -> Iterator[list[bytes]]:
     """Yield whole lines as they come, without waiting for more of them; one that is too long comes without its end."""
     held = bytearray()
-    while len(held) <= LINE_MAX and (chunk := os.read(stream.fileno(), READ_MAX)):
-        held += chunk
-        if b"\n" in chunk:
-            *lines, rest = bytes(held).split(b"\n")
-            held = bytearray(rest)
-            yield lines
+    with _signals() as signalled:
+        while len(held) <= LINE_MAX and (chunk := _next_chunk(stream.fileno(), signalled)):
+            held += chunk
+            if b"\n" in chunk:
+                *lines, rest = bytes(held).split(b"\n")
+                held = bytearray(rest)
+                yield lines
     if held:
         yield [bytes(held)]
+
+
+def _next_chunk(descriptor: int, signalled: int) -> bytes:
+    """Wait for what comes, and let a signal end the wait: its handler, such as Ctrl-C's, runs before the next turn."""
+    while descriptor not in select.select([descriptor, signalled], [], [])[0]:
+        os.read(signalled, READ_MAX)
+    return os.read(descriptor, READ_MAX)
+
+
+@contextmanager
+def _signals() -> Generator[int]:
+    """Yield a descriptor that can be read once a signal came: one that comes just before a read does not end it."""
+    signalled, tell = os.pipe()
+    os.set_blocking(tell, False)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    try:
+        yield signalled
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(signalled)
+        os.close(tell)
