@@ -140,6 +140,7 @@ async def test_a_statement_that_ended_the_transaction_undoes_all_of_it(tmp_path,
 
 LASTING = [
     "PRAGMA query_only = ON",
+    "EXPLAIN PRAGMA query_only = ON",
     "-- a remark\n; pragma locking_mode = exclusive",
     "CREATE TEMP TRIGGER never BEFORE INSERT ON filao_message BEGIN SELECT RAISE(ABORT, 'never'); END",
     "CREATE TEMP TABLE filao_message (id INTEGER)",
@@ -166,8 +167,25 @@ async def test_a_statement_that_may_leave_something_costs_no_message_in_memory()
         await broker.declare(filao.Queue("claims"))
         async with broker.transaction() as tx:
             await tx.execute("CREATE TABLE paid (claim INTEGER)")
+            await tx.execute("INSERT INTO paid VALUES (7)")
             await tx.send_to_queue("claims", 1)
+        async with broker.transaction() as tx:
+            assert await tx.execute("SELECT claim FROM paid") == [(7,)]
         assert (await broker.receive_from_queue("claims")).body == 1
+
+
+@pytest.mark.parametrize("statement", LASTING)
+async def test_what_a_statement_leaves_ends_with_its_transaction_in_memory_too(statement) -> None:
+    async with filao.connect("sqlite://:memory:") as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        held = await broker.receive_from_queue("claims")
+        with suppress(filao.EngineError):  # one makes even its own transaction fail
+            async with broker.transaction() as tx:
+                await tx.execute(statement)
+        await held.ack()
+        await broker.send_to_queue("claims", 2)
+        assert (await broker.receive_from_queue("claims")).body == 2
 
 
 async def test_a_transaction_cancelled_while_it_waits_for_its_turn_takes_none(tmp_path) -> None:

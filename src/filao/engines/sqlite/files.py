@@ -212,6 +212,18 @@ def connect(path: Path, *, full: bool, cookie: int = 0) -> sqlite3.Connection:
     return db
 
 
+def moved(db: sqlite3.Connection, *, full: bool) -> sqlite3.Connection:
+    """Return another connection in memory, with the tables of this one."""
+    other = connect(MEMORY, full=full)
+    try:
+        db.backup(other)
+        set_patience(other, 0.0)
+    except BaseException:
+        other.close()
+        raise
+    return other
+
+
 def _set_up(db: sqlite3.Connection, *, full: bool) -> None:
     """Set a connection's modes; never `mmap_size`, which turns an I/O error into a crash."""
     # Somebody else may have made the file: no functions of theirs in its schema, and no cell that overlaps another.

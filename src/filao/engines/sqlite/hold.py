@@ -145,6 +145,20 @@ class Hold:
                 raise files.engine_error(self.path, error) from error
             self._flushes = flushes
 
+    def renew(self) -> None:
+        """Part with a connection that keeps what a statement of the user's has left on it.
+
+        The next job opens the file again. What is in memory would be gone with its connection: another one takes it
+        over, or none if there is no memory for both.
+        """
+        if self.path != files.MEMORY:
+            self.leave()
+        elif self.db is not None:
+            with suppress(sqlite3.Error):
+                self.db, left = files.moved(self.db, full=self._durable), self.db
+                self._flushes = self._durable
+                left.close()
+
     def break_off(self) -> None:
         """Let go of a connection whose disk failed: it is never trusted again, and the file is looked at first."""
         db, self.db, self._has_failed = self.db, None, True

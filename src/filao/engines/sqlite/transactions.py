@@ -20,8 +20,10 @@ from filao.errors import FilaoError
 
 R = TypeVar("R")
 
-_LEAVE_TRACES = ("PRAGMA", "CREATE")
-"""Statements that may leave on their connection what outlasts their transaction: a setting, a temporary table."""
+_LEAVE_TRACES = ("PRAGMA", "EXPLAIN", "CREATE", "ANALYZE")
+"""Statements that may leave on their connection what outlasts their transaction: a setting, a temporary table. SQLite
+obeys a pragma while it reads it, so that one which is only explained is obeyed too.
+"""
 
 
 class InTurn(Protocol):
@@ -79,8 +81,8 @@ class SqliteTransactions:
         try:
             end()
         finally:
-            if transaction is not None and transaction.leaves_traces and self._database.hold.path != files.MEMORY:
-                self._database.hold.leave()  # the next job opens another; what is in memory would be gone
+            if transaction is not None and transaction.leaves_traces:
+                self._database.hold.renew()
 
     def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
         """Send on the user's own connection, in the user's own transaction; waiting processes find it by polling."""
