@@ -188,6 +188,15 @@ async def test_what_a_statement_leaves_ends_with_its_transaction_in_memory_too(s
         assert (await broker.receive_from_queue("claims")).body == 2
 
 
+@pytest.mark.parametrize("name", ["claims.db", ":memory:"])
+async def test_a_checkpoint_in_a_transaction_is_told_that_it_cannot_run_there(tmp_path, name) -> None:
+    path = tmp_path / name if name == "claims.db" else name
+    async with filao.connect(path) as broker, broker.transaction() as tx:
+        with pytest.raises(filao.EngineError, match="needs what its own connection is using") as refused:
+            await tx.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert not isinstance(refused.value, filao.EngineUnavailable)  # the same call will not succeed later
+
+
 async def test_a_transaction_cancelled_while_it_waits_for_its_turn_takes_none(tmp_path) -> None:
     async with filao.connect(tmp_path / "claims.db") as broker, filao.connect(tmp_path / "claims.db") as other:
         await broker.declare(filao.Queue("claims"))

@@ -459,6 +459,11 @@ def engine_error(path: Path, error: Exception) -> EngineError:
                 f"{path}: this transaction began with a read, and others have written since, so it can write no more "
                 f"({said}). Nothing was sent: roll it back and begin anew, with BEGIN IMMEDIATE"
             )
+        case sqlite3.SQLITE_LOCKED if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_LOCKED_SHAREDCACHE:
+            return EngineError(
+                f"{path}: this statement needs what its own connection is using ({said}), as a checkpoint does inside "
+                f"a transaction. It did nothing; run it on a connection of its own, when the transaction has ended"
+            )
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR if not _has_descriptors():
             return EngineUnavailable(_no_descriptors(path))
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED if own.holds_lock(path):
