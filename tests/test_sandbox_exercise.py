@@ -2,12 +2,15 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import pytest
 
 from filao.sandbox import exercise
+from filao.sandbox.crew import is_there
 from filao.sandbox.exercise import Exercise
 from filao.sandbox.words import program
 from tests.support.learner import until_soon
@@ -70,18 +73,6 @@ def processes(folder: Path) -> list[int]:
         try:
             if entry.name.isdecimal() and bytes(folder) in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-def marked(folder: Path) -> list[str]:
-    """Return the processes in whose environment a folder stands."""
-    found: list[str] = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(folder).encode() in (entry / "environ").read_bytes():
-                found.append(entry.name)
         except OSError:
             continue
     return found
@@ -155,12 +146,28 @@ async def test_what_is_no_consumer_is_told_and_not_suffered(checked, only, text,
     assert found["after_work"] == ("red", key)
 
 
-async def test_what_the_code_has_started_ends_with_it(checked, tmp_path) -> None:
-    started = "import os, subprocess, sys\nos.fork()\nasleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
-    await checked.start(f"{started}subprocess.run(asleep, start_new_session=True)\n")
-    await until_soon(lambda: len(marked(tmp_path)) >= 4)
+HIDES = """
+import os, subprocess, sys
+says = "import os, pathlib, time; pathlib.Path({folder!r}, str(os.getpid())).touch(); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", says], start_new_session=True)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execve(sys.executable, [sys.executable, "-c", says], {{}})
+    os._exit(0)
+while True:
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only its process group is known")
+async def test_what_the_code_has_started_ends_with_it_wherever_it_hides(checked, tmp_path) -> None:
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    await checked.start(HIDES.format(folder=str(folder)))
+    await until_soon(lambda: len(list(folder.iterdir())) == 2)
     await checked.cancel()
-    await until_soon(lambda: marked(tmp_path) == [])
+    assert [path.name for path in folder.iterdir() if is_there(int(path.name))] == []
 
 
 async def test_code_that_starts_ever_more_processes_is_stopped_and_told(checked, only, monkeypatch) -> None:
@@ -217,21 +224,24 @@ async def test_what_the_processes_print_is_kept_within_bounds(checked, only) -> 
     assert len(checked.output) <= exercise.SHOWN_MAX
 
 
-async def test_a_process_of_the_learners_ends_with_the_sandbox(tmp_path) -> None:
-    import subprocess
-    import sys
-
+@pytest.mark.parametrize(
+    "text",
+    ["while True:\n    pass\n", "import re\nre.match('(a+)+$', 'a' * 60 + 'b')\n"],
+    ids=["loop", "no thread gets a turn"],
+)
+async def test_a_process_of_the_learners_ends_with_the_sandbox(tmp_path, text) -> None:
+    text = f"print('begun', flush=True)\n{text}"
     starter = f"""
 import asyncio
 from pathlib import Path
 from filao.sandbox.exercise import Exercise
 async def main():
     found = Exercise(Path({str(tmp_path)!r}) / "exercise")
-    await found.start("while True:\\n    pass\\n")
+    await found.start({text!r})
     await asyncio.sleep(60)
 asyncio.run(main())
 """
     with subprocess.Popen([sys.executable, "-c", starter], env=os.environ) as parent:
-        await until_soon(lambda: [pid for pid in processes(tmp_path) if pid != parent.pid])
+        await until_soon(lambda: any(path.stat().st_size for path in tmp_path.glob("exercise/run-*/*.out")))
         parent.kill()
     await until_soon(lambda: processes(tmp_path) == [])

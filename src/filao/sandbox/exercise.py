@@ -3,7 +3,7 @@ has taught.
 
 Each check has a queue file of its own. It looks at what happened outside: the table of payments, the engine's
 counters, and what the processes wrote down; and it says why it is red. Whatever the code does, loops, exits or
-errors, is told within a bounded time. Each process leads a group: what the code starts itself dies with it.
+errors, is told within a bounded time. Each process has a guard: what the code starts itself ends with it.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, closing, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,8 @@ from typing import Any, Literal
 import msgspec
 
 import filao
-from filao.sandbox.crew import own_environment
+from filao.sandbox.crew import HOME_WITHIN, own_environment
+from filao.sandbox.guard import descendants
 from filao.sandbox.journal import Record, Tail, journal_of
 from filao.sandbox.orders import CLAIMS, PAYMENTS, Claim
 from filao.sandbox.trap import Trial
@@ -37,7 +38,6 @@ STUCK_AFTER = 20.0  # seconds in which nothing has happened
 BUSY_AFTER = 4.0  # seconds of CPU that a process has used when nothing happens: it loops
 CHECK_MAX = 120.0  # seconds that one check takes at most
 DESK = "desk"  # the folder in which the code runs: what it writes by a name of its own meets nothing of ours
-RUN = "FILAO_RUN"  # names the run in the environment of its processes
 CROWD = 30  # processes of a run that are too many: three are ours, and a consumer needs few of its own
 COUNT_EVERY = 0.5  # seconds between two looks at how many there are
 LOOK_EVERY = 0.05  # seconds
@@ -209,7 +209,7 @@ class Run:
                     stdout=output,
                     stderr=output,
                     cwd=self._folder / DESK,
-                    env=own_environment() | {RUN: str(self._folder)},
+                    env=own_environment(),
                     start_new_session=True,
                 )
             self.processes.append(process)
@@ -243,34 +243,26 @@ class Run:
             self.records += tail.read()
         return [record for record in self.records if record.what == what]
 
-    def kill(self, number: int) -> int:
-        """Kill a process with its group; return its pid."""
+    def kill(self, number: int) -> None:
+        """Kill a process and all that it has started, as their guard does when its input ends."""
         process = self.processes[number - 1]
-        if process.returncode is None:  # else its number may be another's by now
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        assert process.stdin is not None
+        process.stdin.close()
+        process.send_signal(signal.SIGCONT)  # should the code have stopped its guard
+        try:
+            process.wait(HOME_WITHIN)
+        except subprocess.TimeoutExpired:
+            process.kill()
             process.wait()
-        return process.pid
 
     def end(self) -> None:
-        """Kill all processes, and what they have started that left their groups."""
-        for number, process in enumerate(self.processes, 1):
+        """Kill all processes, and what they have started."""
+        for number in range(1, len(self.processes) + 1):
             self.kill(number)
-            if process.stdin is not None:
-                process.stdin.close()
-        for pid in self._started():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
     def _started(self) -> list[int]:
-        """Return all processes of the run, by what stands in their environment; none where that cannot be read."""
-        mark = f"{RUN}={self._folder}\0".encode()
-        found: list[int] = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):  # it has just ended, or is another user's
-                if mark in path.read_bytes() + b"\0":
-                    found.append(int(path.parent.name))
-        return found
+        """Return all processes of the learner's code; none where that cannot be told."""
+        return descendants(process.pid for process in self.processes)
 
     async def until(self, reached: Callable[[filao.QueueStats], bool]) -> filao.QueueStats:
         """Wait for a state. Raises `RedError` when all processes are gone, or nothing happens for long."""
@@ -287,11 +279,10 @@ class Run:
             now = (len(self.records), stats.received, stats.acked, stats.nacked, self.payments())
             if now != seen:
                 seen, since = now, time.monotonic()
-            alive = [process for process in self.processes if _status(process) is None]
-            if not alive:
+            if all(process.poll() is not None for process in self.processes):
                 raise self.why_died()
             if time.monotonic() - since > STUCK_AFTER:
-                raise self._why_stuck(alive)
+                raise self._why_stuck()
             await asyncio.sleep(LOOK_EVERY)
 
     def why_died(self) -> RedError:
@@ -300,7 +291,7 @@ class Run:
             told: dict[str, Any] = json.loads(record.note)
             key = str(told.pop("how"))
             return RedError(key, **told)
-        statuses = [status for process in self.processes if (status := _status(process)) is not None]
+        statuses = [status for process in self.processes if (status := process.poll()) is not None]
         return RedError("vanished", status=statuses[-1] if statuses else 0, output=self.printed()[-300:])
 
     def _need_few(self) -> None:
@@ -309,9 +300,9 @@ class Run:
         if count > CROWD:
             raise RedError("crowd", count=count, most=CROWD)
 
-    def _why_stuck(self, alive: "Sequence[subprocess.Popen[bytes]]") -> RedError:
+    def _why_stuck(self) -> RedError:
         seconds = round(STUCK_AFTER)
-        looping = any(_cpu_of(process) > BUSY_AFTER for process in alive)
+        looping = any(_cpu_of(pid) > BUSY_AFTER for pid in self._started())
         return RedError("loops" if looping else "stuck", seconds=seconds)
 
     def printed(self) -> str:
@@ -355,20 +346,10 @@ async def _to_its_end(opening: Coroutine[Any, Any, None]) -> None:
         await asyncio.wait((task,))
 
 
-def _status(process: "subprocess.Popen[bytes]") -> int | None:
-    """Return how a process ended, None while it runs; its number stays its own, because it names the group to kill."""
-    if process.returncode is not None or sys.platform == "darwin":
-        return process.poll()
-    found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if found is None:
-        return None
-    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-
-
-def _cpu_of(process: "subprocess.Popen[bytes]") -> float:
+def _cpu_of(pid: int) -> float:
     """Return the seconds of CPU that a process has used; 0 where that cannot be told."""
     try:
-        fields = Path(f"/proc/{process.pid}/stat").read_bytes().rpartition(b")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -403,15 +384,15 @@ async def _survives(run: Run) -> Result:
     if not run.paid():
         raise RedError("lost_by_kill" if not stats.dead else "not_paid", pid=pid)
     heir = run.noted("received")[-1]
-    other = run.processes[heir.who - 1].pid
-    return Result("green", "ok_survives", {"pid": pid, "other": other, "attempt": heir.attempt})
+    return Result("green", "ok_survives", {"pid": pid, "other": heir.pid, "attempt": heir.attempt})
 
 
 async def _kill_at_work(run: Run, claim: int) -> int:
     """Kill the process that works on a claim; return its pid. Code that takes no time for it is killed after it."""
     await run.until(lambda stats: bool(run.noted("halted")) or run.payments(claim) > 0 or stats.dead > 0)
     records = run.noted("halted") or [record for record in run.noted("received") if record.claim == claim]
-    return run.kill(records[0].who)
+    run.kill(records[0].who)
+    return records[0].pid
 
 
 def _is_empty(stats: filao.QueueStats) -> bool:

@@ -1,9 +1,9 @@
 """Runs a learner's consumer as it stands, in a process of its own, and writes down what it does to messages.
 
-It hears no orders, and the code has no input. It ends when its parent does, however deep in a loop the code is, with
-all that the code has started; what the code may write and claim of memory is bounded. It may be told to die
-by SIGKILL just before it acknowledges a claim, as a process does that loses its power after the work; or to be at
-work on a claim until it is killed, so that the kill finds it there on every machine.
+It hears no orders, and the code has no input. A guard ends it when the sandbox does, or says so, however deep in a loop
+the code is, with all that the code has started; what the code may write and claim of memory is bounded. It may be told
+to die by SIGKILL just before it acknowledges a claim, as a process does that loses its power after the work; or to be
+at work on a claim until it is killed, so that the kill finds it there on every machine.
 """
 
 import json
@@ -13,7 +13,6 @@ import runpy
 import signal
 import sqlite3
 import sys
-import threading
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -23,6 +22,7 @@ from typing import Any
 import msgspec
 
 import filao
+from filao.sandbox.guard import go_behind_a_guard
 from filao.sandbox.journal import Journal, What, journal_of
 from filao.sandbox.orders import number_in
 
@@ -132,20 +132,6 @@ class Trap:
         return bool(found[0])
 
 
-def _end_with_the_parent() -> None:
-    """Watch the pipe that the parent holds, from a place of its own: the code's input is empty, and `input()` fails."""
-    pipe = os.dup(0)
-    with Path(os.devnull).open("rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-
-    def wait() -> None:
-        while os.read(pipe, 1024):
-            pass
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _bound() -> None:
     for what, most in ((resource.RLIMIT_FSIZE, WRITTEN_MAX), (resource.RLIMIT_AS, MEMORY_MAX)):
         _, hard = resource.getrlimit(what)
@@ -162,8 +148,8 @@ def _line_of(error: BaseException, program: str) -> int:
 def main() -> None:
     """Run the learner's code, and write down how it ended."""
     trial = msgspec.json.decode(sys.argv[1], type=Trial)
+    go_behind_a_guard()
     _bound()
-    _end_with_the_parent()
     trap = Trap(trial)
     trap.set()
     sys.argv = [trial.program, trial.file]
