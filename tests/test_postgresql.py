@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 import filao
 from filao.broker import session_of
 from filao.engine import Batch, Draft, Operation, Send
-from filao.engines.postgresql import doctor, schema, server, transactions, watch
+from filao.engines.postgresql import control, doctor, schema, server, transactions, watch
 from filao.engines.postgresql import engine as engine_module
 from filao.message import delivery_of
 from filao.overview import Deed
@@ -454,6 +454,29 @@ async def test_the_doctor_says_what_is_wrong(url, broker) -> None:
     await engine_of(broker).overview.log.begin(Deed("ada", "redrive", "claims", wanted=7))
     (told,) = [finding for finding in await broker.doctor() if finding.subject == "dashboard's log"]
     assert (told.level, "redrive of queue 'claims' by ada, 0 of 7 messages" in told.text) == ("note", True)
+
+
+async def test_a_redrive_that_fails_half_way_tells_what_is_done_and_calls_for_it(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(watch, "POLL_INTERVAL", 600.0)
+    monkeypatch.setattr(control, "SLICE", 1)
+    await broker.send_many("claims", [1, 2])
+    for _ in range(2):
+        await (await broker.receive_from_queue("claims")).reject("wrong")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "CREATE FUNCTION public.stay() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'it stays'; END $$"
+        )
+        connection.execute(
+            "CREATE TRIGGER stays BEFORE UPDATE ON filao.message FOR EACH ROW "
+            "WHEN (OLD.content = '2' AND OLD.state = 'dead') EXECUTE FUNCTION public.stay()"
+        )
+        waiting = asyncio.create_task(until_found(broker))
+        async with asyncio.timeout(10):
+            while connection.execute("SELECT count(*) FROM filao.waiting").fetchone() != (1,):
+                await asyncio.sleep(0.01)
+    with pytest.raises(filao.EngineError, match=r"^1 message is done, and will stay so.*it stays"):
+        await broker.redrive("claims")
+    assert await waiting == 1
 
 
 async def test_when_all_connections_are_in_transactions_the_next_is_told(broker, monkeypatch) -> None:

@@ -5,7 +5,7 @@ import os
 import sqlite3
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 
@@ -186,6 +186,23 @@ async def test_what_a_statement_leaves_ends_with_its_transaction_in_memory_too(s
         await held.ack()
         await broker.send_to_queue("claims", 2)
         assert (await broker.receive_from_queue("claims")).body == 2
+
+
+async def test_a_purge_that_fails_half_way_tells_what_is_done(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(control, "SLICE", 2)
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", [1, 2, 3])
+        with closing(sqlite3.connect(tmp_path / "claims.db")) as other:
+            other.execute(
+                """
+                CREATE TRIGGER stays BEFORE DELETE ON filao_message
+                WHEN OLD.content = CAST('3' AS BLOB) BEGIN SELECT RAISE(ABORT, 'it stays'); END
+                """
+            )
+        with pytest.raises(filao.EngineError, match=r"^2 messages are done, and will stay so.*it stays"):
+            await broker.purge("claims")
+        assert (await broker.stats("claims")).ready == 1
 
 
 @pytest.mark.parametrize("name", ["claims.db", ":memory:"])

@@ -26,6 +26,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "checks",
         "queue",
         "engine",
+        "slices",
         "process",
         "overview",
         "draft",

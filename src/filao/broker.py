@@ -336,7 +336,8 @@ class Broker:
         """Send dead letters back to their old places with fresh attempts, and return how many there were.
 
         All of them, or those with these `ids`, or the first `limit`. A new `body` (and `headers`) replaces the old one;
-        that asks for exactly one id. Their histories are kept, and they no longer expire.
+        that asks for exactly one id. Their histories are kept, and they no longer expire. Many are done in slices: an
+        error that comes half-way says how many are done.
         """
         name, operators = name_of(queue), self._session.operators
         if limit is not None:
@@ -349,7 +350,8 @@ class Broker:
     async def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:
         """Delete all that waits (ready, delayed and blocked), or all in one `state`, and return how many there were.
 
-        Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease.
+        Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease. An error
+        that comes half-way says how many are done, as that of `redrive`.
         """
         states = _WAITING if state is None else (_state(state),)
         return await self._session.operators.remove(name_of(queue), states, None)

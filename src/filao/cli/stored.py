@@ -26,6 +26,7 @@ from filao.cli.shell import (
 from filao.cli.tables import draw_stored, tell
 from filao.engine import QueueStats, State, StoredMessage
 from filao.overview import error_kind
+from filao.slices import Tally
 from filao.sync import Broker
 
 SEARCHED_MAX = 1_000_000  # messages that one search looks at: some minutes
@@ -233,12 +234,13 @@ def _of_kind(broker: Broker, name: str, reason: str | None, kind: str | None, li
 def _in_slices(ids: Sequence[str], rate: float | None, work: Callable[[Sequence[str]], int]) -> int:
     """Do something to messages, at most `rate` of them per second."""
     size = _SEARCHED_AT_ONCE if rate is None else max(1, min(_SEARCHED_AT_ONCE, round(rate / 5)))
-    began, done = time.monotonic(), 0
-    for first in range(0, len(ids), size):
-        done += work(ids[first : first + size])
-        if rate is not None and first + size < len(ids):
-            time.sleep(max(0.0, began + (first + size) / rate - time.monotonic()))
-    return done
+    began = time.monotonic()
+    with Tally() as tally:
+        for first in range(0, len(ids), size):
+            tally.done += work(ids[first : first + size])
+            if rate is not None and first + size < len(ids):
+                time.sleep(max(0.0, began + (first + size) / rate - time.monotonic()))
+    return tally.done
 
 
 def _said(name: str, ids: Sequence[str], count: int, limit: int | None) -> int:

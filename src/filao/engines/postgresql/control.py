@@ -18,6 +18,7 @@ from filao.engines.postgresql.listener import Listener
 from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server
 from filao.errors import ConfigurationError, EngineError
 from filao.queue import Queue, check_halts, not_found, rules_from_json
+from filao.slices import Tally
 
 SLICE = 2_000  # messages that operators change in one transaction
 UNLOCKED_POLL = 0.05  # seconds between looks whether a lock is free, such as that of a queue's senders
@@ -135,29 +136,30 @@ class PostgresqlOperators:
         new = (None, None, None) if edited is None else (edited.kind, edited.content, edited.headers)
 
         sql = "SELECT * FROM filao.redrive(%s, %s, %s::text[], %s, %s, %s, %s::smallint, %s::bytea, %s)"
-        done = await self._in_slices(sql, (number, MOMENT, chosen), new, limit)
-        await self._wake(number, done)
-        return done
+        return await self._in_slices(number, sql, (MOMENT, chosen), new, limit)
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
         """Delete messages in these states."""
         number, chosen = await self.number(queue), None if ids is None else list(ids)
         sql = "SELECT * FROM filao.remove(%s, %s, %s::filao.state[], %s::text[], %s, %s, %s)"
-        done = await self._in_slices(sql, (number, MOMENT, list(map(str, states)), chosen), (), None)
-        await self._wake(number, done)
-        return done
+        return await self._in_slices(number, sql, (MOMENT, list(map(str, states)), chosen), (), None)
 
-    async def _in_slices(self, sql: str, first: tuple[Any, ...], last: tuple[Any, ...], limit: int | None) -> int:
-        """Change many messages in transactions of a bounded size: none that was sent, or died, after this began."""
+    async def _in_slices(
+        self, number: int, sql: str, first: tuple[Any, ...], last: tuple[Any, ...], limit: int | None
+    ) -> int:
+        """Change many messages in transactions of a bounded size: none that was sent, or died, after this began.
+
+        Those who wait are called behind each: what is done is there for them, whatever becomes of the rest.
+        """
         (mark,) = await self._row("SELECT filao.mark()")
-        after = total = 0
-        while limit is None or total < limit:
-            size = SLICE if limit is None else min(SLICE, limit - total)
-            done, after = await self._row(sql, *first, after, mark, size, *last)
-            if not done:
-                break
-            total += done
-        return total
+        after, done = 0, SLICE
+        with Tally() as tally:
+            while done and (limit is None or tally.done < limit):
+                size = SLICE if limit is None else min(SLICE, limit - tally.done)
+                done, after = await self._row(sql, number, *first, after, mark, size, *last)
+                tally.done += done
+                await self._wake(number, done)
+        return tally.done
 
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Stop or resume deliveries."""

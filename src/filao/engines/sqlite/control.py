@@ -17,6 +17,7 @@ from filao.engines.sqlite.receive import NOBODY
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineUnavailable
 from filao.queue import Queue
+from filao.slices import Tally
 
 R = TypeVar("R")
 
@@ -120,10 +121,10 @@ class SqliteOperators:
         self, queue: str, numbers: Sequence[int], work: Callable[[Books, QueueRow, Sequence[int]], int]
     ) -> int:
         """Change many messages in transactions of a bounded size: others get their turns in between."""
-        total = 0
-        for first in range(0, len(numbers), SLICE):
-            total += await self._change(partial(_slice, queue, numbers[first : first + SLICE], work))
-        return total
+        with Tally() as tally:
+            for first in range(0, len(numbers), SLICE):
+                tally.done += await self._change(partial(_slice, queue, numbers[first : first + SLICE], work))
+        return tally.done
 
     async def _let_expire(self) -> None:
         """Let what is expired go where nobody received and saw to it; while the file is locked, it is still shown."""
