@@ -21,6 +21,7 @@ import pytest
 from msgspec import structs
 
 import filao
+from filao.batching import Batcher
 from filao.broker import session_of
 from filao.engines.sqlite import files
 
@@ -153,9 +154,9 @@ async def test_senders_wait_for_a_long_transaction_of_a_foreign_writer(broker, d
     with other(db, FOREIGN_WRITER) as foreign:
         assert await foreign.says() == "writing"
         sends = [asyncio.create_task(broker.send_to_queue(CLAIMS, number)) for number in range(5)]
-        await until(
-            lambda: bool(session_of(broker)._batcher._doing)
-        )  # it tries again and again, and stands in nobody's way
+        batcher = session_of(broker)._batcher
+        assert isinstance(batcher, Batcher)
+        await until(lambda: bool(batcher._doing))  # it tries again and again, and stands in nobody's way
         assert not any(send.done() for send in sends)
         foreign.may_go_on()
         assert await foreign.says() == "committed"

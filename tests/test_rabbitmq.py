@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Iterator
@@ -17,7 +18,7 @@ import filao
 from filao.conformance import Verdict, checks, verify
 from filao.dashboard import pages
 from filao.dashboard.acts import Act
-from filao.engine import Feature
+from filao.engine import Batch, Feature, Operation, Receive
 from filao.engines.rabbitmq import RabbitmqEngine, consumer, control, engine, server, topology
 from filao.engines.rabbitmq.publisher import LARGE_AT_ONCE
 from tests.conftest import engine_of
@@ -223,6 +224,19 @@ async def test_a_url_that_leads_nowhere_says_so_and_keeps_the_password_to_itself
     for text in texts:
         assert text in str(raised.value)
     assert "geheim" not in str(raised.value)
+
+
+async def test_a_server_that_never_welcomes_us_says_that_nothing_was_done(monkeypatch) -> None:
+    monkeypatch.setattr(server, "CONNECTED_WITHIN", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"amqp://u:geheim@127.0.0.1:{silent.getsockname()[1]}/"
+        with pytest.raises(filao.EngineUnavailable, match=r"not answered for 0\.3 s.*Nothing was done\.$"):
+            await filao.connect(url).open()
+
+
+async def test_tls_where_there_is_none_is_named(url) -> None:
+    with pytest.raises(filao.EngineUnavailable, match=r"no TLS.*Nothing was done.*5671"):
+        await filao.connect(url.replace("amqp:", "amqps:")).open()
 
 
 async def test_a_user_without_permissions_is_told_what_to_grant(rabbitmq, url) -> None:
@@ -601,6 +615,7 @@ async def test_connections_that_are_reset_lose_nothing(frail, hardy) -> None:
 
 async def test_a_network_that_stalls_is_given_up_and_found_again(frail, hardy, monkeypatch) -> None:
     monkeypatch.setattr(engine, "ANSWERS_WITHIN", 1.0)
+    monkeypatch.setattr(engine, "BEGUN_WITHIN", 1.0)
     with closing(Proxy(frail.port)) as proxy:
         async with filao.connect(frail.url()) as near:
             await near.declare(hardy)
@@ -677,19 +692,42 @@ async def test_a_confirm_that_is_lost_leaves_the_sender_in_doubt_and_the_message
     assert [(message.body, message.id) for message in found[1:]] == [(1, "claim-1")] * 2  # doubled, and both can tell
 
 
+async def test_what_begins_when_its_time_is_over_is_done_and_costs_no_lease(broker, queue) -> None:
+    other = filao.Queue(f"{queue.name}.other", backoff=AT_ONCE)  # which takes a channel of its own: so the look waits
+    await broker.declare(other)
+    await broker.send_to_queue(queue, 0)
+    await broker.send_to_queue(other, 1)
+    held = await received(broker, queue)
+    long_ago = asyncio.get_running_loop().time() - server.ANSWERS_WITHIN
+    look: list[Operation] = [Receive(other.name, 1)]
+    (found,) = await engine_of(broker).execute(Batch(True, False, lambda _: look, long_ago))
+    assert len(found.deliveries) == 1
+    await held.ack()
+
+
 async def test_a_server_that_blocks_senders_lets_consumers_finish_and_costs_no_lease(frail, queue, monkeypatch) -> None:
+    spent = filao.Queue(f"{queue.name}.spent", backoff=AT_ONCE)
+    monkeypatch.setattr(RabbitmqEngine, "concurrent_batches", 1)  # so that the next in its line must wait for the send
     async with filao.connect(frail.url()) as broker:
         await broker.declare(queue)
+        await broker.declare(spent)
         await broker.send_many(queue, [0, 1, 2])
+        with closing(pika.BlockingConnection(pika.URLParameters(frail.url()))) as foreign:
+            tired = pika.BasicProperties(headers={"x-filao-attempt": 99})
+            foreign.channel().basic_publish("", spent.name, b"7", tired)
         held = await received(broker, queue)
         await asyncio.to_thread(frail.command, "set_vm_memory_high_watermark", "0.000001")
         try:
             with monkeypatch.context() as patched:
                 patched.setattr(engine, "ANSWERS_WITHIN", 1.0)
+                patched.setattr(engine, "BEGUN_WITHIN", 1.0)
                 sending = asyncio.gather(broker.send_to_queue(queue, 3), return_exceptions=True)
+                await asyncio.sleep(0)
                 message = await received(broker, queue)
                 await message.ack()
                 (error,) = await sending
+                with pytest.raises(filao.EngineUnavailable):  # it waits for the dead letter to be confirmed
+                    await broker.receive_from_queue(spent, wait=0)
             assert isinstance(error, filao.EngineUnavailable)
             assert "memory" in str(error)
             await held.ack()

@@ -11,11 +11,11 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from msgspec.structs import replace
 
-from filao.engine import Abandoned, Batch, Operation, Receive, Received, Result
+from filao.engine import Abandoned, Batch, Engine, Operation, Receive, Received, Result
 from filao.errors import EngineUnavailable, FilaoError
 from filao.observing import Observers, Results
 
@@ -195,6 +195,50 @@ class Batcher:
         """Take back all for whom the engine could not even begin: so nobody waits for longer than it tries once."""
         waiting = self._suspects or self._gathered
         return [waiting.popleft() for _ in range(len(waiting))]
+
+
+@runtime_checkable
+class Confirming(Protocol):
+    """What an engine has that must keep some operations from waiting for others: two lines, each with its batches."""
+
+    def needs_confirm(self, operation: Operation) -> bool:
+        """Return whether an operation takes as long as the storage likes; the others are done at once, and in order."""
+        ...
+
+    def execute_confirmed(self, batch: Batch) -> Awaitable[Sequence["Result | asyncio.Future[Result]"]]:
+        """Do what needs a confirm; else as `Engine.execute`, which does the rest."""
+        ...
+
+
+class TwoLines:
+    """Two batchers: behind what must be confirmed nothing else waits."""
+
+    def __init__(self, needs_confirm: Callable[[Operation], bool], confirmed: Batcher, rest: Batcher) -> None:
+        self._needs_confirm = needs_confirm
+        self._confirmed = confirmed
+        self._rest = rest
+
+    def submit(self, operation: Operation) -> "asyncio.Future[Result]":
+        """Return the future result, as `Batcher.submit`."""
+        return (self._confirmed if self._needs_confirm(operation) else self._rest).submit(operation)
+
+    def is_idle(self) -> bool:
+        """Return whether both are."""
+        return self._confirmed.is_idle() and self._rest.is_idle()
+
+    async def drain(self) -> None:
+        """Wait until everything that was submitted has been done."""
+        await self._confirmed.drain()
+        await self._rest.drain()  # the last: what nobody waits for any more is given back in this one
+
+
+def batcher_of(engine: Engine, abandoned: Abandoned, observers: Observers) -> Batcher | TwoLines:
+    """Return what gathers operations for an engine."""
+    most = engine.concurrent_batches
+    batcher = Batcher(engine.execute, abandoned, most, observers)
+    if not isinstance(engine, Confirming):
+        return batcher
+    return TwoLines(engine.needs_confirm, Batcher(engine.execute_confirmed, abandoned, most, observers), batcher)
 
 
 def look_away(future: "asyncio.Future[Result]") -> None:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 
-from filao.batching import Batcher, look_away
+from filao.batching import batcher_of, look_away
 from filao.checks import check_duration, check_name
 from filao.engine import (
     Abandoned,
@@ -79,9 +79,7 @@ class Session:
         self.engine: Engine = self.make()
         self._at_once = self.engine.at_once if isinstance(self.engine, Immediate) else None
         self.observers.engine = self.engine.name
-        self._batcher = Batcher(
-            self.engine.execute, self.give_back_unread, self.engine.concurrent_batches, self.observers
-        )
+        self._batcher = batcher_of(self.engine, self.give_back_unread, self.observers)
         self.submit: Callable[[Operation], asyncio.Future[Result]] = self._batcher.submit
         """Do an operation with the next batch."""
         self.find: Callable[[str], Awaitable[Queue]] = self.engine.find

@@ -9,8 +9,9 @@ between the two doubles it, and nothing is lost.
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -52,6 +53,7 @@ from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, Leas
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, retry_delay
 
+BEGUN_WITHIN = 5.0  # seconds that a batch has at least, from when it begins, however long it has stood in line
 TIDY_INTERVAL = 0.5  # seconds between looks for messages that were pushed for nobody
 LEARN_INTERVAL = 30.0  # seconds after which the rules of the queues are read again
 
@@ -113,42 +115,46 @@ class RabbitmqEngine:
     # --- the data plane ----------------------------------------------------------------------------------------------
 
     async def execute(self, batch: Batch) -> list[Result]:
-        """Do a batch: what must be confirmed is on its way at once, the rest is done in order.
+        """Do what needs no confirm, in order."""
+        async with self._begun(batch, self._receiving) as (operations, begun):
+            return [await self._result(self._work(operation, begun)) for operation in operations]
 
-        When its time is over, only the connection that it waited for is given up: a server that blocks those who send
-        takes nobody's leases.
+    def needs_confirm(self, operation: Operation) -> bool:
+        """Return whether the server must answer before an operation is done: when it has no room, it lets it wait."""
+        return isinstance(operation, Send) or (
+            isinstance(operation, Settle) and isinstance(operation.outcome, Nack | Reject)
+        )
+
+    async def execute_confirmed(self, batch: Batch) -> list[Result]:
+        """Do what must be confirmed: all of it is on its way at once."""
+        async with self._begun(batch, self._sending) as (operations, begun):
+            works = [self._result(self._work(operation, begun)) for operation in operations]
+            return [await works[0]] if len(works) == 1 else await asyncio.gather(*works)
+
+    @asynccontextmanager
+    async def _begun(self, batch: Batch, link: Link) -> AsyncGenerator[tuple[list[Operation], "_Begun"]]:
+        """Give the operations, and what they begin with on a link, for as long as a batch may take.
+
+        When its time is over, the session that it waits for is given up, and no other: a server that blocks those who
+        send takes nobody's leases. A batch that comes late, behind others that the server kept waiting, has a time of
+        its own: else it would give up a session that is well.
         """
         if self._is_closing:
             raise EngineUnavailable("the broker was closed meanwhile")
-        waited_for: Link | Session | None = None
+        until = max(batch.since + ANSWERS_WITHIN, asyncio.get_running_loop().time() + BEGUN_WITHIN)
+        begun: _Begun | None = None
         try:
-            async with asyncio.timeout_at(batch.since + ANSWERS_WITHIN):
-                waited_for = session = await self._receiving.session()
-                operations = batch.take(_alike())  # so that a receive does not wait for what the server must confirm
-                if operations and _needs_confirm(operations[0]):
-                    waited_for = self._sending
+            async with asyncio.timeout_at(until):
+                session = await link.session()
+                operations = batch.take(lambda _: True)
                 if not {_queue_of(operation) for operation in operations} <= self._declared.rules.keys():
                     await self._declared.learn()
-                return await self._do(operations, session)
+                begun = _Begun(session, session)
+                yield operations, begun
         except TimeoutError as error:
-            if waited_for is not None:
-                await waited_for.close(FAREWELL_WITHIN)
-            raise self._server.engine_error(error) from error
-
-    async def _do(self, operations: Sequence[Operation], session: Session) -> list[Result]:
-        results: list[Result] = [None] * len(operations)
-        places: list[int] = []
-        confirmed: list[asyncio.Task[Result]] = []
-        for place, operation in enumerate(operations):
-            work = self._result(self._work(operation, session))
-            if _needs_confirm(operation) and len(operations) > 1:
-                places.append(place)
-                confirmed.append(asyncio.ensure_future(work))
-            else:
-                results[place] = await work
-        for place, result in zip(places, await asyncio.gather(*confirmed), strict=True):
-            results[place] = result
-        return results
+            if begun is not None and begun.waits_for is not None:
+                await begun.waits_for.close(FAREWELL_WITHIN)
+            raise self._server.engine_error(error, begun=begun is not None) from error
 
     async def _result(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Return what an operation comes to, be it an error."""
@@ -159,7 +165,7 @@ class RabbitmqEngine:
         except AWAY as error:
             return self._server.engine_error(error)
 
-    async def _work(self, operation: Operation, session: Session) -> Result:
+    async def _work(self, operation: Operation, begun: "_Begun") -> Result:
         queue = self._declared.rules.get(_queue_of(operation))
         if queue is None:
             return not_found(_queue_of(operation), self._declared.rules)
@@ -167,7 +173,7 @@ class RabbitmqEngine:
             case Send():
                 return [Receipt(name) for name in await self._publisher.send(queue, operation.drafts)]
             case Receive():
-                return await self._receive(queue, operation, session)
+                return await self._receive(queue, operation, begun)
             case Settle():
                 await self._settle(queue, operation)
                 return None
@@ -175,7 +181,7 @@ class RabbitmqEngine:
                 self._consumer_of(operation.delivery)  # all that can be said is that the lease lasts
                 return None
 
-    async def _receive(self, queue: Queue, receive: Receive, session: Session) -> Received:
+    async def _receive(self, queue: Queue, receive: Receive, begun: "_Begun") -> Received:
         if receive.lease is not None:
             raise refused(
                 queue.name, f"lease={receive.lease:g}", "leases that end by time: they last as connections do"
@@ -185,7 +191,7 @@ class RabbitmqEngine:
         deliveries: list[Delivery] = []
         while True:
             try:
-                consumer = await self._consumer(queue.name, session)
+                consumer = await self._consumer(queue.name, begun.session)
                 messages = await consumer.take(receive.limit, waiting)
             except ChannelNotFoundEntity:
                 del self._declared.rules[queue.name]
@@ -193,7 +199,7 @@ class RabbitmqEngine:
             try:
                 for message in messages:
                     delivery = envelope.read(queue.name, message, consumer.token, self._publisher.name)
-                    if await self._is_alive(queue, delivery, message, consumer):
+                    if await self._is_alive(queue, delivery, message, consumer, begun):
                         deliveries.append(delivery)
             except BaseException:  # one could not be buried: nobody gets what was taken with it
                 await consumer.give_back(messages)
@@ -201,7 +207,9 @@ class RabbitmqEngine:
             if deliveries or not messages:
                 return Received(deliveries)
 
-    async def _is_alive(self, queue: Queue, delivery: Delivery, message: DeliveredMessage, consumer: Consumer) -> bool:
+    async def _is_alive(
+        self, queue: Queue, delivery: Delivery, message: DeliveredMessage, consumer: Consumer, begun: "_Begun"
+    ) -> bool:
         """Return whether a message may be handed over; one that is unreadable, spent or expired becomes a dead
         letter.
         """
@@ -216,7 +224,10 @@ class RabbitmqEngine:
         else:
             return True
         with consumer.settling(delivery.handle):
+            begun.waits_for = None
+            begun.waits_for = await self._sending.session()
             await self._publisher.bury(delivery, message, used, reason, error)
+            begun.waits_for = begun.session
             await consumer.channel.basic_ack(delivery.handle, wait=False)
         return False
 
@@ -347,27 +358,17 @@ class RabbitmqEngine:
         return {name: len(consumer.held) for name, consumer in self._consumers.items()}
 
 
+@dataclass(slots=True)
+class _Begun:
+    """A batch that has begun."""
+
+    session: Session
+    waits_for: Session | None
+    """The session whose answer it waits for; None while it waits for a connection."""
+
+
 def _queue_of(operation: Operation) -> str:
     return operation.queue if isinstance(operation, Send | Receive) else operation.delivery.queue
-
-
-def _needs_confirm(operation: Operation) -> bool:
-    """Return whether the server must answer before an operation is done."""
-    return isinstance(operation, Send) or (
-        isinstance(operation, Settle) and isinstance(operation.outcome, Nack | Reject)
-    )
-
-
-def _alike() -> Callable[[Operation], bool]:
-    """Return what accepts operations that all need a confirm, or all do not, as the first that it is shown."""
-    first: list[bool] = []
-
-    def accept(operation: Operation) -> bool:
-        needs = _needs_confirm(operation)
-        first.append(needs)
-        return needs == first[0]
-
-    return accept
 
 
 def _lost(delivery: Delivery) -> LeaseLost:

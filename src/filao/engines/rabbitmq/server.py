@@ -96,7 +96,7 @@ class Server:
         refused = False
         for url in list(self._urls):
             try:
-                with self.mapped():
+                with self.mapped(begun=False):
                     connection = _Connection(URL(url), client_properties={"connection_name": "filao"})
                     connection.kwargs["transport_factory"] = self._transports
                     await connection.connect(timeout=CONNECTED_WITHIN)
@@ -124,15 +124,17 @@ class Server:
         self._transports.drop()
 
     @contextmanager
-    def mapped(self) -> Generator[None]:
-        """Turn the client's errors into ours, which name the server and say what to do."""
+    def mapped(self, *, begun: bool = True) -> Generator[None]:
+        """Turn the client's errors into ours, which name the server and say what to do. `begun`: the server may have
+        done something already.
+        """
         try:
             yield
         except AWAY as error:
-            raise self.engine_error(error) from error
+            raise self.engine_error(error, begun=begun) from error
 
-    def engine_error(self, error: BaseException) -> EngineError | ConfigurationError:
-        """Return what an error of the client or the server means."""
+    def engine_error(self, error: BaseException, *, begun: bool = True) -> EngineError | ConfigurationError:
+        """Return what an error of the client or the server means, to a call that has `begun` or has done nothing."""
         said = _said(error)
         match error:
             case AuthenticationError() | ProbableAuthenticationError():
@@ -151,6 +153,13 @@ class Server:
                 return ConfigurationError(f"{self.name}: {said}")
             case DeliveryError():
                 return EngineUnavailable(f"{self.name} did not store the message: {said}. Send it again.")
+            case TimeoutError() if not begun:
+                return EngineUnavailable(f"{self.name} has not answered for {CONNECTED_WITHIN:g} s. Nothing was done.")
+            case AMQPError() if said.startswith("[SSL"):
+                return EngineUnavailable(
+                    f"{self.name}: no TLS connection could be made: {said}. Nothing was done. Mend its certificate or "
+                    f"the URL: amqps:// needs a port with TLS, mostly 5671."
+                )
             case TimeoutError():
                 return EngineUnavailable(
                     f"{self.name} has not answered for {ANSWERS_WITHIN:g} s; it blocks "
@@ -158,7 +167,7 @@ class Server:
                     f"its disk runs out, or most nodes of its cluster are away. {DOUBT}"
                 )
             case _:
-                return EngineUnavailable(f"{self.name} is away: {said}. {DOUBT}")
+                return EngineUnavailable(f"{self.name} is away: {said}. {DOUBT if begun else 'Nothing was done.'}")
 
 
 class _Transports(TransportFactory):
