@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import filao
-from filao.dashboard import app
+from filao.dashboard import app, pages
 from filao.dashboard.acts import Act
 from filao.dashboard.door import FormError, read_form
 from filao.dashboard.jobs import REMEMBERED_MAX, RUNNING_MAX, Job, Jobs, TooMuchError, in_slices
@@ -183,6 +183,33 @@ async def test_a_forged_request_does_nothing(broker) -> None:
         assert not (await broker.stats("claims")).paused
 
 
+async def test_a_form_of_a_page_that_an_earlier_run_has_drawn_is_confirmed_anew_with_nothing_lost(broker) -> None:
+    await die(broker, {"a": "bad amount"})
+    (letter,) = await broker.dead_letters("claims", limit=1)
+    form = {"do": Act("edit", "claims", id=letter.id).packed(), "confirmed": "yes", "body": '"edited <for long>"'}
+    async with visiting(broker, allow_actions=True) as before:
+        form["proof"] = await before.proof()
+        cookies = before.client.cookies
+    async with visiting(broker, allow_actions=True) as somebody:
+        somebody.client.cookies = cookies
+        answer = await somebody.client.post("/en/act", data=form)
+        page = unescape(answer.text)
+        assert (answer.status_code, (await broker.stats("claims")).dead) == (403, 1)
+        assert '"edited <for long>"</textarea>' in page
+        found = re.search(r'name="proof" value="(\w+)"', page)
+        assert found
+        again = await somebody.client.post("/en/act", data=form | {"proof": found[1]})
+        assert (again.status_code, (await broker.stats("claims")).ready) == (303, 1)
+
+
+async def test_what_a_form_asked_for_after_its_session_is_said_not_to_be_done(broker) -> None:
+    async with visiting(broker, token=TOKEN, allow_actions=True) as somebody:
+        form = {"proof": "0" * 64, "do": Act("pause", "claims").packed(), "confirmed": "yes"}
+        answer = await somebody.client.post("/en/act", data=form)
+        assert (answer.status_code, "was not done" in answer.text) == (401, True)
+        assert "was not done" not in await somebody.sees("/en/queues", 401)
+
+
 async def test_it_is_read_only_unless_told_otherwise(broker) -> None:
     async with visiting(broker) as somebody:
         page = await somebody.client.get("/en/queue?name=claims")
@@ -226,6 +253,40 @@ async def test_a_form_that_does_not_come_whole_is_no_form() -> None:
     for rest in ({"type": "http.disconnect"}, {"type": "http.request", "body": b"%ff"}):
         with pytest.raises(FormError):
             await read(rest)
+
+
+async def test_who_does_not_read_a_live_page_gives_its_place_to_others_in_the_end(broker, monkeypatch) -> None:
+    monkeypatch.setattr(pages, "STREAMS_MAX", 1)
+    monkeypatch.setattr(pages, "LIVE_FOR", 0.1)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    scope: dict[str, Any] = {"type": "http", "method": "GET", "path": "/en/queues", "query_string": b"live=stream"}
+    scope |= {"headers": [(b"host", b"127.0.0.1")], "client": ("127.0.0.1", 40_000), "server": ("127.0.0.1", 8748)}
+    scope |= {"asgi": {"version": "3.0", "spec_version": "2.4"}}
+    async with visiting(broker) as somebody, asyncio.timeout(30):
+        await somebody.sees("/en/queues")
+        with monkeypatch.context() as impatient:
+            impatient.setattr(pages, "UNREAD_FOR", 0.1)
+            await somebody.dashboard(scope, receive, send)
+        assert 'id="q-claims"' in await somebody.sees("/en/queues?live=stream")
+
+
+async def test_the_head_of_a_live_page_comes_at_once(broker, monkeypatch) -> None:
+    monkeypatch.setattr(pages, "LIVE_FOR", 3_600)
+    async with visiting(broker) as somebody, asyncio.timeout(30):
+        answer = await somebody.client.head("/en/queues?live=stream")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+
+
+async def test_the_names_of_hosts_are_the_same_in_capitals(broker) -> None:
+    async with visiting(broker, token=TOKEN, hosts=["Ops.Example"], host="http://OPS.example") as somebody:
+        await somebody.sees("/en/queues", 401)
 
 
 # --- the pages -------------------------------------------------------------------------------------------------------
@@ -733,7 +794,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import filao
-from filao.dashboard import app
+from filao.dashboard import app, pages
 
 application = Starlette(
     routes=[Mount("/ops/queues", app(filao.connect(sys.argv[1]))), Mount("/", get_asgi_application())]

@@ -228,6 +228,16 @@ async def test_more_tabs_than_a_browser_has_connections_all_live(context, dashbo
         await page.wait_for_selector("text=just.declared", timeout=PATIENCE * 1000)
 
 
+async def test_a_page_that_gets_no_stream_lives_all_the_same(context, dashboard) -> None:
+    operator = Operator(await context.new_page())
+    await operator.arrive(dashboard.url)
+    await operator.page.route("**live=stream", lambda route: route.fulfill(status=503))
+    await operator.page.goto(f"{dashboard.url}en/queues")
+    async with filao.connect(dashboard.file) as broker:
+        await broker.declare(filao.Queue("declared.meanwhile"))
+    await operator.page.wait_for_selector("text=declared.meanwhile")
+
+
 async def test_a_page_that_nobody_answers_any_more_says_so_until_somebody_does(context, dashboard) -> None:
     operator = Operator(await context.new_page())
     page = operator.page

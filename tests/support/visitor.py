@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 import filao
-from filao.dashboard import app
+from filao.dashboard import Dashboard, app
 from filao.dashboard.acts import Act
 
 HOST = "http://127.0.0.1:8748"
@@ -19,8 +19,9 @@ HOST = "http://127.0.0.1:8748"
 class Visitor:
     """Somebody with a browser that runs nothing."""
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
+    def __init__(self, client: httpx.AsyncClient, dashboard: Dashboard) -> None:
         self.client = client
+        self.dashboard = dashboard
 
     async def sees(self, path: str, status: int = 200) -> str:
         answer = await self.client.get(path)
@@ -58,7 +59,7 @@ async def visiting(
     transport = httpx.ASGITransport(wrap(dashboard), client=(client, 40_000))
     async with httpx.AsyncClient(transport=transport, base_url=host) as visitor:
         try:
-            yield Visitor(visitor)
+            yield Visitor(visitor, dashboard)
         finally:
             await dashboard.close()
 

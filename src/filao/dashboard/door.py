@@ -99,7 +99,7 @@ class Door:
         self._guesses = None if token is None else Guesses(token)
         self._key = secrets.token_bytes(32) if token is None else hashlib.sha256(f"filao {token}".encode()).digest()
         self._admit = admit
-        self._hosts = hosts
+        self._hosts = None if hosts is None else [host.lower() for host in hosts]
         self._cookie = f"filao_{hashlib.sha256(self._key).hexdigest()[:8]}"  # ports share cookies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,7 +148,7 @@ class Door:
             return PlainTextResponse(NOT_HERE, 403)
         if path == "/leave" and is_post:
             return self._left(scope)
-        if not session and not is_post:
+        if not session:
             session = scope["filao_session"] = _new_session("")
         scope["filao_visitor"] = Visitor(who, self._sign(f"proof {session}"), self._guesses is not None)
         return None

@@ -8,6 +8,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -20,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from filao.broker import session_of
 from filao.dashboard import charts, shown
@@ -38,6 +39,7 @@ from filao.languages import wanted as wanted_language
 from filao.overview import Deed
 
 LIVE_FOR = 30.0  # seconds of one stream of events: a server that stops need not wait longer; the browser asks again
+UNREAD_FOR = 30.0  # seconds more for who does not read it: the bound of every wait
 STREAMS_MAX = 200  # at a time; more are told to come again
 DRAWN_MAX = 64  # live parts that are kept until the next look
 READ_WITHIN = 5.0  # seconds for what one page asks the store for
@@ -53,6 +55,19 @@ class Told:
     page: str
     values: dict[str, Any]
     status: int = 200
+
+
+class _Stream(StreamingResponse):
+    """Events, which end also where nobody reads them: the next one waits until all before it has gone."""
+
+    def __init__(self, events: AsyncGenerator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(TimeoutError):
+            async with aclosing(self._events), asyncio.timeout(LIVE_FOR + UNREAD_FOR):
+                await super().__call__(scope, receive, send)
 
 
 class Pages:
@@ -99,7 +114,10 @@ class Pages:
         """Return the page that asks for the token."""
         request = Request(scope)
         language = self._language(request)
-        return self._drawn_whole(request, language, Look(), Told("enter", {"is_wrong": is_wrong}, 401))
+        is_over = not is_wrong and scope["method"] == "POST"  # a form that nobody was let in with
+        return self._drawn_whole(
+            request, language, Look(), Told("enter", {"is_wrong": is_wrong, "is_over": is_over}, 401)
+        )
 
     # --- pages -------------------------------------------------------------------------------------------------------
 
@@ -153,8 +171,9 @@ class Pages:
     def _stream(self, request: Request, language: Language, page: str) -> Response:
         if self._streams >= STREAMS_MAX:
             return PlainTextResponse("Too many pages are open.\n", 503, {"retry-after": "10"})
-        events = self._events(request, language, page)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
+        return _Stream(self._events(request, language, page))
 
     async def _events(self, request: Request, language: Language, page: str) -> AsyncGenerator[str]:
         """Yield the live part of a page whenever it has changed."""
@@ -276,10 +295,11 @@ class Pages:
             form = await read_form(request.receive)
         except FormError as error:
             return draw(Told("trouble", {"what": error.what}, error.status))
-        if not _is_same(form.get("proof", ""), visitor.proof):
-            return draw(Told("trouble", {"what": "forged"}, 403))
         if not self._allow_actions:
             return draw(Told("trouble", {"what": "read_only"}, 403))
+        is_proven = _is_same(form.get("proof", ""), visitor.proof)
+        if not is_proven and "stop" in form:  # what another run had begun ended with it
+            return draw(Told("trouble", {"what": "forged"}, 403))
         if stopped := whole(form.get("stop", "")):
             self._jobs.stop(stopped)
             return RedirectResponse(f"{request.scope.get('root_path', '')}/{language}/dead?job={stopped}", 303)
@@ -297,6 +317,8 @@ class Pages:
             "body": form.get("body", ""),
             "rate": form.get("rate", ""),
         }
+        if not is_proven:  # drawn before the dashboard was started anew, say: it is asked again, with what was typed
+            return draw(Told("confirm", values | {"wrong": texts(language)["confirm_anew"]}, 403))
         if form.get("confirmed") != "yes":
             return draw(Told("confirm", values))
         try:

@@ -43,8 +43,9 @@ function draw(text) {
 function listen() {
   return new Promise((done) => {
     const events = new EventSource(part.dataset.live);
-    const end = () => { events.close(); done(); };
-    events.onopen = hear;
+    let opened = false; // a dashboard that has no stream left refuses it
+    const end = () => { events.close(); done(opened); };
+    events.onopen = () => { opened = true; hear(); };
     events.onmessage = (event) => { hear(); draw(event.data); };
     events.onerror = () => { lose(); if (events.readyState === EventSource.CLOSED) end(); };
     document.addEventListener("visibilitychange", () => { if (document.hidden) end(); }, { once: true });
@@ -70,14 +71,15 @@ function seen() {
 async function live() {
   for (;;) {
     await seen();
-    let has = false;
-    for (let place = 0; place < STREAMS && !has; place += 1) {
+    let tried = false;
+    let streamed = false;
+    for (let place = 0; place < STREAMS && !tried; place += 1) {
       await navigator.locks?.request(`filao-live-${place}`, { ifAvailable: true }, async (lock) => {
-        if (lock) { has = true; await listen(); }
+        if (lock) { tried = true; streamed = await listen(); }
       });
     }
-    if (!has) await ask();
-    await new Promise((done) => setTimeout(done, has ? NARROWS : ASKS_EVERY));
+    if (!streamed && !document.hidden) await ask();
+    await new Promise((done) => setTimeout(done, streamed ? NARROWS : ASKS_EVERY));
   }
 }
 
