@@ -1,18 +1,25 @@
 """Nobody waits inside the turnstile for a lock that another program has on the file."""
 
 import asyncio
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 import filao
 from filao.engines.sqlite import files
+from filao.engines.sqlite.backup import back_up
 from tests.conftest import engine_of
 from tests.support.programs import CLAIMS, db
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = ["db"]
 
@@ -49,8 +56,6 @@ async def test_nobody_waits_inside_the_turnstile_for_a_foreign_transaction(db, m
 
 
 def _is_free(db: Path) -> bool:
-    import fcntl
-
     with files.sidecar(db).joinpath("turnstile").open() as turnstile:
         try:
             fcntl.flock(turnstile, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,3 +77,85 @@ async def test_a_foreign_transaction_is_waited_for_no_longer_than_the_bound(db, 
                     await call
             await broker.close()
     assert engine_of(broker)._database.hold.db is None
+
+
+@contextmanager
+def standing_still_in_a_turn(db: Path) -> Iterator[None]:
+    """Hold the turnstile, as another process does that is stopped in its turn."""
+    with files.sidecar(db).joinpath("turnstile").open() as turnstile:
+        until = time.monotonic() + 20
+        while True:
+            try:
+                fcntl.flock(turnstile, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < until
+        yield
+
+
+@pytest.mark.anyio
+async def test_who_met_a_foreign_transaction_waits_no_longer_for_a_turn_than_others(db, monkeypatch) -> None:
+    async with filao.connect(db) as broker, asyncio.timeout(20):
+        begun: list[str] = []
+        engine_of(broker)._database.hold.db.set_trace_callback(begun.append)
+        monkeypatch.setattr(files, "BUSY_TIMEOUT", 1.0)
+        with foreign_writer(db):
+            sending = asyncio.create_task(broker.send_to_queue(CLAIMS, 1))
+            while "BEGIN IMMEDIATE" not in begun:
+                await asyncio.sleep(0.001)
+            standing = standing_still_in_a_turn(db)
+            standing.__enter__()
+        with pytest.raises(filao.EngineUnavailable, match="locked"):
+            await sending
+        standing.__exit__(None, None, None)
+
+
+@pytest.mark.anyio
+async def test_who_must_open_the_file_again_waits_no_longer_for_a_turn_than_others(db, monkeypatch) -> None:
+    async with filao.connect(db) as broker, asyncio.timeout(20):
+        async with broker.transaction() as tx:
+            await tx.execute("PRAGMA user_version")  # its connection is not used again
+        monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.1)
+        with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="by another process"):
+            await broker.queues()
+
+
+@pytest.mark.anyio
+async def test_nobody_waits_inside_the_turnstile_while_a_file_is_opened(db) -> None:
+    broker = filao.connect(db)
+    with closing(sqlite3.connect(db, isolation_level=None)) as machine:
+        machine.execute("DELETE FROM filao_meta WHERE name = 'clock'")  # it was started since, and that is to be noted
+    with foreign_writer(db):
+        opening = asyncio.create_task(broker.open())
+        passed = 0
+        async with asyncio.timeout(20):
+            while passed < 100:
+                await asyncio.sleep(0.001)
+                passed += _is_free(db)
+        assert not opening.done()
+    await opening
+    await broker.close()
+
+
+@pytest.mark.anyio
+async def test_a_call_behind_a_long_look_of_its_own_broker_is_told_so(db, monkeypatch) -> None:
+    async with filao.connect(db) as broker:
+        may_end = threading.Event()
+        looking = asyncio.create_task(engine_of(broker)._look_up(lambda _: may_end.wait(20)))
+        while not engine_of(broker)._looks:
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.05)
+        for call in (broker.send_to_queue(CLAIMS, 1), broker.stats(CLAIMS)):
+            with pytest.raises(filao.EngineUnavailable, match="another call of this broker has been at work"):
+                await call
+        may_end.set()
+        assert await looking
+
+
+@pytest.mark.anyio
+async def test_a_backup_waits_no_longer_for_a_turn_than_calls_do(db, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.1)
+    async with asyncio.timeout(20):
+        with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="Nothing was copied"):
+            await asyncio.to_thread(back_up, db, tmp_path / "copy.db")
+    assert not (tmp_path / "copy.db").exists()

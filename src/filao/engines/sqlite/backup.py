@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filao.engines.sqlite import files, scrutiny
 from filao.engines.sqlite.database import Database
-from filao.engines.sqlite.folder import Folder
+from filao.engines.sqlite.folder import TURNSTILE, Folder
 from filao.engines.sqlite.turnstile import Turnstile, is_passable
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
@@ -31,6 +31,9 @@ def back_up(path: Path, copy: Path) -> int:
         raise ConfigurationError(
             f"{copy} exists, and a backup overwrites nothing: give another name, or remove it first"
         )
+    folder = files.sidecar(files.resolved(path))
+    if (folder / TURNSTILE).exists():
+        _check_passable(path, folder, "copied")
     database = Database(path, durable=True, clock=time.time, wake=lambda _: None)
     try:
         database.open()
@@ -64,11 +67,7 @@ def restore(copy: Path, path: Path) -> Path | None:
         try:
             with closing(sqlite3.connect(f"{copy.absolute().as_uri()}?mode=ro", uri=True)) as source:
                 _copy(source, partial, cookie=turnstile.noted() + 1)
-            if not is_passable(folder.path, files.BUSY_TIMEOUT):
-                raise EngineUnavailable(
-                    f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process. Nothing was "
-                    f"changed: stop the processes that use it, and try again"
-                )
+            _check_passable(path, folder.path, "changed")
             with turnstile.turn():
                 kept = _replace(path, partial)
         finally:
@@ -76,6 +75,15 @@ def restore(copy: Path, path: Path) -> Path | None:
             folder.close()
     _try(path)
     return kept
+
+
+def _check_passable(path: Path, folder: Path, done: str) -> None:
+    """Raise `EngineUnavailable` when no turn comes, in which the file would be opened, or replaced."""
+    if not is_passable(folder, files.BUSY_TIMEOUT):
+        raise EngineUnavailable(
+            f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process. Nothing was {done}: stop "
+            f"the processes that use it, and try again"
+        )
 
 
 @contextmanager

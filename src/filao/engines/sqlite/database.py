@@ -56,6 +56,7 @@ class Database:
         if self.hold.path != files.MEMORY:
             gate.watch(self)
         self.hold.open()
+        self._insist(self.usable)
 
     def close(self) -> None:
         """Let go of the file; the last process to do so writes its WAL back."""
@@ -110,28 +111,59 @@ class Database:
     def begin(self, *, durable: bool, keeps: bool = False) -> Books:
         """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends.
 
-        `keeps` says that the books learn of all that is written: the queue's verbs see to that. While another program's
-        transaction is in the way, the turn is given up between two tries: nobody waits inside.
+        `keeps` says that the books learn of all that is written: the queue's verbs see to that.
         """
-        hold = self.hold
-        hold.set_durable(durable=durable)
+        self.hold.set_durable(durable=durable)
         assert self._books is None, "a transaction inside a transaction"
-        until = time.monotonic() + files.BUSY_TIMEOUT if self.ticket is None else self.ticket.until
+
+        def attempt() -> Books:
+            self._take_turn()
+            return self._begin(keeps=keeps)
+
+        return self._insist(attempt)
+
+    def _insist(self, attempt: Callable[[], R]) -> R:
+        """Try until no other program's transaction is in the way.
+
+        Invariant: between two tries this process has no turn, and the ticket of its job is there to be taken. So nobody
+        waits inside the turnstile, and no wait is without a bound.
+        """
+        hold, ticket, began = self.hold, self.ticket, time.monotonic()
+        until = began + files.BUSY_TIMEOUT if ticket is None else ticket.until
         pause, pause_max = BUSY_AGAIN
-        began = time.monotonic()
         while True:
-            hold.check_lost()
-            hold.take_turn()
             try:
-                return self._begin(keeps=keeps)
-            except sqlite3.Error as error:
-                if time.monotonic() > until:
+                return attempt()
+            except OSError as error:
+                raise files.os_error(hold.path, error) from error
+            except files.FAILURES as error:
+                if not files.is_busy(error) or time.monotonic() > until or not self.offer(ticket):
                     raise hold.error(error) from error
                 if time.monotonic() - began > own.patience() and own.holds_lock(hold.path):
                     raise EngineUnavailable(own.refusal(hold.path)) from error
             with gate.outside():
                 time.sleep(pause)
             pause = min(2 * pause, pause_max)
+
+    def _take_turn(self) -> None:
+        """Wait for a turn, and take the running job's ticket: from here on nobody else is to blame for the wait."""
+        self.hold.check_lost()
+        self.hold.take_turn()
+        try:
+            self._take_ticket()
+        except BaseException:
+            self.hold.turnstile.leave()
+            raise
+
+    def _take_ticket(self) -> None:
+        if self.ticket is not None and not self.ticket.take():
+            raise EngineUnavailable("nobody waits for this any more")
+        self.ticket = None
+
+    def offer(self, ticket: Ticket | None) -> bool:
+        """Give the ticket of the running job back, if that has taken it; return False when its time is over."""
+        was_taken, self.ticket = self.ticket is None, ticket
+        return ticket is None or not was_taken or ticket.give_back()
 
     def try_begin(self, *, durable: bool) -> Books | None:
         """Begin a transaction of the queue's verbs in a visit, if nobody is in the way; else return None."""
@@ -175,7 +207,6 @@ class Database:
 
     def _begun(self, *, keeps: bool) -> Books:
         """Begin, and go on with the books of the last transaction when nobody else has committed since."""
-        self.take_ticket()
         hold = self.hold
         db = hold.db or hold.connect()
         db.execute("BEGIN IMMEDIATE")
@@ -188,12 +219,6 @@ class Database:
         if kept is not None:
             books.known = kept.begin()
         return books
-
-    def take_ticket(self) -> None:
-        """Begin the running job for good: it waits for nobody from here on."""
-        if self.ticket is not None and not self.ticket.take():
-            raise EngineUnavailable("nobody waits for this any more")
-        self.ticket = None
 
     def commit(self, books: Books) -> None:
         """Make it so, durably when the transaction was begun so."""
@@ -249,23 +274,32 @@ class Database:
     # --- looking -----------------------------------------------------------------------------------------------------
 
     def look_up(self, work: Callable[[Books], R]) -> R:
-        """Do what only looks. Nothing but what recovers or closes the file can be in the way, for a moment."""
-        until = time.monotonic() + files.BUSY_TIMEOUT
-        pause, pause_max = BUSY_AGAIN
-        while True:
-            with files.mapped(self.hold.path):
-                try:
-                    return work(self.read())
-                except sqlite3.Error as error:
-                    if not files.is_busy(error) or time.monotonic() > until:
-                        raise
-            time.sleep(pause)
-            pause = min(2 * pause, pause_max)
+        """Do what only looks. Nothing but what recovers or closes the file can be in the way, for a moment.
+
+        It may take its time, as the doctor does: once it has begun, nobody else is to blame.
+        """
+
+        def attempt() -> R:
+            books = self.read()
+            self._take_ticket()
+            return work(books)
+
+        return self._insist(attempt)
 
     def read(self) -> Books:
         """Return books for looking only: each statement sees what is committed, and nothing is written down."""
         self.hold.look()
-        return self.books_on(self.hold.usable())
+        return self.books_on(self.usable())
+
+    def usable(self) -> sqlite3.Connection:
+        """Return the connection; opened in a turn for the first time, after a fork, or after the disk failed."""
+        if self.hold.db is not None:
+            return self.hold.db
+        self._take_turn()
+        try:
+            return self.hold.connect()
+        finally:
+            self.hold.turnstile.leave()
 
     def books_on(self, db: sqlite3.Connection) -> Books:
         """Return books for a transaction that somebody else has begun, or for none."""

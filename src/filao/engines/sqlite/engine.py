@@ -86,7 +86,7 @@ class SqliteEngine:
         self._loop = asyncio.get_running_loop()
         self._database.loop_thread = threading.get_ident()
         self._thread = DatabaseThread(f"filao {self._hold.path.name}", self._database)
-        self._tickets = Tickets(self._stood_still)
+        self._tickets = Tickets(self._refusal)
         try:
             await self._in_turn(self._database.open)
         except BaseException:
@@ -216,11 +216,23 @@ class SqliteEngine:
 
         return self._thread.submit(with_ticket, future)
 
-    def _stood_still(self) -> EngineUnavailable:
-        path = self._hold.path
+    def _refusal(self) -> EngineUnavailable:
+        """Return the error of a call that has not begun in time: who is in its way."""
+        path, seconds = self._hold.path, f"{files.BUSY_TIMEOUT:g} seconds"
+        if self.transactions.is_open:
+            return EngineUnavailable(
+                f"{path}: a transaction of this broker has been open for {seconds}, and all else waits for it. Nothing "
+                f"was done; do what is slow before a transaction begins."
+            )
+        if self._looks or self._hold.turnstile.is_held:
+            return EngineUnavailable(
+                f"{path}: another call of this broker has been at work for {seconds}, and all else waits for it: a "
+                f"look at the whole file, as the doctor's, or its tables are being brought up to date. Nothing of this "
+                f"call was done; try again when that has ended."
+            )
         return EngineUnavailable(
-            f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process, which may be paused or "
-            f"stuck in a transaction. Nothing was done; find it with: filao doctor {path}"
+            f"{path} has been locked for {seconds} by another process, which may be paused or stuck in a transaction. "
+            f"Nothing was done; find it with: filao doctor {path}"
         )
 
     @asynccontextmanager
@@ -230,10 +242,7 @@ class SqliteEngine:
             async with asyncio.timeout(until - time.monotonic()):
                 await self._gate.acquire()
         except TimeoutError:
-            raise EngineUnavailable(
-                f"{self._hold.path}: a transaction of this broker has been open for {files.BUSY_TIMEOUT:g} seconds, "
-                f"and all else waits for it. Nothing was done; do what is slow before a transaction begins."
-            ) from None
+            raise self._refusal() from None
         try:
             yield
         finally:
@@ -250,7 +259,10 @@ class SqliteEngine:
 
     def _register(self) -> None:
         if self._database.lessee is NOBODY:
+            ticket = self._database.ticket
             self._presence.enter(process_name())
+            if not self._database.offer(ticket):  # what the caller has asked for comes after it, and may have to wait
+                raise self._refusal()
             bell = self._hold.belfry.own
             if bell is not None:
                 self._loop.call_soon_threadsafe(self._loop.add_reader, bell.reader, self._hear)
@@ -342,11 +354,13 @@ class SqliteEngine:
     async def _look_up(self, work: Callable[[Books], R]) -> R:
         """Do work that changes nothing."""
 
-        def job() -> R:
-            self._database.take_ticket()  # it may take its time, as the doctor does, and then nobody else is to blame
+        def begun(books: Books) -> R:
             self._looks = True
+            return work(books)
+
+        def job() -> R:
             try:
-                return self._database.look_up(work)
+                return self._database.look_up(begun)
             finally:
                 self._looks = False
 

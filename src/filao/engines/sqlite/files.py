@@ -21,6 +21,7 @@ from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 MEMORY = Path(":memory:")
 SQLITE_MIN = (3, 38, 0)  # STRICT tables, RETURNING, and the JSON operators that operators' queries use
 BUSY_TIMEOUT = 30.0  # seconds that a write waits for a foreign writer before it says so
+READERS_GO_ON_WITHIN = 1_000  # milliseconds that a disk that failed is given to write all back, while others wait
 PAGES_CACHED_MAX = 4 * 1024  # KiB for each process: a queue is read and written at its two ends
 WAL_KEPT_MAX = 16 * 1024 * 1024  # bytes that the WAL may keep on disk once it was written back
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -193,14 +194,13 @@ def create(path: Path) -> None:
 
 
 def connect(path: Path, *, full: bool, cookie: int = 0) -> sqlite3.Connection:
-    """Open the database with the settings that the promises rest on; call it within a turn of the turnstile.
+    """Open the database with the settings that the promises rest on; call it within a turn of the turnstile, in which
+    it waits for nobody's lock.
 
     `cookie` is what was last noted of its schema: a file that has gone back behind it is not the one that its WAL
     belongs to.
     """
-    db = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=256
-    )
+    db = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
         loss = None if path == MEMORY else ground.left_over(path, cookie)
         if loss is not None:
@@ -217,7 +217,6 @@ def moved(db: sqlite3.Connection, *, full: bool) -> sqlite3.Connection:
     other = connect(MEMORY, full=full)
     try:
         db.backup(other)
-        set_patience(other, 0.0)
     except BaseException:
         other.close()
         raise
@@ -237,11 +236,6 @@ def _set_up(db: sqlite3.Connection, *, full: bool) -> None:
     db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_MAX}")
 
 
-def set_patience(db: sqlite3.Connection, seconds: float) -> None:
-    """Let a statement wait so long for others' locks, in SQLite's own way: asleep, with whatever it holds."""
-    db.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
-
-
 def set_durable(db: sqlite3.Connection, *, durable: bool) -> None:
     """Let the next commits be flushed to the disk before they return, or not."""
     db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
@@ -253,7 +247,9 @@ def check_whole(db: sqlite3.Connection, path: Path) -> None:
     What the WAL holds may never have reached the disk, though reading it succeeds: writing it back makes sure.
     """
     verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    db.execute(f"PRAGMA busy_timeout = {READERS_GO_ON_WITHIN}")
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    db.execute("PRAGMA busy_timeout = 0")
     if verdict != "ok":
         raise EngineError(f"{path} is damaged: {verdict}. Stop the writers; run: filao doctor {path}")
 
@@ -399,9 +395,14 @@ def mapped(path: Path) -> Generator[None]:
     except FAILURES as error:
         raise engine_error(path, error) from error
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise EngineUnavailable(_no_descriptors(path)) from error
-        raise EngineError(f"{path}: {error}. Check the disk and the permissions of the folder.") from error
+        raise os_error(path, error) from error
+
+
+def os_error(path: Path, error: OSError) -> EngineError:
+    """Return our error for one of the system's."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return EngineUnavailable(_no_descriptors(path))
+    return EngineError(f"{path}: {error}. Check the disk and the permissions of the folder.")
 
 
 def _no_descriptors(path: Path) -> str:

@@ -58,21 +58,19 @@ class Hold:
     # --- opening and closing -----------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Open the file, and create or migrate its tables."""
-        if self.path != files.MEMORY:
-            self._given = self.path.absolute()
-            self.path = files.resolved(self.path)  # one file, one turnstile, by whatever path it is called
-            files.check_path(self.path)
+        """Look at the file, which is made if there is none, and prepare what lies beside it."""
+        if self.path == files.MEMORY:
+            return
+        self._given = self.path.absolute()
+        self.path = files.resolved(self.path)  # one file, one turnstile, by whatever path it is called
+        files.check_path(self.path)
         with files.mapped(self.path):
-            if self.path != files.MEMORY:
-                files.check_is_database(self.path)
-                files.create(self.path)
-                if os.name == "posix":  # elsewhere SQLite's own locks and polling must do
-                    self._folder = Folder(files.sidecar(self.path), self.path.stat())
-                    self.turnstile = Turnstile(self._folder)
-                    self.belfry = Belfry(self._folder)
-            with self.turn():
-                self.connect()
+            files.check_is_database(self.path)
+            files.create(self.path)
+            if os.name == "posix":  # elsewhere SQLite's own locks and polling must do
+                self._folder = Folder(files.sidecar(self.path), self.path.stat())
+                self.turnstile = Turnstile(self._folder)
+                self.belfry = Belfry(self._folder)
 
     def connect(self) -> sqlite3.Connection:
         """Open the connection, for the first time or again; in a turn."""
@@ -87,7 +85,6 @@ class Hold:
         db = files.connect(self.path, full=self._durable, cookie=self.turnstile.noted())
         try:
             self._begin(db)
-            files.set_patience(db, 0.0)
         except BaseException:
             db.close()
             raise
@@ -126,13 +123,6 @@ class Hold:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-
-    def usable(self) -> sqlite3.Connection:
-        """Return the connection; opened afresh after a fork, or after the disk failed."""
-        if self.db is not None:
-            return self.db
-        with files.mapped(self.path), self.turn():
-            return self.connect()
 
     def set_durable(self, *, durable: bool) -> None:
         """Let what commits next be flushed to the disk, or not."""

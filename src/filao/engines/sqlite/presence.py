@@ -92,7 +92,7 @@ class Presence:
     def has_moved(self) -> bool:
         """Return whether anyone else committed since the last call, and learn whom to watch."""
         with files.mapped(self._hold.path):
-            db = self._hold.usable()
+            db = self._database.usable()
             seen = (db, db.execute("PRAGMA data_version").fetchone()[0])
             if seen == self._seen:
                 return False

@@ -32,16 +32,29 @@ _ONLY_RAISE = frozenset((None, int(signal.SIG_DFL), int(signal.SIG_IGN), signal.
 class Ticket:
     """Decides whether a job that waits for its turn begins: the job or the timer takes it, and it is there once.
 
-    So a caller that was told "nothing was done" was told the truth: the timer had it, and the job can never begin.
+    So a caller that was told "nothing was done" was told the truth: the timer had it, and the job can never begin. A
+    job that could not begin in its turn gives the ticket back, and waits on like all others.
     """
 
     def __init__(self, until: float) -> None:
         self.until = until
         """Monotonic time after which the job must have begun."""
         self._lock = threading.Lock()
+        self._is_over = False
+        """The timer has come for it."""
 
     def take(self) -> bool:
-        """Return whether it was there to be taken."""
+        """Return whether it was there to be taken, in time."""
+        return not self._is_over and self._lock.acquire(blocking=False)
+
+    def give_back(self) -> bool:
+        """Let the timer have it again; return False when that has come meanwhile, for the last time."""
+        self._lock.release()
+        return not self._is_over
+
+    def expire(self) -> bool:
+        """Let no job take it any more; return False when one has it, which hears of this if it gives it back."""
+        self._is_over = True  # before the look: a job that gives it back just now sees the one or the other
         return self._lock.acquire(blocking=False)
 
 
@@ -110,7 +123,7 @@ class Tickets:
         """Let those fail that had to begin before now and did not."""
         self._timer = None
         for future, ticket in list(self._held.items()):
-            if ticket.until <= now and ticket.take() and not future.done():
+            if ticket.until <= now and ticket.expire() and not future.done():
                 future.set_exception(self._refusal())
         soonest = min((ticket.until for ticket in self._held.values() if ticket.until > now), default=None)
         if soonest is not None:
@@ -132,7 +145,7 @@ class Tickets:
     def _take_back(self, future: "asyncio.Future[Any]") -> None:
         ticket = self._held.pop(future)
         if future.cancelled():
-            ticket.take()  # so that it never begins, unless it has
+            ticket.expire()  # so that it never begins, unless it has
 
 
 class Visited(Storage, Protocol):

@@ -56,6 +56,8 @@ class SqliteTransactions:
         self._alone_in = alone_in
         self._in_turn = in_turn
         self._submit = submit
+        self.is_open: bool = False
+        """Whether one of the user's has begun and not ended: all else waits for it."""
 
     @asynccontextmanager
     async def begin(self) -> AsyncGenerator["SqliteTransaction"]:
@@ -65,7 +67,7 @@ class SqliteTransactions:
             transaction: SqliteTransaction | None = None
             try:
                 books = await self._in_turn(lambda: self._database.begin(durable=True), until)
-                transaction = SqliteTransaction(self._database, self._submit, books)
+                transaction, self.is_open = SqliteTransaction(self._database, self._submit, books), True
                 yield transaction
             except BaseException as error:
                 # The thread does jobs in order, so this one ends what was begun. Who is cancelled does not wait for it.
@@ -81,6 +83,7 @@ class SqliteTransactions:
         try:
             end()
         finally:
+            self.is_open = False
             if transaction is not None and transaction.leaves_traces:
                 self._database.hold.renew()
 
