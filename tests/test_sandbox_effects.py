@@ -5,7 +5,7 @@ import pytest
 from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.turnstile import Turnstile, is_passable
 from filao.sandbox.effects import Effects, Payment
-from filao.sandbox.journal import Record, What
+from filao.sandbox.journal import PORTAL, Record, What
 from filao.sandbox.lanes import Lanes
 
 MESSAGE = "file-1"
@@ -101,6 +101,14 @@ def test_a_claim_that_an_operator_removed_is_not_lost() -> None:
     story = Story()
     story.effects.removed([MESSAGE])
     assert story.is_gone().lost() == []
+
+
+def test_a_send_that_is_written_down_after_its_delivery_is_not_the_latest() -> None:
+    lanes = Story().did(1, "received").lanes
+    lanes.move(Record(9.0, PORTAL, "sent", MESSAGE, 7))
+    latest = lanes.latest(7)
+    assert latest is not None
+    assert latest.what == "received"
 
 
 def test_one_gets_through_a_turnstile_in_which_nobody_stands(tmp_path) -> None:

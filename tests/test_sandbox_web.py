@@ -214,6 +214,19 @@ async def test_slow_motion_steps_through_what_happened_with_the_row_before_and_a
     assert "leased" in await learner.page.inner_text(".row tbody tr >> nth=0")
 
 
+async def test_in_slow_motion_a_send_comes_before_the_delivery_that_was_written_down_first(learner) -> None:
+    told = await learner.page.evaluate("""async () => {
+      const { frames } = await import("/static/slow.js");
+      const move = (what, id, at) => ({ what, id, at, claim: 1, lane: 1, attempt: 1, row: "{}" });
+      return frames([move("received", "a", 1), move("sent", "b", 2), move("sent", "a", 3), move("acked", "a", 4)])
+        .map((frame) => [frame.what, frame.id, frame.stage, frame.at]);
+    }""")
+    assert told == [
+        *(["sent", "a", 0, 1], ["sent", "a", 1, 1], ["received", "a", 2, 1], ["received", "a", 3, 1]),
+        *(["sent", "b", 0, 2], ["sent", "b", 1, 2], ["acked", "a", 4, 4], ["acked", "a", 5, 4]),
+    ]
+
+
 async def test_a_click_on_a_claim_tells_its_story(learner) -> None:
     await learner.go(5)
     await kill(learner)

@@ -197,6 +197,7 @@ def test_french_is_typeset() -> None:
         assert "'" not in plain, text
         assert not re.search(r" [:;!?»]|« ", plain), text
         assert not re.search(r"\d (s|ms|ko|%)\b", plain), text
+    assert french("tué, la {claim} en main") == "tué, la\u00a0{claim} en main"
     assert french("l'agent : « oui » !") == "l\u2019agent\u00a0: «\u00a0oui\u00a0»\u202f!"
 
 

@@ -70,4 +70,5 @@ def french(text: str) -> str:
     text = text.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")
     text = re.sub(r" (?=[:»])|(?<=«) ", NO_BREAK, text)
     text = re.sub(r" (?=[;!?])", NARROW, text)
+    text = re.sub(r"(?<=\b[Ll][ae]) (?={)", NO_BREAK, text)
     return re.sub(r"(?<=[\d}]) (?=(?:s|ms|€|%|ko)\b)", NO_BREAK, text)

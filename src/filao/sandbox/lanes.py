@@ -298,6 +298,17 @@ class Lanes:
 
     # --- what is asked -----------------------------------------------------------------------------------------------
 
+    def latest(self, claim: int) -> Move | None:
+        """Return what happened to a claim last. A send that was written down after its delivery was not the last."""
+        return next(
+            (
+                move
+                for move in reversed(self.moves)
+                if move.claim == claim and not (move.what == "sent" and self.attempts(move.message))
+            ),
+            None,
+        )
+
     def attempts(self, message: str) -> list[Lease]:
         """Return the attempts at a message, in order."""
         return self._attempts.get(message, [])

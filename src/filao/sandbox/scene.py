@@ -188,7 +188,7 @@ def _bar(lease: Lease, since: Mark) -> Json:
 
 def life(room: Room, claim: int) -> Json | None:
     """Return where a claim is among the six stages of its life, and its row on the disk."""
-    last = next((move for move in reversed(room.lanes.moves) if move.claim == claim), None)
+    last = room.lanes.latest(claim)
     if last is None:
         return None
     place = STAGES.get(last.what, 1)

@@ -288,6 +288,7 @@ const enlarged = () => (innerWidth >= 1500 ? 1.3 : 1);
 function scrolled(event) {
   const view = event.target;
   state.pinned = view.scrollLeft + view.clientWidth >= view.scrollWidth - 24;
+  view.classList.toggle("more", view.scrollLeft > 4);
 }
 
 function pin() {
@@ -328,5 +329,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 addEventListener("resize", schedule);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", schedule);
 render();
 connect();

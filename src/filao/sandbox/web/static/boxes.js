@@ -17,9 +17,10 @@ function wide(width, height, consumers, documents) {
   const each = Math.min(104, (room - GAP * (Math.max(1, consumers) - 1)) / Math.max(1, consumers));
   const all = each * consumers + GAP * (consumers - 1);
   const first = Math.max(0, (room - all) / 2);
+  const above = isLow(queue) ? 26 : 0; // a low queue is too low for the producer's three lines
   return {
     isWide: true, width, height,
-    producer: { x: 0, y: queue.y, w: 124, h: Math.min(176, queue.h) },
+    producer: { x: 0, y: queue.y - above, w: 124, h: Math.min(176, queue.h + above) },
     queue,
     delayed: { x: queue.x, y: room - 66, w: trayW, h: 66 },
     dead: { x: queue.x + trayW + GAP, y: room - 66, w: queue.w - trayW - GAP, h: 66 },

@@ -9,7 +9,7 @@ const STAGES = { sent: [0, 1], received: [2, 3], paying: [3], handled: [3], acke
 export function frames(moves) {
   const rows = new Map();
   const found = [];
-  for (const move of moves) {
+  for (const move of fromTheirSend(moves)) {
     const stages = STAGES[move.what];
     const before = rows.get(move.id) ?? "";
     const kept = ["killed", "dead"].includes(move.what) ? move.row || before : move.row;
@@ -20,6 +20,18 @@ export function frames(moves) {
     rows.set(move.id, kept);
   }
   return found;
+}
+
+// The portal writes a send down when it has the receipt; by then a quick consumer may have the claim, and its send came before.
+function fromTheirSend(moves) {
+  const sends = new Map(moves.filter((move) => move.what === "sent").map((move) => [move.id, move]));
+  const begun = new Set();
+  return moves.flatMap((move) => {
+    const send = sends.get(move.id);
+    if (begun.has(move.id)) return move === send ? [] : [move];
+    begun.add(move.id);
+    return !send || send === move ? [move] : [{ ...send, at: move.at }, move];
+  });
 }
 
 // The stage as it stood after a frame, computed from the frames up to there.

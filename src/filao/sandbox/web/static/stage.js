@@ -80,7 +80,7 @@ function producer(scene, box) {
       text(right - 122, box.y + 50, number(told.sent), { class: "huge mid" }), text(right - 14, box.y + 48, sent, { class: "soft end" }));
   }
   if (box.h < 130) {
-    return h("g", { key: "producer" }, frame(box, "box"), text(x, box.y + 21, say("producer"), { class: "name mid" }), text(x, box.y + 49, number(told.sent), { class: "huge mid" }), text(x, box.y + 68, sent, { class: "soft mid" }));
+    return h("g", { key: "producer" }, frame(box, "box"), text(x, box.y + 24, say("producer"), { class: "name mid" }), text(x, box.y + box.h - 40, number(told.sent), { class: "huge mid" }), text(x, box.y + box.h - 14, sent, { class: "soft mid" }));
   }
   const answers = told.answer_ms !== null && box.h > 165;
   return h("g", { key: "producer" }, frame(box, "box"), text(x, box.y + 28, say("producer"), { class: "name mid" }), text(x, box.y + 50, say("portal"), { class: "soft mid" }),
@@ -200,10 +200,10 @@ function buttons(one, box, size, ask) {
   ].slice(0, size === "small" ? 2 : 4);
   const tall = 28;
   const y = size === "small" ? box.y + (box.h - tall) / 2 : box.y + box.h - tall - (size === "full" ? 12 : 9);
-  let x = size === "small" ? box.x + 111 : box.x + 12;
+  let x = size === "small" ? box.x + 116 : box.x + 12;
   return all.map((button) => {
     const isWide = button.wide && size !== "small";
-    const w = isWide ? 78 : size === "small" ? 36 : 38;
+    const w = isWide ? 78 : size === "small" ? 34 : 38;
     const at = { x, y };
     x += w + (size === "small" ? 3 : 6);
     return control(button, at, w, tall, isWide, () => ask({ do: button.act, consumer: one.number }), one.number);

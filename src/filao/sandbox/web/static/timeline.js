@@ -26,13 +26,14 @@ export function timeline(told, width, height, options) {
   const dead = told.lanes.filter((lane) => lane.bars.length && !lives(lane)).reverse();
   const kept = new Set([...told.lanes.filter(lives), ...dead].slice(0, LANES_MAX)); // who lives has taken over from who died
   const lanes = told.lanes.filter((lane) => kept.has(lane));
+  if (!lanes.length) return h("p", { class: "soft pad" }, say("timeline_none"));
   const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
   const isAtRest = bars.length && bars.every((bar) => bar.to !== null);
   const last = isAtRest ? Math.max(...bars.map((bar) => bar.to)) : Infinity;
   const drawnTo = Math.max(0.1, Math.min(told.now, last + RESTS));
   const lengths = bars.map((bar) => Math.max(SHORTEST, (bar.to ?? drawnTo) - bar.from));
   const wanted = lengths.length ? BAR_LEAST / Math.min(...lengths) : 0;
-  const [label, named] = width < 500 ? [84, "consumer_short"] : [172, "consumer_n"];
+  const [label, named] = width < 500 ? [92, "consumer_short"] : [172, "consumer_n"];
   const room = width - label - 20;
   const scale = Math.max(room / Math.max(8, drawnTo * 1.04), Math.min(wanted, 144));
   const now = Math.min(drawnTo, last + (REST * room) / scale);
