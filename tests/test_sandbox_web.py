@@ -227,6 +227,21 @@ async def test_in_slow_motion_a_send_comes_before_the_delivery_that_was_written_
     ]
 
 
+async def test_in_slow_motion_a_claim_received_at_most_once_is_not_on_the_disk_when_its_consumer_is_killed(
+    learner,
+) -> None:
+    told = await learner.page.evaluate("""async () => {
+      const { frames, replayed } = await import("/static/slow.js");
+      const move = (what, id, row) => ({ what, id, at: 1, claim: 1, lane: 1, attempt: 1, row });
+      const all = frames([move("sent", "a", "{}"), move("received", "a", ""), move("killed", "a", ""),
+        move("sent", "b", "{}"), move("received", "b", "{}"), move("killed", "b", "{}")]);
+      const killed = all.filter((frame) => frame.what === "killed");
+      return [killed.map((frame) => [frame.id, frame.stage, frame.once]),
+        replayed({ queue: {} }, all).queue.waiting.map((chip) => chip.id)];
+    }""")
+    assert told == [[["a", 5, True], ["b", 1, False]], ["b"]]
+
+
 async def test_a_click_on_a_claim_tells_its_story(learner) -> None:
     await learner.go(5)
     await kill(learner)

@@ -75,6 +75,8 @@ async def guarantees(learner: Learner) -> None:
     for guarantee, condition in (("at-most-once", "lost"), ("at-least-once", "doubled"), ("exactly-once", "exact")):
         await learner.act(f"try_{guarantee}")
         await learner.sees(condition)
+        if condition == "lost":  # acknowledged before the work, it is gone, and the stages say so
+            await learner.page.wait_for_selector(".stages li:nth-child(6).now")
     assert "✖" in await learner.page.inner_text(".verdict")
 
 

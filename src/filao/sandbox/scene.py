@@ -191,7 +191,7 @@ def life(room: Room, claim: int) -> Json | None:
     last = room.lanes.latest(claim)
     if last is None:
         return None
-    place = STAGES.get(last.what, 1)
+    place = STAGES.get(last.what, 1 if last.row else 5)
     if last.what == "received" and time.monotonic() - last.at < DELIVERED:
         place = 2
     return {

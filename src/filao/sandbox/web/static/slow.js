@@ -4,18 +4,23 @@ import { h } from "./dom.js";
 import { say, seconds } from "./say.js";
 
 const STAGES = { sent: [0, 1], received: [2, 3], paying: [3], handled: [3], acked: [4, 5], nacked: [1], dead: [1], killed: [1], released: [1], refused: [4], failed: [5], lost: [3] };
+const STAGES_ONCE = { ...STAGES, killed: [5], acked: [5] }; // received at most once, a claim is acknowledged and gone before the work
+const TOLD_ONCE = ["received", "handled", "killed", "acked"];
 
 // Each frame is one stage of one move.
 export function frames(moves) {
   const rows = new Map();
+  const once = new Set();
   const found = [];
   for (const move of fromTheirSend(moves)) {
-    const stages = STAGES[move.what];
+    if (move.what === "received") once[move.row ? "delete" : "add"](move.id);
+    const isOnce = once.has(move.id);
+    const stages = (isOnce ? STAGES_ONCE : STAGES)[move.what];
     const before = rows.get(move.id) ?? "";
     const kept = ["killed", "dead"].includes(move.what) ? move.row || before : move.row;
     stages?.forEach((stage, at) => {
       const isFirst = at === 0 && stages.length > 1 && move.what !== "received";
-      found.push({ ...move, stage, before, after: isFirst ? before : kept, last: at === stages.length - 1 });
+      found.push({ ...move, stage, before, after: isFirst ? before : kept, once: isOnce, last: at === stages.length - 1 });
     });
     rows.set(move.id, kept);
   }
@@ -65,10 +70,15 @@ function after(before, frame) {
   const one = before ?? { id: frame.id, claim: frame.claim, paid: 0, attempt: 0, where: "queue", killedBy: 0 };
   const where = {
     received: frame.lane, handled: one.where, paying: one.where, acked: frame.last ? "gone" : one.where, nacked: "delayed", dead: "dead",
-    killed: "queue", released: "queue", refused: one.where, failed: "gone", sent: "queue", lost: one.where,
+    killed: frame.once ? "gone" : "queue", released: "queue", refused: one.where, failed: "gone", sent: "queue", lost: one.where,
   }[frame.what];
   const killedBy = frame.what === "killed" ? frame.lane : one.killedBy;
   return { ...one, where, attempt: frame.attempt || one.attempt, paid: one.paid + (frame.what === "handled" ? 1 : 0), killedBy };
+}
+
+function wordOf(frame) {
+  const isFirst = frame.stage === 0 || (!frame.last && ["acked", "received"].includes(frame.what));
+  return `slow_${frame.what}${frame.once && TOLD_ONCE.includes(frame.what) ? "_once" : ""}${isFirst ? "_first" : ""}`;
 }
 
 export function slowPanel(all, at, state, go) {
@@ -83,7 +93,7 @@ export function slowPanel(all, at, state, go) {
       h("input", { type: "range", min: 0, max: all.length - 1, value: at, "aria-label": say("slow_where"), oninput: (event) => go(Number(event.target.value)) }),
       h("span", { class: "soft count" }, `${at + 1} / ${all.length}`)),
     h("p", { class: "slow-told" }, h("strong", {}, say(`stage_${frame.stage}`)), " · ",
-      say(`slow_${frame.what}${frame.stage === 0 || (frame.what === "acked" && !frame.last) || (frame.what === "received" && !frame.last) ? "_first" : ""}`, { claim: frame.claim, n: frame.lane, attempt: frame.attempt, at: seconds(frame.at, 2) })),
+      say(wordOf(frame), { claim: frame.claim, n: frame.lane, attempt: frame.attempt, at: seconds(frame.at, 2) })),
     rows(frame.before, frame.after));
 }
 
