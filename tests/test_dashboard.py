@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import filao
-from filao.dashboard import app, pages
+from filao.dashboard import app, pages, views
 from filao.dashboard.acts import Act
 from filao.dashboard.door import FormError, read_form
 from filao.dashboard.jobs import REMEMBERED_MAX, RUNNING_MAX, Job, Jobs, TooMuchError, in_slices
@@ -429,6 +429,29 @@ async def test_groups_tell_why_they_wait(broker, visitor) -> None:
     assert "group_dead" in await visitor.does(Act("pause", "claims", group="any"))
 
 
+async def test_what_cannot_be_done_to_a_group_is_not_offered(broker, visitor) -> None:
+    for name in ("claims", "letters"):
+        await broker.send_many(name, range(3), group="one")
+    for name, is_offered in (("claims", False), ("letters", True)):
+        page = await visitor.sees(f"/en/queue?name={name}")
+        assert "its first message" in page
+        assert ('id="r-1"' in page) is is_offered
+
+
+async def test_who_may_only_look_comes_from_a_queue_to_its_dead_letters(broker) -> None:
+    async with visiting(broker) as somebody:
+        assert 'href="/en/dead?queue=claims"' in await somebody.sees("/en/queue?name=claims")
+
+
+async def test_a_dead_message_is_told_of_in_one_language(broker, visitor) -> None:
+    await broker.declare(filao.Queue("remembered", history=True))
+    await die(broker, {"a": "duplicate"}, "remembered")
+    (letter,) = await broker.dead_letters("remembered", limit=1)
+    page = await visitor.sees(f"/fr/message?queue=remembered&id={letter.id}")
+    assert ">mort</span>" in page
+    assert not re.search(r"rejected(?!&)", page)
+
+
 async def test_processes_tell_what_they_hold_and_for_how_long(broker, visitor) -> None:
     await broker.send_many("claims", range(2))
     held = await broker.receive_many("claims", 2)
@@ -469,6 +492,12 @@ async def test_dead_letters_are_grouped_by_reason_and_exception(broker, visitor)
 
 
 @on_both
+async def test_until_dead_letters_are_told_apart_their_number_is(broker, visitor, monkeypatch) -> None:
+    await die(broker, FOUR_KINDS)
+    monkeypatch.setattr(views, "KINDS_WITHIN", 0.0)
+    assert "7 dead letters are being told apart" in await visitor.sees("/en/dead")
+
+
 async def test_one_kind_is_redriven_and_the_log_says_who_did_it(broker, visitor) -> None:
     await die(broker, FOUR_KINDS)
     await visitor.sees("/en/dead")
@@ -794,7 +823,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import filao
-from filao.dashboard import app, pages
+from filao.dashboard import app, pages, views
 
 application = Starlette(
     routes=[Mount("/ops/queues", app(filao.connect(sys.argv[1]))), Mount("/", get_asgi_application())]

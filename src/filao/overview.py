@@ -104,6 +104,11 @@ class Overview(Protocol):
         ...
 
     @property
+    def glance_max(self) -> int:
+        """How many messages one list tells at most: `GLANCE_MAX`, or more where each list costs a walk through all."""
+        ...
+
+    @property
     def sees(self) -> tuple[State, ...]:
         """The states of which messages can be seen."""
         ...

@@ -42,7 +42,8 @@ LIVE_FOR = 30.0  # seconds of one stream of events: a server that stops need not
 UNREAD_FOR = 30.0  # seconds more for who does not read it: the bound of every wait
 STREAMS_MAX = 200  # at a time; more are told to come again
 DRAWN_MAX = 64  # live parts that are kept until the next look
-READ_WITHIN = 5.0  # seconds for what one page asks the store for
+READ_WITHIN = 5.0  # seconds for what one page asks the store for ...
+RECEIVED_WITHIN = 30.0  # ... and where messages are received to be looked at, all of them: the bound of every wait
 ACT_WITHIN = 2.0  # seconds that an answer waits for a deed to end
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 NAVIGATION = ("queues", "dead", "processes", "log")
@@ -150,15 +151,16 @@ class Pages:
 
     async def _told(self, request: Request, page: str, look: Look) -> Told:
         """Return what a page tells, or why it cannot."""
+        within = READ_WITHIN if Feature.PEEK in self._watch.broker.features else RECEIVED_WITHIN
         try:
-            async with asyncio.timeout(READ_WITHIN):
+            async with asyncio.timeout(within):
                 return Told(page, await self._view[page](Asked(look, _storable(request.query_params))))
         except (QueueNotFound, NoMessageError) as error:
             return Told("trouble", {"what": "not_there", "why": str(error)}, 404)
         except ConfigurationError as error:  # the message that a list was to go on behind has gone
             return Told("trouble", {"what": "gone", "why": str(error)}, 410)
         except TimeoutError:
-            return Told("trouble", {"what": "slow", "seconds": READ_WITHIN}, 503)
+            return Told("trouble", {"what": "slow", "seconds": within}, 503)
         except FilaoError as error:
             return Told("trouble", {"what": "away", "why": str(error)}, 503)
 

@@ -12,7 +12,7 @@ from datetime import datetime
 
 from filao.engine import QueueStats, State
 from filao.errors import FilaoError
-from filao.overview import GLANCE_MAX, Glimpse, Overview, error_kind
+from filao.overview import Glimpse, Overview, error_kind
 
 LOOKED_AT_MAX = 10_000  # dead letters of one queue that are told apart: a second at most
 QUEUES_MAX = 2_000  # of which is remembered what their dead letters are
@@ -115,8 +115,8 @@ class Triage:
 async def dead_letters(overview: Overview, queue: str, most: int) -> AsyncGenerator[Glimpse]:
     """Yield a queue's dead letters in the order of sending, so many at most, in slices."""
     after: str | None = None
-    for first in range(0, most, GLANCE_MAX):
-        limit = min(GLANCE_MAX, most - first)
+    for first in range(0, most, overview.glance_max):
+        limit = min(overview.glance_max, most - first)
         page = await overview.glance(queue, State.DEAD, limit=limit, after=after)
         for letter in page:
             yield letter

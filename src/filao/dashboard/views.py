@@ -94,9 +94,12 @@ class Views:
             "sees": overview.sees,
             "state": State(state),
         }
-        if "live" in asked.query:
+        is_live = "live" in asked.query
+        rules = await session_of(self._broker).engine.find(name) if groups or not is_live else None
+        told["may_halt"] = rules is not None and rules.group_dead == "halt"
+        if is_live or rules is None:
             return told
-        told["rules"] = _rules(await session_of(self._broker).engine.find(name))
+        told["rules"] = _rules(rules)
         return told | await self._listed(asked, name, State(state))
 
     async def _listed(self, asked: Asked, name: str, state: State) -> Told:

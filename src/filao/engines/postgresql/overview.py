@@ -49,6 +49,7 @@ class PostgresqlOverview:
     """See `filao.overview.Overview`."""
 
     sees: tuple[State, ...] = tuple(State)
+    glance_max: int = GLANCE_MAX
 
     def __init__(self, server: Server, link: Link, number: Callable[[str], Awaitable[int]], row: Row) -> None:
         self._server = server

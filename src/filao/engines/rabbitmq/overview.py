@@ -9,9 +9,9 @@ from typing import Protocol
 import msgspec
 
 from filao.engine import State, StoredMessage
-from filao.overview import GLANCE_MAX, Glimpse, HeldGroup, seen_error
+from filao.overview import Glimpse, HeldGroup, seen_error
 
-FOUND_AMONG = 10_000  # dead letters among which one is looked for
+LOOKED_AT_MAX = 10_000  # dead letters of one list, and among which one is looked for: all are received for either
 
 
 class Peek(Protocol):
@@ -27,6 +27,7 @@ class RabbitmqOverview:
 
     log = None
     sees: tuple[State, ...] = (State.DEAD,)
+    glance_max: int = LOOKED_AT_MAX
 
     def __init__(self, peek: Peek) -> None:
         self._peek = peek
@@ -37,12 +38,12 @@ class RabbitmqOverview:
         """Return dead letters; nothing else can be looked at."""
         if group is not None:
             return []
-        found = await self._peek(queue, state, limit=min(limit, GLANCE_MAX), after=after)
+        found = await self._peek(queue, state, limit=min(limit, LOOKED_AT_MAX), after=after)
         return [_glimpse(message) for message in found]
 
     async def find(self, queue: str, message_id: str) -> StoredMessage | None:
         """Return one dead letter."""
-        found = await self._peek(queue, State.DEAD, limit=FOUND_AMONG, after=None)
+        found = await self._peek(queue, State.DEAD, limit=LOOKED_AT_MAX, after=None)
         return next((message for message in found if message.id == message_id), None)
 
     async def held_groups(self, queue: str) -> list[HeldGroup]:  # noqa: ARG002

@@ -43,6 +43,7 @@ class SqliteOverview:
     """See `filao.overview.Overview`."""
 
     sees: tuple[State, ...] = tuple(State)
+    glance_max: int = GLANCE_MAX
 
     def __init__(self, change: Worked, look_up: Worked) -> None:
         self._look_up = look_up
