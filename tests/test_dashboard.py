@@ -498,6 +498,7 @@ async def test_until_dead_letters_are_told_apart_their_number_is(broker, visitor
     assert "7 dead letters are being told apart" in await visitor.sees("/en/dead")
 
 
+@on_both
 async def test_one_kind_is_redriven_and_the_log_says_who_did_it(broker, visitor) -> None:
     await die(broker, FOUR_KINDS)
     await visitor.sees("/en/dead")
@@ -823,7 +824,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import filao
-from filao.dashboard import app, pages, views
+from filao.dashboard import app
 
 application = Starlette(
     routes=[Mount("/ops/queues", app(filao.connect(sys.argv[1]))), Mount("/", get_asgi_application())]
