@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytest
 
@@ -35,6 +36,22 @@ async def test_a_turn_that_fails_is_followed_by_another_and_logged_with_its_trac
     (record,) = caplog.records
     assert record.exc_info is not None
     assert record.getMessage() == r"the listener failed and goes on: 'ValueError: what is\nthis?'"
+
+
+async def test_a_cancellation_that_is_swallowed_below_ends_it_after_the_turn() -> None:
+    begun = asyncio.Event()
+
+    async def turn() -> None:
+        is_first = not begun.is_set()
+        begun.set()
+        with suppress(*[asyncio.CancelledError] * is_first):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(for_ever("the listener", turn))
+    await begun.wait()
+    task.cancel()
+    await asyncio.wait([task], timeout=5)
+    assert task.cancelled()
 
 
 async def test_an_error_that_repeats_itself_is_logged_once(caplog) -> None:

@@ -37,11 +37,24 @@ async def for_ever(
     while True:
         try:
             await turn()
+            check_cancelled()
             pause, said = 0.0, ""
         except Exception as error:
+            check_cancelled()
             said = _say(what, error, said)
             pause = min(2 * pause or PAUSE_MIN, pause_max)
             await _rest(pause * random.uniform(0.5, 1.0), wake)
+
+
+def check_cancelled() -> None:
+    """Raise the cancellation of the running task that a call below has swallowed; call it between two turns of a loop.
+
+    Before Python 3.12 `asyncio.wait_for`, which the servers' clients use, returns a result that comes in the same
+    moment as the cancellation, and forgets the latter.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def _rest(seconds: float, wake: asyncio.Event | None) -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from filao.errors import FilaoError
+from filao.guarded import check_cancelled
 from filao.overview import Deed, Overview
 
 log: logging.Logger = logging.getLogger("filao.dashboard")
@@ -152,6 +153,7 @@ class Jobs:
             if job.done != noted:
                 with suppress(FilaoError):
                     await kept.record(job.logged, job.done)
+                check_cancelled()
                 noted = job.done
 
 

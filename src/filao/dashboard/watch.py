@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from filao.broker import Broker
 from filao.engine import QueueStats
 from filao.errors import FilaoError
-from filao.guarded import for_ever
+from filao.guarded import check_cancelled, for_ever
 
 LOOKS_EVERY = 2.0  # seconds between two looks, while a page is open
 QUIET_AFTER = 60.0  # seconds after which a dashboard that nobody asks looks ...
@@ -126,6 +126,7 @@ class Watch:
         self._hurry.clear()
         self._looked_at = began = time.monotonic()
         seen, trouble = await self._read()
+        check_cancelled()
         self._took = time.monotonic() - began
         number = self._look.number + 1
         if trouble:

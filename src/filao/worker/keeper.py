@@ -135,7 +135,7 @@ class Keeper:
             tasks.create_task(self._report(session))
 
     async def _keep(self, session: Session) -> None:
-        while not self._worker_loop.is_closed():  # for then nobody works any more
+        while self._is_wanted():
             await asyncio.sleep(self._tick)
             due = self._due(time.monotonic())
             if not due:
@@ -148,10 +148,14 @@ class Keeper:
                 self._outages.is_over("extending leases")
 
     async def _report(self, session: Session) -> None:
-        while not self._worker_loop.is_closed():
+        while self._is_wanted():
             with suppress(Exception):  # who works says so
                 await session.report(self._state())
             await asyncio.sleep(REPORT_EVERY)
+
+    def _is_wanted(self) -> bool:
+        """Return whether somebody may still work: not once it was stopped, or the worker's loop is gone."""
+        return not (self._stopped.is_set() or self._worker_loop.is_closed())
 
     def _due(self, now: float) -> list[Kept]:
         """Return those of whose lease a third has passed, and with them all that will be at the next look."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 import psycopg
 
 from filao.engines.postgresql.server import Connection, Server
-from filao.guarded import for_ever
+from filao.guarded import check_cancelled, for_ever
 from filao.process import process_name
 
 ALIVE = 0x46696C61  # "Fila", the first key of the advisory locks that processes hold
@@ -134,6 +134,7 @@ class Listener:
                 while not self._server.is_distrusted(connection):
                     async for notification in connection.notifies(timeout=RETRY_MAX):
                         self._call(_called(notification.payload))
+                    check_cancelled()
         finally:
             await self._hang_up()
 
