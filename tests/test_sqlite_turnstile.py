@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import filao
+from filao.engine import Batch
 from filao.engines.sqlite import files
 from filao.engines.sqlite.backup import back_up
 from tests.conftest import engine_of
@@ -159,3 +160,36 @@ async def test_a_backup_waits_no_longer_for_a_turn_than_calls_do(db, monkeypatch
         with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="Nothing was copied"):
             await asyncio.to_thread(back_up, db, tmp_path / "copy.db")
     assert not (tmp_path / "copy.db").exists()
+
+
+@pytest.mark.anyio
+async def test_a_look_of_several_parts_waits_no_longer_than_one_call(db, monkeypatch) -> None:
+    begun, over = asyncio.Event(), asyncio.Event()
+
+    async def hold(broker: filao.Broker) -> None:
+        async with broker.transaction() as tx:
+            await tx.execute("SELECT 1")
+            begun.set()
+            await over.wait()
+
+    async with filao.connect(db) as broker, asyncio.timeout(20):
+        holding = asyncio.create_task(hold(broker))
+        await begun.wait()
+        for look in (broker.stats, broker.peek, broker.purge):
+            monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.1)
+            looking = asyncio.create_task(look(CLAIMS))
+            await asyncio.sleep(0)
+            monkeypatch.setattr(files, "BUSY_TIMEOUT", 1_000.0)  # for what has a limit of its own from now on
+            with pytest.raises(filao.EngineUnavailable, match="a transaction of this broker"):
+                await looking
+        over.set()
+        await holding
+
+
+@pytest.mark.anyio
+async def test_a_batch_counts_its_wait_from_when_its_first_came_to_the_line(db, monkeypatch) -> None:
+    async with filao.connect(db) as broker, asyncio.timeout(20):
+        monkeypatch.setattr(files, "BUSY_TIMEOUT", 1_000.0)
+        batch = Batch(receives=False, writes=True, take=lambda _: [], since=time.monotonic() - 1_000.0)
+        with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="by another process"):
+            await engine_of(broker).execute(batch)

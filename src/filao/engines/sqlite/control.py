@@ -2,13 +2,14 @@
 bounded size, between which others have their turns.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol, Self, TypeVar
 
 from filao.engine import Draft, Event, Finding, QueueStats, State, StoredMessage
-from filao.engines.sqlite import moves, operators, processes
+from filao.engines.sqlite import files, moves, operators, processes
 from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.doctor import examine
@@ -23,14 +24,15 @@ R = TypeVar("R")
 
 SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
 EXPIRED_SLICES_MAX = 20  # of 5,000 expired messages, that end before an operator's look: a second; the rest end later
+EXPIRED_WITHIN = 5.0  # seconds that an operator's look waits for that, beside a transaction that keeps the file locked
 ALL = 2**62
 
 
 class Worked(Protocol):
     """Has work done on the file, in the database's thread."""
 
-    async def __call__(self, work: Callable[[Books], R]) -> R:
-        """Return what it comes to."""
+    async def __call__(self, work: Callable[[Books], R], until: float | None = None) -> R:
+        """Return what it comes to; it must have begun by then (monotonic), or within 30 s."""
         ...
 
 
@@ -67,13 +69,13 @@ class SqliteOperators:
 
     async def stats(self, queue: str | None = None) -> list[QueueStats]:
         """Read the counters of every queue, or of one."""
-        await self._let_expire()
-        return await self._look_up(lambda books: stats(books, queue))
+        until = await self._let_expire()
+        return await self._look_up(lambda books: stats(books, queue), until)
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
-        await self._let_expire()
-        return await self._look_up(lambda books: operators.peek(books, books.row(queue), state, limit, after))
+        until = await self._let_expire()
+        return await self._look_up(lambda books: operators.peek(books, books.row(queue), state, limit, after), until)
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Give dead letters back, each to its old place."""
@@ -113,9 +115,9 @@ class SqliteOperators:
         self, queue: str, states: Sequence[State], ids: Sequence[str] | None, limit: int | None
     ) -> Sequence[int]:
         """Return the numbers of the messages that a command is about: fixed when it begins, or it might never end."""
-        await self._let_expire()
+        until = await self._let_expire()
         most = ALL if limit is None else limit
-        return await self._look_up(lambda books: operators.chosen(books, books.row(queue), states, ids, most))
+        return await self._look_up(lambda books: operators.chosen(books, books.row(queue), states, ids, most), until)
 
     async def _in_slices(
         self, queue: str, numbers: Sequence[int], work: Callable[[Books, QueueRow, Sequence[int]], int]
@@ -126,15 +128,19 @@ class SqliteOperators:
                 tally.done += await self._change(partial(_slice, queue, numbers[first : first + SLICE], work))
         return tally.done
 
-    async def _let_expire(self) -> None:
-        """Let what is expired go where nobody received and saw to it; while the file is locked, it is still shown."""
-        slices = EXPIRED_SLICES_MAX
+    async def _let_expire(self) -> float:
+        """Let what is expired go where nobody received and saw to it; while the file is locked, it is still shown.
+
+        Return by when (monotonic) the operator's look must have begun: both together have the limit of one call.
+        """
+        now = time.monotonic()
+        until, slices = now + files.BUSY_TIMEOUT, EXPIRED_SLICES_MAX
+        soon = min(until, now + EXPIRED_WITHIN)
         with suppress(EngineUnavailable):
-            for queue in await self._look_up(operators.outlived):
-                while await self._change(partial(_expired, queue)):
+            for queue in await self._look_up(operators.outlived, soon):
+                while slices and await self._change(partial(_expired, queue), soon):
                     slices -= 1
-                    if not slices:
-                        return
+        return until
 
 
 def _slice(

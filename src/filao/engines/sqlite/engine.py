@@ -39,6 +39,7 @@ R = TypeVar("R")
 POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and commits on the users' own connections
 SLEPT = 0.5  # seconds that the steady clock went on more than the event loop's between two looks
 INTERRUPTED_EVERY = 0.01  # seconds between interruptions of a look that a close waits for
+BEGINS_WITHIN = 0.5  # seconds at least to begin a batch, when the last took as long as a call may wait
 CLOSED_WITHIN = 1.0  # seconds more to close the file, when giving back what was held took as long as it may
 
 
@@ -151,9 +152,10 @@ class SqliteEngine:
 
     def execute(self, batch: Batch) -> Awaitable[list[Result]]:
         """Do a batch as one transaction, with what joined it until our turn came."""
+        until = max(batch.since + files.BUSY_TIMEOUT, time.monotonic() + BEGINS_WITHIN)
         if self._gate.locked():
-            return self._alone(partial(self._execute, batch))
-        return self._in_turn(partial(self._execute, batch), future=Direct(self._loop))
+            return self._alone(partial(self._execute, batch), until)
+        return self._in_turn(partial(self._execute, batch), until, Direct(self._loop))
 
     def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
         """Do a batch in the calling thread, if nobody is in the way."""
@@ -341,7 +343,7 @@ class SqliteEngine:
         """Return a queue with its rules, by one row."""
         return await self._look_up(lambda books: books.row(queue).rules)
 
-    async def _change(self, work: Callable[[Books], R]) -> R:
+    async def _change(self, work: Callable[[Books], R], until: float | None = None) -> R:
         """Do work that changes something, as a durable transaction."""
 
         def job() -> R:
@@ -349,9 +351,9 @@ class SqliteEngine:
                 return work(books)
 
         self._housekeeper.is_wanted = True
-        return await self._alone(job)
+        return await self._alone(job, until)
 
-    async def _look_up(self, work: Callable[[Books], R]) -> R:
+    async def _look_up(self, work: Callable[[Books], R], until: float | None = None) -> R:
         """Do work that changes nothing."""
 
         def begun(books: Books) -> R:
@@ -364,7 +366,7 @@ class SqliteEngine:
             finally:
                 self._looks = False
 
-        return await self._alone(job)
+        return await self._alone(job, until)
 
     async def _alone(self, job: Callable[[], R], until: float | None = None) -> R:
         """Run a job in the thread, but not in the middle of a transaction of the user's."""
