@@ -4,7 +4,9 @@ messages.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -13,6 +15,7 @@ from filao.engine import Receive
 from filao.engines.sqlite import verbs
 from filao.engines.sqlite.clock import BOOT_ID
 from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.engine import SqliteEngine
 from filao.engines.sqlite.presence import Presence
 from tests.conftest import engine_of
 
@@ -175,3 +178,19 @@ async def test_the_machine_s_own_clock_is_the_one_that_counts_from_its_start(tmp
     async with filao.connect(tmp_path / "claims.db") as broker, broker.transaction() as tx:
         ((clock,),) = await tx.execute("SELECT value FROM filao_meta WHERE name = 'clock'")
         assert clock.split()[0] == BOOT_ID.read_text(encoding="ascii").strip()
+
+
+async def test_what_stands_in_for_time_time_is_no_start_of_the_machine(tmp_path, monkeypatch) -> None:
+    async def boot(broker: filao.Broker) -> str:
+        async with broker.transaction() as tx:
+            ((clock,),) = await tx.execute("SELECT value FROM filao_meta WHERE name = 'clock'")
+        return str(clock).split()[0]
+
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        before = await boot(broker)
+    with monkeypatch.context() as frozen:
+        frozen.setattr(time, "time", lambda: 1_700_000_000.0)
+        async with filao.connect(tmp_path / "claims.db") as broker:
+            assert await boot(broker) == before
+        filao.connect("amqp://127.0.0.1/")  # where a test's clock is refused, as it is for an engine of one's own
+        filao.connect(partial(SqliteEngine, tmp_path / "claims.db"))

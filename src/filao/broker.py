@@ -14,7 +14,16 @@ from typing import Any, Self, get_args, overload
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from filao.checks import PEEK_MAX, RECEIVE_MANY_MAX, check_duration, check_ids, check_key, check_limit, is_text
+from filao.checks import (
+    PEEK_MAX,
+    RECEIVE_MANY_MAX,
+    check_duration,
+    check_ids,
+    check_key,
+    check_limit,
+    is_machines,
+    is_text,
+)
 from filao.codec import codec_for, seen_as, shown
 from filao.draft import Outgoing, draft, drafts, larger, listed
 from filao.engine import (
@@ -55,7 +64,7 @@ def connect(
     `ConfigurationError` for a URL that cannot be right; opening raises it too, or `EngineError`.
     """
     if callable(url):
-        if durability != "full" or clock is not time.time:
+        if durability != "full" or not is_machines(clock):
             raise ConfigurationError("durability= and clock= are for URLs: give them to what makes your engine")
         return Broker(Session(url))
     return Broker(Session(partial(engine_for, located(url), durability=durability, clock=clock)))

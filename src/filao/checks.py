@@ -4,7 +4,8 @@ Every check raises an error that names the queue, the value and what would be ri
 """
 
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 from filao.codec import shown
 from filao.errors import ConfigurationError, MessageError
@@ -23,6 +24,14 @@ def check_name(name: object) -> None:
     """Raise `ConfigurationError` unless `name` may name a queue."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigurationError(f"queue name {shown(name)}: a name is 1 to 128 characters of A-Z a-z 0-9 . _ -")
+
+
+def is_machines(clock: Callable[[], float], machines: Callable[[], float] = time.time) -> bool:
+    """Return whether a clock is the machine's, as it is by default, and no test's.
+
+    A library that freezes time puts a clock of its own in the place of `time.time`, but not into defaults.
+    """
+    return clock is machines
 
 
 def check_duration(owner: str, what: str, value: object, *, least: float = 0.0, most: float = DURATION_MAX) -> None:

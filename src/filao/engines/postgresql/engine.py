@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.errors import LockNotAvailable
 
+from filao.checks import is_machines
 from filao.engine import (
     Abandoned,
     Batch,
@@ -149,11 +150,11 @@ class PostgresqlEngine:
 
     def _moment(self) -> int | None:
         """Return the time of a clock that a test moves; None: the server's own decides, jumped or not."""
-        return None if self._clock is time.time else round(self._clock() * 1000)
+        return None if is_machines(self._clock) else round(self._clock() * 1000)
 
     def _expected(self) -> int | None:
         """Return what a call that can be made again says of the time: see `ServerClock`."""
-        return self._time.moment() if self._clock is time.time else self._moment()
+        return self._time.moment() if is_machines(self._clock) else self._moment()
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelNotFoundEntity
 
+from filao.checks import is_machines
 from filao.engine import (
     Abandoned,
     Ack,
@@ -67,7 +68,7 @@ class RabbitmqEngine:
     concurrent_batches = 64  # the server flushes its disk for all that are on their way
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
-        if clock is not time.time:
+        if not is_machines(clock):
             raise ConfigurationError("clock= cannot be given with an amqp:// URL: RabbitMQ's own clock decides")
         self._server = Server(url)
         self._sending = Link(self._server, self._call_all)

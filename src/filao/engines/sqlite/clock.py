@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from filao.checks import is_machines
+
 log: logging.Logger = logging.getLogger("filao.sqlite")
 
 JUMP = 1_000  # milliseconds between the wall clock and ours that are taken for a jump
@@ -29,7 +31,7 @@ class FileClock:
     """
 
     def __init__(self, wall: Callable[[], float]) -> None:
-        boot = _boot() if wall is time.time else ""
+        boot = _boot() if is_machines(wall) else ""
         self._wall = wall
         self.steady: Callable[[], float] = _boottime if boot else getattr(wall, "steady", wall)
         """Seconds that never jump, and go on while the machine sleeps."""
