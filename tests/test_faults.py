@@ -225,6 +225,7 @@ def check_errors(said: clerk.Said, db: Path, text: Sequence[str]) -> None:
     [
         (f"{WRITE}:error=ENOSPC:when=120..130", FULL),
         (f"{WRITE}:error=EIO:when=120..130", FAILED),
+        (f"{WRITE}:error=EDQUOT:when=120..130", (*FAILED, "a quota")),
         (f"{FLUSH}:error=EIO:when=12", FAILED),
         (f"{FLUSH}:error=EIO:when=12..16", FAILED),
         (f"{FLUSH}:error=ENOSPC:when=12..14", FAILED),

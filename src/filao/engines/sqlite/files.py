@@ -244,12 +244,13 @@ def set_durable(db: sqlite3.Connection, *, durable: bool) -> None:
 def check_whole(db: sqlite3.Connection, path: Path) -> None:
     """Raise `EngineError` unless the file is whole after the disk failed.
 
-    What the WAL holds may never have reached the disk, though reading it succeeds: writing it back makes sure.
+    What the WAL holds may never have reached the disk, though reading it succeeds: writing it back makes sure, and
+    fails at once where the disk still does.
     """
-    verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     db.execute(f"PRAGMA busy_timeout = {READERS_GO_ON_WITHIN}")
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     db.execute("PRAGMA busy_timeout = 0")
+    verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
         raise EngineError(f"{path} is damaged: {verdict}. Stop the writers; run: filao doctor {path}")
 
@@ -477,8 +478,9 @@ def engine_error(path: Path, error: Exception) -> EngineError:
             return EngineError(f"the disk of {path} is full ({said}). Nothing was done; free space and try again.")
         case sqlite3.SQLITE_IOERR:
             return EngineUnavailable(
-                f"the disk of {path} failed ({said}). What was confirmed before is kept; this call may or may not have "
-                f"been. The file is opened afresh for the next call; look at the disk, and run: filao doctor {path}"
+                f"the disk of {path} failed, or a quota on it is used up ({said}). What was confirmed before is kept; "
+                f"this call may or may not have been. The file is opened afresh for the next call; look at the disk "
+                f"and the quota, and run: filao doctor {path}"
             )
         case sqlite3.SQLITE_NOTADB:
             return EngineError(f"{path} is not a SQLite database ({said}). Nothing was changed; give another path.")
