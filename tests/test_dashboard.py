@@ -1,6 +1,7 @@
 """The dashboard over HTTP: whom it lets in, what its pages tell, and what its forms do."""
 
 import asyncio
+import json
 import os
 import re
 import socket
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from html import unescape
 from itertools import count
 from pathlib import Path
@@ -63,7 +66,12 @@ async def visitor(broker: filao.Broker) -> AsyncGenerator[Visitor]:
         yield somebody
 
 
-async def die(broker: filao.Broker, errors: Mapping[str, Exception | str], queue: str = "claims") -> None:
+@dataclass(frozen=True)
+class Dated:
+    on: datetime
+
+
+async def die(broker: filao.Broker, errors: Mapping[Any, Exception | str], queue: str = "claims") -> None:
     """Send a message for each body, and let it die of its error."""
     for body, error in errors.items():
         await broker.send_to_queue(queue, body)
@@ -591,6 +599,19 @@ async def test_an_edited_body_must_fit_the_queues_type(broker) -> None:
         assert "No dead letters" not in await somebody.sees("/en/dead")
         await somebody.does(act, body="7")
     assert [message.body for message in await broker.peek("claims")] == [7]
+
+
+async def test_an_edited_body_is_kept_as_it_was_typed_in(broker) -> None:
+    """Its type would drop the key, and write the date otherwise."""
+    typed = filao.Queue("claims", Dated)
+    await broker.declare(typed)
+    await die(broker, {Dated(datetime(2026, 1, 1, tzinfo=UTC)): "no"})
+    (letter,) = await broker.dead_letters("claims")
+    edited = {"on": "2026-01-02T00:00:00+00:00", "note": "kept"}
+    async with visiting(broker, allow_actions=True, queues=[typed]) as somebody:
+        await somebody.does(Act("edit", "claims", id=letter.id), body=json.dumps(edited))
+    assert [message.body for message in await broker.peek("claims")] == [edited]
+    assert [message.body for message in await broker.peek(typed)] == [Dated(datetime(2026, 1, 2, tzinfo=UTC))]
 
 
 async def test_a_purge_wants_the_queues_name(broker, visitor) -> None:

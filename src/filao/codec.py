@@ -5,12 +5,18 @@ decode to its queue's type raises `ValueError` here, and the broker makes it a d
 queue outlives the code that filled it, and reading a message must not run anything.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
-from functools import lru_cache
-from typing import Any, Protocol, cast
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from functools import lru_cache, partial
+from operator import attrgetter
+from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
+from uuid import UUID
 
 import msgspec
 
@@ -23,26 +29,23 @@ BYTES = 1
 """The content is the caller's bytes, untouched."""
 
 DEPTH_MAX = 200  # objects and arrays within each other: readers in other programs stop at 254, and Python soon after
+SHALLOW_MAX = 2 * DEPTH_MAX  # bytes: what is no longer has no room for more brackets
 HEADERS_MAX = 8 * 1024  # bytes, as JSON
 HEADERS_COUNT_MAX = 64
 SHOWN_MAX = 80  # characters of a wrong value that an error text repeats
 
 
-_RAW = (bytes, bytearray, memoryview)  # once: a union in the call would be made anew for every body
+_RAW: tuple[Any, ...] = (bytes, bytearray, memoryview)  # once: a union would be made anew for every body
 _UNWRITABLE = (
     *(TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError),
     *(AttributeError, LookupError, ArithmeticError),  # of a model's own properties, too
 )
 
 
-class _PydanticModel(Protocol):
-    def model_dump_json(self) -> str: ...
-
-
 def _write_foreign(value: object) -> object:
-    """Let pydantic write its own models wherever msgspec meets one."""
-    if hasattr(value, "model_dump_json"):
-        return msgspec.Raw(cast("_PydanticModel", value).model_dump_json().encode())
+    """Let pydantic write what is its own wherever msgspec meets it."""
+    if _is_pydantics(type(value)):
+        return msgspec.Raw(codec_for(type(value)).write(value))
     raise TypeError(f"JSON cannot hold a {type(value).__qualname__}")
 
 
@@ -55,54 +58,51 @@ class Codec:
 
     body: type[Any] | None
     read: Callable[[bytes], Any]
-    is_open: bool = False
-    """Whether the type says of some part that it may be anything: there what JSON makes of it is what comes back."""
+    write: Callable[[Any], bytes] = _encode_json
 
     def encode(self, queue: str, body: object) -> tuple[int, bytes]:
         """Return what the content is (`JSON` or `BYTES`) and the content, or raise `MessageNotEncodable`.
 
-        Whether it comes back as it was is seen by reading it, which is quicker than walking through the body in Python:
-        that tells only what is wrong when something is.
+        Whether the body comes back as it was is seen by reading it. Without a type, JSON's own values are compared in
+        C; what is not equal there, and what has a type, is compared part by part.
         """
         try:
-            if isinstance(body, _RAW):
-                content = bytes(cast("bytes", body))
-                if self.body not in (None, bytes):
-                    raise _not_of_type(queue, self.body, content, "it is raw bytes")
-                return BYTES, content
-            content = _encode_json(body)
-            if is_too_deep(content):
+            if body.__class__ is not dict and isinstance(body, _RAW) and self.body in (None, bytes):
+                return BYTES, bytes(cast("bytes", body))
+            content = self.write(body)
+            if len(content) > SHALLOW_MAX and is_too_deep(content):
                 raise _too_deep(queue, body)
             if self.body is not None:
-                self._check_is_of_type(queue, body, content)
-            elif msgspec.json.decode(content) != body:  # a NaN, which is written as null, is not equal to itself
-                _check(body, "", typed=False)
+                unlike = _unlike(body, self._came(queue, body, content))
+            elif (came := self.read(content)) == body:
+                return JSON, content
+            else:
+                unlike = _unlike(body, came, again=_read_by_its_class)
         except _UNWRITABLE as error:  # no others: a signal's handler may raise its own here
             raise _not_written(queue, body, error) from error  # pyright: ignore[reportUnknownArgumentType]
+        if unlike is not None:
+            raise _not_as_it_was(queue, body, *unlike)
         return JSON, content
 
-    def _check_is_of_type(self, queue: str, body: object, content: bytes) -> None:
-        """Raise unless who reads the content by the queue's type gets what was sent."""
+    def _came(self, queue: str, body: object, content: bytes) -> Any:
+        """Return what the consumer gets, or raise the error which says that it gets nothing."""
         try:
-            read = self.read(content)
+            return self.read(content)
         except ValueError as error:
-            raise _not_of_type(queue, self.body, body, str(error)) from error
-        if isinstance(read, dict | list | tuple | set | frozenset) and read != body:
-            if msgspec.json.decode(content) != body:
-                _check(body, "", typed=False)
-            return
-        if self.is_open and read != body:
-            _check_open(body, read, "")
-        if b"null" in content:
-            _check(body, "", typed=True)
+            why = "it is raw bytes" if isinstance(body, _RAW) else str(error)
+            raise _not_of_type(queue, self.body, body, why) from error
 
     def decode(self, kind: int, content: bytes) -> Any:
         """Return the body, or raise `ValueError` when the content is not of the queue's type."""
         if kind == JSON:
             try:
                 return self.read(content)
+            except ValueError:
+                raise
             except RecursionError as error:
                 raise ValueError("the body is nested too deeply") from error
+            except _UNWRITABLE as error:  # of what the type itself does with what is read
+                raise ValueError(f"reading it raised {type(error).__qualname__}: {error}") from error
         if self.body in (None, bytes):
             return content
         raise ValueError(f"Expected `{type_name(self.body)}`, got raw bytes")
@@ -111,22 +111,70 @@ class Codec:
 def _codec(body: Any) -> Codec:
     if body is None:
         return Codec(body, msgspec.json.decode)
-    if hasattr(body, "model_validate_json"):
-        validate = cast("Callable[..., Any]", getattr(body, "model_validate_json"))  # noqa: B009
-        return Codec(body, lambda content: validate(content, strict=True))
+    if body is bytes:
+        return Codec(body, _no_bytes)
     try:
+        if "pydantic" in sys.modules and (models := list(_pydantics(body, set()))):
+            return _by_pydantic(body, models)
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(body, strict=True)
     except Exception as error:  # a name that is not defined, or whatever its annotations raise
         raise ConfigurationError(f"{shown(body)} cannot be the type of a queue's bodies: {error}") from error
-    try:
-        is_open = _is_open(msgspec.inspect.type_info(body), set())
-    except (*_UNWRITABLE, NameError, NotImplementedError):  # it can be decoded, and not be described
-        is_open = False
-    return Codec(body, decoder.decode, is_open)
+    return Codec(body, decoder.decode)
 
 
 codec_for: Callable[[Any], Codec] = lru_cache(maxsize=256)(_codec)
 """Return the codec for a queue's declared body type; None stands for plain JSON or bytes."""
+
+
+def _no_bytes(content: bytes) -> Any:
+    """Raise `ValueError`: msgspec would take a text for base64, and bytes are never sent as JSON."""
+    raise ValueError("Expected raw `bytes`, got JSON")
+
+
+def _is_pydantics(kind: object) -> bool:
+    return isinstance(kind, type) and hasattr(kind, "__pydantic_validator__")
+
+
+def _pydantics(kind: Any, seen: set[int]) -> Iterator[Any]:
+    """Yield pydantic's models and dataclasses that a type is made of, at any depth."""
+    if id(kind) in seen:
+        return
+    seen.add(id(kind))
+    if _is_pydantics(kind):
+        yield kind
+    parts = [*get_args(kind), *(getattr(kind, name, None) for name in ("__supertype__", "__value__", "__bound__"))]
+    origin = get_origin(kind) or kind
+    if isinstance(origin, type):
+        try:
+            parts += get_type_hints(origin, include_extras=True).values()
+        except Exception:  # of a name that is not defined, or of whatever else annotations raise
+            parts += []
+    for part in parts:
+        yield from _pydantics(part, seen)
+
+
+def _by_pydantic(body: Any, models: Iterable[Any]) -> Codec:
+    """Return the codec of a type that msgspec alone cannot read.
+
+    Aliases are written if every model reads what it writes. If one has others for writing, names are.
+    """
+    from pydantic import TypeAdapter  # an extra
+
+    adapter = TypeAdapter[Any](body)
+    by_alias = all(
+        (field.validation_alias or name) == (field.serialization_alias or name)
+        for model in models
+        for name, field in _pydantic_fields(model).items()
+    )
+    read = partial(adapter.validate_json, strict=True)
+    with suppress(ValueError):
+        read(b"null")  # which tells now what a type without all its names would tell at the first send
+    return Codec(body, read, partial(adapter.dump_json, by_alias=by_alias, round_trip=True, warnings=False))
+
+
+def _pydantic_fields(model: Any) -> dict[str, Any]:
+    """Return the fields of a model or dataclass of pydantic's; before 2.10, they had another name in a model."""
+    return cast("dict[str, Any]", getattr(model, "__pydantic_fields__", None) or getattr(model, "model_fields", {}))
 
 
 def encode_headers(queue: str, headers: Mapping[str, str]) -> str | None:
@@ -194,7 +242,7 @@ def is_too_deep(content: bytes) -> bool:
 
     What is too short for so many pairs of brackets costs nothing, and what holds few costs only their count.
     """
-    if len(content) <= 2 * DEPTH_MAX or content.count(b"[") + content.count(b"{") <= DEPTH_MAX:
+    if len(content) <= SHALLOW_MAX or content.count(b"[") + content.count(b"{") <= DEPTH_MAX:
         return False
     if b"\\" in content:
         content = content.replace(rb"\\", b"").replace(rb"\"", b"")  # escapes are read from the left, as here
@@ -214,7 +262,7 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 def type_name(body: object) -> str:
     """Return a body type as its user wrote it."""
-    return getattr(body, "__qualname__", None) or repr(body)
+    return body.__qualname__ if isinstance(body, type) else repr(body)
 
 
 def shown(value: object) -> str:
@@ -226,93 +274,145 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
 
 
-def _check(value: object, where: str, *, typed: bool) -> None:
-    """Raise `ValueError` for what JSON has no form for; within what is `typed`, its type says what other forms mean."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"JSON has no {value!r}{_at(where)}")
-    if isinstance(value, Mapping):
-        for key, item in cast("Mapping[object, object]", value).items():
-            if not typed and type(key) is not str:
-                raise ValueError(f"the key {shown(key)}{_at(where)} would come back as a text, as all keys do in JSON")
-            _check(item, f"{where}[{shown(key)}]", typed=typed)
-    elif isinstance(value, list) or (typed and isinstance(value, tuple | set | frozenset)):
-        for place, item in enumerate(cast("list[object]", value)):
-            _check(item, f"{where}[{place}]", typed=typed)
-    elif isinstance(value, Enum):
-        if not typed and not isinstance(value, str | int):
-            raise _other(value, where)
-    elif value is None or isinstance(value, str | int | float | msgspec.Raw):
-        return
-    elif (fields := _fields(value)) is not None:
-        if not typed:
-            _check_instance(value, where)
-        for name in fields:
-            _check(getattr(value, name), f"{where}.{name}", typed=True)
-    elif not typed:
-        raise _other(value, where)
+_PLAIN = frozenset({str, int, float, bool, type(None), bytes, Decimal, datetime, date, timedelta, UUID})
+
+_Unlike = tuple[str, str, str]
+"""Where in a body a difference is, what differs, and what would become of it."""
+_Again = Callable[[Any], Any]
+_Parts = Iterable[tuple[Any, Any, Any]]
+_LISTS: tuple[Any, ...] = (list, tuple)  # as types of which nothing is known, or their parts would be
+_DICTS: tuple[Any, ...] = (dict,)
+_SETS: tuple[Any, ...] = (set, frozenset)
 
 
-def _fields(value: object) -> Iterable[str] | None:
-    """Return the names of the fields of a dataclass, an attrs class, a Struct or pydantic's model; None for what is
-    none.
+class _Record(NamedTuple):
+    """A class whose instances are written by their fields."""
+
+    names: tuple[str, ...]
+    of: Callable[[Any], tuple[Any, ...]]
+    """Returns an instance's fields, in the order of their names."""
+
+
+def _unlike(sent: Any, came: Any, again: _Again | None = None) -> _Unlike | None:
+    """Return the first difference between a body and what it comes back as; None when there is none.
+
+    Equality alone does not tell: 1.5 equals a `Decimal`, and a record's own `__eq__` may leave fields out. A value may
+    be of a class derived from that of what comes back and equal to it, as a member of a `str` Enum is where the type
+    says `str`, but for a record, which would lose its own fields. An int may come back as the same float.
+
+    Where no type says what a record comes back as, `again` returns what a consumer reads who names its class.
     """
-    kind = type(value)
-    for fields in ("__struct_fields__", "__dataclass_fields__", "__pydantic_fields__"):
-        if hasattr(kind, fields):
-            return cast("Iterable[str]", getattr(kind, fields))
-    if hasattr(kind, "model_dump_json"):  # pydantic's before 2.10
-        return cast("Iterable[str]", getattr(kind, "model_fields", ()))
-    attributes = getattr(kind, "__attrs_attrs__", None)
-    return None if attributes is None else [attribute.name for attribute in attributes]
+    kind = type(sent)  # pyright: ignore[reportUnknownVariableType]
+    record = _record(kind)
+    if again is not None and (record is not None or kind is msgspec.Raw):
+        try:
+            came, again = (again(sent) if record else sent), None
+        except ValueError as error:
+            return "", f"the {kind.__qualname__}", f"does not fit its own class: {error}"
+        except ConfigurationError:
+            return None  # nobody can read it by this class, so nobody will
+    if kind is not type(came) and (record is not None or not _is_derived(sent, came)):
+        return _of_another_type(sent, came)
+    if isinstance(sent, _DICTS) and (other := _other_keys(sent, came)) is not None:
+        return other
+    parts = _parts(sent, came, record)
+    if parts is None:
+        return None if _is_equal(sent, came) else _of_another_value(sent, came)
+    for name, part, its in parts:
+        if type(part) is type(its) and type(part) in _PLAIN and part == its:
+            continue
+        if (found := _unlike(part, its, again)) is not None:
+            place = f"[{shown(name)}]" if record is None else f".{name}"
+            return place + found[0], *found[1:]
+    return None
 
 
-def _check_instance(value: object, where: str) -> None:
-    """Raise `ValueError` when what is in its fields is not what its class says: its consumer could not read it."""
-    try:
-        read = codec_for(type(value)).read
-    except ConfigurationError:
-        return  # nobody can read it by this class, so nobody will
-    try:
-        came = read(_encode_json(value))
-    except ValueError as error:
-        raise ValueError(f"the {type(value).__qualname__}{_at(where)} is none: {error}") from error
-    _check_open(value, came, where)
+def _parts(sent: Any, came: Any, record: _Record | None) -> _Parts | None:
+    """Return the name of each part of a value, with the part and what it comes back as; None when it has no parts."""
+    if record is not None:
+        return zip(record.names, record.of(sent), record.of(came))  # noqa: B905  # quicker, and they are as many
+    if isinstance(sent, _LISTS) and len(sent) == len(came):
+        return zip(range(len(sent)), sent, came)  # noqa: B905
+    if isinstance(sent, _DICTS):
+        item_of: Callable[[Any], Any] = came.__getitem__
+        return zip(sent, sent.values(), map(item_of, sent))  # noqa: B905
+    if isinstance(sent, _SETS) and sent == came:
+        known = {item: item for item in came}
+        return zip(sent, sent, map(known.__getitem__, sent))  # noqa: B905
+    return None
 
 
-def _is_open(kind: object, seen: set[int]) -> bool:
-    """Return whether a type, as msgspec describes it, holds `Any`."""
-    if isinstance(kind, msgspec.inspect.AnyType):
+def _find_record(kind: Any) -> _Record | None:
+    if hasattr(kind, "__struct_fields__"):
+        names = tuple(kind.__struct_fields__)
+    elif dataclasses.is_dataclass(kind):
+        names = tuple(field.name for field in dataclasses.fields(kind))
+    elif _is_pydantics(kind):
+        names = (*_pydantic_fields(kind), "model_extra")
+    elif hasattr(kind, "__attrs_attrs__"):
+        names = tuple(attribute.name for attribute in kind.__attrs_attrs__)
+    else:
+        return None
+
+    def one_by_one(value: Any) -> tuple[Any, ...]:
+        return tuple(getattr(value, name) for name in names)
+
+    return _Record(names, attrgetter(*names) if len(names) > 1 else one_by_one)
+
+
+_record: Callable[[Any], _Record | None] = lru_cache(maxsize=1024)(_find_record)
+"""Return what a dataclass, an attrs class, a Struct or pydantic's model consists of; None for what is none."""
+
+
+def _read_by_its_class(value: Any) -> Any:
+    codec = codec_for(type(value))
+    return codec.read(codec.write(value))
+
+
+def _is_derived(sent: Any, came: Any) -> bool:
+    """Return whether a value may come back as one of another class, if they are equal."""
+    if type(sent) is int and type(came) is float:
         return True
-    if isinstance(kind, tuple):
-        return any(_is_open(part, seen) for part in cast("tuple[object, ...]", kind))
-    if not isinstance(kind, msgspec.inspect.Type | msgspec.inspect.Field) or id(kind) in seen:
-        return False
-    seen.add(id(kind))
-    return any(_is_open(getattr(kind, name), seen) for name in kind.__struct_fields__)
+    return isinstance(sent, type(came)) and not isinstance(sent, (bool, tuple))
 
 
-def _check_open(value: Any, read: Any, where: str) -> None:
-    """Raise `ValueError` for a part that was read as something else, where the type left open what it is."""
-    kind = type(value)  # pyright: ignore[reportUnknownVariableType]
-    if kind is type(read) and (fields := _fields(value)) is not None:
-        for name in fields:
-            _check_open(getattr(value, name), getattr(read, name), f"{where}.{name}")
-    elif kind is type(read) is dict and value.keys() == read.keys():
-        for key, item in value.items():
-            _check_open(item, read[key], f"{where}[{shown(key)}]")
-    elif kind is type(read) is list and len(value) == len(read):
-        for place, (item, came) in enumerate(zip(value, read, strict=True)):
-            _check_open(item, came, f"{where}[{place}]")
-    elif value != read:
-        _check(value, where, typed=False)
+def _other_keys(sent: Mapping[Any, Any], came: Mapping[Any, Any]) -> _Unlike | None:
+    if [*map(type, sent)] == [*map(type, came)] and sent.keys() == came.keys():
+        return None
+    known = {key: key for key in came}
+    for key in sent:
+        if key not in known:
+            is_text = isinstance(key, str)
+            fate = "be lost" if is_text else "come back as a text, as all keys do in JSON"
+            return "", f"the key {shown(key)}", f"would {fate}"
+        if (found := _unlike(key, known[key])) is not None:
+            return found
+    added = [key for key in known if key not in sent]
+    return ("", f"the key {shown(added[0])}", "would be added") if added else None
 
 
-def _other(value: object, where: str) -> ValueError:
-    kind = type(value).__qualname__
-    return ValueError(
-        f"the {kind}{_at(where)} would come back as something else, as JSON has no {kind}. Convert it yourself, or say "
-        f"{kind} in the queue's type, as in filao.Queue(…, body=…)"
-    )
+def _is_equal(sent: Any, came: Any) -> bool:
+    if isinstance(sent, time):  # which equals one without a zone if its own depends on the date
+        return sent == came and (sent.tzinfo is None) is (came.tzinfo is None)
+    if sent == came:
+        return True
+    return isinstance(sent, (datetime, Decimal)) and str(sent) == str(came)  # an hour that is there twice; no number
+
+
+def _of_another_type(sent: Any, came: Any) -> _Unlike:
+    if isinstance(sent, float) and not math.isfinite(sent):
+        return _of_another_value(sent, came)
+    kind, other = type(sent).__qualname__, type(came).__qualname__
+    article = "an" if other[0] in "aeiouAEIOU" else "a"
+    fate = "None" if came is None else "another class of that name" if kind == other else f"{article} {other}"
+    remedy = f"Convert it yourself, or say {kind} in the queue's type, as in filao.Queue(…, body=…)"
+    return "", f"the {kind}", f"would come back as {fate}. {remedy}"
+
+
+def _of_another_value(sent: Any, came: Any) -> _Unlike:
+    if isinstance(sent, float) and not math.isfinite(sent):
+        return "", shown(sent), "is no number that JSON has"
+    return "", shown(sent), f"would come back as {shown(came)}, as its type has it. Change the value or the type"
 
 
 def _at(where: str) -> str:
@@ -329,6 +429,13 @@ def _too_deep(queue: str, body: object) -> MessageNotEncodable:
 def _not_written(queue: str, body: object, error: Exception) -> MessageNotEncodable:
     return MessageNotEncodable(
         f"queue {queue!r}: the body {shown(body)} cannot be written as JSON: {error}. Nothing was sent."
+    )
+
+
+def _not_as_it_was(queue: str, body: object, where: str, what: str, fate: str) -> MessageNotEncodable:
+    return MessageNotEncodable(
+        f"queue {queue!r}: the body {shown(body)} would not be received as it is: {what}{_at(where)} {fate}. "
+        f"Nothing was sent."
     )
 
 

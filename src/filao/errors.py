@@ -42,7 +42,7 @@ class MessageTooLarge(MessageError):
 
 
 class MessageNotEncodable(MessageError):
-    """The body cannot be written as JSON, or is not of the queue's declared type."""
+    """The body cannot be written as JSON, would not come back as it was, or is not of the queue's declared type."""
 
 
 class QueueFull(FilaoError):

@@ -61,8 +61,9 @@ class Backoff:
 class Queue(Generic[T]):
     """A queue's name, the type of its bodies, and its rules: declared once, shared by producers and consumers.
 
-    All durations are seconds. `body` is a type that msgspec or pydantic can check (a dataclass, an attrs class, a
-    Struct, a TypedDict, a pydantic model); without it bodies are plain JSON or bytes.
+    All durations are seconds. `body` is a type that msgspec or pydantic can check: a dataclass, an attrs class, a
+    Struct, a TypedDict, a pydantic model, or what is made of such, as `list[Claim]`. Without it bodies are plain JSON
+    or bytes. A body that would not come back equal and of its types is not sent.
     """
 
     name: str

@@ -379,6 +379,13 @@ class Claim:
     amount: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Larger(Claim):
+    """A claim with more than the queue's type knows."""
+
+    documents: int = 0
+
+
 @needs()
 async def check_a_typed_queue_gives_typed_bodies(stage: Stage) -> None:
     typed = dataclasses.replace(await stage.queue(), body=Claim)
@@ -394,6 +401,10 @@ async def check_a_body_of_another_type_is_not_sent(stage: Stage) -> None:
     wrong: Any
     for wrong in ({"claim_id": "seven"}, {}, 7, b"raw", None):
         await raises(MessageNotEncodable, stage.broker.send_to_queue(typed, wrong), typed.name, "Claim")
+    for wrong in ({"claim_id": 7}, Larger(7), Claim(7, 2**53 + 1)):  # which would come back, but otherwise
+        await raises(MessageNotEncodable, stage.broker.send_to_queue(typed, wrong), typed.name, "come back as")
+        await raises(MessageNotEncodable, stage.broker.send_many(typed, [Claim(8), wrong]), typed.name, "come back as")
+    equal(await stage.broker.receive_from_queue(typed, wait=0), None)
 
 
 @needs(Feature.DEAD_LETTERS)

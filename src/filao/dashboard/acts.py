@@ -5,7 +5,7 @@ Everything here has its twin on the command line, which the page that asks for a
 
 import shlex
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -13,7 +13,7 @@ import msgspec
 
 from filao.broker import Broker
 from filao.checks import check_name
-from filao.codec import codec_for
+from filao.codec import JSON, codec_for
 from filao.dashboard.jobs import RATE_MAX, Job, in_slices
 from filao.dashboard.triage import CHOSEN_MAX, LOOKED_AT_MAX, dead_letters
 from filao.engine import QueueStats, State
@@ -151,8 +151,7 @@ class Doing:
                 job.done = int(await self._broker.cancel(act.queue, act.id or ""))
             case "edit":
                 new = self.checked(act.queue, body)
-                queue = self._typed.get(act.queue, act.queue)
-                job.done = await self._broker.redrive(queue, ids=[act.id or ""], body=new)
+                job.done = await self._broker.redrive(await self._untyped(act.queue), ids=[act.id or ""], body=new)
             case _:
                 await self._of_dead_letters(act, rate, job)
 
@@ -185,18 +184,22 @@ class Doing:
                 chosen.append(letter.id)
         return chosen
 
+    async def _untyped(self, queue: str) -> str | Queue[Any]:
+        """Return a queue that takes a body as it was typed in: its type would drop what it does not know."""
+        declared = {known.name: known for known in await self._broker.queues()}
+        return replace(declared[queue], body=None) if queue in declared else queue
+
     def checked(self, queue: str, text: str) -> Any:
-        """Return an edited body of the queue's type. Raises `MessageError` when it is no JSON, or of another type."""
+        """Return an edited body. Raises `MessageError` when it is no JSON, or its queue's type cannot read it."""
         try:
             plain = msgspec.json.decode(text)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise MessageError(f"queue {queue!r}: the new body is not JSON: {error}. Nothing was changed.") from error
         typed = self._typed.get(queue)
-        if typed is None or typed.body is None:
-            return plain
         try:
-            return codec_for(typed.body).decode(0, text.encode())
+            codec_for(typed and typed.body).decode(JSON, text.encode())
         except ValueError as error:
             raise MessageError(
                 f"queue {queue!r}: the new body does not fit the queue's type: {error}. Nothing was changed."
             ) from error
+        return plain
