@@ -24,7 +24,7 @@ from pydantic.alias_generators import to_camel
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from filao import ConfigurationError, MessageNotEncodable
-from filao.codec import JSON, codec_for
+from filao.codec import JSON, codec_for, seen_as
 
 T = TypeVar("T")
 
@@ -351,6 +351,7 @@ def test_a_type_whose_own_code_fails_when_it_is_read_makes_a_malformed_body() ->
 
     with pytest.raises(ValueError, match="reading it raised KeyError: 7"):
         codec_for(Looking).decode(JSON, b'{"claim_id": 7}')
+    assert seen_as(Looking, {"claim_id": 7}) == {"claim_id": 7}
 
 
 def test_json_is_no_bytes() -> None:
@@ -429,8 +430,10 @@ def told(value: Any) -> Any:
             inside = [told(item) for item in value]
         case set() | frozenset():
             inside = sorted((told(item) for item in value), key=repr)
-        case msgspec.Struct() | pydantic.BaseModel():
-            inside = [(name, told(getattr(value, name))) for name in type(value).__annotations__]
+        case msgspec.Struct():
+            inside = [(name, told(getattr(value, name))) for name in value.__struct_fields__]
+        case pydantic.BaseModel():
+            inside = [(name, told(item)) for name, item in value]
         case _ if hasattr(value, "__dict__"):
             inside = [(name, told(item)) for name, item in vars(value).items()]
         case _:

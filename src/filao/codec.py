@@ -224,8 +224,8 @@ def seen_as(body: type[Any], seen: object) -> Any:
     if isinstance(seen, bytes):
         return seen
     try:
-        return codec_for(body).read(_encode_json(seen))
-    except (ValueError, RecursionError):
+        return codec_for(body).decode(JSON, _encode_json(seen))
+    except ValueError:
         return seen
 
 
