@@ -3,12 +3,17 @@
 import json
 import logging
 
+import pydantic
 import pytest
 
 import filao
 from filao.cli.logs import JsonFormatter
 
 pytestmark = pytest.mark.anyio
+
+
+class Claim(pydantic.BaseModel):
+    claim_id: int
 
 
 async def test_each_record_of_a_run_carries_queue_message_and_attempt(tmp_path, caplog) -> None:
@@ -29,6 +34,18 @@ async def test_each_record_of_a_run_carries_queue_message_and_attempt(tmp_path, 
         written = json.loads(JsonFormatter().format(record))
         assert (written["queue"], written["message_id"], written["attempt"]) == ("claims", receipt.id, 1)
     assert "ValueError: bad" in json.loads(JsonFormatter().format(records[0]))["error"]
+
+
+async def test_a_malformed_body_is_told_on_one_line_with_why(tmp_path, caplog) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        receipt = await broker.send_to_queue("claims", {"claim_id": "seven \x1b[2J"})
+        assert await broker.receive_from_queue(filao.Queue("claims", Claim), wait=0) is None
+    (record,) = [record for record in caplog.records if receipt.id in record.getMessage()]
+    assert "a dead letter, malformed: the body does not fit the queue's type: 1 validation error" in record.getMessage()
+    assert record.getMessage().isprintable()
+    written = json.loads(JsonFormatter().format(record))
+    assert (written["queue"], written["message_id"], written["attempt"]) == ("claims", receipt.id, 1)
 
 
 def test_a_record_stays_on_one_line_whatever_stands_in_it() -> None:

@@ -5,6 +5,7 @@ Whatever is received and cannot be handed over is given back: its caller was can
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, cast
 
@@ -13,8 +14,12 @@ from filao.codec import codec_for, decode_headers
 from filao.engine import Delivery, Receive, Received, Reject, Result
 from filao.errors import EngineError, FilaoError
 from filao.message import Guarantee, Message, delivery_of
+from filao.printable import printable
 from filao.queue import Queue, T
 from filao.session import Session
+
+log: logging.Logger = logging.getLogger("filao")
+LOGGED_MAX = 500  # characters of why a body is malformed: pydantic repeats what it met
 
 
 class Receiving:
@@ -116,6 +121,7 @@ class Receiving:
         try:
             for delivery, why in malformed:
                 await self._session.settle(delivery, Reject(why, malformed=True))
+                _log_malformed(delivery, why)
         except asyncio.CancelledError:
             self._session.give_back_unread(received)
             raise
@@ -128,3 +134,12 @@ class Receiving:
                 self.at_most_once.leave([message])  # which was deleted already
             else:
                 self._session.give_back(delivery_of(message))
+
+
+def _log_malformed(delivery: Delivery, why: str) -> None:
+    """Say it at once: after a change of its type, all that waits in a queue may be malformed."""
+    log.warning(
+        "message %s of %r, attempt %d: a dead letter, malformed: %s",
+        *(printable(delivery.id), delivery.queue, delivery.attempt, printable(why[:LOGGED_MAX])),
+        extra={"queue": delivery.queue, "message_id": delivery.id, "attempt": delivery.attempt},
+    )
