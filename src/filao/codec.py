@@ -403,10 +403,11 @@ def _of_another_type(sent: Any, came: Any) -> _Unlike:
     if isinstance(sent, float) and not math.isfinite(sent):
         return _of_another_value(sent, came)
     kind, other = type(sent).__qualname__, type(came).__qualname__
-    article = "an" if other[0] in "aeiouAEIOU" else "a"
-    fate = "None" if came is None else "another class of that name" if kind == other else f"{article} {other}"
-    remedy = f"Convert it yourself, or say {kind} in the queue's type, as in filao.Queue(…, body=…)"
-    return "", f"the {kind}", f"would come back as {fate}. {remedy}"
+    if kind == other:  # as in a module that was loaded twice
+        return "", f"the {kind}", "would come back as another class of that name. Send what the queue's type names"
+    its = f"an {other}" if other[0] in "aeiouAEIOU" else f"a {other}"
+    remedy = f"Send {its}, or say {kind} in the queue's type, as in filao.Queue(…, body=…)"
+    return "", f"the {kind}", f"would come back as {its}. {remedy}"
 
 
 def _of_another_value(sent: Any, came: Any) -> _Unlike:
