@@ -185,8 +185,8 @@ class Visit:
 
     def _lesson(self) -> scene.Json:
         progress, step, facts = self.progress, self.step, self.facts()
-        values = step.values(facts)
         is_done = len(progress.met) == len(step.conditions)
+        values = progress.proofs[step.key] if is_done else step.values(facts)  # what is explained stays as it was
         return {
             "current": progress.current,
             "done": [one.key for one in STEPS if one.key in progress.done],
