@@ -185,6 +185,19 @@ async def test_no_event_ends_the_housekeeping(served, visitor) -> None:
     assert "Traceback" not in served.said()
 
 
+async def test_what_a_page_has_begun_is_done_to_its_end_though_the_page_is_loaded_anew(served, visitor) -> None:
+    async with socket(served, visitor) as opened:
+        await opened.send(json.dumps({"do": "go", "step": 3}))
+        while (await scene(opened))["lesson"]["current"] != 3:
+            pass
+        await opened.send(json.dumps({"do": "act", "key": "three_consumers"}))
+        while not (await scene(opened))["lesson"]["busy"]:
+            pass
+    async with socket(served, visitor) as opened, asyncio.timeout(30):
+        while (await scene(opened))["stage"]["producer"]["sent"] < 12:
+            pass
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     value=st.recursive(

@@ -25,7 +25,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from filao.errors import FilaoError
 from filao.languages import Language, wanted
-from filao.sandbox.room import RoomError
+from filao.sandbox.room import READY_WITHIN, RoomError
 from filao.sandbox.visits import ROOMS_MAX, NoRoomError, Visit, Visits, own_folder
 from filao.sandbox.web.door import Door
 from filao.sandbox.web.events import handle
@@ -156,10 +156,11 @@ class _Sitting:
         self._doing: set[asyncio.Task[None]] = set()
 
     async def last(self) -> None:
-        """Draw and listen until the page goes."""
+        """Draw and listen until the page goes, and end what it has begun: it may only be loaded anew."""
         drawing = asyncio.create_task(self._draw())
         try:
             await self._listen()
+            await _to_their_end(self._doing)
         finally:
             for task in (drawing, *self._doing):
                 task.cancel()
@@ -208,6 +209,12 @@ class _Sitting:
         except Exception as error:
             log.warning("an event of a page failed: %r", error)
             await _tell(self._page, {"note": {"key": "failed", "values": {"why": type(error).__name__}}})
+
+
+async def _to_their_end(tasks: set[asyncio.Task[None]]) -> None:
+    """Wait for tasks, the longest of which waits for consumers to start."""
+    if tasks:
+        await asyncio.wait(tasks, timeout=READY_WITHIN)
 
 
 async def _tell(page: WebSocket, what: dict[str, Any]) -> None:
