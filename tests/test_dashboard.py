@@ -8,13 +8,14 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import unescape
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -27,13 +28,14 @@ from starlette.routing import Mount
 
 import filao
 from filao.dashboard import app, pages, views
+from filao.dashboard import jobs as module_of_jobs
 from filao.dashboard.acts import Act
 from filao.dashboard.door import FormError, read_form
 from filao.dashboard.jobs import REMEMBERED_MAX, RUNNING_MAX, Job, Jobs, TooMuchError, in_slices
 from filao.dashboard.neighbours import is_of_another_user
 from filao.dashboard.texts import FOLDER, texts
 from filao.engine import StoredMessage
-from filao.overview import Deed, error_kind
+from filao.overview import Deed, Overview, error_kind
 from tests.conftest import engine_of
 from tests.support.proxy import Proxy
 from tests.support.servers import Postgres
@@ -678,6 +680,83 @@ async def test_a_step_that_has_begun_is_seen_through_and_counted_when_its_job_is
     await end(job)
     (deed,) = await engine_of(broker).overview.log.deeds(1)
     assert (deed.done, deed.outcome) == (1, "stopped")
+
+
+async def test_a_job_waits_for_a_store_that_is_away_and_says_what_is_uncertain(broker, jobs, monkeypatch) -> None:
+    monkeypatch.setattr(module_of_jobs, "ASKS_EVERY", 0.01)
+    answers: Iterator[int | Exception] = iter(
+        [1, filao.EngineUnavailable("away"), filao.EngineUnavailable("away"), 0, 1]
+    )
+
+    async def step(_: Sequence[str]) -> int:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    deed = Deed("ada", "redrive", "claims", wanted=3)
+    job = await jobs.begin(deed, lambda job: in_slices(job, ["a", "b", "c"], step, 5.0))
+    await end(job)
+    assert (job.outcome, job.done, job.unanswered) == ("done", 2, 1)
+
+
+async def test_a_job_that_waits_for_a_store_can_be_stopped(jobs) -> None:
+    is_asked = asyncio.Event()
+
+    async def step(_: Sequence[str]) -> int:
+        is_asked.set()
+        raise filao.EngineUnavailable("away")
+
+    job = await jobs.begin(Deed("ada", "redrive", "claims"), lambda job: in_slices(job, ["a"], step, None))
+    await asyncio.wait_for(is_asked.wait(), 30)
+    jobs.stop(job.number)
+    await end(job)
+    assert job.outcome == "stopped"
+
+
+async def test_a_step_that_took_long_is_not_followed_by_a_burst(jobs, monkeypatch) -> None:
+    now, rests = 0.0, list[float]()
+
+    async def rested(_: Job, seconds: float) -> None:
+        nonlocal now
+        rests.append(seconds)
+        now += max(0.0, seconds)
+
+    async def step(ids: Sequence[str]) -> int:
+        nonlocal now
+        now += 60.0 if ids == ["b"] else 0.0
+        return 1
+
+    monkeypatch.setattr(module_of_jobs, "_rested", rested)
+    monkeypatch.setattr(module_of_jobs, "time", SimpleNamespace(monotonic=lambda: now))
+    await in_slices(Job(1, Deed("ada", "redrive", "claims"), 4), ["a", "b", "c", "d"], step, 1.0)
+    assert rests == [1.0, 0.0, 1.0, 1.0]
+
+
+async def test_how_a_job_ended_is_noted_once_the_store_is_back(broker, monkeypatch) -> None:
+    monkeypatch.setattr(module_of_jobs, "ASKS_EVERY", 0.01)
+    is_away = False
+
+    def overview() -> Overview:
+        if is_away:
+            raise filao.EngineUnavailable("away")
+        found: Overview = engine_of(broker).overview
+        return found
+
+    async def go_away(_: Job) -> None:
+        nonlocal is_away
+        is_away = True
+
+    jobs = Jobs(overview)
+    job = await jobs.begin(Deed("ada", "pause", "claims"), go_away)
+    async with asyncio.timeout(30):
+        while not job.outcome:
+            await asyncio.sleep(0.01)
+        is_away = False
+        await end(job)
+    (deed,) = await engine_of(broker).overview.log.deeds(1)
+    assert deed.outcome == "done"
+    await jobs.close()
 
 
 async def test_a_long_job_is_remembered_however_many_short_ones_came_after_it(jobs) -> None:

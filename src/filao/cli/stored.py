@@ -232,14 +232,15 @@ def _of_kind(broker: Broker, name: str, reason: str | None, kind: str | None, li
 
 
 def _in_slices(ids: Sequence[str], rate: float | None, work: Callable[[Sequence[str]], int]) -> int:
-    """Do something to messages, at most `rate` of them per second."""
+    """Do something to messages, at most `rate` of them per second, also after a step that took long."""
     size = _SEARCHED_AT_ONCE if rate is None else max(1, min(_SEARCHED_AT_ONCE, round(rate / 5)))
-    began = time.monotonic()
+    due = time.monotonic()
     with Tally() as tally:
         for first in range(0, len(ids), size):
             tally.done += work(ids[first : first + size])
             if rate is not None and first + size < len(ids):
-                time.sleep(max(0.0, began + (first + size) / rate - time.monotonic()))
+                due = max(due + size / rate, time.monotonic())
+                time.sleep(max(0.0, due - time.monotonic()))
     return tally.done
 
 

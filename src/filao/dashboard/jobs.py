@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from filao.errors import FilaoError
+from filao.errors import EngineUnavailable, FilaoError
 from filao.guarded import check_cancelled
 from filao.overview import Deed, Overview
 
@@ -22,6 +22,8 @@ RECORDED_EVERY = 1.0  # seconds between two notes of how far a deed has come
 SLICE = 500  # messages of one step: a few milliseconds of the database's time
 RATE_MAX = 10_000.0  # messages per second
 TICKS = 5  # steps per second of a deed that is told its rate
+AWAY_MAX = 600.0  # seconds that a deed, and the note of its end, wait for a store that is away
+ASKS_EVERY = 1.0  # seconds between two attempts while it is
 ENDS_WITHIN = 5.0  # seconds for noting down what was stopped, when the dashboard closes
 DONE, STOPPED = "done", "stopped"
 
@@ -46,6 +48,8 @@ class Job:
     wanted: int
     """How many messages it is about: as many as were known when it began, then as many as were chosen."""
     done: int = 0
+    unanswered: int = 0
+    """Messages that a step no longer found which was taken again, because the store went away before it answered."""
     outcome: str = ""
     """Empty while it goes on; as `Deed.outcome`."""
     logged: int = 0
@@ -105,10 +109,11 @@ class Jobs:
 
     async def close(self) -> None:
         """End all, after the steps that they are at; what takes longer than `ENDS_WITHIN` is left in the middle."""
-        running = self.running()
-        for job in running:
+        tasks: set[asyncio.Task[None]] = set()
+        for job in self._jobs.values():
             job.stopping.set()
-        tasks = {job.task for job in running if job.task is not None}
+            if job.task is not None and not job.task.done():
+                tasks.add(job.task)
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=ENDS_WITHIN)
             for task in late:
@@ -136,14 +141,27 @@ class Jobs:
             await self._end(job, outcome)
 
     async def _end(self, job: Job, outcome: str) -> None:
+        """Note down how it ended, where it is told at once, and later where the store is away."""
         log.info("%s of queue %r: %s, %d messages", job.deed.what, job.deed.queue, outcome, job.done)
+        try:
+            trouble = await self._noted(job, outcome)
+        finally:
+            job.outcome, job.ended = outcome, time.monotonic()
+        until = time.monotonic() + AWAY_MAX
+        while isinstance(trouble, EngineUnavailable) and time.monotonic() < until:
+            await asyncio.sleep(ASKS_EVERY)
+            trouble = await self._noted(job, outcome)
+        if trouble is not None:
+            log.warning("the log was not told how %s of queue %r ended: %s", job.deed.what, job.deed.queue, trouble)
+
+    async def _noted(self, job: Job, outcome: str) -> FilaoError | None:
+        """Tell the log how a job ended; return why it could not be told."""
         try:
             if (kept := self._overview().log) is not None:
                 await kept.record(job.logged, job.done, outcome)
         except FilaoError as error:
-            log.warning("the log could not be told how %s of queue %r ended: %s", job.deed.what, job.deed.queue, error)
-        finally:
-            job.outcome, job.ended = outcome, time.monotonic()
+            return error
+        return None
 
     async def _record(self, job: Job) -> None:
         """Note how far a job is, every now and then."""
@@ -158,17 +176,41 @@ class Jobs:
 
 
 async def in_slices(job: Job, ids: Sequence[str], step: Step, rate: float | None) -> None:
-    """Do something to messages, slice by slice; at most `rate` of them a second.
+    """Do something to messages, slice by slice; at most `rate` of them a second, also after a step that took long.
 
     A step that has begun is seen through and counted. Raises `StoppedError` when somebody stops it in between.
     """
     size = SLICE if rate is None else max(1, min(SLICE, round(rate / TICKS)))
-    began, job.can_stop = time.monotonic(), True
+    due, job.can_stop = time.monotonic(), True
     for first in range(0, len(ids), size):
         if job.stopping.is_set():
             raise StoppedError
-        job.done += await step(ids[first : first + size])
+        job.done += await _seen_through(job, ids[first : first + size], step)
         if rate is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, began + (first + size) / rate - time.monotonic())):
-                    await job.stopping.wait()
+            due = max(due + size / rate, time.monotonic())
+            await _rested(job, due - time.monotonic())
+
+
+async def _seen_through(job: Job, ids: Sequence[str], step: Step) -> int:
+    """Take a step, again and again while the store is away: what it has done already, it does not do twice."""
+    until, is_again = time.monotonic() + AWAY_MAX, False
+    while True:
+        try:
+            done = await step(ids)
+        except EngineUnavailable:
+            if time.monotonic() > until:
+                raise
+            is_again = True
+        else:
+            job.unanswered += len(ids) - done if is_again else 0
+            return done
+        await _rested(job, ASKS_EVERY)
+        if job.stopping.is_set():
+            raise StoppedError
+
+
+async def _rested(job: Job, seconds: float) -> None:
+    """Wait until that many seconds are over, or somebody stops the job."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, seconds)):
+            await job.stopping.wait()
