@@ -117,7 +117,7 @@ async def test_who_must_open_the_file_again_waits_no_longer_for_a_turn_than_othe
         async with broker.transaction() as tx:
             await tx.execute("PRAGMA user_version")  # its connection is not used again
         monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.1)
-        with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="by another process"):
+        with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="has been locked"):
             await broker.queues()
 
 
@@ -191,5 +191,5 @@ async def test_a_batch_counts_its_wait_from_when_its_first_came_to_the_line(db, 
     async with filao.connect(db) as broker, asyncio.timeout(20):
         monkeypatch.setattr(files, "BUSY_TIMEOUT", 1_000.0)
         batch = Batch(receives=False, writes=True, take=lambda _: [], since=time.monotonic() - 1_000.0)
-        with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="by another process"):
+        with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="has been locked"):
             await engine_of(broker).execute(batch)

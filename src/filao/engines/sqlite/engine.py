@@ -232,6 +232,11 @@ class SqliteEngine:
                 f"look at the whole file, as the doctor's, or its tables are being brought up to date. Nothing of this "
                 f"call was done; try again when that has ended."
             )
+        if self._hold.has_turn():
+            return EngineUnavailable(
+                f"{path} has been locked for {seconds} by another broker of this process, in a transaction or a call "
+                f"that takes long. Nothing was done; end that first, or use that broker for both."
+            )
         return EngineUnavailable(
             f"{path} has been locked for {seconds} by another process, which may be paused or stuck in a transaction. "
             f"Nothing was done; find it with: filao doctor {path}"

@@ -14,10 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filao.engine import OpenAgain
-from filao.engines.sqlite import files, processes, scrutiny
+from filao.engines.sqlite import files, own, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry
 from filao.engines.sqlite.clock import FileClock
-from filao.engines.sqlite.folder import Folder
+from filao.engines.sqlite.folder import TURNSTILE, Folder
 from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
 from filao.engines.sqlite.turnstile import Turnstile
 from filao.errors import ConfigurationError, EngineError
@@ -187,6 +187,10 @@ class Hold:
             yield
         finally:
             self.turnstile.leave()
+
+    def has_turn(self) -> bool:
+        """Return whether this process has the turn, in whatever of its brokers on this file."""
+        return self._folder is not None and own.has_turn(self._folder.path / TURNSTILE)
 
     def take_turn(self) -> None:
         """Wait for a turn, which `turnstile.leave` ends; no transaction is open here meanwhile."""

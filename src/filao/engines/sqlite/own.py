@@ -1,5 +1,5 @@
-"""Whether it is a transaction of this very process that keeps a file locked: it may be waiting for the call that waits
-for it.
+"""Whether it is this very process that keeps a file locked: a transaction of its own may be waiting for the call that
+waits for it.
 
 Linux tells who holds which lock, in /proc/locks (https://man7.org/linux/man-pages/man5/proc_locks.5.html); elsewhere
 the wait ends with its bound. Opening the file to ask would drop the process's own locks.
@@ -23,22 +23,31 @@ def patience() -> float:
 
 def holds_lock(path: Path) -> bool:
     """Return whether this process holds the file's write lock; False where the system does not tell."""
+    return any(
+        int(first) <= _WRITING and (last == "EOF" or int(last) >= _WRITING)
+        for first, last in _held("POSIX", path.with_name(path.name + "-shm"))
+    )
+
+
+def has_turn(turnstile: Path) -> bool:
+    """Return whether this process has the turn, in whatever broker; False where the system does not tell."""
+    return bool(_held("FLOCK", turnstile))
+
+
+def _held(kind: str, file: Path) -> list[tuple[str, str]]:
+    """Return which bytes of a file this process has locked for itself, from the first to the last.
+
+    A line is such as `1: POSIX ADVISORY WRITE 4711 fe:00:1234 120 120`; `->` stands in those who only wait.
+    """
     try:
-        shared = path.with_name(path.name + "-shm").stat()
+        about = file.stat()
         lines = _LOCKS.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
-        return False
-    place = f"{os.major(shared.st_dev):02x}:{os.minor(shared.st_dev):02x}:{shared.st_ino}"
-    return any(_is_ours(line.split(), place) for line in lines)
-
-
-def _is_ours(fields: list[str], place: str) -> bool:
-    """Read a line such as `1: POSIX ADVISORY WRITE 4711 fe:00:1234 120 120`; `->` stands in those who only wait."""
-    if len(fields) != 8 or fields[1] != "POSIX" or fields[3] != "WRITE":
-        return False
-    if fields[4] != str(os.getpid()) or fields[5] != place or not fields[6].isdecimal():
-        return False
-    return int(fields[6]) <= _WRITING and (fields[7] == "EOF" or int(fields[7]) >= _WRITING)
+        return []
+    place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
+    ours = [kind, "WRITE", str(os.getpid()), place]
+    found = [fields for line in lines if len(fields := line.split()) == 8]
+    return [(first, last) for _, kind, _, *held, first, last in found if [kind, *held] == ours and first.isdecimal()]
 
 
 def refusal(path: Path) -> str:
