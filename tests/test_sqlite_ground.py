@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import filao
-from filao.engines.sqlite import files
+from filao.engines.sqlite import files, ground
 from tests.conftest import engine_of
 from tests.torture import disk
 
@@ -246,6 +246,28 @@ for n in range(200):
         assert foreign.returncode == 0
         await broker.send_to_queue(CLAIMS, "last")
     assert len(bodies(db)) == sent + 1
+
+
+async def test_a_checkpoint_is_no_loss_though_two_threads_look_at_once(db, monkeypatch) -> None:
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_to_queue(CLAIMS, "x" * 100_000)
+        with closing(sqlite3.connect(db)) as connection:
+            connection.execute("PRAGMA wal_checkpoint").fetchall()
+        found = engine_of(broker)._database.hold._ground
+        read = found._read
+        looked: list[int] = []
+
+        def read_while_another_looks(file, size):
+            content = read(file, size)
+            if size == ground.HEADER and not looked:
+                looked.append(size)
+                assert found.look() is None
+            return content
+
+        monkeypatch.setattr(found, "_read", read_while_another_looks)
+        assert found.look() is None
+        assert looked
 
 
 async def test_a_vacuum_by_another_program_is_no_loss(db) -> None:

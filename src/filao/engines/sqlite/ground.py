@@ -48,6 +48,17 @@ _OVERWRITTEN = Loss(
 )
 
 
+class _Sight(NamedTuple):
+    """What one look has found: each compares with one of another, whatever is found meanwhile in other threads."""
+
+    base: tuple[int, int]
+    """When the file itself was last written, and its size."""
+    wal_index: bytes | None
+    """Read before; only once the file has changed is sense made of it."""
+    cookie: int
+    """The count of changes of the schema in the file itself: it never goes back, and a copy's begins anew."""
+
+
 class Ground:
     """What one connection stands on; made right after it has read the file for the first time, within a turn."""
 
@@ -62,29 +73,35 @@ class Ground:
         self._index = self._journal[str(self._shm)]
         others = [given] * (given != path) + ([folder / TURNSTILE] if folder is not None else [])
         self._others = {str(name): _identity(name.stat()) for name in others}
-        self._base = (about.st_mtime_ns, about.st_size)
         self._fds: dict[_Identity, int] = {}
-        self._seen_index = self._read(self._index, _INDEX)
-        """The WAL-index as the last look read it; only once the file has changed is sense made of it."""
-        self.cookie: int = schema_cookie(self._read(self._identity, HEADER))
-        """The count of changes of the schema in the file itself: it never goes back, and a copy's begins anew."""
+        index, header = self._read(self._index, _INDEX), self._read(self._identity, HEADER)
+        self._seen = _Sight((about.st_mtime_ns, about.st_size), index, schema_cookie(header))
+
+    @property
+    def cookie(self) -> int:
+        """See `_Sight`."""
+        return self._seen.cookie
 
     def look(self) -> Loss | None:
         """Return what happened to the file, if anything did.
 
-        Three `stat`s and a read of memory; one thread at a time.
+        Three `stat`s and a read of memory; in any thread, because a send joins a user's transaction in the caller's.
         """
+        seen = self._seen
         index = self._read(self._index, _INDEX)  # before the file: what it explains must not have been seen before it
         try:
             about = os.stat(self._name)  # noqa: PTH116 - for each commit: a Path costs as much as the call
         except OSError:
             return self._without_file()
         loss = self._missing(about, self._journal)
-        base = (about.st_mtime_ns, about.st_size)
-        if loss is None and base != self._base and self._was_overwritten():
-            loss = _OVERWRITTEN
+        base, cookie = (about.st_mtime_ns, about.st_size), seen.cookie
+        if loss is None and base != seen.base:
+            header = self._read(self._identity, HEADER)
+            if self._was_overwritten(header, seen):
+                return _OVERWRITTEN
+            cookie = max(cookie, schema_cookie(header))
         if loss is None:
-            self._base, self._seen_index = base, index
+            self._seen = _Sight(base, index, cookie)
         return loss
 
     def has_changed(self) -> bool:
@@ -93,7 +110,7 @@ class Ground:
             about = self._main.stat()
         except OSError:
             return True
-        return (about.st_mtime_ns, about.st_size) != self._base
+        return (about.st_mtime_ns, about.st_size) != self._seen.base
 
     def watch(self, name: Path) -> None:
         """Look after one more name."""
@@ -159,16 +176,14 @@ class Ground:
 
     # --- overwritten? ------------------------------------------------------------------------------------------------
 
-    def _was_overwritten(self) -> bool:
+    def _was_overwritten(self, header: bytes | None, seen: _Sight) -> bool:
         """Return whether a file that has changed was written by anything but a checkpoint."""
-        header = self._read(self._identity, HEADER)
         if header is None:
             return False  # this system does not let us look
-        if not header.startswith(_MAGIC) or header[18:20] != _WAL_MODE or schema_cookie(header) < self.cookie:
+        if not header.startswith(_MAGIC) or header[18:20] != _WAL_MODE or schema_cookie(header) < seen.cookie:
             return True
-        self.cookie = schema_cookie(header)
         checkpoint = _checkpoint(self._read(self._index, _INDEX))
-        return checkpoint is not None and checkpoint == _checkpoint(self._seen_index) and not checkpoint.is_under_way()
+        return checkpoint is not None and checkpoint == _checkpoint(seen.wal_index) and not checkpoint.is_under_way()
 
     def _read(self, file: _Identity, size: int) -> bytes | None:
         """Read a file's beginning through the descriptor by which SQLite has it open."""

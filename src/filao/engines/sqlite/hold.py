@@ -232,7 +232,8 @@ class Hold:
     def look(self) -> None:
         """Raise `EngineError` when the file is no longer what was opened; what is confirmed after this is in it."""
         if self.lost is None and self._ground is not None and self.db is not None:
-            self.lost = self._ground.look() or (self._ground.missing() if self._is_suspicious else None)
+            found = self._ground.look() or (self._ground.missing() if self._is_suspicious else None)
+            self.lost = self.lost or found  # another thread may have found it meanwhile
             self._is_suspicious = False
             self._looked_at = time.monotonic()
         if self.lost is not None:
