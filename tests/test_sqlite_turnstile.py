@@ -25,19 +25,19 @@ if sys.platform != "win32":
 __all__ = ["db"]
 
 
+WRITES = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None); db.execute('BEGIN IMMEDIATE')"
+HAS_TURN = "import fcntl, sys; turn = open(sys.argv[1] + '-filao/turnstile'); fcntl.flock(turn, fcntl.LOCK_EX)"
+
+
 @contextmanager
-def foreign_writer(db: Path) -> Iterator[None]:
-    """Hold SQLite's write lock in another program."""
-    code = (
-        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None); db.execute('BEGIN IMMEDIATE'); "
-        "print('held', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(db)]
+def foreign_writer(db: Path, code: str = WRITES) -> Iterator[int]:
+    """Hold SQLite's write lock, or the turnstile, in another program."""
+    command = [sys.executable, "-c", f"{code}; print('held', flush=True); sys.stdin.read()", str(db)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as foreign:
         assert foreign.stdout is not None
         assert foreign.stdout.readline() == b"held\n"
         try:
-            yield
+            yield foreign.pid
         finally:
             foreign.communicate()
 
@@ -193,3 +193,13 @@ async def test_a_batch_counts_its_wait_from_when_its_first_came_to_the_line(db, 
         batch = Batch(receives=False, writes=True, take=lambda _: [], since=time.monotonic() - 1_000.0)
         with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="has been locked"):
             await engine_of(broker).execute(batch)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("code", [WRITES, HAS_TURN])
+async def test_who_has_waited_too_long_is_told_for_which_process(db, monkeypatch, code) -> None:
+    async with filao.connect(db) as broker, asyncio.timeout(20):
+        with foreign_writer(db, code) as pid:
+            monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.2)
+            with pytest.raises(filao.EngineUnavailable, match=rf"locked .*by .*process {pid} \("):
+                await broker.send_to_queue(CLAIMS, 1)

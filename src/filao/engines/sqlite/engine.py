@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filao.engine import Abandoned, Batch, Extend, Feature, Operation, Receive, Result, Send, Settle, Submit
-from filao.engines.sqlite import files, operators, verbs
+from filao.engines.sqlite import files, operators, own, verbs
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.control import SqliteOperators
 from filao.engines.sqlite.database import Database
@@ -232,14 +232,17 @@ class SqliteEngine:
                 f"look at the whole file, as the doctor's, or its tables are being brought up to date. Nothing of this "
                 f"call was done; try again when that has ended."
             )
-        if self._hold.has_turn():
+        turnstile = self._hold.turnstile_path
+        if turnstile is not None and own.has_turn(turnstile):
             return EngineUnavailable(
                 f"{path} has been locked for {seconds} by another broker of this process, in a transaction or a call "
                 f"that takes long. Nothing was done; end that first, or use that broker for both."
             )
+        if own.holds_lock(path):
+            return EngineUnavailable(own.refusal(path))
         return EngineUnavailable(
-            f"{path} has been locked for {seconds} by another process, which may be paused or stuck in a transaction. "
-            f"Nothing was done; find it with: filao doctor {path}"
+            f"{path} has been locked for {seconds} by {own.in_the_way(path, turnstile)}, which may be paused or stuck "
+            f"in a transaction. Nothing was done; let it go on, or end it."
         )
 
     @asynccontextmanager

@@ -472,7 +472,8 @@ def engine_error(path: Path, error: Exception) -> EngineError:
             return EngineUnavailable(own.refusal(path))
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return EngineUnavailable(
-                f"{path} is locked by another program's transaction ({said}). Nothing was done; try again when it ends."
+                f"{path} is locked by a transaction of {own.in_the_way(path)} ({said}). Nothing was done; try again "
+                f"when it ends."
             )
         case sqlite3.SQLITE_FULL:
             return EngineError(f"the disk of {path} is full ({said}). Nothing was done; free space and try again.")

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filao.engine import OpenAgain
-from filao.engines.sqlite import files, own, processes, scrutiny
+from filao.engines.sqlite import files, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry
 from filao.engines.sqlite.clock import FileClock
 from filao.engines.sqlite.folder import TURNSTILE, Folder
@@ -188,9 +188,10 @@ class Hold:
         finally:
             self.turnstile.leave()
 
-    def has_turn(self) -> bool:
-        """Return whether this process has the turn, in whatever of its brokers on this file."""
-        return self._folder is not None and own.has_turn(self._folder.path / TURNSTILE)
+    @property
+    def turnstile_path(self) -> Path | None:
+        """Where the turnstile is; None where there is none."""
+        return None if self._folder is None else self._folder.path / TURNSTILE
 
     def take_turn(self) -> None:
         """Wait for a turn, which `turnstile.leave` ends; no transaction is open here meanwhile."""

@@ -1,4 +1,4 @@
-"""Whether it is this very process that keeps a file locked: a transaction of its own may be waiting for the call that
+"""Who keeps a file locked. It may be this very process: then a transaction of its own may be waiting for the call that
 waits for it.
 
 Linux tells who holds which lock, in /proc/locks (https://man7.org/linux/man-pages/man5/proc_locks.5.html); elsewhere
@@ -9,8 +9,11 @@ import os
 import threading
 from pathlib import Path
 
+from filao.printable import printable
+
 _LOCKS = Path("/proc/locks")
 _WRITING = 120  # the byte of the -shm that a writer locks in WAL mode (https://www.sqlite.org/walformat.html#locks)
+_EXCLUSIVE = 2**30  # that of the file which is locked in exclusive mode (https://www.sqlite.org/fileformat.html)
 ALONE_WAITS = 0.2  # seconds, where no other thread could end the transaction; a task of the same loop still may
 OTHERS_WAIT = 5.0  # seconds, where another thread may hold it; none should keep a file's only write lock for so long
 
@@ -23,19 +26,24 @@ def patience() -> float:
 
 def holds_lock(path: Path) -> bool:
     """Return whether this process holds the file's write lock; False where the system does not tell."""
-    return any(
-        int(first) <= _WRITING and (last == "EOF" or int(last) >= _WRITING)
-        for first, last in _held("POSIX", path.with_name(path.name + "-shm"))
-    )
+    return os.getpid() in _holders("POSIX", path.with_name(path.name + "-shm"), _WRITING)
 
 
 def has_turn(turnstile: Path) -> bool:
     """Return whether this process has the turn, in whatever broker; False where the system does not tell."""
-    return bool(_held("FLOCK", turnstile))
+    return os.getpid() in _holders("FLOCK", turnstile, 0)
 
 
-def _held(kind: str, file: Path) -> list[tuple[str, str]]:
-    """Return which bytes of a file this process has locked for itself, from the first to the last.
+def in_the_way(path: Path, turnstile: Path | None = None) -> str:
+    """Return which processes keep others from writing, in words: "another process" where the system does not tell."""
+    found = _holders("POSIX", path.with_name(path.name + "-shm"), _WRITING) | _holders("POSIX", path, _EXCLUSIVE)
+    if turnstile is not None:
+        found |= _holders("FLOCK", turnstile, 0)
+    return " and ".join(f"process {pid} ({_name(pid)})" for pid in sorted(found)) or "another process"
+
+
+def _holders(kind: str, file: Path, byte: int) -> set[int]:
+    """Return the processes that have locked a byte of a file for themselves.
 
     A line is such as `1: POSIX ADVISORY WRITE 4711 fe:00:1234 120 120`; `->` stands in those who only wait.
     """
@@ -43,11 +51,26 @@ def _held(kind: str, file: Path) -> list[tuple[str, str]]:
         about = file.stat()
         lines = _LOCKS.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
-        return []
+        return set()
     place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
-    ours = [kind, "WRITE", str(os.getpid()), place]
-    found = [fields for line in lines if len(fields := line.split()) == 8]
-    return [(first, last) for _, kind, _, *held, first, last in found if [kind, *held] == ours and first.isdecimal()]
+    locks = [fields for line in lines if len(fields := line.split()) == 8]
+    return {
+        int(pid)
+        for _, how, _, what, pid, where, first, last in locks
+        if (how, what, where) == (kind, "WRITE", place)
+        and pid.isdecimal()
+        and first.isdecimal()
+        and int(first) <= byte
+        and (last == "EOF" or byte <= int(last))
+    }
+
+
+def _name(pid: int) -> str:
+    """Return a process's name without its arguments, which may hold a password."""
+    try:
+        return printable(Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip())
+    except OSError:
+        return "of another user, or over by now"
 
 
 def refusal(path: Path) -> str:
