@@ -507,6 +507,26 @@ async def test_fewer_callers_are_pushed_less(broker, queue) -> None:
     assert sorted(message.body for message in left) == list(range(100, 200))
 
 
+async def test_callers_who_wait_while_others_hold_messages_are_pushed_to(broker, queue, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "TIDY_INTERVAL", 0.0)
+    await broker.send_to_queue(queue, 0)
+    held = await received(broker, queue)
+    waiting = [asyncio.create_task(broker.receive_from_queue(queue)) for _ in range(9)]
+    async with asyncio.timeout(20):
+        while engine_of(broker)._lines[queue.name].wanted() < 9:
+            await asyncio.sleep(0.01)
+        await broker.send_to_queue(queue, 1)
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for _ in range(3):  # of which the second finds that callers hold less than may be pushed to those who wait
+            await engine_of(broker)._tidy()
+        await broker.send_to_queue(queue, 2)
+        while sum(one.done() for one in waiting) < 2:
+            await asyncio.wait([one for one in waiting if not one.done()], return_when=asyncio.FIRST_COMPLETED)
+    await held.ack()
+    for one in waiting:
+        one.cancel()
+
+
 async def test_delays_climb_down_the_ladder(url, queue) -> None:
     slow = filao.Queue(queue.name, emulate=("delay",), backoff=filao.Backoff(first=0.3, factor=2, jitter=0))
     async with filao.connect(url) as broker:

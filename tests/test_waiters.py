@@ -76,6 +76,32 @@ async def test_a_call_during_a_look_is_followed_by_another() -> None:
     assert waiting.result().deliveries == ["a"]
 
 
+async def test_one_that_joins_during_a_look_and_has_missed_a_call_is_looked_for_next() -> None:
+    looks = Looks()
+    looks.wait()
+    place = looks.line.place(Receive("claims", 1, waiting=1))
+    looks.line.call()
+    late: Any = place.wait(None, None)
+    assert len(looks.asked) == 1
+    await looks.answer("a")
+    assert len(looks.asked) == 2
+    await looks.answer("b")
+    assert late.result().deliveries == ["b"]
+
+
+async def test_after_a_look_that_failed_those_who_called_meanwhile_are_looked_for() -> None:
+    looks = Looks()
+    first = looks.wait()
+    place = looks.line.place(Receive("claims", 1, waiting=1))
+    looks.line.call()
+    late: Any = place.wait(None, None)
+    looks.answers[0].set_exception(EngineUnavailable("away"))
+    with pytest.raises(EngineUnavailable):
+        await first
+    await looks.answer("b")
+    assert late.result().deliveries == ["b"]
+
+
 async def test_those_who_were_served_are_not_looked_for_again() -> None:
     looks = Looks()
     first, second = looks.wait(), looks.wait()

@@ -26,6 +26,8 @@ class Line:
         self._calls = 0
         self._looking: dict[asyncio.Future[Received], Receive] = {}
         """Those for whom a look is under way."""
+        self._again = False
+        """Somebody has been called whom the look under way is not for."""
         self._timer: asyncio.TimerHandle | None = None
 
     def place(self, receive: Receive) -> "Place":
@@ -99,33 +101,38 @@ class Line:
     def _look(self) -> None:
         """Look once for all who want the same lease; the others are next."""
         if self._looking:
+            self._again = True
             return
         live = {future: place.receive for future, place in self._waiting.items() if not future.done()}
         lease = next(iter(live.values())).lease if live else None
         self._looking = {future: receive for future, receive in live.items() if receive.lease == lease}
+        self._again = len(self._looking) < len(live)
         if self._looking:
             first = next(iter(self._looking.values()))
             limit = sum(receive.limit for receive in self._looking.values())
             looked = self._submit(Receive(first.queue, limit, lease, waiting=len(self._looking)))
-            looked.add_done_callback(partial(self._served, self._calls, len(self._looking) < len(live)))
+            looked.add_done_callback(self._served)
 
-    def _served(self, calls: int, others: bool, done: "asyncio.Future[Result]") -> None:  # noqa: FBT001 - a callback
+    def _served(self, done: "asyncio.Future[Result]") -> None:
+        """Give those who looked what came, and let those look who were called meanwhile."""
         looking = {future: receive for future, receive in self._looking.items() if not future.done()}
         self._looking = {}
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
         if error is not None:
             for future in looking:
                 future.set_exception(error)
-            return
-        received = cast("Received", done.result())
+        else:
+            self._hand_out(looking, cast("Received", done.result()))
+        if self._again:
+            self._look()
+
+    def _hand_out(self, looking: dict["asyncio.Future[Received]", Receive], received: Received) -> None:
         hands = deal(received.deliveries, [receive.limit for receive in looking.values()])
         for future, hand in zip(looking, hands, strict=True):
             if hand or future not in self._waiting:
                 future.set_result(Received(hand, took=received.took))
         self._abandoned(Received(received.deliveries[sum(map(len, hands)) :]))
         self.look_in(received.due_in)
-        if others or calls != self._calls:
-            self._look()
 
     def look_in(self, seconds: float | None) -> None:
         """Let those in line look in so many seconds, when the next message is due, unless they will before."""

@@ -96,13 +96,17 @@ class Consumer:
         async with self._asking:
             await self.channel.basic_qos(prefetch_count=1, timeout=ANSWERS_WITHIN)
 
-    async def tidy(self, *, is_wanted: bool) -> None:
-        """Let the server push less when callers have become fewer; with none left, give back what it has pushed."""
-        is_left = not is_wanted and asyncio.get_running_loop().time() - self._used_at > LINGER
-        busiest, self._busiest = self._busiest, len(self.held)
+    async def tidy(self, wanted: int) -> None:
+        """Let the server push less when callers have become fewer, `wanted` messages being waited for; with none left,
+        give back what it has pushed.
+        """
+        is_left = not wanted and asyncio.get_running_loop().time() - self._used_at > LINGER
+        now = len(self.held) + wanted
+        busiest, self._busiest = max(self._busiest, now), now
         if self._room and (is_left or (busiest and self._prefetch > 2 * busiest)):
             async with self._asking:
                 await self._stop_pushing()
+            self._called()  # those who wait ask anew
         if is_left:
             while self._buffer:
                 await self.channel.basic_nack(self._buffer.popleft().delivery_tag or 0, requeue=True, wait=False)

@@ -332,7 +332,7 @@ class RabbitmqEngine:
             for queue, consumer in list(self._consumers.items()):
                 line = self._lines.get(queue)
                 if consumer.is_open:
-                    await consumer.tidy(is_wanted=line is not None and line.wanted() > 0)
+                    await consumer.tidy(0 if line is None else line.wanted())
             if now() - self._declared.learnt_at > LEARN_INTERVAL:
                 await self._declared.learn()
 
