@@ -31,6 +31,7 @@ from tests.conftest import engine_of, let_pass
 from tests.support.load import QUEUE, loaded
 from tests.support.proxy import Proxy
 from tests.support.servers import Postgres, postgres_server
+from tests.support.shell import started
 
 pytestmark = pytest.mark.anyio
 
@@ -1065,6 +1066,43 @@ async def test_what_a_call_has_waited_counts_when_the_server_does_not_answer(fra
             with pytest.raises(filao.EngineUnavailable, match="has not answered"):
                 await engine_of(far).execute(asked)
         proxy.go_on()
+
+
+SAYS_WHAT_FAILED = """
+import asyncio, sys, filao
+from filao.engines.postgresql import server
+
+async def main():
+    async with filao.connect(sys.argv[1]) as broker:
+        await broker.send_to_queue("claims", 1)
+        server.ANSWERS_WITHIN = 0.3
+        print("ready", flush=True)
+        sys.stdin.readline()
+        try:
+            await broker.send_to_queue("claims", 2)
+        except filao.EngineUnavailable:
+            print("told", flush=True)
+        sys.stdin.readline()
+
+asyncio.run(main())
+"""
+
+
+def test_what_the_driver_says_is_not_said_beside_our_errors(frail, frail_url, proxy) -> None:
+    with filao.sync.connect(frail_url) as broker:
+        broker.declare(filao.Queue("claims"))
+    url = frail.url(frail_url.rpartition("/")[2], proxy.port)
+    with started(url, program=[sys.executable, "-c", SAYS_WHAT_FAILED], stdin=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdin is not None
+        assert program.stdout.readline() == b"ready\n"
+        proxy.stall()
+        program.stdin.write(b"\n")
+        program.stdin.flush()
+        assert program.stdout.readline() == b"told\n"
+        proxy.go_on()
+        _, said = program.communicate(b"\n", timeout=30)
+    assert b"cancellation" not in said
 
 
 @pytest.mark.parametrize("call", ["stats", "peek", "pause", "delete_queue"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import codecs
+import logging
 import select
 import time
 import weakref
@@ -24,6 +25,10 @@ from filao.process import process_name
 from filao.urls import checked, shown_url
 
 _STATUS = psycopg.pq.TransactionStatus
+
+logging.getLogger("psycopg").addHandler(
+    logging.NullHandler()
+)  # what it has to say is raised here too; without a logging setup it is not said twice
 
 VERSION_MIN = 140_000  # stored generated columns and the record type of a table in SQL functions came with 12 and 14
 CONNECTED_WITHIN = 10  # seconds
