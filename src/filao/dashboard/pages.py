@@ -262,6 +262,7 @@ class Pages:
             counts=counts,
             engine=session_of(self._watch.broker).engine.name,
             may_pause=Feature.PAUSE in features,
+            has_groups=Feature.GROUPS in features,
             jobs=self._shown_jobs(request),
         )
 

@@ -104,7 +104,8 @@ class Views:
 
     async def _listed(self, asked: Asked, name: str, state: State) -> Told:
         """Tell a page of messages of one state, from the one behind `after`: those that fit among the next thousand."""
-        group, header = asked.query.get("group", "") or None, asked.query.get("header", "").strip()
+        group = (asked.query.get("group") or None) if Feature.GROUPS in self._broker.features else None
+        header = asked.query.get("header", "").strip()
         older = _seconds(asked.query.get("older", ""))
         is_filtered = bool(header) or older is not None
         limit = GLANCE_MAX if is_filtered else MESSAGES_SHOWN + 1
