@@ -590,6 +590,16 @@ async def test_a_worker_works_here(url, queue) -> None:
     assert (dead.body, dead.reason) == ("unknown", "rejected")
 
 
+async def test_a_move_that_is_cut_off_leaves_the_messages_in_order(broker, queue) -> None:
+    await broker.send_many(queue, range(200))
+    async with engine_of(broker).mover.packing(queue.name) as packing:
+        assert await packing.take(1_000)
+    async with asyncio.timeout(20):
+        while (await broker.stats(queue)).ready < 200:
+            await asyncio.sleep(0.02)
+    assert [message.body for message in await broker.receive_many(queue, 200, wait=0)] == list(range(200))
+
+
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 

@@ -4,18 +4,18 @@ What lies on the ladder cannot be reached: it is carried once it has come down.
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 
 from filao.engine import Draft
 from filao.engines.rabbitmq import envelope
-from filao.engines.rabbitmq.control import on_the_ladder
+from filao.engines.rabbitmq.control import TOGETHER, on_the_ladder
 from filao.engines.rabbitmq.publisher import Publisher
 from filao.engines.rabbitmq.refusals import check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
-from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server
 from filao.engines.rabbitmq.topology import dead_name
 from filao.moving import Memory, Packing, Parcel
 from filao.queue import Queue
@@ -49,7 +49,11 @@ class RabbitmqMover:
             async def held() -> int:
                 return await on_the_ladder(session) if has_delay(rules) else 0
 
-            yield QueuePacking(channel, queue, self._publisher.name, held)
+            packing = QueuePacking(channel, queue, self._publisher.name, held)
+            try:
+                yield packing
+            finally:
+                await packing.give_back()
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Publish messages that came from elsewhere; those that came before are doubled."""
@@ -79,9 +83,12 @@ class QueuePacking(Packing):
         self._queue = queue
         self._unnamed = unnamed
         self._held = held
+        self._taken: list[Parcel] = []
+        """Those that were not delivered yet."""
 
     async def take(self, limit: int) -> list[Parcel]:
-        """Receive."""
+        """Receive, no more at once than come back in order."""
+        limit = min(limit, TOGETHER)
         parcels: list[Parcel] = []
         for source in (self._queue, dead_name(self._queue)):
             while len(parcels) < limit:
@@ -89,13 +96,21 @@ class QueuePacking(Packing):
                 if message.delivery_tag is None:
                     break
                 parcels.append(self._parcel(message, is_dead=source != self._queue))
+        self._taken = parcels
         return parcels
+
+    async def give_back(self) -> None:
+        """Put back in order what was not delivered; if we die before, the server puts these few back in any order."""
+        if self._taken and not self._channel.is_closed:
+            with suppress(*AWAY):
+                await self._channel.basic_nack(self._taken[-1].handle, multiple=True, requeue=True)
 
     async def delivered(self, parcels: Sequence[Parcel]) -> None:
         """Acknowledge, and wait until the server has heard it."""
         for parcel in parcels:
             await self._channel.basic_ack(parcel.handle, wait=False)
         await self._channel.basic_qos(prefetch_count=0, timeout=ANSWERS_WITHIN)
+        self._taken = []
 
     async def held(self) -> int:
         """Count what waits on the ladder, of this queue or another; the server does not tell what consumers hold."""
