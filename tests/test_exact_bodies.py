@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Optional, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -225,6 +226,11 @@ class Adding(pydantic.BaseModel):
         return value + 1
 
 
+class Endless(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(ser_json_inf_nan="constants")
+    amount: float
+
+
 class Partial(pydantic.BaseModel):
     claim_id: int
     hidden: int = pydantic.Field(default=0, exclude=True)
@@ -260,6 +266,7 @@ CHANGES: list[tuple[Any, Any, str]] = [
     (Secret, Secret(token=pydantic.SecretStr("hunter2")), r"at \.token would come back as SecretStr"),
     (Doubling, Doubling(claim_id=1), "2 at .claim_id would come back as 4"),
     (Adding, Adding(claim_id=1), "1 at .claim_id would come back as 2"),
+    (Endless, Endless(amount=math.inf), "JSON is malformed"),
     (Partial, Partial(claim_id=1, hidden=5), r"5 at \.hidden would come back as 0"),
     (Opaque, Opaque(claim_id=Decimal("1.5")), r"the Decimal at \.claim_id would come back as a str"),
     (Opaque, Opaque(claim_id=1, other={1}), r"the set at \.other would come back as a list"),
@@ -335,10 +342,26 @@ class Unready(pydantic.BaseModel):
     claim: "Undefined"  # type: ignore[name-defined]  # noqa: F821
 
 
-@pytest.mark.parametrize("body", [Mixed, Unready, list[Unready], Model | Struct], ids=repr)
+@dataclass
+class Filed:
+    path: Path
+
+
+@dataclass
+class Maybe:
+    path: Path | None = None
+
+
+@pytest.mark.parametrize("body", [Mixed, Unready, list[Unready], Model | Struct, Path, list[Path], Filed], ids=repr)
 def test_a_type_that_neither_msgspec_nor_pydantic_reads_is_refused_when_it_is_declared(body: Any) -> None:
     with pytest.raises(ConfigurationError, match="cannot be the type of a queue's bodies"):
         codec_for(body)
+
+
+def test_a_type_may_name_what_json_has_not_where_it_can_be_left_out() -> None:
+    assert sent_to(Maybe, Maybe()) == Maybe()
+    with pytest.raises(MessageNotEncodable, match="JSON cannot hold a PosixPath"):
+        codec_for(Maybe).encode("q", Maybe(Path("claims")))
 
 
 def test_a_type_whose_own_code_fails_when_it_is_read_makes_a_malformed_body() -> None:

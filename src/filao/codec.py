@@ -46,7 +46,7 @@ def _write_foreign(value: object) -> object:
     """Let pydantic write what is its own wherever msgspec meets it."""
     if _is_pydantics(type(value)):
         return msgspec.Raw(codec_for(type(value)).write(value))
-    raise TypeError(f"JSON cannot hold a {type(value).__qualname__}")
+    raise TypeError(f"JSON cannot hold {_a(type(value).__qualname__)}; send a text, a number or a dict in its place")
 
 
 _encode_json = msgspec.json.Encoder(enc_hook=_write_foreign).encode
@@ -119,6 +119,15 @@ def _codec(body: Any) -> Codec:
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(body, strict=True)
     except Exception as error:  # a name that is not defined, or whatever its annotations raise
         raise ConfigurationError(f"{shown(body)} cannot be the type of a queue's bodies: {error}") from error
+    try:
+        unreadable = _unreadable(msgspec.inspect.type_info(body), set())
+    except (*_UNWRITABLE, NameError, NotImplementedError):  # it can be read, and not be described
+        unreadable = None
+    if unreadable is not None:
+        raise ConfigurationError(
+            f"{shown(body)} cannot be the type of a queue's bodies: {shown(unreadable)} has no form in JSON. "
+            f"Put a type in its place that has one, such as str or a dataclass"
+        )
     return Codec(body, decoder.decode)
 
 
@@ -129,6 +138,19 @@ codec_for: Callable[[Any], Codec] = lru_cache(maxsize=256)(_codec)
 def _no_bytes(content: bytes) -> Any:
     """Raise `ValueError`: msgspec would take a text for base64, and bytes are never sent as JSON."""
     raise ValueError("Expected raw `bytes`, got JSON")
+
+
+def _unreadable(kind: object, seen: set[int]) -> object:
+    """Return a class that msgspec cannot read and that every body of a type would hold; None when there is none."""
+    if isinstance(kind, msgspec.inspect.CustomType):
+        return kind.cls
+    if isinstance(kind, tuple):
+        return next(filter(None, (_unreadable(part, seen) for part in cast("tuple[object, ...]", kind))), None)
+    is_spared = isinstance(kind, msgspec.inspect.UnionType) or not getattr(kind, "required", True)
+    if is_spared or not isinstance(kind, msgspec.inspect.Type | msgspec.inspect.Field) or id(kind) in seen:
+        return None
+    seen.add(id(kind))
+    return _unreadable(tuple(getattr(kind, name) for name in kind.__struct_fields__), seen)
 
 
 def _is_pydantics(kind: object) -> bool:
@@ -167,9 +189,17 @@ def _by_pydantic(body: Any, models: Iterable[Any]) -> Codec:
         for name, field in _pydantic_fields(model).items()
     )
     read = partial(adapter.validate_json, strict=True)
+    dump = partial(adapter.dump_json, by_alias=by_alias, round_trip=True, warnings=False)
     with suppress(ValueError):
         read(b"null")  # which tells now what a type without all its names would tell at the first send
-    return Codec(body, read, partial(adapter.dump_json, by_alias=by_alias, round_trip=True, warnings=False))
+
+    def write(value: object) -> bytes:
+        content = dump(value)
+        if b"Infinity" in content:  # which a model may be told to write, though JSON has none
+            msgspec.json.decode(content)
+        return content
+
+    return Codec(body, read, write)
 
 
 def _pydantic_fields(model: Any) -> dict[str, Any]:
@@ -405,15 +435,18 @@ def _of_another_type(sent: Any, came: Any) -> _Unlike:
     kind, other = type(sent).__qualname__, type(came).__qualname__
     if kind == other:  # as in a module that was loaded twice
         return "", f"the {kind}", "would come back as another class of that name. Send what the queue's type names"
-    its = f"an {other}" if other[0] in "aeiouAEIOU" else f"a {other}"
-    remedy = f"Send {its}, or say {kind} in the queue's type, as in filao.Queue(…, body=…)"
-    return "", f"the {kind}", f"would come back as {its}. {remedy}"
+    remedy = f"Send {_a(other)}, or say {kind} in the queue's type, as in filao.Queue(…, body=…)"
+    return "", f"the {kind}", f"would come back as {_a(other)}. {remedy}"
 
 
 def _of_another_value(sent: Any, came: Any) -> _Unlike:
     if isinstance(sent, float) and not math.isfinite(sent):
         return "", shown(sent), "is no number that JSON has"
     return "", shown(sent), f"would come back as {shown(came)}, as its type has it. Change the value or the type"
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
 
 
 def _at(where: str) -> str:
@@ -442,5 +475,5 @@ def _not_as_it_was(queue: str, body: object, where: str, what: str, fate: str) -
 
 def _not_of_type(queue: str, body: object, value: object, why: str) -> MessageNotEncodable:
     return MessageNotEncodable(
-        f"queue {queue!r}: the body {shown(value)} is not a {type_name(body)}: {why}. Nothing was sent."
+        f"queue {queue!r}: the body {shown(value)} is not {_a(type_name(body))}: {why}. Nothing was sent."
     )
