@@ -445,7 +445,7 @@ def told(value: Any) -> Any:
             inside = repr(value)
         case int() if abs(value) < 2**1000 and float(value) == value:
             return told(float(value))
-        case datetime():
+        case datetime() | time():
             inside = repr(value.replace(fold=0))  # which is no part of their equality
         case dict():
             inside = [(told(key), told(item)) for key, item in value.items()]
