@@ -358,6 +358,18 @@ def test_a_type_that_neither_msgspec_nor_pydantic_reads_is_refused_when_it_is_de
         codec_for(body)
 
 
+def test_a_model_is_found_behind_any_number_of_other_types() -> None:
+    """What annotations written as texts become lives no longer than it is looked at; another may have its id."""
+    names = {"__module__": __name__}
+    others = [dataclasses.make_dataclass("Other", [("it", "list[int]")], namespace=names) for _ in range(50)]
+    last = dataclasses.make_dataclass("Last", [("it", "list[Model]")], namespace=names)
+    body = tuple.__class_getitem__((*others, last))
+    sent = (*(other([1]) for other in others), last([Model(claim_id=1)]))
+    for _ in range(5):
+        codec_for.cache_clear()  # type: ignore[attr-defined]
+        assert sent_to(body, sent) == sent
+
+
 def test_a_type_may_name_what_json_has_not_where_it_can_be_left_out() -> None:
     assert sent_to(Maybe, Maybe()) == Maybe()
     with pytest.raises(MessageNotEncodable, match="JSON cannot hold a PosixPath"):

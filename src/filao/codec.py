@@ -114,7 +114,7 @@ def _codec(body: Any) -> Codec:
     if body is bytes:
         return Codec(body, _no_bytes)
     try:
-        if "pydantic" in sys.modules and (models := list(_pydantics(body, set()))):
+        if "pydantic" in sys.modules and (models := list(_pydantics(body, {}))):
             return _by_pydantic(body, models)
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(body, strict=True)
     except Exception as error:  # a name that is not defined, or whatever its annotations raise
@@ -157,11 +157,14 @@ def _is_pydantics(kind: object) -> bool:
     return isinstance(kind, type) and hasattr(kind, "__pydantic_validator__")
 
 
-def _pydantics(kind: Any, seen: set[int]) -> Iterator[Any]:
-    """Yield pydantic's models and dataclasses that a type is made of, at any depth."""
+def _pydantics(kind: Any, seen: dict[int, Any]) -> Iterator[Any]:
+    """Yield pydantic's models and dataclasses that a type is made of, at any depth.
+
+    What was seen is kept alive: what annotations become is made anew, and another may get the id of one that is gone.
+    """
     if id(kind) in seen:
         return
-    seen.add(id(kind))
+    seen[id(kind)] = kind
     if _is_pydantics(kind):
         yield kind
     parts = [*get_args(kind), *(getattr(kind, name, None) for name in ("__supertype__", "__value__", "__bound__"))]
