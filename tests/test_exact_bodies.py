@@ -382,8 +382,13 @@ def test_a_type_whose_own_code_fails_when_it_is_read_makes_a_malformed_body() ->
         claim_id: int
 
         def __post_init__(self) -> None:
-            raise KeyError(self.claim_id)
+            if self.claim_id == 7:
+                raise KeyError(self.claim_id)
 
+    sent = Looking(8)
+    sent.claim_id = 7
+    with pytest.raises(MessageNotEncodable, match=r"is not a .*Looking: reading it raised KeyError\(7\)"):
+        codec_for(Looking).encode("q", sent)
     with pytest.raises(ValueError, match="reading it raised KeyError: 7"):
         codec_for(Looking).decode(JSON, b'{"claim_id": 7}')
     assert seen_as(Looking, {"claim_id": 7}) == {"claim_id": 7}

@@ -88,9 +88,9 @@ class Codec:
         """Return what the consumer gets, or raise the error which says that it gets nothing."""
         try:
             return self.read(content)
-        except ValueError as error:
-            why = "it is raw bytes" if isinstance(body, _RAW) else str(error)
-            raise _not_of_type(queue, self.body, body, why) from error
+        except _UNWRITABLE as error:
+            why = str(error) if isinstance(error, ValueError) else f"reading it raised {error!r}"
+            raise _not_of_type(queue, self.body, body, "it is raw bytes" if isinstance(body, _RAW) else why) from error
 
     def decode(self, kind: int, content: bytes) -> Any:
         """Return the body, or raise `ValueError` when the content is not of the queue's type."""
