@@ -563,6 +563,15 @@ async def test_all_that_matters_is_above_the_fold(chrome, served, width, height)
         assert await learner.page.evaluate("document.documentElement.scrollHeight <= innerHeight")
 
 
+async def test_nothing_lies_beside_the_page_when_it_is_enlarged_four_times(chrome, served) -> None:
+    async with learning(chrome, served, "fr", viewport={"width": 320, "height": 256}) as learner:
+        for pressed in (".numbers li:nth-child(4) button", ".present"):
+            await learner.press(pressed)
+            await learner.page.wait_for_selector("[data-step=three]")
+            await learner.page.wait_for_selector(".stage")
+            assert await learner.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 async def test_the_lesson_can_be_done_with_the_keyboard_alone(learner) -> None:
     await learner.page.keyboard.press("Tab")
     for _ in range(60):

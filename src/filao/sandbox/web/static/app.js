@@ -15,6 +15,8 @@ const KEPT = "filao-lesson";
 const MOVES_MAX = 3000;
 const TABS = ["timeline", "slow", "story", "load", "books", "python", "compare", "glossary"];
 const STAGES = [0, 1, 2, 3, 4, 5];
+const BESIDE = 1100; // pixels of the page's width from which the stage stands beside the lesson, as in the style sheet
+const BELOW_HEIGHT = 330; // pixels of the stage that stands below it
 const PLAY_EVERY = 1300; // milliseconds for a frame of slow motion
 const TOLD_FOR = 9000; // milliseconds that a note stays
 
@@ -199,8 +201,9 @@ function theStage(scene) {
 
 function room() {
   const view = document.querySelector(".view");
-  const width = Math.max(320, Math.floor(view?.clientWidth ?? document.documentElement.clientWidth - 400));
-  return { width, height: Math.max(274, Math.floor(view?.clientHeight ?? 300)) };
+  const width = Math.max(240, Math.floor(view?.clientWidth ?? document.documentElement.clientWidth - 400));
+  const isBesideTheLesson = innerWidth > BESIDE; // else the view is as high as its drawing, which asks how high that is
+  return { width, height: isBesideTheLesson ? Math.max(274, Math.floor(view?.clientHeight ?? 300)) : BELOW_HEIGHT };
 }
 
 // The six stages of a message's life, and where the claim that the step is about stands.
