@@ -176,10 +176,30 @@ def test_keys_are_enough_on_a_terminal(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def screen(terminal: int, wanted: str) -> str:
+def test_on_a_low_terminal_consumers_why_and_keys_are_in_sight_together(tmp_path) -> None:
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ |= {"TMPDIR": str(tmp_path), "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+        os.execv(sys.executable, [sys.executable, "-m", "filao", "sandbox", "--terminal", "--speed", "10"])
+    try:
+        screen(terminal, "Create the queue")
+        os.write(terminal, b"nnn1")
+        seen = screen(terminal, "Each claim went")
+        seen = screen(terminal, "q: leave", "Each claim went", "Consumer 3")
+        os.write(terminal, b"q")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, seen
+        child = 0
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        os.close(terminal)
+
+
+def screen(terminal: int, *wanted: str) -> str:
     """Read what a terminal shows until something is there."""
     seen, deadline = "", time.monotonic() + PATIENCE
-    while wanted not in seen:
+    while not all(one in seen for one in wanted):
         assert time.monotonic() < deadline, seen[-3000:]
         if select.select([terminal], [], [], 1.0)[0]:
             seen += os.read(terminal, 65_536).decode(errors="replace")

@@ -1,8 +1,9 @@
 """`filao sandbox --terminal`: the same room and the same steps on another face, in a terminal or line by line from
 a pipe.
 
-On a terminal one key is one wish, and the screen shows the room all the time. From a pipe one line is one wish, and
-each is answered by what then stands; `w` waits until the step is done, or nothing more can come.
+On a terminal one key is one wish, and the screen shows the room all the time, in brief where it is low. From a pipe
+one line is one wish, and each is answered by what then stands; `w` waits until the step is done, or nothing more can
+come.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
+from rich.segment import SegmentLines
 from rich.table import Table
 from rich.text import Text
 
@@ -49,6 +51,8 @@ class Face:
         self._language: Language = language
         self._words = words(language)
         self.note: str = ""
+        self.is_room_first: bool = False
+        """What is cut off on a low terminal is the lesson, not the room."""
 
     def say(self, key: str, **values: object) -> str:
         """Return a text of the page."""
@@ -72,59 +76,105 @@ class Face:
             parts.append(Text(self.note, style="bold red"))
         return Group(*parts)
 
-    def _lesson(self, told: scene.Json) -> RenderableType:
-        step, values = self._visit.step, told["values"]
+    def fitted(self, console: Console) -> RenderableType:
+        """Return all of it where the terminal is high enough, else in brief what is needed now, the keys in sight."""
+        lines = console.render_lines(self.drawn(), pad=False)
+        if len(lines) > console.height:
+            shown = self._visit.shown(known=0, claim=0)
+            told = [self._lesson(shown["lesson"], brief=True)]
+            told += [] if shown["exercise"] is None else [self._checks(shown["exercise"])]
+            room = [self._stage(shown["stage"], brief=True), self._timeline(shown["timeline"])]
+            foot = Group(Text(self.note, style="bold red"), Text(self.say("terminal_brief"), style="dim"))
+            keys = console.render_lines(foot, pad=False)[0 if self.note else 1 :]
+            body = console.render_lines(Group(*(room + told if self.is_room_first else told + room)), pad=False)
+            lines = [*body[: max(0, console.height - len(keys))], *keys]
+        return SegmentLines(lines, new_lines=True)
+
+    def _lesson(self, told: scene.Json, *, brief: bool = False) -> RenderableType:
+        step = self._visit.step
+        lines = self._briefly(told) if brief else self._wholly(told)
         text = lesson(self._language)[step.key]
+        title = f"{told['current'] + 1}/{len(STEPS)} · {text['title']} · {len(told['done'])} ✓"
+        return Panel(Text("\n".join(lines)), title=escape(title), title_align="left")
 
-        def filled(template: str) -> str:
-            return fill(self._language, template, values).replace("`", "")
+    def _wholly(self, told: scene.Json) -> list[str]:
+        predicting = [*self._predicting(told, lambda _: True)]
+        return [self._text(told, "claim"), *predicting, self._doing(told), *self._seeing(told, lambda _: True)]
 
-        lines = [filled(text["claim"]), f"{self.say('predict')} · {filled(text['question'])}"]
-        lines += [f"   {letter}) {filled(option)}" for letter, option in zip("xyz", text["options"], strict=True)]
-        lines.append(f"{self.say('do')} · {filled(text['do'])}")
+    def _briefly(self, told: scene.Json) -> list[str]:
+        """Return what the step says less what was needed before: as on the page, which has more room than this."""
+        step, is_done = self._visit.step, told["is_done"]
+        chosen = told["chosen"].get(step.key)
+        wanted = {chosen, step.answer} if is_done else {chosen} if chosen is not None else {0, 1, 2}
+        lines = [] if told["ran"] else [self._text(told, "claim")]
+        lines += [] if told["ran"] and chosen is None else self._predicting(told, lambda place: place in wanted)
+        lines += [] if is_done or told["hint"] else [self._doing(told)]
+        return lines + self._seeing(told, lambda key: not is_done or key in told["ready"])
+
+    def _text(self, told: scene.Json, key: str) -> str:
+        return self._filled(told, str(lesson(self._language)[self._visit.step.key][key]))
+
+    def _filled(self, told: scene.Json, template: str) -> str:
+        return fill(self._language, template, told["values"]).replace("`", "")
+
+    def _predicting(self, told: scene.Json, shows: Callable[[int], bool]) -> list[str]:
+        options = enumerate(lesson(self._language)[self._visit.step.key]["options"])
+        shown = [f"   {'xyz'[place]}) {self._filled(told, option)}" for place, option in options if shows(place)]
+        return [f"{self.say('predict')} · {self._text(told, 'question')}", *shown]
+
+    def _doing(self, told: scene.Json) -> str:
+        return f"{self.say('do')} · {self._text(told, 'do')}"
+
+    def _seeing(self, told: scene.Json, offers: Callable[[str], bool]) -> list[str]:
+        """Return what can be done, what is to be seen, what to do now, and why."""
+        step, text, lines = self._visit.step, lesson(self._language)[self._visit.step.key], list[str]()
         for number, key in enumerate(step.acts, 1):
-            ready = "" if key in told["ready"] else "  ·"
-            lines.append(f"   [{number}] {filled(text['acts'][key])}{ready}")
-        for key in step.conditions:
-            lines.append(f"   {'✓' if key in told['met'] else '○'} {filled(text['conditions'][key])}")
+            if offers(key):
+                ready = "" if key in told["ready"] else "  ·"
+                lines.append(f"   [{number}] {self._filled(told, text['acts'][key])}{ready}")
+        for key in () if step.key == "implement" else step.conditions:  # whose checks stand below it, with reasons
+            lines.append(f"   {'✓' if key in told['met'] else '○'} {self._filled(told, text['conditions'][key])}")
         if told["trials"]:
             lines += [self._trial(row) for row in told["trials"]]
         if told["hint"]:
             told_now = {"missed": text["missed"], "stranded": self.say("stranded")} | text.get("hints", {})
-            lines.append(f"→ {filled(told_now[told['hint']])}")
+            lines.append(f"→ {self._filled(told, told_now[told['hint']])}")
         if told["is_done"]:
-            lines.append(f"{self.say('why')} · {filled(text['why'])}")
-        title = f"{told['current'] + 1}/{len(STEPS)} · {text['title']} · {len(told['done'])} ✓"
-        return Panel(Text("\n".join(lines)), title=escape(title), title_align="left")
+            lines.append(f"{self.say('why')} · {self._filled(told, text['why'])}")
+        return lines
 
     def _trial(self, row: scene.Json) -> str:
         before, after = (self.say(f"trial_{times}") for times in row["times"])
-        told = f"{self.say('trial_before')}: {before} · {self.say('trial_after')}: {after}"
+        told = f"{self._named('trial_before', before)} · {self._named('trial_after', after)}"
         return f"   {self.say(row['guarantee'])} · {told}"
 
-    def _stage(self, stage: scene.Json) -> RenderableType:
+    def _named(self, key: str, value: object) -> str:
+        return self.say("terminal_named", what=self.say(key), told=value)
+
+    def _stage(self, stage: scene.Json, *, brief: bool = False) -> RenderableType:
         queue = stage["queue"]
         if queue is None:
             return Text(self.say("no_queue"))
         grid = Table.grid(padding=(0, 2))
         grid.add_row(self.say("producer"), f"{stage['producer']['sent']}")
         grid.add_row(f"queue {queue['name']}", _chips(queue["waiting"]) or "·")
-        grid.add_row(self.say("delayed"), _chips(queue["late"]) or self.say("none"))
-        grid.add_row(self.say("dead_letters"), _chips(queue["letters"]) or self.say("none"))
+        for key, claims in (("delayed", queue["late"]), ("dead_letters", queue["letters"])):
+            if claims or not brief:
+                grid.add_row(self.say(key), _chips(claims) or self.say("none"))
         for one in stage["consumers"]:
             name = self.say("guest") if one["guest"] else self.say("consumer_n", n=one["number"])
             held = "" if one["holds"] is None else f"[{one['holds']['claim']}] "
             grid.add_row(name, held + (self.say("over") if one["over"] else self.say(f"state_{one['state']}")))
         if stage["documents"] is not None:
             second = stage["documents"]
-            letters = f"{self.say('letters')}: {second['count']}"
+            letters = self._named("letters", second["count"])
             grid.add_row("queue documents", f"{_chips(second['waiting']) or '·'}   {letters}")
         grid.add_row(self.say("processed"), f"{stage['paid']}   {_chips(stage['done'])}")
-        return Group(grid, Text(self._sums(queue), style="green" if queue["holds"] else "red"))
+        return Group(grid, Text(self._sums(queue, brief=brief), style="green" if queue["holds"] else "red"))
 
-    def _sums(self, queue: scene.Json) -> str:
+    def _sums(self, queue: scene.Json, *, brief: bool) -> str:
         states = ("ready", "delayed", "leased", "acked", "dead", "removed")
-        terms = " + ".join(self.say(f"{state}_n", n=queue[state]) for state in states)
+        terms = " + ".join(self.say(f"{state}_n", n=queue[state]) for state in states if queue[state] or not brief)
         found = scene.books(self._visit.room)
         verdict = f"{self.say('lost_n', n=found['lost'])}, {self.say('doubled_n', n=found['doubled'])}"
         return f"{self.say('all_sent', n=queue['sent'])} = {terms} · {verdict}"
@@ -218,6 +268,8 @@ class Face:
                 room.add_consumer()
             case "-" | "−":  # noqa: RUF001  # the sign that the page shows
                 room.remove_consumer()
+            case "v":
+                self.is_room_first = not self.is_room_first
             case "s":
                 await room.submit(room.customers.cases(1))
             case "c":
@@ -302,7 +354,7 @@ async def _converse(face: Face) -> None:
             console.print(face.drawn())
         return
     with _keys(), Live(console=console, screen=True, auto_refresh=False) as live:
-        drawing = asyncio.create_task(_redraw(live, face))
+        drawing = asyncio.create_task(_redraw(console, live, face))
         try:
             wish = ""
             async for key in _typed(b""):
@@ -316,9 +368,9 @@ async def _converse(face: Face) -> None:
             await asyncio.wait((drawing,))
 
 
-async def _redraw(live: Live, face: Face) -> None:
+async def _redraw(console: Console, live: Live, face: Face) -> None:
     while True:
-        live.update(face.drawn(), refresh=True)
+        live.update(face.fitted(console), refresh=True)
         await asyncio.sleep(DRAW_EVERY)
 
 
