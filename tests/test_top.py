@@ -14,7 +14,7 @@ import pytest
 
 import filao
 import filao.sync
-from filao.cli.top import Reading, View, heading, line, moved, read_again, screen
+from filao.cli.top import Reading, View, _in_lines, heading, line, moved, read_again, screen
 from filao.errors import EngineUnavailable
 
 PATIENCE = 60.0  # seconds after which a program that hangs is given up
@@ -22,9 +22,9 @@ FILAO = [sys.executable, "-m", "filao"]
 
 
 def stats(
-    name: str, *, ready: int = 0, age: float | None = None, sent: int = 0, paused: bool = False
+    name: str, *, ready: int = 0, age: float | None = None, sent: int = 0, paused: bool = False, dead: int = 0
 ) -> filao.QueueStats:
-    return filao.QueueStats(name, paused, ready, 0, 0, 0, 0, age, sent=sent)
+    return filao.QueueStats(name, paused, ready, 0, 0, 0, dead, age, sent=sent)
 
 
 QUEUES = (stats("a", ready=9), stats("b", ready=1, age=90.0), stats("c", ready=2, age=5.0))
@@ -51,6 +51,26 @@ def test_it_never_takes_more_than_the_terminal_has(columns, rows) -> None:
         assert len(shown) <= max(rows, 3)
         assert max(len(re.sub(r"\x1b\[\d+m", "", text)) for text in shown) <= columns
     assert any("queue-777" in text for text in screen(many, View(chosen="queue-777"), "", columns=80, rows=24))
+
+
+def test_a_narrow_terminal_shows_fewer_figures_but_each_whole() -> None:
+    wide = stats("q" * 128, ready=12_345, dead=77_777, age=90.0)
+    assert heading(40).split() == ["queue", "ready", "dead", "oldest"]
+    assert line(wide, READING, 40).split() == ["q" * 15 + "…", "12345", "77777", "2", "min"]
+    for columns in range(16, 100):
+        keys = screen(READING, View(), "", columns=columns, rows=24)[-1]
+        assert set(heading(columns).split()[1:]) <= set(heading().split())
+        assert set(keys.split("  ")) <= {"q quit", "s sort", "Enter look into", "up/down choose"}
+
+
+def test_into_a_pipe_nothing_is_printed_as_seen_that_was_not(capfd) -> None:
+    def fail() -> list[filao.QueueStats]:
+        raise EngineUnavailable("the server is away")
+
+    _in_lines(fail, READING, 0.0, 2)
+    said = capfd.readouterr()
+    assert len(said.out.splitlines()) == 1 + len(QUEUES)
+    assert "the server is away" in said.err
 
 
 def test_keys_choose_sort_and_look_into_a_queue() -> None:

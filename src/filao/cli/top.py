@@ -24,7 +24,12 @@ from filao.errors import EngineError
 from filao.printable import printable
 from filao.urls import shown_url
 
-_NAME = 27  # columns of a queue's name: with the rest a line takes 80
+_COLUMNS = 80  # of a line, where there is no terminal to ask
+_NAME, _NAME_LEAST = 27, 16  # columns of a queue's name: with the rest a line takes 80; fewer where that is too much
+_FIGURES = {"ready": 7, "leased": 7, "later": 7, "dead": 7, "oldest": 7, "in/s": 6, "out/s": 5}
+_DISPENSABLE = ("out/s", "in/s", "later", "leased", "oldest", "dead")
+"""What a narrow terminal does without, the first first: a figure that is cut is another figure."""
+_HELP: tuple[str, ...] = ("q quit", "s sort", "Enter look into", "up/down choose")
 _ARROWS = {
     b"\x1b[A": "up",
     b"\x1b[B": "down",
@@ -135,7 +140,10 @@ def _in_lines(look: Callable[[], Sequence[QueueStats]], reading: Reading, every:
     done = 0
     while True:
         lines = [line(one, reading) for one in sorted_by(reading.queues, "age")]
-        print_lines([text.encode(errors="replace") for text in lines or [reading.trouble or "no queue is declared"]])
+        if reading.trouble:
+            note(printable(reading.trouble))  # what was seen before is not printed as if it were seen now
+        else:
+            print_lines([text.encode(errors="replace") for text in lines or ["no queue is declared"]])
         done += 1
         if done == times:
             return
@@ -225,23 +233,32 @@ def sorted_by(queues: Sequence[QueueStats], sort: str) -> list[QueueStats]:
     return sorted(queues, key=lambda one: (-figure(one), one.name))
 
 
-def heading() -> str:
+def heading(columns: int = _COLUMNS) -> str:
     """Return the words above the lines."""
-    return (
-        f"{'queue':<{_NAME}} {'ready':>7} {'leased':>7} {'later':>7} {'dead':>7} {'oldest':>7} {'in/s':>6} {'out/s':>5}"
-    )
+    return _laid_out("queue", {name: name for name in _FIGURES}, columns)
 
 
-def line(queue: QueueStats, reading: Reading) -> str:
-    """Return a queue on a line of 80 columns; `later` are those delayed and blocked."""
+def line(queue: QueueStats, reading: Reading, columns: int = _COLUMNS) -> str:
+    """Return a queue on a line; `later` are those delayed and blocked."""
     name = printable(f"{queue.name} (paused)" if queue.paused else queue.name)
-    name = name if len(name) <= _NAME else name[: _NAME - 1] + "…"
     rate_in, rate_out = (short(rate) for rate in reading.rates[queue.name]) if queue.name in reading.rates else "--"
     leased, later = short(queue.leased), short(queue.delayed + queue.blocked)
     if reading.untold:
         leased = later = rate_in = rate_out = "-"
-    figures = " ".join(f"{figure:>7}" for figure in (short(queue.ready), leased, later, short(queue.dead)))
-    return f"{name:<{_NAME}} {figures} {age(queue.oldest_ready_age):>7} {rate_in:>6} {rate_out:>5}"
+    figures = (short(queue.ready), leased, later, short(queue.dead), age(queue.oldest_ready_age), rate_in, rate_out)
+    return _laid_out(name, dict(zip(_FIGURES, figures, strict=True)), columns)
+
+
+def _laid_out(name: str, figures: Mapping[str, str], columns: int) -> str:
+    """Return a name and as many whole figures as a line has room for."""
+    widths = dict(_FIGURES)
+    for dispensable in _DISPENSABLE:
+        if columns - sum(widths.values()) - len(widths) >= _NAME_LEAST:
+            break
+        del widths[dispensable]
+    room = max(1, min(_NAME, columns - sum(widths.values()) - len(widths)))
+    name = name if len(name) <= room else name[: room - 1] + "…"
+    return " ".join([f"{name:<{room}}", *(f"{figures[one]:>{width}}" for one, width in widths.items())])[:columns]
 
 
 def screen(reading: Reading, view: View, title: str, *, columns: int, rows: int) -> list[str]:
@@ -253,18 +270,19 @@ def screen(reading: Reading, view: View, title: str, *, columns: int, rows: int)
     if reading.untold and inside is None:
         told[2:2] = wrap(reading.untold, columns)
     if inside is not None:
-        told += [heading(), line(inside, reading), "", *_told(inside, reading, columns)]
-        keys = "Esc back  q quit"
+        told += [heading(columns), line(inside, reading, columns), "", *_told(inside, reading, columns)]
+        keys: tuple[str, ...] = ("q quit", "Esc back")
     else:
         at = next((place for place, one in enumerate(queues) if one.name == view.chosen), 0)
         room = max(1, rows - len(told) - 3)
         first = max(0, min(at - room // 2, len(queues) - room))
-        told.append(heading())
-        cut = [line(one, reading)[:columns] for one in queues[first : first + room]]
+        told.append(heading(columns))
+        cut = [line(one, reading, columns) for one in queues[first : first + room]]
         told += [f"\x1b[7m{text}\x1b[27m" if first + place == at else text for place, text in enumerate(cut)]
-        keys = "up/down choose  Enter look into  s sort  q quit"
+        keys = _HELP
     told = [text if text.startswith("\x1b") else text[:columns] for text in told[: max(1, rows - 2)]]
-    return [*told, "", keys[:columns]]
+    fitting = [one for place, one in enumerate(keys) if len("  ".join(keys[: place + 1])) <= columns]
+    return [*told, "", "  ".join(fitting)]
 
 
 def _told(queue: QueueStats, reading: Reading, columns: int) -> list[str]:
