@@ -1,32 +1,54 @@
-"""What observers cost the processor: how much of a process's time goes by in telling them of send-one and of drain,
-on a file, with a worker's measures. Run: python -m bench.observing
+"""What observers cost the processor: send-one and drain on a file, by many tasks. Run: python -m bench.observing
 
-Time in the telling is measured, not the difference between two runs: that is smaller than what others on the machine
-make of it. So the clock's own calls are counted in.
+Two answers. **Telling**: how much of a process's time goes by in telling a worker's measures, timed inside one run:
+what others on the machine do hardly matters, but the clock's own calls are counted in. **Side by side**: the time of a
+process for each message without anybody who watches (twice: what is between the two is noise), with a worker's
+measures, with OpenTelemetry whose sampler takes one trace in a hundred, and with a span for each operation, which a
+batch processor exports to nowhere; each measured in turn, round after round, of which the least is told.
 """
 
 import asyncio
+import gc
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
+
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
 
 import filao
 from filao.batching import Batcher
+from filao.observing import Observer, Tracer
+from filao.opentelemetry import OpenTelemetry
 from filao.prometheus.worker import WorkerMetrics
 
-MESSAGES, SENDERS, ROUNDS = 10_000, 64, 5
+MESSAGES, SENDERS, ROUNDS = 10_000, 64, 7
+
+Watchers = Sequence[Observer | Tracer]
+Spent = tuple[float, float]
+"""Of send-one and of drain."""
 
 
 class Telling:
-    """The processor's seconds that went by in telling."""
+    """The processor's seconds that went by in telling; as a context manager it times them."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._tell: Callable[..., None] = Batcher._tell  # noqa: SLF001
+
+    def __enter__(self) -> Self:
         Batcher._tell = self._timed  # type: ignore[method-assign]  # noqa: SLF001
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Batcher._tell = self._tell  # type: ignore[method-assign]  # noqa: SLF001
 
     @property
     def _timed(self) -> Callable[..., None]:
@@ -38,11 +60,26 @@ class Telling:
         return timed
 
 
-async def _shares(path: Path, telling: Telling) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the microseconds for each message that is sent, and received and acked, by many tasks; and the share."""
+class Nowhere(SpanExporter):
+    """Takes spans, and lets them go."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:  # noqa: ARG002
+        return SpanExportResult.SUCCESS
+
+
+def telemetry(sampler: Sampler) -> OpenTelemetry:
+    """Return a tracer with an SDK of its own."""
+    provider = TracerProvider(sampler=sampler)
+    provider.add_span_processor(BatchSpanProcessor(Nowhere()))
+    return OpenTelemetry(tracer_provider=provider, meter_provider=MeterProvider([InMemoryMetricReader()]))
+
+
+async def spent(path: Path, watchers: Watchers, each: Callable[[str, float], None]) -> None:
+    """Tell `each` the processor's seconds of send-one and of drain."""
     async with filao.connect(path) as broker:
         await broker.declare(filao.Queue("claims"))
-        broker.observers.add(WorkerMetrics())
+        for one in watchers:
+            broker.observers.add(one)
 
         async def send() -> None:
             for number in range(MESSAGES // SENDERS):
@@ -52,22 +89,61 @@ async def _shares(path: Path, telling: Telling) -> tuple[tuple[float, float], tu
             while (message := await broker.receive_from_queue("claims", wait=0)) is not None:
                 await message.ack()
 
-        async def share(work: Callable[[], Awaitable[None]]) -> tuple[float, float]:
-            telling.seconds, began = 0.0, time.process_time()
+        async def share(name: str, work: Callable[[], Awaitable[None]]) -> None:
+            gc.collect()
+            began = time.process_time()
             await asyncio.gather(*(work() for _ in range(SENDERS)))
-            spent = time.process_time() - began
-            return 1e6 * spent / MESSAGES, 100 * telling.seconds / spent
+            each(name, time.process_time() - began)
 
-        return await share(send), await share(drain)
+        await share("send-one", send)
+        await share("drain", drain)
+
+
+def tell(folder: Path) -> None:
+    """Print how much of the time goes by in telling."""
+    shares: dict[str, list[float]] = {}
+    with Telling() as telling:
+
+        def each(name: str, seconds: float) -> None:
+            shares.setdefault(name, []).append(100 * telling.seconds / seconds)
+            telling.seconds = 0.0
+
+        for number in range(ROUNDS):
+            asyncio.run(spent(folder / f"told{number}.db", [WorkerMetrics()], each))
+    for name, found in shares.items():
+        print(f"telling   {name:<9} {median(found):5.1f} % of the processor's time (median of {ROUNDS})")
+
+
+def compare(folder: Path) -> None:
+    """Print what each way to watch costs, side by side."""
+    ways: dict[str, Callable[[], Watchers]] = {
+        "nobody": list,
+        "nobody, again": list,
+        "Prometheus": lambda: [WorkerMetrics()],
+        "and OpenTelemetry, 1 trace in 100": lambda: [
+            WorkerMetrics(),
+            telemetry(ParentBased(TraceIdRatioBased(0.01))),
+        ],
+        "and OpenTelemetry, a span for each": lambda: [WorkerMetrics(), telemetry(ALWAYS_ON)],
+    }
+    least: dict[tuple[str, str], float] = {}
+    numbers = count()
+    for _ in range(ROUNDS):
+        for way, watchers in ways.items():
+
+            def each(name: str, seconds: float, way: str = way) -> None:
+                least[name, way] = min(seconds, least.get((name, way), seconds))
+
+            asyncio.run(spent(folder / f"{next(numbers)}.db", watchers(), each))
+    for (name, way), seconds in sorted(least.items(), key=lambda one: one[0][0], reverse=True):
+        more = 100 * (seconds / least[name, "nobody"] - 1)
+        print(f"{name:<9} {way:<34} {1e6 * seconds / MESSAGES:6.1f} us for each message, {more:+6.1f} %")
 
 
 def main() -> None:
-    telling = Telling()
     with tempfile.TemporaryDirectory() as folder:
-        found = [asyncio.run(_shares(Path(folder) / f"{number}.db", telling)) for number in range(ROUNDS)]
-    for place, name in enumerate(("send-one", "drain")):
-        spent, share = (median(round_[place][what] for round_ in found) for what in (0, 1))
-        print(f"{name:<9} {spent:6.1f} us for each message, {share:.1f} % of it in telling (median of {ROUNDS})")
+        tell(Path(folder))
+        compare(Path(folder))
 
 
 if __name__ == "__main__":
