@@ -148,6 +148,18 @@ async def test_a_token_is_asked_for_by_a_form_and_kept_in_a_strict_cookie(broker
         await somebody.sees("/en/queues", 401)
 
 
+async def test_who_comes_in_keeps_the_language_of_the_page(broker) -> None:
+    async with visiting(broker, token=TOKEN) as somebody:
+        form = re.search(r'action="(/enter[^"]*)"', await somebody.sees("/fr/queues", 401))
+        assert form
+        assert "Token" in await somebody.sees("/en/queues", 401)
+        for token, status, shown in (("wrong-horse-battery", 401, 'lang="fr"'), (TOKEN, 200, 'lang="fr"')):
+            answer = await somebody.client.post(form[1], data={"token": token}, follow_redirects=True)
+            assert (answer.status_code, f"<html {shown}" in answer.text) == (status, True)
+        odd = await somebody.client.post("/enter?language=/evil.example", data={"token": TOKEN})
+        assert odd.headers["location"] == "/"
+
+
 async def test_behind_a_proxy_that_speaks_tls_the_cookie_is_never_sent_without_and_a_lost_host_is_told(broker) -> None:
     async with visiting(broker, token=TOKEN, hosts=["ops.example"], host="http://ops.example") as somebody:
         form = {"token": TOKEN}
@@ -501,7 +513,13 @@ async def test_dead_letters_are_grouped_by_reason_and_exception(broker, visitor)
     assert sorted(found) == [(1, "KeyError"), (1, "RuntimeError"), (2, "ValueError"), (3, "claim # is a duplicate")]
 
 
-@on_both
+async def test_letters_that_left_during_the_look_are_not_said_to_be_cut_off(broker, visitor) -> None:
+    await die(broker, FOUR_KINDS)
+    await visitor.sees("/en/queues")
+    await broker.redrive("claims", limit=3)
+    assert "told apart are the first" not in await visitor.sees("/en/dead")
+
+
 async def test_until_dead_letters_are_told_apart_their_number_is(broker, visitor, monkeypatch) -> None:
     await die(broker, FOUR_KINDS)
     monkeypatch.setattr(views, "KINDS_WITHIN", 0.0)

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from functools import cache
 from urllib.parse import parse_qs
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from filao import door
 from filao.dashboard.neighbours import is_of_another_user
 from filao.door import LOOPBACK, Guesses, cookie_of, is_of_host, is_of_other_site, safely
+from filao.languages import LANGUAGES
 from filao.printable import printable
 
 TOKEN_LEAST = 12  # characters: fewer can be guessed from a cookie that was seen
@@ -168,7 +169,9 @@ class Door:
         if not await guesses.is_right(form.get("token", "").strip()):
             return self._enter(scope, True)
         kept = self._kept(scope, _new_session(form.get("name", "")))
-        return RedirectResponse(f"{scope.get('root_path', '')}/", 303, {"set-cookie": kept})
+        language = QueryParams(scope["query_string"]).get("language")
+        page = f"{language}/queues" if language in LANGUAGES else ""
+        return RedirectResponse(f"{scope.get('root_path', '')}/{page}", 303, {"set-cookie": kept})
 
     def _kept(self, scope: Scope, session: str) -> str:
         """Return the header that has a browser keep a session."""

@@ -46,6 +46,7 @@ READ_WITHIN = 5.0  # seconds for what one page asks the store for ...
 RECEIVED_WITHIN = 30.0  # ... and where messages are received to be looked at, all of them: the bound of every wait
 ACT_WITHIN = 2.0  # seconds that an answer waits for a deed to end
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+_NAMED: dict[str, Language] = {language: language for language in LANGUAGES}
 NAVIGATION = ("queues", "dead", "processes", "log")
 
 
@@ -165,8 +166,11 @@ class Pages:
             return Told("trouble", {"what": "away", "why": str(error)}, 503)
 
     def _language(self, request: Request) -> Language:
-        found = request.path_params.get("language") if "path_params" in request.scope else None
-        return found if found in LANGUAGES else wanted_language(request.headers.get("accept-language", ""))
+        """Return the language of a page, of the page that a form was on, or else the browser's."""
+        root = f"{request.scope.get('root_path', '')}"
+        page = request.scope["path"].removeprefix(root).lstrip("/").partition("/")[0]
+        said = _NAMED.get(page) or _NAMED.get(request.query_params.get("language", ""))
+        return said or wanted_language(request.headers.get("accept-language", ""))
 
     # --- what lives --------------------------------------------------------------------------------------------------
 

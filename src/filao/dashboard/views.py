@@ -13,7 +13,7 @@ import msgspec
 
 from filao.broker import Broker, session_of
 from filao.dashboard.shown import NOTHING, body_of, json_text
-from filao.dashboard.triage import Triage
+from filao.dashboard.triage import LOOKED_AT_MAX, Triage
 from filao.dashboard.watch import Look
 from filao.engine import Event, Feature, QueueStats, Receiver, State, StoredMessage
 from filao.errors import ConfigurationError, QueueNotFound
@@ -180,7 +180,7 @@ class Views:
         queues = {name: one for name, one in asked.look.queues.items() if not only or name == only}
         told, is_latest = await self.triage.kinds(queues, 0.0 if "live" in asked.query else KINDS_WITHIN)
         kinds = [kind for one in told for kind in one.kinds]
-        cut = [one for one in told if one.kinds and one.counted[0] > one.looked_at]
+        cut = [one for one in told if one.counted[0] > one.looked_at >= LOOKED_AT_MAX]
         return {
             "kinds": kinds[:KINDS_SHOWN],
             "kinds_hidden": max(0, len(kinds) - KINDS_SHOWN),
