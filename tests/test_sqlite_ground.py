@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import filao
-from filao.engines.sqlite import files, ground
+from filao.engines.sqlite import files, ground, housekeeping
 from tests.conftest import engine_of
 from tests.torture import disk
 
@@ -249,6 +249,7 @@ for n in range(200):
 
 
 async def test_a_checkpoint_is_no_loss_though_two_threads_look_at_once(db, monkeypatch) -> None:
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)  # or it may be a third
     async with filao.connect(db) as broker:
         await broker.declare(CLAIMS)
         await broker.send_to_queue(CLAIMS, "x" * 100_000)

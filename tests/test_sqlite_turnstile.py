@@ -14,7 +14,7 @@ import pytest
 
 import filao
 from filao.engine import Batch
-from filao.engines.sqlite import files
+from filao.engines.sqlite import files, housekeeping
 from filao.engines.sqlite.backup import back_up
 from tests.conftest import engine_of
 from tests.support.programs import CLAIMS, db
@@ -113,6 +113,7 @@ async def test_who_met_a_foreign_transaction_waits_no_longer_for_a_turn_than_oth
 
 @pytest.mark.anyio
 async def test_who_must_open_the_file_again_waits_no_longer_for_a_turn_than_others(db, monkeypatch) -> None:
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)  # or it may open the file
     async with filao.connect(db) as broker, asyncio.timeout(20):
         async with broker.transaction() as tx:
             await tx.execute("PRAGMA user_version")  # its connection is not used again
