@@ -6,6 +6,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, suppress
+from functools import partial
 
 import pytest
 
@@ -186,6 +187,29 @@ async def test_what_a_statement_leaves_ends_with_its_transaction_in_memory_too(s
         await held.ack()
         await broker.send_to_queue("claims", 2)
         assert (await broker.receive_from_queue("claims")).body == 2
+
+
+async def test_a_queue_whose_rules_are_unreadable_stops_no_other(tmp_path, filao_clock) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path, clock=filao_clock) as broker:
+        await broker.declare(filao.Queue("broken"), filao.Queue("claims"))
+        for queue in ("broken", "claims"):
+            await broker.send_to_queue(queue, "held")
+            await broker.receive_from_queue(queue)
+            await broker.send_to_queue(queue, "expires", ttl=1)
+        with closing(sqlite3.connect(path)) as other, other:
+            other.execute("UPDATE filao_queue SET rules = '?' WHERE name = 'broken'")
+        filao_clock.advance(2)
+        assert (await broker.stats("claims")).dead == 1
+        assert [letter.body for letter in await broker.dead_letters("claims")] == ["expires"]
+        await broker.send_to_queue("claims", "expires", ttl=1)
+        filao_clock.advance(2)
+        while await engine_of(broker)._alone(partial(engine_of(broker)._housekeeper.tidy_some, idle=True)):
+            pass
+        with closing(sqlite3.connect(path)) as other:
+            assert other.execute("SELECT dead FROM filao_queue WHERE name = 'claims'").fetchone() == (2,)
+    async with filao.connect(path, clock=filao_clock) as broker:
+        assert [message.body for message in await broker.receive_many("claims", 9, wait=0)] == ["held"]
 
 
 async def test_a_purge_that_fails_half_way_tells_what_is_done(tmp_path, monkeypatch) -> None:

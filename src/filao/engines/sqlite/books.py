@@ -178,6 +178,13 @@ class Books:
             raise self.not_found(name)
         return row
 
+    def legible(self, name: str) -> QueueRow | None:
+        """Return the queue's row; None where its rules are unreadable, which stops nothing that is done for all."""
+        try:
+            return self.queue(name)
+        except EngineError:
+            return None
+
     def names(self) -> dict[int, str]:
         """Return the queues that were looked at."""
         return {row.id: name for name, row in self.known.queues.items()}

@@ -150,4 +150,5 @@ def _slice(
 
 
 def _expired(queue: str, books: Books) -> int:
-    return moves.let_expire(books, books.row(queue))
+    row = books.legible(queue)
+    return 0 if row is None else moves.let_expire(books, row)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Protocol, TypeVar
 
 from filao.engines.sqlite import moves, operators, processes
@@ -28,9 +29,9 @@ def tidy(books: Books, *, idle: bool) -> bool:
     Under traffic as many pages stay free as are in use, because they are about to be used again.
     """
     more = processes.forget_keys(books) | processes.forget_events(books)
-    for queue in operators.outlived(books)[:1]:
-        row = books.queue(queue)
-        more |= row is not None and bool(moves.let_expire(books, row, TIDY_EXPIRED))
+    legible = filter(None, map(books.legible, operators.outlived(books)))
+    for row in islice(legible, 1):
+        more |= bool(moves.let_expire(books, row, TIDY_EXPIRED))
     free, pages = (books.db.execute(f"PRAGMA {name}_count").fetchone()[0] for name in ("freelist", "page"))
     if free > (FREE_PAGES_KEPT if idle else max(FREE_PAGES_BUSY, pages - free)):
         books.db.execute(f"PRAGMA incremental_vacuum({TIDY_PAGES})").fetchall()

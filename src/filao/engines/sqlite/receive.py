@@ -157,9 +157,9 @@ def look(books: Books, queue: str) -> float | None:
 
     It takes nothing and writes nothing: for commits that rang no bell.
     """
-    row = books.queue(queue)
+    row = books.legible(queue)
     if row is None:
-        return 0.0  # so that those who wait learn that it was deleted
+        return 0.0  # so that those who wait learn that it was deleted, or what is wrong with it
     if row.paused or not row.pending():
         return None
     return 0.0 if row.count["ready"] else time_to_due(books, row)
