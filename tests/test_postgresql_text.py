@@ -115,6 +115,22 @@ async def test_sessions_that_rest_are_not_ended_whatever_the_database_says(postg
         assert await (await connection.execute("SHOW idle_session_timeout")).fetchone() == ("0",)
 
 
+async def test_a_database_that_is_read_only_by_default_is_not_taken_for_a_standby(postgres) -> None:
+    url = create(postgres, "UTF8")
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+    empty = create(postgres, "UTF8", "default_transaction_read_only = on")
+    with psycopg.connect(postgres.url(), autocommit=True) as operator:
+        operator.execute(f"ALTER DATABASE {url.rpartition('/')[2]} SET default_transaction_read_only = on".encode())
+    with pytest.raises(filao.ConfigurationError, match=r"read-only.*default_transaction_read_only"):
+        await filao.connect(empty).open()
+    async with filao.connect(url) as broker:
+        with pytest.raises(
+            filao.EngineUnavailable, match=r"read-only.*Nothing was done.*default_transaction_read_only"
+        ):
+            await broker.send_to_queue("claims", 1)
+
+
 async def test_a_process_that_cannot_open_its_session_leaves_no_row_behind(postgres) -> None:
     url = create(postgres, "UTF8")
     async with filao.connect(url) as broker:

@@ -358,11 +358,12 @@ class Server:
     def _read_only(self, said: str) -> EngineError | ConfigurationError:
         if not self.has_served:
             return ConfigurationError(
-                f"{self.name}: {said}. This server is a standby or read-only: connect to the primary."
+                f"{self.name}: {said}. This server is a standby or read-only: connect to the primary, or turn "
+                f"default_transaction_read_only off."
             )
         return EngineUnavailable(
             f"{self.name} is read-only by now: {said}. Nothing was done. The next call connects anew, and reaches the "
-            f"primary as soon as the URL leads there."
+            f"primary as soon as the URL leads there; if it is the primary, turn default_transaction_read_only off."
         )
 
 
