@@ -26,7 +26,7 @@ import msgspec
 
 import filao
 from filao.sandbox.crew import HOME_WITHIN, own_environment
-from filao.sandbox.guard import descendants
+from filao.sandbox.guard import descendants, kill_below
 from filao.sandbox.journal import Record, Tail, journal_of
 from filao.sandbox.orders import CLAIMS, PAYMENTS, Claim
 from filao.sandbox.trap import Trial
@@ -245,20 +245,15 @@ class Run:
 
     def kill(self, number: int) -> None:
         """Kill a process and all that it has started, as their guard does when its input ends."""
-        process = self.processes[number - 1]
-        assert process.stdin is not None
-        process.stdin.close()
-        process.send_signal(signal.SIGCONT)  # should the code have stopped its guard
-        try:
-            process.wait(HOME_WITHIN)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _let_go(self.processes[number - 1])
+        _see_ended(self.processes[number - 1])
 
     def end(self) -> None:
         """Kill all processes, and what they have started."""
-        for number in range(1, len(self.processes) + 1):
-            self.kill(number)
+        for process in self.processes:
+            _let_go(process)
+        for process in self.processes:
+            _see_ended(process)
 
     def _started(self) -> list[int]:
         """Return all processes of the learner's code; none where that cannot be told."""
@@ -333,13 +328,32 @@ async def _running(folder: Path, program: Path) -> AsyncGenerator[Run]:
             finally:
                 run.end()
     finally:
-        await broker.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            await _to_its_end(broker.close())
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _to_its_end(opening: Coroutine[Any, Any, None]) -> None:
-    """Open, and when that is cancelled, only then: it would go on in its thread, in a folder that is removed."""
-    task = asyncio.create_task(opening)
+def _let_go(process: "subprocess.Popen[bytes]") -> None:
+    """Tell a guard to end what it guards."""
+    assert process.stdin is not None
+    process.stdin.close()
+    process.send_signal(signal.SIGCONT)  # should the code have stopped it
+
+
+def _see_ended(process: "subprocess.Popen[bytes]") -> None:
+    """Wait for a guard; one that has no turn, because the code has taken them all, is helped."""
+    try:
+        process.wait(HOME_WITHIN)
+    except subprocess.TimeoutExpired:
+        kill_below(process.pid)
+        process.kill()
+        process.wait()
+
+
+async def _to_its_end(call: Coroutine[Any, Any, None]) -> None:
+    """Open or close, and when that is cancelled, only then: it would go on in its thread, in a folder that is gone."""
+    task = asyncio.create_task(call)
     try:
         await asyncio.shield(task)
     finally:

@@ -46,6 +46,13 @@ def descendants(pids: Iterable[int]) -> list[int]:
     return found
 
 
+def kill_below(pid: int) -> None:
+    """Kill all processes below one that are there now."""
+    for below in descendants([pid]):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(below, signal.SIGKILL)
+
+
 def _guard(child: int) -> NoReturn:
     """Wait for the child, end what is left of it, and end as it did, without tidying up what is the child's."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # whatever the code sends to its parent
@@ -57,10 +64,10 @@ def _guard(child: int) -> NoReturn:
         os.killpg(child, signal.SIGKILL)
     with suppress(ChildProcessError):  # there is none any more
         while True:
-            for pid in descendants([os.getpid()]):
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            os.waitpid(-1, 0)  # what was below it is ours now: look again
+            kill_below(os.getpid())
+            os.waitpid(-1, 0)
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass  # what was below those that are gone is ours now: look again
     code = os.waitstatus_to_exitcode(status)
     os._exit(code if code >= 0 else 128 - code)  # as a shell tells it
 
