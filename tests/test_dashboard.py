@@ -487,6 +487,9 @@ async def test_the_page_stays_up_while_the_store_is_away(tmp_path) -> None:
         page = await somebody.sees("/en/queues")
         assert "not answered yet" in page
         assert "nowhere" in page
+        early = await somebody.client.get("/en/queue?name=claims")
+        assert (early.status_code, early.headers["refresh"]) == (503, "2")
+        assert "not there" not in early.text
 
 
 async def test_it_is_mounted_under_a_prefix(broker) -> None:

@@ -44,6 +44,7 @@ STREAMS_MAX = 200  # at a time; more are told to come again
 DRAWN_MAX = 64  # live parts that are kept until the next look
 READ_WITHIN = 5.0  # seconds for what one page asks the store for ...
 RECEIVED_WITHIN = 30.0  # ... and where messages are received to be looked at, all of them: the bound of every wait
+COMES_AGAIN = 2  # seconds after which a browser asks again for a page of a store that has not answered yet
 ACT_WITHIN = 2.0  # seconds that an answer waits for a deed to end
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 _NAMED: dict[str, Language] = {language: language for language in LANGUAGES}
@@ -157,6 +158,8 @@ class Pages:
             async with asyncio.timeout(within):
                 return Told(page, await self._view[page](Asked(look, _storable(request.query_params))))
         except (QueueNotFound, NoMessageError) as error:
+            if look.seen_at is None:  # it may well be there
+                return Told("trouble", {"what": "unseen"}, 503)
             return Told("trouble", {"what": "not_there", "why": str(error)}, 404)
         except ConfigurationError as error:  # the message that a list was to go on behind has gone
             return Told("trouble", {"what": "gone", "why": str(error)}, 410)
@@ -219,7 +222,8 @@ class Pages:
     # --- drawing -----------------------------------------------------------------------------------------------------
 
     def _drawn_whole(self, request: Request, language: Language, look: Look, told: Told) -> Response:
-        return HTMLResponse(self._render(f"{told.page}.html", request, language, look, told), told.status)
+        headers = {"refresh": f"{COMES_AGAIN}"} if told.values.get("what") == "unseen" else None
+        return HTMLResponse(self._render(f"{told.page}.html", request, language, look, told), told.status, headers)
 
     def _render(self, template: str, request: Request, language: Language, look: Look, told: Told) -> str:
         root = f"{request.scope.get('root_path', '')}"

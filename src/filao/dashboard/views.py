@@ -237,7 +237,7 @@ def stats_of(asked: Asked, field: str = "name") -> QueueStats:
         raise (
             QueueNotFound(str(not_found(name[:200], asked.look.queues)))
             if asked.look.queues
-            else QueueNotFound(f"queue {name[:200]!r} is not known here, or not yet: no queue has been seen.")
+            else QueueNotFound(f"queue {name[:200]!r} is not declared; no queue is.")
         )
     return found
 
