@@ -913,6 +913,27 @@ async def test_dead_letters_that_are_being_looked_at_are_counted(broker, queue) 
     assert (await broker.stats(queue)).dead == 2
 
 
+async def test_a_redrive_that_fails_half_way_tells_what_is_done_and_leaves_the_rest_in_order(
+    rabbitmq, url, broker, queue
+) -> None:
+    await broker.send_many(queue, range(120))
+    async with filao.connect(url) as consumer, asyncio.timeout(60):  # which is gone before what is redriven comes
+        while (await broker.stats(queue)).dead < 120:
+            for message in await consumer.receive_many(queue, 120, wait=0.1):
+                await message.reject("wrong")
+    small = ["small", f"^{re.escape(queue.name)}$", '{"max-length": 3, "overflow": "reject-publish"}']
+    await asyncio.to_thread(rabbitmq.command, "set_policy", "--apply-to", "queues", *small)
+    last = [letter.id for letter in await broker.dead_letters(queue, limit=120)][-20:]  # behind a hundred others
+    try:
+        with pytest.raises(filao.EngineUnavailable, match=r"^\d+ messages are done, and will stay so. Of the rest: "):
+            await broker.redrive(queue, ids=last)
+    finally:
+        await asyncio.to_thread(rabbitmq.command, "clear_policy", "small")
+    left = [letter.body for letter in await broker.dead_letters(queue, limit=120)]
+    assert left == sorted(left)
+    assert (await broker.stats(queue)).ready == 120 - len(left)
+
+
 async def test_letters_of_strangers_without_an_id_are_not_deleted_for_one_another(broker, queue, foreign) -> None:
     """Asked for the id that they lack, each of them would be the one."""
     for reason in ("one", "two\u202e"):

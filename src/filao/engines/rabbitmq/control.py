@@ -17,10 +17,11 @@ from filao.engine import Draft, Finding, QueueStats, State, StoredMessage
 from filao.engines.rabbitmq import doctor, envelope, register, topology
 from filao.engines.rabbitmq.refusals import refused
 from filao.engines.rabbitmq.register import Declared
-from filao.engines.rabbitmq.server import ANSWERS_WITHIN, Server, Session
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server, Session
 from filao.engines.rabbitmq.topology import UNDELIVERED, dead_name, ladder
 from filao.errors import ConfigurationError, EngineUnavailable
 from filao.queue import Queue
+from filao.slices import Tally
 
 TAKEN = "#taken"  # behind a queue's name; no queue of ours can be called so
 TAKEN_WITHIN = ANSWERS_WITHIN  # seconds until somebody else has put the dead letters back: thousands take seconds
@@ -83,16 +84,20 @@ class RabbitmqOperators:
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Publish dead letters behind what is ready."""
         await self._declared.rules_of(queue)
-        async with self._declared.apart() as session:
-            return await redrive(session, queue, ids, limit, edited, taken=self._taken)
+        with Tally() as tally:
+            async with self._declared.apart() as session:
+                await redrive(session, queue, ids, limit, edited, taken=self._taken, tally=tally)
+        return tally.done
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
         """Delete what is ready, or the dead letters."""
         await self._declared.rules_of(queue)
         if ids is not None:
             if State.DEAD in states:
-                async with self._declared.apart() as session:
-                    return await discard(session, queue, ids, self._taken)
+                with Tally() as tally:
+                    async with self._declared.apart() as session:
+                        await discard(session, queue, ids, self._taken, tally)
+                return tally.done
             raise refused(queue, "to cancel one message", "way to find a message in a queue")
         async with self._declared.apart() as session:
             if not {State.READY, State.DEAD} & set(states):
@@ -173,12 +178,18 @@ async def peek(session: Session, queue: str, limit: int, after: str | None, take
 
 
 async def redrive(
-    session: Session, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None, *, taken: Taken
-) -> int:
+    session: Session,
+    queue: str,
+    ids: Sequence[str] | None,
+    limit: int | None,
+    edited: Draft | None,
+    *,
+    taken: Taken,
+    tally: Tally,
+) -> None:
     """Publish dead letters to their queue, and delete each once that is confirmed."""
     wanted = None if ids is None else set(ids)
     most = len(wanted) if wanted is not None else limit
-    done = 0
     back: set[str] = set()
     async with _dead(session, queue, taken) as look:
         async for message in look.each():
@@ -194,23 +205,20 @@ async def redrive(
                 content, routing_key=queue, properties=new, mandatory=True, timeout=ANSWERS_WITHIN
             )
             await look.delete(message)
-            done += 1
+            tally.done += 1
             back |= {name} - {""}
-            if done == most:
+            if tally.done == most:
                 break
-    return done
 
 
-async def discard(session: Session, queue: str, ids: Sequence[str], taken: Taken) -> int:
-    """Delete dead letters by their ids, and return how many there were."""
+async def discard(session: Session, queue: str, ids: Sequence[str], taken: Taken, tally: Tally) -> None:
+    """Delete dead letters by their ids."""
     wanted = set(ids)
-    done = 0
     async with _dead(session, queue, taken) as look:
         async for message in look.each():
             if envelope.name_of(message.header.properties) in wanted:
                 await look.delete(message)
-                done += 1
-    return done
+                tally.done += 1
 
 
 class _Look:
@@ -262,13 +270,21 @@ class _Look:
 
 @asynccontextmanager
 async def _dead(session: Session, queue: str, taken: Taken) -> AsyncGenerator[_Look]:
-    """Give the dead letters there are now; those that were not deleted go back when the block ends, or we die."""
+    """Give the dead letters there are now; those that were not deleted go back when the block ends, or we die.
+
+    They go back in order but for a cancellation, which closes the channel under the call that it meets.
+    """
     await _take(session, queue)
     most = taken[queue] = await session.depth(dead_name(queue)) or 0
     try:
         async with session.aside(confirms=True) as channel:
             look = _Look(channel, queue, most, taken)
-            yield look
+            try:
+                yield look
+            except Exception:
+                with suppress(*AWAY):
+                    await look.give_back()
+                raise
             await look.give_back()
     finally:
         del taken[queue]
