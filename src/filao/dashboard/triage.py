@@ -12,6 +12,7 @@ from datetime import datetime
 
 from filao.engine import QueueStats, State
 from filao.errors import FilaoError
+from filao.guarded import check_cancelled
 from filao.overview import Glimpse, Overview, error_kind
 
 LOOKED_AT_MAX = 10_000  # dead letters of one queue that are told apart: a second at most
@@ -91,6 +92,7 @@ class Triage:
 
     async def _look(self, queues: list[QueueStats]) -> None:
         for queue in queues:
+            check_cancelled()
             began = time.monotonic()
             kinds: dict[tuple[str, str], list[Glimpse]] = {}
             counts: dict[tuple[str, str], int] = {}
