@@ -57,7 +57,7 @@ def main() -> int:
     """Run the measures; exit with 1 when a bar was missed and --strict was given."""
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers end too
-    output = Path(options.output)
+    output = Path(options.output).absolute()  # servers are started in folders of their own
     output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output, prefix="run-")))
