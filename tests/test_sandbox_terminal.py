@@ -3,9 +3,7 @@ the end.
 """
 
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -22,9 +20,11 @@ from filao.sandbox.steps import STEPS
 from filao.sandbox.terminal import Face
 from filao.sandbox.visits import Visit
 from filao.sandbox.words import lesson, program, words
+from tests.support.terminal import on_a_terminal, seen_on
 from tests.test_sandbox_exercise import TRANSACTION, code
 
 PATIENCE = 120.0
+SANDBOX = [sys.executable, "-m", "filao", "sandbox", "--terminal"]
 SPEED = "5"  # as in a browser
 WISHES = [  # what the page of each step says, and then the next one
     *("1", "w", "n", "1", "w", "n", "1", "w", "n", "1", "w", "n", "1", "w", "2", "w", "n", "1", "w", "2", "w", "n"),
@@ -155,55 +155,23 @@ def test_a_signal_ends_it_and_leaves_nothing(pipe, number) -> None:
 
 
 def test_keys_are_enough_on_a_terminal(tmp_path) -> None:
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ |= {"TMPDIR": str(tmp_path), "TERM": "xterm-256color", "COLUMNS": "110", "LINES": "60"}
-        os.execv(sys.executable, [sys.executable, "-m", "filao", "sandbox", "--terminal"])
-    try:
-        seen = screen(terminal, "Create the queue")
+    with on_a_terminal(SANDBOX, TMPDIR=str(tmp_path), COLUMNS="110", LINES="60") as terminal:
+        seen_on(terminal, "Create the queue")
         os.write(terminal, b"\n")  # the first action that can be done
-        seen = screen(terminal, "1 ✓")
+        seen_on(terminal, "1 ✓")
         os.write(terminal, b"nk1")  # nobody is there to be killed
-        seen = screen(terminal, "Consumer 1 is not there")
+        seen_on(terminal, "Consumer 1 is not there")
         os.write(terminal, b"q")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, seen
-        child = 0
-    finally:
-        if child:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        os.close(terminal)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_on_a_low_terminal_consumers_why_and_keys_are_in_sight_together(tmp_path) -> None:
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ |= {"TMPDIR": str(tmp_path), "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
-        os.execv(sys.executable, [sys.executable, "-m", "filao", "sandbox", "--terminal", "--speed", "10"])
-    try:
-        screen(terminal, "Create the queue")
+    with on_a_terminal([*SANDBOX, "--speed", "10"], TMPDIR=str(tmp_path), COLUMNS="80", LINES="24") as terminal:
+        seen_on(terminal, "Create the queue")
         os.write(terminal, b"nnn1")
-        seen = screen(terminal, "Each claim went")
-        seen = screen(terminal, "q: leave", "Each claim went", "Consumer 3")
+        seen_on(terminal, "Each claim went")
+        seen_on(terminal, "q: leave", "Each claim went", "Consumer 3")
         os.write(terminal, b"q")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, seen
-        child = 0
-    finally:
-        if child:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        os.close(terminal)
-
-
-def screen(terminal: int, *wanted: str) -> str:
-    """Read what a terminal shows until something is there."""
-    seen, deadline = "", time.monotonic() + PATIENCE
-    while not all(one in seen for one in wanted):
-        assert time.monotonic() < deadline, seen[-3000:]
-        if select.select([terminal], [], [], 1.0)[0]:
-            seen += os.read(terminal, 65_536).decode(errors="replace")
-    return seen
 
 
 def until(condition) -> None:

@@ -1,10 +1,7 @@
 """`filao top`: what is drawn is a pure function; and a terminal that is given back."""
 
 import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +13,7 @@ import filao
 import filao.sync
 from filao.cli.top import Reading, View, _in_lines, heading, line, moved, read_again, screen
 from filao.errors import EngineUnavailable
+from tests.support.terminal import on_a_terminal, seen_on
 
 PATIENCE = 60.0  # seconds after which a program that hangs is given up
 FILAO = [sys.executable, "-m", "filao"]
@@ -127,31 +125,10 @@ def test_into_a_pipe_it_prints_plain_lines(db) -> None:
 
 
 def test_on_a_terminal_keys_work_and_it_is_given_back(db) -> None:
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ |= {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-        os.execv(sys.executable, [*FILAO, "stats", "--watch", str(db)])
-    try:
-        seen = until_seen(terminal, "q quit")
+    with on_a_terminal([*FILAO, "stats", "--watch", str(db)], COLUMNS="80", LINES="24") as terminal:
+        seen = seen_on(terminal, "q quit")
         assert "claims" in seen
         os.write(terminal, b"\r")
-        until_seen(terminal, "nobody receives")
+        seen_on(terminal, "nobody receives")
         os.write(terminal, b"q")
-        assert "\x1b[?1049l" in until_seen(terminal, "\x1b[?1049l")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        child = 0
-    finally:
-        if child:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        os.close(terminal)
-
-
-def until_seen(terminal: int, wanted: str) -> str:
-    """Read what a terminal shows until something is there."""
-    seen, until = "", time.monotonic() + PATIENCE
-    while wanted not in seen:
-        assert time.monotonic() < until, seen
-        if select.select([terminal], [], [], 1.0)[0]:
-            seen += os.read(terminal, 65_536).decode(errors="replace")
-    return seen
+        seen_on(terminal, "\x1b[?1049l")
