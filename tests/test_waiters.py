@@ -147,6 +147,20 @@ async def test_other_leases_are_looked_for_next() -> None:
     assert (short.result().deliveries, long.result().deliveries) == (["a"], ["b"])
 
 
+async def test_other_leases_are_looked_for_once_though_nothing_was_found() -> None:
+    looks = Looks()
+    short, long = looks.wait(lease=1), looks.wait(lease=2)
+    looks.line.call()
+    for _ in range(3):
+        if not looks.answers[-1].done():
+            await looks.answer()
+    assert [look.lease for look in looks.asked] == [1, 2]
+    looks.line.call()
+    await looks.answer("a")
+    await looks.answer("b")
+    assert (short.result().deliveries, long.result().deliveries) == (["a"], ["b"])
+
+
 async def test_they_look_when_the_next_message_is_due() -> None:
     looks = Looks()
     waiting = looks.wait()

@@ -26,8 +26,6 @@ class Line:
         self._calls = 0
         self._looking: dict[asyncio.Future[Received], Receive] = {}
         """Those for whom a look is under way."""
-        self._again = False
-        """Somebody has been called whom the look under way is not for."""
         self._timer: asyncio.TimerHandle | None = None
 
     def place(self, receive: Receive) -> "Place":
@@ -99,22 +97,23 @@ class Line:
             future.set_result(cast("Received", done.result()))
 
     def _look(self) -> None:
-        """Look once for all who want the same lease; the others are next."""
+        """Look once for the first who was called and not looked for since, and for all who want the same lease."""
         if self._looking:
-            self._again = True
             return
-        live = {future: place.receive for future, place in self._waiting.items() if not future.done()}
-        lease = next(iter(live.values())).lease if live else None
-        self._looking = {future: receive for future, receive in live.items() if receive.lease == lease}
-        self._again = len(self._looking) < len(live)
-        if self._looking:
-            first = next(iter(self._looking.values()))
-            limit = sum(receive.limit for receive in self._looking.values())
-            looked = self._submit(Receive(first.queue, limit, lease, waiting=len(self._looking)))
-            looked.add_done_callback(self._served)
+        live = {future: place for future, place in self._waiting.items() if not future.done()}
+        called = next((place.receive for place in live.values() if place.calls != self._calls), None)
+        if called is None:
+            return
+        for future, place in live.items():
+            if place.receive.lease == called.lease:
+                place.calls = self._calls
+                self._looking[future] = place.receive
+        limit = sum(receive.limit for receive in self._looking.values())
+        looked = self._submit(Receive(called.queue, limit, called.lease, waiting=len(self._looking)))
+        looked.add_done_callback(self._served)
 
     def _served(self, done: "asyncio.Future[Result]") -> None:
-        """Give those who looked what came, and let those look who were called meanwhile."""
+        """Give those who looked what came, and let those look who were called meanwhile, or want another lease."""
         looking = {future: receive for future, receive in self._looking.items() if not future.done()}
         self._looking = {}
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
@@ -123,8 +122,7 @@ class Line:
                 future.set_exception(error)
         else:
             self._hand_out(looking, cast("Received", done.result()))
-        if self._again:
-            self._look()
+        self._look()
 
     def _hand_out(self, looking: dict["asyncio.Future[Received]", Receive], received: Received) -> None:
         hands = deal(received.deliveries, [receive.limit for receive in looking.values()])
@@ -152,7 +150,7 @@ class Place:
     def __init__(self, line: Line, receive: Receive, calls: int) -> None:
         self.receive = receive
         self.calls = calls
-        """How often the line had been called when this place was taken."""
+        """How often the line had been called when this place was taken, or was last looked for."""
         self._line = line
 
     def is_behind(self) -> bool:
