@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 import filao
-from filao.guarded import for_ever
+from filao.guarded import cancellable, for_ever
 
 pytestmark = pytest.mark.anyio
 
@@ -52,6 +52,43 @@ async def test_a_cancellation_that_is_swallowed_below_ends_it_after_the_turn() -
     task.cancel()
     await asyncio.wait([task], timeout=5)
     assert task.cancelled()
+
+
+async def test_a_cancellation_that_a_call_takes_for_an_error_ends_its_caller() -> None:
+    begun = asyncio.Event()
+
+    async def call() -> None:
+        with cancellable():
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError as error:
+                raise filao.EngineUnavailable("the channel was closed") from error
+
+    task = asyncio.create_task(call())
+    await begun.wait()
+    task.cancel()
+    await asyncio.wait([task], timeout=5)
+    assert task.cancelled()
+
+
+async def test_who_was_cancelled_may_still_tidy_up() -> None:
+    begun, tidied = asyncio.Event(), asyncio.Event()
+
+    async def call() -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            with cancellable():
+                await asyncio.sleep(0)
+            tidied.set()
+
+    task = asyncio.create_task(call())
+    await begun.wait()
+    task.cancel()
+    await asyncio.wait([task], timeout=5)
+    assert tidied.is_set()
 
 
 async def test_an_error_that_repeats_itself_is_logged_once(caplog) -> None:

@@ -493,6 +493,17 @@ async def test_what_was_pushed_to_a_caller_who_left_goes_to_another(url, broker,
         assert (await received(broker, queue)).body == 1
 
 
+async def test_a_first_receive_ends_whenever_it_is_cancelled(url, queue, broker) -> None:
+    async with filao.connect(url) as fresh:
+        receiving = [asyncio.create_task(fresh.receive_from_queue(queue.name)) for _ in range(40)]
+        for task in receiving:  # they come after one another, so each is met somewhere else
+            await asyncio.sleep(0.005)
+            task.cancel()
+        async with asyncio.timeout(20):
+            ended = await asyncio.gather(*receiving, return_exceptions=True)
+    assert [end for end in ended if not isinstance(end, asyncio.CancelledError)] == []
+
+
 async def test_fewer_callers_are_pushed_less(broker, queue) -> None:
     await broker.send_many(queue, range(200))
     many = await broker.receive_many(queue, 100, wait=1)

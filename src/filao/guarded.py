@@ -7,8 +7,8 @@ late, or not at all, and nobody would hear why.
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from filao.errors import FilaoError
@@ -54,6 +54,25 @@ def check_cancelled() -> None:
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+@contextmanager
+def cancellable() -> Generator[None]:
+    """Raise, when the block ends, a cancellation that came during it and that a call in it took for an error of its
+    own, as RabbitMQ's client does, or swallowed: the caller would wait for what nobody wants any more.
+
+    One that came before is not counted: who was cancelled may have to tidy up.
+    """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
+    try:
+        yield
+    except Exception as error:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError from error
+        raise
+    if task is not None and task.cancelling() > before:
         raise asyncio.CancelledError
 
 

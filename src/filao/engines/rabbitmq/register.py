@@ -27,6 +27,7 @@ from filao.engines.rabbitmq.refusals import has_delay
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, CONNECTED_WITHIN, FAREWELL_WITHIN, Server, Session
 from filao.engines.rabbitmq.topology import QUORUM, REGISTER
 from filao.errors import ConfigurationError, EngineUnavailable
+from filao.guarded import cancellable
 from filao.queue import Backoff, Queue, not_found, rules_from_json, rules_to_json
 
 log: logging.Logger = logging.getLogger("filao.rabbitmq")
@@ -91,14 +92,15 @@ class Declared:
     @asynccontextmanager
     async def apart(self) -> AsyncGenerator[Session]:
         """Give a session of its own: what goes wrong there costs no lease and leaves no send in doubt."""
-        session = await self._server.connect()
-        within = FAREWELL_WITHIN  # after an error, which may be that the server does not answer
-        try:
-            with self._server.mapped():
-                yield session
-            within = CONNECTED_WITHIN
-        finally:
-            await session.close(within)
+        with cancellable():
+            session = await self._server.connect()
+            within = FAREWELL_WITHIN  # after an error, which may be that the server does not answer
+            try:
+                with self._server.mapped():
+                    yield session
+                within = CONNECTED_WITHIN
+            finally:
+                await session.close(within)
 
 
 async def queues(session: Session, server: Server) -> tuple[dict[str, Queue], list[str]]:
