@@ -36,6 +36,7 @@ from filao.dashboard.neighbours import is_of_another_user
 from filao.dashboard.texts import FOLDER, texts
 from filao.engine import StoredMessage
 from filao.overview import Deed, Overview, error_kind
+from filao.slices import Tally
 from tests.conftest import engine_of
 from tests.support.proxy import Proxy
 from tests.support.servers import Postgres
@@ -719,6 +720,29 @@ async def test_a_job_waits_for_a_store_that_is_away_and_says_what_is_uncertain(b
     job = await jobs.begin(deed, lambda job: in_slices(job, ["a", "b", "c"], step, 5.0))
     await end(job)
     assert (job.outcome, job.done, job.unanswered) == ("done", 2, 1)
+
+
+async def test_what_a_step_has_done_before_it_failed_is_counted(jobs, monkeypatch) -> None:
+    monkeypatch.setattr(module_of_jobs, "ASKS_EVERY", 0.01)
+    ends: Iterator[tuple[int, filao.FilaoError | None]] = iter(
+        [(1, filao.EngineUnavailable("away")), (2, None), (1, filao.EngineError("refused"))]
+    )
+
+    async def step(_: Sequence[str]) -> int:
+        with Tally() as tally:
+            tally.done, error = next(ends)
+            if error is not None:
+                raise error
+        return tally.done
+
+    async def work(job: Job) -> None:
+        await in_slices(job, ["a", "b", "c"], step, None)
+        await step(["d", "e"])
+
+    job = await jobs.begin(Deed("ada", "redrive", "claims", wanted=5), work)
+    await end(job)
+    assert (job.done, job.unanswered) == (4, 0)
+    assert "refused" in job.outcome
 
 
 async def test_a_job_that_waits_for_a_store_can_be_stopped(jobs) -> None:

@@ -20,6 +20,9 @@ been stored. Send again with the same `message_id`, and it is stored once.
 class FilaoError(Exception):
     """The root of everything that Filao raises on purpose."""
 
+    done: int = 0
+    """Messages that are done, and stay so, of a call that changes many and has failed half-way."""
+
 
 class ConfigurationError(FilaoError):
     """The call, the URL or the declaration cannot be right; trying again will not help."""

@@ -22,4 +22,6 @@ class Tally:
         """Raise an error anew that comes half-way, as what it is."""
         if self.done and isinstance(error, FilaoError):
             some = "1 message is" if self.done == 1 else f"{self.done:,} messages are"
-            raise type(error)(f"{some} done, and will stay so. Of the rest: {error}") from error
+            told = type(error)(f"{some} done, and will stay so. Of the rest: {error}")
+            told.done = self.done
+            raise told from error

@@ -131,6 +131,7 @@ class Jobs:
             pass
         except FilaoError as error:
             outcome = str(error)
+            job.done += error.done
         except asyncio.CancelledError:
             pass  # what stopped it is told by its outcome
         except Exception as error:
@@ -185,7 +186,8 @@ async def in_slices(job: Job, ids: Sequence[str], step: Step, rate: float | None
     for first in range(0, len(ids), size):
         if job.stopping.is_set():
             raise StoppedError
-        job.done += await _seen_through(job, ids[first : first + size], step)
+        done = await _seen_through(job, ids[first : first + size], step)
+        job.done += done  # not before it is known: the step counts too
         if rate is not None:
             due = max(due + size / rate, time.monotonic())
             await _rested(job, due - time.monotonic())
@@ -193,16 +195,17 @@ async def in_slices(job: Job, ids: Sequence[str], step: Step, rate: float | None
 
 async def _seen_through(job: Job, ids: Sequence[str], step: Step) -> int:
     """Take a step, again and again while the store is away: what it has done already, it does not do twice."""
-    until, is_again = time.monotonic() + AWAY_MAX, False
+    until, is_again, before = time.monotonic() + AWAY_MAX, False, job.done
     while True:
         try:
             done = await step(ids)
-        except EngineUnavailable:
+        except EngineUnavailable as error:
             if time.monotonic() > until:
                 raise
+            job.done += error.done
             is_again = True
         else:
-            job.unanswered += len(ids) - done if is_again else 0
+            job.unanswered += len(ids) - (job.done - before) - done if is_again else 0
             return done
         await _rested(job, ASKS_EVERY)
         if job.stopping.is_set():
