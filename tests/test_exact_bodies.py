@@ -376,6 +376,16 @@ def test_a_type_may_name_what_json_has_not_where_it_can_be_left_out() -> None:
         codec_for(Maybe).encode("q", Maybe(Path("claims")))
 
 
+@pytest.mark.parametrize(
+    ("body", "key", "told"),
+    [(None, None, "a NoneType"), (None, True, "a bool"), (dict[tuple[int, int], int], (1, 2), "a tuple")],
+    ids=repr,
+)
+def test_a_key_that_json_has_not_is_told_as_a_key(body: Any, key: Any, told: str) -> None:
+    with pytest.raises(MessageNotEncodable, match=f"no key in JSON can be {told}; send a text in its place"):
+        codec_for(body).encode("q", {key: 1})
+
+
 def test_a_type_whose_own_code_fails_when_it_is_read_makes_a_malformed_body() -> None:
     @dataclass
     class Looking:

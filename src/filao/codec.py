@@ -46,7 +46,12 @@ def _write_foreign(value: object) -> object:
     """Let pydantic write what is its own wherever msgspec meets it."""
     if _is_pydantics(type(value)):
         return msgspec.Raw(codec_for(type(value)).write(value))
-    raise TypeError(f"JSON cannot hold {_a(type(value).__qualname__)}; send a text, a number or a dict in its place")
+    kind = _a(type(value).__qualname__)
+    try:
+        msgspec.json.encode(value)
+    except _UNWRITABLE:
+        raise TypeError(f"JSON cannot hold {kind}; send a text, a number or a dict in its place") from None
+    raise TypeError(f"no key in JSON can be {kind}; send a text in its place")  # for as a value it can be written
 
 
 _encode_json = msgspec.json.Encoder(enc_hook=_write_foreign).encode
