@@ -499,7 +499,7 @@ async def test_a_first_receive_ends_whenever_it_is_cancelled(url, queue, broker)
         for task in receiving:  # they come after one another, so each is met somewhere else
             await asyncio.sleep(0.005)
             task.cancel()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             ended = await asyncio.gather(*receiving, return_exceptions=True)
     assert [end for end in ended if not isinstance(end, asyncio.CancelledError)] == []
 
