@@ -161,6 +161,17 @@ async def test_other_leases_are_looked_for_once_though_nothing_was_found() -> No
     assert (short.result().deliveries, long.result().deliveries) == (["a"], ["b"])
 
 
+async def test_leases_take_turns_while_calls_do_not_cease() -> None:
+    looks = Looks()
+    waiting = [looks.wait(lease=1), looks.wait(lease=2), looks.wait(lease=2)]
+    looks.line.call()
+    for _ in range(3):
+        looks.line.call()
+        await looks.answer()
+    assert [look.lease for look in looks.asked] == [1, 2, 1, 2]
+    assert not any(future.done() for future in waiting)
+
+
 async def test_they_look_when_the_next_message_is_due() -> None:
     looks = Looks()
     waiting = looks.wait()

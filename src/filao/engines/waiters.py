@@ -97,13 +97,14 @@ class Line:
             future.set_result(cast("Received", done.result()))
 
     def _look(self) -> None:
-        """Look once for the first who was called and not looked for since, and for all who want the same lease."""
+        """Look once for the one who was called and has not been looked for longest, and for all of the same lease."""
         if self._looking:
             return
         live = {future: place for future, place in self._waiting.items() if not future.done()}
-        called = next((place.receive for place in live.values() if place.calls != self._calls), None)
-        if called is None:
+        places = [place for place in live.values() if place.calls != self._calls]
+        if not places:
             return
+        called = min(places, key=lambda place: place.calls).receive
         for future, place in live.items():
             if place.receive.lease == called.lease:
                 place.calls = self._calls

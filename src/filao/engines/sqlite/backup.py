@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from filao.engines.sqlite import files, scrutiny
+from filao.engines.sqlite import files, own, scrutiny
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.folder import TURNSTILE, Folder
 from filao.engines.sqlite.turnstile import Turnstile, is_passable
@@ -81,8 +81,9 @@ def _check_passable(path: Path, folder: Path, done: str) -> None:
     """Raise `EngineUnavailable` when no turn comes, in which the file would be opened, or replaced."""
     if not is_passable(folder, files.BUSY_TIMEOUT):
         raise EngineUnavailable(
-            f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by another process. Nothing was {done}: stop "
-            f"the processes that use it, and try again"
+            f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by "
+            f"{own.in_the_way(path, folder / TURNSTILE)}. Nothing was {done}: stop the processes that use it, and try "
+            f"again"
         )
 
 
