@@ -145,14 +145,17 @@ class RabbitmqEngine:
         until = max(batch.since + ANSWERS_WITHIN, asyncio.get_running_loop().time() + BEGUN_WITHIN)
         begun: _Begun | None = None
         try:
-            async with asyncio.timeout_at(until):
+            async with asyncio.timeout_at(until) as limit:
                 session = await link.session()
                 operations = batch.take(lambda _: True)
                 if not {_queue_of(operation) for operation in operations} <= self._declared.rules.keys():
                     await self._declared.learn()
                 begun = _Begun(session, session)
-                yield operations, begun
+                with session.hurrying(limit):
+                    yield operations, begun
         except TimeoutError as error:
+            if begun is not None and not begun.session.is_open:
+                raise self._server.engine_error(ConnectionResetError(begun.session.ended_by)) from error
             if begun is not None and begun.waits_for is not None:
                 await begun.waits_for.close(FAREWELL_WITHIN)
             raise self._server.engine_error(error, begun=begun is not None) from error

@@ -234,6 +234,21 @@ class Session:
         """Call back once it has ended, from whichever side."""
         self._ended.add_done_callback(lambda _: call())
 
+    @contextmanager
+    def hurrying(self, limit: asyncio.Timeout) -> Generator[None]:
+        """Let what waits for the server end soon after this session, for who waits for room to write is not told."""
+        now = asyncio.get_running_loop().time
+
+        def hurry(_: object) -> None:
+            with suppress(RuntimeError):  # it has ended by itself
+                limit.reschedule(min(limit.when() or now(), now() + FAREWELL_WITHIN))
+
+        self._ended.add_done_callback(hurry)
+        try:
+            yield
+        finally:
+            self._ended.remove_done_callback(hurry)
+
     async def channel(self, *, confirms: bool = False) -> Channel:
         """Open a channel. Raises `ConfigurationError` for one more than the server allows: asked for it, the server
         would end the connection, and with it every lease.
