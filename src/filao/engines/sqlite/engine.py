@@ -91,7 +91,7 @@ class SqliteEngine:
         try:
             await self._in_turn(self._database.open)
         except BaseException:
-            self._thread.submit(self._database.close).add_done_callback(self._end)
+            self._thread.submit(self._close_unheard).add_done_callback(self._end)
             self._thread.stop()
             raise
         self._start(self._housekeeper.keep())
@@ -124,6 +124,11 @@ class SqliteEngine:
             closed.add_done_callback(self._end)
             self._thread.stop()
         await closed
+
+    def _close_unheard(self) -> None:
+        """Close the file where opening it has failed, which is told: the loop may end before it could hear of this."""
+        with suppress(FilaoError):
+            self._database.close()
 
     def _end(self, closed: "asyncio.Future[None]") -> None:
         """Leave no timer behind, nor the error of a close that nobody waits for any more."""
