@@ -2,13 +2,19 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 import pytest
 
+import filao
+import filao.sync
 from filao.batching import BATCH_MAX, Batcher
 from filao.engine import Batch, Operation, Receive, Result
+from filao.engines.sqlite.engine import SqliteEngine
 from filao.errors import EngineError, EngineUnavailable, FilaoError, QueueFull
+from filao.queue import Queue
 
 pytestmark = pytest.mark.anyio
 PATIENCE = 20.0  # seconds after which a call that never returns fails its test
@@ -99,6 +105,59 @@ async def test_who_gathered_behind_a_batch_has_waited_since_it_came() -> None:
     commits.open.set()
     await asyncio.gather(first, second, third)
     assert before <= commits.since[1] <= after
+
+
+async def test_who_has_waited_elsewhere_before_has_waited_since_then() -> None:
+    commits = Commits()
+    batcher = commits.batcher()
+    asked = asyncio.get_running_loop().time() - 10
+    await asyncio.gather(batcher.submit(ask("a")), batcher.submit(ask("b"), asked), batcher.submit(ask("c")))
+    await batcher.submit(ask("d"))
+    assert commits.since[0] == asked
+    assert commits.since[1] > asked + 10
+
+
+Call = Callable[[filao.sync.Broker], object]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda broker: broker.send_to_queue("claims", 1), id="send"),
+        pytest.param(lambda broker: broker.send_many("claims", [1]), id="send many"),
+        pytest.param(lambda broker: broker.receive_from_queue("claims", wait=0), id="look"),
+        pytest.param(lambda broker: broker.receive_from_queue("claims", wait=0.01), id="wait"),
+    ],
+)
+async def test_the_first_call_on_a_queue_has_one_time_for_its_rules_and_itself(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    async with filao.connect(url) as broker:
+        await broker.declare(Queue("claims"))
+    since: list[float] = []
+    learnt: list[float] = []
+    execute, find = SqliteEngine.execute, SqliteEngine.find
+
+    async def noting(engine: SqliteEngine, batch: Batch) -> Sequence[Result | asyncio.Future[Result]]:
+        since.append(batch.since)
+        return await execute(engine, batch)
+
+    async def asking(engine: SqliteEngine, queue: str) -> Queue:
+        known = await find(engine, queue)
+        learnt.append(time.monotonic())
+        return known
+
+    monkeypatch.setattr(SqliteEngine, "execute", noting)
+    monkeypatch.setattr(SqliteEngine, "find", asking)
+    monkeypatch.setattr(SqliteEngine, "at_once", lambda *_: False)  # else a lone call waits for nobody
+
+    def calls() -> None:
+        with filao.sync.connect(url) as broker:
+            call(broker)
+
+    await asyncio.to_thread(calls)
+    assert since[0] < learnt[0]
 
 
 async def test_what_a_full_batch_left_in_line_waits_on_while_batches_are_done() -> None:

@@ -7,6 +7,7 @@ batch.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -48,6 +49,8 @@ class Batcher:
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""
         self._gathered_since = 0.0
         """When the first came to an empty line, by the loop's clock."""
+        self._asked_since = math.inf
+        """When the first asked of those in line who have waited elsewhere before."""
         self._had_company = False
         self._is_called = False
         """The loop will begin a batch on its next turn."""
@@ -56,14 +59,19 @@ class Batcher:
         """Results that come after those of their batch."""
         self._idle: list[asyncio.Future[None]] = []
 
-    def submit(self, operation: Operation) -> "asyncio.Future[Result]":
-        """Return the future result; a `FilaoError` that is the operation's result is raised by it."""
+    def submit(self, operation: Operation, since: float | None = None) -> "asyncio.Future[Result]":
+        """Return the future result; a `FilaoError` that is the operation's result is raised by it.
+
+        The batch's time counts from when its caller asked, which is now or, by the loop's clock, `since` then.
+        """
         loop = self._loop
         if loop is None:
             loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         if not self._gathered:
             self._gathered_since = loop.time()
+        if since is not None and since < self._asked_since:
+            self._asked_since = since
         self._gathered.append((operation, future))
         if not self._is_called and len(self._doing) < self._concurrent_batches:
             self._is_called = True
@@ -101,6 +109,7 @@ class Batcher:
             take = partial(self._take, loop, taken)
             began, now = time.perf_counter(), loop.time()
             since = now if behind is None or self._suspects else max(behind, self._gathered_since)
+            since, self._asked_since = min(since, self._asked_since), math.inf
             doing = asyncio.ensure_future(self._execute(Batch(receives > 0, receives < len(waiting), take, since)))
             self._doing.add(doing)
             doing.add_done_callback(partial(self._finish, taken, began, now))
@@ -218,9 +227,9 @@ class TwoLines:
         self._confirmed = confirmed
         self._rest = rest
 
-    def submit(self, operation: Operation) -> "asyncio.Future[Result]":
+    def submit(self, operation: Operation, since: float | None = None) -> "asyncio.Future[Result]":
         """Return the future result, as `Batcher.submit`."""
-        return (self._confirmed if self._needs_confirm(operation) else self._rest).submit(operation)
+        return (self._confirmed if self._needs_confirm(operation) else self._rest).submit(operation, since)
 
     def is_idle(self) -> bool:
         """Return whether both are."""

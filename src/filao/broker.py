@@ -190,12 +190,15 @@ class Broker:
             ttl=ttl,
             message_id=message_id,
         )
-        known = self._session.known_already(queue, within) or await self._session.known(queue)
+        known, since = self._session.known_already(queue, within), None
+        if known is None:
+            known, since = await self._session.known_since(queue)
         try:
             sent = draft(known, outgoing)
         except MessageTooLarge as error:
+            since = since or time.monotonic()
             sent = draft(await larger(known, None if within else self._session.find, error), outgoing)
-        return (await self._session.send(known.name, (sent,), within))[0]
+        return (await self._session.send(known.name, (sent,), within, since))[0]
 
     async def send_many(
         self,
@@ -213,14 +216,14 @@ class Broker:
 
         All go with the same terms, but for those that bring their own, as `filao.Outgoing`.
         """
-        known = await self._session.known(queue, within)
+        known, since = await self._session.known_since(queue, within)
         terms = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
         bodies = listed(bodies)
         try:
             sent = drafts(known, bodies, terms)
         except MessageTooLarge as error:
             sent = drafts(await larger(known, None if within else self._session.find, error), bodies, terms)
-        return await self._session.send(known.name, sent, within)
+        return await self._session.send(known.name, sent, within, since)
 
     # --- receive -----------------------------------------------------------------------------------------------------
 
@@ -266,11 +269,13 @@ class Broker:
 
         Their leases run from now: take no more than you can start soon. See `receive_from_queue`.
         """
-        known = self._session.known_already(queue) or await self._session.known(queue)
+        known, since = self._session.known_already(queue), None
+        if known is None:
+            known, since = await self._session.known_since(queue)
         receive = _asked(known.name, limit, wait, lease, guarantee)
         if wait == 0:
-            return (await self._receiving.look(known, receive, guarantee))[0]
-        return await self._receiving.wait(known, receive, wait, guarantee)
+            return (await self._receiving.look(known, receive, guarantee, since))[0]
+        return await self._receiving.wait(known, receive, wait, guarantee, since)
 
     def consume(
         self,

@@ -20,14 +20,14 @@ def outside(session: Session, caller: Caller) -> Session:
     """Return a session, which is open, for all threads; `caller` makes calls on its loop, in whose thread this is."""
     loop_thread = threading.get_ident()
 
-    async def submit(operation: Operation) -> Result:
+    async def submit(operation: Operation, since: float | None = None) -> Result:
         session.check_open()
         if threading.get_ident() == loop_thread:
-            return await session.submit(operation)
+            return await session.submit(operation, since)
         caller.check()
         results: list[Result] = []
         if not session.at_once(operation, results):
-            return caller.call(submit, operation)
+            return caller.call(submit, operation, since)
         (result,) = results
         if isinstance(result, FilaoError):
             raise result

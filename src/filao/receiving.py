@@ -30,15 +30,16 @@ class Receiving:
         self.at_most_once: AtMostOnce = AtMostOnce(session)
 
     async def wait(
-        self, known: Queue[T], receive: Receive, wait: float | None, guarantee: Guarantee
+        self, known: Queue[T], receive: Receive, wait: float | None, guarantee: Guarantee, since: float | None
     ) -> list[Message[T]]:
-        """Look, and wait in line, until there is something or the time is up."""
+        """Look, and wait in line, until there is something or the time is up; `since` as in `look`."""
         now = asyncio.get_running_loop().time
         deadline = None if wait is None else now() + wait
         while True:
             self._session.check_usable()
             place = self._session.engine.waiter(receive, self._session.submit, self._session.give_back_unread)
-            messages, due_in = ([], None) if place.is_behind() else await self.look(known, receive, guarantee)
+            messages, due_in = ([], None) if place.is_behind() else await self.look(known, receive, guarantee, since)
+            since = None
             if not messages:
                 left = None if deadline is None else max(0.0, deadline - now())
                 came = place.wait(due_in, left)
@@ -51,13 +52,16 @@ class Receiving:
                 return messages
 
     async def look(
-        self, known: Queue[T], receive: Receive, guarantee: Guarantee
+        self, known: Queue[T], receive: Receive, guarantee: Guarantee, since: float | None
     ) -> tuple[list[Message[T]], float | None]:
-        """Return the messages that are there or, when there are none, the seconds until one is due."""
+        """Return the messages that are there or, when there are none, the seconds until one is due.
+
+        `since`: when the caller began to wait, if it has waited for the queue's rules (`time.monotonic`).
+        """
         if guarantee == "at-most-once" and (deleted := self.at_most_once.left(known.name, receive.limit)):
             return deleted, None
         while True:
-            received = cast("Received", await self._taken(self._session.submit(receive)))
+            received = cast("Received", await self._taken(self._session.submit(receive, since)))
             messages = await self._read(known, received, guarantee) if received.deliveries else []
             if messages or not received.deliveries:  # else all that came was malformed, and is dead now
                 return messages, received.due_in

@@ -6,10 +6,11 @@ A settle goes down from here: to the batcher, and with its batch to the engine. 
 import asyncio
 import copy
 import os
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from filao.batching import batcher_of, look_away
 from filao.checks import check_duration, check_name
@@ -42,6 +43,14 @@ _ON_ANOTHER_LOOP = (
     "this broker is open on another event loop, and can be used only there: open one on each loop, or use filao.sync, "
     "which has a loop of its own"
 )
+
+
+class SubmitSince(Protocol):
+    """As `Submit`; `since`: when the caller began to wait, if it has waited elsewhere before (`time.monotonic`)."""
+
+    def __call__(self, operation: Operation, since: float | None = None, /) -> "asyncio.Future[Result]":
+        """Return the future result."""
+        ...
 
 
 class Inside:
@@ -80,7 +89,7 @@ class Session:
         self._at_once = self.engine.at_once if isinstance(self.engine, Immediate) else None
         self.observers.engine = self.engine.name
         self._batcher = batcher_of(self.engine, self.give_back_unread, self.observers)
-        self.submit: Callable[[Operation], asyncio.Future[Result]] = self._batcher.submit
+        self.submit: SubmitSince = self._batcher.submit
         """Do an operation with the next batch."""
         self.find: Callable[[str], Awaitable[Queue]] = self.engine.find
         """Return a declared queue. Raises `QueueNotFound`."""
@@ -147,14 +156,14 @@ class Session:
 
     def anywhere(
         self,
-        submit: Callable[[Operation], Awaitable[Result]],
+        submit: Callable[[Operation, float | None], Awaitable[Result]],
         find: Callable[[str], Awaitable[Queue]],
         give_back_unread: Abandoned,
     ) -> "Session":
         """Return this session, which is open, as it can be used in any thread, given the ways for that."""
         twin = copy.copy(self)
         twin.is_anywhere = True
-        twin.submit = cast("Callable[[Operation], asyncio.Future[Result]]", submit)  # those who use it just await it
+        twin.submit = cast("SubmitSince", submit)  # those who use it just await it
         twin.find = find
         twin.give_back_unread = give_back_unread
         return twin
@@ -220,7 +229,17 @@ class Session:
 
     async def known(self, queue: str | Queue[T], within: object = None) -> Queue[T]:
         """Return a queue; its rules are asked for when they are not known, but not `within` a user's transaction."""
-        return self.known_already(queue, within) or await self._learn(name_of(queue))
+        return (await self.known_since(queue, within))[0]
+
+    async def known_since(self, queue: str | Queue[T], within: object = None) -> tuple[Queue[T], float | None]:
+        """Return a queue as `known` does and, if its rules had to be asked for, since when: the call goes on, and all
+        that it waits for is one time.
+        """
+        known = self.known_already(queue, within)
+        if known is not None:
+            return known, None
+        since = time.monotonic()
+        return await self._learn(name_of(queue)), since
 
     def known_already(self, queue: str | Queue[T], within: object = None) -> Queue[T] | None:
         """Return a queue that `known` need not ask for, without the price of a coroutine; else None."""
@@ -253,11 +272,16 @@ class Session:
 
     # --- what is done ------------------------------------------------------------------------------------------------
 
-    def send(self, queue: str, drafts: Sequence[Draft], within: object = None) -> Awaitable[list[Receipt]]:
-        """Store messages, all or none; `within` a transaction of the user's, when it is given."""
+    def send(
+        self, queue: str, drafts: Sequence[Draft], within: object = None, since: float | None = None
+    ) -> Awaitable[list[Receipt]]:
+        """Store messages, all or none; `within` a transaction of the user's, when it is given.
+
+        `since`: when the caller began to wait, if it has waited for the queue's rules (`time.monotonic`).
+        """
         operation = Send(queue, drafts)
         return (
-            cast("asyncio.Future[list[Receipt]]", self._do(operation))
+            cast("asyncio.Future[list[Receipt]]", self._do(operation, since))
             if within is None
             else self._send(operation, within)
         )
@@ -276,21 +300,21 @@ class Session:
             return False
         return self._at_once((operation,), results)
 
-    def _do(self, operation: Send | Settle) -> "asyncio.Future[Result]":
+    def _do(self, operation: Send | Settle, since: float | None = None) -> "asyncio.Future[Result]":
         """Do what a caller has asked for with the next batch, and tell tracers."""
         if not self.observers.tracers:
-            return self.submit(operation)
+            return self.submit(operation, since)
         asked = self.observers.asked(operation)
         if self.is_anywhere:
-            return cast("asyncio.Future[Result]", self._followed(asked))
-        future = self.submit(asked.operation)
+            return cast("asyncio.Future[Result]", self._followed(asked, since))
+        future = self.submit(asked.operation, since)
         future.add_done_callback(asked.done)
         return future
 
-    async def _followed(self, asked: Asked) -> Result:
+    async def _followed(self, asked: Asked, since: float | None) -> Result:
         """Do what tracers follow in any thread, where there is no future to call back."""
         with asked:
-            asked.result = result = await self.submit(asked.operation)
+            asked.result = result = await self.submit(asked.operation, since)
         return result
 
     def settle(self, delivery: Delivery, outcome: Outcome) -> "asyncio.Future[Result]":
