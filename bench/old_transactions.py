@@ -3,10 +3,12 @@ removed.
 
 `python -m bench.old_transactions [--seconds 600] [--rate 1000]` runs it alone. Each peer gets a database of its own. It
 is measured for a quarter of the time without the transaction, then with an idle REPEATABLE READ transaction held open.
+awa is measured where it is installed (`pip install awa-pg`).
 """
 
 import argparse
 import asyncio
+import importlib
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,7 +183,39 @@ async def _pgqueuer(url: str) -> AsyncGenerator[Peer]:
         await consuming.close()
 
 
-PEERS = {"Filao": _filao, "pgqueuer": _pgqueuer}
+@dataclass
+class Sent:
+    """A job of awa's, whose kind is its name."""
+
+    at: float
+
+
+@asynccontextmanager
+async def _awa(url: str) -> AsyncGenerator[Peer]:
+    awa: Any = importlib.import_module("awa")
+    marks: list[Mark] = []
+    async with awa.AsyncClient(url) as sender, awa.AsyncClient(url) as consumer:
+        await sender.migrate()
+
+        @consumer.task(Sent, queue="bench")  # type: ignore[untyped-decorator]  # awa is not installed by default
+        async def handle(job: Any) -> None:
+            marks[0](job.args.at)
+
+        async def send(bodies: list[bytes]) -> None:
+            await sender.enqueue_many_copy([Sent(float(body)) for body in bodies], queue="bench")
+
+        async def consume(mark: Mark) -> None:
+            marks.append(mark)
+            await asyncio.Event().wait()
+
+        await consumer.start([("bench", TASKS)])  # with its first worker it begins to use the tables that do not bloat
+        try:
+            yield Peer(send, consume)
+        finally:
+            await consumer.shutdown()
+
+
+PEERS = {"Filao": _filao, "pgqueuer": _pgqueuer, "awa": _awa}
 
 
 def main() -> None:
