@@ -61,3 +61,18 @@ async def test_what_nobody_got_before_the_broker_closed_is_told(url, caplog) -> 
         else:
             pytest.skip("no call was cancelled in the right moment")
     assert "was received at most once, by a call that was cancelled" in caplog.text
+
+
+async def test_what_was_deleted_is_had_though_others_wait_for_the_queue(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_many(CLAIMS, ["yielded", "left"])
+        both = broker.consume(CLAIMS, prefetch=2, guarantee="at-most-once")
+        assert (await anext(both)).body == "yielded"
+        await both.aclose()
+        waiting = asyncio.ensure_future(broker.receive_from_queue(CLAIMS))
+        assert await broker.receive_from_queue(CLAIMS, wait=0.01) is None  # so the other has looked, too
+        message = await broker.receive_from_queue(CLAIMS, wait=PATIENCE, guarantee="at-most-once")
+        assert message is not None
+        assert message.body == "left"
+        waiting.cancel()

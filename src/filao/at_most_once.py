@@ -44,6 +44,10 @@ class AtMostOnce:
                 raise error
         return _acked(messages, answers)
 
+    def has_left(self, queue: str) -> bool:
+        """Return whether something is left of a queue, which no look of those in line would find."""
+        return bool(self._left.get(queue))
+
     def left(self, queue: str, limit: int) -> list[Message[Any]]:
         """Return messages that were deleted for a receive that did not get them."""
         left = self._left.get(queue)
@@ -51,7 +55,7 @@ class AtMostOnce:
 
     async def wait(self, queue: str, came: "asyncio.Future[Received]", taken: Taken) -> Received:
         """Wait for what comes from the queue, by `taken`; return nothing as soon as something is left."""
-        if self._left.get(queue):  # since the look before the wait
+        if self.has_left(queue):  # since the look before the wait
             came.cancel()
             return Received([])
         self._waiting[queue].append(came)

@@ -38,7 +38,8 @@ class Receiving:
         while True:
             self._session.check_usable()
             place = self._session.engine.waiter(receive, self._session.submit, self._session.give_back_unread)
-            messages, due_in = ([], None) if place.is_behind() else await self.look(known, receive, guarantee, since)
+            rests = place.is_behind() and not self.at_most_once.has_left(known.name)
+            messages, due_in = ([], None) if rests else await self.look(known, receive, guarantee, since)
             since = None
             if not messages:
                 left = None if deadline is None else max(0.0, deadline - now())
