@@ -98,16 +98,19 @@ class Codec:
             raise _not_of_type(queue, self.body, body, "it is raw bytes" if isinstance(body, _RAW) else why) from error
 
     def decode(self, kind: int, content: bytes) -> Any:
-        """Return the body, or raise `ValueError` when the content is not of the queue's type."""
+        """Return the body, or raise `ValueError` when the content is not of the queue's type.
+
+        What the type's own code raises says so too, whatever it is; but for a lack of memory, which is not the body's.
+        """
         if kind == JSON:
             try:
                 return self.read(content)
-            except ValueError:
+            except (ValueError, MemoryError):
                 raise
             except RecursionError as error:
                 raise ValueError("the body is nested too deeply") from error
-            except _UNWRITABLE as error:  # of what the type itself does with what is read
-                raise ValueError(f"reading it raised {type(error).__qualname__}: {error}") from error
+            except Exception as error:
+                raise ValueError(f"reading it raised {type(error).__qualname__}: {said(error)}") from error
         if self.body in (None, bytes):
             return content
         raise ValueError(f"Expected `{type_name(self.body)}`, got raw bytes")
@@ -310,6 +313,14 @@ def shown(value: object) -> str:
     except Exception as error:
         text = f"<{type(value).__qualname__}, whose repr raised {type(error).__qualname__}>"
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
+
+
+def said(error: Exception) -> str:
+    """Return what an exception says, though its class is a stranger's."""
+    try:
+        return str(error)
+    except Exception:
+        return f"a {type(error).__qualname__} that cannot be printed"
 
 
 _PLAIN = frozenset({str, int, float, bool, type(None), bytes, Decimal, datetime, date, timedelta, UUID})

@@ -7,13 +7,14 @@ Whatever is received and cannot be handed over is given back: its caller was can
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, cast
 
 from filao.at_most_once import AtMostOnce
-from filao.codec import codec_for, decode_headers
+from filao.codec import codec_for, decode_headers, said
 from filao.engine import Delivery, Receive, Received, Reject, Result
-from filao.errors import EngineError, FilaoError
-from filao.message import Guarantee, Message, delivery_of
+from filao.errors import EngineError, FilaoError, LeaseLost
+from filao.message import Guarantee, Message, delivery_of, error_text
 from filao.printable import printable
 from filao.queue import Queue, T
 from filao.session import Session
@@ -111,26 +112,38 @@ class Receiving:
         """Make messages of deliveries; what does not decode dies, what is received at most once is deleted first."""
         if received.deliveries and self._session.observers.tracers:
             self._session.observers.received(received.deliveries, received.took)
+        try:
+            messages, malformed = self._fitting(known, received.deliveries)
+            if malformed:
+                await self._bury(malformed)
+        except BaseException:  # our caller's end, what the type's own code raises, an engine that is away
+            self._session.give_back_unread(received)
+            raise
+        return await self.at_most_once.deleted(messages) if guarantee == "at-most-once" else messages
+
+    def _fitting(
+        self, known: Queue[T], deliveries: list[Delivery]
+    ) -> tuple[list[Message[T]], list[tuple[Delivery, str]]]:
+        """Return messages of what decodes; and the rest, with why it does not."""
         read = codec_for(known.body).decode
         messages: list[Message[T]] = []
         malformed: list[tuple[Delivery, str]] = []
-        for delivery in received.deliveries:
+        for delivery in deliveries:
             try:
                 if delivery.headers is not None:
                     decode_headers(delivery.headers)
                 messages.append(Message(self._session, delivery, read(delivery.kind, delivery.content)))
             except ValueError as error:
-                malformed.append((delivery, f"the body does not fit the queue's type: {error}"))
+                malformed.append((delivery, f"the body does not fit the queue's type: {said(error)}"))
             except EngineError as error:
                 malformed.append((delivery, str(error)))
-        try:
-            for delivery, why in malformed:
-                await self._session.settle(delivery, Reject(why, malformed=True))
+        return messages, malformed
+
+    async def _bury(self, malformed: list[tuple[Delivery, str]]) -> None:
+        for delivery, why in malformed:
+            with suppress(LeaseLost):  # reading took longer than the lease lasted: another has it
+                await self._session.settle(delivery, Reject(error_text(why), malformed=True))
                 _log_malformed(delivery, why)
-        except asyncio.CancelledError:
-            self._session.give_back_unread(received)
-            raise
-        return await self.at_most_once.deleted(messages) if guarantee == "at-most-once" else messages
 
     def give_back(self, *messages: Message[Any]) -> None:
         """Give back messages that nobody will look at, because their caller was cancelled."""

@@ -421,3 +421,51 @@ async def check_a_body_that_does_not_fit_the_type_is_dead_as_malformed(stage: St
         [(letter.body, letter.reason) for letter in dead], [({"claim_id": "seven"}, "malformed"), (b"raw", "malformed")]
     )
     equal("claim_id" in dead[0].error, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Touchy(Claim):
+    """A claim whose own code raises what it should not, once the queue's type is this."""
+
+    def __post_init__(self) -> None:
+        """Refuse some claims, oddly."""
+        if self.claim_id in _ODD:
+            raise _ODD[self.claim_id]
+
+
+class _Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("not even this")
+
+
+class _Stop(BaseException):
+    """Ends what runs, as an interrupt does."""
+
+
+_ODD: dict[int, BaseException] = {7: RuntimeError("boom\0\ud800"), 8: _Unprintable(), 9: _Stop()}
+
+
+@needs(Feature.DEAD_LETTERS)
+async def check_a_body_whose_type_raises_is_dead_as_malformed_and_the_others_come(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, *({"claim_id": number} for number in (7, 1, 8, 2)))
+    typed = Queue(queue.name, Touchy)
+    messages = await stage.broker.receive_many(typed, 4, wait=0)
+    equal([message.body.claim_id for message in messages], [1, 2])
+    dead = await stage.broker.dead_letters(typed)
+    equal([(letter.body, letter.reason) for letter in dead], [({"claim_id": n}, "malformed") for n in (7, 8)])
+    equal(["RuntimeError: boom" in dead[0].error, "_Unprintable" in dead[1].error], [True, True])
+
+
+@needs()
+async def check_what_came_with_a_body_whose_type_ends_the_receive_is_given_back(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, *({"claim_id": number} for number in (1, 9)))
+    try:
+        await stage.broker.receive_many(Queue(queue.name, Touchy), 2, wait=0)
+    except _Stop:
+        back = [await stage.back(queue), await stage.back(queue)]
+    else:
+        raise AssertionError("what the type raised was swallowed")
+    equal(sorted(message.body["claim_id"] for message in back), [1, 9])
+    stage.unused(*back)
