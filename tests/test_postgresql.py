@@ -348,6 +348,20 @@ async def test_a_connection_on_which_a_statement_was_prepared_serves_nobody_else
         assert await tx.execute("SELECT pg_backend_pid()") != backend
 
 
+async def test_what_follows_a_statement_that_ended_the_transaction_by_failing_is_refused(broker) -> None:
+    async with broker.transaction() as tx:
+        await tx.execute("CREATE TABLE kept (n integer)")
+    with pytest.raises(filao.EngineError, match="ended the transaction"):  # noqa: PT012 - all of it
+        async with broker.transaction() as tx:
+            await tx.execute("INSERT INTO kept VALUES (1)")
+            with pytest.raises(psycopg.Error):
+                await tx.execute("PREPARE /* /* */ */ TRANSACTION 'one'")
+            with pytest.raises(filao.EngineError, match="ended the transaction"):
+                await tx.execute("INSERT INTO kept VALUES (2)")
+    async with broker.transaction() as tx:
+        assert await tx.execute("SELECT n FROM kept") == []
+
+
 async def test_statements_are_written_as_on_sqlite_or_as_psycopg_wants(broker) -> None:
     async with broker.transaction() as tx:
         await tx.execute("CREATE TABLE t (a text, b integer)")

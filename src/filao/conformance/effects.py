@@ -46,7 +46,7 @@ async def check_a_statement_that_would_end_the_transaction_is_refused(stage: Sta
     try:
         async with stage.broker.transaction() as tx:
             await tx.send_to_queue(queue, "undone")
-            for word in ("COMMIT", "END", "ROLLBACK", "SAVEPOINT one"):
+            for word in ("COMMIT", "END", "ROLLBACK", "SAVEPOINT one", "PREPARE TRANSACTION 'one'"):
                 for before in ("", "/* done */ ", "-- done\n", " /* a */ -- b\n /* c */", "; ", "\ufeff"):
                     await raises(ConfigurationError, tx.execute(before + word), word.split(maxsplit=1)[0])
             raise ZeroDivisionError

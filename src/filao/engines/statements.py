@@ -9,6 +9,7 @@ from filao.errors import ConfigurationError
 
 _NOT_IN_TRANSACTIONS = frozenset(
     {"ABORT", "ATTACH", "BEGIN", "COMMIT", "DETACH", "END", "RELEASE", "ROLLBACK", "SAVEPOINT", "START", "VACUUM"}
+    | {"PREPARE TRANSACTION"}
 )
 # What an engine skips before a statement: spaces, empty statements, a byte order mark, comments, but none in another
 # one.
@@ -33,6 +34,8 @@ def check_statement(sql: str) -> str:
         raise ConfigurationError(f"a statement is {shown(sql)}; it must be a text. Nothing was done")
     found = _FIRST_WORD.match(sql)
     word = found[1].upper() if found else ""
+    if found and word == "PREPARE" and first_words(sql[found.end(1) :])[:11].upper() == "TRANSACTION":
+        word = "PREPARE TRANSACTION"  # which ends it even when it fails
     if word == "/*":  # PostgreSQL ends it elsewhere than SQLite: what is the statement's first word?
         raise ConfigurationError(
             "a comment within a comment before a statement: end it, or leave it out. Nothing was done"

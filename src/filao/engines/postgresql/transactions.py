@@ -30,7 +30,6 @@ POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
 TRIES = 5  # of a transaction that met another and lost: nothing of it was done
 _LOST = (DeadlockDetected, SerializationFailure, UniqueViolation, NoDataFound)
 _PREPARES = re.compile(r"(PREPARE|DEALLOCATE|DISCARD)\b", re.IGNORECASE)
-_ENDS = frozenset({"BEGIN", "COMMIT", "COMMIT PREPARED", "PREPARE TRANSACTION", "ROLLBACK", "START TRANSACTION"})
 
 
 class Transactions:
@@ -164,11 +163,13 @@ class PostgresqlTransaction:
         self.has_executed = True
         self.has_prepared = self.has_prepared or _PREPARES.match(first_words(sql)) is not None
         async with in_time():
-            async with self._connection.pipeline():  # in which the server takes one statement at a time, as SQLite does
-                cursor = await self._connection.execute(statement.encode(), written)
-            if cursor.statusmessage in _ENDS:
-                self._ended_by = sql
-                self.check_open()
+            try:
+                async with self._connection.pipeline():  # the server takes one statement at a time then, as SQLite does
+                    cursor = await self._connection.execute(statement.encode(), written)
+            finally:
+                if self._connection.info.transaction_status == pq.TransactionStatus.IDLE:
+                    self._ended_by = sql
+            self.check_open()
             return await cursor.fetchall() if cursor.description else []
 
     def check_open(self) -> None:
