@@ -246,6 +246,27 @@ async def test_an_engine_that_cannot_begin_fails_those_who_waited_for_it() -> No
     assert commits.batches == [["c"]]
 
 
+@pytest.mark.parametrize(("error", "told"), [(None, EngineUnavailable), (ZeroDivisionError(), ZeroDivisionError)])
+async def test_a_late_result_that_never_comes_is_told_to_its_caller(error, told) -> None:
+    late: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+    async def execute(batch: Batch) -> list[asyncio.Future[Result]]:
+        return [late for _ in batch.take(lambda _: True)]
+
+    batcher = Batcher(execute, lambda _: None)
+    asked = batcher.submit(ask("a"))
+    while not batcher._late:
+        await asyncio.sleep(0)
+    if error is None:
+        late.cancel()
+    else:
+        late.set_exception(error)
+    with pytest.raises(told):
+        async with asyncio.timeout(PATIENCE):
+            await asked
+    await batcher.drain()
+
+
 async def test_a_batch_may_be_taken_in_another_thread_before_the_loop_has_gone_on() -> None:
     sizes: list[int] = []
 

@@ -101,6 +101,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "register",
             "consumer",
             "publisher",
+            "burials",
             "doctor",
             "control",
             "overview",

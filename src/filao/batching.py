@@ -173,14 +173,19 @@ class Batcher:
         self._begin(at)
 
     def _finish_late(self, entry: _Entry, began: float, late: "asyncio.Future[Result]") -> None:
-        """Give a caller its result, which came after those of its batch."""
+        """Give a caller its result, which came after those of its batch; late is whatever ended it."""
         self._late.discard(late)
-        results = [late.result()]
-        if self._observers.tracers:
-            results = self._timed(results, began)
-        if self._observers.all:
-            self._tell([entry], results, began)
-        self._deliver(entry[1], results[0])
+        error = EngineUnavailable("the broker was closed meanwhile") if late.cancelled() else late.exception()
+        if error is not None and not isinstance(error, FilaoError):  # which nobody foresaw
+            if not entry[1].done():
+                entry[1].set_exception(error)
+        else:
+            results: Sequence[Result] = [late.result() if error is None else error]
+            if self._observers.tracers:
+                results = self._timed(results, began)
+            if self._observers.all:
+                self._tell([entry], results, began)
+            self._deliver(entry[1], results[0])
         if not self._is_called and not self._doing:
             self._begin()
 

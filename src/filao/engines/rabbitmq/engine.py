@@ -9,12 +9,12 @@ between the two doubles it, and nothing is lost.
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
@@ -40,7 +40,8 @@ from filao.engine import (
     Settle,
     Submit,
 )
-from filao.engines.rabbitmq import envelope, register, topology, wire
+from filao.engines.rabbitmq import envelope, register, topology
+from filao.engines.rabbitmq.burials import MOMENT, Burial, Burials, burial_of, failure
 from filao.engines.rabbitmq.consumer import Consumer
 from filao.engines.rabbitmq.control import RabbitmqOperators
 from filao.engines.rabbitmq.moving import RabbitmqMover
@@ -57,6 +58,8 @@ from filao.queue import Queue, not_found, retry_delay
 BEGUN_WITHIN = 5.0  # seconds that a batch has at least, from when it begins, however long it has stood in line
 TIDY_INTERVAL = 0.5  # seconds between looks for messages that were pushed for nobody
 LEARN_INTERVAL = 30.0  # seconds after which the rules of the queues are read again
+
+_R = TypeVar("_R")
 
 
 class RabbitmqEngine:
@@ -76,6 +79,7 @@ class RabbitmqEngine:
         self._publisher = Publisher(self._sending)
         self._declared = Declared(self._server)
         self._consumers: dict[str, Consumer] = {}
+        self._burials = Burials(self._publisher, partial(self._limited, self._sending), self._call)
         self._opening = asyncio.Lock()
         self._tokens = count(1)
         self._lines: dict[str, Line] = {}
@@ -103,6 +107,7 @@ class RabbitmqEngine:
         self._tidying.cancel()
         try:
             await asyncio.gather(self._tidying, return_exceptions=True)
+            await self._burials.close()
             await self._receiving.close()
             await self._sending.close()
         except asyncio.CancelledError:
@@ -115,10 +120,15 @@ class RabbitmqEngine:
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
-    async def execute(self, batch: Batch) -> list[Result]:
-        """Do what needs no confirm, in order."""
-        async with self._begun(batch, self._receiving) as (operations, begun):
-            return [await self._result(self._work(operation, begun)) for operation in operations]
+    async def execute(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
+        """Do what needs no confirm: first the settles and extends, in order, so that they wait for no receive."""
+        async with self._begun(batch, self._receiving) as (operations, session):
+            if len(operations) == 1:
+                return [await self._result(self._work(operations[0], session))]
+            results: dict[int, Result | asyncio.Future[Result]] = {}
+            for place, operation in sorted(enumerate(operations), key=_receives_last):
+                results[place] = await self._result(self._work(operation, session))
+            return [results[place] for place in range(len(operations))]
 
     def needs_confirm(self, operation: Operation) -> bool:
         """Return whether the server must answer before an operation is done: when it has no room, it lets it wait."""
@@ -126,41 +136,49 @@ class RabbitmqEngine:
             isinstance(operation, Settle) and isinstance(operation.outcome, Nack | Reject)
         )
 
-    async def execute_confirmed(self, batch: Batch) -> list[Result]:
+    async def execute_confirmed(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
         """Do what must be confirmed: all of it is on its way at once."""
-        async with self._begun(batch, self._sending) as (operations, begun):
-            works = [self._result(self._work(operation, begun)) for operation in operations]
+        async with self._begun(batch, self._sending) as (operations, session):
+            works = [self._result(self._work(operation, session)) for operation in operations]
             return [await works[0]] if len(works) == 1 else await asyncio.gather(*works)
 
     @asynccontextmanager
-    async def _begun(self, batch: Batch, link: Link) -> AsyncGenerator[tuple[list[Operation], "_Begun"]]:
-        """Give the operations, and what they begin with on a link, for as long as a batch may take.
+    async def _begun(self, batch: Batch, link: Link) -> AsyncGenerator[tuple[list[Operation], Session]]:
+        """Give the operations, and the session that they need, for as long as a batch may take.
 
-        When its time is over, the session that it waits for is given up, and no other: a server that blocks those who
-        send takes nobody's leases. A batch that comes late, behind others that the server kept waiting, has a time of
-        its own: else it would give up a session that is well.
+        When its time is over, that session is given up, and no other: a server that blocks those who send takes
+        nobody's leases. A batch that comes late, behind others that the server kept waiting, has a time of its own:
+        else it would give up a session that is well.
         """
         if self._is_closing:
             raise EngineUnavailable("the broker was closed meanwhile")
         until = max(batch.since + ANSWERS_WITHIN, asyncio.get_running_loop().time() + BEGUN_WITHIN)
-        begun: _Begun | None = None
+        asked: Session | None = None
         try:
             async with asyncio.timeout_at(until) as limit:
                 session = await link.session()
                 operations = batch.take(lambda _: True)
                 if not {_queue_of(operation) for operation in operations} <= self._declared.rules.keys():
                     await self._declared.learn()
-                begun = _Begun(session, session)
+                asked = session
                 with session.hurrying(limit):
-                    yield operations, begun
+                    yield operations, session
         except TimeoutError as error:
-            if begun is not None and not begun.session.is_open:
-                raise self._server.engine_error(ConnectionResetError(begun.session.ended_by)) from error
-            if begun is not None and begun.waits_for is not None:
-                await begun.waits_for.close(FAREWELL_WITHIN)
-            raise self._server.engine_error(error, begun=begun is not None) from error
+            if asked is not None and not asked.is_open:
+                raise self._server.engine_error(ConnectionResetError(asked.ended_by)) from error
+            if asked is not None:
+                await asked.close(FAREWELL_WITHIN)
+            raise self._server.engine_error(error, begun=asked is not None) from error
 
-    async def _result(self, work: Coroutine[Any, Any, Result]) -> Result:
+    @asynccontextmanager
+    async def _limited(self, link: Link) -> AsyncGenerator[Session]:
+        """Give a link's session for as long as a call may take that begins now."""
+        nothing = Batch(receives=False, writes=False, take=lambda _: [], since=asyncio.get_running_loop().time())
+        with self._server.mapped():
+            async with self._begun(nothing, link) as (_, session):
+                yield session
+
+    async def _result(self, work: Coroutine[Any, Any, _R]) -> _R | FilaoError:
         """Return what an operation comes to, be it an error."""
         try:
             return await work
@@ -169,7 +187,7 @@ class RabbitmqEngine:
         except AWAY as error:
             return self._server.engine_error(error)
 
-    async def _work(self, operation: Operation, begun: "_Begun") -> Result:
+    async def _work(self, operation: Operation, session: Session) -> "Result | asyncio.Future[Result]":
         queue = self._declared.rules.get(_queue_of(operation))
         if queue is None:
             return not_found(_queue_of(operation), self._declared.rules)
@@ -177,7 +195,7 @@ class RabbitmqEngine:
             case Send():
                 return [Receipt(name) for name in await self._publisher.send(queue, operation.drafts)]
             case Receive():
-                return await self._receive(queue, operation, begun)
+                return await self._receive(queue, operation, session)
             case Settle():
                 await self._settle(queue, operation)
                 return None
@@ -185,55 +203,53 @@ class RabbitmqEngine:
                 self._consumer_of(operation.delivery)  # all that can be said is that the lease lasts
                 return None
 
-    async def _receive(self, queue: Queue, receive: Receive, begun: "_Begun") -> Received:
+    async def _receive(self, queue: Queue, receive: Receive, session: Session) -> "Received | asyncio.Future[Result]":
         if receive.lease is not None:
             raise refused(
                 queue.name, f"lease={receive.lease:g}", "leases that end by time: they last as connections do"
             )
+        look = await self._look(queue, receive, session)
+        if not look.burials:
+            return Received(look.alive)
+        return asyncio.get_running_loop().create_task(self._result(self._look_on(queue, receive, look)))
+
+    async def _look(self, queue: Queue, receive: Receive, session: Session) -> "_Look":
+        """Take messages once, and begin to bury those that may not be handed over."""
         line = self._lines.get(queue.name)
         waiting = max(receive.limit, line.wanted() if line else 0) if receive.waiting else 0
-        deliveries: list[Delivery] = []
-        while True:
-            try:
-                consumer = await self._consumer(queue.name, begun.session)
-                messages = await consumer.take(receive.limit, waiting)
-            except ChannelNotFoundEntity:
-                del self._declared.rules[queue.name]
-                raise deleted(queue.name) from None
-            try:
-                for message in messages:
-                    delivery = envelope.read(queue.name, message, consumer.token, self._publisher.name)
-                    if await self._is_alive(queue, delivery, message, consumer, begun):
-                        deliveries.append(delivery)
-            except BaseException:  # one could not be buried: nobody gets what was taken with it
-                await consumer.give_back(messages)
-                raise
-            if deliveries or not messages:
-                return Received(deliveries)
+        try:
+            consumer = await self._consumer(queue.name, session)
+            messages = await consumer.take(receive.limit, waiting)
+        except ChannelNotFoundEntity:
+            self._declared.rules.pop(queue.name, None)
+            raise deleted(queue.name) from None
+        alive: list[Delivery] = []
+        dead: list[Burial] = []
+        for message in messages:
+            delivery = envelope.read(queue.name, message, consumer.token, self._publisher.name)
+            burial = burial_of(queue, delivery, message)
+            if burial is None:
+                alive.append(delivery)
+            else:
+                dead.append(burial)
+        return _Look(consumer, messages, alive, [self._burials.begin(consumer, burial) for burial in dead])
 
-    async def _is_alive(
-        self, queue: Queue, delivery: Delivery, message: DeliveredMessage, consumer: Consumer, begun: "_Begun"
-    ) -> bool:
-        """Return whether a message may be handed over; one that is unreadable, spent or expired becomes a dead
-        letter.
-        """
-        used = delivery.attempt - 1
-        unreadable = wire.trouble(message.header.properties)
-        if unreadable:
-            reason, error = "malformed", unreadable
-        elif used >= queue.max_attempts:
-            reason, error = "max_attempts", "every consumer that had it vanished or gave it back"
-        elif envelope.is_expired(message.header.properties, envelope.now()):
-            reason, error = "expired", ""
-        else:
-            return True
-        with consumer.settling(delivery.handle):
-            begun.waits_for = None
-            begun.waits_for = await self._sending.session()
-            await self._publisher.bury(delivery, message, used, reason, error)
-            begun.waits_for = begun.session
-            await consumer.channel.basic_ack(delivery.handle, wait=False)
-        return False
+    async def _look_on(self, queue: Queue, receive: Receive, look: "_Look") -> Result:
+        """Give what is being buried a moment, in which its failure is the caller's, and look for what lies behind."""
+        until = asyncio.get_running_loop().time() + MOMENT
+        while look.burials:
+            try:
+                failed = await failure(look.burials, until)
+                if failed is not None:
+                    raise failed
+            except BaseException:  # nobody gets what was taken with it
+                await look.consumer.give_back(look.messages)
+                raise
+            if look.alive or self._burials.is_full():
+                break
+            async with self._limited(self._receiving) as session:
+                look = await self._look(queue, receive, session)
+        return Received(look.alive)
 
     async def _settle(self, queue: Queue, settle: Settle) -> None:
         delivery, outcome = settle.delivery, settle.outcome
@@ -362,13 +378,19 @@ class RabbitmqEngine:
         return {name: len(consumer.held) for name, consumer in self._consumers.items()}
 
 
-@dataclass(slots=True)
-class _Begun:
-    """A batch that has begun."""
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one look has taken."""
 
-    session: Session
-    waits_for: Session | None
-    """The session whose answer it waits for; None while it waits for a connection."""
+    consumer: Consumer
+    messages: Sequence[DeliveredMessage]
+    alive: list[Delivery]
+    burials: "Sequence[asyncio.Task[FilaoError | None]]"
+    """Of the others."""
+
+
+def _receives_last(entry: tuple[int, Operation]) -> bool:
+    return isinstance(entry[1], Receive)
 
 
 def _queue_of(operation: Operation) -> str:
