@@ -183,6 +183,24 @@ async def test_a_cookie_that_was_tampered_with_opens_nothing(broker) -> None:
             ).status_code == 401
 
 
+async def test_a_cookie_is_found_among_those_that_other_programs_left_on_the_host(broker) -> None:
+    async with visiting(broker, token=TOKEN) as somebody:
+        await somebody.client.post("/enter", data={"token": TOKEN})
+        ((name, value),) = somebody.client.cookies.items()
+        somebody.client.cookies.clear()
+        ours = f"{name}={value}".encode()
+        for odd in (b'prefs={"dark": true}', b"a b", b"=", b";;", b"na\xefve=\xff", b"x[y]=1,2"):
+            for cookies in (odd + b"; " + ours, ours + b";" + odd):
+                answer = await somebody.client.get("/en/queues", headers={b"cookie": cookies})
+                assert answer.status_code == 200, cookies
+
+
+async def test_an_origin_that_is_none_is_refused_like_another_sites(broker) -> None:
+    async with visiting(broker) as somebody:
+        for origin in ("http://[", "http://a]b", "", "http://127.0.0.1:x"):
+            assert (await somebody.client.get("/en/queues", headers={"origin": origin})).status_code == 403, origin
+
+
 async def test_an_application_admits_whom_it_likes(broker) -> None:
     def admit(scope: Any) -> str | None:
         return dict(scope["headers"]).get(b"x-user", b"").decode() or None
@@ -276,6 +294,17 @@ async def test_a_form_that_does_not_come_whole_is_no_form() -> None:
     for rest in ({"type": "http.disconnect"}, {"type": "http.request", "body": b"%ff"}):
         with pytest.raises(FormError):
             await read(rest)
+
+
+async def test_of_a_form_that_is_too_large_all_is_read_before_it_is_refused_so_that_the_browser_reads_why() -> None:
+    megabytes = iter(range(10, -1, -1))
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x" * 1_000_000, "more_body": next(megabytes) > 0}
+
+    with pytest.raises(FormError) as refused:
+        await read_form(receive)
+    assert (refused.value.status, list(megabytes)) == (413, [])
 
 
 async def test_who_does_not_read_a_live_page_gives_its_place_to_others_in_the_end(broker, monkeypatch) -> None:
@@ -506,6 +535,25 @@ async def test_it_is_mounted_under_a_prefix(broker) -> None:
         for link in set(links):
             if "/act" not in link:
                 assert (await somebody.client.get(link)).status_code == 200, link
+
+
+async def test_an_address_leads_to_the_page_that_was_meant_whatever_scheme_a_proxy_speaks(broker) -> None:
+    """`http://`, which the proxy speaks to us, would have sent the browser past its TLS."""
+
+    def mounted(dashboard: Any) -> Any:
+        return Starlette(routes=[Mount("/ops", dashboard)])
+
+    async with visiting(broker, wrap=mounted) as somebody:
+        for asked, led in (
+            ("/ops/fr", "/ops/fr/queues"),
+            ("/ops/fr/", "/ops/fr/queues"),
+            ("/ops/fr/queue/?name=claims", "/ops/fr/queue?name=claims"),
+            ("/ops/enter", "/ops/en/queues"),
+        ):
+            answer = await somebody.client.get(asked)
+            assert (answer.status_code, answer.headers["location"]) == (303, led)
+        for asked in ("/ops/nothing", "/ops/nothing/", "/ops/en//queues", "/ops/a/b/c", "/ops//evil.example/"):
+            assert "There is no such page." in await somebody.sees(asked, 404)
 
 
 # --- triage ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ one. A token is compared in constant time, and guesses wait for each other.
 import asyncio
 import hmac
 from collections.abc import Collection, Mapping
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -40,19 +39,31 @@ def is_of_host(headers: Headers, hosts: Collection[str]) -> bool:
 def is_of_other_site(headers: Headers, *, is_visit: bool) -> bool:
     """Return whether a page of another site caused a request; a link there may lead to a page: that `is_visit`."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if origin is not None and _netloc(origin) != headers.get("host"):
         return True
     is_visit = is_visit and headers.get("sec-fetch-mode", "navigate") == "navigate"
     return headers.get("sec-fetch-site", "none") in ("cross-site", "same-site") and not is_visit
 
 
-def cookie_of(headers: Headers, name: str) -> str:
-    """Return what a cookie holds; empty when there is none, or none that can be read."""
+def _netloc(origin: str) -> str:
     try:
-        cookies = SimpleCookie(headers.get("cookie", ""))
-    except CookieError:
+        return urlsplit(origin).netloc
+    except ValueError:
         return ""
-    return cookies[name].value if name in cookies else ""
+
+
+def cookie_of(headers: Headers, name: str) -> str:
+    """Return what a cookie holds; empty when there is none.
+
+    Every port of a host shares its cookies. What other programs left there may be none by the standard's grammar, at
+    which `http.cookies` stops to read.
+    """
+    for header in headers.getlist("cookie"):
+        for cookie in header.split(";"):
+            called, _, value = cookie.partition("=")
+            if called.strip() == name:
+                return value.strip()
+    return ""
 
 
 def safely(send: Send, safe: Mapping[str, str]) -> Send:

@@ -32,6 +32,7 @@ TOKEN_LEAST = 12  # characters: fewer can be guessed from a cookie that was seen
 SESSION_LASTS = 12 * 3_600  # seconds
 NAME_MAX = 64  # characters of the name that somebody gives with the token
 FORM_MAX = 2 * 1024 * 1024  # bytes: an edited body, and what stands around it
+FORM_DRAINED = 16 * 1024 * 1024  # bytes that are read of one that is too large: amid sending, browsers read no answer
 FORM_WITHIN = 30.0  # seconds for a form to come: the bound of every wait
 
 SAFE = door.SAFE | {
@@ -211,18 +212,20 @@ async def read_form(receive: Receive) -> dict[str, str]:
 
     Raises `FormError` when it is too large, or not whole: half of a number is a number.
     """
-    content = bytearray()
+    content, size, more = bytearray(), 0, True
     try:
         async with asyncio.timeout(FORM_WITHIN):
-            more = True
-            while more:
+            while more and size <= FORM_DRAINED:
                 message = await receive()
-                content += message.get("body", b"")
-                if len(content) > FORM_MAX:
-                    raise FormError("form_too_large")
                 if message["type"] == "http.disconnect":
                     raise FormError("form_unreadable")
+                body = message.get("body", b"")
+                size += len(body)
+                if size <= FORM_MAX:
+                    content += body
                 more = message.get("more_body", False)
+        if size > FORM_MAX:
+            raise FormError("form_too_large")
         fields = parse_qs(content.decode(), keep_blank_values=True, max_num_fields=50, errors="strict")
     except (TimeoutError, ValueError) as error:
         raise FormError("form_unreadable") from error

@@ -103,15 +103,15 @@ class Pages:
 
     def application(self) -> Starlette:
         """Return what answers."""
-        return Starlette(
-            routes=[
-                Route("/", self._arrive),
-                Route("/static/{name}", self._file),
-                Route("/{language}/act", self._act, methods=["POST"]),
-                Route("/{language}/{page}", self._page),
-                Route("/{language}/", self._arrive),
-            ]
-        )
+        routes = [
+            Route("/", self._arrive),
+            Route("/static/{name}", self._file),
+            Route("/{language}/act", self._act, methods=["POST"]),
+            Route("/{language}/{page}", self._page),
+        ]
+        application = Starlette(routes=routes, exception_handlers={404: self._elsewhere})
+        application.router.redirect_slashes = False  # it names the scheme, which behind a proxy is not the browser's
+        return application
 
     def enter(self, scope: Scope, is_wrong: bool) -> Response:  # noqa: FBT001  # the door's callback
         """Return the page that asks for the token."""
@@ -125,8 +125,23 @@ class Pages:
     # --- pages -------------------------------------------------------------------------------------------------------
 
     async def _arrive(self, request: Request) -> Response:
-        language = wanted_language(request.headers.get("accept-language", ""))
-        return RedirectResponse(f"{request.scope.get('root_path', '')}/{language}/queues", 303)
+        return RedirectResponse(f"{request.scope.get('root_path', '')}/{self._language(request)}/queues", 303)
+
+    async def _elsewhere(self, request: Request, _error: Exception) -> Response:
+        """Answer where no page is: lead to the one that was meant, or say that there is none."""
+        root = f"{request.scope.get('root_path', '')}"
+        match request.scope["path"].removeprefix(root).strip("/").split("/"):
+            case [word] if word in LANGUAGES or word in ("enter", "leave"):
+                return await self._arrive(request)
+            case [language, page] if language in LANGUAGES and page in self._view:
+                query = request.url.query
+                return RedirectResponse(f"{root}/{language}/{page}" + (f"?{query}" if query else ""), 303)
+            case _:
+                return await self._no_page(request)
+
+    async def _no_page(self, request: Request) -> Response:
+        look = await self._watch.latest()
+        return self._drawn_whole(request, self._language(request), look, Told("trouble", {"what": "no_page"}, 404))
 
     async def _file(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -138,8 +153,7 @@ class Pages:
     async def _page(self, request: Request) -> Response:
         page, language = request.path_params["page"], request.path_params["language"]
         if page not in self._view or language not in LANGUAGES:
-            look = await self._watch.latest()
-            return self._drawn_whole(request, self._language(request), look, Told("trouble", {"what": "no_page"}, 404))
+            return await self._no_page(request)
         live = request.query_params.get("live")
         if live == "stream":
             return self._stream(request, language, page)
