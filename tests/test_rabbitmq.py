@@ -19,7 +19,7 @@ from filao.conformance import Verdict, checks, verify
 from filao.dashboard import pages
 from filao.dashboard.acts import Act
 from filao.engine import Batch, Feature, Operation, Receive
-from filao.engines.rabbitmq import RabbitmqEngine, consumer, control, engine, server, topology
+from filao.engines.rabbitmq import RabbitmqEngine, consumer, control, engine, register, server, topology
 from filao.engines.rabbitmq.publisher import LARGE_AT_ONCE
 from tests.conftest import engine_of
 from tests.support.load import loaded
@@ -706,14 +706,48 @@ async def test_an_operators_call_waits_for_no_farewell_of_a_server_that_stalls(f
             monkeypatch.setattr(server, "CONNECTED_WITHIN", 3600.0)
 
             async def look() -> None:
-                async with engine_of(far)._declared.apart() as session:
+                async with engine_of(far)._declared.apart() as call:
                     monkeypatch.setattr(server, "ANSWERS_WITHIN", 0.3)
                     proxy.stall()
-                    await session.depth(queue.name)
+                    await call.session.depth(queue.name)
 
             with pytest.raises(filao.EngineUnavailable, match="has not answered"):
                 await look()
             proxy.go_on()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda broker, queue: broker.stats(queue),
+        lambda broker, queue: broker.dead_letters(queue),
+        lambda broker, queue: broker.redrive(queue),
+        lambda broker, queue: broker.discard(queue, ids=["1"]),
+        lambda broker, queue: broker.purge(queue),
+        lambda broker, queue: broker.delete_queue(queue),
+    ],
+    ids=["stats", "dead letters", "redrive", "discard", "purge", "delete"],
+)
+async def test_an_operators_call_needs_one_connection(rabbitmq, broker, queue, monkeypatch, call) -> None:
+    monkeypatch.setattr(engine, "LEARN_INTERVAL", 3600.0)
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as far:
+            unheard_of = filao.Queue(f"{queue.name}.new", backoff=AT_ONCE)  # so its rules must be read
+            await broker.declare(unheard_of)
+            before = proxy.accepted
+            await call(far, unheard_of.name)
+            assert proxy.accepted - before == 1
+
+
+async def test_an_operators_call_has_one_limit_for_all_its_answers(rabbitmq, broker, queue, monkeypatch) -> None:
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as far:
+            monkeypatch.setattr(register, "ANSWERS_WITHIN", 1.0)
+            proxy.delay = 0.2  # each answer is well in time, all together are not
+            with pytest.raises(filao.EngineUnavailable, match="has not answered"):
+                await far.delete_queue(queue)
+            proxy.delay = 0.0
+    assert queue.name in {known.name for known in await broker.queues()}
 
 
 CONFIRM = b"\x00\x3c\x00\x50"  # basic.ack
@@ -958,8 +992,8 @@ async def test_dead_letters_that_are_being_looked_at_are_counted(broker, queue) 
     await _dies(broker, queue, 2)
     operators = engine_of(broker).operators
     async with (
-        operators._declared.apart() as session,
-        control._dead(session, queue.name, operators._taken) as look,
+        operators._declared.apart() as call,
+        control._dead(call, queue.name, operators._taken) as look,
     ):
         async for _ in look.each():
             assert (await broker.stats(queue)).dead == 2

@@ -42,6 +42,8 @@ class Proxy:
         self._swallow: tuple[bytes, bytes] | None = None
         self.delay: float = 0.0
         """Seconds by which each answer comes later."""
+        self.accepted: int = 0
+        """How many connections there have been."""
         self.swallowed = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -80,6 +82,7 @@ class Proxy:
         with suppress(OSError):
             while True:
                 client, _ = self._listening.accept()
+                self.accepted += 1
                 try:
                     server = socket.create_connection(("127.0.0.1", self._target))
                 except OSError:

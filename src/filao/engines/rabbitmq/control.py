@@ -16,7 +16,7 @@ from aiormq.exceptions import ChannelLockedResource
 from filao.engine import Draft, Finding, QueueStats, State, StoredMessage
 from filao.engines.rabbitmq import doctor, envelope, register, topology
 from filao.engines.rabbitmq.refusals import refused
-from filao.engines.rabbitmq.register import Declared
+from filao.engines.rabbitmq.register import Apart, Declared
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server, Session
 from filao.engines.rabbitmq.topology import UNDELIVERED, dead_name, ladder
 from filao.errors import ConfigurationError, EngineUnavailable
@@ -25,6 +25,7 @@ from filao.slices import Tally
 
 TAKEN = "#taken"  # behind a queue's name; no queue of ours can be called so
 TAKEN_WITHIN = ANSWERS_WITHIN  # seconds until somebody else has put the dead letters back: thousands take seconds
+LAST_TRY = 0.5  # seconds of a call's time that are kept for the last try
 LOOK_AGAIN = 0.05  # seconds
 
 TOGETHER = 32  # of those that come back together RabbitMQ keeps the order, and shuffles more (3.10)
@@ -52,12 +53,12 @@ class RabbitmqOperators:
 
     async def delete(self, queue: str) -> int:
         """Delete a queue of which nothing is ready or dead; the server does not tell what others hold of it."""
-        await self._declared.rules_of(queue)
-        async with self._declared.apart() as session:
+        async with self._declared.apart(queue) as call:
+            session = call.session
             held = await session.depth(queue) or 0
             held += await session.depth(dead_name(queue)) or 0
             if not held:
-                async with asyncio.timeout(ANSWERS_WITHIN), session.aside() as channel:
+                async with session.aside() as channel:
                     await channel.queue_delete(queue)
                     await channel.queue_delete(dead_name(queue))
                 await register.strike_out(session, self._server, queue, partial(remove_ladder, session))
@@ -66,55 +67,55 @@ class RabbitmqOperators:
 
     async def stats(self, queue: str | None = None) -> list[QueueStats]:
         """Ask the server for the depth of every queue, or of one, and of its dead letters."""
-        if queue is not None:
-            await self._declared.rules_of(queue)
-        queues = [known.name for known in await self._declared.learn() if queue in (None, known.name)]
         held = self._held()
-        async with self._declared.apart() as session:
-            return [await stats(session, one, held.get(one, 0), self._taken) for one in queues]
+        async with self._declared.apart() as call:
+            queues = [known.name for known in await self._declared.read(call.session)]
+            if queue is not None:
+                queues = [self._declared.known(queue).name]
+            call.goes_on()
+            return [await stats(call.session, one, held.get(one, 0), self._taken) for one in queues]
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return dead letters; nothing else can be looked at."""
-        await self._declared.rules_of(queue)
         if state is not State.DEAD:
             raise refused(queue, f"peek at {state} messages", "way to look at a message without receiving it")
-        async with self._declared.apart() as session:
-            return await peek(session, queue, limit, after, self._taken)
+        async with self._declared.apart(queue) as call:
+            return await peek(call, queue, limit, after, self._taken)
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Publish dead letters behind what is ready."""
-        await self._declared.rules_of(queue)
         with Tally() as tally:
-            async with self._declared.apart() as session:
-                await redrive(session, queue, ids, limit, edited, taken=self._taken, tally=tally)
+            async with self._declared.apart(queue) as call:
+                await redrive(call, queue, ids, limit, edited, taken=self._taken, tally=tally)
         return tally.done
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
         """Delete what is ready, or the dead letters."""
-        await self._declared.rules_of(queue)
-        if ids is not None:
-            if State.DEAD in states:
-                with Tally() as tally:
-                    async with self._declared.apart() as session:
-                        await discard(session, queue, ids, self._taken, tally)
-                return tally.done
+        if ids is not None and State.DEAD not in states:
             raise refused(queue, "to cancel one message", "way to find a message in a queue")
-        async with self._declared.apart() as session:
-            if not {State.READY, State.DEAD} & set(states):
-                raise refused(queue, f"to purge {' and '.join(states)} messages", "way to reach them")
-            if State.DEAD in states:
-                await _take(session, queue)  # or nothing is done
-            ready = await purge(session, queue) if State.READY in states else 0
-            return ready + (await purge(session, dead_name(queue)) if State.DEAD in states else 0)
+        if not {State.READY, State.DEAD} & set(states):
+            raise refused(queue, f"to purge {' and '.join(states)} messages", "way to reach them")
+        with Tally() as tally:
+            async with self._declared.apart(queue) as call:
+                if ids is not None:
+                    await discard(call, queue, ids, self._taken, tally)
+                    return tally.done
+                if State.DEAD in states:
+                    await _take(call, queue)  # or nothing is done
+                for state, name in ((State.READY, queue), (State.DEAD, dead_name(queue))):
+                    if state in states:
+                        tally.done += await purge(call.session, name)
+        return tally.done
 
     async def report(self, state: str) -> None:
         """Do nothing: the server keeps no list of processes that others could read."""
 
     async def doctor(self) -> list[Finding]:
         """Examine the server and its queues and say what an operator should know."""
-        queues = await self._declared.learn()
-        async with self._declared.apart() as session:
-            return await doctor.examine(session, self._server, queues, self._declared.strange)
+        async with self._declared.apart() as call:
+            queues = await self._declared.read(call.session)
+            call.goes_on()
+            return await doctor.examine(call.session, self._server, queues, self._declared.strange)
 
 
 async def on_the_ladder(session: Session) -> int:
@@ -160,10 +161,10 @@ async def purge(session: Session, queue: str) -> int:
         return (await channel.queue_purge(queue, timeout=ANSWERS_WITHIN)).message_count or 0
 
 
-async def peek(session: Session, queue: str, limit: int, after: str | None, taken: Taken) -> list[StoredMessage]:
+async def peek(call: Apart, queue: str, limit: int, after: str | None, taken: Taken) -> list[StoredMessage]:
     """Return dead letters, the first to die first."""
     found: list[StoredMessage] = []
-    async with _dead(session, queue, taken) as look:
+    async with _dead(call, queue, taken) as look:
         seen = after is None
         async for message in look.each():
             if seen:
@@ -178,7 +179,7 @@ async def peek(session: Session, queue: str, limit: int, after: str | None, take
 
 
 async def redrive(
-    session: Session,
+    call: Apart,
     queue: str,
     ids: Sequence[str] | None,
     limit: int | None,
@@ -191,7 +192,7 @@ async def redrive(
     wanted = None if ids is None else set(ids)
     most = len(wanted) if wanted is not None else limit
     back: set[str] = set()
-    async with _dead(session, queue, taken) as look:
+    async with _dead(call, queue, taken) as look:
         async for message in look.each():
             properties = message.header.properties
             name = envelope.name_of(properties)
@@ -211,10 +212,10 @@ async def redrive(
                 break
 
 
-async def discard(session: Session, queue: str, ids: Sequence[str], taken: Taken, tally: Tally) -> None:
+async def discard(call: Apart, queue: str, ids: Sequence[str], taken: Taken, tally: Tally) -> None:
     """Delete dead letters by their ids."""
     wanted = set(ids)
-    async with _dead(session, queue, taken) as look:
+    async with _dead(call, queue, taken) as look:
         async for message in look.each():
             if envelope.name_of(message.header.properties) in wanted:
                 await look.delete(message)
@@ -269,15 +270,16 @@ class _Look:
 
 
 @asynccontextmanager
-async def _dead(session: Session, queue: str, taken: Taken) -> AsyncGenerator[_Look]:
+async def _dead(call: Apart, queue: str, taken: Taken) -> AsyncGenerator[_Look]:
     """Give the dead letters there are now; those that were not deleted go back when the block ends, or we die.
 
     They go back in order but for a cancellation, which closes the channel under the call that it meets.
     """
-    await _take(session, queue)
-    most = taken[queue] = await session.depth(dead_name(queue)) or 0
+    await _take(call, queue)
+    call.goes_on()
+    most = taken[queue] = await call.session.depth(dead_name(queue)) or 0
     try:
-        async with session.aside(confirms=True) as channel:
+        async with call.session.aside(confirms=True) as channel:
             look = _Look(channel, queue, most, taken)
             try:
                 yield look
@@ -290,21 +292,22 @@ async def _dead(session: Session, queue: str, taken: Taken) -> AsyncGenerator[_L
         del taken[queue]
 
 
-async def _take(session: Session, queue: str) -> None:
-    """Take the dead letters of a queue for this session alone, until it is closed or its process dies.
+async def _take(call: Apart, queue: str) -> None:
+    """Take the dead letters of a queue for this call's session alone, until it is closed or its process dies.
 
     The sign of it is a queue that only its own connection may use. Raises `EngineUnavailable` when somebody else does
     not put them back.
     """
-    until = asyncio.get_running_loop().time() + TAKEN_WITHIN
+    now = asyncio.get_running_loop().time
+    began, until = now(), min(now() + TAKEN_WITHIN, call.until() - LAST_TRY)
     while True:
         try:
-            async with session.aside() as channel:
+            async with call.session.aside() as channel:
                 await channel.queue_declare(dead_name(queue) + TAKEN, exclusive=True, timeout=ANSWERS_WITHIN)
         except ChannelLockedResource as error:
-            if asyncio.get_running_loop().time() > until:
+            if now() > until:
                 raise EngineUnavailable(
-                    f"queue {queue!r}: for {TAKEN_WITHIN:g} s another program has had its dead letters, to look at "
+                    f"queue {queue!r}: for {now() - began:.1f} s another program has had its dead letters, to look at "
                     "them or to send them back. Nothing was done. Try again, or end a program that is paused."
                 ) from error
             await asyncio.sleep(LOOK_AGAIN)

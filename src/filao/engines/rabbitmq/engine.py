@@ -360,13 +360,13 @@ class RabbitmqEngine:
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""
         check_rules(queue)
-        async with self._declared.apart() as session:
-            async with asyncio.timeout(ANSWERS_WITHIN), session.aside() as channel:
+        async with self._declared.apart() as call:
+            async with call.session.aside() as channel:
                 await topology.declare_queue(channel, queue)
                 if has_delay(queue):
                     await topology.declare_ladder(channel)
                     await topology.bind_to_ladder(channel, queue.name)
-            await register.enter(session, self._server, queue)
+            await register.enter(call.session, self._server, queue)
         self._declared.rules[queue.name] = queue
 
     async def find(self, queue: str) -> Queue:

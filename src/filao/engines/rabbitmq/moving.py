@@ -31,8 +31,8 @@ class RabbitmqMover:
 
     async def identity(self) -> str:
         """Return the name of the cluster and the virtual host."""
-        async with self._declared.apart() as session:
-            return f"rabbitmq {session.cluster} {self._server.vhost}"
+        async with self._declared.apart() as call:
+            return f"rabbitmq {call.session.cluster} {self._server.vhost}"
 
     def check(self, queue: Queue, drafts: Sequence[Draft] = ()) -> None:
         """Raise for a queue that cannot be declared here, or a message that cannot be sent."""
@@ -43,11 +43,12 @@ class RabbitmqMover:
     @asynccontextmanager
     async def packing(self, queue: str) -> AsyncGenerator[Packing]:
         """Begin to carry a queue's messages elsewhere; those that were not delivered go back when the block ends."""
-        rules = await self._declared.rules_of(queue)
-        async with self._declared.apart() as session, session.aside() as channel:
+        async with self._declared.apart(queue) as call, call.session.aside() as channel:
+            call.goes_on()
+            rules = self._declared.rules[queue]
 
             async def held() -> int:
-                return await on_the_ladder(session) if has_delay(rules) else 0
+                return await on_the_ladder(call.session) if has_delay(rules) else 0
 
             packing = QueuePacking(channel, queue, self._publisher.name, held)
             try:

@@ -10,6 +10,7 @@ is, a rule that cannot be has its default, and both are reported: nobody's queue
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -60,6 +61,22 @@ class _Hold:
     """What is in its queue and cannot be read, in words."""
 
 
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """A session of a call's own, and its time."""
+
+    session: Session
+    limit: asyncio.Timeout
+
+    def until(self) -> float:
+        """Return when its time is over, by the loop's clock."""
+        return self.limit.when() or math.inf
+
+    def goes_on(self) -> None:
+        """Let what follows take as long as it goes on: it is done piece by piece, and each has a limit of its own."""
+        self.limit.reschedule(None)
+
+
 class Declared:
     """The queues that this process knows to be declared, as of its last look at the register."""
 
@@ -72,8 +89,12 @@ class Declared:
 
     async def learn(self) -> list[Queue]:
         """Read the register: every declared queue with its rules, by name."""
-        async with self.apart() as session:
-            self.rules, strange = await queues(session, self._server)
+        async with self.apart() as call:
+            return await self.read(call.session)
+
+    async def read(self, session: Session) -> list[Queue]:
+        """Read the register on a session that is there."""
+        self.rules, strange = await queues(session, self._server)
         for what in strange:
             if what not in self.strange:
                 log.warning("%s: the register %r holds %s", self._server.name, REGISTER, what)
@@ -85,22 +106,39 @@ class Declared:
         """Return a queue with its rules; the register is read if it is not known, or `anew`. Raises `QueueNotFound`."""
         if anew or queue not in self.rules:
             await self.learn()
+        return self.known(queue)
+
+    @asynccontextmanager
+    async def apart(self, queue: str | None = None) -> AsyncGenerator[Apart]:
+        """Give a session of its own: what goes wrong there costs no lease and leaves no send in doubt.
+
+        Connecting and the whole block have one limit. The register is read if a `queue` is given that is not known;
+        `QueueNotFound` is raised if it is not declared.
+        """
+        session: Session | None = None
+        within = FAREWELL_WITHIN  # after an error, which may be that the server does not answer
+        with cancellable():
+            try:
+                async with asyncio.timeout(ANSWERS_WITHIN) as limit:
+                    session = await self._server.connect()
+                    with self._server.mapped():
+                        if queue is not None and queue not in self.rules:
+                            await self.read(session)
+                        if queue is not None:
+                            self.known(queue)
+                        yield Apart(session, limit)
+                within = CONNECTED_WITHIN
+            except TimeoutError as error:
+                raise self._server.engine_error(error, begun=session is not None) from error
+            finally:
+                if session is not None:
+                    await session.close(within)
+
+    def known(self, queue: str) -> Queue:
+        """Return a queue as of the last look."""
         if queue not in self.rules:
             raise not_found(queue, self.rules)
         return self.rules[queue]
-
-    @asynccontextmanager
-    async def apart(self) -> AsyncGenerator[Session]:
-        """Give a session of its own: what goes wrong there costs no lease and leaves no send in doubt."""
-        with cancellable():
-            session = await self._server.connect()
-            within = FAREWELL_WITHIN  # after an error, which may be that the server does not answer
-            try:
-                with self._server.mapped():
-                    yield session
-                within = CONNECTED_WITHIN
-            finally:
-                await session.close(within)
 
 
 async def queues(session: Session, server: Server) -> tuple[dict[str, Queue], list[str]]:
