@@ -615,6 +615,25 @@ async def test_a_rate_is_kept_and_a_job_can_be_stopped(broker, visitor) -> None:
 
 
 @on_both
+async def test_a_job_is_told_of_by_another_dashboard_of_the_store_and_after_its_process_died(
+    broker, visitor, monkeypatch
+) -> None:
+    monkeypatch.setattr(module_of_jobs, "RECORDED_EVERY", 0.01)
+    await die(broker, {str(number): "no" for number in range(6)})
+    await visitor.sees("/en/dead")
+    page = (await visitor.sends(Act("redrive", "claims"), rate="0.01")).headers["location"]
+    async with visiting(broker, allow_actions=True) as another:
+        async with asyncio.timeout(30):
+            while 'progress max="6" value="1"' not in (told := await another.sees(page)):
+                await asyncio.sleep(0.01)
+        assert "goes on in another process, or its process died" in told
+        assert 'name="stop"' not in told
+        await visitor.dashboard.close()
+        assert "<strong>stopped</strong>" in await another.sees(page)
+        assert "is not known here any more" in await another.sees("/en/dead?job=999999999999999999")
+
+
+@on_both
 async def test_a_long_error_is_of_the_same_kind_on_the_page_and_on_the_command_line(broker, visitor) -> None:
     error = "the bank's answer: " + "".join(f"{number:x}" for number in range(3_000))
     await die(broker, {"a": error, "b": RuntimeError("x" * 1_500)})

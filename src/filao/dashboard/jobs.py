@@ -44,6 +44,7 @@ class Job:
     """A deed, here."""
 
     number: int
+    """Its number in the log, by which every dashboard of the store knows it; one of our own, where there is no log."""
     deed: Deed
     wanted: int
     """How many messages it is about: as many as were known when it began, then as many as were chosen."""
@@ -52,8 +53,8 @@ class Job:
     """Messages that a step no longer found which was taken again, because the store went away before it answered."""
     outcome: str = ""
     """Empty while it goes on; as `Deed.outcome`."""
-    logged: int = 0
-    """Its number in the log; 0: the engine keeps none."""
+    is_elsewhere: bool = False
+    """Told by the log alone: without an outcome it goes on in another process, or its process died."""
     task: "asyncio.Task[None] | None" = field(default=None, repr=False)
     stopping: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     """Set when somebody wants it to stop; it does so between two steps."""
@@ -75,6 +76,15 @@ class Jobs:
         """Return a job that is remembered."""
         return self._jobs.get(number)
 
+    async def told(self, number: int) -> Job | None:
+        """Return a job that is remembered, or what the log tells of one that another process began."""
+        if (job := self._jobs.get(number)) is not None or not number or (kept := self._overview().log) is None:
+            return job
+        for deed in await kept.deeds(1, number + 1):
+            if deed.number == number:
+                return Job(number, deed, deed.wanted, deed.done, outcome=deed.outcome, is_elsewhere=True)
+        return None
+
     def running(self) -> list[Job]:
         """Return the jobs that go on, and those that ended lately, the latest first."""
         return [job for job in reversed(self._jobs.values()) if not job.outcome]
@@ -90,10 +100,11 @@ class Jobs:
         job = self._jobs[self._last] = Job(self._last, deed, deed.wanted)
         try:
             kept = self._overview().log
-            job.logged = 0 if kept is None else await kept.begin(deed)
-        except BaseException:
+            number = job.number if kept is None else await kept.begin(deed)
+        finally:
             del self._jobs[job.number]
-            raise
+        job.number = number
+        self._jobs[number] = job
         log.info(
             "%s: %s %s of queue %r, %d messages", deed.who, deed.what, deed.about or "all", deed.queue, deed.wanted
         )
@@ -159,7 +170,7 @@ class Jobs:
         """Tell the log how a job ended; return why it could not be told."""
         try:
             if (kept := self._overview().log) is not None:
-                await kept.record(job.logged, job.done, outcome)
+                await kept.record(job.number, job.done, outcome)
         except FilaoError as error:
             return error
         return None
@@ -171,7 +182,7 @@ class Jobs:
             await asyncio.sleep(RECORDED_EVERY)
             if job.done != noted:
                 with suppress(FilaoError):
-                    await kept.record(job.logged, job.done)
+                    await kept.record(job.number, job.done)
                 check_cancelled()
                 noted = job.done
 

@@ -170,7 +170,10 @@ class Pages:
         within = READ_WITHIN if Feature.PEEK in self._watch.broker.features else RECEIVED_WITHIN
         try:
             async with asyncio.timeout(within):
-                return Told(page, await self._view[page](Asked(look, _storable(request.query_params))))
+                told = await self._view[page](Asked(look, _storable(request.query_params)))
+                number = whole(request.query_params.get("job", ""))
+                job = await self._jobs.told(number)
+                return Told(page, told | {"job": job, "is_job_unknown": number > 0 and job is None})
         except (QueueNotFound, NoMessageError) as error:
             if look.seen_at is None:  # it may well be there
                 return Told("trouble", {"what": "unseen"}, 503)
@@ -257,7 +260,7 @@ class Pages:
         live = urlencode([*asked, ("live", "stream")])
         path = request.scope["path"].removeprefix(root).lstrip("/").partition("/")[2] or "queues"
         return self._templates.get_template(template).render(
-            **{"why": "", "what": "", "seconds": 0, **told.values},
+            **{"why": "", "what": "", "seconds": 0, "is_job_unknown": False, **told.values},
             t=t,
             has_text=told_texts.__contains__,
             href=href,
@@ -285,12 +288,12 @@ class Pages:
             engine=session_of(self._watch.broker).engine.name,
             may_pause=Feature.PAUSE in features,
             has_groups=Feature.GROUPS in features,
-            jobs=self._shown_jobs(request),
+            jobs=self._shown_jobs(request, told.values.get("job")),
         )
 
-    def _shown_jobs(self, request: Request) -> list[Any]:
+    def _shown_jobs(self, request: Request, asked_for: Job | None) -> list[Job]:
         """Return the deeds that go on, and the one that this page was told of."""
-        asked_for = self._jobs.of(whole(request.query_params.get("job", "")))
+        asked_for = asked_for or self._jobs.of(whole(request.query_params.get("job", "")))
         running = self._jobs.running()
         return running if asked_for is None or asked_for in running else [asked_for, *running]
 
