@@ -18,9 +18,10 @@ import filao
 from filao.conformance import Verdict, checks, verify
 from filao.dashboard import pages
 from filao.dashboard.acts import Act
-from filao.engine import Batch, Feature, Operation, Receive
+from filao.engine import Ack, Batch, Feature, Operation, Receive, Settle
 from filao.engines.rabbitmq import RabbitmqEngine, consumer, control, engine, register, server, topology
 from filao.engines.rabbitmq.publisher import LARGE_AT_ONCE
+from filao.message import delivery_of
 from tests.conftest import engine_of
 from tests.support.load import loaded
 from tests.support.proxy import Proxy
@@ -536,6 +537,39 @@ async def test_callers_who_wait_while_others_hold_messages_are_pushed_to(broker,
     await held.ack()
     for one in waiting:
         one.cancel()
+
+
+async def test_what_a_look_took_that_is_cut_off_waits_for_the_next(broker, queue, monkeypatch) -> None:
+    monkeypatch.setattr(consumer, "LINGER", 3600.0)
+    await broker.send_to_queue(queue, 0)
+    await (await received(broker, queue)).ack()
+    receiving = engine_of(broker)._consumers[queue.name]
+    await receiving.take(1, 1)  # lets the server push one
+    await broker.send_to_queue(queue, 1)
+    async with asyncio.timeout(20):
+        while not receiving._buffer:
+            await asyncio.sleep(0.01)
+    async with receiving._asking:  # as while it is tidied up
+        looking = asyncio.create_task(receiving.take(1, 2))
+        while receiving._buffer:
+            await asyncio.sleep(0)
+        looking.cancel()
+        await asyncio.wait([looking])
+    assert (await received(broker, queue)).body == 1
+
+
+async def test_what_was_acked_before_the_work_is_held_no_more_though_nobody_confirms_it(broker, queue) -> None:
+    """Acked once more, it would end the channel and with it all leases of its queue."""
+    await broker.send_to_queue(queue, 1)
+    message = delivery_of(await received(broker, queue))
+    receiving = engine_of(broker)._consumers[queue.name]
+    async with receiving._asking:
+        settling = asyncio.create_task(engine_of(broker)._settle(queue, Settle(message, Ack(before_work=True))))
+        while receiving.held:
+            await asyncio.sleep(0)
+        settling.cancel()
+        await asyncio.wait([settling])
+    assert not receiving.held
 
 
 async def test_delays_climb_down_the_ladder(url, queue) -> None:

@@ -54,19 +54,14 @@ class Consumer:
         self._used_at = asyncio.get_running_loop().time()
         self._busiest = max(self._busiest, len(self.held) + max(limit, waiting))
         taken = self._from_buffer(limit)
-        if waiting:
-            if not taken or len(taken) < waiting:
+        try:
+            if not waiting:
+                await self._get(taken, limit)
+            elif not taken or len(taken) < waiting:
                 await self._ask_for(waiting - len(taken))
-        else:
-            while len(taken) < limit:
-                message = await self.channel.basic_get(self._queue, timeout=ANSWERS_WITHIN)
-                taken += self._from_buffer(limit - len(taken))  # which the server had pushed before it answered
-                if message.delivery_tag is None:
-                    break
-                if len(taken) < limit:
-                    taken.append(message)
-                else:
-                    self._buffer.appendleft(message)
+        except BaseException:
+            self._buffer.extendleft(reversed(taken))
+            raise
         for message in taken:
             self.held[message.delivery_tag or 0] = message
         return taken
@@ -111,6 +106,18 @@ class Consumer:
             while self._buffer:
                 await self.channel.basic_nack(self._buffer.popleft().delivery_tag or 0, requeue=True, wait=False)
 
+    async def _get(self, taken: list[DeliveredMessage], limit: int) -> None:
+        """Ask the server for more, until that makes `limit` or it has none."""
+        while len(taken) < limit:
+            message = await self.channel.basic_get(self._queue, timeout=ANSWERS_WITHIN)
+            taken += self._from_buffer(limit - len(taken))  # which the server had pushed before it answered
+            if message.delivery_tag is None:
+                break
+            if len(taken) < limit:
+                taken.append(message)
+            else:
+                self._buffer.appendleft(message)
+
     def _from_buffer(self, limit: int) -> list[DeliveredMessage]:
         return [self._buffer.popleft() for _ in range(min(limit, len(self._buffer)))]
 
@@ -122,7 +129,13 @@ class Consumer:
                 tag = f"filao.{self.token}.{next(self._numbers)}"
                 self._room[tag] = lacking
                 self._prefetch += lacking
-                await self.channel.basic_consume(self._queue, self._pushed, consumer_tag=tag, timeout=ANSWERS_WITHIN)
+                try:
+                    await self.channel.basic_consume(
+                        self._queue, self._pushed, consumer_tag=tag, timeout=ANSWERS_WITHIN
+                    )
+                except BaseException:
+                    self._forget(tag)
+                    raise
 
     async def _stop_pushing(self) -> None:
         tags = list(self._room)
@@ -141,5 +154,8 @@ class Consumer:
     async def _cancelled(self, frame: Basic.Cancel) -> None:
         """Learn that the server pushes no more: the queue was deleted, or its node is away."""
         if frame.consumer_tag is not None:
-            self._prefetch -= self._room.pop(frame.consumer_tag, 0)
+            self._forget(frame.consumer_tag)
         self._called()
+
+    def _forget(self, tag: str) -> None:
+        self._prefetch -= self._room.pop(tag, 0)

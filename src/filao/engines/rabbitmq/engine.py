@@ -260,8 +260,6 @@ class RabbitmqEngine:
                 match outcome:
                     case Ack():
                         await channel.basic_ack(tag, wait=False)
-                        if outcome.before_work:
-                            await consumer.confirm()
                     case Release(0):
                         await channel.basic_nack(tag, requeue=True, wait=False)
                     case Release(delay):
@@ -273,6 +271,8 @@ class RabbitmqEngine:
                         await channel.basic_ack(tag, wait=False)
                     case Nack():
                         await self._fail(queue, delivery, message, outcome, consumer.channel)
+            if isinstance(outcome, Ack) and outcome.before_work:
+                await consumer.confirm()  # of what is held no more, whatever comes of it
         except AWAY:
             if consumer.is_open:
                 raise
