@@ -773,6 +773,20 @@ async def test_an_operators_call_needs_one_connection(rabbitmq, broker, queue, m
             assert proxy.accepted - before == 1
 
 
+async def test_callers_who_come_together_learn_of_a_queue_in_one_look(rabbitmq, broker, queue, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "LEARN_INTERVAL", 3600.0)
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as far:
+            before = proxy.accepted
+            sending = [asyncio.create_task(far.send_to_queue(queue.name, number)) for number in range(64)]
+            while proxy.accepted == before:  # the look has begun
+                await asyncio.sleep(0)
+            sending[0].cancel()
+            results = await asyncio.gather(*sending, return_exceptions=True)
+            assert proxy.accepted - before == 2  # the look, and the connection of those who send
+    assert [type(result) for result in results] == [asyncio.CancelledError] + [filao.Receipt] * 63
+
+
 async def test_an_operators_call_has_one_limit_for_all_its_answers(rabbitmq, broker, queue, monkeypatch) -> None:
     with closing(Proxy(rabbitmq.port)) as proxy:
         async with filao.connect(rabbitmq.url(proxy.port)) as far:

@@ -93,7 +93,11 @@ class RabbitmqEngine:
 
     async def open(self) -> None:
         """Connect, and read which queues there are."""
-        await self._declared.learn()
+        try:
+            await self._declared.learn()
+        except BaseException:
+            await self._declared.close()
+            raise
         self._tidying = asyncio.get_running_loop().create_task(for_ever("tidying up on RabbitMQ", self._tidy))
 
     def sibling(self) -> None:
@@ -108,6 +112,7 @@ class RabbitmqEngine:
         try:
             await asyncio.gather(self._tidying, return_exceptions=True)
             await self._burials.close()
+            await self._declared.close()
             await self._receiving.close()
             await self._sending.close()
         except asyncio.CancelledError:

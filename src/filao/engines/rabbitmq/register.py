@@ -86,11 +86,43 @@ class Declared:
         self.strange: list[str] = []
         """What of the register cannot be read, in words."""
         self.learnt_at: float = 0.0
+        self._coming: asyncio.Task[list[Queue]] | None = None
+        """A look that has not begun to read: it will see all that was declared before somebody joins it."""
+        self._looks: set[asyncio.Task[list[Queue]]] = set()
 
     async def learn(self) -> list[Queue]:
-        """Read the register: every declared queue with its rules, by name."""
+        """Read the register: every declared queue with its rules, by name. Those who come together share a look, which
+        goes on for the others when one of them is cancelled.
+        """
+        if self._coming is None:
+            self._coming = asyncio.get_running_loop().create_task(self._look())
+            self._looks.add(self._coming)
+            self._coming.add_done_callback(self._looked)
+        look = self._coming
+        try:
+            return list(await asyncio.shield(look))
+        except asyncio.CancelledError:
+            if look.cancelled():
+                raise EngineUnavailable("the broker was closed meanwhile") from None
+            raise
+
+    async def close(self) -> None:
+        """End the looks that are under way."""
+        for look in self._looks:
+            look.cancel()
+        await asyncio.gather(*self._looks, return_exceptions=True)
+
+    async def _look(self) -> list[Queue]:
         async with self.apart() as call:
+            self._coming = None
             return await self.read(call.session)
+
+    def _looked(self, look: "asyncio.Task[list[Queue]]") -> None:
+        self._looks.discard(look)
+        if look is self._coming:  # it has failed
+            self._coming = None
+        if not look.cancelled():
+            look.exception()  # which those who waited for it have raised, if there are any left
 
     async def read(self, session: Session) -> list[Queue]:
         """Read the register on a session that is there."""
