@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import filao
-from filao.engines.sqlite import files, ground, housekeeping
+from filao.engines.sqlite import files, ground, hold, housekeeping
 from tests.conftest import engine_of
 from tests.torture import disk
 
@@ -86,6 +86,28 @@ def overwrite_with_nothing(db: Path) -> None:
     db.open("wb").close()
 
 
+def cut_off_the_wal(db: Path) -> None:
+    os.truncate(beside(db, "-wal"), 0)
+
+
+def cut_the_wal_in_two(db: Path) -> None:
+    os.truncate(beside(db, "-wal"), beside(db, "-wal").stat().st_size // 2)
+
+
+def overwrite_the_wal(db: Path) -> None:
+    shutil.copyfile(db.parent / "early.db-wal", beside(db, "-wal"))
+
+
+def overwrite_the_index(db: Path) -> None:
+    with beside(db, "-shm").open("r+b") as index:  # not cut off meanwhile: SQLite has it mapped
+        index.write((db.parent / "early.db-shm").read_bytes())
+
+
+def overwrite_wal_and_index(db: Path) -> None:
+    overwrite_the_wal(db)
+    overwrite_the_index(db)
+
+
 def delete_the_wal(db: Path) -> None:
     beside(db, "-wal").unlink()
 
@@ -107,6 +129,11 @@ AT_ONCE = {
     overwrite_with_another_file: "was overwritten in place",
     overwrite_with_a_copy_of_its_own: "was overwritten in place",
     overwrite_with_nothing: "was overwritten in place",
+    cut_off_the_wal: "had its WAL overwritten or cut off",
+    cut_the_wal_in_two: "had its WAL overwritten or cut off",
+    overwrite_the_wal: "had its WAL overwritten or cut off",
+    overwrite_the_index: "had its WAL overwritten or cut off",
+    overwrite_wal_and_index: "had its WAL overwritten or cut off",
     delete_the_wal: "lost .*claims.db-wal, which was deleted or replaced",
     delete_the_index: "lost .*claims.db-shm, which was deleted or replaced",
     link: "was given a second name",
@@ -114,13 +141,17 @@ AT_ONCE = {
 
 
 @pytest.mark.parametrize(("happens", "said"), AT_ONCE.items(), ids=lambda value: getattr(value, "__name__", ""))
-async def test_nothing_is_confirmed_once_the_file_is_not_what_was_opened(db, happens, said) -> None:
+async def test_nothing_is_confirmed_once_the_file_is_not_what_was_opened(db, happens, said, monkeypatch) -> None:
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)  # or there may be nothing in the WAL that can be lost
     async with filao.connect(db) as broker:
         await broker.declare(CLAIMS)
         await broker.send_many(CLAIMS, ["before"] * 300)
         await engine_of(broker)._alone(engine_of(broker)._database.hold.write_back)
         shutil.copyfile(db, db.parent / "early.db")
-        await broker.send_to_queue(CLAIMS, "before too")
+        await broker.send_to_queue(CLAIMS, "early")
+        for end in ("-wal", "-shm"):
+            shutil.copyfile(beside(db, end), beside(db.parent / "early.db", end))
+        await broker.send_many(CLAIMS, ["before too"] * 300)
         await asyncio.to_thread(happens, db)
         for _ in range(3):
             with pytest.raises(filao.EngineError, match=said) as caught:
@@ -147,6 +178,19 @@ async def test_a_file_that_is_overwritten_after_a_checkpoint_is_noticed_though_i
         shutil.copyfile(db.parent / "early.db", db)
         with pytest.raises(filao.EngineError, match="was overwritten in place"):
             await broker.send_to_queue(CLAIMS, "after")
+
+
+async def test_nothing_is_written_behind_what_others_have_lost(db, monkeypatch) -> None:
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)
+    monkeypatch.setattr(hold, "LOOKED_WITHIN", 600.0)  # however soon it comes after the last look
+    async with filao.connect(db) as one, filao.connect(db) as other:
+        await one.declare(CLAIMS)
+        await one.send_to_queue(CLAIMS, "before")
+        size = beside(db, "-wal").stat().st_size
+        await other.send_many(CLAIMS, ["before too" * 100] * 300)
+        os.truncate(beside(db, "-wal"), size)
+        with pytest.raises(filao.EngineError, match="had its WAL overwritten or cut off"):
+            await one.send_to_queue(CLAIMS, "after")
 
 
 @pytest.mark.parametrize("happens", [overwrite_with_a_backup, overwrite_with_another_file])
@@ -259,8 +303,8 @@ async def test_a_checkpoint_is_no_loss_though_two_threads_look_at_once(db, monke
         read = found._read
         looked: list[int] = []
 
-        def read_while_another_looks(file, size):
-            content = read(file, size)
+        def read_while_another_looks(file, size, at=0):
+            content = read(file, size, at)
             if size == ground.HEADER and not looked:
                 looked.append(size)
                 assert found.look() is None

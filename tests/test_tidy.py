@@ -42,6 +42,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
     *("engines.waiters", "engines.statements", "engines.rows"),
     *(
         "engines.sqlite.folder",
+        "engines.sqlite.wal",
         "engines.sqlite.ground",
         "engines.sqlite.turnstile",
         "engines.sqlite.bell",

@@ -211,8 +211,8 @@ class Database:
         db = hold.db or hold.connect()
         db.execute("BEGIN IMMEDIATE")
         self._books = books = Books(db, hold.name, 0, keeps=keeps)
-        hold.look_if_due()
         at = (db, db.execute("PRAGMA data_version").fetchone()[0])
+        hold.look_before_write(others_wrote=at != self._kept_at)
         kept = self._kept if at == self._kept_at else None
         self._kept, self._kept_at = None, at
         books.now = hold.clock.now(db, writes=True, again=kept is not None)

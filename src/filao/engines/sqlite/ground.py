@@ -4,9 +4,10 @@ opened.
 SQLite keeps on writing into a file that was deleted, moved or replaced, and replays a WAL onto whatever lies under the
 name beside it. So before anything is confirmed we look whether the names still lead to what was opened.
 
-A file that was overwritten in place, as `cp` does it, is still the same file. Only checkpoints write to a database in
-WAL mode, and each says in the shared memory first that it begins, and how far it has come. So a file that changed
-without one was overwritten. (https://www.sqlite.org/walformat.html, "The WAL-Index File Format";
+A file that was overwritten in place, as `cp` does it, is still the same file. (For the WAL see `wal.py`.) Only
+checkpoints write to a database in WAL mode, and each says in the shared memory first that it begins, and how far it has
+come. So a file that changed without one was overwritten.
+(https://www.sqlite.org/walformat.html, "The WAL-Index File Format";
 https://www.sqlite.org/fileformat.html) What is read for that is read through SQLite's own descriptors: closing one of
 ours would drop this process's locks.
 """
@@ -15,10 +16,12 @@ import ctypes
 import os
 import sqlite3
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from filao.engines.sqlite.folder import TURNSTILE
+from filao.engines.sqlite.wal import End, end_of
 
 LOOKED_WITHIN = 0.02  # seconds: a transaction that begins so soon after the last look need not look again
 _DESCRIPTORS = Path("/dev/fd")
@@ -46,6 +49,12 @@ _OVERWRITTEN = Loss(
     "was overwritten in place while it was open, as cp and rsync do it",
     "put a backup in its place with filao restore, because what lies there now does not fit its WAL",
 )
+_CUT = Loss(
+    "had its WAL overwritten or cut off in place while it was open, as cp and truncate do it",
+    "put a backup in its place with filao restore, because some of what was confirmed before is missing from what lies "
+    "there now",
+)
+_IN_PLACE = (_OVERWRITTEN, _CUT)
 
 
 class _Sight(NamedTuple):
@@ -57,6 +66,8 @@ class _Sight(NamedTuple):
     """Read before; only once the file has changed is sense made of it."""
     cookie: int
     """The count of changes of the schema in the file itself: it never goes back, and a copy's begins anew."""
+    end: End
+    """Of the WAL."""
 
 
 class Ground:
@@ -71,11 +82,13 @@ class Ground:
         self._name = str(path)
         self._journal = {str(name): _identity(name.stat()) for name in (self._wal, self._shm)}
         self._index = self._journal[str(self._shm)]
+        self._wal_name = str(self._wal)
         others = [given] * (given != path) + ([folder / TURNSTILE] if folder is not None else [])
         self._others = {str(name): _identity(name.stat()) for name in others}
         self._fds: dict[_Identity, int] = {}
         index, header = self._read(self._index, _INDEX), self._read(self._identity, HEADER)
-        self._seen = _Sight((about.st_mtime_ns, about.st_size), index, schema_cookie(header))
+        end = self._end_of_wal(index, End(), others_wrote=False) or End()
+        self._seen = _Sight((about.st_mtime_ns, about.st_size), index, schema_cookie(header), end)
 
     @property
     def cookie(self) -> int:
@@ -85,7 +98,7 @@ class Ground:
     def look(self) -> Loss | None:
         """Return what happened to the file, if anything did.
 
-        Three `stat`s and a read of memory; in any thread, because a send joins a user's transaction in the caller's.
+        Three `stat`s and reads of memory; in any thread, because a send joins a user's transaction in the caller's.
         """
         seen = self._seen
         index = self._read(self._index, _INDEX)  # before the file: what it explains must not have been seen before it
@@ -101,8 +114,24 @@ class Ground:
                 return _OVERWRITTEN
             cookie = max(cookie, schema_cookie(header))
         if loss is None:
-            self._seen = _Sight(base, index, cookie)
+            end = self._end_of_wal(index, seen.end, others_wrote=False)
+            if end is None:
+                return _CUT
+            self._seen = _Sight(base, index, cookie, end)
         return loss
+
+    def look_at_wal(self) -> Loss | None:
+        """Return what happened to the WAL alone: before we write behind what others wrote."""
+        seen = self._seen
+        end = self._end_of_wal(self._read(self._index, _INDEX), seen.end, others_wrote=True)
+        if end is None:
+            return _CUT
+        self._seen = seen._replace(end=end)
+        return None
+
+    def _end_of_wal(self, index: bytes | None, seen: End, *, others_wrote: bool) -> End | None:
+        again, read = partial(self._read, self._index, _INDEX), partial(self._read, self._journal[self._wal_name])
+        return end_of(index, again, read, seen, others_wrote=others_wrote)
 
     def has_changed(self) -> bool:
         """Return whether the file itself was written since the last look, so that another is due."""
@@ -140,7 +169,7 @@ class Ground:
         except OSError:
             return False
         is_another = _identity(about) != self._identity
-        return is_another or (loss is not _OVERWRITTEN and self._missing(about, self._journal) is None)
+        return is_another or (loss not in _IN_PLACE and self._missing(about, self._journal) is None)
 
     def _missing(self, about: os.stat_result, names: dict[str, _Identity]) -> Loss | None:
         if _identity(about) != self._identity:
@@ -185,13 +214,13 @@ class Ground:
         checkpoint = _checkpoint(self._read(self._index, _INDEX))
         return checkpoint is not None and checkpoint == _checkpoint(seen.wal_index) and not checkpoint.is_under_way()
 
-    def _read(self, file: _Identity, size: int) -> bytes | None:
-        """Read a file's beginning through the descriptor by which SQLite has it open."""
+    def _read(self, file: _Identity, size: int, at: int = 0) -> bytes | None:
+        """Read a part of a file through the descriptor by which SQLite has it open."""
         fd = self._fds.get(file, -1)
         try:
             if fd < 0 or _identity(os.fstat(fd)) != file:
                 fd = self._fds[file] = _find(file)
-            return os.pread(fd, size, 0) if fd >= 0 else None
+            return os.pread(fd, size, at) if fd >= 0 else None
         except OSError:
             self._fds.pop(file, None)
             return None
@@ -205,7 +234,7 @@ class Ground:
         was overwritten, or whose WAL is another's by now, so that such a connection stays open until the process ends.
         A WAL that has no successor belongs to the file, though its name is gone: writing it back saves what it holds.
         """
-        keeps = loss is not _OVERWRITTEN and not self._wal.exists()
+        keeps = loss not in _IN_PLACE and not self._wal.exists()
         if keeps or not self.is_file_there() or loss is _LINKED:
             db.close()
         elif sys.version_info >= (3, 12):

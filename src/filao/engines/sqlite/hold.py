@@ -240,6 +240,13 @@ class Hold:
         if self.lost is not None:
             self.check_lost()
 
+    def look_before_write(self, *, others_wrote: bool) -> None:
+        """Look unless that was done a moment ago; but for the WAL, which others may have lost since they wrote it."""
+        self.look_if_due()
+        if others_wrote and self._ground is not None:
+            self.lost = self._ground.look_at_wal() or self.lost
+            self.check_lost()
+
     def look_at_commit(self) -> None:
         """Look before anything is confirmed; what confirms nothing need not look each time."""
         if self._confirms:

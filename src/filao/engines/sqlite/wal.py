@@ -1,0 +1,71 @@
+"""Whether a WAL still holds what its index says, and what it was seen to hold.
+
+SQLite reads nothing of a WAL again before it writes behind it. One that was cut off or overwritten in place, as `cp` of
+all three files does it, goes on being written; whoever opens the file next finds what stands before the damage, and
+nothing of what was confirmed after. So a look compares what was the last frame at the look before with what lies there
+now, and, when others have written since, the last frame that the index tells.
+(https://www.sqlite.org/walformat.html)
+"""
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+_HEADER = 32  # bytes before the first frame
+_FRAME = 24  # bytes of a frame's own before its page: eight bytes, and then what is compared
+_COMPARED = 16  # bytes: the salts and the checksum, which covers all frames before it
+_COPY = 48  # bytes: the index begins with two copies of its header, which differ while it is written
+_FORMAT = 3_007_000
+_TRIES = 100  # looks while others write: each has met one that restarted the WAL between two reads of ours
+_FIELDS = struct.Struct("=I8xBxHI4x2I8s")
+_CHECKSUM = struct.Struct(">2I")
+
+
+class End(NamedTuple):
+    """Where a WAL ends: the last frame of what was committed."""
+
+    at: int = 0
+    """Its offset in bytes; 0 when there is none."""
+    salts: bytes = b""
+    """What tells one WAL from the next in the same file."""
+    frame: bytes = b""
+    """What must lie there."""
+
+
+def end_of(
+    index: bytes | None,
+    again: Callable[[], bytes | None],
+    read: Callable[[int, int], bytes | None],
+    seen: End,
+    *,
+    others_wrote: bool,
+) -> End | None:
+    """Return where a WAL ends by its index, or what was `seen` where that cannot be told; None when it was damaged.
+
+    Others may write meanwhile: what looks like damage is looked at `again`, until the index has stood still.
+    """
+    for _ in range(_TRIES):
+        end = _told(index)
+        if end is None:
+            return seen
+        is_same = end.salts == seen.salts
+        must = end if others_wrote else seen if is_same else End()
+        found = read(_COMPARED, must.at + _FRAME - _COMPARED) if must.at else must.frame
+        if found is None or (found == must.frame and not (is_same and end.at < seen.at)):
+            return end
+        was, index = index, again()
+        if index == was:
+            return None
+    return seen
+
+
+def _told(index: bytes | None) -> End | None:
+    """Return where an index says that its WAL ends; None while it is written, or where we may not look."""
+    if index is None or len(index) < 2 * _COPY or index[:_COPY] != index[_COPY : 2 * _COPY]:
+        return None
+    version, is_set, size, frames, one, two, salts = _FIELDS.unpack_from(index)
+    if version != _FORMAT or not is_set:
+        return None
+    page = (size & 0xFE00) + ((size & 1) << 16)
+    at = _HEADER + (frames - 1) * (_FRAME + page) if frames else 0
+    return End(at, salts, salts + _CHECKSUM.pack(one, two) if frames else b"")
