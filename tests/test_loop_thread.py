@@ -87,3 +87,25 @@ def test_a_broker_that_is_left_open_on_a_server_closes_itself_too(url) -> None:
     """
     run(url, program)
     assert attempts(url) == [1]
+
+
+@pytest.mark.parametrize("where", ["threading.Thread.start", "threading.Event.wait"])
+def test_a_broker_that_was_interrupted_while_its_thread_began_keeps_no_other_from_closing(db, where) -> None:
+    program = f"""
+        def interrupt(frame, event, _):
+            if event == "call" and frame.f_code is {where}.__code__:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+        sys.unraisablehook = lambda _: os._exit(9)  # which is told what atexit meets
+        broker = filao.sync.connect(url)
+        broker.open()
+        message = broker.receive_from_queue("claims")
+        other = filao.sync.connect(url)
+        sys.setprofile(interrupt)
+        try:
+            other.open()
+        except KeyboardInterrupt:
+            say("interrupted")
+    """
+    assert run(db, program) == ["interrupted"]
+    assert attempts(db) == [1] * 3

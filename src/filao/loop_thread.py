@@ -25,7 +25,7 @@ JOINED_WITHIN = CLOSES_WITHIN + 5.0  # seconds: closing has its own bound, and t
 
 
 _threads: "set[LoopThread]" = set()
-"""All that have not ended; it may be in the background that they close."""
+"""All that run; it may be in the background that they close. An interrupted start may have begun none."""
 
 
 class LoopThread:
@@ -41,13 +41,11 @@ class LoopThread:
 
     def start(self) -> None:
         """Open the broker in the thread, and wait until that is done."""
-        _threads.add(self)
         _close_at_exit()
         try:
             with signals_left_to_others():
                 self._thread.start()
         except RuntimeError as refused:
-            _threads.discard(self)
             raise EngineUnavailable(no_thread(refused)) from refused
         self._opened.wait()
         if self._error is not None:
@@ -83,6 +81,7 @@ class LoopThread:
             raise error
 
     def _run(self) -> None:
+        _threads.add(self)
         try:
             asyncio.run(self._live())
         except BaseException as error:
