@@ -29,12 +29,14 @@ from starlette.routing import Mount
 import filao
 from filao.dashboard import app, pages, views
 from filao.dashboard import jobs as module_of_jobs
+from filao.dashboard import watch as module_of_watch
 from filao.dashboard.acts import Act
 from filao.dashboard.door import FormError, read_form
 from filao.dashboard.jobs import REMEMBERED_MAX, RUNNING_MAX, Job, Jobs, TooMuchError, in_slices
 from filao.dashboard.neighbours import is_of_another_user
 from filao.dashboard.texts import FOLDER, texts
 from filao.engine import StoredMessage
+from filao.engines.sqlite.backup import restore
 from filao.overview import Deed, Overview, error_kind
 from filao.slices import Tally
 from tests.conftest import engine_of
@@ -520,6 +522,21 @@ async def test_the_page_stays_up_while_the_store_is_away(tmp_path) -> None:
         early = await somebody.client.get("/en/queue?name=claims")
         assert (early.status_code, early.headers["refresh"]) == (503, "2")
         assert "not there" not in early.text
+
+
+async def test_a_file_that_was_put_in_the_place_of_another_is_shown_instead(
+    broker, visitor, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(module_of_watch, "LOOKS_EVERY", 0.05)
+    assert 'id="q-claims"' in await visitor.sees("/en/queues")
+    async with filao.connect(tmp_path / "backup.db") as backup:
+        await backup.declare(filao.Queue("restored"))
+    await asyncio.to_thread(restore, tmp_path / "backup.db", tmp_path / "claims.db")
+    async with asyncio.timeout(60):
+        while 'id="q-restored"' not in (page := await visitor.sees("/en/queues")):
+            await asyncio.sleep(0.05)
+    assert 'id="q-claims"' not in page
+    await visitor.sees("/en/queue?name=restored")
 
 
 async def test_it_is_mounted_under_a_prefix(broker) -> None:

@@ -21,6 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import filao
 import filao.sync
+from filao.cli.shell import read_anew
+from filao.engines.sqlite.backup import restore
 from filao.errors import ConfigurationError, EngineUnavailable
 from filao.prometheus.store import StoreCollector, Told, exposition
 from tests.conftest import missing
@@ -98,6 +100,16 @@ def test_a_store_that_cannot_be_read_is_not_up() -> None:
     text, error = exposition(StoreCollector(fail))
     assert isinstance(error, EngineUnavailable)
     assert samples(text.decode()) == {("filao_store_up",): 0}
+
+
+def test_a_file_that_was_put_in_the_place_of_another_is_read_instead(db) -> None:
+    with filao.sync.connect(db) as broker:
+        assert len(read_anew(broker, broker.stats)) == 3
+        backup = db.with_name("backup.db")
+        with filao.sync.connect(backup) as restored:
+            restored.declare(filao.Queue("restored"))
+        restore(backup, db)
+        assert [one.name for one in read_anew(broker, broker.stats)] == ["restored"]
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch) -> None:

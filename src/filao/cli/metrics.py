@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from filao.cli.pages import ANSWERS_WITHIN, Page, address_of, in_use, served, shown_address
-from filao.cli.shell import addressed, broker_at, file_of, note, print_lines, safe
+from filao.cli.shell import addressed, broker_at, file_of, note, print_lines, read_anew, safe
 from filao.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -58,7 +58,11 @@ def metrics(
 
     with broker_at(url) as broker:
         file, features = file_of(url), broker.features
-        collector = StoreCollector(lambda: Told(broker.stats(), features, file), only=only, most=queues_max)
+
+        def read() -> Told:
+            return Told(read_anew(broker, broker.stats), features, file)
+
+        collector = StoreCollector(read, only=only, most=queues_max)
         if listen is not None:
             return _serve(collector, *address_of("--listen", listen))
         text, error = exposition(collector)

@@ -5,22 +5,24 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from math import isnan
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 import click
 import msgspec
 
 from filao.broker import session_of
-from filao.engine import Feature
+from filao.engine import Feature, OpenAgain
 from filao.engines import sqlite_path
 from filao.errors import ConfigurationError, QueueNotFound
 from filao.printable import printable, printable_json
 from filao.sync import Broker, connect, door_of
 from filao.urls import has_scheme, shown_url
+
+T = TypeVar("T")
 
 
 class OutputClosedError(Exception):
@@ -94,6 +96,17 @@ def broker_at(url: str, queue: str = "QUEUE", *, create: bool = False) -> Genera
         raise QueueNotFound(
             f"{error} In a shell: filao declare {shown_url(url)} {shlex.quote(queue)}.{hint}"
         ) from error
+
+
+def read_anew(broker: Broker, read: Callable[[], T]) -> T:
+    """Read what is only watched; where its storage was replaced, open what lies there now and read that."""
+    broker.open()  # again, when that failed the last time
+    try:
+        return read()
+    except OpenAgain:
+        broker.close()
+        broker.open()
+        return read()
 
 
 def untold(broker: Broker, shown: str) -> str:

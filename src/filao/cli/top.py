@@ -18,7 +18,7 @@ from textwrap import wrap
 
 import click
 
-from filao.cli.shell import Number, addressed, broker_at, is_terminal, note, print_lines, untold
+from filao.cli.shell import Number, addressed, broker_at, is_terminal, note, print_lines, read_anew, untold
 from filao.engine import QueueStats, State
 from filao.errors import EngineError
 from filao.printable import printable
@@ -100,7 +100,7 @@ def watch(url: str, queue: str | None, *, every: float, times: int | None = None
     with broker_at(url, *([queue] if queue else [])) as broker:
 
         def look() -> Sequence[QueueStats]:
-            return broker.stats() if queue is None else [broker.stats(queue)]
+            return read_anew(broker, lambda: broker.stats() if queue is None else [broker.stats(queue)])
 
         first = Reading(time.monotonic(), look(), untold=untold(broker, "-"))
         if is_terminal(sys.stdout) and is_terminal(sys.stdin):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from filao.broker import Broker
-from filao.engine import QueueStats
+from filao.engine import OpenAgain, QueueStats
 from filao.errors import FilaoError
 from filao.guarded import check_cancelled, for_ever
 
@@ -150,7 +150,12 @@ class Watch:
         try:
             async with asyncio.timeout(ANSWERS_WITHIN):
                 await self.broker.open()
-                return await self.broker.stats(), ""
+                try:
+                    return await self.broker.stats(), ""
+                except OpenAgain:  # another file lies there now, or this one again
+                    await self.broker.close()
+                    await self.broker.open()
+                    return await self.broker.stats(), ""
         except TimeoutError:
             return (), f"the store has not answered for {ANSWERS_WITHIN:g} s"
         except FilaoError as error:
