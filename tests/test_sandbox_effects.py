@@ -113,7 +113,8 @@ def test_a_send_that_is_written_down_after_its_delivery_is_not_the_latest() -> N
 
 def test_one_gets_through_a_turnstile_in_which_nobody_stands(tmp_path) -> None:
     turnstile = Turnstile(Folder(tmp_path, tmp_path.stat()))
-    with turnstile.turn():
-        assert not is_passable(tmp_path, 0.01)
+    assert turnstile.try_enter()
+    assert not is_passable(tmp_path, 0.01)
+    turnstile.leave()
     assert is_passable(tmp_path, 0.01)
     turnstile.close()

@@ -463,7 +463,7 @@ async def test_who_takes_long_but_waits_for_nobody_is_not_given_up(tmp_path, mon
 
 async def test_who_has_not_begun_in_time_is_told_and_the_others_are_waited_for() -> None:
     tickets, loop, now = (
-        Tickets(lambda: filao.EngineUnavailable("too late")),
+        Tickets(lambda: filao.EngineUnavailable("too late"), lambda: None),
         asyncio.get_running_loop(),
         time.monotonic(),
     )
@@ -484,7 +484,7 @@ async def test_who_has_not_begun_in_time_is_told_and_the_others_are_waited_for()
 
 async def test_who_may_wait_for_a_moment_only_is_not_kept_by_the_timer_of_others() -> None:
     tickets, loop, now = (
-        Tickets(lambda: filao.EngineUnavailable("too late")),
+        Tickets(lambda: filao.EngineUnavailable("too late"), lambda: None),
         asyncio.get_running_loop(),
         time.monotonic(),
     )

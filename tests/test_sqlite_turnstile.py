@@ -1,18 +1,21 @@
 """Nobody waits inside the turnstile for a lock that another program has on the file."""
 
 import asyncio
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 import filao
+import filao.sync
 from filao.engine import Batch
 from filao.engines.sqlite import files, housekeeping
 from filao.engines.sqlite.backup import back_up
@@ -158,7 +161,7 @@ async def test_a_call_behind_a_long_look_of_its_own_broker_is_told_so(db, monkey
 async def test_a_backup_waits_no_longer_for_a_turn_than_calls_do(db, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.1)
     async with asyncio.timeout(20):
-        with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="Nothing was copied"):
+        with standing_still_in_a_turn(db), pytest.raises(filao.EngineUnavailable, match="has been locked"):
             await asyncio.to_thread(back_up, db, tmp_path / "copy.db")
     assert not (tmp_path / "copy.db").exists()
 
@@ -204,3 +207,124 @@ async def test_who_has_waited_too_long_is_told_for_which_process(db, monkeypatch
             monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.2)
             with pytest.raises(filao.EngineUnavailable, match=rf"locked .*by .*process {pid} \("):
                 await broker.send_to_queue(CLAIMS, 1)
+
+
+# --- beside a process that stands still in its turn ------------------------------------------------------------------
+
+
+@contextmanager
+def stopped_in_its_turn(db: Path) -> Iterator[int]:
+    """Have another process stand still (SIGSTOP) in its turn, in a transaction; it goes on at the end."""
+    with foreign_writer(db, f"{HAS_TURN}; {WRITES}") as pid:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+            yield pid
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def left_of(db: Path) -> tuple[int, int]:
+    """Return how many threads and descriptors this process has for a file; of the latter none where nothing tells."""
+    threads = sum(thread.name == f"filao {db.name}" for thread in threading.enumerate())
+    folder, found = Path("/proc/self/fd"), 0
+    for name in folder.iterdir() if folder.exists() else ():
+        with suppress(OSError):
+            found += str(name.readlink()).startswith(str(db))
+    return threads, found
+
+
+async def until_left(db: Path, *wanted: int) -> None:
+    async with asyncio.timeout(20):
+        while left_of(db)[: len(wanted)] != wanted:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_looks_go_on_beside_a_process_that_stands_still_and_all_goes_on_with_it(db, monkeypatch) -> None:
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)
+    async with filao.connect(db) as broker, asyncio.timeout(60):
+        with stopped_in_its_turn(db) as pid:
+            for _ in range(3):
+                monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.2)
+                with pytest.raises(filao.EngineUnavailable, match=rf"locked .*by .*process {pid} \("):
+                    await broker.send_to_queue(CLAIMS, 1)
+                monkeypatch.setattr(files, "BUSY_TIMEOUT", 1_000.0)
+                async with asyncio.timeout(20):
+                    assert (await broker.stats(CLAIMS)).ready == 3
+                    assert len(await broker.peek(CLAIMS)) == 3
+                    assert len(await broker.queues()) == 1
+            assert left_of(db)[0] == 2  # one was left in line
+            sending = asyncio.create_task(broker.send_to_queue(CLAIMS, 2))
+        await sending
+        assert [message.body for message in await broker.peek(CLAIMS)] == [0, 1, 2, 2]
+        await until_left(db, 1)
+    await until_left(db, 0, 0)
+
+
+def test_a_blocking_broker_looks_beside_a_process_that_stands_still_too(db, monkeypatch) -> None:
+    with filao.sync.connect(db) as broker:
+        with stopped_in_its_turn(db):
+            monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.2)
+            with pytest.raises(filao.EngineUnavailable, match="has been locked"):
+                broker.send_to_queue(CLAIMS, 1)
+            monkeypatch.setattr(files, "BUSY_TIMEOUT", 20.0)
+            assert broker.stats(CLAIMS).ready == 3
+        broker.receive_from_queue(CLAIMS).ack()
+
+
+@pytest.mark.anyio
+async def test_a_connect_that_failed_beside_a_process_that_stands_still_leaves_nothing(db, monkeypatch) -> None:
+    await until_left(db, 0, 0)
+    monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.1)
+    with stopped_in_its_turn(db) as pid:
+        for _ in range(2):
+            with pytest.raises(filao.EngineUnavailable, match=rf"locked .*by .*process {pid} \("):
+                await filao.connect(db).open()
+        await until_left(db, 0, 0)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("sends", [False, True], ids=["", "after a refused send"])
+async def test_a_broker_closes_beside_a_process_that_stands_still(db, monkeypatch, sends) -> None:
+    broker = filao.connect(db)
+    await broker.open()
+    held = {message.id for message in await broker.receive_many(CLAIMS, 3)}
+    monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.2)
+    with stopped_in_its_turn(db):
+        if sends:
+            with pytest.raises(filao.EngineUnavailable, match="has been locked"):
+                await broker.send_to_queue(CLAIMS, 1)
+        async with asyncio.timeout(20):
+            await broker.close()
+        await until_left(db, *(1,) if sends else (0, 0))  # the thread in line
+    await until_left(db, 0, 0)
+    monkeypatch.setattr(files, "BUSY_TIMEOUT", 20.0)
+    async with filao.connect(db) as other, asyncio.timeout(20):
+        assert (await other.receive_from_queue(CLAIMS)).id in held  # its holder has let go of its bell
+
+
+@pytest.mark.anyio
+async def test_a_look_does_not_wait_for_housekeeping_beside_a_foreign_transaction(db, monkeypatch) -> None:
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 0.01)
+    async with filao.connect(db) as broker, asyncio.timeout(20):
+        with foreign_writer(db):
+            engine_of(broker)._housekeeper.is_wanted = True
+            while engine_of(broker)._database.ticket is None:
+                await asyncio.sleep(0.001)
+            monkeypatch.setattr(files, "BUSY_TIMEOUT", 1_000.0)
+            assert (await broker.stats(CLAIMS)).ready == 3
+
+
+EXCLUSIVE = WRITES.replace("db.execute(", "db.execute('PRAGMA locking_mode = EXCLUSIVE'); db.execute(")
+
+
+@pytest.mark.anyio
+async def test_opening_a_file_that_another_program_has_for_itself_can_be_cancelled(db, monkeypatch) -> None:
+    monkeypatch.setattr(files, "BUSY_TIMEOUT", 1_000.0)
+    with foreign_writer(db, EXCLUSIVE):
+        opening = asyncio.create_task(filao.connect(db).open())
+        while left_of(db)[0] == 0:
+            await asyncio.sleep(0.001)
+        opening.cancel()
+        await until_left(db, 0, 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from filao.engines.sqlite import files, own, scrutiny
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.folder import TURNSTILE, Folder
-from filao.engines.sqlite.turnstile import Turnstile, is_passable
+from filao.engines.sqlite.turnstile import Turnstile
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 _PARTS = ("", "-wal", "-shm")
@@ -31,9 +31,6 @@ def back_up(path: Path, copy: Path) -> int:
         raise ConfigurationError(
             f"{copy} exists, and a backup overwrites nothing: give another name, or remove it first"
         )
-    folder = files.sidecar(files.resolved(path))
-    if (folder / TURNSTILE).exists():
-        _check_passable(path, folder, "copied")
     database = Database(path, durable=True, clock=time.time, wake=lambda _: None)
     try:
         database.open()
@@ -67,8 +64,7 @@ def restore(copy: Path, path: Path) -> Path | None:
         try:
             with closing(sqlite3.connect(f"{copy.absolute().as_uri()}?mode=ro", uri=True)) as source:
                 _copy(source, partial, cookie=turnstile.noted() + 1)
-            _check_passable(path, folder.path, "changed")
-            with turnstile.turn():
+            with _turn(turnstile, path, folder.path):
                 kept = _replace(path, partial)
         finally:
             turnstile.close()
@@ -77,14 +73,20 @@ def restore(copy: Path, path: Path) -> Path | None:
     return kept
 
 
-def _check_passable(path: Path, folder: Path, done: str) -> None:
-    """Raise `EngineUnavailable` when no turn comes, in which the file would be opened, or replaced."""
-    if not is_passable(folder, files.BUSY_TIMEOUT):
+@contextmanager
+def _turn(turnstile: Turnstile, path: Path, folder: Path) -> Generator[None]:
+    """Wait for a turn, in which a file can be replaced, and end it on leaving."""
+    until = time.monotonic() + files.BUSY_TIMEOUT
+    if not turnstile.enter_by(lambda: time.monotonic() > until):
         raise EngineUnavailable(
             f"{path} has been locked for {files.BUSY_TIMEOUT:g} seconds by "
-            f"{own.in_the_way(path, folder / TURNSTILE)}. Nothing was {done}: stop the processes that use it, and try "
+            f"{own.in_the_way(path, folder / TURNSTILE)}. Nothing was changed: stop the processes that use it, and try "
             f"again"
         )
+    try:
+        yield
+    finally:
+        turnstile.leave()
 
 
 @contextmanager

@@ -56,6 +56,7 @@ class Database:
         if self.hold.path != files.MEMORY:
             gate.watch(self)
         self.hold.open()
+        self._insist(self.hold.prepare)
         self._insist(self.usable)
 
     def close(self) -> None:
@@ -137,7 +138,8 @@ class Database:
             except OSError as error:
                 raise files.os_error(hold.path, error) from error
             except files.FAILURES as error:
-                if not files.is_busy(error) or time.monotonic() > until or not self.offer(ticket):
+                is_late = time.monotonic() > until or (ticket is not None and ticket.is_over)
+                if is_late or not files.is_busy(error) or not self.offer(ticket):
                     raise hold.error(error) from error
                 if time.monotonic() - began > own.patience() and own.holds_lock(hold.path):
                     raise EngineUnavailable(own.refusal(hold.path)) from error
@@ -145,10 +147,25 @@ class Database:
                 time.sleep(pause)
             pause = min(2 * pause, pause_max)
 
+    def leave_waiting(self) -> bool:
+        """Leave the thread that waits in line for a job that was given up; False when none does. On the event loop."""
+        if self.ticket is None or not self.ticket.is_over or not self.hold.leave_waiting():
+            return False
+        self.ticket = None
+        return True
+
+    def write_back(self) -> bool:
+        """See `Hold.write_back`."""
+        self._take_turn()
+        try:
+            return self.hold.write_back()
+        finally:
+            self.hold.turnstile.leave()
+
     def _take_turn(self) -> None:
         """Wait for a turn, and take the running job's ticket: from here on nobody else is to blame for the wait."""
         self.hold.check_lost()
-        self.hold.take_turn()
+        self.hold.take_turn(self.ticket)
         try:
             self._take_ticket()
         except BaseException:

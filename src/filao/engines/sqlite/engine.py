@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filao.engine import Abandoned, Batch, Extend, Feature, Operation, Receive, Result, Send, Settle, Submit
-from filao.engines.sqlite import files, operators, own, verbs
+from filao.engines.sqlite import files, operators, verbs
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.control import SqliteOperators
 from filao.engines.sqlite.database import Database
@@ -40,7 +40,7 @@ POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and
 SLEPT = 0.5  # seconds that the steady clock went on more than the event loop's between two looks
 INTERRUPTED_EVERY = 0.01  # seconds between interruptions of a look that a close waits for
 BEGINS_WITHIN = 0.5  # seconds at least to begin a batch, when the last took as long as a call may wait
-CLOSED_WITHIN = 1.0  # seconds more to close the file, when giving back what was held took as long as it may
+CLOSED_WITHIN = 1.0  # seconds kept for closing the file, when giving back what was held takes as long as it may
 
 
 class SqliteEngine:
@@ -87,7 +87,7 @@ class SqliteEngine:
         self._loop = asyncio.get_running_loop()
         self._database.loop_thread = threading.get_ident()
         self._thread = DatabaseThread(f"filao {self._hold.path.name}", self._database)
-        self._tickets = Tickets(self._refusal)
+        self._tickets = Tickets(self._refusal, self._relieve)
         try:
             await self._in_turn(self._database.open)
         except BaseException:
@@ -106,13 +106,16 @@ class SqliteEngine:
 
         All within one bound; when it is over, or when this is cancelled, the thread closes the file as soon as it can.
         """
-        until = time.monotonic() + files.BUSY_TIMEOUT
+        ends = time.monotonic() + files.BUSY_TIMEOUT
+        until = ends - min(CLOSED_WITHIN, files.BUSY_TIMEOUT / 2)
+        self._hold.is_closing = True
         for line in self._lines.values():
             line.close()
         try:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._relieve()
             await self._stop_looking(until)
             with suppress(FilaoError):  # what cannot be given back runs out
                 while await self._alone(self._presence.resign, until):
@@ -120,10 +123,14 @@ class SqliteEngine:
         finally:
             if self._hold.belfry.own is not None:
                 self._loop.remove_reader(self._hold.belfry.own.reader)
-            closed = self._in_turn(self._database.close, max(until, time.monotonic() + CLOSED_WITHIN))
+            self._relieve()
+            closed = self._thread.submit(self._database.close)
             closed.add_done_callback(self._end)
             self._thread.stop()
-        await closed
+        await asyncio.wait([closed], timeout=max(ends - time.monotonic(), CLOSED_WITHIN))
+        if not closed.done():
+            raise _not_closed_yet(self._hold.path)
+        closed.result()
 
     def _close_unheard(self) -> None:
         """Close the file where opening it has failed, which is told: the loop may end before it could hear of this."""
@@ -150,6 +157,7 @@ class SqliteEngine:
                     pass
             self._database.close()
 
+        self._hold.is_closing = True
         self._thread.submit(end)
         self._thread.stop()
 
@@ -208,9 +216,7 @@ class SqliteEngine:
     def _in_turn(
         self, job: Callable[[], R], until: float | None = None, future: "asyncio.Future[R] | None" = None
     ) -> "asyncio.Future[R]":
-        """Run a job that waits for a turn to write, but not for ever: another process may stand still in the
-        turnstile.
-        """
+        """Run a job that waits for a turn to write, but not for ever: another process may stand still in its own."""
         future = self._loop.create_future() if future is None else future
         ticket = self._tickets.hand_out(time.monotonic() + files.BUSY_TIMEOUT if until is None else until, future)
 
@@ -219,7 +225,8 @@ class SqliteEngine:
             try:
                 return job()
             finally:
-                self._database.ticket = None
+                if self._database.ticket is ticket:  # else it is taken, or another's: this thread was left waiting
+                    self._database.ticket = None
 
         return self._thread.submit(with_ticket, future)
 
@@ -237,18 +244,12 @@ class SqliteEngine:
                 f"look at the whole file, as the doctor's, or its tables are being brought up to date. Nothing of this "
                 f"call was done; try again when that has ended."
             )
-        turnstile = self._hold.turnstile_path
-        if turnstile is not None and own.has_turn(turnstile):
-            return EngineUnavailable(
-                f"{path} has been locked for {seconds} by another broker of this process, in a transaction or a call "
-                f"that takes long. Nothing was done; end that first, or use that broker for both."
-            )
-        if own.holds_lock(path):
-            return EngineUnavailable(own.refusal(path))
-        return EngineUnavailable(
-            f"{path} has been locked for {seconds} by {own.in_the_way(path, turnstile)}, which may be paused or stuck "
-            f"in a transaction. Nothing was done; let it go on, or end it."
-        )
+        return self._hold.refusal()
+
+    def _relieve(self) -> None:
+        """Let another thread go on when this one waits in line for a job that was given up."""
+        with suppress(EngineUnavailable):  # no more threads can be started: this one goes on when its turn comes
+            self._thread = self._thread.relieved(self._database.leave_waiting)
 
     @asynccontextmanager
     async def _alone_in(self, until: float) -> AsyncGenerator[None]:
@@ -391,3 +392,10 @@ class SqliteEngine:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _not_closed_yet(path: Path) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"{path}: closing has waited {files.BUSY_TIMEOUT:g} seconds for another call of this broker that is at work. "
+        f"The file is closed when that ends; what is still leased comes back when its leases run out."
+    )

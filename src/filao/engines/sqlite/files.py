@@ -128,9 +128,9 @@ def _may(path: Path, mode: int) -> bool:
 
 
 def check_is_database(path: Path) -> None:
-    """Raise SQLite's error for a file of another kind, before anything is created beside it."""
+    """Raise SQLite's error for a file of another kind, or one that is locked, before anything is made beside it."""
     if path.exists():
-        db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+        db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=0.0)
         try:
             db.execute("PRAGMA schema_version").fetchone()
         except sqlite3.OperationalError as error:

@@ -9,19 +9,22 @@ Invariant: no job keeps the connection in a variable while it waits for its turn
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filao.engine import OpenAgain
-from filao.engines.sqlite import files, processes, scrutiny
+from filao.engines.sqlite import files, own, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry
 from filao.engines.sqlite.clock import FileClock
 from filao.engines.sqlite.folder import TURNSTILE, Folder
 from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
+from filao.engines.sqlite.thread import Ticket
 from filao.engines.sqlite.turnstile import Turnstile
-from filao.errors import ConfigurationError, EngineError
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.forks import gate, keep
+
+TURN_TO_CLOSE_WITHIN = 0.5  # seconds that closing waits for its turn
 
 _inherited: set[Path] = set()
 """Files that were open when this process was forked, as a job on them would not end: SQLite is mistaken about them."""
@@ -41,6 +44,10 @@ class Hold:
         """None until it is opened, and again after a fork or when the disk failed."""
         self.lost: Loss | None = None
         """How the file is known to be no longer what was opened; None while it is not."""
+        self.is_closing: bool = False
+        """Whether it may not be kept in line any more."""
+        self._left: Turnstile | None = None
+        """One at which a thread was left waiting."""
         self._given = path
         self._folder: Folder | None = None
         """Where the turnstile and the bells are; None in memory and on Windows."""
@@ -58,19 +65,25 @@ class Hold:
     # --- opening and closing -----------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Look at the file, which is made if there is none, and prepare what lies beside it."""
+        """Look where the file lies, or is to lie."""
+        if self.path != files.MEMORY:
+            self._given = self.path.absolute()
+            self.path = files.resolved(self.path)  # one file, one turnstile, by whatever path it is called
+            files.check_path(self.path)
+
+    def prepare(self) -> None:
+        """Look at the file, which is made if there is none, and prepare what lies beside it.
+
+        Raises SQLite's own error when another program keeps it locked: then nothing was done, and it can be tried anew.
+        """
         if self.path == files.MEMORY:
             return
-        self._given = self.path.absolute()
-        self.path = files.resolved(self.path)  # one file, one turnstile, by whatever path it is called
-        files.check_path(self.path)
-        with files.mapped(self.path):
-            files.check_is_database(self.path)
-            files.create(self.path)
-            if os.name == "posix":  # elsewhere SQLite's own locks and polling must do
-                self._folder = Folder(files.sidecar(self.path), self.path.stat())
-                self.turnstile = Turnstile(self._folder)
-                self.belfry = Belfry(self._folder)
+        files.check_is_database(self.path)
+        files.create(self.path)
+        if os.name == "posix":  # elsewhere SQLite's own locks and polling must do
+            self._folder = Folder(files.sidecar(self.path), self.path.stat())
+            self.turnstile = Turnstile(self._folder)
+            self.belfry = Belfry(self._folder)
 
     def connect(self) -> sqlite3.Connection:
         """Open the connection, for the first time or again; in a turn."""
@@ -157,14 +170,23 @@ class Hold:
                 self._let_go(db)
 
     def close(self) -> None:
-        """Let go of the file; the last process to do so writes its WAL back."""
+        """Let go of the file; the last process to do so writes its WAL back.
+
+        In a turn, unless none comes soon: as before a fork, see `leave`.
+        """
         self.belfry.close()
+        until = time.monotonic() + TURN_TO_CLOSE_WITHIN
         try:
-            with files.mapped(self.path), self.turn():
-                if self.db is not None:
-                    self._let_go(self.db)
+            if self.db is not None:
+                with gate.outside():
+                    self.turnstile.enter_by(lambda: time.monotonic() > until)
+            db, self.db = self.db, None  # a fork may have closed it meanwhile
+            if db is not None:
+                with files.mapped(self.path):
+                    self._let_go(db)
         finally:
-            self.db = None
+            if self.turnstile.is_held:
+                self.turnstile.leave()
             self.turnstile.close()
             if self._folder is not None:
                 self._folder.close()
@@ -179,25 +201,58 @@ class Hold:
 
     # --- turns -------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def turn(self) -> Generator[None]:
-        """Wait for a turn, and end it on leaving."""
-        self.take_turn()
-        try:
-            yield
-        finally:
-            self.turnstile.leave()
-
     @property
     def turnstile_path(self) -> Path | None:
         """Where the turnstile is; None where there is none."""
         return None if self._folder is None else self._folder.path / TURNSTILE
 
-    def take_turn(self) -> None:
-        """Wait for a turn, which `turnstile.leave` ends; no transaction is open here meanwhile."""
-        if not self.turnstile.try_enter():
-            with gate.outside():
+    def take_turn(self, ticket: Ticket | None = None) -> None:
+        """Wait for a turn, which `turnstile.leave` ends; no transaction is open here meanwhile.
+
+        In line, where the kernel keeps the order. But a file that is being opened or closed leaves no thread there, and
+        while one is left there, the line stands: then this tries again and again until the ticket's time is over.
+        """
+        if self.turnstile.try_enter():
+            return
+        with gate.outside():
+            if self._ground is not None and not self.is_closing and not self._is_left_waiting():
                 self.turnstile.enter()
+                return
+            until = time.monotonic() + files.BUSY_TIMEOUT if ticket is None else ticket.until
+            if not self.turnstile.enter_by(lambda: time.monotonic() > until or (ticket is not None and ticket.is_over)):
+                raise self.refusal()
+
+    def _is_left_waiting(self) -> bool:
+        return self._left is not None and self._left.is_waited_at
+
+    def leave_waiting(self) -> bool:
+        """Leave the thread that waits for a turn, so that another can use the file; False when none does."""
+        if self._folder is None or not self.turnstile.is_waited_at:
+            return False
+        try:
+            anew = Turnstile(self._folder)
+        except (OSError, EngineError):  # no descriptor is left, or somebody has put something else in its place
+            return False
+        if not self.turnstile.leave_waiting():
+            anew.close()
+            return False
+        self._left, self.turnstile = self.turnstile, anew
+        return True
+
+    def refusal(self) -> EngineUnavailable:
+        """Return the error of a call for which no turn has come in time: who is in its way."""
+        path, seconds, turnstile = self.path, f"{files.BUSY_TIMEOUT:g} seconds", self.turnstile_path
+        if turnstile is not None and own.has_turn(turnstile):
+            return EngineUnavailable(
+                f"{path} has been locked for {seconds} by another broker of this process, in a transaction or a call "
+                f"that takes long. Nothing was done; end that first, or use that broker for both."
+            )
+        if own.holds_lock(path):
+            return EngineUnavailable(own.refusal(path))
+        return EngineUnavailable(
+            f"{path} has been locked for {seconds} by {own.in_the_way(path, turnstile)}, which may be paused or stuck "
+            f"in a transaction. Nothing was done; let it go on, or end it."
+        )
 
     # --- forks: see `filao.forks.Storage` ----------------------------------------------------------------------------
 
@@ -223,7 +278,9 @@ class Hold:
         if self.db is not None:
             _inherited.add(self.path)
         keep(self.db)
-        self.turnstile.close()
+        for turnstile in (self.turnstile, self._left):
+            if turnstile is not None:
+                turnstile.close()
         self.belfry.let_go()
         if self._folder is not None:
             self._folder.close()
@@ -293,11 +350,11 @@ class Hold:
     def write_back(self) -> bool:
         """Copy the WAL into the file, so that what was given back leaves the disk, and return whether all of it was.
 
-        It does not wait for those who read or write just now: others would wait for us at the turnstile.
+        In a turn; it does not wait for those who read or write just now, because others would wait for us there.
         """
-        with files.mapped(self.path), self.turn():
-            if self.db is None:
-                return True
+        if self.db is None:
+            return True
+        with files.mapped(self.path):
             self.look()
             is_busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             self.look()

@@ -1,6 +1,7 @@
 """What nobody waits for: what is expired, forgotten or free, in slices that cost others little."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -14,6 +15,7 @@ from filao.errors import FilaoError
 
 R = TypeVar("R")
 
+TIDIES_WITHIN = 0.25  # seconds that it waits for a turn: who only looks waits behind it, in the same thread
 TIDY_EVERY = 1.0  # seconds between rounds of housekeeping, after a write of ours
 TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic, ...
 TIDY_SLICES_IDLE = 100  # ... and in a second without it
@@ -42,8 +44,8 @@ def tidy(books: Books, *, idle: bool) -> bool:
 class Alone(Protocol):
     """Runs a job in the database's thread, but not in the middle of a transaction of the user's."""
 
-    def __call__(self, job: Callable[[], R]) -> Awaitable[R]:
-        """Return what it comes to."""
+    def __call__(self, job: Callable[[], R], until: float | None = None) -> Awaitable[R]:
+        """Return what it comes to; it must have begun by then (monotonic)."""
         ...
 
 
@@ -63,6 +65,7 @@ class Housekeeper:
             await asyncio.sleep(TIDY_EVERY)
             idle, self.is_wanted = not self.is_wanted, False
             if not idle or is_behind:
+                is_behind = True
                 with suppress(FilaoError):
                     is_behind = await self._round(idle=idle)
 
@@ -70,12 +73,15 @@ class Housekeeper:
         """Return whether there is more to do in the next round."""
         more = True
         for _ in range(TIDY_SLICES_IDLE if idle else TIDY_SLICES_BUSY):
-            more = await self._alone(partial(self.tidy_some, idle=idle))
+            more = await self._soon(partial(self.tidy_some, idle=idle))
             if not more or (idle and self.is_wanted):
                 break
         if not idle or more or self.is_wanted:
             return True
-        return not await self._alone(self._database.hold.write_back)
+        return not await self._soon(self._database.write_back)
+
+    def _soon(self, job: Callable[[], R]) -> Awaitable[R]:
+        return self._alone(job, time.monotonic() + TIDIES_WITHIN)
 
     def tidy_some(self, *, idle: bool) -> bool:
         """Do a slice in a transaction of its own; return whether there is more to do."""

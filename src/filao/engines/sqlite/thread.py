@@ -16,6 +16,7 @@ from importlib import import_module
 from queue import SimpleQueue
 from typing import Any, Protocol, Self, TypeVar
 
+from filao.engines.sqlite.turnstile import LeftWaiting
 from filao.errors import EngineUnavailable
 from filao.forks import Storage, gate
 from filao.process import no_thread
@@ -42,6 +43,11 @@ class Ticket:
         self._lock = threading.Lock()
         self._is_over = False
         """The timer has come for it."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody waits for its job any more, unless that has begun."""
+        return self._is_over
 
     def take(self) -> bool:
         """Return whether it was there to be taken, in time."""
@@ -103,10 +109,11 @@ class Tickets:
     What takes a ticket first, the job or the timer, decides: that it begins, or that it never will.
     """
 
-    def __init__(self, refusal: Callable[[], Exception]) -> None:
-        """`refusal` makes the error of a job that never began."""
+    def __init__(self, refusal: Callable[[], Exception], then: Callable[[], None]) -> None:
+        """`refusal` makes the error of a job that never began; `then` is called once some were given up."""
         self._loop = asyncio.get_running_loop()
         self._refusal = refusal
+        self._then = then
         self._held: dict[asyncio.Future[Any], Ticket] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = 0.0
@@ -128,6 +135,7 @@ class Tickets:
         soonest = min((ticket.until for ticket in self._held.values() if ticket.until > now), default=None)
         if soonest is not None:
             self._set(soonest)
+        self._then()
 
     def close(self) -> None:
         """Stop the timer, when no job can come any more."""
@@ -158,12 +166,18 @@ class Visited(Storage, Protocol):
 class DatabaseThread:
     """Runs jobs one after the other; started at once, ended by `stop`."""
 
-    def __init__(self, name: str, storage: Visited) -> None:
+    def __init__(
+        self, name: str, storage: Visited, *, jobs: "SimpleQueue[_Job | None] | None" = None, is_stopped: bool = False
+    ) -> None:
+        """Given `jobs`, do those that another one has left."""
         self._storage = storage
         self._loop = asyncio.get_running_loop()
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._is_stopped = False
-        self._given = 0
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue() if jobs is None else jobs
+        self._is_stopped = is_stopped
+        self._is_relieved = False
+        self._relieving = threading.Lock()
+        """Held while it is decided whether another goes on in this one's place."""
+        self._given = self._jobs.qsize()
         self._done = 0
         self._busy = threading.RLock()
         """Held by who uses the connection; it knows its owner, who may have been interrupted before it knew."""
@@ -223,6 +237,20 @@ class DatabaseThread:
             return False
         return True
 
+    def relieved(self, leave_waiting: Callable[[], bool]) -> "DatabaseThread":
+        """Return another thread for the jobs to come when this one can be left where it waits; else this one.
+
+        Invariant: of the two, only one does jobs. The one that is left learns of it as it comes back from its wait, by
+        `LeftWaiting`, and has touched nothing since that others use.
+        """
+        with self._relieving:
+            if not leave_waiting():
+                return self
+            other = DatabaseThread(self._thread.name, self._storage, jobs=self._jobs, is_stopped=self._is_stopped)
+            self._is_relieved = True
+        self._given = -1  # so that nobody visits
+        return other
+
     def stop(self) -> None:
         """End the thread after the jobs that were submitted; later ones fail."""
         self._is_stopped = True
@@ -239,12 +267,18 @@ class DatabaseThread:
                     result, error = None, raised
                 finally:
                     gate.leave()
+            if isinstance(error, LeftWaiting) and self._has_been_relieved():
+                return
             self._done += 1
             try:
                 self._loop.call_soon_threadsafe(_resolve, future, result, error)
             except RuntimeError:
                 return  # the loop was closed under us: nobody is left to tell
             del item, job, future, result, error  # or this frame would keep them alive while it waits
+
+    def _has_been_relieved(self) -> bool:
+        with self._relieving:
+            return self._is_relieved
 
 
 def _may_be_handled() -> bool:

@@ -5,13 +5,17 @@ eight busy writers some starve for seconds. A blocking `flock` on a file beside 
 which also frees it when its holder dies. It is taken around every write, checkpoint and close, and so keeps ours from
 checkpointing and committing at the same instant, which SQLite before 3.51.3 can answer with a corrupt WAL.
 (https://www.sqlite.org/wal.html, "The WAL-reset bug")
+
+Nothing ends a blocking `flock` but its turn, which never comes while another process stands still in its own. So a
+thread that waits in vain can be left there: what it would do is done by another, at the same turnstile opened anew.
 """
 
 import contextlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable
 from pathlib import Path
 
 from filao.engines.sqlite.folder import TURNSTILE, Folder
@@ -20,7 +24,11 @@ if sys.platform != "win32":  # there SQLite's own locks must do
     from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
 _NOTE = 8  # bytes
-TRIED_EVERY = 0.002  # seconds, by a caller that only wants to know whether it would get through
+TRIED_EVERY = 0.002  # seconds, by those who must not be kept there: often enough to find a gap between others' turns
+
+
+class LeftWaiting(BaseException):
+    """A turn has come to a thread that was left waiting for it: it does nothing else."""
 
 
 class Turnstile:
@@ -28,24 +36,43 @@ class Turnstile:
 
     def __init__(self, folder: Folder | None) -> None:
         self.is_held: bool = False
+        self.is_waited_at: bool = False
+        """Whether a thread waits here that nothing but its turn can end."""
+        self._is_left = False
+        self._deciding = threading.Lock()
+        """Held while that thread's turn comes, or it is left."""
         self._file = -1
         if folder is not None and sys.platform != "win32":
             self._file = folder.open_turnstile()
 
-    @contextlib.contextmanager
-    def turn(self) -> Generator[None]:
-        """Wait for this process's turn, and end it on leaving. Not for two threads at once."""
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
-
     def enter(self) -> None:
-        """Wait for this process's turn."""
+        """Wait for this process's turn. Raises `LeftWaiting` when it has come after `leave_waiting`."""
         if sys.platform != "win32" and self._file >= 0:
-            flock(self._file, LOCK_EX)
+            self.is_waited_at = True
+            try:
+                flock(self._file, LOCK_EX)
+            finally:
+                with self._deciding:
+                    self.is_waited_at = False
+                if self._is_left:
+                    self.leave()
+                    self.close()
+                    raise LeftWaiting
         self.is_held = True
+
+    def enter_by(self, is_over: Callable[[], bool]) -> bool:
+        """Try to take a turn until `is_over`, behind those who wait in line; return whether it is this process's."""
+        while not self.try_enter():
+            if is_over():
+                return False
+            time.sleep(TRIED_EVERY)
+        return True
+
+    def leave_waiting(self) -> bool:
+        """Leave the thread that waits here, which closes this when its turn comes; False when none does."""
+        with self._deciding:
+            self._is_left = self.is_waited_at
+            return self._is_left
 
     def try_enter(self) -> bool:
         """Take a turn if it is nobody's just now; return whether it is this process's."""
