@@ -148,6 +148,30 @@ def test_a_fork_undoes_a_transaction_of_its_own_thread_and_waits_for_those_of_ot
     assert run(db, program) == ["True", "[0, 1, 2, 'of another thread']"]
 
 
+def test_a_child_must_close_what_the_program_itself_had_open_before_it_opens_the_queue(db) -> None:
+    program = """
+        import sqlite3
+        def told():
+            try:
+                with filao.sync.connect(url) as broker:
+                    return broker.send_to_queue("claims", "of the child").duplicate
+            except filao.ConfigurationError as error:
+                return "that it has not" in str(error) and f"pid {os.getpid()}" in str(error)
+        mine = sqlite3.connect(url)
+        mine.execute("SELECT * FROM filao_queue").fetchall()
+        say(told())
+        if os.fork() == 0:
+            say(told())
+            mine.close()
+            say(told())
+            sys.stdout.flush()
+            os._exit(0)
+        os.wait()
+        say(told())
+    """
+    assert run(db, program) == ["False", "True", "False", "False"]
+
+
 def test_two_hundred_forks_under_load_lose_nothing(db) -> None:
     """As many forks as a busy pre-forking server makes in a while, each child sending, beside threads that work."""
     program = """

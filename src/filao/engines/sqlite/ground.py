@@ -297,6 +297,11 @@ def is_abandoned(path: Path) -> bool:
     return bool(_ABANDONED) and path.exists() and _identity(path.stat()) in _ABANDONED
 
 
+def is_open(path: Path) -> bool:
+    """Return whether this process has a file open, by whatever connection; False where the system does not tell."""
+    return path.exists() and _find(_identity(path.stat())) >= 0
+
+
 def _find(file: _Identity) -> int:
     """Return a descriptor of this process by which a file is open; -1 when there is none, or none is told."""
     try:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from filao.engine import OpenAgain
-from filao.engines.sqlite import files, own, processes, scrutiny
+from filao.engines.sqlite import files, ground, own, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry
 from filao.engines.sqlite.clock import FileClock
 from filao.engines.sqlite.folder import TURNSTILE, Folder
@@ -95,8 +95,11 @@ class Hold:
         if self._ground is not None and not self._ground.is_file_there():
             self.lost = self._ground.missing()
             self.check_lost()
+        others = self.turnstile_path is not None and ground.is_open(self.path.with_name(self.path.name + "-shm"))
         db = files.connect(self.path, full=self._durable, cookie=self.turnstile.noted())
         try:
+            if others:
+                self._check_locks()
             self._begin(db)
         except BaseException:
             db.close()
@@ -105,6 +108,17 @@ class Hold:
         self._flushes = self._durable
         self._has_failed = False
         return db
+
+    def _check_locks(self) -> None:
+        """Raise `ConfigurationError` when SQLite takes the locks of another connection here for granted, wrongly."""
+        if self.turnstile_path is not None and not own.has_open(self.path, self.turnstile_path):
+            raise ConfigurationError(
+                f"{self.path} cannot be used in this process (pid {os.getpid()}) yet: a connection of the program's "
+                f"own is open on it, for which SQLite believes to have locks that it has not, so that what is sent "
+                f"could be lost. It was open when this process was forked, or the file was copied here meanwhile. "
+                f"Nothing was done: close that connection, here or before the fork (in Django: "
+                f"django.db.connections.close_all()), and open the queue then."
+            )
 
     def _begin(self, db: sqlite3.Connection) -> None:
         """Look at what was opened, and bring it up to date."""

@@ -1,5 +1,5 @@
 """Who keeps a file locked. It may be this very process: then a transaction of its own may be waiting for the call that
-waits for it.
+waits for it. And whether this process has the lock that SQLite believes it has: a fork leaves it to the parent.
 
 Linux tells who holds which lock, in /proc/locks (https://man7.org/linux/man-pages/man5/proc_locks.5.html); elsewhere
 the wait ends with its bound. Opening the file to ask would drop the process's own locks.
@@ -13,6 +13,7 @@ from filao.printable import printable
 
 _LOCKS = Path("/proc/locks")
 _WRITING = 120  # the byte of the -shm that a writer locks in WAL mode (https://www.sqlite.org/walformat.html#locks)
+_OPEN = 128  # the byte of the -shm on which whoever has it open keeps a lock, so that nobody else empties it
 _EXCLUSIVE = 2**30  # that of the file which is locked in exclusive mode (https://www.sqlite.org/fileformat.html)
 ALONE_WAITS = 0.2  # seconds, where no other thread could end the transaction; a task of the same loop still may
 OTHERS_WAIT = 5.0  # seconds, where another thread may hold it; none should keep a file's only write lock for so long
@@ -34,6 +35,15 @@ def has_turn(turnstile: Path) -> bool:
     return os.getpid() in _holders("FLOCK", turnstile, 0)
 
 
+def has_open(path: Path, turnstile: Path) -> bool:
+    """Return whether this process, which has the file open, has the lock that belongs to it; call it in a turn.
+
+    True where the system does not tell: then it does not tell of the turn either.
+    """
+    shm = path.with_name(path.name + "-shm")
+    return os.getpid() in _holders("POSIX", shm, _OPEN, "READ") or not has_turn(turnstile)
+
+
 def in_the_way(path: Path, turnstile: Path | None = None) -> str:
     """Return which processes keep others from writing, in words: "another process" where the system does not tell."""
     found = _holders("POSIX", path.with_name(path.name + "-shm"), _WRITING) | _holders("POSIX", path, _EXCLUSIVE)
@@ -42,8 +52,8 @@ def in_the_way(path: Path, turnstile: Path | None = None) -> str:
     return " and ".join(f"process {pid} ({_name(pid)})" for pid in sorted(found)) or "another process"
 
 
-def _holders(kind: str, file: Path, byte: int) -> set[int]:
-    """Return the processes that have locked a byte of a file for themselves.
+def _holders(kind: str, file: Path, byte: int, purpose: str = "WRITE") -> set[int]:
+    """Return the processes that have locked a byte of a file, for themselves or for all who read.
 
     A line is such as `1: POSIX ADVISORY WRITE 4711 fe:00:1234 120 120`; `->` stands in those who only wait.
     """
@@ -57,7 +67,7 @@ def _holders(kind: str, file: Path, byte: int) -> set[int]:
     return {
         int(pid)
         for _, how, _, what, pid, where, first, last in locks
-        if (how, what, where) == (kind, "WRITE", place)
+        if (how, what, where) == (kind, purpose, place)
         and pid.isdecimal()
         and first.isdecimal()
         and int(first) <= byte
