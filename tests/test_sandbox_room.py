@@ -5,17 +5,21 @@ import os
 import signal
 from collections.abc import AsyncGenerator
 from contextlib import closing
+from datetime import UTC, datetime
 
 import pytest
 
 import filao
-from filao.sandbox import visits
-from filao.sandbox.journal import Record, journal_of
+from filao.engine import State, StoredMessage
+from filao.sandbox import scene, visits
+from filao.sandbox.effects import Payment
+from filao.sandbox.journal import Record, What, journal_of
 from filao.sandbox.lanes import Lane
 from filao.sandbox.lesson import Facts, Mark, mark
 from filao.sandbox.room import Room, RoomError
 from filao.sandbox.rows import Rows
 from filao.sandbox.steps import STEPS
+from filao.sandbox.view import View
 from filao.sandbox.visits import Visit
 from tests.support.learner import PATIENCE, until_soon
 
@@ -127,3 +131,20 @@ async def test_the_claim_that_is_told_to_have_been_overtaken_is_the_long_one(tmp
     for at, claim in enumerate((8, 7, 6), 2):  # 8 passes 7 by chance
         room.lanes.feed(Record(float(at), claim, "handled", f"message-{claim}", claim, 1))
     assert Facts(room, Mark()).overtaking() == (8, 6)
+
+
+async def test_a_claim_goes_from_its_consumer_to_what_is_done_though_the_queue_is_read_later(tmp_path) -> None:
+    room, now = Room(tmp_path), datetime.now(UTC)
+    room.lanes.expect(1, 0).turns("waiting")
+    row = StoredMessage("m-1", "claims.processing", State.LEASED, {"claim_id": 1}, {}, 1, 0, None, None, now, now, None)
+    room.viewer.view = View(None, None, leased=[row])  # and it stays as it is
+    room.effects.sent("m-1", 1)
+    shown = []
+    journal: tuple[What, ...] = ("received", "handled", "acked")
+    for at, what in enumerate(journal):
+        room.lanes.feed(Record(float(at), 1, what, "m-1", 1, 1))
+        if what == "handled":
+            room.effects.paid([Payment(1, "m-1", 1, 100, "1", 1)])
+        stage = scene.stage(room, Mark())
+        shown.append([[one["claim"] for one in stage["done"]], stage["consumers"][0]["holds"] is not None])
+    assert shown == [[[], True], [[], True], [[1], False]]

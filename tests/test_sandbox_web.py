@@ -85,6 +85,7 @@ async def completes(learner: Learner) -> None:
         assert len(await learner.has_done()) > 80
         await learner.above_the_fold()
         await learner.shoot(SHOTS, f"step-{number:02}")
+        await learner.presents()
         if number < len(PATH):
             await learner.press(".next.strong")
     await learner.page.wait_for_selector(".numbers .done >> nth=10")
@@ -262,6 +263,18 @@ async def test_a_click_on_a_claim_tells_its_story(learner) -> None:
     await learner.page.wait_for_selector(".timeline .join")
 
 
+async def test_a_claim_that_was_followed_is_let_go_when_another_step_begins(learner) -> None:
+    await learner.go(2)
+    await learner.act("send_few")
+    await learner.sees("waiting")
+    await learner.press(".chip[data-claim='3']")
+    await learner.page.wait_for_selector(".disk >> text=Claim 3")
+    await learner.go(3)
+    await learner.act("one_consumer")
+    await learner.has_done()
+    await learner.page.wait_for_selector(".disk >> text=Claim 5")
+
+
 async def test_sliders_react_and_theory_stands_beside_what_is_measured(learner) -> None:
     await learner.act("create")
     await learner.slide(arrivals="6", work="0.2", consumers="2")
@@ -297,6 +310,25 @@ async def test_in_the_timeline_every_bar_has_its_number_and_a_payment_stands_bef
     assert all(bar["claim"] == bar["text"] for bar in bars)
     assert all(bar["paid"] <= bar["right"] for bar in bars)
     assert sum(bar["how"] == "killed" for bar in bars) == 2
+
+
+async def test_a_lane_in_which_something_happened_is_not_left_out_for_an_idle_one(learner) -> None:
+    shown = await learner.page.evaluate(
+        """async () => {
+            const [{ timeline }, { draw }] = [await import("/static/timeline.js"), await import("/static/dom.js")];
+            const bar = (claim) => ({
+                claim, id: `m-${claim}`, attempt: 1, from: claim, to: claim + 0.9, how: "killed", paid: null,
+                lease_end: null, extended: [],
+            });
+            const lanes = [1, 2, 3, 4, 5, 6, 7, 8, 9].map((number) => (
+                { number, state: number < 6 ? "killed" : "waiting", bars: number < 8 ? [bar(number)] : [] }
+            ));
+            const place = document.createElement("div");
+            draw(place, timeline({ now: 20, lanes }, 900, 170, { scale: 1, claim: 0, follow: () => {} }));
+            return [...place.querySelectorAll(".bar")].map((one) => Number(one.dataset.claim));
+        }"""
+    )
+    assert shown == [1, 2, 3, 4, 5, 6, 7]
 
 
 # --- what the learner does -------------------------------------------------------------------------------------------
@@ -561,6 +593,28 @@ async def test_all_that_matters_is_above_the_fold(chrome, served, width, height)
                 assert box["y"] + box["height"] <= height, (step, selector)
                 assert box["x"] + box["width"] <= width, (step, selector)
         assert await learner.page.evaluate("document.documentElement.scrollHeight <= innerHeight")
+
+
+async def test_in_the_opening_the_first_claim_is_the_farthest_on_its_way(chrome, served) -> None:
+    async with learning(chrome, served, reduced_motion="reduce") as learner:
+        places = await learner.page.evaluate(
+            """async () => {
+                const [{ opening }, { draw }] = [await import("/static/opening.js"), await import("/static/dom.js")];
+                const place = document.body.appendChild(document.createElement("div"));
+                draw(place, opening(() => {}));
+                const found = [...place.querySelectorAll(".travels")].map(
+                    (one) => [-Math.round(one.getBoundingClientRect().x), Number(one.textContent)]);
+                place.remove();
+                return found;
+            }"""
+        )
+        assert [claim for _, claim in sorted(places)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("language", ["en", "fr"])
+async def test_nothing_on_the_stage_covers_anything_else(chrome, served, language) -> None:
+    async with learning(chrome, served, language) as learner:
+        assert await learner.overlaps() == []
 
 
 async def test_nothing_lies_beside_the_page_when_it_is_enlarged_four_times(chrome, served) -> None:

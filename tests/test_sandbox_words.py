@@ -23,6 +23,7 @@ from filao.sandbox.words import FOLDER, PROGRAMS, further, lesson, page_words, p
 
 ROOT = Path(__file__).parents[1]
 STATIC = Path(filao.sandbox.web.server.__file__).parent / "static"
+EDITOR = 60  # characters of a line of the editor on 1280 pixels
 
 
 def shape(value: Any) -> Any:
@@ -73,6 +74,11 @@ def test_a_french_program_is_the_same_program_with_french_comments(name) -> None
         one.string for one in tokens(found) if one.type in (tokenize.NAME, tokenize.OP)
     ]
     assert max(map(len, found.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_line_of_the_skeleton_is_wider_than_its_editor_on_a_laptop(language) -> None:
+    assert [line for line in program("my_consumer", language).splitlines() if len(line) > EDITOR] == []
 
 
 def tokens(code: str) -> list[tokenize.TokenInfo]:

@@ -26,9 +26,14 @@ PATIENCE = 60.0
 TOKEN = "correct-horse-battery"
 AXE = Path(sys.prefix) / "npm" / "node_modules" / "axe-core" / "axe.min.js"
 TOO_SMALL = Path(__file__).with_name("too_small.js").read_text(encoding="utf-8")
+OVERLAPS = Path(__file__).with_name("overlaps.js").read_text(encoding="utf-8")
 BELOW_THE_FOLD = (
     "(({ scrollHeight, clientHeight }) => scrollHeight - clientHeight)(document.querySelector('.lesson-body'))"
 )
+INTO_THE_TIMELINE = """
+    (({ scrollHeight, clientHeight }) => scrollHeight - clientHeight)(document.querySelector(".theatre, .sheet-of"))
+"""
+BEATS = 5  # of a step: idea, predict, do, see, why
 A_LINE = 22  # pixels: fonts differ
 START = """
 import runpy, sys
@@ -178,6 +183,21 @@ class Learner:
         """See that the whole step, as it stands now, is to be seen without scrolling."""
         assert await self.page.evaluate(BELOW_THE_FOLD) < A_LINE, await self.page.inner_text(".lesson-body")
 
+    async def presents(self) -> None:
+        """Go through the beats of the step as a teacher does, and see that the stage keeps clear of what is below."""
+        await self.press(".present")
+        for beat in range(1, BEATS + 1):
+            await self.page.wait_for_selector(f".beats li:nth-child({beat}).on")
+            async with asyncio.timeout(PATIENCE):
+                while (
+                    await self.page.evaluate(INTO_THE_TIMELINE) > 0
+                ):  # the next scene is drawn as high as there is room
+                    await asyncio.sleep(0.02)
+            if beat < BEATS:
+                await self.page.keyboard.press("ArrowRight")
+        await self.press(".present")
+        await self.page.wait_for_selector(".lesson")
+
     async def checks(self) -> dict[str, str]:
         """Have the code checked, and return how each check ended."""
         run = await self.page.get_attribute(".checks", "data-run")
@@ -216,6 +236,11 @@ class Learner:
     async def texts_too_small(self) -> list[str]:
         """Return the texts of less than 14 pixels, and on the stage of less than 16, as they are on the screen."""
         found: list[str] = await self.page.evaluate(TOO_SMALL)
+        return found
+
+    async def overlaps(self) -> list[str]:
+        """Return what covers what on the stage, in scenes that the lesson can show."""
+        found: list[str] = await self.page.evaluate(OVERLAPS)
         return found
 
     async def shoot(self, folder: Path, name: str) -> None:

@@ -22,6 +22,7 @@ SHOWN = (
 )  # columns, in the order in which they are shown
 CONTENT_MAX = 120  # characters
 NUMBER_MAX = 15  # digits
+NONE = "\u2013"  # what stands for a number that says that there is none
 WAIT = 0.2  # seconds for a lock that another holds
 
 
@@ -64,4 +65,6 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     content = row.get("content", b"")
     text = content.decode(errors="replace") if isinstance(content, bytes) else str(content)
     row |= {"state": STATES.get(row.get("state", 0), row.get("state")), "content": text[:CONTENT_MAX]}
+    if row.get("token") == NO_TOKEN:
+        row["token"] = NONE
     return {column: str(row[column]) for column in SHOWN if row.get(column) is not None}

@@ -35,14 +35,16 @@ Json = dict[str, Any]
 def stage(room: Room, since: Mark) -> Json:
     """Return what the stage shows: producer, queues, consumers, and what is done."""
     view, stats = room.view, room.view.stats
-    held = {message.id: message for message in view.leased}
+    held = {message.id for message in view.leased}
+    consumers = _shown_consumers(room, since)
+    in_hand = {lane.holds.message for lane in consumers if lane.holds is not None}
     return {
         "frozen": room.is_frozen,
         "producer": {"sent": len(room.effects.fates), "answer_ms": room.news.answer_ms, "refused": room.news.refused},
         "queue": None if stats is None else _queue(room, stats),
         "documents": _documents(room) if room.setting.documents else None,
-        "consumers": [_consumer(room, lane, held) for lane in _shown_consumers(room, since)],
-        "done": [_paid(room, message) for message in room.effects.last_paid(DONE) if message not in held],
+        "consumers": [_consumer(room, lane) for lane in consumers],
+        "done": [_paid(room, one) for one in room.effects.last_paid(DONE) if _is_done(room, one, in_hand, held)],
         "paid": sum(1 for fate in room.effects.fates.values() if fate.payments),
         "cents": room.effects.cents,
         "error": "full" if view.is_full else view.error,
@@ -112,13 +114,19 @@ def _letter(room: Room, message: StoredMessage) -> Json:
     return _chip(room, message) | {"reason": str(message.reason), "attempts": message.attempts, "error": error[:200]}
 
 
+def _is_done(room: Room, message: str, in_hand: set[str], held: set[str]) -> bool:
+    """Return whether a paid claim has left the queue: journals tell of its acknowledgement before the queue is read."""
+    attempts = room.lanes.attempts(message)
+    return message not in in_hand and (message not in held or bool(attempts and attempts[-1].how == "acked"))
+
+
 def _paid(room: Room, message: str) -> Json:
     fate = room.effects.fates[message]
     policy = room.policies.get(fate.claim, 0)
     return {"id": message, "claim": fate.claim, "policy": policy, "times": len(fate.payments)}
 
 
-def _consumer(room: Room, lane: Lane, held: dict[str, StoredMessage]) -> Json:
+def _consumer(room: Room, lane: Lane) -> Json:
     holds, now = lane.holds, time.monotonic()
     attempts = room.lanes.attempts(holds.message) if holds is not None else []
     over = bool(holds is not None and attempts and attempts[-1] is not holds)  # another has the claim

@@ -3,17 +3,18 @@ import sys
 
 import filao
 
+QUEUE = "claims.processing"
 FILE = sys.argv[1] if len(sys.argv) > 1 else "claims.db"
 
 
 async def process_claims(broker: filao.Broker) -> None:
     while True:
-        message = await broker.receive_from_queue("claims.processing")
+        message = await broker.receive_from_queue(QUEUE)
         # 1. Too early: acknowledge after the work.
         await message.ack()
-        # 2. This may fail: try … except, then message.nack(reason=error).
+        # 2. May fail: try … except, then message.nack().
         await evaluate_claim(message)
-        # 3. message.transaction() pays and acknowledges in one go.
+        # 3. Pay and ack in one go: message.transaction().
         async with broker.transaction() as tx:
             await pay(tx, message)
 
@@ -27,7 +28,8 @@ PAYMENTS = """
     )
 """
 PAY = """
-    INSERT INTO payment (message, claim, cents, paid_by, attempt)
+    INSERT INTO payment
+      (message, claim, cents, paid_by, attempt)
     VALUES (?, ?, ?, 'you', ?)
 """
 
@@ -38,15 +40,19 @@ async def evaluate_claim(message: filao.Message) -> None:
         raise ValueError("policy 0 is not in the register")
 
 
-async def pay(tx: filao.Transaction, message: filao.Message) -> None:
+async def pay(
+    tx: filao.Transaction,
+    message: filao.Message,
+) -> None:
     claim, cents = message["claim_id"], message["amount"]
-    await tx.execute(PAY, (message.id, claim, cents, message.attempt))
+    values = (message.id, claim, cents, message.attempt)
+    await tx.execute(PAY, values)
 
 
 async def main() -> None:
     async with filao.connect(FILE) as broker:
         if not await broker.queues():
-            await broker.declare(filao.Queue("claims.processing"))
+            await broker.declare(filao.Queue(QUEUE))
         async with broker.transaction() as tx:
             await tx.execute(PAYMENTS)
         await process_claims(broker)

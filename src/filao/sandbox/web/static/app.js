@@ -15,6 +15,7 @@ const KEPT = "filao-lesson";
 const MOVES_MAX = 3000;
 const TABS = ["timeline", "slow", "story", "load", "books", "python", "compare", "glossary"];
 const STAGES = [0, 1, 2, 3, 4, 5];
+const ON_DISK = ["state", "attempts", "reason"]; // columns of a claim's row that stand above the stage: the row's id is another number than the claim's
 const BESIDE = 1100; // pixels of the page's width from which the stage stands beside the lesson, as in the style sheet
 const BELOW_HEIGHT = 330; // pixels of the stage that stands below it
 const PLAY_EVERY = 1300; // milliseconds for a frame of slow motion
@@ -63,6 +64,10 @@ function ask(what) {
 function arrive(scene) {
   const isNew = state.scene?.since !== scene.since || state.scene?.lesson.current !== scene.lesson.current;
   if (isNew) Object.assign(state, { moves: [], at: 0, beat: state.scene?.lesson.current === scene.lesson.current ? state.beat : 0, pinned: true });
+  if (isNew && state.scene && state.claim) { // the claim that was followed belongs to what went before
+    state.claim = 0;
+    ask({ do: "story", claim: 0 });
+  }
   state.moves = [...state.moves, ...scene.moves].slice(-MOVES_MAX);
   if (state.scene && state.scene.lesson.is_done !== scene.lesson.is_done && scene.lesson.is_done) state.justDone = true;
   state.scene = scene;
@@ -137,12 +142,13 @@ function render() {
 
 function top(scene, begins) {
   const other = language === "fr" ? "en" : "fr";
+  const isLesson = !begins && state.shown === "stage";
   return h("header", { class: "top" },
     h("p", { class: "brand" }, h("strong", {}, "Filao"), h("span", {}, say("subtitle"))),
     begins ? null : numbers(scene.lesson, go),
     h("div", { class: "actions" },
-      begins ? null : h("button", { class: "link present", "aria-pressed": String(state.presenting), onclick: present }, say(state.presenting ? "leave" : "present")),
-      begins || state.presenting ? null : h("button", { class: "link hide", "aria-pressed": String(state.hidden), onclick: () => change({ hidden: !state.hidden }) }, say(state.hidden ? "show_lesson" : "hide_lesson")),
+      isLesson && h("button", { class: "link present", "aria-pressed": String(state.presenting), onclick: present }, say(state.presenting ? "leave" : "present")),
+      isLesson && !state.presenting && h("button", { class: "link hide", "aria-pressed": String(state.hidden), onclick: () => change({ hidden: !state.hidden }) }, say(state.hidden ? "show_lesson" : "hide_lesson")),
       h("button", { class: "link theme", onclick: toggleTheme }, say(isDark() ? "light" : "dark")),
       h("a", { class: "link", href: `/${other}`, hreflang: other, lang: other }, say("other_language"))));
 }
@@ -215,7 +221,7 @@ function life(told) {
       class: one === place ? "now" : one < place ? "past" : "", "aria-current": one === place ? "step" : null,
     }, h("span", {}, say(`stage_${one}`))))),
     h("p", { class: "disk" }, told?.claim ? [h("strong", {}, say("claim_n", { n: told.claim })), ` · ${say("on_disk")} `,
-      where ? h("code", {}, Object.entries(where).filter(([name]) => ["id", "state", "attempts", "reason"].includes(name)).map(([name, value]) => `${name} = ${value}`).join(" · ")) : h("code", {}, say("no_row"))] : say("life_none")));
+      where ? h("code", {}, Object.entries(where).filter(([name]) => ON_DISK.includes(name)).map(([name, value]) => `${name} = ${value}`).join(" · ")) : h("code", {}, say("no_row"))] : say("life_none")));
 }
 
 function controls(scene) {

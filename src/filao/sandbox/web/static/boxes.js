@@ -2,6 +2,7 @@
 
 export const CHIP = { w: 46, h: 36 };
 const GAP = 8;
+const CROWD = 5; // consumers, from which their cards stand closer to each other
 export const CARD = 250;
 
 export function boxes(width, height, consumers, documents) {
@@ -12,10 +13,12 @@ function wide(width, height, consumers, documents) {
   const room = documents ? height - 104 : height;
   const doneX = width - 118;
   const consumerX = doneX - 26 - CARD;
-  const queue = { x: 160, y: 30, w: consumerX - 54 - 160, h: room - 30 - 76 };
+  const top = documents ? 26 : 30;
+  const queue = { x: 160, y: top, w: consumerX - 54 - 160, h: room - top - 74 };
   const trayW = (queue.w - GAP) * 0.42;
-  const each = Math.min(104, (room - GAP * (Math.max(1, consumers) - 1)) / Math.max(1, consumers));
-  const all = each * consumers + GAP * (consumers - 1);
+  const gap = consumers < CROWD ? GAP : GAP / 2;
+  const each = Math.min(104, (room - gap * (Math.max(1, consumers) - 1)) / Math.max(1, consumers));
+  const all = each * consumers + gap * (consumers - 1);
   const first = Math.max(0, (room - all) / 2);
   const above = isLow(queue) ? 26 : 0; // a low queue is too low for the producer's three lines
   return {
@@ -24,7 +27,7 @@ function wide(width, height, consumers, documents) {
     queue,
     delayed: { x: queue.x, y: room - 66, w: trayW, h: 66 },
     dead: { x: queue.x + trayW + GAP, y: room - 66, w: queue.w - trayW - GAP, h: 66 },
-    consumers: Array.from({ length: consumers }, (_, place) => ({ x: consumerX, y: first + place * (each + GAP), w: CARD, h: each })),
+    consumers: Array.from({ length: consumers }, (_, place) => ({ x: consumerX, y: first + place * (each + gap), w: CARD, h: each })),
     done: { x: doneX, y: 0, w: 118, h: room },
     second: documents && { x: queue.x, y: height - 70, w: queue.w, h: 70 },
     printer: documents && { x: consumerX, y: height - 76, w: CARD, h: 76 },
@@ -71,7 +74,7 @@ export function slots(box, top, bottom) {
 
 // A low box has its words in one line, above one row of chips.
 export const isLow = (box) => box.h < 112;
-export const queueSlots = (box) => (isLow(box) ? slots(box, 34, 2) : slots(box, 44, 34));
+export const queueSlots = (box) => (isLow(box) ? slots(box, 32, 2) : slots(box, 44, 34));
 
 export const middle = (box) => ({ x: box.x + box.w / 2, y: box.y + box.h / 2 });
 

@@ -24,7 +24,7 @@ export function compare(state) {
 function drawn(chosen) {
   const x = (at) => 84 + at * 28;
   const bar = ([consumer, from, to, claim, kind]) => h("g", { class: `bar ${kind}` },
-    h("rect", { x: x(from), y: consumer * 40 - 32, width: x(to) - x(from), height: 32, rx: 7 }), h("text", { x: x(from) + 8, y: consumer * 40 - 10 }, String(claim)));
-  return h("svg", { viewBox: `0 0 ${x(END) + 10} 92`, class: "mini", role: "img", "aria-label": say(`rule_${chosen}_why`) },
-    [1, 2].map((n) => h("text", { x: 0, y: n * 40 - 10 }, say("consumer_short", { n }))), RULES[chosen].map(bar));
+    h("rect", { x: x(from), y: consumer * 34 - 31, width: x(to) - x(from), height: 28, rx: 7 }), h("text", { x: x(from) + 8, y: consumer * 34 - 11 }, String(claim)));
+  return h("svg", { viewBox: `0 0 ${x(END) + 10} 72`, class: "mini", role: "img", "aria-label": say(`rule_${chosen}_why`) },
+    [1, 2].map((n) => h("text", { x: 0, y: n * 34 - 11 }, say("consumer_short", { n }))), RULES[chosen].map(bar));
 }

@@ -62,11 +62,21 @@ function trials(step, text, told, ask) {
     h("tbody", {}, told.trials.map((row, place) => {
       const met = told.met.includes(step.conditions[place]);
       return h("tr", { class: met ? "met" : "", "data-condition": step.conditions[place] },
-        h("th", { scope: "row" }, acts([step.acts[place]], text, told, ask)),
-        row.times.map((times) => h("td", { class: `times-${times}` }, say(`trial_${times}`))),
-        h("td", { class: "mark" }, h("span", { "aria-hidden": "true" }, met ? "✓" : "○"), h("span", { class: "sr-only" }, say(met ? "seen" : "not_seen"))));
+        h("th", { scope: "row" }, acts([step.acts[place]], text, told, ask)), row.times.map(trial), h("td", { class: "mark" }, mark(met)));
     })));
 }
+
+// The same for a projector, where there is more width than height: a column for each.
+function acrossTrials(step, text, told, ask) {
+  const line = (word, at) => h("tr", {}, h("th", { scope: "row" }, say(word)), told.trials.map((row) => trial(row.times[at])));
+  return h("table", { class: "trials across" }, h("thead", {}, h("tr", {}, h("td", {}), step.conditions.map((key, place) => {
+    const met = told.met.includes(key);
+    return h("th", { scope: "col", class: met ? "met" : "", "data-condition": key }, acts([step.acts[place]], text, told, ask), h("span", { class: "mark" }, mark(met)));
+  }))), h("tbody", {}, line("trial_before", 0), line("trial_after", 1)));
+}
+
+const trial = (times) => h("td", { class: `times-${times}` }, say(`trial_${times}`));
+const mark = (met) => [h("span", { "aria-hidden": "true" }, met ? "✓" : "○"), h("span", { class: "sr-only" }, say(met ? "seen" : "not_seen"))];
 
 function foot(told, state, go) {
   const last = told.current === steps.length - 1;
@@ -99,7 +109,7 @@ export function strip(told, state, ask, go) {
     predict: () => h("div", {}, h("p", {}, rich(text.question, told.values, h)), h("ol", { class: "choices" }, text.options.map((option, place) => h("li", {},
       h("button", { class: `plain${told.chosen[step.key] === place ? " on" : ""}`, "aria-pressed": String(told.chosen[step.key] === place), onclick: () => ask({ do: "predict", place }) }, rich(option, told.values, h)))))),
     do: () => h("div", { class: "row-of" }, h("p", {}, rich(text.do, told.values, h)), acts(step.acts, text, told, ask)),
-    see: () => h("div", { class: "row-of" }, told.trials ? trials(step, text, told, ask) : sees(step, text, told), hint(text, told)),
+    see: () => h("div", { class: "row-of" }, told.trials ? acrossTrials(step, text, told, ask) : sees(step, text, told), hint(text, told)),
     why: () => (told.is_done ? h("p", {}, rich(text.why, told.values, h)) : h("p", { class: "soft" }, say("not_yet"))),
   }[beat]();
   return h("section", { class: "strip", "aria-label": say("lesson"), "data-step": step.key }, h("div", { class: "strip-head" }, h("h2", {}, `${told.current + 1} · ${text.title}`),

@@ -25,21 +25,21 @@ function diagram() {
     box(0, 84, 170, 100, "box", say("producer"), say("portal")),
     h("rect", { x: 250, y: 60, width: 402, height: 148, rx: 14, class: "box queue" }),
     h("text", { x: 451, y: 46, class: "mono strong mid" }, "queue · claims.processing"), h("text", { x: 451, y: 196, class: "soft mid" }, say("fifo_long")),
-    Array.from({ length: 6 }, (_, at) => h("rect", { x: 268 + at * 62, y: 104, width: 54, height: 46, rx: 10, class: "slot" })),
+    Array.from({ length: 5 }, (_, at) => h("rect", { x: 296 + at * 69, y: 104, width: 54, height: 46, rx: 10, class: "slot" })),
     [0, 1, 2].map((one) => h("g", {}, h("rect", { x: 770, y: 12 + one * 88, width: 310, height: 68, rx: 14, class: "box" }), h("text", { x: 788, y: 54 + one * 88, class: "strong" }, say("consumer_n", { n: one + 1 })))),
-    claims().map((at) => h("g", { key: at, class: `travels to-${at % 3}`, style: `animation-delay:${-at * 1.6 - shift()}s` }, h("rect", { width: 54, height: 46, rx: 10 }), h("text", { x: 27, y: 31, class: "mid" }, String(at + 1)))));
+    claims().map((at) => h("g", { key: at, class: `travels to-${(CLAIMS - 1 - at) % 3}`, style: `animation-delay:${-at * 1.6 - shift()}s` }, h("rect", { width: 54, height: 46, rx: 10 }), h("text", { x: 27, y: 31, class: "mid" }, String(CLAIMS - at)))));
 }
 
-// Where nothing may move, all claims stand still at a moment at which none is between two boxes.
+// The first claim is the farthest on its way. Where nothing may move, all stand still at a moment at which none is between two boxes.
 const isStill = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
-const shift = () => (isStill() ? 0.6 : 0);
+const shift = () => (isStill() ? 0.48 : 0);
 const claims = () => Array.from({ length: CLAIMS }, (_, at) => at).slice(isStill() ? 1 : 0);
 
 // On a phone: the stage itself, with claims that wait and claims in hand.
 function still() {
   const chip = (claim) => ({ id: `still-${claim}`, claim, policy: null });
   const scene = {
-    producer: { sent: 9, answer_ms: null, refused: 0 }, documents: null, done: [chip(1), chip(2)], paid: 2, cents: null,
+    producer: { sent: 9, answer_ms: null, refused: 0 }, documents: null, done: [chip(2), chip(1)], paid: 2, cents: null,
     queue: { name: "claims.processing", waiting: [6, 7, 8, 9].map(chip), late: [], letters: [], ready: 4, delayed: 0, dead: 0, oldest: 0 },
     consumers: [1, 2, 3].map((number) => ({ number, state: "working", holds: { ...chip(number + 2), attempt: 1 }, left: null, lease: 1 })),
   };

@@ -6,6 +6,7 @@ import { h } from "./dom.js";
 import { euros, number, say, seconds } from "./say.js";
 
 const LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ";
+const DONE_MAX = 12; // chips in a row of what is done
 
 export function stage(scene, width, height, ask, options = {}) {
   const shown = scene.consumers.slice(0, 7);
@@ -64,7 +65,9 @@ function line(from, to, kind) {
 
 function downward(place) {
   const x = place.width / 2;
-  const gaps = [[place.producer.y + place.producer.h, place.queue.y - 30], [place.delayed.y + place.delayed.h, place.delayed.y + place.delayed.h + 16]];
+  const { producer: from, queue: box, delayed: tray, done: end } = place;
+  const gaps = [[from.y + from.h, box.y - 30], [tray.y + tray.h, tray.y + tray.h + 16], [end.y - 16, end.y]];
+  if (place.second) gaps.push([place.second.y + place.second.h, place.printer.y], [place.printer.y + place.printer.h, place.letters.y]);
   return gaps.map(([from, to]) => h("path", { class: "down", d: `M${x},${from + 2} V${to}` }));
 }
 
@@ -77,7 +80,7 @@ function producer(scene, box) {
   const sent = say("sent_n", { n: told.sent });
   if (box.w > 200) {
     return h("g", { key: "producer" }, frame(box, "box"), text(box.x + 14, box.y + 30, say("producer"), { class: "strong" }), text(box.x + 14, box.y + 56, say("portal"), { class: "soft" }),
-      text(right - 122, box.y + 50, number(told.sent), { class: "huge mid" }), text(right - 14, box.y + 48, sent, { class: "soft end" }));
+      text(right - 102, box.y + 50, number(told.sent), { class: "huge end" }), text(right - 14, box.y + 48, sent, { class: "soft end" }));
   }
   if (box.h < 130) {
     return h("g", { key: "producer" }, frame(box, "box"), text(x, box.y + 24, say("producer"), { class: "name mid" }), text(x, box.y + box.h - 40, number(told.sent), { class: "huge mid" }), text(x, box.y + box.h - 14, sent, { class: "soft mid" }));
@@ -97,21 +100,22 @@ function queue(scene, place, ask, options) {
   }
   const fits = queueSlots(box).length;
   const more = Math.max(0, told.ready - fits);
+  const due = Math.max(0, told.late[0]?.due ?? 0);
   return h("g", { key: "queue" },
     text(middle(box).x, box.y - 9, h("tspan", { class: "mono strong" }, `queue · ${told.name}`), { class: "mid" }),
     frame(box, "box queue"),
-    text(box.x + box.w - 12, box.y + (isLow(box) ? 25 : 28), say(box.w > 280 && !isLow(box) ? "fifo_long" : "fifo"), { class: "soft end" }),
+    text(box.x + box.w - 12, box.y + (isLow(box) ? 25 : 28), say(box.w > (more ? 400 : 280) && !isLow(box) ? "fifo_long" : "fifo"), { class: "soft end" }),
     more && !isLow(box) ? text(box.x + 14, box.y + 28, `+${number(more)}`, { class: "strong accent" }) : null,
     queueSlots(box).map((slot) => h("rect", { x: slot.x, y: slot.y, width: CHIP.w, height: CHIP.h, rx: 9, class: "slot" })),
     text(box.x + 14, box.y + (isLow(box) ? 25 : box.h - 12), say("ready_n", { n: told.ready }), { class: "strong" }),
     told.ready && told.oldest > 0 && box.w > 230 && !isLow(box) ? text(box.x + box.w - 12, box.y + box.h - 12, say("oldest", { s: told.oldest.toFixed(1) }), { class: "soft end" }) : null,
-    tray(place.delayed, say("delayed"), told.delayed, seconds(Math.max(0, told.late[0]?.due ?? 0)), "delayed"),
+    tray(place.delayed, say("delayed"), told.delayed, seconds(due, due < 10 ? 1 : 0), "delayed"),
     tray(place.dead, say("dead_letters"), told.dead, number(told.dead), told.dead ? "deadbox" : ""));
 }
 
 function tray(box, title, count, about, kind) {
-  return h("g", {}, frame(box, `box tray ${kind}`), text(box.x + 12, box.y + 22, title, { class: "soft" }),
-    count ? text(box.x + box.w - 10, box.y + 50, about, { class: "soft end" }) : text(box.x + 12, box.y + 48, say("none"), { class: "soft" }));
+  return h("g", {}, frame(box, `box tray ${kind}`), text(box.x + 12, box.y + (count ? 18 : 26), title, { class: "soft" }),
+    count ? text(box.x + box.w - 10, box.y + 48, about, { class: "soft end" }) : text(box.x + 12, box.y + 50, say("none"), { class: "soft" }));
 }
 
 function done(scene, box) {
@@ -190,6 +194,10 @@ const ICONS = {
   fail: "M0,-7 V2 M0,6 V7",
 };
 
+// Pixels of a button and of the gap behind it. On a medium card all of them stand beside the claim in hand.
+const WIDE = { full: [78, 6], medium: [74, 4] };
+const PLAIN = { full: [38, 6], medium: [30, 4], small: [34, 3] };
+
 function buttons(one, box, size, ask) {
   const paused = one.state === "paused";
   const all = [
@@ -198,14 +206,14 @@ function buttons(one, box, size, ask) {
     { key: "slow", word: say("slow"), act: "slow", on: one.slow },
     { key: "fail", word: say("fail"), act: "fail", on: one.fails },
   ].slice(0, size === "small" ? 2 : 4);
-  const tall = 28;
+  const tall = Math.min(28, box.h - 4);
   const y = size === "small" ? box.y + (box.h - tall) / 2 : box.y + box.h - tall - (size === "full" ? 12 : 9);
   let x = size === "small" ? box.x + 116 : box.x + 12;
   return all.map((button) => {
     const isWide = button.wide && size !== "small";
-    const w = isWide ? 78 : size === "small" ? 34 : 38;
+    const [w, gap] = isWide ? WIDE[size] : PLAIN[size];
     const at = { x, y };
-    x += w + (size === "small" ? 3 : 6);
+    x += w + gap;
     return control(button, at, w, tall, isWide, () => ask({ do: button.act, consumer: one.number }), one.number);
   });
 }
@@ -230,23 +238,25 @@ const once = (act) => (event) => { if (event.detail < 2) act(); };
 
 function chips(scene, place, shown, ask, options) {
   const born = { x: place.producer.x + place.producer.w - CHIP.w, y: middle(place.producer).y - CHIP.h / 2 };
+  const exit = { x: place.queue.x + place.queue.w - CHIP.w, y: middle(place.queue).y - CHIP.h / 2 };
+  const paid = place.isWide ? { x: place.done.x - CHIP.w / 2, y: middle(place.done).y - CHIP.h / 2 } : { x: middle(place.done).x, y: place.done.y - CHIP.h };
   const found = new Map();
-  const put = (key, chip, at, kind = "", from = born) => { if (at && !found.has(key)) found.set(key, { key, chip, at: { x: at.x, y: at.y, from }, kind }); };
+  const put = (key, chip, at, kind = "", from = born) => { if (at && !found.has(key)) found.set(key, { key, chip, at: { x: at.x, y: at.y, from }, tall: at.tall ?? CHIP.h, kind }); };
   shown.forEach((one, at) => {
     const box = place.consumers[at];
     if (!one.holds) return;
-    const small = box.h < 64;
-    const spot = { x: box.x + box.w - 12 - CHIP.w, y: small ? box.y + (box.h - CHIP.h) / 2 : box.y + 8 };
+    const tall = Math.min(CHIP.h, box.h - 4);
+    const spot = { x: box.x + box.w - 12 - CHIP.w, y: box.h < 64 ? box.y + (box.h - tall) / 2 : box.y + 8, tall };
     put(one.over ? `${one.holds.id}-z` : one.holds.id, one.holds, spot, one.over ? " zombie" : " held");
   });
   if (scene.queue) {
     const spots = queueSlots(place.queue);
     scene.queue.waiting.slice(0, spots.length).forEach((chip, at) => put(chip.id, chip, spots[at], chip.locked ? " locked" : ""));
-    row(place.delayed, 2).forEach((spot, at) => scene.queue.late[at] && put(scene.queue.late[at].id, scene.queue.late[at], spot, " delayed"));
-    row(place.dead, 2).forEach((spot, at) => scene.queue.letters[at] && put(scene.queue.letters[at].id, scene.queue.letters[at], spot, " dead"));
+    row(place.delayed, 2).forEach((spot, at) => scene.queue.late[at] && put(scene.queue.late[at].id, scene.queue.late[at], spot, " delayed", exit));
+    row(place.dead, 2).forEach((spot, at) => scene.queue.letters[at] && put(scene.queue.letters[at].id, scene.queue.letters[at], spot, " dead", exit));
   }
-  const spots = place.isWide ? grid(place.done) : row({ ...place.done, h: place.done.h }, 4, 64);
-  scene.done.slice(0, spots.length).forEach((chip, at) => put(chip.id, chip, spots[at], chip.times > 1 ? " doubled" : " done"));
+  const spots = place.isWide ? grid(place.done) : row({ ...place.done, w: place.done.w + 46 }, DONE_MAX, 66);
+  scene.done.slice(0, spots.length).forEach((chip, at) => put(chip.id, chip, spots[at], chip.times > 1 ? " doubled" : " done", paid));
   if (scene.documents) notes(scene.documents, place, put);
   return [...found.values()].sort((a, b) => (a.key < b.key ? -1 : 1)).map((one) => draw(one, scene, ask, options));
 }
@@ -259,7 +269,7 @@ function notes(told, place, put) {
 }
 
 // Chips in the lower line of a tray, from its left; and in the box of what is done on a phone.
-function row(box, count, top = 27) {
+function row(box, count, top = 25) {
   const fits = Math.max(1, Math.min(count, Math.floor((box.w - 66) / (CHIP.w + 6))));
   return Array.from({ length: fits }, (_, at) => ({ x: box.x + 10 + at * (CHIP.w + 6), y: box.y + top }));
 }
@@ -270,7 +280,7 @@ function grid(box) {
 }
 
 function draw(one, scene, ask, options) {
-  const { chip } = one;
+  const { chip, tall } = one;
   const again = chip.again || chip.attempt > 1 ? " again" : "";
   const policy = options.grouped && chip.policy ? LETTERS[[12, 27, 33, 48, 56, 71].indexOf(chip.policy)] ?? "" : "";
   const label = `${chip.claim || "?"}${policy}`;
@@ -279,8 +289,8 @@ function draw(one, scene, ask, options) {
     onclick: () => options.follow?.(chip.claim),
   },
   h("title", {}, chip.policy === null ? say("claim_n", { n: chip.claim }) : say("chip", { n: chip.claim, policy: chip.policy ?? "" })),
-  h("rect", { width: CHIP.w, height: CHIP.h, rx: 9 }),
-  h("text", { x: CHIP.w / 2, y: 25, class: label.length > 3 ? "mid tight" : "mid" }, label),
+  h("rect", { width: CHIP.w, height: tall, rx: 9 }),
+  h("text", { x: CHIP.w / 2, y: tall / 2 + 7, class: policy || label.length > 3 ? "mid tight" : "mid" }, label),
   chip.locked ? h("path", { class: "lock", d: "M35,-3 v-3 a5,5 0 0 1 10,0 v3 m-11,0 h12 v9 h-12 z" }) : null,
   chip.times > 1 ? h("g", { class: "times" }, h("circle", { cx: CHIP.w - 4, cy: 5, r: 11 }), h("text", { x: CHIP.w - 4, y: 11, class: "mid" }, String(chip.times))) : null);
 }

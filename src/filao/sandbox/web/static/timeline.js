@@ -7,6 +7,11 @@ const BAR_LEAST = 36; // pixels, so that every bar carries its number
 const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, because the lane's next bar begins after them
 const LEASE_END = 130; // pixels of a bar before its lease's end that hold its number and these words
 const LANES_MAX = 7;
+const IDLE_UP_TO = 4; // lanes in all, with those of consumers who have held nothing yet
+const LANE_LEAST = 20; // pixels of a lane's height
+const AXIS = 26; // pixels above and below the lanes
+const LOW = 26; // pixels of a lane, below which its numbers are smaller
+const LEAST = 5; // seconds that are drawn
 const RESTS = 2; // seconds that are drawn after the last bar, at most: while nothing happens, the time of the step stands still
 const REST = 0.25; // of the room is what they take at most, so that the last bars are in sight on a phone
 const GLYPHS = {
@@ -22,10 +27,7 @@ const GLYPHS = {
 export const PAID = "M0,-6 L6,0 L0,6 L-6,0 Z";
 
 export function timeline(told, width, height, options) {
-  const lives = (lane) => !["gone", "killed", "crashed"].includes(lane.state);
-  const dead = told.lanes.filter((lane) => lane.bars.length && !lives(lane)).reverse();
-  const kept = new Set([...told.lanes.filter(lives), ...dead].slice(0, LANES_MAX)); // who lives has taken over from who died
-  const lanes = told.lanes.filter((lane) => kept.has(lane));
+  const lanes = shown(told.lanes, Math.min(LANES_MAX, Math.floor((height - AXIS) / LANE_LEAST)));
   if (!lanes.length) return h("p", { class: "soft pad" }, say("timeline_none"));
   const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
   const isAtRest = bars.length && bars.every((bar) => bar.to !== null);
@@ -35,12 +37,12 @@ export function timeline(told, width, height, options) {
   const wanted = lengths.length ? BAR_LEAST / Math.min(...lengths) : 0;
   const [label, named] = width < 500 ? [92, "consumer_short"] : [172, "consumer_n"];
   const room = width - label - 20;
-  const scale = Math.max(room / Math.max(8, drawnTo * 1.04), Math.min(wanted, 144));
+  const scale = Math.max(room / Math.max(LEAST, drawnTo * 1.04), Math.min(wanted, 144));
   const now = Math.min(drawnTo, last + (REST * room) / scale);
   const end = Math.max(now * 1.04, room / scale);
   const full = Math.max(room + 20, 20 + end * scale);
   const x = (at) => 4 + at * scale;
-  const tall = Math.max(20, Math.min(46, (height - 26) / Math.max(1, lanes.length)));
+  const tall = Math.max(LANE_LEAST, Math.min(46, (height - AXIS) / Math.max(1, lanes.length)));
   const y = new Map(lanes.map((lane, at) => [lane.number, 6 + at * tall]));
   const bottom = 6 + lanes.length * tall;
   const grown = (value) => `${value * options.scale}px`;
@@ -50,10 +52,19 @@ export function timeline(told, width, height, options) {
     h("div", { class: "timeline", tabindex: 0, role: "group", "aria-label": say("timeline"), style: `left:${grown(label)}`, onscroll: options.onscroll },
       h("svg", { width: full * options.scale, height: (bottom + 24) * options.scale, viewBox: `0 0 ${full} ${bottom + 24}` },
         ticks(end, scale).map((at) => h("g", { key: `t${at}`, class: "tick" },
-          h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: at ? "mid" : "start" }, `${number(at)} s`))),
+          h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: at ? "mid" : "start" }, `${number(at)}\u00a0s`))),
         h("line", { key: "now", class: "now", x1: x(now), x2: x(now), y1: 0, y2: bottom }),
         joins(bars).map(([one, next]) => join(one, next, x, y, tall, options)),
         lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.map((bar) => drawn(bar, x, now, y.get(lane.number), tall, options)))))));
+}
+
+// The lanes in which something happened, first of all those of the living, who have taken over from the dead; then idle ones.
+function shown(all, most) {
+  const lives = (lane) => !["gone", "killed", "crashed"].includes(lane.state);
+  const busy = all.filter((lane) => lane.bars.length);
+  const kept = [...busy.filter(lives), ...busy.filter((lane) => !lives(lane)).reverse()].slice(0, most);
+  const idle = all.filter((lane) => !lane.bars.length && lives(lane)).slice(0, Math.max(0, IDLE_UP_TO - kept.length));
+  return all.filter((lane) => kept.includes(lane) || idle.includes(lane));
 }
 
 function ticks(end, scale) {
@@ -63,20 +74,20 @@ function ticks(end, scale) {
 
 function drawn(bar, x, now, y, tall, options) {
   const from = x(bar.from);
-  const to = Math.max(x(bar.to ?? now), from + 6);
+  const to = Math.max(x(bar.to ?? now), from + (bar.to === null ? BAR_LEAST : 6));
   const w = to - from;
   const how = bar.how || "running";
   const middle = y + tall / 2;
   const glyph = GLYPHS[bar.how];
   const digits = String(bar.claim).length * 10;
   const fits = w > digits + 29; // beside the number; a lane's last bar has room behind it
-  const paidAt = bar.paid === null ? null : Math.min(x(bar.paid), to - (glyph && fits ? 24 : 8));
+  const paidAt = bar.paid === null ? null : Math.min(x(bar.paid), to - (glyph && fits ? 27 : 10));
   return h("g", {
-    key: `${bar.id}-${bar.from}`, class: `bar ${how}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
+    key: `${bar.id}-${bar.from}`, class: `bar ${how}${tall < LOW ? " low" : ""}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
     onclick: () => options.follow(bar.claim), "data-claim": bar.claim, "data-how": how,
   },
   h("title", {}, about(bar)),
-  h("rect", { x: from, y: y + 2, width: w, height: tall - 5, rx: 7 }),
+  h("rect", { x: from, y: y + 2, width: w, height: tall - (tall < LOW ? 3 : 5), rx: 7 }),
   bar.extended.filter((at) => x(at) < to).map((at) => h("line", { class: "extended", x1: x(at), x2: x(at), y1: y + tall - 10, y2: y + tall - 4 })),
   h("text", { x: from + 8, y: middle + 5 }, String(bar.claim || "?")),
   paidAt !== null && paidAt > from + digits + 12 ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
