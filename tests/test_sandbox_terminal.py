@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from filao.languages import Language
 from filao.sandbox.room import Room
@@ -142,6 +143,20 @@ async def test_a_key_is_waited_for_while_the_number_of_a_consumer_may_go_on(tmp_
     lanes.by_number.clear()
     await visit.close()
     assert wishes == ["k12", "k1\n", "k3", "+", "\n"]
+
+
+@pytest.mark.anyio
+async def test_no_line_begins_with_a_sign_that_belongs_to_the_word_before(tmp_path) -> None:
+    (tmp_path / "room").mkdir()
+    visit = Visit(await Room(tmp_path / "room").__aenter__())
+    face, lines = Face(visit, "fr"), []
+    for step in range(len(STEPS)):
+        visit.go(step)
+        for width in range(60, 90, 7):
+            drawn = Console(width=width).render_lines(face.drawn(), pad=False)
+            lines += ["".join(segment.text for segment in line).strip("│ \u00a0\u202f") for line in drawn]
+    await visit.close()
+    assert [line for line in lines if line[:1] in {":", ";", "?", "!", "»"}] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

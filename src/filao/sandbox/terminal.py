@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 import termios
+import textwrap
 import time
 import tty
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
@@ -28,6 +29,7 @@ from rich.text import Text
 from filao.errors import FilaoError
 from filao.languages import Language, fill
 from filao.sandbox import scene
+from filao.sandbox.customers import POLICIES
 from filao.sandbox.exercise import CHECKS
 from filao.sandbox.room import Room, RoomError
 from filao.sandbox.steps import STEPS
@@ -41,6 +43,8 @@ DIGITS_MAX = 9  # of a consumer's number
 CHIPS = 14  # claims that are shown of each place
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CODE = "my_consumer.py"
+LETTERS = "ABCDEF"  # of the policies, as on the page
+LOCK = "\N{LOCK}"  # of a claim that waits for another of its policy
 
 
 class Face:
@@ -68,12 +72,12 @@ class Face:
             self._stage(shown["stage"]),
             self._life(shown["life"]),
             self._timeline(shown["timeline"]),
-            Text(self.say("terminal_keys"), style="dim"),
+            Wrapped(self.say("terminal_keys"), style="dim"),
         ]
         if shown["exercise"] is not None:
             parts.insert(1, self._checks(shown["exercise"]))
         if self.note:
-            parts.append(Text(self.note, style="bold red"))
+            parts.append(Wrapped(self.note, style="bold red"))
         return Group(*parts)
 
     def fitted(self, console: Console) -> RenderableType:
@@ -84,7 +88,7 @@ class Face:
             told = [self._lesson(shown["lesson"], brief=True)]
             told += [] if shown["exercise"] is None else [self._checks(shown["exercise"])]
             room = [self._stage(shown["stage"], brief=True), self._timeline(shown["timeline"])]
-            foot = Group(Text(self.note, style="bold red"), Text(self.say("terminal_brief"), style="dim"))
+            foot = Group(Wrapped(self.note, style="bold red"), Wrapped(self.say("terminal_brief"), style="dim"))
             keys = console.render_lines(foot, pad=False)[0 if self.note else 1 :]
             body = console.render_lines(Group(*(room + told if self.is_room_first else told + room)), pad=False)
             lines = [*body[: max(0, console.height - len(keys))], *keys]
@@ -95,7 +99,7 @@ class Face:
         lines = self._briefly(told) if brief else self._wholly(told)
         text = lesson(self._language)[step.key]
         title = f"{told['current'] + 1}/{len(STEPS)} · {text['title']} · {len(told['done'])} ✓"
-        return Panel(Text("\n".join(lines)), title=escape(title), title_align="left")
+        return Panel(Wrapped("\n".join(lines)), title=escape(title), title_align="left")
 
     def _wholly(self, told: scene.Json) -> list[str]:
         predicting = [*self._predicting(told, lambda _: True)]
@@ -135,7 +139,7 @@ class Face:
         for key in () if step.key == "implement" else step.conditions:  # whose checks stand below it, with reasons
             lines.append(f"   {'✓' if key in told['met'] else '○'} {self._filled(told, text['conditions'][key])}")
         if told["trials"]:
-            lines += [self._trial(row) for row in told["trials"]]
+            lines += self._trials(told["trials"])
         if told["hint"]:
             told_now = {"missed": text["missed"], "stranded": self.say("stranded")} | text.get("hints", {})
             lines.append(f"→ {self._filled(told, told_now[told['hint']])}")
@@ -143,10 +147,12 @@ class Face:
             lines.append(f"{self.say('why')} · {self._filled(told, text['why'])}")
         return lines
 
-    def _trial(self, row: scene.Json) -> str:
-        before, after = (self.say(f"trial_{times}") for times in row["times"])
-        told = f"{self._named('trial_before', before)} · {self._named('trial_after', after)}"
-        return f"   {self.say(row['guarantee'])} · {told}"
+    def _trials(self, rows: list[scene.Json]) -> list[str]:
+        """Return them below each other, under what was done."""
+        cells = [["", self.say("trial_before"), self.say("trial_after")]]
+        cells += [[self.say(row["guarantee"]), *(self.say(f"trial_{times}") for times in row["times"])] for row in rows]
+        widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+        return ["   " + "".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 
     def _named(self, key: str, value: object) -> str:
         return self.say("terminal_named", what=self.say(key), told=value)
@@ -155,26 +161,28 @@ class Face:
         queue = stage["queue"]
         if queue is None:
             return Text(self.say("no_queue"))
+        grouped = self._visit.room.setting.grouped
         grid = Table.grid(padding=(0, 2))
         grid.add_row(self.say("producer"), f"{stage['producer']['sent']}")
-        grid.add_row(f"queue {queue['name']}", _chips(queue["waiting"]) or "·")
+        grid.add_row(f"queue {queue['name']}", _chips(queue["waiting"], grouped=grouped) or "·")
         for key, claims in (("delayed", queue["late"]), ("dead_letters", queue["letters"])):
             if claims or not brief:
                 grid.add_row(self.say(key), _chips(claims) or self.say("none"))
         for one in stage["consumers"]:
             name = self.say("guest") if one["guest"] else self.say("consumer_n", n=one["number"])
-            held = "" if one["holds"] is None else f"[{one['holds']['claim']}] "
+            held = "" if one["holds"] is None else f"[{_label(one['holds'], grouped=grouped)}] "
             grid.add_row(name, held + (self.say("over") if one["over"] else self.say(f"state_{one['state']}")))
         if stage["documents"] is not None:
             second = stage["documents"]
             letters = self._named("letters", second["count"])
             grid.add_row("queue documents", f"{_chips(second['waiting']) or '·'}   {letters}")
-        grid.add_row(self.say("processed"), f"{stage['paid']}   {_chips(stage['done'])}")
-        return Group(grid, Text(self._sums(queue, brief=brief), style="green" if queue["holds"] else "red"))
+        grid.add_row(self.say("processed"), f"{stage['paid']}   {_chips(stage['done'], grouped=grouped)}")
+        return Group(grid, Wrapped(self._sums(queue, brief=brief), style="green" if queue["holds"] else "red"))
 
     def _sums(self, queue: scene.Json, *, brief: bool) -> str:
         states = ("ready", "delayed", "leased", "acked", "dead", "removed")
-        terms = " + ".join(self.say(f"{state}_n", n=queue[state]) for state in states if queue[state] or not brief)
+        shown = [state for state in states if queue[state] or not brief] or ["ready"]
+        terms = " + ".join(self.say(f"{state}_n", n=queue[state]) for state in shown)
         found = scene.books(self._visit.room)
         verdict = f"{self.say('lost_n', n=found['lost'])}, {self.say('doubled_n', n=found['doubled'])}"
         return f"{self.say('all_sent', n=queue['sent'])} = {terms} · {verdict}"
@@ -189,7 +197,7 @@ class Face:
 
     def _timeline(self, told: scene.Json) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
-        for lane in told["lanes"][-6:]:
+        for lane in [lane for lane in told["lanes"] if lane["bars"]][-6:]:
             bars = " ".join(self._bar(bar) for bar in lane["bars"][-CHIPS:])
             grid.add_row(self.say("consumer_n", n=lane["number"]), escape(bars))
         return grid
@@ -212,8 +220,8 @@ class Face:
         grid = Table.grid(padding=(0, 1))
         for check in told["checks"]:
             mark = {"open": "○", "running": "…", "green": "✓", "red": "✖"}[check["state"]]
-            grid.add_row(mark, escape(conditions[check["key"]]), escape(self._reason(check)))
-        return Group(Text(self.say("terminal_code")), grid)
+            grid.add_row(mark, escape(conditions[check["key"]]), Wrapped(self._reason(check)))
+        return Group(Wrapped(self.say("terminal_code")), grid)
 
     def _reason(self, check: scene.Json) -> str:
         """Return why a check is red or green; what Python said stands behind, where it was translated."""
@@ -312,9 +320,35 @@ class Face:
                 return
 
 
-def _chips(claims: list[scene.Json]) -> str:
-    shown = " ".join(f"({one['claim']})" for one in claims[:CHIPS])
+def _chips(claims: list[scene.Json], *, grouped: bool = False) -> str:
+    shown = " ".join(f"({_label(one, grouped=grouped)})" for one in claims[:CHIPS])
     return shown + (" …" if len(claims) > CHIPS else "")
+
+
+def _label(one: scene.Json, *, grouped: bool) -> str:
+    """Return a claim's number; with its policy's letter, and a lock if it waits for another, where these are groups."""
+    letter = LETTERS[POLICIES.index(one["policy"])] if grouped and one.get("policy") in POLICIES else ""
+    return f"{one['claim']}{letter}{LOCK if one.get('locked') else ''}"
+
+
+class Wrapped:
+    """Text that breaks at spaces, and not at those that do not break: « : » stays with the word before it."""
+
+    def __init__(self, text: str, style: str = "") -> None:
+        self._text = text
+        self._style = style
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self._text.split("\n"):
+            indent = " " * (len(line) - len(line.lstrip(" ")))
+            folded = textwrap.wrap(
+                line.strip(" "),
+                options.max_width,
+                initial_indent=indent,
+                subsequent_indent=indent,
+                break_on_hyphens=False,
+            )
+            yield Text("\n".join(folded), style=self._style)
 
 
 # --- the terminal ----------------------------------------------------------------------------------------------------
