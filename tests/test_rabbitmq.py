@@ -19,7 +19,7 @@ from filao.conformance import Verdict, checks, verify
 from filao.dashboard import pages
 from filao.dashboard.acts import Act
 from filao.engine import Ack, Batch, Feature, Operation, Receive, Settle
-from filao.engines.rabbitmq import RabbitmqEngine, consumer, control, engine, register, server, topology
+from filao.engines.rabbitmq import RabbitmqEngine, consumer, control, engine, errands, register, server, topology
 from filao.engines.rabbitmq.publisher import LARGE_AT_ONCE
 from filao.message import delivery_of
 from tests.conftest import engine_of
@@ -1008,13 +1008,30 @@ async def test_dead_letters_keep_their_order_however_often_they_are_looked_at(br
     async with asyncio.timeout(60):
         while (await broker.stats(queue)).dead < 100:
             await asyncio.sleep(0.05)
-    for _ in range(3):
+    for _ in range(2):
         assert [letter.id for letter in await broker.dead_letters(queue, limit=100)] == list(map(str, range(100)))
     assert await broker.redrive(queue, ids=["0", "50"]) == 2
     walked: list[str] = []
     while page := await broker.dead_letters(queue, limit=40, after=walked[-1] if walked else None):
         walked += [letter.id for letter in page]
     assert walked == [str(number) for number in range(100) if number not in (0, 50)]
+
+
+async def test_dead_letters_keep_their_order_though_a_look_at_them_is_cancelled(url, broker, queue, foreign) -> None:
+    for number in range(100):
+        properties = pika.BasicProperties(message_id=str(number), headers={"x-filao-reason": "rejected"})
+        foreign.basic_publish("", topology.dead_name(queue.name), b"1", properties)
+    async with asyncio.timeout(60):
+        while (await broker.stats(queue)).dead < 100:
+            await asyncio.sleep(0.05)
+    async with filao.connect(url) as other:
+        looking = asyncio.create_task(other.dead_letters(queue, limit=100))
+        while foreign.queue_declare(topology.dead_name(queue.name), passive=True).method.message_count > 50:
+            await asyncio.sleep(0)
+        looking.cancel()  # while it has fifty of them; and the broker is closed
+        await asyncio.wait([looking])
+        assert looking.cancelled()
+    assert [letter.id for letter in await broker.dead_letters(queue, limit=100)] == list(map(str, range(100)))
 
 
 async def test_a_queue_whose_dead_letters_somebody_keeps_loses_nothing_to_a_delete(
@@ -1041,7 +1058,7 @@ async def test_dead_letters_that_are_being_looked_at_are_counted(broker, queue) 
     operators = engine_of(broker).operators
     async with (
         operators._declared.apart() as call,
-        control._dead(call, queue.name, operators._taken) as look,
+        control._dead(call, queue.name, operators._taken, errands.Errand()) as look,
     ):
         async for _ in look.each():
             assert (await broker.stats(queue)).dead == 2

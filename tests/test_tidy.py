@@ -104,6 +104,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "publisher",
             "burials",
             "doctor",
+            "errands",
             "control",
             "overview",
             "moving",

@@ -15,6 +15,7 @@ from aiormq.exceptions import ChannelLockedResource
 
 from filao.engine import Draft, Finding, QueueStats, State, StoredMessage
 from filao.engines.rabbitmq import doctor, envelope, register, topology
+from filao.engines.rabbitmq.errands import Errand, Errands
 from filao.engines.rabbitmq.refusals import refused
 from filao.engines.rabbitmq.register import Apart, Declared
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server, Session
@@ -46,6 +47,7 @@ class RabbitmqOperators:
         self._declared = declared
         self._held = held
         self._taken: Taken = {}
+        self._errands = Errands()
 
     async def queues(self) -> list[Queue]:
         """Return every declared queue with its rules, by name."""
@@ -79,14 +81,22 @@ class RabbitmqOperators:
         """Return dead letters; nothing else can be looked at."""
         if state is not State.DEAD:
             raise refused(queue, f"peek at {state} messages", "way to look at a message without receiving it")
-        async with self._declared.apart(queue) as call:
-            return await peek(call, queue, limit, after, self._taken)
+        return await self._errands.run(lambda errand: self._peek(errand, queue, limit, after))
+
+    async def _peek(self, errand: Errand, queue: str, limit: int, after: str | None) -> list[StoredMessage]:
+        async with self._declared.apart(queue) as call, _dead(call, queue, self._taken, errand) as look:
+            return await peek(look, queue, limit, after)
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Publish dead letters behind what is ready."""
+        return await self._errands.run(lambda errand: self._redrive(errand, queue, ids, limit, edited))
+
+    async def _redrive(
+        self, errand: Errand, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None
+    ) -> int:
         with Tally() as tally:
-            async with self._declared.apart(queue) as call:
-                await redrive(call, queue, ids, limit, edited, taken=self._taken, tally=tally)
+            async with self._declared.apart(queue) as call, _dead(call, queue, self._taken, errand) as look:
+                await redrive(look, queue, ids, limit, edited, tally=tally)
         return tally.done
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
@@ -95,17 +105,26 @@ class RabbitmqOperators:
             raise refused(queue, "to cancel one message", "way to find a message in a queue")
         if not {State.READY, State.DEAD} & set(states):
             raise refused(queue, f"to purge {' and '.join(states)} messages", "way to reach them")
+        if ids is not None:
+            return await self._errands.run(lambda errand: self._discard(errand, queue, ids))
         with Tally() as tally:
             async with self._declared.apart(queue) as call:
-                if ids is not None:
-                    await discard(call, queue, ids, self._taken, tally)
-                    return tally.done
                 if State.DEAD in states:
                     await _take(call, queue)  # or nothing is done
                 for state, name in ((State.READY, queue), (State.DEAD, dead_name(queue))):
                     if state in states:
                         tally.done += await purge(call.session, name)
         return tally.done
+
+    async def _discard(self, errand: Errand, queue: str, ids: Sequence[str]) -> int:
+        with Tally() as tally:
+            async with self._declared.apart(queue) as call, _dead(call, queue, self._taken, errand) as look:
+                await discard(look, ids, tally)
+        return tally.done
+
+    async def close(self) -> None:
+        """Put back all dead letters that somebody looks at."""
+        await self._errands.close()
 
     async def report(self, state: str) -> None:
         """Do nothing: the server keeps no list of processes that others could read."""
@@ -161,87 +180,87 @@ async def purge(session: Session, queue: str) -> int:
         return (await channel.queue_purge(queue, timeout=ANSWERS_WITHIN)).message_count or 0
 
 
-async def peek(call: Apart, queue: str, limit: int, after: str | None, taken: Taken) -> list[StoredMessage]:
+async def peek(look: "_Look", queue: str, limit: int, after: str | None) -> list[StoredMessage]:
     """Return dead letters, the first to die first."""
     found: list[StoredMessage] = []
-    async with _dead(call, queue, taken) as look:
-        seen = after is None
-        async for message in look.each():
-            if seen:
-                found.append(envelope.stored(queue, message))
-            elif envelope.name_of(message.header.properties) == after:
-                seen = True
-            if len(found) == limit:
-                break
+    seen = after is None
+    async for message in look.each():
+        if seen:
+            found.append(envelope.stored(queue, message))
+        elif envelope.name_of(message.header.properties) == after:
+            seen = True
+        if len(found) == limit:
+            break
     if not seen:
         raise ConfigurationError(f"queue {queue!r}: there is no dead letter {after!r} to go on behind; begin again")
     return found
 
 
 async def redrive(
-    call: Apart,
-    queue: str,
-    ids: Sequence[str] | None,
-    limit: int | None,
-    edited: Draft | None,
-    *,
-    taken: Taken,
-    tally: Tally,
+    look: "_Look", queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None, *, tally: Tally
 ) -> None:
     """Publish dead letters to their queue, and delete each once that is confirmed."""
     wanted = None if ids is None else set(ids)
     most = len(wanted) if wanted is not None else limit
     back: set[str] = set()
-    async with _dead(call, queue, taken) as look:
-        async for message in look.each():
-            properties = message.header.properties
-            name = envelope.name_of(properties)
-            if name in back:
-                break  # it has died again meanwhile
-            if wanted is not None and name not in wanted:
-                continue
-            content = message.body if edited is None else edited.content
-            new = envelope.redriven(properties, edited)
-            await look.channel.basic_publish(
-                content, routing_key=queue, properties=new, mandatory=True, timeout=ANSWERS_WITHIN
-            )
-            await look.delete(message)
-            tally.done += 1
-            back |= {name} - {""}
-            if tally.done == most:
-                break
+    async for message in look.each():
+        properties = message.header.properties
+        name = envelope.name_of(properties)
+        if name in back:
+            break  # it has died again meanwhile
+        if wanted is not None and name not in wanted:
+            continue
+        content = message.body if edited is None else edited.content
+        new = envelope.redriven(properties, edited)
+        await look.channel.basic_publish(
+            content, routing_key=queue, properties=new, mandatory=True, timeout=ANSWERS_WITHIN
+        )
+        await look.delete(message)
+        tally.done += 1
+        back |= {name} - {""}
+        if tally.done == most:
+            break
 
 
-async def discard(call: Apart, queue: str, ids: Sequence[str], taken: Taken, tally: Tally) -> None:
+async def discard(look: "_Look", ids: Sequence[str], tally: Tally) -> None:
     """Delete dead letters by their ids."""
     wanted = set(ids)
-    async with _dead(call, queue, taken) as look:
-        async for message in look.each():
-            if envelope.name_of(message.header.properties) in wanted:
-                await look.delete(message)
-                tally.done += 1
+    async for message in look.each():
+        if envelope.name_of(message.header.properties) in wanted:
+            await look.delete(message)
+            tally.done += 1
 
 
 class _Look:
     """The dead letters that there were when it began, in order, as this process has them meanwhile."""
 
-    def __init__(self, channel: Channel, queue: str, most: int, taken: Taken) -> None:
+    def __init__(self, channel: Channel, queue: str, most: int, taken: Taken, errand: Errand) -> None:
         self.channel = channel
         self._queue = queue
         self._unseen = most
         self._taken = taken
+        self._errand = errand
         self._held: dict[int, None] = {}
         """The delivery tags of those that are to go back, in order."""
 
     async def each(self) -> AsyncGenerator[DeliveredMessage]:
-        """Take those that were not taken yet, one after the other; more may die meanwhile, without end."""
-        while self._unseen:
-            self._unseen -= 1
-            message = await self.channel.basic_get(dead_name(self._queue), timeout=ANSWERS_WITHIN)
-            if message.delivery_tag is None:
-                return
-            self._held[message.delivery_tag] = None
+        """Take those that were not taken yet, one after the other, for as long as somebody wants them."""
+        while not self._errand.is_left and (message := await self._next()) is not None:
             yield message
+        if self._errand.is_left:
+            raise EngineUnavailable("the broker was closed meanwhile")
+
+    async def _next(self) -> DeliveredMessage | None:
+        """Take the next of those that there were: more may die meanwhile, without end."""
+        if not self._unseen:
+            return None
+        self._unseen -= 1
+        message = await self.channel.basic_get(dead_name(self._queue), timeout=ANSWERS_WITHIN)
+        if message.delivery_tag is None:
+            self._unseen = 0
+            return None
+        self._held[message.delivery_tag] = None
+        return message
 
     async def delete(self, message: DeliveredMessage) -> None:
         """Let one not go back."""
@@ -252,7 +271,7 @@ class _Look:
 
     async def give_back(self) -> None:
         """Put all others back in order, the unseen as well: what goes back lines up behind what went before."""
-        async for _ in self.each():
+        while await self._next() is not None:
             pass
         tags = list(self._held)
         for first in range(0, len(tags), TOGETHER):
@@ -270,17 +289,17 @@ class _Look:
 
 
 @asynccontextmanager
-async def _dead(call: Apart, queue: str, taken: Taken) -> AsyncGenerator[_Look]:
-    """Give the dead letters there are now; those that were not deleted go back when the block ends, or we die.
-
-    They go back in order but for a cancellation, which closes the channel under the call that it meets.
+async def _dead(call: Apart, queue: str, taken: Taken, errand: Errand) -> AsyncGenerator[_Look]:
+    """Give the dead letters there are now; those that were not deleted go back in order when the block ends, and in any
+    order if we die.
     """
     await _take(call, queue)
+    errand.has_taken = True
     call.goes_on()
     most = taken[queue] = await call.session.depth(dead_name(queue)) or 0
     try:
         async with call.session.aside(confirms=True) as channel:
-            look = _Look(channel, queue, most, taken)
+            look = _Look(channel, queue, most, taken, errand)
             try:
                 yield look
             except Exception:

@@ -111,6 +111,7 @@ class RabbitmqEngine:
         self._tidying.cancel()
         try:
             await asyncio.gather(self._tidying, return_exceptions=True)
+            await self.operators.close()
             await self._burials.close()
             await self._declared.close()
             await self._receiving.close()
