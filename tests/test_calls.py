@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ import filao.sync
 from filao.calls import ENDED, Call, Caller
 from filao.engines.sqlite import files
 from filao.forks import gate
-from tests.support.instructions import stopped_at
+from tests.conftest import untraced
+from tests.support.instructions import interrupted, stopped_at
 
 
 def test_a_call_that_comes_while_the_loop_ends_is_refused(tmp_path) -> None:
@@ -63,6 +64,19 @@ def test_an_end_that_meets_the_beginning_of_a_call_leaves_no_task() -> None:
         task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
+
+
+@untraced
+def test_an_exception_that_meets_the_making_of_a_block_leaves_no_other_behind(monkeypatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda what: told.append(what.exc_type))
+    loop = asyncio.new_event_loop()
+    at = 1
+    while interrupted(partial(Caller(loop).held, aclosing, id, list), at):
+        at += 1
+    loop.close()
+    assert at > 1
+    assert set(told) <= {KeyboardInterrupt}, "it met the end of the block itself"
 
 
 def begin(caller: Caller) -> None:

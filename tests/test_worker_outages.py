@@ -223,6 +223,32 @@ async def test_a_broker_that_its_program_closes_ends_the_worker_with_that_error(
             await task
 
 
+async def test_what_was_handled_while_the_broker_was_closed_comes_again_as_the_log_says(url, caplog) -> None:
+    broker, held, closed = filao.connect(url), asyncio.Event(), asyncio.Event()
+    worker = filao.Worker(broker)
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None:
+        held.set()
+        await closed.wait()
+
+    async with broker:
+        await broker.declare(CLAIMS)
+        receipt = await broker.send_to_queue(CLAIMS, 1)
+        task = asyncio.create_task(worker.run())
+        await held.wait()
+    closed.set()
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(filao.ConfigurationError, match="this broker is closed"):
+            await task
+    assert f"message {receipt.id} of 'claims', attempt 1 comes again" in caplog.text
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    async with filao.connect(url) as other:
+        again = await other.receive_from_queue(CLAIMS, wait=PATIENCE)
+        assert again is not None
+        assert again.attempt == 1
+
+
 @contextmanager
 def locked(path: str) -> Generator[None]:
     other = sqlite3.connect(path)

@@ -293,7 +293,8 @@ class Held(Generic[H, R]):
             self._left()
 
     def __del__(self) -> None:
-        self._holding.leave_soon(is_well=False)
+        with suppress(AttributeError):  # an exception met its making, and there is nothing to leave
+            self._holding.leave_soon(is_well=False)
 
 
 class _UndoneError(Exception):

@@ -290,6 +290,9 @@ class Run:
             self._end(self._settled_before(outcome), outcome)
         elif outcome is None:
             self._end("lost", None)
+        elif not self._shared.session.is_open:
+            self.log.warning("%s comes again: its program closed the broker while it was handled", self.about())
+            self._end("lost", None)
         else:
             self._shared.session.settle(self.delivery, outcome).add_done_callback(partial(self._answered, outcome))
 
