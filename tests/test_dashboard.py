@@ -524,6 +524,30 @@ async def test_the_page_stays_up_while_the_store_is_away(tmp_path) -> None:
         assert "not there" not in early.text
 
 
+async def test_who_receives_now_and_then_is_not_nobody(broker, visitor, monkeypatch) -> None:
+    await broker.send_many("claims", range(3))
+    nobody = "nobody receives from this queue"
+    assert nobody in await visitor.sees("/en/queue?name=claims")
+    await (await broker.receive_from_queue("claims")).ack()
+    await visitor.dashboard._closing[-1].anew()
+    assert (await broker.stats("claims")).receivers == ()
+    assert nobody not in await visitor.sees("/en/queue?name=claims")
+    monkeypatch.setattr(module_of_watch, "RECEIVED_LATELY", 0.0)
+    assert nobody in await visitor.sees("/en/queue?name=claims")
+
+
+async def test_who_does_not_confirm_is_led_back(broker, visitor) -> None:
+    await die(broker, {"a": "no"})
+    (letter,) = await broker.dead_letters("claims", limit=1)
+    for act, led in (
+        (Act("discard", "claims", reason="rejected", error="no"), "/en/dead?queue=claims"),
+        (Act("redrive", "claims", id=letter.id), f"/en/message?queue=claims&id={letter.id}"),
+        (Act("pause", "claims"), "/en/queue?name=claims"),
+    ):
+        asked = await visitor.sends(act, confirmed="")
+        assert f'href="{led}">No</a>' in unescape(asked.text)
+
+
 async def test_a_file_that_was_put_in_the_place_of_another_is_shown_instead(
     broker, visitor, tmp_path, monkeypatch
 ) -> None:

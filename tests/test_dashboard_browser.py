@@ -155,7 +155,7 @@ class Operator:
 async def test_three_thousand_dead_letters_are_triaged_by_keyboard_alone(context, dashboard) -> None:
     operator = Operator(await context.new_page())
     await operator.arrive(dashboard.url)
-    await operator.press("nav a[href$=dead]", ".triage tbody tr:nth-child(4)")
+    await operator.press("nav a[href$=dead]", ".cards tbody tr:nth-child(4)")
     async with filao.connect(dashboard.file) as broker:
         for act, kind, rate in (
             ("kr", "ValueError", ""),

@@ -281,6 +281,7 @@ class Pages:
             other=f"{root}/{other}/{path}" + (f"?{urlencode(asked)}" if asked else ""),
             live=f"?{live}",
             look=look,
+            is_served=self._watch.is_served,
             visitor=visitor,
             may_act=self._allow_actions,
             states=tuple(State) if counts else (State.READY, State.DEAD),

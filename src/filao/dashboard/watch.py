@@ -22,6 +22,7 @@ QUIET_EVERY = 30.0  # ... only so often, so that a page that is opened has a pas
 SHARE = 50  # a look is followed by so many times its own time without one: 2 % of a core, however many queues there are
 ANSWERS_WITHIN = 10.0  # seconds for one look; then the store counts as away
 FIRST_WITHIN = 1.5  # seconds that a page waits for a look that is under way
+RECEIVED_LATELY = 60.0  # seconds for which a queue counts as served after a receive: who polls is mostly not there
 POINTS_MAX = 90  # looks that are remembered of each queue: three minutes
 
 
@@ -35,6 +36,8 @@ class Course:
     """Sent per second."""
     rate_out: "array[float]" = field(default_factory=lambda: array("f"))
     """Acknowledged per second."""
+    received_at: float = -RECEIVED_LATELY
+    """When something was seen to have been received, by the monotonic clock."""
 
     def add(self, *values: float) -> None:
         """Remember a look."""
@@ -42,6 +45,9 @@ class Course:
             points.append(value)
             if len(points) > POINTS_MAX:
                 del points[0]
+
+
+_UNKNOWN = Course()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,11 @@ class Watch:
             self._hurry.set()
             await self.after(self._look.number, left)
         return self._look
+
+    def is_served(self, queue: QueueStats) -> bool:
+        """Return whether somebody receives from a queue: waits there, holds a message, or has taken one lately."""
+        course = self.courses.get(queue.name, _UNKNOWN)
+        return bool(queue.receivers) or time.monotonic() - course.received_at < RECEIVED_LATELY
 
     async def close(self) -> None:
         """Look no more, and let those go who wait for a look."""
@@ -168,6 +179,8 @@ class Watch:
             was = before.get(name, one)
             waiting = one.ready + one.delayed + one.blocked
             course = self.courses.setdefault(name, Course())
+            if one.received > was.received:
+                course.received_at = now
             course.add(waiting, max(0.0, (one.sent - was.sent) / past), max(0.0, (one.acked - was.acked) / past))
         for name in self.courses.keys() - queues.keys():
             del self.courses[name]
