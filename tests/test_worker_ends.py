@@ -1,6 +1,7 @@
 """Whatever ends a handler, and however: its message is settled, its worker goes on, and what it says is true."""
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import logging
 import os
@@ -78,6 +79,10 @@ async def returns_a_future(message: filao.Message) -> Any:
     return asyncio.get_running_loop().create_future()
 
 
+def returns_an_executors_future(message: filao.sync.Message) -> Any:
+    return concurrent.futures.Future[None]()
+
+
 def returns_an_awaitable(message: filao.sync.Message) -> Any:
     class Awaitable:
         def __await__(self) -> Any:
@@ -119,6 +124,7 @@ ENDS: dict[str, tuple[Callable[..., Any], str]] = {
     "an error that cannot be encoded": (raising(ValueError("\ud800 \0 5 €")), "delayed"),
     "a coroutine returned": (returns_a_coroutine, "delayed"),
     "a future returned": (returns_a_future, "delayed"),
+    "an executor's future returned": (returns_an_executors_future, "delayed"),
     "an awaitable returned": (returns_an_awaitable, "delayed"),
     "a generator returned": (returns_a_generator, "delayed"),
 }

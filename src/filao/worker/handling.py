@@ -9,6 +9,7 @@ coroutine at its next await, a thread at its next bytecode. One that does not en
 """
 
 import asyncio
+import concurrent.futures
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,7 +188,9 @@ class Handling:
 
 
 def _result(handler: Handler, result: object) -> object:
-    """Refuse what a wrapper returned in place of running it: acknowledged, it would be lost."""
+    """Refuse work that is not done, which a wrapper or an executor returned: acknowledged, it would be lost."""
+    if isinstance(result, concurrent.futures.Future):
+        raise TypeError(f"the handler {handler.name} returned a Future, whose end nobody waits for: return its result")
     if not inspect.isawaitable(result) and not inspect.isgenerator(result) and not inspect.isasyncgen(result):
         return result
     if inspect.iscoroutine(result):
