@@ -73,6 +73,11 @@ def test_a_queue_that_is_not_found_names_its_neighbours() -> None:
     assert "No queue is declared" in str(not_found("claims", []))
 
 
+def test_a_queue_that_was_deleted_since_it_was_known_is_no_neighbour_of_itself() -> None:
+    assert "'claims.dead'" in str(not_found("claims", ["claims", "claims.dead"]))
+    assert "Did you mean 'claims'" not in str(not_found("claims", ["claims", "claims.dead"]))
+
+
 @dataclass
 class Changeable:
     claim: int

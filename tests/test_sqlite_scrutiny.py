@@ -254,6 +254,15 @@ async def test_without_a_descriptor_an_error_says_so(db) -> None:
         assert engine_of(broker)._database.hold.belfry.own is None
 
 
+async def test_a_receive_without_a_descriptor_says_so_and_the_next_one_has_a_bell(db) -> None:
+    async with filao.connect(db) as broker:
+        await broker.send_to_queue(CLAIMS, 1)
+        with no_descriptor_left(), pytest.raises(filao.EngineUnavailable, match="no file descriptor left"):
+            await broker.receive_from_queue(CLAIMS, wait=0)
+        assert await broker.receive_from_queue(CLAIMS, wait=0) is not None
+        assert engine_of(broker)._database.hold.belfry.own is not None
+
+
 WITHOUT = """
 import os, sys, filao.sync
 try:

@@ -200,7 +200,7 @@ def check_halts(queue: Queue[Any], group: str) -> None:
 
 def not_found(name: str, known: Iterable[str]) -> QueueNotFound:
     """Return the error for a queue that nobody declared, naming those that its caller may have meant."""
-    names = sorted(islice(known, COMPARED_MAX))
+    names = sorted(other for other in islice(known, COMPARED_MAX) if other != name)  # it may have been deleted since
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "No queue is declared here yet."
     return QueueNotFound(f"queue {name!r} is not declared. {hint} Declare it with broker.declare(Queue({name!r})).")

@@ -74,12 +74,17 @@ class Belfry:
         """The bells that are not where they should be, and since when (`time.monotonic`)."""
 
     def make(self) -> Bell | None:
-        """Make a bell for this process; None where there are none. It is its `own` once others can know of it."""
+        """Make a bell for this process; None where there are none. It is its `own` once others can know of it.
+
+        Raises `OSError` when no file descriptor is left, which passes: without a bell, it would have none for ever.
+        """
         if self._folder is None or not hasattr(os, "mkfifo"):
             return None
         try:
             return Bell(self._folder)
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             return None  # a file system without FIFOs: polling finds what no bell tells
 
     def ring(self, name: str, queue: int) -> None:

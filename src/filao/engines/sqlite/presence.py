@@ -8,6 +8,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from filao.engines.sqlite import files, processes, waitlist
 from filao.engines.sqlite.database import Database
@@ -33,7 +34,8 @@ class Presence:
         database, belfry = self._database, self._hold.belfry
         if database.lessee is not NOBODY:
             return database.lessee
-        bell = belfry.make()
+        with files.mapped(self._hold.path):
+            bell = belfry.make()
         try:
             with database.write(durable=False) as books:
                 process = processes.enter(books, bell.name if bell is not None else "", name)
@@ -46,8 +48,9 @@ class Presence:
         with files.mapped(self._hold.path):
             self._hold.watch_bell()
         database.lessee = Lessee(process, name)
-        for forgotten in belfry.forgotten(known):
-            belfry.take_down(forgotten)
+        with suppress(OSError):  # the next process that enters looks again
+            for forgotten in belfry.forgotten(known):
+                belfry.take_down(forgotten)
         return database.lessee
 
     def resign(self) -> bool:
