@@ -203,6 +203,7 @@ def test_french_is_typeset() -> None:
         assert "'" not in plain, text
         assert not re.search(r" [:;!?»]|« ", plain), text
         assert not re.search(r"\d (s|ms|ko|%)\b", plain), text
+    assert french("traite-t-on le tout ? remettez-la") == "traite\u2011t\u2011on le tout\u202f? remettez\u2011la"
     assert french("tué, la {claim} en main") == "tué, la\u00a0{claim} en main"
     assert french("l'agent : « oui » !") == "l\u2019agent\u00a0: «\u00a0oui\u00a0»\u202f!"
 

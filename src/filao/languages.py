@@ -13,6 +13,8 @@ Language = Literal["en", "fr"]
 LANGUAGES: tuple[Language, ...] = ("en", "fr")
 
 NO_BREAK, NARROW = "\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}"
+HYPHEN = "\N{NON-BREAKING HYPHEN}"
+PRONOUN = re.compile(r"(?<=\w)-(?=(?:t-)?(?:il|elle|on|le|la|les|lui|leur|en|y|moi|toi|nous|vous|ils|elles)\b)")
 PLACE = re.compile(r"{([\w-]+)(?:\|([^|}]*)\|([^}]*))?}")
 
 
@@ -66,9 +68,10 @@ def _typeset(value: Any) -> Any:
 
 
 def french(text: str) -> str:
-    """Return a French text with typographic apostrophes and no-break spaces."""
+    """Return a French text with typographic apostrophes and no-break spaces; a verb keeps its pronoun: « est-il »."""
     text = text.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")
     text = re.sub(r" (?=[:»])|(?<=«) ", NO_BREAK, text)
     text = re.sub(r" (?=[;!?])", NARROW, text)
     text = re.sub(r"(?<=\b[Ll][ae]) (?={)", NO_BREAK, text)
+    text = PRONOUN.sub(HYPHEN, text)
     return re.sub(r"(?<=[\d}]) (?=(?:s|ms|€|%|ko)\b)", NO_BREAK, text)
