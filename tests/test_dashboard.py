@@ -613,6 +613,15 @@ async def test_letters_that_left_during_the_look_are_not_said_to_be_cut_off(brok
     assert "told apart are the first" not in await visitor.sees("/en/dead")
 
 
+async def test_kinds_stay_in_sight_until_what_was_done_has_been_looked_at(broker, visitor) -> None:
+    await die(broker, FOUR_KINDS)
+    before = rows(await visitor.sees("/en/dead"))
+    visitor.dashboard._closing[1].forget("claims")
+    live = await visitor.sees("/en/dead?live=once")
+    assert rows(live) == before
+    assert "what stands here is from before" in live
+
+
 async def test_until_dead_letters_are_told_apart_their_number_is(broker, visitor, monkeypatch) -> None:
     await die(broker, FOUR_KINDS)
     monkeypatch.setattr(views, "KINDS_WITHIN", 0.0)
@@ -1118,7 +1127,11 @@ async def test_while_a_server_is_away_pages_show_what_was_seen_and_since_when(po
                 while "has not answered since" not in (page := await somebody.sees("/en/queues")):
                     await asyncio.sleep(0.1)
             assert 'id="q-claims"' in page
-            await somebody.sees("/en/queue?name=claims", 503)
+            assert "What stands here was seen then" in page
+            away = await somebody.client.get("/en/queue?name=claims")  # it comes again by itself, and says it once
+            assert (away.status_code, away.headers["refresh"]) == (503, "2")
+            assert away.text.count("is away") == 1
+            assert "was seen then" not in away.text
             proxy.lead_to(url.port or 5432)
             async with asyncio.timeout(60):
                 while "has not answered since" in await somebody.sees("/en/queues"):

@@ -44,7 +44,8 @@ STREAMS_MAX = 200  # at a time; more are told to come again
 DRAWN_MAX = 64  # live parts that are kept until the next look
 READ_WITHIN = 5.0  # seconds for what one page asks the store for ...
 RECEIVED_WITHIN = 30.0  # ... and where messages are received to be looked at, all of them: the bound of every wait
-COMES_AGAIN = 2  # seconds after which a browser asks again for a page of a store that has not answered yet
+AWAY = 503  # the status of a page of a store that does not answer, or not in time ...
+COMES_AGAIN = 2  # ... and the seconds after which a browser asks again for it
 ACT_WITHIN = 2.0  # seconds that an answer waits for a deed to end
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 _NAMED: dict[str, Language] = {language: language for language in LANGUAGES}
@@ -176,14 +177,14 @@ class Pages:
                 return Told(page, told | {"job": job, "is_job_unknown": number > 0 and job is None})
         except (QueueNotFound, NoMessageError) as error:
             if look.seen_at is None:  # it may well be there
-                return Told("trouble", {"what": "unseen"}, 503)
+                return Told("trouble", {"what": "unseen"}, AWAY)
             return Told("trouble", {"what": "not_there", "why": str(error)}, 404)
         except ConfigurationError as error:  # the message that a list was to go on behind has gone
             return Told("trouble", {"what": "gone", "why": str(error)}, 410)
         except TimeoutError:
-            return Told("trouble", {"what": "slow", "seconds": within}, 503)
+            return Told("trouble", {"what": "slow", "seconds": within}, AWAY)
         except FilaoError as error:
-            return Told("trouble", {"what": "away", "why": str(error)}, 503)
+            return Told("trouble", {"what": "away", "why": str(error)}, AWAY)
 
     def _language(self, request: Request) -> Language:
         """Return the language of a page, of the page that a form was on, or else the browser's."""
@@ -239,7 +240,7 @@ class Pages:
     # --- drawing -----------------------------------------------------------------------------------------------------
 
     def _drawn_whole(self, request: Request, language: Language, look: Look, told: Told) -> Response:
-        headers = {"refresh": f"{COMES_AGAIN}"} if told.values.get("what") == "unseen" else None
+        headers = {"refresh": f"{COMES_AGAIN}"} if told.status == AWAY else None
         return HTMLResponse(self._render(f"{told.page}.html", request, language, look, told), told.status, headers)
 
     def _render(self, template: str, request: Request, language: Language, look: Look, told: Told) -> str:

@@ -7,7 +7,7 @@ does. A look takes lists without bodies, in slices, of a bounded number of dead 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from filao.engine import QueueStats, State
@@ -44,6 +44,8 @@ class Told:
     """How many were told apart."""
     at: float
     took: float
+    is_outdated: bool = False
+    """Something was done in the queue since."""
 
 
 class Triage:
@@ -75,8 +77,9 @@ class Triage:
         return sum(kind.count for kind in kinds if (kind.reason, kind.error) == (reason, error))
 
     def forget(self, queue: str) -> None:
-        """Look at a queue again before anything is told of it: something was done there."""
-        self._told.pop(queue, None)
+        """Look at a queue again: something was done there. Until that has come, what was told counts as from before."""
+        if (told := self._told.get(queue)) is not None:
+            self._told[queue] = replace(told, is_outdated=True)
 
     async def close(self) -> None:
         """Look no more."""
@@ -86,7 +89,7 @@ class Triage:
 
     def _is_stale(self, queue: QueueStats) -> bool:
         told = self._told.get(queue.name)
-        if told is None:
+        if told is None or told.is_outdated:
             return True
         return told.counted != _counted(queue) and time.monotonic() > told.at + SHARE * told.took
 
