@@ -9,6 +9,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -221,11 +222,19 @@ async def test_no_damage_ends_in_anything_but_an_error_of_ours(db, seed) -> None
 
 
 async def test_the_doctor_may_take_longer_than_a_turn_may_be_waited_for(db, monkeypatch) -> None:
+    slept: list[float] = []
+
+    def sleep_once_it_looks() -> None:
+        if engine_of(broker)._looks and not slept:
+            slept.append(1.2)
+            time.sleep(slept[0])
+
     async with filao.connect(db) as broker:
-        await broker.send_many(CLAIMS, ["x" * 10_000] * 3_000)
         with monkeypatch.context() as patch:
-            patch.setattr(files, "BUSY_TIMEOUT", 0.01)
+            patch.setattr(files, "BUSY_TIMEOUT", 1.0)
+            engine_of(broker)._database.hold.db.set_progress_handler(sleep_once_it_looks, 1)
             assert "integrity" in {finding.subject for finding in await broker.doctor()}
+    assert slept
 
 
 @contextmanager
