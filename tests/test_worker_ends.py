@@ -216,6 +216,48 @@ async def test_a_hung_exactly_once_handler_is_undone_and_holds_up_nobody(
         end.set()
 
 
+@untraced
+@pytest.mark.parametrize("of", ["its message", "a broker of its own"])
+async def test_a_transaction_that_a_hung_plain_handler_began_itself_is_undone_and_holds_up_nobody(
+    url, broker, monkeypatch, of
+) -> None:
+    monkeypatch.setattr(handling_module, "ENDS_WITHIN", 0.1)
+    worker, began, end, refused = filao.Worker(url), threading.Event(), threading.Event(), []
+    blocking = filao.sync.connect(url)
+    await asyncio.to_thread(blocking.open)
+
+    def deaf(message: filao.sync.Message) -> None:
+        begin = message.transaction if of == "its message" else blocking.transaction
+        try:
+            with begin() as tx:
+                tx.send_to_queue("claims", "never", delay=60)
+                began.set()
+                try:
+                    end.wait(PATIENCE)
+                finally:
+                    try:
+                        tx.send_to_queue("claims", "never", delay=60)
+                    except filao.ConfigurationError as error:
+                        refused.append(error)
+        except filao.ConfigurationError as error:
+            refused.append(error)
+
+    worker.consumer(CLAIMS, timeout=0.2)(deaf)
+    await broker.send_to_queue("claims", 1)
+    try:
+        async with running(worker):
+            await until(began.is_set)
+            async with asyncio.timeout(PATIENCE / 2):
+                await broker.send_to_queue("claims", 2, delay=60)
+            await until_stats(broker, delayed=2, nacked=1)
+            end.set()
+            await until(lambda: refused)
+        await until_stats(broker, sent=2, nacked=1)
+    finally:
+        end.set()
+        await asyncio.to_thread(blocking.close)
+
+
 async def test_a_lease_that_the_handlers_own_settle_ended_is_not_told_as_lost(url, broker, caplog) -> None:
     short = dataclasses.replace(CLAIMS, lease=0.3)
     worker, after = filao.Worker(url), []

@@ -30,6 +30,7 @@ _IN_THE_MIDST = (
     "that the two would wait for each other. Nothing was done: hand it to a thread of the program's own, by a "
     "queue.SimpleQueue"
 )
+_GIVEN_UP = "its worker gave up the handler that holds this, and undid it; nothing of it was done"
 ENDED = "this broker was closed meanwhile, so this call was not answered; open it again, or another"
 
 
@@ -99,11 +100,11 @@ class Caller:
         """Return an async context manager as a blocking one; `entered` and `left` are called in the caller's thread."""
         return Held(self, opening, entered, left)
 
-    def leave(self, thread: int | None) -> None:
+    def leave(self, thread: int | None, refusal: str = ENDED) -> None:
         """Leave what a thread holds, or all threads, as if an error left its block; on the loop."""
         for call in list(self._calls):
             if call.holder is not None and thread in (None, call.holder):
-                call.cancel()
+                call.cancel(refusal)
 
     def end(self, refusal: str = ENDED) -> None:
         """Refuse all calls from now on and cancel those that have not ended; on the loop, or after it."""
@@ -143,6 +144,13 @@ def stay_if_it_ends() -> None:
 _callers: "weakref.WeakSet[Caller]" = weakref.WeakSet()
 
 
+def undo_held(thread: int) -> None:
+    """Undo what a thread holds of any broker, for it may never come to leave it by itself. From any thread."""
+    for caller in list(_callers):
+        with suppress(RuntimeError):  # its loop has ended
+            caller.loop.call_soon_threadsafe(caller.leave, thread, _GIVEN_UP)
+
+
 def _after_fork() -> None:
     for caller in list(_callers):
         caller.inherit()
@@ -175,6 +183,8 @@ class Call(Generic[R]):
         self._error: BaseException | None = None
         self._is_over = False
         self._is_taken_back = False
+        self._refusal = ENDED
+        """What to say when it is cancelled."""
         self._over = threading.Lock()
         self._over.acquire()
 
@@ -199,10 +209,11 @@ class Call(Generic[R]):
         with suppress(RuntimeError):  # the loop has ended, and this with it
             self._loop.call_soon_threadsafe(self._undo)
 
-    def cancel(self) -> None:
+    def cancel(self, refusal: str = ENDED) -> None:
         """Cancel it; on the loop, or after it."""
+        self._refusal = refusal
         if self._task is None or self._loop.is_closed():
-            self._end(ConfigurationError(ENDED))
+            self._end(ConfigurationError(refusal))
         else:
             self._task.cancel()
 
@@ -222,7 +233,7 @@ class Call(Generic[R]):
         try:
             self._result = await self._function(*self._arguments)
         except asyncio.CancelledError:
-            self._end(ConfigurationError(ENDED))
+            self._end(ConfigurationError(self._refusal))
         except BaseException as error:
             self._end(error)
         else:

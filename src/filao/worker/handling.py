@@ -69,7 +69,7 @@ class Handling:
     """Calls a handler, and goes on with `then` when it has ended or is given up; that gets this."""
 
     __slots__ = (
-        *("_cancel", "_consumer", "_is_awaited", "_message", "_shared", "_task", "_then", "_timers"),
+        *("_cancel", "_consumer", "_is_awaited", "_message", "_shared", "_task", "_then", "_timers", "_undo"),
         *("children", "ending", "why"),
     )
 
@@ -95,6 +95,8 @@ class Handling:
         self._timers: list[asyncio.TimerHandle] = []
         self._cancel: Callable[[], object] = self._cancel_task
         """Tells the handler to end, where it is."""
+        self._undo: Callable[[], object] = _nothing
+        """Undoes the transactions that a plain handler has begun itself."""
         loop = asyncio.get_running_loop()
         context = shared.strays.context(self.children)
         if shared.session.observers:
@@ -139,7 +141,7 @@ class Handling:
         caller = self._shared.caller
         blocking = [sync.Transaction(caller, one) for one in transaction]
         call = self._shared.threads.start(calling, sync.Message(caller, self._shared.outside, self._message), *blocking)
-        self._cancel = call.interrupt
+        self._cancel, self._undo = call.interrupt, call.give_up
         return _result(handler, await call.future)
 
     # --- its end -----------------------------------------------------------------------------------------------------
@@ -160,12 +162,14 @@ class Handling:
     def give_up(self) -> None:
         """Go on without the handler; harmless when it has ended."""
         if self._is_awaited:
+            self._undo()
             self._go_on()
 
     def abandon(self) -> None:
         """Tell the handler to end, and never go on."""
         if self._is_awaited and self.why == "itself":
             self._cancel()
+        self._undo()
         self._is_awaited = False
 
     def _lost(self) -> None:
@@ -185,6 +189,9 @@ class Handling:
         for timer in self._timers:
             timer.cancel()
         self._then(self)
+
+
+def _nothing() -> None: ...
 
 
 def _result(handler: Handler, result: object) -> object:

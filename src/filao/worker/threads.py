@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
+from filao.calls import undo_held
+
 
 class InterruptedHandlerError(BaseException):
     """Raised in a plain handler that must end: its time is up, its lease is lost, or its worker stops."""
@@ -57,6 +59,12 @@ class Call:
             if self._thread:
                 kind = ctypes.py_object(InterruptedHandlerError)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), kind)
+
+    def give_up(self) -> None:
+        """Undo the transactions that it holds, if it runs: it keeps others waiting, for as long as it likes."""
+        with self._lock:
+            if self._thread:
+                undo_held(self._thread)
 
     def _resolve(self, result: Any, error: BaseException | None) -> None:
         if self.future.done():
