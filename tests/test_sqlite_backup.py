@@ -109,6 +109,10 @@ async def test_a_backup_overwrites_nothing(db, copy) -> None:
     ran = command("backup", db, copy)
     assert (ran.returncode, copy.read_text()) == (3, "precious")
     assert "overwrites nothing" in ran.stderr
+    copy.unlink()
+    copy.symlink_to("a disk that is not mounted")
+    ran = command("backup", db, copy)
+    assert (ran.returncode, copy.is_symlink()) == (3, True)
 
 
 async def test_a_backup_brings_back_leases_and_dead_letters(db, copy) -> None:

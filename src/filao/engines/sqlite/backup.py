@@ -27,7 +27,7 @@ def back_up(path: Path, copy: Path) -> int:
     """Copy a queue's file, which others may be using, to a new file; return its size in bytes."""
     if not path.exists():
         raise ConfigurationError(f"no such file: {path}")
-    if copy.exists():
+    if os.path.lexists(copy):  # a link that leads nowhere too
         raise ConfigurationError(
             f"{copy} exists, and a backup overwrites nothing: give another name, or remove it first"
         )

@@ -89,8 +89,10 @@ class Hold:
         """Open the connection, for the first time or again; in a turn."""
         if self.path in _inherited:
             raise ConfigurationError(
-                f"{self.path} cannot be used in this process (pid {os.getpid()}): it was forked while a statement ran "
-                f"there, and SQLite's locks would be wrong. Start the process again, or by spawn instead of fork."
+                f"{self.path} cannot be used in this process (pid {os.getpid()}): it was forked while the file was "
+                f"open, because a statement ran there, or because Python was told of the fork only afterwards, as by a "
+                f"server written in C; SQLite's locks would be wrong. Start the process again, or by spawn instead of "
+                f"fork; let such a server load the program after it has forked."
             )
         if self._ground is not None and not self._ground.is_file_there():
             self.lost = self._ground.missing()
