@@ -281,6 +281,7 @@ async def test_a_connect_that_failed_beside_a_process_that_stands_still_leaves_n
         for _ in range(2):
             with pytest.raises(filao.EngineUnavailable, match=rf"locked .*by .*process {pid} \("):
                 await filao.connect(db).open()
+            assert left_of(db)[1] == 0
         await until_left(db, 0, 0)
 
 

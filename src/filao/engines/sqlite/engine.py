@@ -90,9 +90,12 @@ class SqliteEngine:
         self._tickets = Tickets(self._refusal, self._relieve)
         try:
             await self._in_turn(self._database.open)
-        except BaseException:
-            self._thread.submit(self._close_unheard).add_done_callback(self._end)
+        except BaseException as error:
+            closed = self._thread.submit(self._close_unheard)
+            closed.add_done_callback(self._end)
             self._thread.stop()
+            if isinstance(error, FilaoError):  # those who are cancelled wait for nothing
+                await asyncio.wait([closed], timeout=CLOSED_WITHIN)
             raise
         self._start(self._housekeeper.keep())
         self._start(self._watch())
@@ -310,14 +313,12 @@ class SqliteEngine:
         while True:
             await asyncio.sleep(POLL_INTERVAL)
             was, ahead = ahead, steady() - self._loop.time()
-            if self._hold.may_be_lost() and await self._is_lost():
+            has_slept = abs(ahead - was) > SLEPT  # the machine, and the loop's timers with it
+            if has_slept or (self._hold.may_be_lost() and await self._is_lost()):
                 for line in self._lines.values():
                     line.call()  # who waits must hear of it
             if self._database.lessee is NOBODY:
                 continue
-            if abs(ahead - was) > SLEPT:  # the machine slept, and the loop's timers with it
-                for line in self._lines.values():
-                    line.call()
             with suppress(FilaoError):  # a storage that fails says so to those who call it
                 while self._presence.may_have_moved() or self._presence.dead():
                     quiet = [name for name, line in self._lines.items() if line.is_quiet()]
