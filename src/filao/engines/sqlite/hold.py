@@ -231,11 +231,10 @@ class Hold:
         if self.turnstile.try_enter():
             return
         with gate.outside():
-            if self._ground is not None and not self.is_closing and not self._is_left_waiting():
-                self.turnstile.enter()
-                return
             until = time.monotonic() + files.BUSY_TIMEOUT if ticket is None else ticket.until
-            if not self.turnstile.enter_by(lambda: time.monotonic() > until or (ticket is not None and ticket.is_over)):
+            stands = self._ground is None or self.is_closing or self._is_left_waiting()
+            enter = self.turnstile.enter_by if stands else self.turnstile.enter
+            if not enter(lambda: time.monotonic() > until or (ticket is not None and ticket.is_over)):
                 raise self.refusal()
 
     def _is_left_waiting(self) -> bool:

@@ -45,11 +45,16 @@ class Turnstile:
         if folder is not None and sys.platform != "win32":
             self._file = folder.open_turnstile()
 
-    def enter(self) -> None:
-        """Wait for this process's turn. Raises `LeftWaiting` when it has come after `leave_waiting`."""
+    def enter(self, is_over: Callable[[], bool]) -> bool:
+        """Wait in line for this process's turn, unless it `is_over` before that begins; return whether it has come.
+
+        Raises `LeftWaiting` when it has come after `leave_waiting`.
+        """
         if sys.platform != "win32" and self._file >= 0:
-            self.is_waited_at = True
+            self.is_waited_at = True  # before the look: when it is over just now, this sees it or `leave_waiting` this
             try:
+                if is_over():
+                    return False
                 flock(self._file, LOCK_EX)
             finally:
                 with self._deciding:
@@ -59,6 +64,7 @@ class Turnstile:
                     self.close()
                     raise LeftWaiting
         self.is_held = True
+        return True
 
     def enter_by(self, is_over: Callable[[], bool]) -> bool:
         """Try to take a turn until `is_over`, behind those who wait in line; return whether it is this process's."""
