@@ -164,6 +164,19 @@ async def test_another_room_prints_what_was_proved_in_the_one_before(learner, se
     assert re.search(r"took [\d.]+ ms", await learner.page.inner_text(".proved .done"))
 
 
+async def test_the_sheet_is_printed_dark_on_light_whatever_the_theme(learner) -> None:
+    await learner.press(".theme")
+    await learner.page.wait_for_selector("html[data-theme=dark]")
+    await learner.go(11)
+    await learner.press(".next")
+    await learner.page.wait_for_selector(".paper")
+    await learner.page.emulate_media(media="print", color_scheme="dark")
+    ink, ground = await learner.page.evaluate(
+        "(({ color, backgroundColor }) => [color, backgroundColor])(getComputedStyle(document.body))"
+    )
+    assert (ink, ground) == ("rgb(0, 0, 0)", "rgb(255, 255, 255)")
+
+
 async def test_a_page_that_lost_its_connection_shows_each_event_once(learner) -> None:
     await learner.page.add_init_script(SOCKETS)
     await learner.page.reload()
