@@ -161,7 +161,7 @@ async def test_another_room_prints_what_was_proved_in_the_one_before(learner, se
     await learner.page.goto(f"{served.url}en?token={TOKEN}")
     await learner.go(11)
     await learner.press(".next")
-    assert re.search(r"took [\d.]+ ms", await learner.page.inner_text(".proved .done"))
+    assert re.search(r"took [\d.]+\sms", await learner.page.inner_text(".proved .done"))
 
 
 async def test_the_sheet_is_printed_dark_on_light_whatever_the_theme(learner) -> None:
