@@ -664,6 +664,21 @@ async def test_a_rate_is_kept_and_a_job_can_be_stopped(broker, visitor) -> None:
     assert (await broker.stats("claims")).dead == 5
 
 
+async def test_a_job_that_does_not_know_yet_how_many_it_is_about_is_said_to_be_under_way(broker, visitor) -> None:
+    end = asyncio.Event()
+
+    async def last(_job: Job) -> None:
+        await end.wait()
+
+    jobs: Jobs = visitor.dashboard._closing[0]
+    job = await jobs.begin(Deed("ada", "redrive", "claims"), last)
+    assert "under way" in await visitor.sees("/en/queues")
+    end.set()
+    assert job.task is not None
+    await job.task
+    assert "under way" not in await visitor.sees(f"/en/queues?job={job.number}")
+
+
 @on_both
 async def test_a_job_is_told_of_by_another_dashboard_of_the_store_and_after_its_process_died(
     broker, visitor, monkeypatch
