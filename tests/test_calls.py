@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,7 @@ def test_an_exception_that_meets_the_making_of_a_block_leaves_no_other_behind(mo
     monkeypatch.setattr("sys.unraisablehook", lambda what: told.append(what.exc_type))
     loop = asyncio.new_event_loop()
     at = 1
-    while interrupted(partial(Caller(loop).held, aclosing, id, list), at):
+    while interrupted(partial(Caller(loop).held, asyncio.Lock, id, list), at):
         at += 1
     loop.close()
     assert at > 1

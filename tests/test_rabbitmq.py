@@ -1001,13 +1001,17 @@ async def test_each_of_several_operators_has_all_dead_letters(broker, queue, url
         assert (await asyncio.gather(other.dead_letters(queue), broker.purge(queue, state="dead")))[1] == 20
 
 
-async def test_dead_letters_keep_their_order_however_often_they_are_looked_at(broker, queue, foreign) -> None:
+async def _a_hundred_die(broker: filao.Broker, queue: filao.Queue, foreign: Any) -> None:
     for number in range(100):
         properties = pika.BasicProperties(message_id=str(number), headers={"x-filao-reason": "rejected"})
         foreign.basic_publish("", topology.dead_name(queue.name), b"1", properties)
     async with asyncio.timeout(60):
         while (await broker.stats(queue)).dead < 100:
             await asyncio.sleep(0.05)
+
+
+async def test_dead_letters_keep_their_order_however_often_they_are_looked_at(broker, queue, foreign) -> None:
+    await _a_hundred_die(broker, queue, foreign)
     for _ in range(2):
         assert [letter.id for letter in await broker.dead_letters(queue, limit=100)] == list(map(str, range(100)))
     assert await broker.redrive(queue, ids=["0", "50"]) == 2
@@ -1018,12 +1022,7 @@ async def test_dead_letters_keep_their_order_however_often_they_are_looked_at(br
 
 
 async def test_dead_letters_keep_their_order_though_a_look_at_them_is_cancelled(url, broker, queue, foreign) -> None:
-    for number in range(100):
-        properties = pika.BasicProperties(message_id=str(number), headers={"x-filao-reason": "rejected"})
-        foreign.basic_publish("", topology.dead_name(queue.name), b"1", properties)
-    async with asyncio.timeout(60):
-        while (await broker.stats(queue)).dead < 100:
-            await asyncio.sleep(0.05)
+    await _a_hundred_die(broker, queue, foreign)
     async with filao.connect(url) as other:
         looking = asyncio.create_task(other.dead_letters(queue, limit=100))
         while foreign.queue_declare(topology.dead_name(queue.name), passive=True).method.message_count > 50:

@@ -100,11 +100,14 @@ class Caller:
         """Return an async context manager as a blocking one; `entered` and `left` are called in the caller's thread."""
         return Held(self, opening, entered, left)
 
-    def leave(self, thread: int | None, refusal: str = ENDED) -> None:
+    def held_by(self, thread: int | None) -> "list[Call[Any]]":
+        """Return what a thread holds, or all threads. From any thread."""
+        return [call for call in list(self._calls) if call.holder is not None and thread in (None, call.holder)]
+
+    def leave(self, thread: int | None) -> None:
         """Leave what a thread holds, or all threads, as if an error left its block; on the loop."""
-        for call in list(self._calls):
-            if call.holder is not None and thread in (None, call.holder):
-                call.cancel(refusal)
+        for call in self.held_by(thread):
+            call.cancel()
 
     def end(self, refusal: str = ENDED) -> None:
         """Refuse all calls from now on and cancel those that have not ended; on the loop, or after it."""
@@ -145,10 +148,11 @@ _callers: "weakref.WeakSet[Caller]" = weakref.WeakSet()
 
 
 def undo_held(thread: int) -> None:
-    """Undo what a thread holds of any broker, for it may never come to leave it by itself. From any thread."""
+    """Undo what a thread holds now of any broker, for it may never come to leave it by itself. From any thread."""
     for caller in list(_callers):
-        with suppress(RuntimeError):  # its loop has ended
-            caller.loop.call_soon_threadsafe(caller.leave, thread, _GIVEN_UP)
+        for call in caller.held_by(thread):
+            with suppress(RuntimeError):  # its loop has ended
+                caller.loop.call_soon_threadsafe(call.cancel, _GIVEN_UP)
 
 
 def _after_fork() -> None:

@@ -62,7 +62,7 @@ class Call:
 
     def give_up(self) -> None:
         """Undo the transactions that it holds, if it runs: it keeps others waiting, for as long as it likes."""
-        with self._lock:
+        with self._lock:  # so that the thread does nothing else yet
             if self._thread:
                 undo_held(self._thread)
 
