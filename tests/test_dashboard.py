@@ -648,6 +648,13 @@ async def test_one_kind_is_redriven_and_the_log_says_who_did_it(broker, visitor)
     )
 
 
+async def test_the_log_tells_of_a_kind_in_the_language_of_the_page(broker, visitor) -> None:
+    await die(broker, {"a": ValueError("bad amount")})
+    await visitor.does(Act("redrive", "claims", reason="rejected", error="ValueError"))
+    assert "<td>rejet\N{NO-BREAK SPACE}: ValueError</td>" in await visitor.sees("/fr/log")
+    assert "<td>rejected: ValueError</td>" in await visitor.sees("/en/log")
+
+
 async def test_a_rate_is_kept_and_a_job_can_be_stopped(broker, visitor) -> None:
     await die(broker, {str(number): "no" for number in range(6)})
     await visitor.sees("/en/dead")
