@@ -300,11 +300,12 @@ async def test_sliders_react_and_theory_stands_beside_what_is_measured(learner) 
     await until_soon(lambda: learner.stats().acked > 3)
 
 
-async def test_the_comparison_says_that_it_is_simulated(learner) -> None:
+async def test_the_comparison_says_that_it_is_simulated_and_is_whole_on_a_laptop(learner) -> None:
     await learner.tab("compare")
     assert "SIMULATED" in await learner.page.inner_text(".compare")
     await learner.press(".rules label:nth-of-type(2)")
     await learner.page.wait_for_selector(".compared >> text=NATS")
+    assert await learner.page.eval_on_selector(".compared", "one => one.scrollWidth <= one.clientWidth")
 
 
 async def test_in_the_timeline_every_bar_has_its_number_and_a_payment_stands_before_the_acknowledgement(

@@ -3,6 +3,7 @@
 import { h } from "./dom.js";
 import { lesson, rich, say, steps } from "./say.js";
 
+const NARROW = 600; // pixels of a page that is higher than wide
 export const BEATS = ["claim", "predict", "do", "see", "why"];
 
 // A hint says what to do now, in the place of what the step says on the whole: the panel has room for one of the two.
@@ -109,7 +110,7 @@ export function strip(told, state, ask, go) {
     predict: () => h("div", {}, h("p", {}, rich(text.question, told.values, h)), h("ol", { class: "choices" }, text.options.map((option, place) => h("li", {},
       h("button", { class: `plain${told.chosen[step.key] === place ? " on" : ""}`, "aria-pressed": String(told.chosen[step.key] === place), onclick: () => ask({ do: "predict", place }) }, rich(option, told.values, h)))))),
     do: () => h("div", { class: "row-of" }, h("p", {}, rich(text.do, told.values, h)), acts(step.acts, text, told, ask)),
-    see: () => h("div", { class: "row-of" }, told.trials ? acrossTrials(step, text, told, ask) : sees(step, text, told), hint(text, told)),
+    see: () => h("div", { class: "row-of" }, told.trials ? (innerWidth > NARROW ? acrossTrials : trials)(step, text, told, ask) : sees(step, text, told), hint(text, told)),
     why: () => (told.is_done ? h("p", {}, rich(text.why, told.values, h)) : h("p", { class: "soft" }, say("not_yet"))),
   }[beat]();
   return h("section", { class: "strip", "aria-label": say("lesson"), "data-step": step.key }, h("div", { class: "strip-head" }, h("h2", {}, `${told.current + 1} · ${text.title}`),
