@@ -6,6 +6,7 @@ import { number, say, seconds } from "./say.js";
 const BAR_LEAST = 36; // pixels, so that every bar carries its number
 const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, because the lane's next bar begins after them
 const LEASE_END = 130; // pixels of a bar before its lease's end that hold its number and these words
+const LEASE_WORDS = 90; // pixels of these words
 const LANES_MAX = 7;
 const IDLE_UP_TO = 4; // lanes in all, with those of consumers who have held nothing yet
 const LANE_LEAST = 20; // pixels of a lane's height
@@ -55,7 +56,7 @@ export function timeline(told, width, height, options) {
           h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: at ? "mid" : "start" }, `${number(at)}\u00a0s`))),
         h("line", { key: "now", class: "now", x1: x(now), x2: x(now), y1: 0, y2: bottom }),
         joins(bars).map(([one, next]) => join(one, next, x, y, tall, options)),
-        lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.map((bar) => drawn(bar, x, now, y.get(lane.number), tall, options)))))));
+        lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.map((bar) => drawn(bar, x, now, y.get(lane.number), tall, { ...options, full })))))));
 }
 
 // The lanes in which something happened, first of all those of the living, who have taken over from the dead; then idle ones.
@@ -92,9 +93,15 @@ function drawn(bar, x, now, y, tall, options) {
   h("text", { x: from + 8, y: middle + 5 }, String(bar.claim || "?")),
   paidAt !== null && paidAt > from + digits + 12 ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
   glyph && (fits || bar.how === "killed") ? h("path", { class: "glyph", d: glyph, transform: `translate(${fits ? to - 12 : Math.max(to, from + digits + 8) + 10} ${middle - 1})` }) : null,
-  bar.lease_end !== null ? h("g", { class: "lease-end" },
-    h("line", { x1: x(bar.lease_end), x2: x(bar.lease_end), y1: y - 1, y2: y + tall }),
-    h("text", x(bar.lease_end) - from > LEASE_END ? { x: x(bar.lease_end) - 5, y: middle + 5, class: "before" } : { x: Math.max(to, x(bar.lease_end)) + 5, y: middle + 5 }, say("lease_end"))) : null);
+  bar.lease_end !== null ? leaseEnd(x(bar.lease_end), from, to, y, tall, options) : null);
+}
+
+// Its words stand before it within the bar, or behind the bar, where there is room.
+function leaseEnd(at, from, to, y, tall, options) {
+  const behind = Math.max(to, at) + 5;
+  const place = at - from > LEASE_END ? { x: at - 5, class: "before" } : behind + LEASE_WORDS < options.full ? { x: behind } : null;
+  return h("g", { class: "lease-end" }, h("title", {}, say("lease_end")), h("line", { x1: at, x2: at, y1: y - 1, y2: y + tall }),
+    place && h("text", { ...place, y: y + tall / 2 + 5 }, say("lease_end")));
 }
 
 function about(bar) {
