@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -203,6 +204,51 @@ async def test_what_was_copied_over_the_file_is_not_written_to(db, happens) -> N
         with pytest.raises(filao.EngineError):
             await broker.send_to_queue(CLAIMS, "after" * 1000)
     assert db.read_bytes() == there
+
+
+def killed_amid_its_work(db: Path) -> None:
+    """Leave a WAL that holds a send, as a crash does."""
+    program = f"""
+        import asyncio, os, filao
+        async def work():
+            async with filao.connect({str(db)!r}) as broker:
+                await broker.declare(filao.Queue("claims"))
+                await broker.send_to_queue("claims", "in the WAL")
+                os._exit(0)
+        asyncio.run(work())
+    """
+    subprocess.run([sys.executable, "-c", dedent(program)], check=True)
+    assert beside(db, "-wal").stat().st_size
+
+
+async def test_a_wal_that_a_crash_left_is_not_taken_for_that_of_a_file_that_was_moved_there_since(db) -> None:
+    """The schemas of both count alike: each was made by Filao, and nothing else tells one from the other."""
+    async with filao.connect(db.parent / "other.db") as other:
+        await other.declare(CLAIMS, filao.Queue("documents"))
+    there = (db.parent / "other.db").read_bytes()
+    killed_amid_its_work(db)
+    (db.parent / "other.db").replace(db)
+    with pytest.raises(filao.EngineError, match=r"is not the file that was here before, to which .*-wal may belong"):
+        await filao.connect(db).open()
+    assert db.read_bytes() == there
+    for part in ("-wal", "-shm"):
+        beside(db, part).unlink()
+    async with filao.connect(db) as broker:
+        assert [queue.name for queue in await broker.queues()] == ["claims", "documents"]
+
+
+@pytest.mark.parametrize("carry", [shutil.copytree, Path.rename], ids=["copied", "moved"])
+async def test_a_file_that_is_carried_elsewhere_with_all_that_lies_beside_it_is_opened(tmp_path, carry) -> None:
+    (tmp_path / "here").mkdir()
+    killed_amid_its_work(tmp_path / "here" / "claims.db")
+    for bell in files.sidecar(tmp_path / "here" / "claims.db").iterdir():
+        if bell.is_fifo():
+            bell.unlink()  # which cannot be copied
+    carry(tmp_path / "here", tmp_path / "there")
+    async with filao.connect(tmp_path / "there" / "claims.db") as broker:
+        message = await broker.receive_from_queue(CLAIMS)
+        assert message is not None
+        assert message.body == "in the WAL"
 
 
 async def test_a_broker_that_closes_writes_back_a_wal_whose_name_was_deleted(db) -> None:

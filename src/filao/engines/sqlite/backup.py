@@ -63,7 +63,7 @@ def restore(copy: Path, path: Path) -> Path | None:
         turnstile = Turnstile(folder)
         try:
             with closing(sqlite3.connect(f"{copy.absolute().as_uri()}?mode=ro", uri=True)) as source:
-                _copy(source, partial, cookie=turnstile.noted() + 1)
+                _copy(source, partial, cookie=turnstile.noted().cookie + 1)
             with _turn(turnstile, path, folder.path):
                 kept = _replace(path, partial)
         finally:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filao.engines.sqlite import ground, own
+from filao.engines.sqlite.turnstile import NOTHING, Noted
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 MEMORY = Path(":memory:")
@@ -193,16 +194,16 @@ def create(path: Path) -> None:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
 
-def connect(path: Path, *, full: bool, cookie: int = 0) -> sqlite3.Connection:
+def connect(path: Path, *, full: bool, noted: Noted = NOTHING) -> sqlite3.Connection:
     """Open the database with the settings that the promises rest on; call it within a turn of the turnstile, in which
     it waits for nobody's lock.
 
-    `cookie` is what was last noted of its schema: a file that has gone back behind it is not the one that its WAL
-    belongs to.
+    `noted` is what was known of it when it was last opened: another file, or one whose schema has gone back, is not the
+    one that its WAL belongs to.
     """
     db = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
-        loss = None if path == MEMORY else ground.left_over(path, cookie)
+        loss = None if path == MEMORY else ground.left_over(path, cookie=noted.cookie, inode=noted.inode)
         if loss is not None:
             raise EngineError(f"{path} {loss.what}. Nothing was changed. What to do: {loss.remedy}.")
         _set_up(db, full=full)

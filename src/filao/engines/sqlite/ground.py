@@ -91,6 +91,11 @@ class Ground:
         self._seen = _Sight((about.st_mtime_ns, about.st_size), index, schema_cookie(header), end)
 
     @property
+    def inode(self) -> int:
+        """What tells it from all other files there are on its disk just now."""
+        return self._identity[1]
+
+    @property
     def cookie(self) -> int:
         """See `_Sight`."""
         return self._seen.cookie
@@ -264,8 +269,9 @@ def _checkpoint(index: bytes | None) -> _Checkpoint | None:
     return _Checkpoint(index[96:100], index[128:132], index[32:40])
 
 
-def left_over(path: Path, cookie: int) -> Loss | None:
-    """Return why a file does not fit the WAL that lies beside it, judged by its header and the schema that it had here.
+def left_over(path: Path, *, cookie: int, inode: int) -> Loss | None:
+    """Return why a file does not fit the WAL that lies beside it, judged by its header, and by what was noted here: its
+    schema's count of changes, and its inode, if not 0.
 
     Call it between opening a connection and its first statement, which would replay the WAL.
     """
@@ -278,11 +284,18 @@ def left_over(path: Path, cookie: int) -> Loss | None:
         return Loss(
             f"is empty, while {wal} is not, so the file itself was lost", "put a backup in its place with filao restore"
         )
-    if header.startswith(_MAGIC) and (header[18:20] != _WAL_MODE or schema_cookie(header) < cookie):
+    away = f"to keep the file as it is, move {wal} and {path}-shm away"
+    if not header.startswith(_MAGIC):
+        return None
+    if header[18:20] != _WAL_MODE or schema_cookie(header) < cookie:
         return Loss(
             f"is not the file to which {wal} belongs: it was overwritten or replaced",
-            f"to keep the file as it is, move {wal} and {path}-shm away; to put a backup "
-            "in its place, use filao restore",
+            f"{away}; to put a backup in its place, use filao restore",
+        )
+    if inode not in (0, path.stat().st_ino):
+        return Loss(
+            f"is not the file that was here before, to which {wal} may belong",
+            f"{away}; if they were put here together, move {path}-filao away instead",
         )
     return None
 

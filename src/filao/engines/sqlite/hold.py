@@ -20,7 +20,7 @@ from filao.engines.sqlite.clock import FileClock
 from filao.engines.sqlite.folder import TURNSTILE, Folder
 from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
 from filao.engines.sqlite.thread import Ticket
-from filao.engines.sqlite.turnstile import Turnstile
+from filao.engines.sqlite.turnstile import Noted, Turnstile
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.forks import gate, keep
 
@@ -98,7 +98,7 @@ class Hold:
             self.lost = self._ground.missing()
             self.check_lost()
         others = self.turnstile_path is not None and ground.is_open(self.path.with_name(self.path.name + "-shm"))
-        db = files.connect(self.path, full=self._durable, cookie=self.turnstile.noted())
+        db = files.connect(self.path, full=self._durable, noted=self.turnstile.noted())
         try:
             if others:
                 self._check_locks()
@@ -132,7 +132,7 @@ class Hold:
         self.name = db.execute("SELECT value FROM filao_meta WHERE name = 'file'").fetchone()[0]
         if self.path != files.MEMORY:
             self._ground = Ground(self.path, self._given, self._folder.path if self._folder is not None else None)
-            self.turnstile.note(self._ground.cookie)
+            self.turnstile.note(Noted(self._ground.cookie, self._ground.inode))
             self.watch_bell()
         if self._has_failed:
             files.check_whole(db, self.path)

@@ -17,14 +17,27 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from struct import Struct
+from typing import NamedTuple
 
 from filao.engines.sqlite.folder import TURNSTILE, Folder
 
 if sys.platform != "win32":  # there SQLite's own locks must do
     from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
-_NOTE = 8  # bytes
+_NOTE = Struct("<3Q")
 TRIED_EVERY = 0.002  # seconds, by those who must not be kept there: often enough to find a gap between others' turns
+
+
+class Noted(NamedTuple):
+    """What was known of the file when it was last opened; 0: nothing."""
+
+    cookie: int = 0
+    """The count of changes of its schema."""
+    inode: int = 0
+
+
+NOTHING = Noted()
 
 
 class LeftWaiting(BaseException):
@@ -96,14 +109,17 @@ class Turnstile:
         if sys.platform != "win32" and self._file >= 0:
             flock(self._file, LOCK_UN)
 
-    def note(self, number: int) -> None:
-        """Leave a number here for those who come later."""
+    def note(self, noted: "Noted") -> None:
+        """Leave word of the file for those who come later."""
         if self._file >= 0:
-            os.pwrite(self._file, number.to_bytes(_NOTE, "little"), 0)
+            os.pwrite(self._file, _NOTE.pack(noted.cookie, noted.inode, os.fstat(self._file).st_ino), 0)
 
-    def noted(self) -> int:
-        """Return the number that was left here; 0 when there is none."""
-        return int.from_bytes(os.pread(self._file, _NOTE, 0), "little") if self._file >= 0 else 0
+    def noted(self) -> "Noted":
+        """Return what was left here; nothing of the inode where this was copied, for the file was copied with it."""
+        if self._file < 0:
+            return NOTHING
+        cookie, inode, own = _NOTE.unpack(os.pread(self._file, _NOTE.size, 0).ljust(_NOTE.size, b"\0"))
+        return Noted(cookie, inode if own == os.fstat(self._file).st_ino else 0)
 
     def close(self) -> None:
         """Forget the file; it stays where it is, because another process may be waiting at it."""
