@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import count
 from typing import Any
 
@@ -15,6 +15,7 @@ import pika
 import pytest
 
 import filao
+from filao import session
 from filao.conformance import Verdict, checks, verify
 from filao.dashboard import pages
 from filao.dashboard.acts import Act
@@ -796,6 +797,29 @@ async def test_an_operators_call_has_one_limit_for_all_its_answers(rabbitmq, bro
                 await far.delete_queue(queue)
             proxy.delay = 0.0
     assert queue.name in {known.name for known in await broker.queues()}
+
+
+async def test_a_broker_that_is_closed_while_the_network_stalls_leaves_no_task(rabbitmq, queue, monkeypatch) -> None:
+    monkeypatch.setattr(session, "CLOSES_WITHIN", 1.0)
+    monkeypatch.setattr(engine, "ANSWERS_WITHIN", 2.0)
+    monkeypatch.setattr(server.Link.close, "__defaults__", (0.3,))
+    before = len(asyncio.all_tasks())
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as far:
+            await far.declare(queue)
+            await far.send_to_queue(queue, 0)
+            proxy.stall()
+            sending = [asyncio.create_task(far.send_to_queue(queue, b"x" * 100_000)) for _ in range(200)]
+            transport = next(one for one in engine_of(far)._server._transports._sockets if not one.is_closing())
+            while not transport.get_write_buffer_size():
+                await asyncio.sleep(0.01)
+            with suppress(filao.EngineUnavailable):  # it took longer
+                await far.close()
+        for one in sending:
+            one.cancel()
+        async with asyncio.timeout(20):
+            while len(asyncio.all_tasks()) > before:
+                await asyncio.sleep(0.01)
 
 
 CONFIRM = b"\x00\x3c\x00\x50"  # basic.ack

@@ -98,7 +98,7 @@ class Server:
             try:
                 with self.mapped(begun=False):
                     connection = _Connection(URL(url), client_properties={"connection_name": "filao"})
-                    connection.kwargs["transport_factory"] = self._transports
+                    transport = connection.kwargs["transport_factory"] = _Transport(self._transports)
                     await connection.connect(timeout=CONNECTED_WITHIN)
             except ValueError:  # whose text may hold the password
                 refused = True
@@ -107,7 +107,7 @@ class Server:
                 failed = error
                 self._urls.append(self._urls.pop(0))
                 continue
-            session = Session(connection)
+            session = Session(connection, transport.abort)
             self.version = session.version
             if _numbers(self.version) < VERSION_MIN:
                 await session.close()
@@ -198,6 +198,24 @@ class _Transports(TransportFactory):
             keep(transport)
 
 
+class _Transport(TransportFactory):
+    """Opens the socket of one connection."""
+
+    def __init__(self, transports: _Transports) -> None:
+        self._transports = transports
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open it."""
+        reader, self._writer = await self._transports.create(url, **options)
+        return reader, self._writer
+
+    def abort(self) -> None:
+        """Close it at once, with whatever waits to be written: else the client waits without end until it is."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+
 class _Connection(aio_pika.Connection):
     """A connection that a `Session` closes, or the server, or that never opened: when it is collected, all is done."""
 
@@ -208,8 +226,9 @@ class _Connection(aio_pika.Connection):
 class Session:
     """One connection, while it lasts."""
 
-    def __init__(self, connection: aio_pika.Connection) -> None:
+    def __init__(self, connection: aio_pika.Connection, abort: Callable[[], None]) -> None:
         self._connection = connection
+        self._abort = abort
         self._ended = asyncio.get_running_loop().create_future()
         self._connection.close_callbacks.add(self._end)
         self._publishing: Channel | None = None
@@ -311,6 +330,7 @@ class Session:
             async with asyncio.timeout(within):
                 await self._connection.close()
         if not self._connection.is_closed:
+            self._abort()
             await self._connection.close()  # which had failed, and now only notes that it is closed
         self._end()
 
