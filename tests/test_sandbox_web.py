@@ -16,10 +16,12 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from playwright.async_api import Browser
 
 import filao
 from filao.sandbox.steps import STEPS
+from filao.sandbox.web.server import _Server
 from filao.sandbox.words import lesson, program
 from tests.conftest import missing
 from tests.support.learner import AXE, TABS, TOKEN, Learner, Sandbox, browser, chromium, learning, sandbox, until_soon
@@ -689,6 +691,14 @@ async def test_a_sandbox_that_is_told_to_end_leaves_nothing(chrome, tmp_path, nu
             assert "Start it again with: filao sandbox" in await learner.page.inner_text(".notice.lost")
         assert running.processes() == set()
         assert list(running.folder.iterdir()) == []
+
+
+def test_an_impatient_ctrl_c_changes_nothing_of_how_the_sandbox_ends() -> None:
+    server = _Server(uvicorn.Config("no:app"))
+    for _ in range(2):
+        server.handle_exit(signal.SIGINT, None)
+    assert server.should_exit
+    assert not server.force_exit  # which would leave the rooms to an event loop that ends
 
 
 async def test_what_a_killed_sandbox_leaves_ends_and_is_removed_by_the_next(chrome, tmp_path) -> None:

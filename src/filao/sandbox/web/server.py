@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -78,7 +79,15 @@ def serve(
             ws_max_size=EVENT_MAX,
             server_header=False,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Ends as it was told to first: an impatient second Ctrl-C would cut off what closes the rooms, and be told."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
 
 
 async def _sweep(visits: Visits) -> None:
