@@ -5,14 +5,18 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import filao
 import filao.sync
+from filao import session as session_module
+from filao.engine import Batch, Receive, Result
 from filao.engines.sqlite import files
+from filao.session import Session
+from tests.support.memory import MemoryEngine, Store
 from tests.support.programs import CLAIMS, PATIENCE, attempts, db
 
 __all__ = ["db"]
@@ -160,6 +164,38 @@ def _use(broker: filao.sync.Broker, begun: threading.Barrier, number: int) -> Ba
         return filao.ConfigurationError(str(error))  # a transaction that the close has undone
     except BaseException as error:
         return error
+
+
+class Stuck(MemoryEngine):
+    """Ends neither what it does nor its own close, unless it is told to let go at once."""
+
+    has_let_go = False
+
+    async def execute(self, batch: Batch) -> Sequence[Result]:
+        batch.take(lambda _: True)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def close(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.has_let_go = True
+            raise
+
+
+@pytest.mark.anyio
+async def test_a_close_ends_though_neither_what_was_begun_nor_the_engine_does(monkeypatch) -> None:
+    monkeypatch.setattr(session_module, "CLOSES_WITHIN", 0.1)
+    stuck = Stuck(Store())
+    session = Session(lambda: stuck)
+    await session.open()
+    begun = session.submit(Receive("claims", 1))
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(filao.EngineUnavailable, match="has let go at once"):
+            await session.close()
+    assert stuck.has_let_go
+    begun.cancel()
 
 
 @pytest.mark.anyio

@@ -38,6 +38,7 @@ from filao.observing import Asked, Observers
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, name_of
 
 CLOSES_WITHIN = 30.0  # seconds, for all that closing does
+FINISHES = 2 / 3  # of that time, for what was begun before: the rest is left for the engine to let go
 _NOT_OPEN = "is not open: use it inside `async with filao.connect(…) as broker`"
 _ON_ANOTHER_LOOP = (
     "this broker is open on another event loop, and can be used only there: open one on each loop, or use filao.sync, "
@@ -145,13 +146,15 @@ class Session:
         try:
             async with asyncio.timeout(CLOSES_WITHIN):
                 try:
-                    await self._batcher.drain()
+                    async with asyncio.timeout(CLOSES_WITHIN * FINISHES):
+                        await self._batcher.drain()
                 finally:
                     await self.engine.close()
         except TimeoutError:
             raise EngineUnavailable(
-                f"closing took longer than {CLOSES_WITHIN:g} s, so the broker has let go at once. What it held comes "
-                f"back when its leases run out."
+                f"what was under way did not end within {CLOSES_WITHIN * FINISHES:g} s of closing, or the engine did "
+                f"not let go within {CLOSES_WITHIN:g} s: the broker has let go at once. What it held comes back when "
+                f"its leases run out or, on RabbitMQ, as soon as its connection has ended."
             ) from None
 
     def anywhere(
