@@ -903,6 +903,22 @@ async def test_a_server_that_blocks_senders_lets_consumers_finish_and_costs_no_l
     assert 2 in bodies
 
 
+async def test_what_is_moved_to_a_server_without_memory_is_refused_in_time(frail, queue, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "ANSWERS_WITHIN", 1.0)
+    monkeypatch.setattr(engine, "BEGUN_WITHIN", 1.0)
+    async with filao.connect(frail.url()) as broker:
+        await broker.declare(queue)
+        await broker.send_to_queue(queue, 1)
+        mover = engine_of(broker).mover
+        async with mover.packing(queue.name) as packing:
+            parcels = await packing.take(1)
+        with without_memory(frail):
+            async with asyncio.timeout(20):
+                with pytest.raises(filao.EngineUnavailable, match="memory"):
+                    await mover.unpack(queue.name, parcels)
+        assert (await received(broker, queue)).body == 1
+
+
 async def test_what_cannot_be_buried_yet_keeps_nobody_from_working_on_its_queue(frail, queue) -> None:
     other = filao.Queue(f"{queue.name}.other", backoff=AT_ONCE)
     async with filao.connect(frail.url()) as broker:

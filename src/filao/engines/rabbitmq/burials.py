@@ -8,7 +8,6 @@ letter is confirmed, a message stays here; when that fails, it goes back to the 
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from aiormq.abc import DeliveredMessage
@@ -16,7 +15,7 @@ from aiormq.abc import DeliveredMessage
 from filao.engine import Delivery
 from filao.engines.rabbitmq import envelope, wire
 from filao.engines.rabbitmq.consumer import Consumer
-from filao.engines.rabbitmq.publisher import Publisher
+from filao.engines.rabbitmq.publisher import Limited, Publisher
 from filao.errors import FilaoError
 from filao.printable import printable
 from filao.queue import Queue
@@ -55,15 +54,9 @@ def burial_of(queue: Queue, delivery: Delivery, message: DeliveredMessage) -> Bu
 class Burials:
     """Those of one process that are under way."""
 
-    def __init__(
-        self,
-        publisher: Publisher,
-        limited: Callable[[], AbstractAsyncContextManager[object]],
-        ended: Callable[[str], None],
-    ) -> None:
+    def __init__(self, publisher: Publisher, limited: Limited, ended: Callable[[str], None]) -> None:
         self._publisher = publisher
         self._limited = limited
-        """Makes a block with the limit of a call on the connection of those who send; it raises `FilaoError` only."""
         self._ended = ended
         """Is told of each queue of which one has ended."""
         self._under_way: set[asyncio.Task[FilaoError | None]] = set()

@@ -79,14 +79,15 @@ class RabbitmqEngine:
         self._publisher = Publisher(self._sending)
         self._declared = Declared(self._server)
         self._consumers: dict[str, Consumer] = {}
-        self._burials = Burials(self._publisher, partial(self._limited, self._sending), self._call)
+        limited = partial(self._limited, self._sending)
+        self._burials = Burials(self._publisher, limited, self._call)
         self._opening = asyncio.Lock()
         self._tokens = count(1)
         self._lines: dict[str, Line] = {}
         self._is_closing = False
         self.operators: RabbitmqOperators = RabbitmqOperators(self._server, self._declared, self._held)
         self.overview: RabbitmqOverview = RabbitmqOverview(self.operators.peek)
-        self.mover: RabbitmqMover = RabbitmqMover(self._server, self._declared, self._publisher)
+        self.mover: RabbitmqMover = RabbitmqMover(self._server, self._declared, self._publisher, limited)
         self.transactions: None = None
 
     # --- opening and closing -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from aiormq.abc import DeliveredMessage
 from filao.engine import Draft
 from filao.engines.rabbitmq import envelope
 from filao.engines.rabbitmq.control import TOGETHER, on_the_ladder
-from filao.engines.rabbitmq.publisher import Publisher
+from filao.engines.rabbitmq.publisher import Limited, Publisher
 from filao.engines.rabbitmq.refusals import check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server
@@ -24,10 +24,11 @@ from filao.queue import Queue
 class RabbitmqMover:
     """See `filao.moving.Mover`."""
 
-    def __init__(self, server: Server, declared: Declared, publisher: Publisher) -> None:
+    def __init__(self, server: Server, declared: Declared, publisher: Publisher, limited: Limited) -> None:
         self._server = server
         self._declared = declared
         self._publisher = publisher
+        self._limited = limited
 
     async def identity(self) -> str:
         """Return the name of the cluster and the virtual host."""
@@ -58,9 +59,10 @@ class RabbitmqMover:
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Publish messages that came from elsewhere; those that came before are doubled."""
-        rules = await self._declared.rules_of(queue)
-        with self._server.mapped():
-            await self._publisher.store(rules, parcels)
+        self.check(await self._declared.rules_of(queue), [parcel.draft for parcel in parcels])
+        for parcel in parcels:
+            async with self._limited():
+                await self._publisher.store(queue, parcel)
 
     async def memory(self, queue: str) -> Memory:
         """Return that nothing is remembered."""

@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from itertools import count
 from typing import Any
 
@@ -23,6 +24,8 @@ LARGE = 128 * 1024  # bytes of a body above which it has a channel of its own, w
 
 LARGE_AT_ONCE = 32  # of these channels, by one process; a connection may have 2,047, unless the server says otherwise
 
+Limited = Callable[[], AbstractAsyncContextManager[object]]
+"""Makes a block with the limit of a call on the connection of those who send; it raises `FilaoError` only."""
 _Ready = tuple[bytes, envelope.Properties, float]  # a body, its properties and its delay
 
 
@@ -55,14 +58,11 @@ class Publisher:
             await self._publish_all(await self._link.session(), queue.name, ready)
         return names
 
-    async def store(self, queue: Queue[Any], parcels: Sequence[Parcel]) -> None:
-        """Publish messages that came from elsewhere, in this order."""
-        for parcel in parcels:
-            check_draft(queue, parcel.draft)
-        for parcel in parcels:
-            place, properties = envelope.of_parcel(queue.name, parcel)
-            delay = 0.0 if parcel.reason else parcel.draft.delay
-            await self._publish_all(await self._link.session(), place, [(parcel.draft.content, properties, delay)])
+    async def store(self, queue: str, parcel: Parcel) -> None:
+        """Publish a message that came from elsewhere."""
+        place, properties = envelope.of_parcel(queue, parcel)
+        delay = 0.0 if parcel.reason else parcel.draft.delay
+        await self._publish_all(await self._link.session(), place, [(parcel.draft.content, properties, delay)])
 
     async def again(self, queue: str, message: DeliveredMessage, delay: float, used: int) -> None:
         """Send a message once more, to come back after `delay` seconds, so many attempts used."""
