@@ -16,7 +16,6 @@ import ctypes
 import os
 import sqlite3
 import sys
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +81,7 @@ class Ground:
         self._name = str(path)
         self._journal = {str(name): _identity(name.stat()) for name in (self._wal, self._shm)}
         self._index = self._journal[str(self._shm)]
-        self._wal_name = str(self._wal)
+        self._wal_identity = self._journal[str(self._wal)]
         others = [given] * (given != path) + ([folder / TURNSTILE] if folder is not None else [])
         self._others = {str(name): _identity(name.stat()) for name in others}
         self._fds: dict[_Identity, int] = {}
@@ -135,8 +134,18 @@ class Ground:
         return None
 
     def _end_of_wal(self, index: bytes | None, seen: End, *, others_wrote: bool) -> End | None:
-        again, read = partial(self._read, self._index, _INDEX), partial(self._read, self._journal[self._wal_name])
-        return end_of(index, again, read, seen, others_wrote=others_wrote)
+        return end_of(index, self._index_again, self._frame, seen, others_wrote=others_wrote)
+
+    def _index_again(self) -> bytes | None:
+        return self._read(self._index, _INDEX)
+
+    def _frame(self, size: int, at: int, is_sure: bool) -> bytes | None:  # noqa: FBT001 - for each commit
+        """Read a part of the WAL; `is_sure` that it is the WAL, whatever became of the descriptor."""
+        fd = -1 if is_sure else self._fds.get(self._wal_identity, -1)
+        try:
+            return os.pread(fd, size, at) if fd >= 0 else self._read(self._wal_identity, size, at)
+        except OSError:
+            return None
 
     def has_changed(self) -> bool:
         """Return whether the file itself was written since the last look, so that another is due."""

@@ -35,27 +35,30 @@ class End(NamedTuple):
 def end_of(
     index: bytes | None,
     again: Callable[[], bytes | None],
-    read: Callable[[int, int], bytes | None],
+    read: Callable[[int, int, bool], bytes | None],
     seen: End,
     *,
     others_wrote: bool,
 ) -> End | None:
     """Return where a WAL ends by its index, or what was `seen` where that cannot be told; None when it was damaged.
 
-    Others may write meanwhile: what looks like damage is looked at `again`, until the index has stood still.
+    Others may write meanwhile: what looks like damage is looked at `again`, until the index has stood still. Only then
+    need `read` be sure of the file that it reads.
     """
+    is_sure = False
     for _ in range(_TRIES):
         end = _told(index)
         if end is None:
             return seen
         is_same = end.salts == seen.salts
         must = end if others_wrote else seen if is_same else End()
-        found = read(_COMPARED, must.at + _FRAME - _COMPARED) if must.at else must.frame
-        if found is None or (found == must.frame and not (is_same and end.at < seen.at)):
+        found = read(_COMPARED, must.at + _FRAME - _COMPARED, is_sure) if must.at else must.frame
+        if (found == must.frame and not (is_same and end.at < seen.at)) or (found is None and is_sure):
             return end
         was, index = index, again()
-        if index == was:
+        if index == was and is_sure:
             return None
+        is_sure = True
     return seen
 
 
