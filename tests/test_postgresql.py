@@ -26,6 +26,7 @@ from filao.engines.postgresql import control, doctor, schema, server, transactio
 from filao.engines.postgresql import engine as engine_module
 from filao.message import delivery_of
 from filao.overview import Deed
+from filao.queue import rules_from_json
 from filao.session import Session as FilaoSession
 from tests.conftest import engine_of, let_pass
 from tests.support.load import QUEUE, loaded
@@ -360,6 +361,38 @@ async def test_what_follows_a_statement_that_ended_the_transaction_by_failing_is
                 await tx.execute("INSERT INTO kept VALUES (2)")
     async with broker.transaction() as tx:
         assert await tx.execute("SELECT n FROM kept") == []
+
+
+async def test_a_send_in_a_transaction_meets_a_queue_that_was_deleted_and_declared_anew(url, broker) -> None:
+    async with filao.connect(url) as other:
+        async with broker.transaction() as tx:
+            await tx.send_to_queue("claims", 2)
+        await other.delete_queue("claims", messages=True)
+        await other.declare(filao.Queue("claims"))
+        with pytest.raises(filao.EngineUnavailable, match="was deleted, and may have been declared anew"):
+            async with broker.transaction() as tx:
+                await tx.send_to_queue("claims", 3)
+        async with broker.transaction() as tx:
+            await tx.send_to_queue("claims", 4)
+        assert await until_found(other) == 4
+
+
+async def test_the_first_use_of_a_queue_reads_the_rules_of_no_other(url, broker, monkeypatch) -> None:
+    """There may be thousands; of a queue that is none, all are named that its caller may have meant."""
+    await broker.declare(*(filao.Queue(f"other.{number}") for number in range(5)), filao.Queue("claims"))
+    read: list[str] = []
+
+    def reading(name: str, rules: str) -> filao.Queue:
+        read.append(name)
+        return rules_from_json(name, rules)
+
+    monkeypatch.setattr(control, "rules_from_json", reading)
+    async with filao.connect(url) as fresh:
+        await fresh.send_to_queue("claims", 1)
+        await (await fresh.receive_from_queue("claims")).ack()
+        with pytest.raises(filao.QueueNotFound, match=r"'other\.9' is not declared. Did you mean 'other\.\d'"):
+            await fresh.send_to_queue(filao.Queue("other.9"), 1)
+    assert set(read) == {"claims"}
 
 
 async def test_statements_are_written_as_on_sqlite_or_as_psycopg_wants(broker) -> None:

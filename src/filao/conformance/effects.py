@@ -85,3 +85,24 @@ async def check_a_broker_call_inside_its_own_transaction_is_refused(stage: Stage
         await tx.send_to_queue(queue, 2)
     await raises(ConfigurationError, tx.send_to_queue(queue, 3), "ended")
     equal(await stage.drain(queue), [2])
+
+
+@needs(Feature.TRANSACTIONS)
+async def check_a_transaction_loses_the_lease_of_a_queue_that_was_deleted_and_declared_anew(stage: Stage) -> None:
+    queue, elsewhere = await stage.queue(), await stage.queue()
+    await stage.send(queue, "gone")
+    message = await stage.next(queue)
+    async with stage.connect() as other:
+        await other.delete_queue(queue, messages=True)
+        await other.declare(queue)
+        try:
+            async with stage.broker.transaction() as tx:
+                await tx.send_to_queue(elsewhere, "undone")
+                await tx.ack(message)
+        except LeaseLost:
+            pass
+        else:
+            raise AssertionError("what was deleted was acknowledged")
+        await other.send_to_queue(queue, "new")
+        await (await stage.next(queue)).ack()
+    await stage.nothing(elsewhere)

@@ -6,7 +6,7 @@ The queries change nothing; what changes something is a function of the database
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from filao.engine import EVENTS_MAX, Draft, Event, Finding, QueueStats, Receiver, State, StoredMessage, instant
@@ -197,7 +197,7 @@ class PostgresqlOperators:
             found = await connection.execute("SELECT id FROM filao.queue WHERE name = %s", (queue,))
             row = await found.fetchone()
             if row is None:
-                raise not_found(queue, await queues(connection))
+                raise not_found(queue, await names(connection))
         return int(row[0])
 
     async def _wake(self, number: int, count: int) -> None:
@@ -205,10 +205,17 @@ class PostgresqlOperators:
             await self._row(verbs.CALL, [number], [count])
 
 
-async def queues(connection: Connection) -> dict[str, tuple[int, Queue]]:
-    """Return every declared queue, by name, with its number and its rules."""
-    found = await connection.execute('SELECT id, name, rules::text FROM filao.queue ORDER BY name COLLATE "C"')
+async def queues(connection: Connection, wanted: Iterable[str] | None = None) -> dict[str, tuple[int, Queue]]:
+    """Return every declared queue, or those of `wanted`, by name, with its number and its rules."""
+    only, given = ("", ()) if wanted is None else ("WHERE name = ANY (%s)", (list(wanted),))
+    sql = f'SELECT id, name, rules::text FROM filao.queue {only} ORDER BY name COLLATE "C"'
+    found = await connection.execute(sql.encode(), given)
     return {name: (number, rules_from_json(name, rules)) for number, name, rules in await found.fetchall()}
+
+
+async def names(connection: Connection) -> list[str]:
+    """Return the names of all queues, for the error of one that is not declared."""
+    return [name for (name,) in await (await connection.execute(verbs.NAMES.encode())).fetchall()]
 
 
 async def find(connection: Connection, name: str) -> Queue:
@@ -216,7 +223,7 @@ async def find(connection: Connection, name: str) -> Queue:
     found = await connection.execute("SELECT rules::text FROM filao.queue WHERE name = %s", (name,))
     row = await found.fetchone()
     if row is None:
-        raise not_found(name, await queues(connection))
+        raise not_found(name, await names(connection))
     return rules_from_json(name, row[0])
 
 
@@ -224,7 +231,7 @@ async def stats(connection: Connection, moment: int | None, queue: str | None = 
     """Add up the counters of every queue, by name, or of one, and look at what is oldest. Raises `QueueNotFound`."""
     rows = await (await connection.execute(_STATS, (moment, queue))).fetchall()
     if queue is not None and not rows:
-        raise not_found(queue, await queues(connection))
+        raise not_found(queue, await names(connection))
     known = {process for *_, holding, waiting in rows for process in (*(holding or ()), *(waiting or ()))}
     processes: dict[int, tuple[Any, ...]] = {}
     if known:

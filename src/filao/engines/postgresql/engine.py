@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import psycopg
-from psycopg.errors import LockNotAvailable
+from psycopg.errors import LockNotAvailable, NoDataFound
 
 from filao.checks import is_machines
 from filao.engine import (
@@ -74,6 +74,8 @@ class PostgresqlEngine:
         self._lines: dict[str, Line] = {}
         self._numbers: dict[str, int] = {}
         self._rules: dict[str, Queue] = {}
+        self._others: list[str] = []
+        """The names of all queues, when somebody last asked for one that is none."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_listening = False
         self._is_closing = False
@@ -96,7 +98,6 @@ class PostgresqlEngine:
             self._transactions,
             apply=self._apply_within,
             committed=self._committed,
-            rules=self._rules,
             moment=self._moment,
         )
 
@@ -215,7 +216,7 @@ class PostgresqlEngine:
         leased.
         """
         if isinstance(operation, Send | Receive):
-            return not_found(operation.queue, self._rules)
+            return not_found(operation.queue, self._others)
         return verbs.lease_lost(operation.delivery, None)
 
     async def _do(self, connection: Connection, operations: Sequence[Operation]) -> "_Done":
@@ -235,11 +236,14 @@ class PostgresqlEngine:
 
     async def _learn(self, connection: Connection, operations: Sequence[Operation]) -> set[str]:
         """Learn the numbers of queues, and return the names that nobody declared."""
-        names = {verbs.queue_of(operation) for operation in operations}
-        if not names <= self._numbers.keys():
-            for name, (number, rules) in (await control.queues(connection)).items():
+        unknown = {verbs.queue_of(operation) for operation in operations} - self._numbers.keys()
+        if unknown:
+            for name, (number, rules) in (await control.queues(connection, unknown)).items():
                 self._numbers[name], self._rules[name] = number, rules
-        return names - self._numbers.keys()
+            unknown -= self._numbers.keys()
+        if unknown:
+            self._others = await control.names(connection)
+        return unknown
 
     async def _run(
         self, connection: Connection, calls: Sequence[verbs.Call], fresh: Sequence[tuple[int, int]]
@@ -308,7 +312,11 @@ class PostgresqlEngine:
         if unknown:
             return [self._not_found(operation) for operation in operations]
         calls = verbs.calls(operations, self._setting(later=True))
-        rows = [await (await connection.execute(call.sql.encode(), call.parameters)).fetchall() for call in calls]
+        try:
+            rows = [await (await connection.execute(call.sql.encode(), call.parameters)).fetchall() for call in calls]
+        except NoDataFound:
+            self._numbers.clear()
+            return [verbs.deleted(operation) for operation in operations]
         return await self._results(connection, operations, calls, rows)
 
     # --- waking ------------------------------------------------------------------------------------------------------

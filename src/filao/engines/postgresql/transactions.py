@@ -3,7 +3,7 @@ of ours does when it lost.
 """
 
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from filao.engines.postgresql.clock import DIFFER, ServerClock
 from filao.engines.postgresql.server import Connection, Pool, PoolExhausted, Server, in_time
 from filao.engines.statements import check_statement, first_words, for_psycopg
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
-from filao.queue import Queue, not_found, rules_from_json
+from filao.queue import not_found, rules_from_json
 
 R = TypeVar("R")
 Apply = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
@@ -95,14 +95,12 @@ class PostgresqlTransactions:
         *,
         apply: Apply,
         committed: Callable[[Sequence[Operation]], Awaitable[None]],
-        rules: Mapping[str, Queue],
         moment: Callable[[], int | None],
     ) -> None:
         self._server = server
         self._transactions = transactions
         self._apply = apply
         self._committed = committed
-        self._rules = rules
         self._moment = moment
 
     @asynccontextmanager
@@ -134,7 +132,7 @@ class PostgresqlTransactions:
                 )
             number, rules, _ = about
             if number is None:
-                return not_found(operation.queue, self._rules)
+                return not_found(operation.queue, [name for (name,) in _texts(given.execute(verbs.NAMES).fetchall())])
             salt = verbs.new_salt()
             parameters = verbs.send_parameters([operation], number, self._moment(), salt, later=True)
             rows = _texts(given.execute(verbs.SEND.replace("%s", "?"), parameters).fetchall())

@@ -31,7 +31,7 @@ from filao.engine import (
 )
 from filao.engines.postgresql.server import Charset
 from filao.engines.waiters import deal
-from filao.errors import ConfigurationError, FilaoError, LeaseLost, QueueFull
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost, QueueFull
 from filao.queue import Queue
 
 Rows = Sequence[tuple[Any, ...]]
@@ -50,6 +50,7 @@ _EXTEND = "SELECT * FROM filao.extend(%s, %s, %s::bigint[], %s::bigint[], %s::bi
 _RECEIVE = "SELECT * FROM filao.receive(%s, %s, %s, %s, %s, %s, %s)"
 _LOCK = "SELECT filao.lock_groups(%s::integer[], %s::text[])"
 CALL = "SELECT filao.call(%s::integer[], %s::integer[])"
+NAMES = "SELECT name FROM filao.queue"
 WHERE_NOW = "SELECT id, state::text, attempts FROM filao.message WHERE id = ANY (%s::bigint[])"
 
 
@@ -115,6 +116,16 @@ def may_wait(operation: Operation, queues: Mapping[str, Queue]) -> bool:
             for draft in operation.drafts
         )
     return not isinstance(operation, Receive)
+
+
+def deleted(operation: Operation) -> FilaoError:
+    """Return the error of an operation in a user's transaction whose queue was deleted since its number was learnt."""
+    if not isinstance(operation, Send | Receive):
+        return lease_lost(operation.delivery, None)
+    return EngineUnavailable(
+        f"queue {operation.queue!r} was deleted, and may have been declared anew, since this broker used it last. "
+        f"Nothing of this transaction is done; try again."
+    )
 
 
 def unwritable(operations: Sequence[Operation], charset: Charset) -> dict[int, FilaoError]:
