@@ -252,12 +252,6 @@ class Pages:
         def t(key: str, **values: object) -> str:
             return fill(language, told_texts[key], values)
 
-        def about(deed: Deed) -> str:
-            """Return what of its queue a deed was about; the log has the reason of a kind by its name."""
-            reason, is_kind, error = deed.about.partition(": ")
-            says = told_texts.get(f"reason_{reason}") if is_kind else None
-            return deed.about if says is None else t("about_kind", reason=says, error=error)
-
         def href(page: str, **query: object) -> str:
             given = {name: value for name, value in query.items() if value not in (None, "")}
             return f"{root}/{language}/{page}" + (f"?{urlencode(given)}" if given else "")
@@ -270,7 +264,7 @@ class Pages:
             **{"why": "", "what": "", "seconds": 0, "is_job_unknown": False, **told.values},
             t=t,
             has_text=told_texts.__contains__,
-            about=about,
+            about=partial(_about, language),
             href=href,
             n=partial(shown.number, language),
             age=partial(shown.age, language),
@@ -392,6 +386,13 @@ class Pages:
     def _wanted(self, act: Act, look: Look) -> int:
         kind = self._views.triage.count(act.queue, act.reason or "", act.error or "")
         return wanted(act, look.queues.get(act.queue), kind)
+
+
+def _about(language: Language, deed: Deed) -> str:
+    """Return what of its queue a deed was about; the log has the reason of a kind by its name."""
+    told, (reason, is_kind, error) = texts(language), deed.about.partition(": ")
+    says = told.get(f"reason_{reason}") if is_kind else None
+    return deed.about if says is None else fill(language, told["about_kind"], {"reason": says, "error": error})
 
 
 def _storable(query: Mapping[str, str]) -> dict[str, str]:
