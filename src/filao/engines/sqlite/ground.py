@@ -45,8 +45,9 @@ class Loss(NamedTuple):
 _REPLACED = Loss("was replaced by another file while it was open", "open it again to work with what lies there now")
 _LINKED = Loss("was given a second name (a hard link) while it was open", "remove the other name")
 _OVERWRITTEN = Loss(
-    "was overwritten in place while it was open, as cp and rsync do it",
-    "put a backup in its place with filao restore, because what lies there now does not fit its WAL",
+    "was overwritten in place while it was open, as cp and rsync do it, or touched, which looks alike",
+    "if it was touched, start its processes again; else put a backup in its place with filao restore, because what "
+    "lies there now does not fit its WAL",
 )
 _CUT = Loss(
     "had its WAL overwritten or cut off in place while it was open, as cp and truncate do it",
