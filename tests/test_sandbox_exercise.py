@@ -90,7 +90,7 @@ async def test_the_skeleton_is_red_everywhere_with_reasons(checked) -> None:
         "survives": ("red", "lost_by_kill"),
         "nacks": ("red", "acked_failed"),
         "nothing_lost": ("red", "lost_some"),
-        "once": ("red", "too_early"),
+        "once": ("red", "acked_first"),
     }
 
 

@@ -148,3 +148,13 @@ async def test_a_claim_goes_from_its_consumer_to_what_is_done_though_the_queue_i
         stage = scene.stage(room, Mark())
         shown.append([[one["claim"] for one in stage["done"]], stage["consumers"][0]["holds"] is not None])
     assert shown == [[[], True], [[], True], [[1], False]]
+
+
+async def test_what_is_paid_in_a_transaction_that_is_not_committed_is_not_said_to_be_paid(tmp_path) -> None:
+    room = Room(tmp_path)
+    room.lanes.expect(1, 0).turns("waiting")
+    journal: tuple[What, ...] = ("received", "paying")
+    for at, what in enumerate(journal):
+        room.lanes.feed(Record(float(at), 1, what, "m-1", 1, 1))
+    (consumer,) = scene.stage(room, Mark())["consumers"]
+    assert (consumer["holds"]["paid"], consumer["holds"]["paying"]) == (False, True)

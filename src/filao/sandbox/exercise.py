@@ -446,7 +446,7 @@ async def _once(run: Run) -> Result:
     if not stats.dead and run.noted("halted"):  # who acknowledged writes it down just after
         await run.until(lambda _: bool(run.noted("acked")))
     if _unpaid(run):
-        raise RedError("too_early")
+        raise RedError("acked_first")
     times = run.payments(1)
     if times > 1:
         raise RedError("paid_twice", times=times)

@@ -152,7 +152,8 @@ def _held(room: Room, lease: Lease) -> Json:
         "policy": room.policies.get(lease.claim, 0),
         "again": lease.attempt > 1,
         "attempt": lease.attempt,
-        "paid": lease.paid or lease.paying,
+        "paid": lease.paid,
+        "paying": lease.paying,
         "once": lease.once,
     }
 

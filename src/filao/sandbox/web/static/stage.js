@@ -170,6 +170,7 @@ function told(one) {
   if (one.over) return say("over");
   if (one.holds?.once) return say("once");
   if (one.holds?.paid) return say("paid_unacked");
+  if (one.holds?.paying) return say("paying");
   if (one.fails && !one.holds) return say("fails");
   if (one.holds && one.state === "working") return say("works", { n: one.holds.attempt });
   return say(`state_${one.state}`);

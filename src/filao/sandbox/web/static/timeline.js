@@ -82,6 +82,7 @@ function drawn(bar, x, now, y, tall, options) {
   const glyph = GLYPHS[bar.how];
   const digits = String(bar.claim).length * 10;
   const fits = w > digits + 29; // beside the number; a lane's last bar has room behind it
+  // Without room for the mark of its end a bar has none of its payment either: it would look paid and not acknowledged.
   const paidAt = bar.paid === null ? null : Math.min(x(bar.paid), to - (glyph && fits ? 27 : 10));
   return h("g", {
     key: `${bar.id}-${bar.from}`, class: `bar ${how}${tall < LOW ? " low" : ""}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
@@ -91,7 +92,7 @@ function drawn(bar, x, now, y, tall, options) {
   h("rect", { x: from, y: y + 2, width: w, height: tall - (tall < LOW ? 3 : 5), rx: 7 }),
   bar.extended.filter((at) => x(at) < to).map((at) => h("line", { class: "extended", x1: x(at), x2: x(at), y1: y + tall - 10, y2: y + tall - 4 })),
   h("text", { x: from + 8, y: middle + 5 }, String(bar.claim || "?")),
-  paidAt !== null && paidAt > from + digits + 12 ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
+  paidAt !== null && paidAt > from + digits + 12 && (fits || !glyph) ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
   glyph && (fits || bar.how === "killed") ? h("path", { class: "glyph", d: glyph, transform: `translate(${fits ? to - 12 : Math.max(to, from + digits + 8) + 10} ${middle - 1})` }) : null,
   bar.lease_end !== null ? leaseEnd(x(bar.lease_end), from, to, y, tall, options) : null);
 }
