@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import signal
 import sqlite3
 import subprocess
@@ -242,11 +243,19 @@ async def until_left(db: Path, *wanted: int) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.fixture
+def alone(db: Path) -> Path:
+    """Return a file by whose name no other test's threads are called: they are counted by it."""
+    there = db.with_name(f"{secrets.token_hex(4)}.db")
+    files.sidecar(db).rename(files.sidecar(there))
+    return db.rename(there)
+
+
 @pytest.mark.anyio
-async def test_looks_go_on_beside_a_process_that_stands_still_and_all_goes_on_with_it(db, monkeypatch) -> None:
+async def test_looks_go_on_beside_a_process_that_stands_still_and_all_goes_on_with_it(alone, monkeypatch) -> None:
     monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)
-    async with filao.connect(db) as broker, asyncio.timeout(60):
-        with stopped_in_its_turn(db) as pid:
+    async with filao.connect(alone) as broker, asyncio.timeout(60):
+        with stopped_in_its_turn(alone) as pid:
             for _ in range(3):
                 monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.2)
                 with pytest.raises(filao.EngineUnavailable, match=rf"locked .*by .*process {pid} \("):
@@ -256,17 +265,17 @@ async def test_looks_go_on_beside_a_process_that_stands_still_and_all_goes_on_wi
                     assert (await broker.stats(CLAIMS)).ready == 3
                     assert len(await broker.peek(CLAIMS)) == 3
                     assert len(await broker.queues()) == 1
-            assert left_of(db)[0] <= 2  # one at most was left in line
+            assert left_of(alone)[0] <= 2  # one at most was left in line
             sending = asyncio.create_task(broker.send_to_queue(CLAIMS, 2))
         await sending
         assert [message.body for message in await broker.peek(CLAIMS)] == [0, 1, 2, 2]
-        await until_left(db, 1)
-    await until_left(db, 0, 0)
+        await until_left(alone, 1)
+    await until_left(alone, 0, 0)
 
 
-def test_a_blocking_broker_looks_beside_a_process_that_stands_still_too(db, monkeypatch) -> None:
-    with filao.sync.connect(db) as broker:
-        with stopped_in_its_turn(db):
+def test_a_blocking_broker_looks_beside_a_process_that_stands_still_too(alone, monkeypatch) -> None:
+    with filao.sync.connect(alone) as broker:
+        with stopped_in_its_turn(alone):
             monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.2)
             with pytest.raises(filao.EngineUnavailable, match="has been locked"):
                 broker.send_to_queue(CLAIMS, 1)
@@ -276,44 +285,44 @@ def test_a_blocking_broker_looks_beside_a_process_that_stands_still_too(db, monk
 
 
 @pytest.mark.anyio
-async def test_a_connect_that_failed_beside_a_process_that_stands_still_leaves_nothing(db, monkeypatch) -> None:
-    await until_left(db, 0, 0)
+async def test_a_connect_that_failed_beside_a_process_that_stands_still_leaves_nothing(alone, monkeypatch) -> None:
+    await until_left(alone, 0, 0)
     monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.1)
-    with stopped_in_its_turn(db) as pid:
+    with stopped_in_its_turn(alone) as pid:
         for _ in range(2):
             with pytest.raises(filao.EngineUnavailable, match=rf"locked .*by .*process {pid} \("):
-                await filao.connect(db).open()
-            assert left_of(db)[1] == 0
-        await until_left(db, 0, 0)
+                await filao.connect(alone).open()
+            assert left_of(alone)[1] == 0
+        await until_left(alone, 0, 0)
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("sends", [False, True], ids=["", "after a refused send"])
-async def test_a_broker_closes_beside_a_process_that_stands_still(db, monkeypatch, sends) -> None:
-    broker = filao.connect(db)
+async def test_a_broker_closes_beside_a_process_that_stands_still(alone, monkeypatch, sends) -> None:
+    broker = filao.connect(alone)
     await broker.open()
     held = {message.id for message in await broker.receive_many(CLAIMS, 3)}
     monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.2)
-    with stopped_in_its_turn(db):
+    with stopped_in_its_turn(alone):
         if sends:
             with pytest.raises(filao.EngineUnavailable, match="has been locked"):
                 await broker.send_to_queue(CLAIMS, 1)
         async with asyncio.timeout(20):
             await broker.close()
         async with asyncio.timeout(20):
-            while left_of(db)[0] > sends:  # one at most was left in line
+            while left_of(alone)[0] > sends:  # one at most was left in line
                 await asyncio.sleep(0.01)
-    await until_left(db, 0, 0)
+    await until_left(alone, 0, 0)
     monkeypatch.setattr(files, "BUSY_TIMEOUT", 20.0)
-    async with filao.connect(db) as other, asyncio.timeout(20):
+    async with filao.connect(alone) as other, asyncio.timeout(20):
         assert (await other.receive_from_queue(CLAIMS)).id in held  # its holder has let go of its bell
 
 
 @pytest.mark.anyio
-async def test_a_look_does_not_wait_for_housekeeping_beside_a_foreign_transaction(db, monkeypatch) -> None:
+async def test_a_look_does_not_wait_for_housekeeping_beside_a_foreign_transaction(alone, monkeypatch) -> None:
     monkeypatch.setattr(housekeeping, "TIDY_EVERY", 0.01)
-    async with filao.connect(db) as broker, asyncio.timeout(20):
-        with foreign_writer(db):
+    async with filao.connect(alone) as broker, asyncio.timeout(20):
+        with foreign_writer(alone):
             engine_of(broker)._housekeeper.is_wanted = True
             while engine_of(broker)._database.ticket is None:
                 await asyncio.sleep(0.001)
@@ -321,18 +330,18 @@ async def test_a_look_does_not_wait_for_housekeeping_beside_a_foreign_transactio
             assert (await broker.stats(CLAIMS)).ready == 3
 
 
-EXCLUSIVE = WRITES.replace("db.execute(", "db.execute('PRAGMA locking_mode = EXCLUSIVE'); db.execute(")
+EXCLUSIVE = WRITES.replace("alone.execute(", "alone.execute('PRAGMA locking_mode = EXCLUSIVE'); alone.execute(")
 
 
 @pytest.mark.anyio
-async def test_opening_a_file_that_another_program_has_for_itself_can_be_cancelled(db, monkeypatch) -> None:
+async def test_opening_a_file_that_another_program_has_for_itself_can_be_cancelled(alone, monkeypatch) -> None:
     monkeypatch.setattr(files, "BUSY_TIMEOUT", 1_000.0)
-    with foreign_writer(db, EXCLUSIVE):
-        opening = asyncio.create_task(filao.connect(db).open())
-        while left_of(db)[0] == 0:
+    with foreign_writer(alone, EXCLUSIVE):
+        opening = asyncio.create_task(filao.connect(alone).open())
+        while left_of(alone)[0] == 0:
             await asyncio.sleep(0.001)
         opening.cancel()
-        await until_left(db, 0, 0)
+        await until_left(alone, 0, 0)
 
 
 def test_nobody_stands_in_line_for_what_was_given_up_just_before(tmp_path) -> None:
