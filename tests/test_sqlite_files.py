@@ -116,7 +116,8 @@ async def test_a_file_of_another_kind_is_left_alone(tmp_path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become nobody")
 async def test_a_file_that_this_user_may_not_write_is_refused(tmp_path) -> None:
     path = tmp_path / "claims.db"
-    await filao.connect(path).open()
+    async with filao.connect(path):
+        pass
     path.chmod(0o444)
     let_pass(tmp_path)
     try:
