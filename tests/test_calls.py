@@ -51,6 +51,18 @@ def test_a_call_that_comes_while_the_loop_ends_is_refused(tmp_path) -> None:
     assert answers == [ENDED, "the loop goes on ending"]
 
 
+def test_a_thread_that_has_the_identity_of_a_loops_that_has_ended_is_told_that_it_has() -> None:
+    """Identities are given again; this thread stands for the other, as the loop was made here."""
+    loop = asyncio.new_event_loop()
+    caller = Caller(loop, loop_thread=threading.get_ident())
+    with pytest.raises(filao.ConfigurationError, match="in the midst"):
+        caller.check_thread()
+    caller.end()
+    loop.close()
+    with pytest.raises(filao.ConfigurationError, match="closed meanwhile"):
+        caller.call(asyncio.sleep, 0)
+
+
 def test_an_end_that_meets_the_beginning_of_a_call_leaves_no_task() -> None:
     loop = asyncio.new_event_loop()
     at, is_met = 0, True

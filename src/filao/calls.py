@@ -77,7 +77,8 @@ class Caller:
         An observer runs there; and so does a `__del__`, wherever the collector finds what it belongs to.
         """
         here = threading.get_ident()
-        if here == self._loop_thread or gate.is_inside(here):
+        is_on_loop = here == self._loop_thread and not self._refusal  # its identity is given again once it has ended
+        if is_on_loop or gate.is_inside(here):
             raise ConfigurationError(_IN_THE_MIDST)
 
     def begin(self, call: "Call[Any]") -> None:
