@@ -135,6 +135,19 @@ async def test_the_first_call_on_a_queue_has_one_time_for_its_rules_and_itself(
     url = f"sqlite:///{tmp_path}/a.db"
     async with filao.connect(url) as broker:
         await broker.declare(Queue("claims"))
+    since, learnt = noted(monkeypatch)
+    monkeypatch.setattr(SqliteEngine, "at_once", lambda *_: False)  # else a lone call waits for nobody
+
+    def calls() -> None:
+        with filao.sync.connect(url) as broker:
+            call(broker)
+
+    await asyncio.to_thread(calls)
+    assert since[0] < learnt[0]
+
+
+def noted(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float]]:
+    """Return since when batches count, and when rules were told, both to be filled in from now on."""
     since: list[float] = []
     learnt: list[float] = []
     execute, find = SqliteEngine.execute, SqliteEngine.find
@@ -150,13 +163,25 @@ async def test_the_first_call_on_a_queue_has_one_time_for_its_rules_and_itself(
 
     monkeypatch.setattr(SqliteEngine, "execute", noting)
     monkeypatch.setattr(SqliteEngine, "find", asking)
-    monkeypatch.setattr(SqliteEngine, "at_once", lambda *_: False)  # else a lone call waits for nobody
+    return since, learnt
 
-    def calls() -> None:
-        with filao.sync.connect(url) as broker:
-            call(broker)
 
-    await asyncio.to_thread(calls)
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda broker: broker.send_to_queue("claims", "x" * 100), id="send"),
+        pytest.param(lambda broker: broker.send_many("claims", ["x" * 100]), id="send many"),
+    ],
+)
+async def test_a_send_that_asks_again_because_its_body_is_too_large_has_one_time_too(
+    call: Callable[[filao.Broker], Awaitable[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    since, learnt = noted(monkeypatch)
+    async with filao.connect(url) as broker, filao.connect(url) as other:
+        await broker.declare(Queue("claims", body_max=10))
+        await other.declare(Queue("claims", body_max=1_000))
+        await call(broker)
     assert since[0] < learnt[0]
 
 

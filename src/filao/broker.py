@@ -222,6 +222,7 @@ class Broker:
         try:
             sent = drafts(known, bodies, terms)
         except MessageTooLarge as error:
+            since = since or time.monotonic()
             sent = drafts(await larger(known, None if within else self._session.find, error), bodies, terms)
         return await self._session.send(known.name, sent, within, since)
 

@@ -255,7 +255,7 @@ class Session:
 
     @contextmanager
     def hurrying(self, limit: asyncio.Timeout) -> Generator[None]:
-        """Let what waits for the server end soon after this session: those who wait for room to write are not told."""
+        """Let what waits for the server end soon after its connection: one that waits for room to write is not told."""
         now = asyncio.get_running_loop().time
 
         def hurry(_: object) -> None:
