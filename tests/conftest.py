@@ -67,6 +67,15 @@ def engine_of(broker: Any) -> Any:
     return session_of(broker).engine
 
 
+async def on_connection(broker: Any, method: str, *arguments: Any) -> None:
+    """Have a SQLite broker's thread call a method of its connection, such as `set_trace_callback`.
+
+    Another thread would wait there for SQLite's lock and keep Python's, which the callback may be waiting for.
+    """
+    engine = engine_of(broker)
+    await engine._alone(lambda: getattr(engine._database.hold.db, method)(*arguments))
+
+
 def missing(what: str) -> NoReturn:
     """Skip what needs a server that is not installed here; where everything must be tested, fail."""
     if os.environ.get("CI"):

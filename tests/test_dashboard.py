@@ -39,7 +39,7 @@ from filao.engine import StoredMessage
 from filao.engines.sqlite.backup import restore
 from filao.overview import Deed, Overview, error_kind
 from filao.slices import Tally
-from tests.conftest import engine_of
+from tests.conftest import engine_of, on_connection
 from tests.support.proxy import Proxy
 from tests.support.servers import Postgres
 from tests.support.visitor import HOST, Visitor, rows, visiting
@@ -981,7 +981,7 @@ async def test_no_statement_of_the_dashboard_walks_past_messages(broker) -> None
     seen: set[str] = set()
     async with visiting(broker, allow_actions=True) as somebody:
         await somebody.sees("/en/queues")
-        engine_of(broker)._database.hold.db.set_trace_callback(seen.add)
+        await on_connection(broker, "set_trace_callback", seen.add)
         for state in filao.State:
             page = await somebody.sees(f"/en/queue?name=claims&state={state}")
             await somebody.sees(f"/en/queue?name=claims&state={state}&group=policy-1")
@@ -990,7 +990,7 @@ async def test_no_statement_of_the_dashboard_walks_past_messages(broker) -> None
                 await somebody.sees(f"/en/queue?name=claims&state={state}&after={after}&group=policy-1")
         for path in (f"message?queue=claims&id={receipt.id}", "dead", "processes", "log", "queues"):
             await somebody.sees(f"/en/{path}")
-        engine_of(broker)._database.hold.db.set_trace_callback(None)
+        await on_connection(broker, "set_trace_callback", None)
     queries = [sql for sql in seen if sql.split()[0] == "SELECT" and "filao_" in sql]
     assert len(queries) > 15
     db = sqlite3.connect(engine_of(broker)._database.hold.path)

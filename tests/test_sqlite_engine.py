@@ -16,7 +16,7 @@ from filao.engines.sqlite import control, files, housekeeping
 from filao.engines.sqlite import engine as sqlite_engine
 from filao.engines.sqlite import processes as processes_module
 from filao.engines.sqlite.thread import Tickets
-from tests.conftest import engine_of
+from tests.conftest import engine_of, on_connection
 
 pytestmark = pytest.mark.anyio
 
@@ -360,7 +360,7 @@ async def test_those_who_wait_write_nothing_while_others_send(tmp_path, monkeypa
             begun.extend([sql] * sql.startswith("BEGIN"))
             looked.extend([sql] * ("data_version" in sql))
 
-        engine_of(broker)._database.hold.db.set_trace_callback(trace)
+        await on_connection(broker, "set_trace_callback", trace)
         async with asyncio.timeout(30):
             while len(looked) < 10:
                 await other.send_to_queue("busy", 1)
@@ -423,9 +423,9 @@ async def test_the_age_of_a_queue_costs_the_same_whatever_its_priorities(tmp_pat
             def step(count=count) -> None:
                 count[0] += 1
 
-            engine_of(broker)._database.hold.db.set_progress_handler(step, 1)
+            await on_connection(broker, "set_progress_handler", step, 1)
             assert (await broker.stats(queue)).oldest_ready_age is not None
-            engine_of(broker)._database.hold.db.set_progress_handler(None, 1)
+            await on_connection(broker, "set_progress_handler", None, 1)
             steps.append(count[0])
             await broker.purge(queue)
         assert steps[1] < steps[0] * 1.2
@@ -437,7 +437,7 @@ async def test_the_first_use_of_a_name_reads_one_row(tmp_path) -> None:
         await broker.declare(*(filao.Queue(f"claims.{number}") for number in range(200)))
     async with filao.connect(path) as broker:
         seen: list[str] = []
-        engine_of(broker)._database.hold.db.set_trace_callback(seen.append)
+        await on_connection(broker, "set_trace_callback", seen.append)
         await broker.send_to_queue("claims.7", 7)
         assert not [sql for sql in seen if "filao_queue" in sql and " WHERE " not in sql]
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 import filao
-from filao.broker import session_of
-from filao.engines.sqlite.engine import SqliteEngine
 from filao.errors import QueueFull, QueueNotFound
+from tests.conftest import on_connection
 
 pytestmark = pytest.mark.anyio
 FRAME = 4096 + 24  # bytes of a page in the WAL
@@ -20,18 +19,14 @@ FRAME = 4096 + 24  # bytes of a page in the WAL
 
 async def counted(broker: filao.Broker, path: Path, call: Callable[[], Awaitable[object]]) -> tuple[list[str], int]:
     """Return the statements that a call makes, and the pages that it writes."""
-    engine = session_of(broker).engine
-    assert isinstance(engine, SqliteEngine)
-    db = engine._database.hold.db
-    assert db is not None
     wal = path.with_name(path.name + "-wal")
     statements: list[str] = []
     before = wal.stat().st_size
-    db.set_trace_callback(statements.append)
+    await on_connection(broker, "set_trace_callback", statements.append)
     try:
         await call()
     finally:
-        db.set_trace_callback(None)
+        await on_connection(broker, "set_trace_callback", None)
     return statements, (wal.stat().st_size - before) // FRAME
 
 

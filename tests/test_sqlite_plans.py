@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 
 import filao
-from tests.conftest import engine_of
+from tests.conftest import on_connection
 
 pytestmark = pytest.mark.anyio
 
@@ -47,9 +47,9 @@ async def _live(broker: filao.Broker, clock) -> None:
 async def test_every_statement_finds_its_rows_through_an_index(tmp_path, clock) -> None:
     seen: set[str] = set()
     async with filao.connect(tmp_path / "claims.db", clock=clock) as broker:
-        engine_of(broker)._database.hold.db.set_trace_callback(seen.add)
+        await on_connection(broker, "set_trace_callback", seen.add)
         await _live(broker, clock)
-        engine_of(broker)._database.hold.db.set_trace_callback(None)
+        await on_connection(broker, "set_trace_callback", None)
     queries = [sql for sql in seen if sql.split()[0] in ("SELECT", "UPDATE", "DELETE") and "filao_message" in sql]
     assert len(queries) > 30
     db = sqlite3.connect(tmp_path / "claims.db")
@@ -92,9 +92,9 @@ async def _steps_of_a_claim(broker: filao.Broker) -> int:
         nonlocal steps
         steps += 1
 
-    engine_of(broker)._database.hold.db.set_progress_handler(count, 1)
+    await on_connection(broker, "set_progress_handler", count, 1)
     (message,) = await broker.receive_many("claims", 1, wait=0)
-    engine_of(broker)._database.hold.db.set_progress_handler(None, 1)
+    await on_connection(broker, "set_progress_handler", None, 1)
     assert message.body == "the one"
     await message.ack()
     return steps

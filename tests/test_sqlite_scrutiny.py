@@ -18,7 +18,7 @@ import pytest
 
 import filao
 from filao.engines.sqlite import files
-from tests.conftest import engine_of
+from tests.conftest import engine_of, on_connection
 
 pytestmark = pytest.mark.anyio
 
@@ -232,7 +232,7 @@ async def test_the_doctor_may_take_longer_than_a_turn_may_be_waited_for(db, monk
     async with filao.connect(db) as broker:
         with monkeypatch.context() as patch:
             patch.setattr(files, "BUSY_TIMEOUT", 1.0)
-            engine_of(broker)._database.hold.db.set_progress_handler(sleep_once_it_looks, 1)
+            await on_connection(broker, "set_progress_handler", sleep_once_it_looks, 1)
             assert "integrity" in {finding.subject for finding in await broker.doctor()}
     assert slept
 

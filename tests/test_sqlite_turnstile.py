@@ -22,7 +22,7 @@ from filao.engines.sqlite import files, housekeeping
 from filao.engines.sqlite.backup import back_up
 from filao.engines.sqlite.folder import Folder
 from filao.engines.sqlite.turnstile import Turnstile
-from tests.conftest import engine_of
+from tests.conftest import engine_of, on_connection
 from tests.support.programs import CLAIMS, db
 
 if sys.platform != "win32":
@@ -104,7 +104,7 @@ def standing_still_in_a_turn(db: Path) -> Iterator[None]:
 async def test_who_met_a_foreign_transaction_waits_no_longer_for_a_turn_than_others(db, monkeypatch) -> None:
     async with filao.connect(db) as broker, asyncio.timeout(20):
         begun: list[str] = []
-        engine_of(broker)._database.hold.db.set_trace_callback(begun.append)
+        await on_connection(broker, "set_trace_callback", begun.append)
         monkeypatch.setattr(files, "BUSY_TIMEOUT", 1.0)
         with foreign_writer(db):
             sending = asyncio.create_task(broker.send_to_queue(CLAIMS, 1))

@@ -14,7 +14,7 @@ from filao.broker import session_of
 from filao.engines.postgresql import schema
 from filao.engines.sqlite import files
 from filao.queue import rules_to_json
-from tests.conftest import engine_of
+from tests.conftest import engine_of, on_connection
 
 pytestmark = pytest.mark.anyio
 
@@ -49,9 +49,9 @@ async def test_on_sqlite_it_takes_as_many_steps_at_any_depth(tmp_path, clock) ->
                 nonlocal steps
                 steps += 1
 
-            engine_of(broker)._database.hold.db.set_progress_handler(count, 1)
+            await on_connection(broker, "set_progress_handler", count, 1)
             await broker.stats("claims")
-            engine_of(broker)._database.hold.db.set_progress_handler(None, 1)
+            await on_connection(broker, "set_progress_handler", None, 1)
             taken.append(steps)
     assert taken[1] <= taken[0] * 1.2, taken
 
