@@ -146,6 +146,11 @@ async def test_what_is_no_consumer_is_told_and_not_suffered(checked, only, text,
     assert found["after_work"] == ("red", key)
 
 
+async def test_code_that_is_no_python_is_told_so_once(checked) -> None:
+    found = await results(checked, SKELETON.replace("while True:", "while True"))
+    assert [key for _, key in found.values()] == ["syntax", *["not_run"] * 4]
+
+
 HIDES = """
 import os, subprocess, sys
 says = "import os, pathlib, time; pathlib.Path({folder!r}, str(os.getpid())).touch(); time.sleep(600)"

@@ -146,8 +146,24 @@ async def test_a_claim_goes_from_its_consumer_to_what_is_done_though_the_queue_i
         if what == "handled":
             room.effects.paid([Payment(1, "m-1", 1, 100, "1", 1)])
         stage = scene.stage(room, Mark())
-        shown.append([[one["claim"] for one in stage["done"]], stage["consumers"][0]["holds"] is not None])
-    assert shown == [[[], True], [[], True], [[1], False]]
+        holds = stage["consumers"][0]["holds"] is not None
+        shown.append([[one["claim"] for one in stage["done"]], stage["processed"], holds])
+    assert shown == [[[], 0, True], [[], 0, True], [[1], 1, False]]
+
+
+async def test_a_claim_that_was_paid_and_waits_again_is_not_processed(tmp_path) -> None:
+    room, now = Room(tmp_path), datetime.now(UTC)
+    room.lanes.expect(1, 0).turns("waiting")
+    row = StoredMessage("m-1", "claims.processing", State.READY, {"claim_id": 1}, {}, 1, 0, None, None, now, now, None)
+    room.viewer.view = View(None, None, ready=[row])
+    room.effects.sent("m-1", 1)
+    journal: tuple[What, ...] = ("received", "handled")
+    for at, what in enumerate(journal):
+        room.lanes.feed(Record(float(at), 1, what, "m-1", 1, 1))
+    room.effects.paid([Payment(1, "m-1", 1, 100, "1", 1)])
+    room.lanes.left(1, 2.0, "killed")
+    stage = scene.stage(room, Mark())
+    assert (stage["done"], stage["processed"]) == ([], 0)
 
 
 async def test_what_is_paid_in_a_transaction_that_is_not_committed_is_not_said_to_be_paid(tmp_path) -> None:

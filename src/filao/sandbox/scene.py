@@ -35,17 +35,17 @@ Json = dict[str, Any]
 def stage(room: Room, since: Mark) -> Json:
     """Return what the stage shows: producer, queues, consumers, and what is done."""
     view, stats = room.view, room.view.stats
-    held = {message.id for message in view.leased}
     consumers = _shown_consumers(room, since)
     in_hand = {lane.holds.message for lane in consumers if lane.holds is not None}
+    stored = {one.id for state in (view.ready, view.blocked, view.delayed, view.leased, view.dead) for one in state}
     return {
         "frozen": room.is_frozen,
         "producer": {"sent": len(room.effects.fates), "answer_ms": room.news.answer_ms, "refused": room.news.refused},
         "queue": None if stats is None else _queue(room, stats),
         "documents": _documents(room) if room.setting.documents else None,
         "consumers": [_consumer(room, lane) for lane in consumers],
-        "done": [_paid(room, one) for one in room.effects.last_paid(DONE) if _is_done(room, one, in_hand, held)],
-        "paid": sum(1 for fate in room.effects.fates.values() if fate.payments),
+        "done": [_paid(room, one) for one in room.effects.last_paid(DONE) if _is_done(room, one, in_hand, stored)],
+        "processed": _processed(room, in_hand, stored),
         "cents": room.effects.cents,
         "error": "full" if view.is_full else view.error,
     }
@@ -114,10 +114,16 @@ def _letter(room: Room, message: StoredMessage) -> Json:
     return _chip(room, message) | {"reason": str(message.reason), "attempts": message.attempts, "error": error[:200]}
 
 
-def _is_done(room: Room, message: str, in_hand: set[str], held: set[str]) -> bool:
+def _is_done(room: Room, message: str, in_hand: set[str], stored: set[str]) -> bool:
     """Return whether a paid claim has left the queue: journals tell of its acknowledgement before the queue is read."""
     attempts = room.lanes.attempts(message)
-    return message not in in_hand and (message not in held or bool(attempts and attempts[-1].how == "acked"))
+    return message not in in_hand and (message not in stored or bool(attempts and attempts[-1].how == "acked"))
+
+
+def _processed(room: Room, in_hand: set[str], stored: set[str]) -> int:
+    """Return how many claims were paid and have left the queue."""
+    paid = {fate.message for fate in room.effects.fates.values() if fate.payments}
+    return len(paid) - sum(not _is_done(room, one, in_hand, stored) for one in paid & (in_hand | stored))
 
 
 def _paid(room: Room, message: str) -> Json:

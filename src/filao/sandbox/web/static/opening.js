@@ -39,7 +39,7 @@ const claims = () => Array.from({ length: CLAIMS }, (_, at) => at).slice(isStill
 function still() {
   const chip = (claim) => ({ id: `still-${claim}`, claim, policy: null });
   const scene = {
-    producer: { sent: 9, answer_ms: null, refused: 0 }, documents: null, done: [chip(2), chip(1)], paid: 2, cents: null,
+    producer: { sent: 9, answer_ms: null, refused: 0 }, documents: null, done: [chip(2), chip(1)], processed: 2, cents: null,
     queue: { name: "claims.processing", waiting: [6, 7, 8, 9].map(chip), late: [], letters: [], ready: 4, delayed: 0, dead: 0, oldest: 0 },
     consumers: [1, 2, 3].map((number) => ({ number, state: "working", holds: { ...chip(number + 2), attempt: 1 }, left: null, lease: 1 })),
   };

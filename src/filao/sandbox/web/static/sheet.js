@@ -3,6 +3,9 @@
 import { h } from "./dom.js";
 import { euros, further, lesson, number, rich, say, steps, words } from "./say.js";
 
+// A path may go on in the next line after a slash.
+const broken = (path) => path.split(/(?<=\/)/).map((part) => [part, h("wbr")]);
+
 export function sheet(scene, proofs, back) {
   const { lesson: told, stage, books } = scene;
   const sums = stage.queue;
@@ -17,5 +20,5 @@ export function sheet(scene, proofs, back) {
       const values = Object(proofs[step.key]);
       return h("li", { class: done ? "done" : "" }, h("h2", {}, lesson[step.key].title, " ", h("span", { class: "soft" }, done ? "✓" : say("open"))), done ? h("p", {}, rich(lesson[step.key].why, values, h)) : null);
     })),
-    h("h2", {}, say("further")), h("ul", { class: "further" }, further.map(([where, key]) => h("li", {}, say(key), " ", h("code", {}, where)))));
+    h("h2", {}, say("further")), h("ul", { class: "further" }, further.map(([where, key]) => h("li", {}, say(key), " ", h("code", {}, broken(where))))));
 }

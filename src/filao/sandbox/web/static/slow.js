@@ -49,7 +49,7 @@ export function replayed(scene, shown) {
   }
   const all = [...claims.values()];
   const chip = (one) => ({ id: one.id, claim: one.claim, policy: null, again: one.attempt > 1, attempt: one.attempt });
-  const paid = all.filter((one) => one.paid);
+  const done = all.filter((one) => one.where === "gone" && one.paid);
   const waiting = all.filter((one) => one.where === "queue");
   const late = all.filter((one) => one.where === "delayed");
   const dead = all.filter((one) => one.where === "dead");
@@ -61,8 +61,8 @@ export function replayed(scene, shown) {
       const held = all.find((one) => one.where === lane);
       return { number: lane, state: all.some((one) => one.killedBy === lane) ? "killed" : held ? "working" : "waiting", holds: held ? { ...chip(held), paid: held.paid > 0 } : null, left: null, lease: 1 };
     }),
-    done: all.filter((one) => one.where === "gone" && one.paid).map((one) => ({ ...chip(one), times: one.paid })).reverse(),
-    paid: paid.length, cents: null,
+    done: done.map((one) => ({ ...chip(one), times: one.paid })).reverse(),
+    processed: done.length, cents: null,
   };
 }
 

@@ -122,11 +122,11 @@ function done(scene, box) {
   const x = middle(box).x;
   if (box.w > 200) {
     return h("g", { key: "done" }, frame(box, "box"), text(box.x + 14, box.y + 30, say("processed"), { class: "strong" }),
-      text(box.x + 14, box.y + 54, amount(scene), { class: "good" }), text(box.x + box.w - 14, box.y + 50, number(scene.paid), { class: "huge end" }));
+      text(box.x + 14, box.y + 54, amount(scene), { class: "good" }), text(box.x + box.w - 14, box.y + 50, number(scene.processed), { class: "huge end" }));
   }
   return h("g", { key: "done" }, frame(box, "box"),
     text(x, box.y + 28, say("processed"), { class: "strong mid" }),
-    text(x, box.y + 66, number(scene.paid), { class: "huge mid" }),
+    text(x, box.y + 66, number(scene.processed), { class: "huge mid" }),
     text(x, box.y + 92, amount(scene), { class: "good mid" }));
 }
 

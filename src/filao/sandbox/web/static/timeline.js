@@ -8,7 +8,6 @@ const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, becaus
 const LEASE_END = 130; // pixels of a bar before its lease's end that hold its number and these words
 const LEASE_WORDS = 90; // pixels of these words
 const LANES_MAX = 7;
-const IDLE_UP_TO = 4; // lanes in all, with those of consumers who have held nothing yet
 const LANE_LEAST = 20; // pixels of a lane's height
 const AXIS = 26; // pixels above and below the lanes
 const LOW = 26; // pixels of a lane, below which its numbers are smaller
@@ -59,13 +58,13 @@ export function timeline(told, width, height, options) {
         lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.map((bar) => drawn(bar, x, now, y.get(lane.number), tall, { ...options, full })))))));
 }
 
-// The lanes in which something happened, first of all those of the living, who have taken over from the dead; then idle ones.
+// The lanes of those that stand on the stage, and of the dead that held something last, as far as there is room; idle ones give way first.
 function shown(all, most) {
   const lives = (lane) => !["gone", "killed", "crashed"].includes(lane.state);
   const busy = all.filter((lane) => lane.bars.length);
-  const kept = [...busy.filter(lives), ...busy.filter((lane) => !lives(lane)).reverse()].slice(0, most);
-  const idle = all.filter((lane) => !lane.bars.length && lives(lane)).slice(0, Math.max(0, IDLE_UP_TO - kept.length));
-  return all.filter((lane) => kept.includes(lane) || idle.includes(lane));
+  const idle = all.filter((lane) => !lane.bars.length && lives(lane));
+  const kept = [...busy.filter(lives), ...idle, ...busy.filter((lane) => !lives(lane)).reverse()].slice(0, most);
+  return all.filter((lane) => kept.includes(lane));
 }
 
 function ticks(end, scale) {
