@@ -10,6 +10,7 @@ import pytest
 
 import filao
 import filao.sync
+from filao.cli import commands
 from tests.support.shell import (
     FILAO,
     PATIENCE,
@@ -26,6 +27,12 @@ from tests.support.shell import (
 )
 
 __all__ = ["compiled", "db"]
+
+
+def test_the_help_says_of_each_command_in_a_whole_sentence_what_it_does():
+    listed = run("--help").out.decode().partition("Commands:\n")[2].splitlines()
+    assert len(listed) == len(commands.commands)
+    assert [line for line in listed if not line.endswith(".") or line.endswith("...")] == []
 
 
 def test_only_declare_creates_a_file(tmp_path):

@@ -35,9 +35,9 @@ def test_one_message_is_cancelled_while_it_waits(db):
 
 def test_a_queue_is_deleted_with_its_messages_only_when_told(db):
     put(db, 7)
-    assert run("delete", db, "claims").code == 2  # nobody can be asked
-    assert "holds 1 messages" in run("delete", db, "claims", "--yes").err
+    assert run("delete", db, "claims", "--messages").code == 2  # nobody can be asked
+    assert "holds 1 message: " in run("delete", db, "claims", "--yes").err
     code, screen = on_terminal("delete", db, "claims", "--messages", types=b"n\n", when=b"[y/N]")
-    assert (code, "and its 1 messages" in screen) == (1, True)
+    assert (code, "and its 1 message?" in screen) == (1, True)
     assert run("delete", db, "claims", "--messages", "--yes").lines == [{"deleted": "claims"}]
     assert "is not declared" in run("peek", db, "claims").err

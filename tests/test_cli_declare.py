@@ -9,7 +9,7 @@ __all__ = ["compiled", "db"]
 def test_a_rule_that_cannot_be_is_refused_before_a_file_is_created(tmp_path):
     ran = run("declare", tmp_path / "claims.db", "claims", "--lease", "-1")
     assert ran.code == 3
-    assert "lease is -1.0; it must be from 0.001 to 604800 seconds" in ran.err
+    assert "lease is -1.0; it must be a number of seconds from 0.001 to 604800" in ran.err
     assert list(tmp_path.iterdir()) == []
 
 

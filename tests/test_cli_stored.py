@@ -60,7 +60,18 @@ def test_dead_letters_are_chosen_by_reason_error_age_and_id(db):
     ]
     found = run_each(("dead", db, "claims", *options) for options in asked)
     assert [[line["body"] for line in ran.lines] for ran in found] == [[3], [0, 1, 2], [0, 1], [], [0, 1, 2, 3], [1]]
-    assert "no dead letter of queue 'claims' is what was asked for" in found[3].err
+    assert "queue 'claims' has no such dead letters" in found[3].err
+
+
+def test_peek_finds_a_message_by_its_id_in_whatever_state(db):
+    (letter,) = bury(db, "dead")
+    with filao.sync.connect(db) as broker:
+        later = broker.send_to_queue("claims", "delayed", delay=3_600).id
+    asked = [(later,), (letter,), (letter, "--state", "ready"), ("nonsense",)]
+    found = run_each(("peek", db, "claims", "--id", *options) for options in asked)
+    assert [[line["body"] for line in ran.lines] for ran in found] == [["delayed"], ["dead"], [], []]
+    assert f"queue 'claims' has no ready message {letter!r}" in found[2].err
+    assert "queue 'claims' has no message 'nonsense'" in found[3].err
 
 
 def test_dead_letters_are_a_table_on_a_terminal_and_one_is_told_whole(db):

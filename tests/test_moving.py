@@ -256,7 +256,7 @@ async def test_what_waits_on_the_ladder_is_said_to_stay(place, name) -> None:
     assert json.loads(done.stdout)["waiting"] == 1
     assert json.loads(done.stdout)["held"] >= 1
     assert done.returncode == 1
-    assert "stay at amqp://guest:…@" in done.stderr  # whose password is nobody's business
+    assert "left at amqp://guest:…@" in done.stderr  # whose password is nobody's business
 
 
 async def test_what_the_target_cannot_keep_stays(place, name) -> None:
@@ -293,7 +293,7 @@ async def test_the_command_says_what_it_would_do_and_does_it(place, name) -> Non
         assert (dry.returncode, (await broker.stats(name)).ready) == (1, 4)
         done = await asyncio.to_thread(run, source, target)
         assert (done.returncode, json.loads(done.stdout)["waiting"]) == (1, 4)
-        assert "1 messages stay at" in done.stderr
+        assert "1 message left at" in done.stderr
         await held.release()
         done = await asyncio.to_thread(run, source, target)
         assert (done.returncode, json.loads(done.stdout)["waiting"]) == (0, 1)

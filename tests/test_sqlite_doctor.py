@@ -42,7 +42,7 @@ async def test_stuck_leases_and_dead_letters_are_told(tmp_path, clock) -> None:
         findings = await found(broker)
     assert findings["queue stuck"][0] == "warning"
     assert "1 leases have run out" in findings["queue stuck"][1]
-    assert findings["queue sad"] == ("note", "1 dead letters")
+    assert findings["queue sad"] == ("note", "1 dead letter")
 
 
 async def test_a_deed_without_an_end_and_what_is_remembered_are_told(tmp_path) -> None:

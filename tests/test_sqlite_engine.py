@@ -569,5 +569,5 @@ async def test_a_queue_that_is_sent_to_while_it_is_deleted_says_so(tmp_path, mon
             return done
 
         monkeypatch.setattr(control.SqliteOperators, "remove", remove)
-        with pytest.raises(filao.ConfigurationError, match=r"1 messages have been sent to it since.*Stop its senders"):
+        with pytest.raises(filao.ConfigurationError, match=r"1 message came into it since.*Stop its senders"):
             await broker.delete_queue("claims", messages=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -262,6 +263,14 @@ def test_one_process_answers_health_checks_too_on_loopback_and_tells_no_url(fold
         assert "claims.db" not in json.dumps(state)
 
 
+def test_a_port_of_the_health_check_that_is_in_use_is_told(folder) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        work = Work(folder, "app:worker", "--health", str(port))
+        assert work.ends() == 2
+    assert f"--health: 127.0.0.1:{port} cannot be listened on" in work.said()
+
+
 def _get(address: str) -> tuple[int, Any]:
     try:
         with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
@@ -276,7 +285,7 @@ def _get(address: str) -> tuple[int, Any]:
         (["app"], 2, "'app' names no worker: give MODULE:WORKER"),
         (["nowhere:worker"], 2, "there is no module 'nowhere' here"),
         (["app:claims"], 2, "'claims' in 'app' is Queue("),
-        (["app:nothing"], 2, "'nothing' in 'app' is None; it must be a filao.Worker"),
+        (["app:nothing"], 2, "there is no 'nothing' in 'app'. The module has app:worker"),
         (["app:worker", "--health", "http"], 2, "--health 'http': give a port, or HOST:PORT"),
         (["app:worker", "--processes", "0"], 2, "--processes"),
         (["unknown:worker"], 3, "queue 'claimz' is not declared"),

@@ -109,7 +109,7 @@ async def of_claims(message: filao.Message[Claim]) -> None: ...
     [
         (of_two, "the handler of_two cannot be called as async def of_two(message)"),
         (of_none, "the handler of_none cannot be called as async def of_none(message)"),
-        (of_an_int, "asks for <class 'int'>; it gets a message"),
+        (of_an_int, "asks for <class 'int'>; it gets a message with a body: annotate it message: filao.Message[int]"),
         (of_sync, "is a coroutine function, which gets a filao.Message"),
         (of_async, "is a plain function, which gets a filao.sync.Message"),
         (generator, "is a generator"),

@@ -41,6 +41,7 @@ from filao.engines import Durability, engine_for, located
 from filao.errors import ConfigurationError, MessageTooLarge, UnsupportedFeature
 from filao.message import Guarantee, Message, Transaction, entered
 from filao.observing import Observers
+from filao.printable import some
 from filao.queue import LEASE_MAX, Queue, T, name_of
 from filao.receiving import Receiving
 from filao.session import Session
@@ -455,12 +456,12 @@ def _edited(
 def _not_deleted(queue: str, held: int, *, purged: bool) -> ConfigurationError:
     if purged:
         return ConfigurationError(
-            f"queue {queue!r} was not deleted: {held:,} messages have been sent to it since this began. Those that "
+            f"queue {queue!r} was not deleted: {some(held, 'message')} came into it since this began. Those that "
             f"were in it before are gone. Stop its senders, and delete it again"
         )
     return ConfigurationError(
-        f"queue {queue!r} was not deleted: it holds {held:,} messages. Receive or purge them first, or delete them "
-        f"with it: delete_queue({queue!r}, messages=True)"
+        f"queue {queue!r} was not deleted: it holds {some(held, 'message')}. Receive or purge them first, or "
+        f"delete them with it: delete_queue({queue!r}, messages=True)"
     )
 
 

@@ -37,13 +37,17 @@ def is_machines(clock: Callable[[], float], machines: Callable[[], float] = time
 def check_duration(owner: str, what: str, value: object, *, least: float = 0.0, most: float = DURATION_MAX) -> None:
     """Raise `ConfigurationError` unless `value` is a number of seconds from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, _NUMBER) or not least <= value <= most:
-        raise ConfigurationError(f"{owner}: {what} is {shown(value)}; it must be from {least:g} to {most:g} seconds")
+        raise ConfigurationError(
+            f"{owner}: {what} is {shown(value)}; it must be a number of seconds from {least:.10g} to {most:.10g}"
+        )
 
 
 def check_number(owner: str, what: str, value: object, *, least: float, most: float) -> None:
     """Raise `ConfigurationError` unless `value` is a number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, _NUMBER) or not least <= value <= most:
-        raise ConfigurationError(f"{owner}: {what} is {shown(value)}; it must be a number from {least:g} to {most:g}")
+        raise ConfigurationError(
+            f"{owner}: {what} is {shown(value)}; it must be a number from {least:.10g} to {most:.10g}"
+        )
 
 
 def check_count(owner: str, what: str, value: object, *, most: int) -> None:

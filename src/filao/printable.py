@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return "".join(map(_shown, text))
 
 
+def some(number: int, noun: str) -> str:
+    """Return `1 message`, or `2,000 messages`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable_json(content: bytes) -> bytes:
     r"""Return a JSON text that means the same, with `\u009b` in place of what does not print."""
     if content.isascii() and b"\x7f" not in content:

@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Self
 
 from filao.errors import FilaoError
+from filao.printable import some
 
 
 class Tally:
@@ -21,7 +22,7 @@ class Tally:
     ) -> None:
         """Raise an error anew that comes half-way, as what it is."""
         if self.done and isinstance(error, FilaoError):
-            some = "1 message is" if self.done == 1 else f"{self.done:,} messages are"
-            told = type(error)(f"{some} done, and will stay so. Of the rest: {error}")
+            are = "is" if self.done == 1 else "are"
+            told = type(error)(f"{some(self.done, 'message')} {are} done, and will stay so. Of the rest: {error}")
             told.done = self.done
             raise told from error

@@ -80,9 +80,10 @@ def commands() -> None:
     \b
     Exit codes:
       0    done
-      1    nothing found (receive, peek, dead, redrive, cancel, stats, trace),
-           not confirmed (purge, discard, delete), an error found (doctor), a
-           promise not kept (verify), or messages left behind (move)
+      1    nothing found (receive, peek, dead, redrive, discard, cancel,
+           stats, trace, log), not confirmed (purge, discard, delete), an
+           error found (doctor), a promise not kept (verify), or messages
+           left behind (move)
       2    wrong usage
       3    Filao refused, and says why: no such queue, a body that is
            too large, a queue that is full ...

@@ -27,7 +27,7 @@ def backup(*, arguments: tuple[str, ...]) -> int:
 @click.argument("arguments", nargs=-1, metavar="[URL] FILE")
 @click.option("--replace", is_flag=True, help="Replace the queue's file, which is kept under another name beside it.")
 def restore(*, arguments: tuple[str, ...], replace: bool) -> int:
-    """Put FILE, which filao backup made, in the place of a SQLite queue.
+    """Restore a SQLite queue from FILE, which filao backup made.
 
     Stop the processes that use the queue first: those that go on notice it, and confirm nothing until they open it
     again. Prints {"restored": PATH, "replaced": PATH or null}.

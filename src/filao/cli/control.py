@@ -4,6 +4,8 @@ import click
 
 from filao.cli.shell import addressed, as_json, broker_at, confirmed, note, print_lines
 from filao.engine import State
+from filao.errors import ConfigurationError
+from filao.printable import some
 
 
 @click.command()
@@ -24,7 +26,7 @@ def pause(*, arguments: tuple[str, ...], group: str | None) -> None:
 @click.argument("arguments", nargs=-1, metavar="[URL] QUEUE")
 @click.option("--group", metavar="GROUP", help="Only this group, which was paused, or which a dead letter halted.")
 def resume(*, arguments: tuple[str, ...], group: str | None) -> None:
-    """Resume a paused queue, or one group of it that a dead letter halted."""
+    """Resume a paused queue, or a group that a dead letter halted."""
     url, (name,) = addressed(arguments, least=1, most=1)
     with broker_at(url, name) as broker:
         broker.resume(name, group=group)
@@ -52,17 +54,21 @@ def cancel(*, arguments: tuple[str, ...]) -> int:
 @click.option("--messages", is_flag=True, help="With all the messages that it holds, dead letters included.")
 @click.option("--yes", is_flag=True, help="Do not ask. A must where there is no terminal to ask on.")
 def delete(*, arguments: tuple[str, ...], messages: bool, yes: bool) -> int:
-    """Delete a queue, with its rules and counters; one that holds messages only with --messages.
+    """Delete a queue, with its rules and counters.
 
-    It asks first; when the answer is no, the exit code is 1.
+    One that holds messages is deleted only with --messages. It asks first; when the answer is no, the exit code is 1.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
     with broker_at(url, name) as broker:
         stats = broker.stats(name)
-        held = sum(getattr(stats, state.value) for state in State) if messages else 0
-        if not yes and not confirmed(
-            "delete", f"Delete queue {name!r}" + (f" and its {held:,} messages?" if held else "?")
-        ):
+        held = sum(getattr(stats, state.value) for state in State)
+        if held and not messages:
+            raise ConfigurationError(
+                f"queue {name!r} holds {some(held, 'message')}: receive or purge them first, or give --messages to "
+                f"delete them with it"
+            )
+        with_them = f" and its {some(held, 'message')}" if held else ""
+        if not yes and not confirmed("delete", f"Delete queue {name!r}{with_them}?"):
             note("nothing was deleted")
             return 1
         broker.delete_queue(name, messages=messages)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from filao.broker import Broker, connect
-from filao.cli.pages import address_of, in_use, shown_address
+from filao.cli.pages import address_of, listening_at, shown_address
 from filao.cli.shell import addressed, file_of, note, usage
 from filao.errors import ConfigurationError
 from filao.queue import Queue
@@ -57,11 +57,12 @@ def dashboard(
     typed: tuple[str, ...],
     browser: bool,
 ) -> int:
-    """Serve a dashboard of the queues until Ctrl-C: depth, age, rates, dead letters by kind, who receives.
+    """Serve a dashboard of the queues until Ctrl-C.
 
-    It answers to this machine alone, without a token; to other machines with HOST, and a token, which FILAO_TOKEN sets.
-    What is done there with --allow-actions stands in a log in the store, which `filao log` prints. It is also to be
-    mounted in an application of yours: see filao.dashboard.app. It needs pip install 'filao[dashboard]'.
+    It shows depth, age, rates, dead letters by kind, and who receives. It answers to this machine alone, without a
+    token; to other machines with HOST, and a token, which FILAO_TOKEN sets. What is done there with --allow-actions
+    stands in a log in the store, which `filao log` prints. It is also to be mounted in an application of yours: see
+    filao.dashboard.app. It needs pip install 'filao[dashboard]'.
     """
     if not (find_spec("starlette") and find_spec("uvicorn") and find_spec("jinja2")):
         raise ConfigurationError("the dashboard needs starlette, uvicorn and jinja2: pip install 'filao[dashboard]'")
@@ -77,11 +78,7 @@ def dashboard(
     if wrong := next((one for one in queues if not isinstance(one, Queue)), None):
         raise usage(f"--type: {wrong!r} is no filao.Queue")
     hosts = (names or None) if is_open else LOOPBACK
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise in_use("--listen", error, host, port) from error
-    with listening:
+    with listening_at("--listen", host, port) as listening:
         address = shown_address(host, listening.getsockname()[1])
         note(f"the dashboard is at {address}   (Ctrl-C ends it)")
         if token is not None:

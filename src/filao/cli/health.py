@@ -22,5 +22,5 @@ def health_check(host: str, port: int, state: State) -> Generator[int]:
         is_well = now["ready" if path == b"/ready" else "healthy"]
         return Page(msgspec.json.encode(now), status=b"200 OK" if is_well else b"503 Service Unavailable")
 
-    with served(host, port, answer, name="filao health") as listening:
+    with served("--health", host, port, answer, name="filao health") as listening:
         yield listening

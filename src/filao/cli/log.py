@@ -19,9 +19,10 @@ from filao.overview import DEEDS_KEPT, Deed, Seen
     "--limit", type=click.IntRange(1, DEEDS_KEPT), default=100, show_default=True, metavar="N", help="At most so many."
 )
 def log(*, arguments: tuple[str, ...], limit: int) -> int:
-    """Print what was done on the dashboard, as JSON lines, the latest first: who, when, what, how many.
+    """Print what was done on the dashboard, the latest first.
 
-    The last 10,000 entries are kept. The exit code is 1 when there is none.
+    Each JSON line says who did what, when, and of how many. The last 10,000 entries are kept. The exit code is 1 when
+    there is none.
     """
     url, _ = addressed(arguments, least=0, most=0)
     with broker_at(url):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from filao.cli.pages import ANSWERS_WITHIN, Page, address_of, in_use, served, shown_address
+from filao.cli.pages import ANSWERS_WITHIN, Page, address_of, served, shown_address
 from filao.cli.shell import addressed, broker_at, file_of, note, print_lines, read_anew, safe
 from filao.errors import ConfigurationError
 
@@ -41,7 +41,7 @@ def metrics(
     rules: bool,
     grafana: bool,
 ) -> int:
-    """Print the figures of a store for Prometheus once, or serve them.
+    """Print the figures of a store for Prometheus, or serve them.
 
     They are read from the store itself: depth and totals are right with no worker alive, and counted once. It needs
     pip install 'filao[prometheus]'; --rules and --grafana need neither that nor a URL. What a worker measures is served
@@ -81,12 +81,9 @@ def check_extra() -> None:
 def _serve(collector: "StoreCollector", host: str, port: int) -> int:
     """Serve until interrupted."""
     scraper = Scraper(collector)
-    try:
-        with served(host, port, scraper.answer, name="filao metrics") as listening:
-            note(f"metrics at {shown_address(host, listening)}metrics")
-            threading.Event().wait()
-    except OSError as error:
-        raise in_use("--listen", error, host, port) from error
+    with served("--listen", host, port, scraper.answer, name="filao metrics") as listening:
+        note(f"metrics at {shown_address(host, listening)}metrics")
+        threading.Event().wait()
     return 0
 
 

@@ -10,7 +10,7 @@ from filao.cli.shell import as_json, is_terminal, note, print_lines
 from filao.cli.tables import draw
 from filao.engines import engine_for
 from filao.moving import Movable, Moved, move, plan
-from filao.printable import printable
+from filao.printable import printable, some
 from filao.urls import shown_url
 
 _FIELDS = msgspec.structs.fields(Moved)
@@ -22,7 +22,7 @@ _FIELDS = msgspec.structs.fields(Moved)
 @click.option("--queue", "queues", multiple=True, metavar="QUEUE", help="Only this queue. May be repeated.")
 @click.option("--dry-run", is_flag=True, help="Say what there is to move and whether the target can keep it.")
 def move_command(*, source: str, target: str, queues: tuple[str, ...], dry_run: bool) -> int:
-    """Carry queues from one engine to another, with all that is in them.
+    """Carry queues from one engine to another.
 
     Waiting messages, delays, groups, dead letters and deduplication keys go from the URL SOURCE to the URL TARGET.
     Stop the consumers of the source first: what they hold stays. Whatever ends this command, run it again: it goes on
@@ -37,9 +37,8 @@ def move_command(*, source: str, target: str, queues: tuple[str, ...], dry_run: 
     held = sum(queue.held for queue in moved)
     if held:
         note(
-            f"{held:,} messages stay at {shown_url(source)}: consumers hold them, or they "
-            "wait on a ladder of delays. Move "
-            f"again once they are done"
+            f"{some(held, 'message')} left at {shown_url(source)}, held by consumers or waiting on a ladder of delays. "
+            f"Move again once they are done"
         )
     return 1 if held else 0
 

@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-import click
-
 from filao.cli.shell import usage
 
 log: logging.Logger = logging.getLogger("filao.worker")
@@ -38,10 +36,9 @@ Answer = Callable[[bytes], Awaitable[Page]]
 
 
 @contextmanager
-def served(host: str, port: int, answer: Answer, *, name: str) -> Generator[int]:
-    """Serve pages; yield the port, which port 0 lets the system choose. `name` is the thread's."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listening:
+def served(option: str, host: str, port: int, answer: Answer, *, name: str) -> Generator[int]:
+    """Serve pages where an option says; yield the port, which port 0 lets the system choose. `name` is the thread's."""
+    with listening_at(option, host, port) as listening:
         loop = asyncio.new_event_loop()
         stopped = asyncio.Event()
         serving = _Server(answer).serve(listening, stopped)
@@ -67,11 +64,14 @@ def shown_address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def in_use(option: str, error: OSError, host: str, port: int) -> click.ClickException:
-    """Return the error for an address that cannot be listened on."""
-    return usage(
-        f"{option}: {host}:{port} cannot be listened on: {error.strerror}. Give another port; 0 is any that is free"
-    )
+def listening_at(option: str, host: str, port: int) -> socket.socket:
+    """Return a socket that listens at the address of an option, or raise the error that says why none can."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise usage(
+            f"{option}: {host}:{port} cannot be listened on: {error.strerror}. Give another port; 0 is any that is free"
+        ) from error
 
 
 def _run(loop: asyncio.AbstractEventLoop, serving: Coroutine[Any, Any, None]) -> None:

@@ -40,11 +40,12 @@ OPENER = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" conten
 def sandbox_command(
     *, port: int, host: str, allow_code: bool, no_browser: bool, terminal: bool, language: str, speed: float
 ) -> int:
-    """Open the sandbox of EVT-02: create the claims queue, and watch competing consumers at work.
+    """Open the sandbox of EVT-02: a claims queue to play with.
 
-    It runs real processes on a real queue in a temporary folder. Every browser has a room of its own, which ends when
-    its page is closed. Ctrl-C ends all of it and leaves nothing behind. The address that it prints ends with a token,
-    without which nobody is let in; FILAO_TOKEN sets another one.
+    You create the queue, and watch competing consumers at work. It runs real processes on a real queue in a temporary
+    folder. Every browser has a room of its own, which ends when its page is closed. Ctrl-C ends all of it and leaves
+    nothing behind. The address that it prints ends with a token, without which nobody is let in; FILAO_TOKEN sets
+    another one.
     """
     if os.name != "posix":
         raise usage("the sandbox stops and kills processes as Linux and macOS do it; it does not run here")

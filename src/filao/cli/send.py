@@ -12,6 +12,7 @@ import click
 from filao.cli.lines import Reader, reader, slices
 from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines, standard_input, usage
 from filao.draft import Outgoing
+from filao.printable import some
 from filao.queue import Queue, not_found
 from filao.sync import Broker
 
@@ -53,7 +54,7 @@ def send(
     dedup_key: str | None,
     message_id: str | None,
 ) -> None:
-    """Send BODY, a JSON text; or without it every line of stdin, or of a file.
+    """Send BODY, a JSON text; or each line of stdin, or of a file.
 
     For each message a receipt is printed once it is durable: {"id": ..., "duplicate": ...}. When a file is loaded on a
     terminal, a progress bar and a summary take their place.
@@ -117,7 +118,8 @@ def _load(broker: Broker, queue: Queue[Any], stream: BinaryIO, read: Reader, *, 
                 if not quiet:
                     print_lines(as_json(receipt) for receipt in receipts)
     except BaseException:
-        note(f"stored {sent:,} messages, lines 1 to {lines:,}; go on with those after it" if sent else "stored nothing")
+        stored = f"stored {some(sent, 'message')}, lines 1 to {lines:,}; go on with those after it"
+        note(stored if sent else "stored nothing")
         raise
     if quiet:
         print_lines([_summary(sent, duplicates)])

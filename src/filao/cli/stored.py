@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from typing import cast
 
 import click
 import msgspec
 
+from filao.broker import session_of
 from filao.checks import PEEK_MAX
 from filao.cli.lines import json_text
 from filao.cli.shell import (
@@ -25,9 +27,10 @@ from filao.cli.shell import (
 )
 from filao.cli.tables import draw_stored, tell
 from filao.engine import QueueStats, State, StoredMessage
-from filao.overview import error_kind
+from filao.overview import Seen, error_kind
+from filao.printable import some
 from filao.slices import Tally
-from filao.sync import Broker
+from filao.sync import Broker, call_on, door_of
 
 SEARCHED_MAX = 1_000_000  # messages that one search looks at: some minutes
 _SEARCHED_AT_ONCE = 1_000  # messages of one page: with bodies of 256 KiB, what memory holds
@@ -40,13 +43,19 @@ _page = click.IntRange(1, PEEK_MAX)
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[URL] QUEUE")
-@click.option("--state", type=_state, default="ready", help="Default ready.")
+@click.option("--state", type=_state, help="Default ready; with --id, any.")
 @click.option("--limit", type=_page, default=10, metavar="N", help="At most so many, up to 10000. Default 10.")
 @click.option("--after", metavar="ID", help="Go on behind this message, the last one of the page before.")
 @click.option("--id", "wanted", metavar="ID", help="Tell all of this one.")
 @_json_option
 def peek(
-    *, arguments: tuple[str, ...], state: str, limit: int, after: str | None, wanted: str | None, wants_json: bool
+    *,
+    arguments: tuple[str, ...],
+    state: str | None,
+    limit: int,
+    after: str | None,
+    wanted: str | None,
+    wants_json: bool,
 ) -> int:
     """Print messages in their order and change nothing.
 
@@ -54,11 +63,13 @@ def peek(
     """
     url, (name,) = addressed(arguments, least=1, most=1)
     with broker_at(url, name) as broker:
-        if wanted is not None:
-            found = list(_search(broker, name, State(state), lambda one: one.id == wanted, after=after, limit=1))
+        if wanted is None:
+            found = broker.peek(name, state=state or State.READY, limit=limit, after=after)
+            none = f"no {state or 'ready'} messages"
         else:
-            found = broker.peek(name, state=state, limit=limit, after=after)
-    return _shown(found, State(state), name, wants_json=wants_json, whole=wanted is not None)
+            found = _of_id(broker, name, wanted, state)
+            none = f"no {state + ' ' if state else ''}message {wanted!r}"
+    return _shown(found, State(state or State.READY), name, none, wants_json=wants_json, whole=wanted is not None)
 
 
 @click.command()
@@ -90,21 +101,32 @@ def dead(
     url, (name,) = addressed(arguments, least=1, most=1)
     now = datetime.now(UTC)
     given: list[tuple[object, _Choice]] = [
-        (wanted, lambda one: one.id == wanted),
         (reason, lambda one: one.reason == reason),
         (error, lambda one: (error or "").casefold() in one.error.casefold()),
         (older, lambda one: (now - one.at).total_seconds() > (older or 0.0)),
         (younger, lambda one: (now - one.at).total_seconds() < (younger or 0.0)),
     ]
     choices = [choice for value, choice in given if value is not None]
+    fits: _Choice = lambda one: all(choice(one) for choice in choices)  # noqa: E731  # short
     with broker_at(url, name) as broker:
-        if choices:
-            most = 1 if wanted is not None else limit
-            fits: _Choice = lambda one: all(choice(one) for choice in choices)  # noqa: E731  # short, and used once
-            found = list(_search(broker, name, State.DEAD, fits, after=after, limit=most))
+        if wanted is not None:
+            found = [one for one in _of_id(broker, name, wanted, State.DEAD) if fits(one)]
+        elif choices:
+            found = list(_search(broker, name, State.DEAD, fits, after=after, limit=limit))
         else:
             found = broker.dead_letters(name, limit=limit, after=after)
-    return _shown(found, State.DEAD, name, wants_json=wants_json, chosen=bool(choices), whole=wanted is not None)
+    such = "such " if choices else ""
+    none = f"no {such}dead letters" if wanted is None else f"no {such}dead letter {wanted!r}"
+    return _shown(found, State.DEAD, name, none, wants_json=wants_json, whole=wanted is not None)
+
+
+def _of_id(broker: Broker, name: str, message_id: str, state: str | None) -> list[StoredMessage]:
+    """Return one message, in whatever state unless one is given; raise where the engine cannot look at those."""
+    overview = cast("Seen", session_of(door_of(broker)).engine).overview
+    found = call_on(broker, overview.find, name, message_id)
+    if found is None and State(state or State.READY) not in overview.sees:
+        broker.peek(name, state=state or State.READY)  # it says what cannot be seen
+    return [found] if found is not None and state in (None, found.state.value) else []
 
 
 def _search(
@@ -126,18 +148,14 @@ def _shown(
     messages: Sequence[StoredMessage],
     state: State,
     name: str,
+    none: str,
     *,
     wants_json: bool,
-    chosen: bool = False,
-    whole: bool = False,
+    whole: bool,
 ) -> int:
-    kind = "dead letter" if state is State.DEAD else f"{state.value} message"
+    """Print or draw messages, the only one as a `whole`; where there are none, say that the queue has `none`."""
     if not messages:
-        note(
-            f"no {kind} of queue {name!r} is what was asked for"
-            if chosen or whole
-            else f"queue {name!r} has no {kind}s"
-        )
+        note(f"queue {name!r} has {none}")
         return 1
     if wants_json or not is_terminal(sys.stdout):
         print_lines(
@@ -178,10 +196,10 @@ def redrive(
     rate: float | None,
     body: str | None,
 ) -> int:
-    """Send dead letters back to their old places, with fresh attempts.
+    """Send dead letters back to their old places.
 
-    All of them, unless --id, --reason, --kind or --limit chooses. Prints {"redriven": N}. The exit code is 1 when there
-    was none, or when an --id names none.
+    All of them, unless --id, --reason, --kind or --limit chooses; their attempts begin anew. Prints {"redriven": N}.
+    The exit code is 1 when there was none, or when an --id names none.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
     new = msgspec.UNSET if body is None else json_text(os.fsencode(body))
@@ -204,7 +222,7 @@ def redrive(
 def discard(
     *, arguments: tuple[str, ...], ids: tuple[str, ...], reason: str | None, kind: str | None, yes: bool
 ) -> int:
-    """Delete dead letters for good: those with an --id, or of a --reason and a --kind.
+    """Delete dead letters for good, by --id, --reason or --kind.
 
     All of a queue: filao purge --state dead. Prints {"discarded": N}. It asks first; when the answer is no, the exit
     code is 1, as it is when there was none.
@@ -214,7 +232,7 @@ def discard(
         raise usage("give --id, --reason or --kind; all dead letters of a queue: filao purge --state dead")
     with broker_at(url, name) as broker:
         chosen = ids or _of_kind(broker, name, reason, kind, None)
-        if not yes and not confirmed("discard", f"Delete {len(chosen):,} dead letters of queue {name!r}?"):
+        if not yes and not confirmed("discard", f"Delete {some(len(chosen), 'dead letter')} of queue {name!r}?"):
             note("nothing was deleted")
             return 1
         count = _in_slices(chosen, None, lambda some: broker.discard(name, ids=some))
@@ -275,5 +293,5 @@ def purge(*, arguments: tuple[str, ...], state: str | None, yes: bool) -> int:
 
 def _counted(stats: QueueStats, state: str | None) -> str:
     if state is not None:
-        return f"{getattr(stats, state):,} {state} messages"
-    return f"{stats.ready + stats.delayed + stats.blocked:,} waiting messages"
+        return some(getattr(stats, state), f"{state} message")
+    return some(stats.ready + stats.delayed + stats.blocked, "waiting message")

@@ -21,7 +21,7 @@ import click
 from filao.cli.shell import Number, addressed, broker_at, is_terminal, note, print_lines, read_anew, untold
 from filao.engine import QueueStats, State
 from filao.errors import EngineError
-from filao.printable import printable
+from filao.printable import printable, some
 from filao.urls import shown_url
 
 _COLUMNS = 80  # of a line, where there is no terminal to ask
@@ -266,7 +266,7 @@ def screen(reading: Reading, view: View, title: str, *, columns: int, rows: int)
     queues = sorted_by(reading.queues, view.sort)
     inside = next((one for one in queues if one.name == view.chosen), None) if view.is_inside else None
     head = f"filao top  {printable(title)}"
-    told = [head, printable(reading.trouble) or f"{len(queues):,} queues, by {view.sort}", ""]
+    told = [head, printable(reading.trouble) or f"{some(len(queues), 'queue')}, by {view.sort}", ""]
     if reading.untold and inside is None:
         told[2:2] = wrap(reading.untold, columns)
     if inside is not None:

@@ -17,9 +17,10 @@ from filao.engine import Feature
 @click.argument("arguments", nargs=-1, metavar="[URL]")
 @click.option("--json", "wants_json", is_flag=True, help="JSON lines, one for each check, also on a terminal.")
 def verify_command(*, arguments: tuple[str, ...], wants_json: bool) -> int:
-    """Run the contract against your own server, and say what it can do.
+    """Run the contract against your own server.
 
-    It takes about a minute, in queues of its own that it deletes. The exit code is 1 when a promise is not kept.
+    It says what the server can do, takes about a minute, and works in queues of its own, which it deletes. The exit
+    code is 1 when a promise is not kept.
     """
     from rich.console import Console
     from rich.progress import Progress

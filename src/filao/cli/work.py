@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -17,7 +17,7 @@ import click
 from filao.cli import logs
 from filao.cli.health import health_check
 from filao.cli.metrics import TEXT, check_extra
-from filao.cli.pages import Page, address_of, in_use, served, shown_address
+from filao.cli.pages import Page, address_of, served, shown_address
 from filao.cli.shell import note, usage
 from filao.errors import FilaoError
 from filao.worker.supervisor import Supervisor, report
@@ -26,6 +26,7 @@ from filao.worker.worker import Worker
 LOOKED_EVERY = 0.5  # seconds between two looks at the source files
 SOURCES_MAX = 10_000  # source files that are watched: some 50 ms for each look
 NOT_WATCHED = ("__pycache__", "node_modules", "venv", "site-packages")
+_NOTHING = object()
 ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stopped
 
 
@@ -69,10 +70,10 @@ def work(
     report_to: int | None,
     slot: int,
 ) -> int:
-    """Run a filao.Worker, such as app:worker for `worker` in app.py, until SIGTERM or Ctrl-C.
+    """Run a filao.Worker: app:worker is `worker` in app.py.
 
-    The first signal stops it gracefully: it receives no more, gives back what has not begun, and finishes the rest
-    within the worker's grace. The second stops it at once. Nothing is lost either way.
+    It runs until SIGTERM or Ctrl-C. The first signal stops it gracefully: it receives no more, gives back what has not
+    begun, and finishes the rest within the worker's grace. The second stops it at once. Nothing is lost either way.
 
     With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends. While
     the storage is away it waits for it, for ever. Exit codes are those of `filao --help`; a stop by a signal is 0.
@@ -182,11 +183,7 @@ def _measured(worker: Worker, metrics: str | None, slot: int) -> Generator[None]
     async def answer(path: bytes) -> Page:
         return Page(measures.text(), TEXT)
 
-    with ExitStack() as stack:
-        try:
-            listening = stack.enter_context(served(host, port, answer, name="filao metrics"))
-        except OSError as error:
-            raise in_use("--metrics", error, host, port) from error
+    with served("--metrics", host, port, answer, name="filao metrics") as listening:
         note(f"metrics at {shown_address(host, listening)}metrics")
         yield
 
@@ -215,10 +212,16 @@ def _load(target: str) -> Worker:
         raise usage(f"there is no module {name!r} here ({Path.cwd()}) or among what is installed") from error
     found: object = module
     for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, Worker):
-        raise usage(f"{attribute!r} in {name!r} is {found!r}; it must be a filao.Worker")
-    return found
+        found = getattr(found, part, _NOTHING)
+    if isinstance(found, Worker):
+        return found
+    problem = (
+        f"there is no {attribute!r} in {name!r}"
+        if found is _NOTHING
+        else f"{attribute!r} in {name!r} is {found!r}; it must be a filao.Worker"
+    )
+    there = [f"{name}:{one}" for one, value in vars(module).items() if isinstance(value, Worker)]
+    raise usage(f"{problem}. The module has {', '.join(there)}" if there else problem)
 
 
 def _is_used_up(worker: Worker, max_messages: int | None, max_memory: int | None) -> Callable[[], bool]:

@@ -125,12 +125,13 @@ def _body_of(function: Callable[..., Any], first: inspect.Parameter, name: str, 
         ) from error
     kind = get_origin(annotation) or annotation
     ours, theirs = (Message, sync.Message) if is_async else (sync.Message, Message)
+    what, gets = ("coroutine function", "filao.Message") if is_async else ("plain function", "filao.sync.Message")
     if kind is theirs:
-        what, gets = ("coroutine function", "filao.Message") if is_async else ("plain function", "filao.sync.Message")
         raise ConfigurationError(f"the handler {name} is a {what}, which gets a {gets}: annotate it so")
     if kind is not ours and annotation is not Any:
         raise ConfigurationError(
-            f"the handler {name} asks for {annotation!r}; it gets a message: annotate {ours.__module__}.Message[…]"
+            f"the handler {name} asks for {annotation!r}; it gets a message with a body: annotate it "
+            f"{first.name}: {gets}[{getattr(annotation, '__name__', '…')}]"
         )
     arguments = get_args(annotation)
     return arguments[0] if arguments and not isinstance(arguments[0], typing.TypeVar) else None

@@ -11,6 +11,7 @@ from pamqp.commands import Basic
 from filao.engine import Finding
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server, Session
 from filao.engines.rabbitmq.topology import PROBE, QUORUM, REGISTER, SAFE_DEATH, UNDELIVERED, dead_name
+from filao.printable import some
 from filao.queue import Queue
 
 PROBED_WITHIN = 5.0  # seconds for one message to expire and to arrive; it takes a tenth of one
@@ -29,7 +30,7 @@ async def examine(
             missing = queue.name if ready is None else dead_name(queue.name)
             findings.append(_finding(queue, "error", f"{missing!r} was deleted on the server: declare the queue again"))
         else:
-            findings.append(_finding(queue, "note" if dead else "ok", f"{ready:,} ready, {dead:,} dead letters"))
+            findings.append(_finding(queue, "note" if dead else "ok", f"{ready:,} ready, {some(dead, 'dead letter')}"))
     if strange:
         findings.append(Finding("register", "warning", _STRANGE.format(what="; ".join(strange[:5]))))
     undelivered = await session.depth(UNDELIVERED)

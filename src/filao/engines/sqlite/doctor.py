@@ -13,6 +13,7 @@ from filao.engines.sqlite.hold import Hold
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineError
 from filao.overview import DEED, deed_of, deeds_finding
+from filao.printable import some
 from filao.process import process_finding
 
 _MISCOUNTED = " UNION ALL ".join(
@@ -163,7 +164,7 @@ def _queues(books: Books) -> Iterator[Finding]:
         if stuck:
             yield Finding(subject, "warning", f"{stuck:,} leases have run out and nobody receives: start a consumer")
         elif queue.dead:
-            yield Finding(subject, "note", f"{queue.dead:,} dead letters")
+            yield Finding(subject, "note", some(queue.dead, "dead letter"))
         else:
             yield Finding(subject, "ok", f"{queue.ready:,} ready, {queue.leased:,} leased, {queue.delayed:,} delayed")
 
