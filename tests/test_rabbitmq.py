@@ -540,6 +540,21 @@ async def test_callers_who_wait_while_others_hold_messages_are_pushed_to(broker,
         one.cancel()
 
 
+async def test_those_who_wait_are_pushed_to_again_when_the_server_closed_their_channel(broker, queue) -> None:
+    """As it does when somebody holds a message for longer than its consumer_timeout."""
+    await broker.send_to_queue(queue, 0)
+    held = await received(broker, queue)
+    waiting = asyncio.create_task(broker.receive_from_queue(queue))
+    async with asyncio.timeout(20):
+        receiving = engine_of(broker)._consumers[queue.name]
+        while not any(receiving._room.values()):
+            await asyncio.sleep(0.01)
+        await receiving.channel.basic_ack(1_000_000)  # which the server takes for a fault of that channel
+        assert (await waiting).body == 0
+    with pytest.raises(filao.LeaseLost):
+        await held.ack()
+
+
 async def test_what_a_look_took_that_is_cut_off_waits_for_the_next(broker, queue, monkeypatch) -> None:
     monkeypatch.setattr(consumer, "LINGER", 3600.0)
     await broker.send_to_queue(queue, 0)

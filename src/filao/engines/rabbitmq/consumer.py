@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
@@ -43,6 +44,7 @@ class Consumer:
         self._asking = asyncio.Lock()
         self._numbers = count()
         channel.on_consumer_cancel_callbacks.add(self._cancelled)
+        channel.closing.add_done_callback(self._closed)  # pyright: ignore[reportUnknownMemberType]  # untyped there
 
     @property
     def is_open(self) -> bool:
@@ -155,6 +157,12 @@ class Consumer:
         """Learn that the server pushes no more: the queue was deleted, or its node is away."""
         if frame.consumer_tag is not None:
             self._forget(frame.consumer_tag)
+        self._called()
+
+    def _closed(self, ended: "asyncio.Future[Any]") -> None:
+        """Let those who wait ask on another channel: the server closes one alone when a message was held too long."""
+        if not ended.cancelled():
+            ended.exception()  # whoever uses the channel is told
         self._called()
 
     def _forget(self, tag: str) -> None:
