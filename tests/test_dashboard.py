@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import unescape
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +149,46 @@ async def test_a_token_is_asked_for_by_a_form_and_kept_in_a_strict_cookie(broker
         await somebody.sees("/en/queues")
         await somebody.client.post("/leave")
         await somebody.sees("/en/queues", 401)
+
+
+async def test_nothing_that_is_to_be_had_without_the_token_lets_anybody_in_or_tells_of_a_queue(broker) -> None:
+    """A file, which is everybody's, once came with the cookie of a session."""
+
+    def mounted(dashboard: Any) -> Any:
+        return Starlette(routes=[Mount("/ops", dashboard)])
+
+    async with visiting(broker, token=TOKEN, allow_actions=True, wrap=mounted) as somebody:
+        asked = [
+            *pages_and_files(),
+            "/static/nothing.css",
+            "/static/a/b",
+            "/static/../en/queues",
+            "/static/",
+            "/static",
+        ]
+        for method, path in product(("GET", "HEAD", "POST"), asked):
+            answer = await somebody.client.request(method, f"/ops{path}")
+            assert "set-cookie" not in answer.headers, (method, path)
+            assert answer.status_code == 401 or path.startswith("/static/"), (method, path)
+            assert not re.search("claims|<nav", answer.text), (method, path)
+        await somebody.sees("/ops/en/queues", 401)
+        assert "--ground" in await somebody.sees("/ops/static/style.css")
+
+
+def pages_and_files() -> list[str]:
+    """Return an address of each page and each file."""
+    shown = (
+        "queues",
+        "queue?name=letters",
+        "dead",
+        "processes",
+        "log",
+        "message",
+        "act",
+        "nothing",
+        "queues?live=once",
+    )
+    return ["/", *(f"/en/{page}" for page in shown), "/static/style.css", "/static/live.js", "/static/icon.svg"]
 
 
 async def test_who_comes_in_keeps_the_language_of_the_page(broker) -> None:

@@ -97,7 +97,7 @@ class Door:
     ) -> None:
         self._inner = inner
         self._enter = enter
-        """Returns the page that asks for the token; whether one was wrong."""
+        """Returns what they get who have not come in, and whether a token was wrong: the page that asks for it."""
         self._guesses = None if token is None else Guesses(token)
         self._key = secrets.token_bytes(32) if token is None else hashlib.sha256(f"filao {token}".encode()).digest()
         self._admit = admit
@@ -144,7 +144,7 @@ class Door:
         elif self._guesses is not None:
             if path == "/enter" and is_post:
                 return await self._try(scope, receive, self._guesses)
-            if not session and not path.startswith("/static/"):
+            if not session:  # nothing behind the door is theirs, and no session is begun without the token
                 return self._enter(scope, False)
         elif not _is_from_here(scope, headers):
             return PlainTextResponse(NOT_HERE, 403)

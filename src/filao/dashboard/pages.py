@@ -115,7 +115,10 @@ class Pages:
         return application
 
     def enter(self, scope: Scope, is_wrong: bool) -> Response:  # noqa: FBT001  # the door's callback
-        """Return the page that asks for the token."""
+        """Return the page that asks for the token, or a file that it is drawn with."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path.startswith("/static/"):
+            return self._file_named(path.removeprefix("/static/"))
         request = Request(scope)
         language = self._language(request)
         is_over = not is_wrong and scope["method"] == "POST"  # a form that nobody was let in with
@@ -145,7 +148,9 @@ class Pages:
         return self._drawn_whole(request, self._language(request), look, Told("trouble", {"what": "no_page"}, 404))
 
     async def _file(self, request: Request) -> Response:
-        name = request.path_params["name"]
+        return self._file_named(request.path_params["name"])
+
+    def _file_named(self, name: str) -> Response:
         kind = next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
         if kind is None or name not in self._files:
             return PlainTextResponse("There is no such file.\n", 404)
