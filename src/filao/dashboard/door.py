@@ -97,7 +97,7 @@ class Door:
     ) -> None:
         self._inner = inner
         self._enter = enter
-        """Returns what they get who have not come in, and whether a token was wrong: the page that asks for it."""
+        """Answers somebody who has not come in, told whether a token was wrong: with the page that asks for it."""
         self._guesses = None if token is None else Guesses(token)
         self._key = secrets.token_bytes(32) if token is None else hashlib.sha256(f"filao {token}".encode()).digest()
         self._admit = admit
