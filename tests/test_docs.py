@@ -163,21 +163,34 @@ def test_every_french_page_has_an_english_one_in_the_same_order() -> None:
     assert french == [page for page in english if page in french]
 
 
-@pytest.mark.parametrize("page", _french(), ids=_named)
+def _english(page: Path) -> Path:
+    return READMES[0] if page == READMES[1] else ENGLISH / page.relative_to(FRENCH)
+
+
+@pytest.mark.parametrize("page", [READMES[1], *_french()], ids=_named)
 def test_a_french_page_has_the_code_of_its_english_one(page) -> None:
     """In its own words; what one of them only shows, the other may run."""
 
     def kinds(of: Path) -> list[str]:
         return ["python" if block.language == "py" else block.language for block in blocks_of(of)]
 
-    assert kinds(page) == kinds(ENGLISH / page.relative_to(FRENCH))
+    assert kinds(page) == kinds(_english(page))
+
+
+@pytest.mark.parametrize("page", [READMES[1], *_french()], ids=_named)
+def test_a_french_page_has_the_headings_lists_and_tables_of_its_english_one(page) -> None:
+    def shape(of: Path) -> list[str]:
+        prose = re.sub(r"^```.*?^```$", "", of.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        return re.findall(r"^(#+ |- |\d+\. |\|(?=.*\|$))", prose, flags=re.MULTILINE)
+
+    assert shape(page) == shape(_english(page))
 
 
 @pytest.mark.parametrize("page", [READMES[1], *_french()], ids=_named)
 def test_a_french_page_keeps_the_typography_of_french(page) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     prose = re.sub(r"`[^`\n]*`|\]\([^)]*\)|^:::.*$|^\|[-|]+\|$", "", text, flags=re.MULTILINE)
-    assert re.findall(r".{0,20}(?:'| [:;!?»]|« ).{0,20}", prose) == []
+    assert re.findall(r".{0,20}(?:'| [:;!?»]|« |«\xa0{2}).{0,20}", prose) == []
 
 
 def test_both_sites_are_built_alike() -> None:

@@ -37,8 +37,8 @@ class _Terms(msgspec.Struct, frozen=True, kw_only=True):
 class Outgoing(_Terms, Generic[T], frozen=True):
     """A message to be sent, with terms of its own: `send_many` takes such values beside plain bodies.
 
-        await broker.send_many("claims", [{"claim_id": 7}, filao.Outgoing({"claim_id": 8}, delay=60,
-        group="policy-12")])
+        urgent = filao.Outgoing({"claim_id": 8}, priority=5, group="policy-12")
+        await broker.send_many("claims", [{"claim_id": 7}, urgent])
 
     See `Broker.send_to_queue` for the terms.
     """

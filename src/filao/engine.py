@@ -73,7 +73,7 @@ class Feature(StrEnum):
     PEEK = "peek"
     """What waits or is held can be looked at, and cancelled one by one."""
     PAUSE = "pause"
-    """A queue can stop to deliver."""
+    """A queue can stop delivering."""
     TRACE = "trace"
     """Each event in the life of a message is remembered, where the queue says so."""
     COUNTERS = "counters"

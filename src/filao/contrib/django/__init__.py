@@ -1,7 +1,7 @@
 """Django: the queue of the settings, sends that keep to `atomic()`, `manage.py filao_worker`, and system checks.
 
-    INSTALLED_APPS = [..., "filao.contrib.django"] FILAO = {"QUEUES": ["shop.queues.documents"], "WORKER":
-    "shop.queues:worker"}  # the queue lies in the default database
+    INSTALLED_APPS = [..., "filao.contrib.django"]
+    FILAO = {"QUEUES": ["shop.queues.documents"], "WORKER": "shop.queues:worker"}  # in the default database
 
     with transaction.atomic():
         policy = Policy.objects.create(holder=holder)
