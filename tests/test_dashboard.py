@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import socket
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+import click
 import httpx
 import psycopg
 import pytest
@@ -27,6 +29,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import filao
+from filao.cli import commands
 from filao.dashboard import app, pages, views
 from filao.dashboard import jobs as module_of_jobs
 from filao.dashboard import watch as module_of_watch
@@ -175,6 +178,14 @@ async def test_nothing_that_is_to_be_had_without_the_token_lets_anybody_in_or_te
         assert "--ground" in await somebody.sees("/ops/static/style.css")
 
 
+async def test_a_token_that_came_with_a_line_end_is_the_token_without_it(broker) -> None:
+    async with visiting(broker, token=f"{TOKEN}\n") as somebody:
+        assert (await somebody.client.post("/enter", data={"token": TOKEN})).status_code == 303
+        assert (await somebody.client.post("/enter", data={"token": ""})).status_code == 401
+    with pytest.raises(filao.ConfigurationError, match="0 characters"):
+        app(broker, token=" " * 20)
+
+
 def pages_and_files() -> list[str]:
     """Return an address of each page and each file."""
     shown = (
@@ -201,6 +212,21 @@ async def test_who_comes_in_keeps_the_language_of_the_page(broker) -> None:
             assert (answer.status_code, f"<html {shown}" in answer.text) == (status, True)
         odd = await somebody.client.post("/enter?language=/evil.example", data={"token": TOKEN})
         assert odd.headers["location"] == "/"
+
+
+async def test_who_comes_in_is_led_to_the_page_that_was_asked_for_and_to_none_of_another_site(broker) -> None:
+    """An alert links to it, and a strict cookie does not come with a link of another site."""
+    asked = "/fr/dead?queue=claims&name=%C3%A9%0D%0A"
+    async with visiting(broker, token=TOKEN) as somebody:
+        form = re.search(r'action="(/enter[^"]*)"', await somebody.sees(asked, 401))
+        assert form
+        wrong = await somebody.client.post(form[1], data={"token": "wrong-horse-battery"})
+        form = re.search(r'action="(/enter[^"]*)"', unescape(wrong.text))
+        assert form
+        assert (await somebody.client.post(form[1], data={"token": TOKEN})).headers["location"] == asked
+        for elsewhere in ("//evil.example", "https://evil.example/en/dead", "/en//evil.example", "/en/../../x", "\\x"):
+            odd = await somebody.client.post(f"/enter?{urlencode({'to': elsewhere})}", data={"token": TOKEN})
+            assert odd.headers["location"] == "/", elsewhere
 
 
 async def test_behind_a_proxy_that_speaks_tls_the_cookie_is_never_sent_without_and_a_lost_host_is_told(broker) -> None:
@@ -319,6 +345,12 @@ async def test_a_form_of_ten_megabytes_is_refused(broker) -> None:
     async with visiting(broker, allow_actions=True) as somebody:
         answer = await somebody.client.post("/en/act", content=b"do=" + b"x" * 10_000_000)
         assert answer.status_code == 413
+
+
+async def test_of_a_form_of_strangers_no_more_is_held_than_a_token_takes(broker) -> None:
+    async with visiting(broker, token=TOKEN) as somebody:
+        answer = await somebody.client.post("/enter", content=b"token=" + b"x" * 20_000)
+        assert (answer.status_code, answer.text) == (413, "This form has at most 16,384 bytes.\n")
 
 
 async def test_a_form_that_does_not_come_whole_is_no_form() -> None:
@@ -817,6 +849,22 @@ async def test_an_edited_body_is_kept_as_it_was_typed_in(broker) -> None:
     assert [message.body for message in await broker.peek(typed)] == [Dated(datetime(2026, 1, 2, tzinfo=UTC))]
 
 
+@pytest.mark.parametrize("queue", ["claims", "-claims", "--help"])
+@pytest.mark.parametrize("about", [{}, {"id": "-7"}, {"id": "a b'c"}, {"reason": "rejected", "error": "-Error"}])
+def test_the_command_that_is_named_beside_a_deed_does_the_same_whatever_names_and_ids_look_like(queue, about) -> None:
+    """It is read as the command line reads it, but not run."""
+    whats = ["cancel"] if "id" in about else ["purge"] if not about else []
+    for what in ("redrive", "discard", *whats):
+        program, name, *arguments = shlex.split(Act(what, queue, **about).twin())
+        command = commands.get_command(click.Context(commands), name)
+        assert program == "filao"
+        assert command is not None
+        read = command.make_context(name, arguments).params
+        assert queue in read["arguments"]
+        assert about.get("id") in (None, *read.get("ids", ()), *read["arguments"])
+        assert read.get("kind") == about.get("error")
+
+
 async def test_a_purge_wants_the_queues_name(broker, visitor) -> None:
     await broker.send_many("claims", range(3))
     assert (await visitor.sends(Act("purge", "claims"), name="letters")).status_code == 400
@@ -1148,6 +1196,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import filao
+from filao.cli import commands
 from filao.dashboard import app
 
 application = Starlette(

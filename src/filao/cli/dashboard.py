@@ -72,7 +72,8 @@ def dashboard(
         raise ConfigurationError(f"no such file: {file}. Declare a queue first: filao declare {shown_url(url)} QUEUE")
     host, port = address_of("--listen", listen)
     is_open = host not in LOOPBACK
-    token = (os.environ.get("FILAO_TOKEN") or secrets.token_urlsafe(18)) if is_open or wants_token else None
+    given = os.environ.get("FILAO_TOKEN", "").strip()
+    token = (given or secrets.token_urlsafe(18)) if is_open or wants_token else None
     shows = None if redact is None else _loaded("--redact", redact)
     queues = [_loaded("--type", one) for one in typed]
     if wrong := next((one for one in queues if not isinstance(one, Queue)), None):
@@ -82,7 +83,7 @@ def dashboard(
         address = shown_address(host, listening.getsockname()[1])
         note(f"the dashboard is at {address}   (Ctrl-C ends it)")
         if token is not None:
-            note(f"its token: {'what FILAO_TOKEN holds' if os.environ.get('FILAO_TOKEN') else token}")
+            note(f"its token: {'what FILAO_TOKEN holds' if given else token}")
         sys.stderr.flush()
         if browser:
             webbrowser.open(address)

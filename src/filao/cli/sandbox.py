@@ -55,7 +55,7 @@ def sandbox_command(
         return play("fr" if language == "fr" else "en", speed)
     if not (find_spec("starlette") and find_spec("uvicorn") and find_spec("websockets")):
         raise usage("the sandbox needs the extra `web`: pip install 'filao[web]'. Or play it here, with --terminal")
-    token = os.environ.get("FILAO_TOKEN") or secrets.token_urlsafe(16)
+    token = os.environ.get("FILAO_TOKEN", "").strip() or secrets.token_urlsafe(16)
     if len(token) < TOKEN_LEAST:
         raise usage(f"FILAO_TOKEN: a token that is shorter than {TOKEN_LEAST} characters is soon guessed")
     is_open = host not in LOOPBACK

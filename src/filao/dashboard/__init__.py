@@ -62,6 +62,7 @@ def app(
     log in the store. `redact` returns a message as it may be shown. `queues` have the types that edited bodies must
     fit. Raises `ConfigurationError` when others could come in without being asked who they are.
     """
+    token = None if token is None else token.strip()  # a file of secrets may end in a line end, which nobody types
     if token is not None and len(token) < TOKEN_LEAST:
         raise ConfigurationError(f"token has {len(token)} characters; fewer than {TOKEN_LEAST} are soon guessed")
     if token is not None and admit is not None:

@@ -63,22 +63,24 @@ class Act:
             return f"group {self.group}"
         return "" if self.reason is None else f"{self.reason}: {self.error or ''}"[:ABOUT_MAX]
 
-    def twin(self, rate: float | None = None) -> str:
+    def twin(self) -> str:
         """Return the command that does the same, for a shell where FILAO_URL is set."""
-        command = ["filao", "redrive" if self.what == "edit" else self.what, self.queue]
-        if self.what == "cancel" and self.id is not None:
-            command.append(self.id)
+        what, names, options = self.what, [self.queue], list[str]()
+        if what == "edit":
+            what, options = "redrive", ["--body", "JSON"]
+        elif what == "discard" and self.id is None and self.reason is None:
+            what, options = "purge", ["--state", "dead"]
+        if what == "cancel" and self.id is not None:
+            names.append(self.id)
         elif self.id is not None:
-            command += ["--id", self.id]
-        if self.what == "edit":
-            command += ["--body", "JSON"]
+            options += ["--id", self.id]
         if self.reason is not None:
-            command += ["--reason", self.reason, "--kind", self.error or ""]
+            options += ["--reason", self.reason, "--kind", self.error or ""]
         if self.group is not None:
-            command += ["--group", self.group]
-        if self.what == "discard" and self.id is None and self.reason is None:
-            command = ["filao", "purge", self.queue, "--state", "dead"]
-        return shlex.join(command if rate is None else [*command, "--rate", f"{rate:g}"])
+            options += ["--group", self.group]
+        looks_like_options = any(name.startswith("-") for name in names)
+        given = [*options, "--", *names] if looks_like_options else [*names, *options]
+        return shlex.join(["filao", what, *given])
 
 
 def unpacked(text: str) -> Act | None:

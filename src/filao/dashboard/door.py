@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Collection
@@ -31,7 +32,8 @@ from filao.printable import printable
 TOKEN_LEAST = 12  # characters: fewer can be guessed from a cookie that was seen
 SESSION_LASTS = 12 * 3_600  # seconds
 NAME_MAX = 64  # characters of the name that somebody gives with the token
-FORM_MAX = 2 * 1024 * 1024  # bytes: an edited body, and what stands around it
+FORM_MAX = 2 * 1024 * 1024  # bytes: an edited body, and what stands around it ...
+ENTER_MAX = 16 * 1024  # ... and a token and a name: what strangers send is held in memory while it comes
 FORM_DRAINED = 16 * 1024 * 1024  # bytes that are read of one that is too large: amid sending, browsers read no answer
 FORM_WITHIN = 30.0  # seconds for a form to come: the bound of every wait
 
@@ -53,9 +55,11 @@ NOT_HERE = (
 )
 NOT_ADMITTED = "The application does not admit you to this dashboard.\n"
 BAD_FORMS = {
-    "form_too_large": (413, f"A form has at most {FORM_MAX:,} bytes.\n"),
+    "form_too_large": (413, "This form has at most {most:,} bytes.\n"),
     "form_unreadable": (400, "The form did not come whole, or cannot be read.\n"),
 }
+OUR_PAGE = re.compile(rf"/(?:{'|'.join(LANGUAGES)})/[a-z]+(?:\?.*)?", re.DOTALL)
+"""What may be led to, once somebody has come in: nothing of another site."""
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 Admit = Callable[[Scope], str | None]
@@ -65,10 +69,11 @@ Admit = Callable[[Scope], str | None]
 class FormError(Exception):
     """A form that nothing is done with: one of `BAD_FORMS`."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, most: int) -> None:
         super().__init__(what)
         self.what = what
-        self.status, self.text = BAD_FORMS[what]
+        self.status, text = BAD_FORMS[what]
+        self.text: str = text.format(most=most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +169,17 @@ class Door:
         if guesses.are_too_many():
             return PlainTextResponse("Too many guesses at a time.\n", 429)
         try:
-            form = await read_form(receive)
+            form = await read_form(receive, ENTER_MAX)
         except FormError as error:
             return PlainTextResponse(error.text, error.status)
         if not await guesses.is_right(form.get("token", "").strip()):
             return self._enter(scope, True)
         kept = self._kept(scope, _new_session(form.get("name", "")))
-        language = QueryParams(scope["query_string"]).get("language")
-        page = f"{language}/queues" if language in LANGUAGES else ""
-        return RedirectResponse(f"{scope.get('root_path', '')}/{page}", 303, {"set-cookie": kept})
+        query = QueryParams(scope["query_string"])
+        language, to = query.get("language"), query.get("to", "")
+        if not OUR_PAGE.fullmatch(to):
+            to = f"/{language}/queues" if language in LANGUAGES else "/"
+        return RedirectResponse(f"{scope.get('root_path', '')}{to}", 303, {"set-cookie": kept})
 
     def _kept(self, scope: Scope, session: str) -> str:
         """Return the header that has a browser keep a session."""
@@ -207,8 +214,8 @@ class Door:
         return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
 
 
-async def read_form(receive: Receive) -> dict[str, str]:
-    """Return the fields of a form, of which each counts once.
+async def read_form(receive: Receive, most: int = FORM_MAX) -> dict[str, str]:
+    """Return the fields of a form of at most so many bytes, of which each counts once.
 
     Raises `FormError` when it is too large, or not whole: half of a number is a number.
     """
@@ -218,17 +225,17 @@ async def read_form(receive: Receive) -> dict[str, str]:
             while more and size <= FORM_DRAINED:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise FormError("form_unreadable")
+                    raise FormError("form_unreadable", most)
                 body = message.get("body", b"")
                 size += len(body)
-                if size <= FORM_MAX:
+                if size <= most:
                     content += body
                 more = message.get("more_body", False)
-        if size > FORM_MAX:
-            raise FormError("form_too_large")
+        if size > most:
+            raise FormError("form_too_large", most)
         fields = parse_qs(content.decode(), keep_blank_values=True, max_num_fields=50, errors="strict")
     except (TimeoutError, ValueError) as error:
-        raise FormError("form_unreadable") from error
+        raise FormError("form_unreadable", most) from error
     return {name: values[0] for name, values in fields.items()}
 
 

@@ -121,10 +121,12 @@ class Pages:
             return self._file_named(path.removeprefix("/static/"))
         request = Request(scope)
         language = self._language(request)
-        is_over = not is_wrong and scope["method"] == "POST"  # a form that nobody was let in with
-        return self._drawn_whole(
-            request, language, Look(), Told("enter", {"is_wrong": is_wrong, "is_over": is_over}, 401)
-        )
+        is_form = scope["method"] == "POST"
+        query = request.url.query
+        asked = "" if is_form else path + (f"?{query}" if query else "")
+        to = request.query_params.get("to", "") if is_wrong else asked
+        values = {"is_wrong": is_wrong, "is_over": is_form and not is_wrong, "to": to}  # nobody was let in with a form
+        return self._drawn_whole(request, language, Look(), Told("enter", values, 401))
 
     # --- pages -------------------------------------------------------------------------------------------------------
 
@@ -314,7 +316,7 @@ class Pages:
     def _chart(self, t: Callable[..., str], n: Callable[[float], str], name: str, what: str) -> Markup:
         course = self._course(name)
         if what == "depth":
-            return charts.chart([("depth", course.depth)], t("depth_says"), n(max(course.depth, default=0.0)))
+            return charts.chart([("depth", course.depth)], t("depth_says"), n(int(max(course.depth, default=0.0))))
         highest = max(*course.rate_in, *course.rate_out, 0.0, 0.0)
         lines = [("in", course.rate_in), ("out", course.rate_out)]
         return charts.chart(lines, t("rates_say"), f"{n(highest)}/s")

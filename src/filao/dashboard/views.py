@@ -277,6 +277,7 @@ def _rules(queue: Queue[Any]) -> Sequence[tuple[str, object]]:
         ("group_failure", queue.group_failure),
         ("group_dead", queue.group_dead),
         ("body_max", f"{queue.body_max:,}"),
+        ("history", f"{queue.history_window:g} s" if queue.history else NOTHING),
     ]
 
 
