@@ -1,18 +1,24 @@
 """`filao top`: what is drawn is a pure function; and a terminal that is given back."""
 
+import fcntl
 import os
 import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import filao
 import filao.sync
-from filao.cli.top import Reading, View, _in_lines, heading, line, moved, read_again, screen
+from filao.cli.top import Reading, View, _in_lines, heading, keys_of, line, moved, read_again, screen
 from filao.errors import EngineUnavailable
+from tests.support.learner import until
 from tests.support.terminal import on_a_terminal, seen_on
 
 PATIENCE = 60.0  # seconds after which a program that hangs is given up
@@ -59,6 +65,19 @@ def test_a_narrow_terminal_shows_fewer_figures_but_each_whole() -> None:
         keys = screen(READING, View(), "", columns=columns, rows=24)[-1]
         assert set(heading(columns).split()[1:]) <= set(heading().split())
         assert set(keys.split("  ")) <= {"q quit", "s sort", "Enter look into", "up/down choose"}
+
+
+def test_a_low_terminal_shows_queues_rather_than_what_stands_around_them() -> None:
+    (head, *lines) = screen(READING, View(chosen="c"), "claims.db", columns=20, rows=3)
+    assert head.split() == ["queue", "ready"]
+    assert [re.sub(r"\x1b\[\d+m", "", text).split()[0] for text in lines] == ["b", "c"]
+    away = Reading(0.0, QUEUES, trouble="the server is away")
+    assert screen(away, View(), "claims.db", columns=40, rows=5)[0] == "the server is away"
+
+
+def test_keys_that_come_at_once_all_count() -> None:
+    assert keys_of(b"jj\x1b[B\x1bOAs\r\x1b") == ["down", "down", "down", "up", "sort", "in", "out"]
+    assert keys_of(b"\x1b[5~\x1b[1;2Ax\xff") == ["other"] * 4
 
 
 def test_into_a_pipe_nothing_is_printed_as_seen_that_was_not(capfd) -> None:
@@ -130,5 +149,34 @@ def test_on_a_terminal_keys_work_and_it_is_given_back(db) -> None:
         assert "claims" in seen
         os.write(terminal, b"\r")
         seen_on(terminal, "nobody receives")
+        os.write(terminal, b"q")
+        seen_on(terminal, "\x1b[?1049l")
+
+
+def test_a_terminal_that_cannot_be_drawn_on_gets_plain_lines(db) -> None:
+    with on_a_terminal([*FILAO, "top", str(db), "--times", "2", "--every", "0.1"], TERM="dumb") as terminal:
+        seen = seen_on(terminal, "claims")
+        with suppress(OSError):  # it has ended
+            while read := os.read(terminal, 65_536):
+                seen += read.decode()
+    assert "\x1b" not in seen
+    assert seen.count("claims") == 2
+
+
+def test_while_it_is_stopped_the_terminal_is_given_back_and_a_new_size_is_drawn_in_at_once(db) -> None:
+    """It looks once an hour, so what is drawn anew is not a look that was due."""
+    with on_a_terminal([*FILAO, "top", str(db), "--every", "3600"], COLUMNS="", LINES="") as terminal:
+        seen_on(terminal, "q quit")
+        as_it_draws = termios.tcgetattr(terminal)[3]
+        process = os.tcgetpgrp(terminal)
+        os.write(terminal, b"\x1a")
+        seen_on(terminal, "\x1b[?1049l")
+        until(lambda: os.waitid(os.P_PID, process, os.WSTOPPED | os.WNOHANG))
+        assert termios.tcgetattr(terminal)[3] & ~as_it_draws & termios.ECHO
+        os.kill(process, signal.SIGCONT)
+        seen_on(terminal, "\x1b[?1049h", "claims", "q quit")
+        assert termios.tcgetattr(terminal)[3] == as_it_draws
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 30, 0, 0))
+        seen_on(terminal, f"{heading(30)}\x1b[K")
         os.write(terminal, b"q")
         seen_on(terminal, "\x1b[?1049l")

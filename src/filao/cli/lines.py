@@ -2,15 +2,14 @@
 
 import os
 import select
-import signal
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import msgspec
 from msgspec.structs import replace
 
+from filao.cli.shell import signals
 from filao.draft import Outgoing, draft
 from filao.errors import FilaoError, MessageNotEncodable, MessageTooLarge
 from filao.queue import BODY_MAX_EVER, Queue
@@ -147,7 +146,7 @@ def _read_line(line: bytes, read: Reader) -> Outgoing[Any]:
 def _arriving(stream: BinaryIO) -> Iterator[list[bytes]]:
     """Yield whole lines as they come, without waiting for more of them; one that is too long comes without its end."""
     held = bytearray()
-    with _signals() as signalled:
+    with signals() as signalled:
         while len(held) <= LINE_MAX and (chunk := _next_chunk(stream.fileno(), signalled)):
             held += chunk
             if b"\n" in chunk:
@@ -163,17 +162,3 @@ def _next_chunk(descriptor: int, signalled: int) -> bytes:
     while descriptor not in select.select([descriptor, signalled], [], [])[0]:
         os.read(signalled, READ_MAX)
     return os.read(descriptor, READ_MAX)
-
-
-@contextmanager
-def _signals() -> Generator[int]:
-    """Yield a descriptor that can be read once a signal came: one that comes just before a read does not end it."""
-    signalled, tell = os.pipe()
-    os.set_blocking(tell, False)
-    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    try:
-        yield signalled
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(signalled)
-        os.close(tell)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -143,6 +144,23 @@ def standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise OSError(errno.EBADF, "closed: give BODY or --file", "stdin")
     return sys.stdin.buffer
+
+
+@contextmanager
+def signals() -> Generator[int]:
+    """Yield a descriptor that can be read once a signal with a handler came: one that comes just before a wait for
+    input does not end that.
+    """
+    signalled, tell = os.pipe()
+    os.set_blocking(signalled, False)
+    os.set_blocking(tell, False)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    try:
+        yield signalled
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(signalled)
+        os.close(tell)
 
 
 def confirmed(command: str, question: str) -> bool:

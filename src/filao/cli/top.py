@@ -5,7 +5,9 @@ function of what was read and of the view, which keys change.
 """
 
 import os
+import re
 import select
+import signal
 import sys
 import termios
 import time
@@ -18,7 +20,7 @@ from textwrap import wrap
 
 import click
 
-from filao.cli.shell import Number, addressed, broker_at, is_terminal, note, print_lines, read_anew, untold
+from filao.cli.shell import Number, addressed, broker_at, is_terminal, note, print_lines, read_anew, signals, untold
 from filao.engine import QueueStats, State
 from filao.errors import EngineError
 from filao.printable import printable, some
@@ -51,6 +53,9 @@ _LETTERS = {
 }
 _KEYS = _ARROWS | _LETTERS
 _SORTS = ("age", "ready", "dead", "name")
+_PRESSED = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
+_READ_MAX = 1_024  # bytes of keys that came at once
+_ROWS = 8  # of a terminal: one that has fewer does without what stands around the queues
 _OTHER_SCREEN, _FIRST_SCREEN = b"\x1b[?1049h\x1b[?25l", b"\x1b[?25h\x1b[?1049l"
 
 
@@ -103,7 +108,8 @@ def watch(url: str, queue: str | None, *, every: float, times: int | None = None
             return read_anew(broker, lambda: broker.stats() if queue is None else [broker.stats(queue)])
 
         first = Reading(time.monotonic(), look(), untold=untold(broker, "-"))
-        if is_terminal(sys.stdout) and is_terminal(sys.stdin):
+        is_screen = os.environ.get("TERM", "") not in ("", "dumb")  # one that goes where it is told
+        if is_screen and is_terminal(sys.stdout) and is_terminal(sys.stdin):
             _on_terminal(
                 look,
                 first,
@@ -155,15 +161,16 @@ def _on_terminal(
     look: Callable[[], Sequence[QueueStats]], first: Reading, view: View, title: str, *, every: float, times: int | None
 ) -> None:
     reading, done, until = first, 0, time.monotonic() + every
-    with _other_screen():
+    with _other_screen(), signals() as signalled:
         while True:
             size = get_terminal_size()
             _draw(screen(reading, view, title, columns=size.columns, rows=size.lines))
-            key = _key(max(0.0, until - time.monotonic()))
-            if key == "quit":
-                return
-            if key is not None:
+            keys = _keys(signalled, max(0.0, until - time.monotonic()))
+            for key in keys or ():
+                if key == "quit":
+                    return
                 view = moved(view, key, reading)
+            if keys is not None:
                 continue
             done += 1
             if done == times:
@@ -178,25 +185,53 @@ def _draw(lines: Sequence[str]) -> None:
 
 @contextmanager
 def _other_screen() -> Generator[None]:
+    """Draw on the other screen, but not while it is stopped by Ctrl-Z; a new size is drawn in at once."""
     before = termios.tcgetattr(0)
-    try:
+
+    def take() -> None:
         tty.setcbreak(0)
         os.write(1, _OTHER_SCREEN)
-        yield
-    finally:
+
+    def give_back() -> None:
         os.write(1, _FIRST_SCREEN)
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
+    def stop(_number: int, _frame: object) -> None:
+        give_back()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        take()  # somebody has it go on
 
-def _key(seconds: float) -> str | None:
-    """Return what the next key means; None when there was none in time."""
-    if not select.select([0], [], [], seconds)[0]:
-        return None
-    pressed = os.read(0, 16)
-    return _KEYS.get(pressed, "other") if pressed else "quit"
+    def resized(_number: int, _frame: object) -> None:
+        """Do nothing: that a signal came ends the wait for a key."""
+
+    handlers = {signal.SIGTSTP: stop, signal.SIGWINCH: resized}
+    were = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        take()
+        yield
+    finally:
+        for number, was in were.items():
+            signal.signal(number, was)
+        give_back()
+
+
+def _keys(signalled: int, seconds: float) -> list[str] | None:
+    """Return what the next keys mean, none at a signal; None when there was neither in time."""
+    ready = select.select([0, signalled], [], [], seconds)[0]
+    if signalled in ready:
+        os.read(signalled, _READ_MAX)
+    if 0 not in ready:
+        return [] if ready else None
+    pressed = os.read(0, _READ_MAX)
+    return keys_of(pressed) if pressed else ["quit"]
 
 
 # --- what is shown, as pure functions --------------------------------------------------------------------------------
+
+
+def keys_of(pressed: bytes) -> list[str]:
+    """Return what each key means; several come at once from one that is held down, or over a slow line."""
+    return [_KEYS.get(one.replace(b"\x1bO", b"\x1b["), "other") for one in _PRESSED.findall(pressed)]
 
 
 def moved(view: View, key: str, reading: Reading) -> View:
@@ -265,24 +300,26 @@ def screen(reading: Reading, view: View, title: str, *, columns: int, rows: int)
     """Return what fits on the terminal, the line of the cursor in reverse."""
     queues = sorted_by(reading.queues, view.sort)
     inside = next((one for one in queues if one.name == view.chosen), None) if view.is_inside else None
-    head = f"filao top  {printable(title)}"
-    told = [head, printable(reading.trouble) or f"{some(len(queues), 'queue')}, by {view.sort}", ""]
-    if reading.untold and inside is None:
+    trouble, below = printable(reading.trouble), 2 if rows >= _ROWS else 0
+    told = [f"filao top  {printable(title)}", trouble or f"{some(len(queues), 'queue')}, by {view.sort}", ""]
+    if not below:
+        told = [trouble] if trouble else []
+    elif reading.untold and inside is None:
         told[2:2] = wrap(reading.untold, columns)
     if inside is not None:
         told += [heading(columns), line(inside, reading, columns), "", *_told(inside, reading, columns)]
         keys: tuple[str, ...] = ("q quit", "Esc back")
     else:
         at = next((place for place, one in enumerate(queues) if one.name == view.chosen), 0)
-        room = max(1, rows - len(told) - 3)
+        room = max(1, rows - len(told) - 1 - below)
         first = max(0, min(at - room // 2, len(queues) - room))
         told.append(heading(columns))
         cut = [line(one, reading, columns) for one in queues[first : first + room]]
         told += [f"\x1b[7m{text}\x1b[27m" if first + place == at else text for place, text in enumerate(cut)]
         keys = _HELP
-    told = [text if text.startswith("\x1b") else text[:columns] for text in told[: max(1, rows - 2)]]
+    told = [text if text.startswith("\x1b") else text[:columns] for text in told[: max(1, rows - below)]]
     fitting = [one for place, one in enumerate(keys) if len("  ".join(keys[: place + 1])) <= columns]
-    return [*told, "", "  ".join(fitting)]
+    return [*told, "", "  ".join(fitting)] if below else told
 
 
 def _told(queue: QueueStats, reading: Reading, columns: int) -> list[str]:
