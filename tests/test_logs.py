@@ -2,12 +2,13 @@
 
 import json
 import logging
+import sys
 
 import pydantic
 import pytest
 
 import filao
-from filao.cli.logs import JsonFormatter
+from filao.cli.logs import JsonFormatter, TextFormatter
 
 pytestmark = pytest.mark.anyio
 
@@ -53,3 +54,17 @@ def test_a_record_stays_on_one_line_whatever_stands_in_it() -> None:
     line = JsonFormatter().format(record)
     assert "\n" not in line
     assert "\x1b" not in line
+
+
+def test_nothing_in_a_text_for_people_acts_on_a_terminal_or_passes_for_a_record() -> None:
+    forged = "2026-01-01 00:00:00,000 1 INFO message 7 of 'claims': acked"
+    try:
+        raise ValueError(f"bad \x1b]0;title\x07\u202e\n{forged}")
+    except ValueError:
+        trace = sys.exc_info()
+    record = logging.LogRecord("filao", logging.WARNING, "", 0, "message %s failed", (f"7\x1b[2J\n{forged}",), trace)
+    first, *more = TextFormatter().format(record).split("\n")
+    assert "WARNING message 7\\x1b[2J" in first
+    assert [line for line in more if not line.startswith("    ")] == []
+    assert all(line.isprintable() for line in (first, *more))
+    assert "    ValueError: bad \\x1b]0;title" in "\n".join(more)

@@ -5,9 +5,22 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from filao.printable import printable
+
 _LINE = "%(asctime)s %(process)d %(levelname)s %(message)s"
 FIELDS = ("queue", "message_id", "attempt")
 """What records of a worker carry beside their text."""
+
+
+class TextFormatter(logging.Formatter):
+    """Writes a record for people, so that no id or error acts on their terminal or passes for a record of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(_LINE)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return its line, and what follows it, set in."""
+        return "\n    ".join(printable(line) for line in super().format(record).split("\n"))
 
 
 class JsonFormatter(logging.Formatter):
@@ -31,5 +44,5 @@ class JsonFormatter(logging.Formatter):
 def begin(level: str, form: str) -> None:
     """Log from now on to stderr, in a form: "text" or "json"."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(_LINE))
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
