@@ -41,7 +41,7 @@ async def test_stuck_leases_and_dead_letters_are_told(tmp_path, clock) -> None:
         clock.advance(6)
         findings = await found(broker)
     assert findings["queue stuck"][0] == "warning"
-    assert "1 leases have run out" in findings["queue stuck"][1]
+    assert "1 lease that ran out: " in findings["queue stuck"][1]
     assert findings["queue sad"] == ("note", "1 dead letter")
 
 

@@ -158,3 +158,30 @@ async def test_a_worker_that_receives_says_how_it_is(url: str) -> None:
         assert receiver.reported_ago is not None
         assert receiver.reported_ago < 20
         await message.ack()
+
+
+async def test_the_doctor_says_of_each_queue_what_keeps_its_messages_from_being_worked_on(url: str) -> None:
+    async with filao.connect(url) as broker:
+
+        async def said(queue: str) -> tuple[str, str]:
+            return next((one.level, one.text) for one in await broker.doctor() if one.subject == f"queue {queue}")
+
+        await broker.declare(*(filao.Queue(name) for name in ("well", "stopped", "stuck", "sad")))
+        for name in ("well", "stopped", "stuck", "sad"):
+            await broker.send_to_queue(name, 1)
+        await broker.pause("stopped")
+        await (await broker.receive_from_queue("sad")).reject("no")
+        await broker.receive_from_queue("stuck", lease=0.001)
+        assert await said("well") == ("ok", "1 ready, 0 leased, 0 delayed")
+        assert await said("stopped") == (
+            "note",
+            "paused, so nothing is delivered: 1 message until it is resumed",
+        )
+        assert await said("sad") == ("note", "1 dead letter")
+        async with asyncio.timeout(60):
+            while (found := await said("stuck"))[0] == "ok":
+                await asyncio.sleep(0.01)
+        assert found == (
+            "warning",
+            "1 lease that ran out: those who receive have not come for them: they are busy, or stuck",
+        )

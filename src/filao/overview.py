@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from filao.engine import Finding, State, StoredMessage, instant
+from filao.engine import Finding, QueueStats, State, StoredMessage, instant
+from filao.printable import some
 
 GLANCE_MAX = 1_000  # messages of one list: some 10 ms of the database's time
 ERROR_SEEN = (
@@ -77,6 +78,23 @@ def deed_of(row: Sequence[Any]) -> Deed:
     who, what, queue, about, wanted, done, number, at, ended_at, outcome = row
     ended = None if ended_at is None else instant(ended_at)
     return Deed(who, what, queue, about, wanted, done, number, instant(at), ended, outcome)
+
+
+def queue_finding(queue: QueueStats, run_out: int) -> Finding:
+    """Return what the doctor says of a queue, of whose leases so many have run out and were not taken over."""
+    said: list[str] = []
+    if run_out:
+        why = "nobody receives: start a consumer"
+        if queue.receivers:
+            why = "those who receive have not come for them: they are busy, or stuck"
+        said.append(f"{some(run_out, 'lease')} that ran out: {'the queue is paused' if queue.paused else why}")
+    if queue.paused:
+        waiting = queue.ready + queue.delayed + queue.blocked
+        said.append(f"paused, so nothing is delivered: {some(waiting, 'message')} until it is resumed")
+    if queue.dead:
+        said.append(some(queue.dead, "dead letter"))
+    text = "; ".join(said) or f"{queue.ready:,} ready, {queue.leased:,} leased, {queue.delayed:,} delayed"
+    return Finding(f"queue {queue.name}", "warning" if run_out else "note" if said else "ok", text)
 
 
 def deeds_finding(count: int, unended: Sequence[Deed]) -> list[Finding]:

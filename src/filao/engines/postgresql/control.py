@@ -189,7 +189,7 @@ class PostgresqlOperators:
     async def doctor(self) -> list[Finding]:
         """Examine the database and say what an operator should know."""
         async with self._link.use() as connection:
-            return await examine(connection, self._server)
+            return await examine(connection, self._server, await stats(connection, self._moment()))
 
     async def number(self, queue: str) -> int:
         """Look a queue's number up: a command must not meet another queue, nor what was deleted."""

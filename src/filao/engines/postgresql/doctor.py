@@ -2,12 +2,12 @@
 grown.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
-from filao.engine import Finding
+from filao.engine import Finding, QueueStats
 from filao.engines.postgresql.clock import JUMP
 from filao.engines.postgresql.server import Connection, Server
-from filao.overview import DEED, deed_of, deeds_finding
+from filao.overview import DEED, deed_of, deeds_finding, queue_finding
 from filao.process import process_finding
 
 TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the oldest transaction began
@@ -17,9 +17,9 @@ TABLE_LARGE = 1024**3  # bytes
 HISTORY_TOLD = 1024**2  # bytes: an empty table has some
 
 
-async def examine(connection: Connection, server: Server) -> list[Finding]:
+async def examine(connection: Connection, server: Server, queues: Sequence[QueueStats]) -> list[Finding]:
     """Return what there is to say, good and bad."""
-    parts = (_settings(connection, server), _load(connection), _messages(connection))
+    parts = (_settings(connection, server), _load(connection), _messages(connection), _queues(connection, queues))
     return [finding for part in parts async for finding in part]
 
 
@@ -65,7 +65,7 @@ async def _load(connection: Connection) -> AsyncGenerator[Finding]:
 
 
 async def _messages(connection: Connection) -> AsyncGenerator[Finding]:
-    """Yield how the queues are, and who receives from them."""
+    """Yield the queues' time, how much room messages take, and what is remembered of them and of deeds."""
     yield _clock(int(await _value(connection, _AHEAD)) / 1000)
     size = int(await _value(connection, "SELECT pg_total_relation_size('filao.message')"))
     level = "note" if size > TABLE_LARGE else "ok"
@@ -79,9 +79,13 @@ async def _messages(connection: Connection) -> AsyncGenerator[Finding]:
     )
     for finding in deeds_finding(deeds, [deed_of(row) for row in await unended.fetchall()]):
         yield finding
-    expired = int(await _value(connection, _EXPIRED))
-    if expired:
-        yield Finding("leases", "note", f"{expired:,} leases have run out and wait for a consumer of their queues")
+
+
+async def _queues(connection: Connection, queues: Sequence[QueueStats]) -> AsyncGenerator[Finding]:
+    """Yield how each queue is, and each process that receives."""
+    run_out = dict(await (await connection.execute(_RUN_OUT)).fetchall())
+    for queue in queues:
+        yield queue_finding(queue, run_out.get(queue.name, 0))
     for name, held, state, reported_ago in await (await connection.execute(_PROCESSES)).fetchall():
         yield process_finding(name, held, state, float(reported_ago))
 
@@ -129,7 +133,10 @@ _PROCESSES = """
       (filao.clock() - p.reported_at) / 1000.0
     FROM filao.process p ORDER BY p.id
 """
-_EXPIRED = "SELECT count(*) FROM filao.message WHERE state = 'leased' AND at < filao.clock()"
+_RUN_OUT = """
+    SELECT q.name, count(*) FROM filao.message m JOIN filao.queue q ON q.id = m.queue
+    WHERE m.state = 'leased' AND m.at < filao.clock() GROUP BY 1
+"""
 
 
 async def _value(connection: Connection, sql: str) -> str:

@@ -12,8 +12,7 @@ from filao.engines.sqlite.clock import JUMP
 from filao.engines.sqlite.hold import Hold
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineError
-from filao.overview import DEED, deed_of, deeds_finding
-from filao.printable import some
+from filao.overview import DEED, deed_of, deeds_finding, queue_finding
 from filao.process import process_finding
 
 _MISCOUNTED = " UNION ALL ".join(
@@ -152,21 +151,15 @@ def _unreadable(db: sqlite3.Connection) -> Iterator[Finding]:
 
 def _queues(books: Books) -> Iterator[Finding]:
     for queue in stats(books):
-        subject = f"queue {queue.name}"
-        stuck = books.db.execute(
+        (run_out,) = books.db.execute(
             """
             SELECT count(*)
             FROM filao_message INDEXED BY filao_leased
             WHERE queue = (SELECT id FROM filao_queue WHERE name = ?) AND state = 4 AND at <= ?
             """,
             (queue.name, books.now),
-        ).fetchone()[0]
-        if stuck:
-            yield Finding(subject, "warning", f"{stuck:,} leases have run out and nobody receives: start a consumer")
-        elif queue.dead:
-            yield Finding(subject, "note", some(queue.dead, "dead letter"))
-        else:
-            yield Finding(subject, "ok", f"{queue.ready:,} ready, {queue.leased:,} leased, {queue.delayed:,} delayed")
+        ).fetchone()
+        yield queue_finding(queue, run_out)
 
 
 def _processes(books: Books, hold: Hold) -> Iterator[Finding]:
