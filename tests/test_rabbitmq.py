@@ -1142,8 +1142,9 @@ async def test_a_redrive_that_fails_half_way_tells_what_is_done_and_leaves_the_r
 
 async def test_letters_of_strangers_without_an_id_are_not_deleted_for_one_another(broker, queue, foreign) -> None:
     """Asked for the id that they lack, each of them would be the one."""
-    for reason in ("one", "two\u202e"):
-        properties = pika.BasicProperties(headers={"x-filao-reason": reason, "x-filao-error": "no"})
+    for error in ("one", "two\u202e"):
+        headers = {"x-filao-reason": f"no reason of ours: {error}", "x-filao-error": error}
+        properties = pika.BasicProperties(headers=headers)
         foreign.basic_publish("", topology.dead_name(queue.name), b"1", properties)
     async with asyncio.timeout(60):
         while (await broker.stats(queue)).dead < 2:
@@ -1154,7 +1155,8 @@ async def test_letters_of_strangers_without_an_id_are_not_deleted_for_one_anothe
         assert "no id: it goes with all of its queue only" in page
         assert "\u202e" not in page
         await operator.sees(f"/en/message?queue={queue.name}&id=", 404)
-        await operator.does(Act("discard", queue.name, reason="one", error="no"))
+        assert {letter.reason for letter in await broker.dead_letters(queue)} == {"rejected"}
+        await operator.does(Act("discard", queue.name, reason="rejected", error="one"))
         assert (await broker.stats(queue)).dead == 2
         await operator.does(Act("discard", queue.name))
     assert (await broker.stats(queue)).dead == 0

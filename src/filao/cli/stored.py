@@ -26,7 +26,7 @@ from filao.cli.shell import (
     usage,
 )
 from filao.cli.tables import draw_stored, tell
-from filao.engine import QueueStats, State, StoredMessage
+from filao.engine import REASONS, QueueStats, State, StoredMessage
 from filao.overview import Seen, error_kind
 from filao.printable import some
 from filao.slices import Tally
@@ -34,7 +34,6 @@ from filao.sync import Broker, call_on, door_of
 
 SEARCHED_MAX = 1_000_000  # messages that one search looks at: some minutes
 _SEARCHED_AT_ONCE = 1_000  # messages of one page: with bodies of 256 KiB, what memory holds
-DEATHS = ("max_attempts", "rejected", "expired", "malformed", "overflow")
 _Choice = Callable[[StoredMessage], bool]
 _json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
 _state = click.Choice([state.value for state in State])
@@ -77,7 +76,7 @@ def peek(
 @click.option("--limit", type=_page, default=100, metavar="N", help="At most so many, up to 10000. Default 100.")
 @click.option("--after", metavar="ID", help="Go on behind this message, the last one of the page before.")
 @click.option("--id", "wanted", metavar="ID", help="Tell all of this one.")
-@click.option("--reason", type=click.Choice(DEATHS), help="Only those that died of it.")
+@click.option("--reason", type=click.Choice(REASONS), help="Only those that died of it.")
 @click.option("--error", metavar="TEXT", help="Only those whose last error holds this text, in whatever case.")
 @click.option("--older", type=float, metavar="SECONDS", help="Only those that died longer ago.")
 @click.option("--younger", type=float, metavar="SECONDS", help="Only those that died less long ago.")
@@ -170,7 +169,7 @@ def _shown(
 
 
 _ids_option = click.option("--id", "ids", multiple=True, metavar="ID", help="Only this one. May be repeated.")
-_reason_option = click.option("--reason", type=click.Choice(DEATHS), help="Only those that died of it.")
+_reason_option = click.option("--reason", type=click.Choice(REASONS), help="Only those that died of it.")
 _kind_option = click.option(
     "--kind",
     metavar="TEXT",

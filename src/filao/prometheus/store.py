@@ -13,12 +13,11 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from filao.engine import Feature, QueueStats, State
+from filao.engine import REASONS, Feature, QueueStats, State
 
 QUEUES_MAX = (
     500  # queues that are told: some 20 series each, which is what one small Prometheus takes without a thought
 )
-_REASONS = ("max_attempts", "rejected", "expired", "malformed", "overflow")
 _TOTALS = {
     "sent": "Messages stored.",
     "duplicates": "Sends that found their message already there.",
@@ -133,7 +132,7 @@ def _counted(queues: Sequence[QueueStats]) -> Iterator[Metric]:
         paused.add_metric([queue.name], int(queue.paused))
         receivers.add_metric([queue.name], len(queue.receivers))
         lost.add_metric([queue.name], queue.lost)
-        for reason in sorted({*_REASONS, *queue.died_by_reason}):  # from 0 on, or the first would be no increase
+        for reason in sorted({*REASONS, *queue.died_by_reason}):  # from 0 on, or the first would be no increase
             died.add_metric([queue.name, reason], queue.died_by_reason.get(reason, 0))
     yield from (ages, paused, receivers, lost, died)
     for name, what in _TOTALS.items():

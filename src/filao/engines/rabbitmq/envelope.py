@@ -16,7 +16,7 @@ from pamqp.commands import Basic
 
 from filao.checks import KEY_MAX
 from filao.codec import BYTES, JSON, decode_headers, seen_body
-from filao.engine import Delivery, Draft, Failure, State, StoredMessage, instant
+from filao.engine import REASONS, Delivery, Draft, Failure, State, StoredMessage, instant
 from filao.engines.rabbitmq.topology import dead_name
 from filao.engines.rabbitmq.wire import SHORT_MAX, carried, text
 from filao.errors import MessageNotEncodable, MessageTooLarge
@@ -165,7 +165,7 @@ def stored(queue: str, message: DeliveredMessage) -> StoredMessage:
     headers = properties.headers or {}
     delivery = read(queue, message, 0, str)
     reason, died_at = text(headers.get(REASON, "")), instant(_number(headers.get(DIED_AT)))
-    if not reason:
+    if reason not in REASONS:  # none of ours: a stranger may write any
         reason, died_at = _servers_record(headers.get("x-death"))
     spent = _number(headers.get(SPENT)) or _number(headers.get(ATTEMPT))
     error = text(headers.get(ERROR, ""))
@@ -183,7 +183,7 @@ def stored(queue: str, message: DeliveredMessage) -> StoredMessage:
         sent_at=instant(delivery.sent_at),
         at=died_at,
         expires_at=None,
-        reason=reason or "rejected",
+        reason=reason,
         history=(failed,) if error else (),
     )
 
