@@ -238,6 +238,21 @@ async def test_a_page_that_gets_no_stream_lives_all_the_same(context, dashboard)
     await operator.page.wait_for_selector("text=declared.meanwhile")
 
 
+async def test_what_is_pressed_while_the_page_is_drawn_anew_does_its_work(context, dashboard) -> None:
+    operator = Operator(await context.new_page())
+    page = operator.page
+    await operator.arrive(dashboard.url)
+    await page.route("**live=*", lambda route: route.abort())  # nothing comes but what is drawn here
+    await page.goto(f"{dashboard.url}en/queues")
+    for pressed, then in (("td.num", "#new"), ("a[id='q-claims.processing']", "h1:text-is('claims.processing')")):
+        await page.hover(pressed)
+        await page.mouse.down()
+        await page.evaluate("draw(part.innerHTML + '<p id=new>new</p>')")
+        assert await page.query_selector("#new") is None or pressed != "td.num"
+        await page.mouse.up()
+        await page.wait_for_selector(then)
+
+
 async def test_a_page_that_nobody_answers_any_more_says_so_until_somebody_does(context, dashboard) -> None:
     operator = Operator(await context.new_page())
     page = operator.page

@@ -11,6 +11,7 @@ const SILENCE = 60000; // milliseconds after which a connection counts as broken
 const silent = document.getElementById("silent");
 let heard = Date.now();
 let lost = 0; // since when nobody answers
+let held = null; // what came while something was pressed: replaced before it is let go, a button would do nothing
 
 function hear() {
   heard = Date.now();
@@ -31,6 +32,8 @@ function watch() {
 }
 
 function draw(text) {
+  if (part.matches(":active")) { held = text; return; }
+  held = null;
   const focused = part.contains(document.activeElement) ? document.activeElement.id : "";
   const open = new Map([...part.querySelectorAll("details")].map((one, place) => [place, one.open]));
   const scrolled = [...part.querySelectorAll(".scroll")].map((one) => one.scrollLeft);
@@ -84,6 +87,9 @@ async function live() {
 }
 
 if (part) {
+  for (const end of ["pointerup", "pointercancel", "keyup"]) {
+    addEventListener(end, () => setTimeout(() => { if (held !== null) draw(held); })); // behind the click
+  }
   live();
   setInterval(watch, 1000); // milliseconds
 }
