@@ -27,6 +27,7 @@ from bench.peers import QUEUE
 BODY = b"x" * 256
 ROUNDS = 2_000
 TOGETHER, SHORT_ROUNDS = 40, 80  # calls in a round for CPU, and rounds
+QUEUES = 60  # that a process knows, at most a few fewer than it keeps in mind
 MEMORY = Path("/dev/shm")
 Call = Callable[[], object]
 
@@ -157,6 +158,14 @@ def _cpu(folder: Path) -> dict[str, float]:
             costs.of("filao.sync, send", lambda: broker.send_to_queue(QUEUE, BODY))
             costs.of("filao.sync, receive", partial(_receive, broker, held))
             costs.of("filao.sync, ack", partial(_ack, held))
+            costs.of("filao.sync, send", lambda: broker.send_to_queue(QUEUE, BODY))
+            costs.of("filao.sync, receive and ack", lambda: broker.receive_from_queue(QUEUE).ack())
+        others = [filao.Queue(f"{QUEUE}.{number}") for number in range(QUEUES)]
+        broker.declare(*others)
+        for _ in range(SHORT_ROUNDS):
+            for queue in others:
+                broker.send_to_queue(queue, BODY)  # so that it is known: housekeeping forgets, once in a second
+            costs.of(f"filao.sync, send, {QUEUES} queues", lambda: broker.send_to_queue(QUEUE, BODY))
     asyncio.run(_async_costs(costs, folder / "async.db"))
     return costs.least
 

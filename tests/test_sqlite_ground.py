@@ -194,6 +194,25 @@ async def test_nothing_is_written_behind_what_others_have_lost(db, monkeypatch) 
             await one.send_to_queue(CLAIMS, "after")
 
 
+@pytest.mark.parametrize("what", ["_index", "_wal_identity"])
+async def test_a_look_is_not_misled_by_a_descriptor_that_leads_elsewhere_by_now(db, what, monkeypatch) -> None:
+    """A connection of the program's own had the file open by it, was closed, and another file got its number."""
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)  # or there may be nothing in the WAL that can be lost
+    async with filao.connect(db) as broker, filao.connect(db.parent / "other.db") as other:
+        grounds = []
+        for one in (broker, other):
+            await one.declare(CLAIMS)
+            await one.send_to_queue(CLAIMS, "before")
+            grounds.append(engine_of(one)._database.hold._ground)
+        ours, theirs = grounds
+        ours._fds[getattr(ours, what)] = theirs._fds[getattr(theirs, what)]
+        await broker.send_to_queue(CLAIMS, "after")
+        os.truncate(beside(db, "-wal"), 0)
+        ours._fds[getattr(ours, what)] = theirs._fds[getattr(theirs, what)]
+        with pytest.raises(filao.EngineError, match="had its WAL overwritten or cut off"):
+            await broker.send_to_queue(CLAIMS, "too late")
+
+
 @pytest.mark.parametrize("happens", [overwrite_with_a_backup, overwrite_with_another_file])
 async def test_what_was_copied_over_the_file_is_not_written_to(db, happens) -> None:
     async with filao.connect(db) as broker:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import filao
+from filao.engines.sqlite import housekeeping
 from filao.errors import QueueFull, QueueNotFound
-from tests.conftest import on_connection
+from tests.conftest import engine_of, on_connection
 
 pytestmark = pytest.mark.anyio
 FRAME = 4096 + 24  # bytes of a page in the WAL
@@ -79,6 +80,21 @@ async def test_a_lone_receive_and_its_ack_make_twelve_statements_and_write_seven
         ack = ["PRAGMA", "BEGIN", "PRAGMA", "DELETE", "UPDATE", "COMMIT"]
         assert [statement.split()[0] for statement in statements] == receive + ack
         assert pages <= 7  # of a receive the message's, its two indexes', the counters'; an ack leaves one index alone
+
+
+async def test_a_transaction_works_on_the_queues_that_it_is_about_however_many_are_known(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)  # it would forget them
+    async with filao.connect(tmp_path / "lone.db") as broker:
+        await broker.declare(*(filao.Queue(f"q{number}") for number in range(40)))
+        for number in range(40):
+            await broker.send_to_queue(f"q{number}", number)
+
+        def look_at_one() -> tuple[int, list[str]]:
+            with engine_of(broker)._database.write(durable=False, keeps=True) as books:
+                books.row("q7")
+                return len(books.known.queues), list(books.names().values())
+
+        assert await engine_of(broker)._alone(look_at_one) == (40, ["q7"])
 
 
 async def test_what_comes_back_expires_though_nothing_that_waited_could(tmp_path, clock) -> None:

@@ -105,7 +105,7 @@ class Batcher:
         if waiting:
             receives = sum(isinstance(operation, Receive) for operation, _ in waiting)
             taken: list[_Entry] = []
-            loop = asyncio.get_running_loop()
+            loop = self._loop or asyncio.get_running_loop()
             take = partial(self._take, loop, taken)
             began, now = time.perf_counter(), loop.time()
             since = now if behind is None or self._suspects else max(behind, self._gathered_since)

@@ -83,8 +83,6 @@ def _done_here(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) 
 
     @wraps(function)
     def call(self: Any, /, *arguments: P.args, **keywords: P.kwargs) -> R:
-        caller: Caller = self._caller
-        caller.check_thread()
         return _run_here(function(self._here, *arguments, **keywords))
 
     call.__module__ = __name__
@@ -233,7 +231,6 @@ class Broker:
     ) -> "list[Message[T]]":
         here = self._here
         caller = self._caller
-        caller.check_thread()
         messages = _run_here(received_at_once(here, queue, limit, wait=wait, lease=lease, guarantee=guarantee))
         if messages is None:
             receive = partial(self._inner.receive_many, queue, limit, wait=wait, lease=lease, guarantee=guarantee)
@@ -286,8 +283,10 @@ class Broker:
 
     @property
     def _here(self) -> AsyncBroker:
-        """What does it in this thread. Raises `ConfigurationError` when it is not open."""
-        return self._usable().here
+        """What does it in this thread. Raises `ConfigurationError` when it is not open, or nothing can be done here."""
+        thread = self._usable()
+        thread.caller.check_thread()
+        return thread.here
 
     def _usable(self) -> LoopThread:
         if self._thread is None and self._is_inherited:
@@ -310,11 +309,11 @@ class Broker:
 class Message(Generic[T]):
     """See `filao.Message`."""
 
-    __slots__ = ("_caller", "_here", "_inner")
+    __slots__ = ("_caller", "_inner")
 
     def __init__(self, caller: Caller, outside: Session, message: AsyncMessage[T]) -> None:
         self._caller = caller
-        self._inner = self._here = settled_by(message, outside)
+        self._inner = settled_by(message, outside)
 
     @property
     def body(self) -> T:
@@ -358,6 +357,12 @@ class Message(Generic[T]):
 
     def __repr__(self) -> str:
         return repr(self._inner)
+
+    @property
+    def _here(self) -> AsyncMessage[T]:
+        """What does it in this thread. Raises `ConfigurationError` where nothing can be done."""
+        self._caller.check_thread()
+        return self._inner
 
     ack: Final = _done_here(AsyncMessage[Any].ack)
     nack: Final = _done_here(AsyncMessage[Any].nack)

@@ -4,8 +4,8 @@ What moves a message from state to state stands in `moves.py`. Books live as lon
 to, whose opening and commit are the caller's.
 """
 
+import os
 import re
-import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -115,7 +115,7 @@ class QueueRow:
         return counted
 
     def begin(self) -> None:
-        """Begin another transaction with what is known from the last."""
+        """Be worked on by another transaction, with what is known from those before."""
         self.fresh = False
         self.delayed = 0
 
@@ -136,20 +136,22 @@ class Known:
         """Return what another transaction may begin with."""
         if len(self.queues) > QUEUES_KEPT_MAX:
             self.queues.clear()
-        for row in self.queues.values():
-            row.begin()
         return self
 
 
 class Books:
     """The queues as one transaction sees and changes them."""
 
-    def __init__(self, db: sqlite3.Connection, file: str, now: int, *, keeps: bool = False) -> None:
-        """Begin; `keeps` says that another transaction may go on with what these come to know."""
+    def __init__(
+        self, db: sqlite3.Connection, file: str, now: int, *, keeps: bool = False, known: Known | None = None
+    ) -> None:
+        """Begin, with what is `known`; `keeps` says that another transaction may go on with what these come to know."""
         self.db = db
         self.file = file
         self.now = now
-        self.known: Known = Known()
+        self.known: Known = Known() if known is None else known.begin()
+        self._rows: dict[str, QueueRow] = {}
+        """Of the queues that were looked at: of all that are known, only these can have changed."""
         self._inserts: list[tuple[object, ...]] = []
         self.events: list[tuple[object, ...]] = []
         """What happened to messages whose history is kept, to be written down at the end."""
@@ -163,12 +165,16 @@ class Books:
 
     def queue(self, name: str) -> QueueRow | None:
         """Return the queue's row; None when it is not declared."""
-        row = self.known.queues.get(name)
+        row = self._rows.get(name)
         if row is None:
-            found = self.db.execute(_SELECT_QUEUE, (name,)).fetchone()
-            if found is None:
-                return None
-            row = self.known.queues[name] = QueueRow(found, read_rules(name, found[1]))
+            row = self.known.queues.get(name)
+            if row is None:
+                found = self.db.execute(_SELECT_QUEUE, (name,)).fetchone()
+                if found is None:
+                    return None
+                row = self.known.queues[name] = QueueRow(found, read_rules(name, found[1]))
+            row.begin()
+            self._rows[name] = row
         return row
 
     def row(self, name: str) -> QueueRow:
@@ -187,7 +193,7 @@ class Books:
 
     def names(self) -> dict[int, str]:
         """Return the queues that were looked at."""
-        return {row.id: name for name, row in self.known.queues.items()}
+        return {row.id: name for name, row in self._rows.items()}
 
     def not_found(self, name: str) -> QueueNotFound:
         """Return the error for a queue that is not declared."""
@@ -199,8 +205,9 @@ class Books:
         That is random and the transaction's own: nobody can guess it, and no copy repeats it.
         """
         if self._salt is None:
-            self._salt = secrets.randbits(64) - 2**63
-            self._prefix = f"{_hexadecimal(self._salt)}-"
+            salt = os.urandom(8)
+            self._salt = int.from_bytes(salt, "big") - 2**63
+            self._prefix = f"{salt.hex()}-"
         return self._prefix + str(number), self._salt
 
     def name_of(self, number: int, message_id: str | None, salt: int | None) -> str:
@@ -243,8 +250,11 @@ class Books:
         """Insert what was sent so far, so that statements see it."""
         if not self._inserts:
             return
-        for rows in slices(self._inserts):
-            self.db.execute(_INSERTS[len(rows)], tuple(chain.from_iterable(rows)))
+        if len(self._inserts) == 1:  # a lone send: to slice it takes longer than to bind it
+            self.db.execute(_INSERTS[1], self._inserts[0])
+        else:
+            for rows in slices(self._inserts):
+                self.db.execute(_INSERTS[len(rows)], tuple(chain.from_iterable(rows)))
         self._inserts = []
 
     def write_down(self) -> None:
@@ -257,7 +267,7 @@ class Books:
         if known.last is not None and known.last > known.noted:
             known.noted = known.last + NUMBERS_AHEAD * self.keeps
             self.db.execute("UPDATE filao_meta SET value = ? WHERE name = 'last'", (known.noted,))
-        for row in self.known.queues.values():
+        for row in self._rows.values():
             changes = row.changes()
             if changes is not None:
                 self.db.execute(_UPDATE_QUEUE, (*changes, row.id))
@@ -273,7 +283,7 @@ class Books:
 
     def rows(self) -> Iterable[QueueRow]:
         """Return the queues that were looked at."""
-        return self.known.queues.values()
+        return self._rows.values()
 
     def entries(self, where: str, parameters: Sequence[object]) -> list[Entry]:
         """Return the stored messages that a clause (`INDEXED BY … WHERE …`) finds."""

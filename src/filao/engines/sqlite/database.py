@@ -227,14 +227,15 @@ class Database:
         hold = self.hold
         db = hold.db or hold.connect()
         db.execute("BEGIN IMMEDIATE")
-        self._books = books = Books(db, hold.name, 0, keeps=keeps)
+        kept, self._kept = self._kept, None
+        self._books = books = Books(db, hold.name, 0, keeps=keeps, known=kept)
         at = (db, db.execute("PRAGMA data_version").fetchone()[0])
-        hold.look_before_write(others_wrote=at != self._kept_at)
-        kept = self._kept if at == self._kept_at else None
-        self._kept, self._kept_at = None, at
+        others_wrote = at != self._kept_at
+        if others_wrote:
+            kept, books.known = None, Known()
+        hold.look_before_write(others_wrote=others_wrote)
+        self._kept_at = at
         books.now = hold.clock.now(db, writes=True, again=kept is not None)
-        if kept is not None:
-            books.known = kept.begin()
         return books
 
     def commit(self, books: Books) -> None:

@@ -186,12 +186,7 @@ class SqliteEngine:
         books = self._database.try_begin(durable=writes)
         if books is None:
             return False
-        try:
-            results += verbs.apply(books, operations, lessee)
-        except BaseException as error:
-            self._database.undo(error)
-        self._database.commit(books)
-        self._queue_names.update(books.names())
+        _apply(self._database, books, lambda: operations, results, self._queue_names)
         self._housekeeper.is_wanted |= writes
         return True
 
@@ -205,9 +200,10 @@ class SqliteEngine:
             self._register()
         lessee = self._database.lessee
         takes = {Receive: lessee is not NOBODY, Send: batch.writes, Settle: batch.writes, Extend: batch.writes}
-        with self._database.write(durable=batch.writes, keeps=True) as books:
-            results = verbs.apply(books, batch.take(lambda operation: takes[type(operation)]), lessee)
-            self._queue_names.update(books.names())
+        books = self._database.begin(durable=batch.writes, keeps=True)
+        results: list[Result] = []
+        take = partial(batch.take, lambda operation: takes[type(operation)])
+        _apply(self._database, books, take, results, self._queue_names)
         self._housekeeper.is_wanted |= batch.writes
         return results
 
@@ -393,6 +389,26 @@ class SqliteEngine:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _apply(
+    database: Database,
+    books: Books,
+    take: Callable[[], Sequence[Operation]],
+    results: list[Result],
+    names: dict[int, str],
+) -> None:
+    """Do operations in a transaction that has begun, and commit it; an exception undoes it.
+
+    What came of them, and the names of their queues, is there before it commits: from then on somebody may be called,
+    and whoever interrupts this must find what was received.
+    """
+    try:
+        results += verbs.apply(books, take(), database.lessee)
+        names.update(books.names())
+    except BaseException as error:
+        database.undo(error)
+    database.commit(books)
 
 
 def _not_closed_yet(path: Path) -> EngineUnavailable:

@@ -19,6 +19,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from filao.engines.sqlite.folder import TURNSTILE
 from filao.engines.sqlite.wal import End, end_of
 
@@ -27,6 +30,7 @@ _DESCRIPTORS = Path("/dev/fd")
 HEADER = 100  # bytes
 _WAL_MODE = b"\2\2"
 _INDEX = 132  # bytes: two copies of the WAL-index header, and how far a checkpoint has come
+_SALTS = slice(32, 40)  # of the header: what tells one WAL from the next
 _MAGIC = b"SQLite format 3\0"
 
 _Identity = tuple[int, int]
@@ -57,7 +61,7 @@ _CUT = Loss(
 _IN_PLACE = (_OVERWRITTEN, _CUT)
 
 
-class _Sight(NamedTuple):
+class _Sight(Struct, frozen=True):
     """What one look has found: each compares with one of another, whatever is found meanwhile in other threads."""
 
     base: tuple[int, int]
@@ -106,7 +110,7 @@ class Ground:
         Three `stat`s and reads of memory; in any thread, because a send joins a user's transaction in the caller's.
         """
         seen = self._seen
-        index = self._read(self._index, _INDEX)  # before the file: what it explains must not have been seen before it
+        index = self._index_now(seen.end)  # before the file: what it explains must not have been seen before it
         try:
             about = os.stat(self._name)  # noqa: PTH116 - for each commit: a Path costs as much as the call
         except OSError:
@@ -128,25 +132,26 @@ class Ground:
     def look_at_wal(self) -> Loss | None:
         """Return what happened to the WAL alone: before we write behind what others wrote."""
         seen = self._seen
-        end = self._end_of_wal(self._read(self._index, _INDEX), seen.end, others_wrote=True)
+        end = self._end_of_wal(self._index_now(seen.end), seen.end, others_wrote=True)
         if end is None:
             return _CUT
-        self._seen = seen._replace(end=end)
+        self._seen = replace(seen, end=end)
         return None
 
     def _end_of_wal(self, index: bytes | None, seen: End, *, others_wrote: bool) -> End | None:
         return end_of(index, self._index_again, self._frame, seen, others_wrote=others_wrote)
+
+    def _index_now(self, seen: End) -> bytes | None:
+        """Read the index. One of the WAL that was `seen`, whose salts are random, was read where it should be."""
+        index = self._glance(self._index, _INDEX, 0)
+        return index if index is not None and index[_SALTS] == seen.salts else self._index_again()
 
     def _index_again(self) -> bytes | None:
         return self._read(self._index, _INDEX)
 
     def _frame(self, size: int, at: int, is_sure: bool) -> bytes | None:  # noqa: FBT001 - for each commit
         """Read a part of the WAL; `is_sure` that it is the WAL, whatever became of the descriptor."""
-        fd = -1 if is_sure else self._fds.get(self._wal_identity, -1)
-        try:
-            return os.pread(fd, size, at) if fd >= 0 else self._read(self._wal_identity, size, at)
-        except OSError:
-            return None
+        return (self._read if is_sure else self._glance)(self._wal_identity, size, at)
 
     def has_changed(self) -> bool:
         """Return whether the file itself was written since the last look, so that another is due."""
@@ -193,7 +198,8 @@ class Ground:
             return _LINKED
         for name, known in names.items():
             try:
-                same = _identity(os.stat(name)) == known  # noqa: PTH116 - as above
+                there = os.stat(name)  # noqa: PTH116 - as above
+                same = (there.st_dev, there.st_ino) == known
             except OSError:
                 same = False
             if not same:
@@ -228,6 +234,14 @@ class Ground:
             return True
         checkpoint = _checkpoint(self._read(self._index, _INDEX))
         return checkpoint is not None and checkpoint == _checkpoint(seen.wal_index) and not checkpoint.is_under_way()
+
+    def _glance(self, file: _Identity, size: int, at: int) -> bytes | None:
+        """Read as `_read` does, but by a descriptor that may lead elsewhere by now: what was read must tell."""
+        fd = self._fds.get(file, -1)
+        try:
+            return os.pread(fd, size, at) if fd >= 0 else None
+        except OSError:
+            return None
 
     def _read(self, file: _Identity, size: int, at: int = 0) -> bytes | None:
         """Read a part of a file through the descriptor by which SQLite has it open."""
@@ -276,7 +290,7 @@ def _checkpoint(index: bytes | None) -> _Checkpoint | None:
     """Return how far the last checkpoint has come; None where we may not look."""
     if index is None or len(index) < _INDEX:
         return None
-    return _Checkpoint(index[96:100], index[128:132], index[32:40])
+    return _Checkpoint(index[96:100], index[128:132], index[_SALTS])
 
 
 def left_over(path: Path, *, cookie: int, inode: int) -> Loss | None:

@@ -59,7 +59,8 @@ def settle(books: Books, operation: Settle, lessee: Lessee) -> FilaoError | None
     if isinstance(outcome, Ack) and _ack_in_time(books, delivery):
         row.count["leased"] -= 1
         row.count["acked"] += 1
-        moves.forget(books, row, _entry(delivery), had_failed=delivery.failures > 0)
+        if not is_plain_ack(operation):
+            moves.forget(books, row, _entry(delivery), had_failed=delivery.failures > 0)
         if row.rules.history:
             books.note(row, delivery.id, "acked", delivery.attempt, by=lessee.name or process_name())
         return None

@@ -9,7 +9,8 @@ now, and, when others have written since, the last frame that the index tells.
 
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+
+from msgspec import Struct
 
 _HEADER = 32  # bytes before the first frame
 _FRAME = 24  # bytes of a frame's own before its page: eight bytes, and then what is compared
@@ -21,7 +22,7 @@ _FIELDS = struct.Struct("=I8xBxHI4x2I8s")
 _CHECKSUM = struct.Struct(">2I")
 
 
-class End(NamedTuple):
+class End(Struct, frozen=True):
     """Where a WAL ends: the last frame of what was committed."""
 
     at: int = 0
