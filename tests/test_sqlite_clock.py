@@ -78,6 +78,25 @@ async def test_a_jump_of_the_wall_clock_changes_no_lease_delay_or_time_to_live(t
             await held.ack()
 
 
+async def test_no_jump_is_followed_for_the_time_before_it_was_seen(tmp_path, machine) -> None:
+    async with filao.connect(tmp_path / "claims.db", clock=machine) as broker:
+        await broker.declare(filao.Queue("claims"))
+        for _ in range(2):  # once it has been caught up with, there is another one
+            machine.let_pass(100)
+            await broker.send_to_queue("claims", "held")
+            held = await broker.receive_from_queue("claims", lease=1)
+            await broker.send_to_queue("claims", "short-lived", ttl=1)
+            machine.wall += 4
+            assert await next_body(broker) == "short-lived"
+            await held.ack()
+            await broker.purge("claims", state="leased")
+            for _ in range(3):  # by three seconds a minute
+                machine.let_pass(60)
+                await broker.send_to_queue("claims", "later", ttl=1)
+                (message,) = await broker.receive_many("claims", 9, wait=0)
+                await message.ack()
+
+
 async def test_the_file_follows_the_wall_clock_slowly_and_the_doctor_tells(tmp_path, machine) -> None:
     async with filao.connect(tmp_path / "claims.db", clock=machine) as broker:
         await broker.declare(filao.Queue("claims"))

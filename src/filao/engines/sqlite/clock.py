@@ -7,6 +7,7 @@ to begin, but never before the time that the file has seen.
 """
 
 import logging
+import math
 import sqlite3
 import time
 from collections.abc import Callable
@@ -37,6 +38,10 @@ class FileClock:
         """Seconds that never jump, and go on while the machine sleeps."""
         self._boot = boot or str(getattr(wall, "boot", "unknown"))
         self._told = 0
+        self._lead = math.inf
+        """By how much the wall clock was ahead of the steady one at the last look; a jump changes it."""
+        self._followed_from = 0
+        """The steady time from which on the wall clock is followed: no jump is, before it was seen."""
         self._known: tuple[str, int, int] | None = None
         """What the file was last seen to say."""
 
@@ -72,12 +77,13 @@ class FileClock:
         if found is None or found[0] != self._boot:
             return wall  # somebody else's boot: a machine that shares the file with ours
         _, offset, noted_at = found
-        ahead = wall - steady - offset
-        if abs(ahead) <= JUMP:
-            step = 0
-        else:
-            allowed = min(steady - noted_at, SLEWED_MAX) // SLEW
-            step = max(-allowed, min(allowed, ahead))
+        lead = wall - steady
+        ahead = lead - offset
+        if abs(ahead) <= JUMP or abs(lead - self._lead) > JUMP:
+            self._followed_from = steady
+        self._lead = lead
+        allowed = max(0, min(steady - max(noted_at, self._followed_from), SLEWED_MAX)) // SLEW
+        step = max(-allowed, min(allowed, ahead))
         if writes and (step or steady - noted_at > NOTED_EVERY):
             self._note(db, offset + step, steady)
         if abs(ahead - self._told) > JUMP:
