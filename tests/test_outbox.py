@@ -581,6 +581,56 @@ def test_a_connection_that_holds_no_transaction_is_refused(business) -> None:
         assert Outbox().send_to_queue(connection, "claims", 1)
 
 
+@pytest.mark.parametrize("of_the_session", [False, True])
+@pytest.mark.parametrize("on", ["sqlite", "postgresql"])
+def test_sqlalchemys_autocommit_is_refused(on, of_the_session, business, postgres) -> None:
+    url = f"sqlite:///{business}"
+    if on == "postgresql":
+        server: str = postgres.create(f"autocommit_{of_the_session}")
+        url = server.replace("postgresql://", "postgresql+psycopg://")
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        Outbox().create(connection)
+    engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with sqlalchemy.orm.Session(engine) if of_the_session else engine.connect() as connection:
+        with pytest.raises(filao.ConfigurationError, match=r'holds no transaction.* "AUTOCOMMIT"'):
+            Outbox().send_to_queue(connection, "claims", 1)
+        with pytest.raises(filao.ConfigurationError, match=r'holds no transaction.* "AUTOCOMMIT"'):
+            Inbox().is_new(connection, None)  # type: ignore[arg-type]
+        assert Outbox().recorded(connection, 9) == []
+    engine.dispose()
+
+
+def test_sqlalchemy_begins_for_a_driver_that_does_not(business) -> None:
+    engine = sqlalchemy.create_engine(f"sqlite:///{business}")
+    listens = sqlalchemy.event.listens_for
+
+    @listens(engine, "connect")
+    def leave_it_to_us(driver: sqlite3.Connection, _: object) -> None:
+        driver.isolation_level = None
+
+    @listens(engine, "begin")
+    def begin(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    with engine.connect() as connection:
+        Outbox().create(connection)
+        connection.commit()
+        Outbox().send_to_queue(connection, "claims", 1)
+        connection.rollback()
+        assert Outbox().recorded(connection, 9) == []
+    engine.dispose()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sqlite3 has this since Python 3.12")
+def test_the_autocommit_of_sqlite3_is_refused(business) -> None:
+    autocommit: Any = {"autocommit": True}
+    with closing(sqlite3.connect(business, **autocommit)) as connection:
+        refused = pytest.raises(filao.ConfigurationError, match="holds no transaction")
+        with refused:
+            Outbox().send_to_queue(connection, "claims", 1)
+
+
 def test_a_psycopg_connection_is_known_by_its_module() -> None:
     psycopg = pytest.importorskip("psycopg")
     given = psycopg.Connection.__new__(psycopg.Connection)

@@ -38,11 +38,14 @@ def connection_of(given: Any, *, needs_transaction: bool) -> Connection:
     refuse_asynchronous(given)
     if callable(getattr(given, "connection", None)) and hasattr(given, "get_bind"):  # SQLAlchemy's Session
         given = given.connection()
-    if hasattr(given, "exec_driver_sql"):  # SQLAlchemy's Connection, which begins by itself
+    if hasattr(given, "exec_driver_sql"):  # SQLAlchemy's Connection
+        if needs_transaction:
+            _begin_on_sqlalchemy(given)
         dialect = given.dialect
         return Connection(dialect.name, dialect.paramstyle, given.exec_driver_sql)
     if hasattr(given, "vendor") and hasattr(given, "in_atomic_block"):  # Django's
-        _check_transaction(given.in_atomic_block, needs_transaction, "use it inside transaction.atomic()")
+        holds = not needs_transaction or bool(given.in_atomic_block)
+        _check_transaction(holds=holds, advice="use it inside transaction.atomic()")
         return Connection(given.vendor, "format", _through_cursor(given.cursor))
     return _of_driver(given, needs_transaction=needs_transaction)
 
@@ -74,11 +77,35 @@ def refused(error: Exception) -> EngineError:
     )
 
 
+def holds_transaction(driver: Any) -> bool:
+    """Return whether what a driver's connection does next is part of a transaction, as far as it tells.
+
+    One that is in none begins it by itself with its first statement, unless it commits each for itself.
+    """
+    status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg's; 0 is idle
+    if getattr(driver, "in_transaction", False) is True or status != 0:
+        return True
+    if hasattr(driver, "in_transaction") and getattr(driver, "isolation_level", "") is None:  # sqlite3's, aiosqlite's
+        return False
+    return getattr(driver, "autocommit", False) is not True
+
+
+def _begin_on_sqlalchemy(given: Any) -> None:
+    """Let a connection of SQLAlchemy begin, as its first statement does, and look whether the driver's takes part: it
+    does not at the isolation level AUTOCOMMIT.
+    """
+    if not given.in_transaction():
+        given.begin()
+    ends = (getattr(given.connection, name, None) for name in ("dbapi_connection", "driver_connection"))
+    advice = 'at the isolation level "AUTOCOMMIT", which engine or connection has, there is none; choose another'
+    _check_transaction(holds=all(map(holds_transaction, ends)), advice=advice)
+
+
 def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:
     """Recognise a connection of PEP 249 by the module that it comes from."""
     if isinstance(given, sqlite3.Connection):
-        begins = given.in_transaction or given.isolation_level is not None
-        _check_transaction(begins, needs_transaction, 'execute "BEGIN IMMEDIATE" on it first')
+        holds = not needs_transaction or holds_transaction(given)
+        _check_transaction(holds=holds, advice='execute "BEGIN IMMEDIATE" on it first')
         return Connection("sqlite", "qmark", given.execute)
     for kind in type(given).__mro__:
         module = sys.modules.get(kind.__module__.partition(".")[0])
@@ -86,8 +113,10 @@ def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:
             if "Async" in kind.__name__:
                 break
             name = getattr(module, "__name__", "")
+            advice = "use it inside `with connection.transaction()`" if name == "psycopg" else "turn autocommit off"
+            _check_transaction(holds=not needs_transaction or holds_transaction(given), advice=advice)
             if name == "psycopg":
-                return _of_psycopg(given, module, needs_transaction=needs_transaction)
+                return _of_psycopg(given, module)
             dialect = "postgresql" if name.startswith("psycopg") else name
             return Connection(dialect, str(getattr(module, "paramstyle", "")), _through_cursor(given.cursor))
     raise ConfigurationError(
@@ -97,17 +126,14 @@ def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:
     )
 
 
-def _of_psycopg(given: Any, psycopg: Any, *, needs_transaction: bool) -> Connection:
+def _of_psycopg(given: Any, psycopg: Any) -> Connection:
     """Recognise a connection of psycopg 3, whatever kind of rows its user likes."""
-    if needs_transaction:
-        begins = not given.autocommit or given.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
-        _check_transaction(begins, needs_transaction, "use it inside `with connection.transaction()`")
     cursor = partial(given.cursor, row_factory=psycopg.rows.tuple_row)
     return Connection("postgresql", str(psycopg.paramstyle), _through_cursor(cursor))
 
 
-def _check_transaction(holds: object, needs: bool, advice: str) -> None:  # noqa: FBT001
-    if needs and not holds:
+def _check_transaction(*, holds: bool, advice: str) -> None:
+    if not holds:
         raise ConfigurationError(
             "this connection commits each statement for itself and holds no transaction, so "
             f"there is nothing to join: {advice}"

@@ -7,7 +7,7 @@ attributes those libraries document, so that neither has to be installed.
 import sqlite3
 from pathlib import Path
 
-from filao.connections import driver_error, refuse_asynchronous, refused
+from filao.connections import driver_error, holds_transaction, refuse_asynchronous, refused
 from filao.engines.sqlite.files import engine_error
 from filao.errors import ConfigurationError, FilaoError
 
@@ -26,7 +26,7 @@ def open_transaction(connection: object, path: Path) -> sqlite3.Connection:
         raise (refused(error) if drivers is None else engine_error(path, drivers)) from error
     _check_file(db, path)
     if not db.in_transaction:
-        if db.isolation_level is None:
+        if not holds_transaction(db):
             raise ConfigurationError(
                 "within=: this connection is in autocommit mode and holds no transaction, so there is nothing to join. "
                 'Execute "BEGIN IMMEDIATE" on it first.'
