@@ -189,11 +189,12 @@ assert waiting() == 0
     )
 
 
-def test_the_worker_of_the_settings_runs_in_several_processes(project) -> None:
+def test_the_worker_of_the_settings_runs_in_several_processes_wherever_it_is_started(project, tmp_path_factory) -> None:
+    here = tmp_path_factory.mktemp("elsewhere")
     with filao.sync.connect(project / "shop.sqlite3") as broker:
         broker.send_many("documents", [{"policy": number} for number in range(5)])
-    command = [sys.executable, "manage.py", "filao_worker", "--processes", "2"]
-    working = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(project / "manage.py"), "filao_worker", "--processes", "2"]
+    working = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
     try:
         with filao.sync.connect(project / "shop.sqlite3") as broker:
             broker.declare(filao.Queue("ended"))
@@ -207,7 +208,7 @@ def test_the_worker_of_the_settings_runs_in_several_processes(project) -> None:
     finally:
         working.kill()
     assert working.returncode == 0, said
-    assert sorted((project / "printed").read_text().split()) == ["0", "1", "2", "3", "4"]
+    assert sorted((here / "printed").read_text().split()) == ["0", "1", "2", "3", "4"]
 
 
 def test_connections_are_closed_between_messages(project) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import sys
+from contextlib import suppress
 
 from filao.engine import Finding
 
@@ -12,6 +14,14 @@ HEALTHY = "ready and healthy"  # what a worker says of itself first, when it is
 def process_name() -> str:
     """Return the host and process, as operators see who sends, receives and holds."""
     return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def flush_output() -> None:
+    """Write out what was printed, before a process ends at once; where that can be written no more, it is lost."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # Python has no stream where the shell closed it
+            with suppress(OSError, ValueError):
+                stream.flush()
 
 
 def process_finding(name: str, held: int, state: str, reported_ago: float) -> Finding:

@@ -4,14 +4,18 @@
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from django.conf import ENVIRONMENT_VARIABLE, settings
 from django.core.management.base import BaseCommand
 
 from filao.contrib.django.running import TARGET
+from filao.process import flush_output
 
-_OPTIONS = ("processes", "max_messages", "max_memory", "health", "log_level")
+_OPTIONS = ("processes", "max_messages", "max_memory", "health", "log_level", "log", "metrics")
 
 
 class Command(BaseCommand):  # type: ignore[misc]  # Django has no types
@@ -23,12 +27,25 @@ class Command(BaseCommand):  # type: ignore[misc]  # Django has no types
         """Take the options of `filao work`."""
         for name in _OPTIONS:
             parser.add_argument(f"--{name.replace('_', '-')}", help="See `filao work --help`.")
+        parser.add_argument("--queue", action="append", default=[], help="See `filao work --help`.")
+        parser.add_argument("--reload", action="store_true", help="See `filao work --help`.")
 
     def handle(self, *_: Any, **options: Any) -> None:
         """Become `filao work`, so that it is the process that signals and supervisors know."""
         os.environ.setdefault(ENVIRONMENT_VARIABLE, settings.SETTINGS_MODULE)
+        os.environ["PYTHONPATH"] = os.pathsep.join(_before_the_library(sys.path))
         given = [(f"--{name.replace('_', '-')}", options[name]) for name in _OPTIONS if options[name] is not None]
+        given += [("--queue", queue) for queue in options["queue"]]
         command = [sys.executable, "-m", "filao", "work", TARGET, *(part for pair in given for part in pair)]
-        sys.stdout.flush()
-        sys.stderr.flush()
+        command += ["--reload"] * options["reload"]
+        flush_output()
         os.execv(sys.executable, command)  # noqa: S606  # no shell: a list of arguments
+
+
+def _before_the_library(path: Iterable[str]) -> Iterator[str]:
+    """Yield the folders that stand before Python's own: that of manage.py, wherever it was started, and those of
+    --pythonpath and of PYTHONPATH.
+    """
+    library = Path(str(os.__file__)).parent
+    zipped = library.with_name(f"python{sys.version_info.major}{sys.version_info.minor}.zip")
+    return filter(None, takewhile(lambda folder: Path(folder) not in (library, zipped), path))
