@@ -40,6 +40,14 @@ def test_a_ring_wakes_the_owner_and_names_the_queue(bell, belfry) -> None:
     assert bell.heard() == set()
 
 
+def test_what_somebody_else_has_written_to_it_is_no_ring_and_no_error(bell, belfry) -> None:
+    belfry.ring(bell.name, 7)
+    os.write(bell._writer, b"hello")
+    assert bell.heard() == {7}
+    belfry.ring(bell.name, 8)
+    assert bell.heard() == {8}
+
+
 def test_more_rings_than_fit_are_rings_enough(bell, belfry) -> None:
     for _ in range(20_000):
         belfry.ring(bell.name, 7)

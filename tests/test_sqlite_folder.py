@@ -2,10 +2,13 @@
 more.
 """
 
+import asyncio
 import os
 import socket
 import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -120,6 +123,31 @@ async def test_a_hard_link_in_place_of_the_turnstile_is_refused(db) -> None:
     (files.sidecar(db) / "turnstile").hardlink_to(db.parent / "elsewhere")
     with pytest.raises(filao.EngineError, match="2 names"):
         await filao.connect(db).open()
+
+
+async def test_what_is_printed_where_standard_streams_are_closed_does_not_end_in_our_files(db) -> None:
+    program = f"""
+import asyncio, os
+import filao
+
+async def main():
+    for stream in range(3):
+        os.close(stream)
+    async with filao.connect({str(db)!r}) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        for stream in range(3):
+            try:
+                os.write(stream, b"whatever is printed there")
+            except OSError:
+                pass
+        os.kill(os.getpid(), 9)
+
+asyncio.run(main())
+"""
+    await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program], check=False, timeout=60)
+    async with filao.connect(db) as broker:  # the turnstile notes whose WAL was left there
+        assert await body_of_next(broker) == 1
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "fifo"])

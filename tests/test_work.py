@@ -308,6 +308,20 @@ def test_what_cannot_run_says_why(folder, broker, arguments, code, text) -> None
     assert "Traceback" not in work.said()
 
 
+@pytest.mark.parametrize("streams", [">&- 2>/dev/full", "<&- >&- 2>&-"])
+def test_a_worker_whose_output_is_closed_or_full_works_as_any_other(folder, broker, streams) -> None:
+    (folder / "app.py").write_text(APP.replace("grace=30", "grace=0.1"))
+    process = subprocess.Popen(["sh", "-c", f"exec {sys.executable} -m filao work app:worker {streams}"], cwd=folder)
+    try:
+        broker.send_to_queue("claims", {"kind": "thread"})  # which is still there when all else has ended
+        until((folder / "log").exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+    assert broker.stats("claims").ready == 1
+
+
 BY_NAME = """
 import filao
 worker = filao.Worker("claims.db")

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isnan
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
@@ -185,8 +185,9 @@ def print_lines(lines: Iterable[bytes]) -> None:
 
 
 def note(text: str) -> None:
-    """Say something to the person who runs this."""
-    click.echo(f"filao: {safe(text)}", err=True)
+    """Say something to the person who runs this; where stderr cannot be written, on a full disk say, nobody is told."""
+    with suppress(OSError):
+        click.echo(f"filao: {safe(text)}", err=True)
 
 
 def safe(text: str) -> str:

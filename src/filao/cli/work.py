@@ -20,6 +20,7 @@ from filao.cli.metrics import TEXT, check_extra
 from filao.cli.pages import Page, address_of, served, shown_address
 from filao.cli.shell import note, usage
 from filao.errors import FilaoError
+from filao.process import flush_output
 from filao.worker.supervisor import Supervisor, report
 from filao.worker.worker import Worker
 
@@ -152,8 +153,7 @@ async def _work(
                 refuse()
             raise
     if report_to is not None or worker.has_hung or not _has_ended(executor):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         os._exit(0)  # what handlers left running in threads must not keep the process
     return 0
 

@@ -9,7 +9,6 @@ import asyncio
 import contextvars
 import ctypes
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator
@@ -18,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, NoReturn
 
 from filao.calls import undo_held
+from filao.process import flush_output
 
 
 class InterruptedHandlerError(BaseException):
@@ -135,8 +135,7 @@ def _end_child(error: BaseException | None) -> NoReturn:
         elif error is not None:
             code = 1
             traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
     finally:
         os._exit(code)
 

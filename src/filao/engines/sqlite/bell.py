@@ -43,7 +43,8 @@ class Bell:
             rings = os.read(self.reader, _READ_MAX)
         except BlockingIOError:
             return set()
-        return {number for (number,) in _RING.iter_unpack(rings)}
+        whole = len(rings) - len(rings) % _RING.size  # something else may have written to it
+        return {number for (number,) in _RING.iter_unpack(rings[:whole])}
 
     def close(self) -> None:
         """Take the bell down."""

@@ -10,15 +10,20 @@ import errno
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from filao.errors import ConfigurationError, EngineError
 
+if sys.platform != "win32":
+    from fcntl import F_DUPFD_CLOEXEC, fcntl
+
 BELL = re.compile(r"[0-9a-f]{16}")
 """How a bell may be called; any other name leads nowhere."""
 TURNSTILE = "turnstile"
+STANDARD = 3  # descriptors: those of stdin, stdout and stderr, which a daemon may have closed
 _ENDS = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC if os.name == "posix" else 0
 
 
@@ -107,7 +112,7 @@ class Folder:
     def open_turnstile(self) -> int:
         """Return a descriptor of the turnstile, made when it is missing."""
         try:
-            fd = os.open(TURNSTILE, os.O_RDWR | os.O_CREAT | _ENDS, 0o600, dir_fd=self._fd)
+            fd = _apart(os.open(TURNSTILE, os.O_RDWR | os.O_CREAT | _ENDS, 0o600, dir_fd=self._fd))
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
                 raise EngineError(
@@ -146,7 +151,7 @@ class Folder:
     def _open_bell(self, name: str, end: int) -> int:
         if not BELL.fullmatch(name):
             raise OSError(errno.EINVAL, "is not how a bell is called", name)
-        fd = os.open(name, end | _ENDS, dir_fd=self._fd)
+        fd = _apart(os.open(name, end | _ENDS, dir_fd=self._fd))
         about = os.fstat(fd)
         if not stat.S_ISFIFO(about.st_mode) or not self.trusts(about):
             os.close(fd)
@@ -182,6 +187,16 @@ class Folder:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _apart(fd: int) -> int:
+    """Return a descriptor that stands for none of the standard streams: what is printed must not end in the file."""
+    if fd >= STANDARD or sys.platform == "win32":
+        return fd
+    try:
+        return fcntl(fd, F_DUPFD_CLOEXEC, STANDARD)
+    finally:
+        os.close(fd)
 
 
 def _me() -> int:
