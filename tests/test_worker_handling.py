@@ -47,6 +47,24 @@ async def test_a_hung_thread_is_interrupted_at_its_timeout_and_has_failed(url, b
     assert (handled.how, interrupted) == ("retried", [handled.id])
 
 
+async def test_a_handler_for_which_no_thread_can_be_started_has_not_failed(url, broker, caplog) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(CLAIMS)
+    def handle(message: filao.sync.Message) -> None: ...
+
+    async with running(worker):
+        before = threading.stack_size(2**62)  # more than there is
+        try:
+            await broker.send_to_queue("claims", 1)
+            await until(lambda: "cannot start a thread" in caplog.text)
+        finally:
+            threading.stack_size(before)
+        await until_stats(broker, acked=1)
+    stats = await broker.stats("claims")
+    assert (stats.nacked, stats.received - stats.released) == (0, 1)
+
+
 STUBBORN = [
     "coroutine",
     pytest.param("thread", marks=pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer stops the loop")),

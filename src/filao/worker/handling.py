@@ -19,19 +19,23 @@ from typing import Any, Literal
 from filao import sync
 from filao.broker import Broker
 from filao.calls import Caller
+from filao.errors import EngineUnavailable
 from filao.message import Message, delivery_of
+from filao.process import no_thread
 from filao.session import Session
 from filao.worker.handlers import Consumer, Handler
 from filao.worker.keeper import Keeper
 from filao.worker.outage import Outages
+from filao.worker.outcomes import Release
 from filao.worker.strays import Children, Strays
 from filao.worker.surroundings import Surroundings
-from filao.worker.threads import Threads, children_end
+from filao.worker.threads import Call, Threads, children_end
 
 Why = Literal["itself", "timeout", "lost", "stopped"]
 """What ended a handler."""
 
 ENDS_WITHIN = 5.0  # seconds that a cancelled handler may take to end before its message is settled without it
+NO_THREAD_FOR = 1.0  # seconds after which a message comes again for whose handler no thread could be started
 ANSWERED_WITHIN = 0.1  # seconds in which a settle by the handler itself is answered after the lease has ended with it
 
 
@@ -140,9 +144,19 @@ class Handling:
         calling = function if around is None else partial(around.call_plain, function)
         caller = self._shared.caller
         blocking = [sync.Transaction(caller, one) for one in transaction]
-        call = self._shared.threads.start(calling, sync.Message(caller, self._shared.outside, self._message), *blocking)
+        call = self._in_thread(calling, sync.Message(caller, self._shared.outside, self._message), *blocking)
         self._cancel, self._undo = call.interrupt, call.give_up
         return _result(handler, await call.future)
+
+    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Call:
+        """Start a plain function; where no thread can be had, the handler has not failed, and its message comes
+        again.
+        """
+        try:
+            return self._shared.threads.start(function, *arguments)
+        except RuntimeError as error:
+            self._shared.outages.fails("starting handlers", EngineUnavailable(no_thread(error)))
+            raise Release(delay=NO_THREAD_FOR) from error
 
     # --- its end -----------------------------------------------------------------------------------------------------
 

@@ -13,13 +13,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 from filao.engine import Delivery
-from filao.errors import FilaoError, LeaseLost
+from filao.errors import EngineUnavailable, FilaoError, LeaseLost
+from filao.process import no_thread
 from filao.session import Session
 from filao.worker.outage import Outages, pauses
 
@@ -49,6 +50,10 @@ class Kept(Protocol):
         """Learn, on the worker's loop, that the lease is not held any more."""
 
 
+class _StoppedError(Exception):
+    """Ends a thread that was told to stop before it had a loop."""
+
+
 class Keeper:
     """Keeps what it is given until it is let go."""
 
@@ -67,7 +72,7 @@ class Keeper:
 
     async def start(self) -> None:
         """Start the thread and connect it, now: while a handler keeps the interpreter busy, that would take too
-        long.
+        long. Raises `EngineUnavailable` when no thread can be started: no lease would be kept.
         """
         sibling = self._session.sibling()
         if sibling is None:
@@ -76,8 +81,11 @@ class Keeper:
             self._stop = keeping.cancel  # type: ignore[assignment]  # which returns what nobody asks for
             return
         ready: Future[None] = Future()
-        main = self._main(sibling, ready)
-        threading.Thread(target=self._run, args=(main,), name="filao keeper", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(sibling, ready), name="filao keeper", daemon=True).start()
+        except RuntimeError as error:
+            self._end()
+            raise EngineUnavailable(no_thread(error)) from error
         await asyncio.wait([asyncio.wrap_future(ready)], timeout=OPENS_WITHIN)
 
     async def stop(self) -> None:
@@ -101,11 +109,23 @@ class Keeper:
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
-    def _run(self, main: Coroutine[Any, Any, None]) -> None:
+    def _run(self, sibling: Session, ready: "Future[None]") -> None:
         try:
-            asyncio.run(main)
+            with suppress(_StoppedError), asyncio.Runner(loop_factory=self._loop) as runner:
+                runner.run(self._main(sibling, ready))
         finally:
             _tell(self._worker_loop, self._end)
+
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """Return a loop, as soon as there are file descriptors for one."""
+        for pause in pauses():
+            try:
+                return asyncio.new_event_loop()
+            except OSError as error:
+                self._outages.fails("starting to extend leases", error)
+            if self._stopped.wait(pause):
+                break
+        raise _StoppedError
 
     async def _main(self, sibling: Session, ready: "Future[None]") -> None:
         work = asyncio.create_task(self._work(sibling, ready))
