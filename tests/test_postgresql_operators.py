@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy
 from sqlalchemy.orm import Session
 
 import filao
+from tests.conftest import engine_of
 from tests.support.servers import Postgres
 
 pytestmark = pytest.mark.anyio
@@ -21,6 +23,45 @@ _names = count()
 def url(postgres: Postgres) -> str:
     """Return the URL of an empty database."""
     return postgres.create(f"operators{next(_names)}")
+
+
+async def test_a_publication_of_all_tables_stops_nobody(url) -> None:
+    """A logical replica, or a stream of changes, needs one; tables without an identity then refuse deletes."""
+    with psycopg.connect(url, autocommit=True) as operator:
+        operator.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with psycopg.connect(url) as user:
+            await broker.send_to_queue("claims", 1, within=user, group="policy-12", dedup_key="k")
+        message = await broker.receive_from_queue("claims", wait=10)
+        assert message is not None
+        await message.ack()
+        await broker.delete_queue("claims")
+
+
+async def test_messages_of_a_cluster_that_was_busier_are_read_once(url) -> None:
+    """A dump is restored with the numbers of the transactions in which its messages came to wait."""
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", range(3_000))
+        with psycopg.connect(url) as operator:
+            operator.execute("UPDATE filao.message SET moved_in = '9000000000'")
+        async with engine_of(broker)._main.use() as connection:
+            receive = "SELECT count(*) FROM filao.queue q, filao.receive(q.id, NULL, 0, 60000, %s, 1, 0)"
+            read = "SELECT idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relid = 'filao.message'::regclass"
+            async with connection.transaction():
+                for token in range(8):  # some plans are made after five calls
+                    before = await value(connection, read)
+                    assert await value(connection, receive, token + 1) == 1
+                    rows = await value(connection, read) - before
+        assert rows < 100
+        assert [message.body for message in await broker.receive_many("claims", 2)] == [8, 9]
+
+
+async def value(connection: Any, sql: str, *parameters: Any) -> Any:
+    row = await (await connection.execute(sql, parameters)).fetchone()
+    assert row is not None
+    return row[0]
 
 
 @contextmanager

@@ -83,6 +83,7 @@ STEPS: dict[int, str] = {
         );
         CREATE INDEX event_message ON filao.event (message, id);
         CREATE INDEX event_until   ON filao.event (until);
+        ALTER TABLE filao.unarranged REPLICA IDENTITY FULL;
         DO $$
         DECLARE
           role regrole;

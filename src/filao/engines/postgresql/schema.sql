@@ -143,6 +143,7 @@ CREATE TABLE filao.unarranged (
   grp   text    NOT NULL
 );
 CREATE INDEX unarranged_queue ON filao.unarranged (queue);
+ALTER TABLE filao.unarranged REPLICA IDENTITY FULL;  -- or a publication of all tables would refuse its deletes
 
 -- What a queue counts, in rows of its own for each backend that counts it, so that nobody waits for anybody, and for
 -- each slot of some eight seconds: a row that is updated for ever is, under an old transaction, a chain of dead

@@ -47,6 +47,8 @@ DECLARE
   most    CONSTANT integer := 20000;  -- news, which take some 10 ms
   fresh   filao.seen := filao.nothing_seen();  -- its snapshot comes before what is read below
   since   xid8 := pg_snapshot_xmax(seen.snapshot);
+  -- what lies beyond was restored here, and moved in another cluster
+  upto    xid8 := greatest(pg_snapshot_xmax(fresh.snapshot), fresh.own);
   running xid8[] := ARRAY(SELECT pg_snapshot_xip(seen.snapshot)) || seen.own;
   found   bigint := 0;
   news    record;
@@ -55,7 +57,8 @@ BEGIN
   FOR news IN
     SELECT state, priority, min(id) AS id, min(at) AS at, min(expires_at) AS expires_at, count(*) AS count
     FROM (
-      SELECT state, priority, id, at, expires_at FROM filao.message WHERE queue = q AND moved_in >= since
+      SELECT state, priority, id, at, expires_at FROM filao.message
+      WHERE queue = q AND moved_in >= since AND moved_in <= upto
       UNION ALL
       SELECT late.* FROM unnest(running) AS ran (number), LATERAL (
         SELECT state, priority, id, at, expires_at FROM filao.message WHERE queue = q AND moved_in = ran.number

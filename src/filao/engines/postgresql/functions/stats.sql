@@ -50,7 +50,7 @@ BEGIN
   FROM (SELECT process, since FROM filao.waiting
         WHERE queue = q AND since >= floor ORDER BY queue, since LIMIT most) AS w;
   IF first > floor + 400 THEN  -- the margin of filao.call, twice
-    PERFORM set_config('filao.called_' || q, (first - 200)::text, false);
+    PERFORM set_config(filao.setting('called', q, 'filao.waiting'), (first - 200)::text, false);
   END IF;
 END
 $$;
