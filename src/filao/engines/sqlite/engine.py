@@ -199,7 +199,12 @@ class SqliteEngine:
         if batch.receives:
             self._register()
         lessee = self._database.lessee
-        takes = {Receive: lessee is not NOBODY, Send: batch.writes, Settle: batch.writes, Extend: batch.writes}
+        takes: dict[type, bool] = {
+            Receive: lessee is not NOBODY,
+            Send: batch.writes,
+            Settle: batch.writes,
+            Extend: batch.writes,
+        }
         books = self._database.begin(durable=batch.writes, keeps=True)
         results: list[Result] = []
         take = partial(batch.take, lambda operation: takes[type(operation)])

@@ -4,8 +4,8 @@
 
 import os
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ def _before_the_library(path: Iterable[str]) -> Iterator[str]:
     """Yield the folders that stand before Python's own: that of manage.py, wherever it was started, and those of
     --pythonpath and of PYTHONPATH.
     """
-    library = Path(str(os.__file__)).parent
+    library = Path(sysconfig.get_paths()["stdlib"])
     zipped = library.with_name(f"python{sys.version_info.major}{sys.version_info.minor}.zip")
-    return filter(None, takewhile(lambda folder: Path(folder) not in (library, zipped), path))
+    for folder in path:
+        if Path(folder) in (library, zipped):
+            return
+        if folder:
+            yield folder
