@@ -41,6 +41,20 @@ async def check_a_transaction_that_fails_undoes_all_of_it(stage: Stage) -> None:
 
 
 @needs(Feature.TRANSACTIONS)
+async def check_an_error_of_the_callers_leaves_a_transaction_as_it_is(stage: Stage) -> None:
+    """Though it is of a kind that the storage's own errors are made of."""
+    queue = await stage.queue()
+    for theirs in (TimeoutError("theirs"), ConnectionResetError("theirs"), FileNotFoundError("theirs")):
+        try:
+            async with stage.broker.transaction() as tx:
+                await tx.send_to_queue(queue, "undone")
+                raise theirs
+        except (TimeoutError, OSError) as error:
+            equal(error is theirs, True)
+    await stage.counted(queue, ready=0, sent=0)
+
+
+@needs(Feature.TRANSACTIONS)
 async def check_a_statement_that_would_end_the_transaction_is_refused(stage: Stage) -> None:
     queue = await stage.queue()
     try:

@@ -41,11 +41,16 @@ class Transactions:
 
     @asynccontextmanager
     async def begin(self) -> AsyncGenerator[Connection]:
-        """Begin a transaction, and commit what is done in this block; after an exception it is rolled back."""
-        async with self.connection(begins=True) as connection:
+        """Begin a transaction, and commit what is done in this block; after an exception, which leaves the block as it
+        is, it is rolled back.
+        """
+        async with AsyncExitStack() as stack:
+            with self._server.mapped(begun=False):
+                connection = await self._taken(stack, begins=True)
             yield connection
-            async with in_time():
-                ended = await connection.execute("COMMIT")
+            with self._server.mapped():
+                async with in_time():
+                    ended = await connection.execute("COMMIT")
             if ended.statusmessage != "COMMIT":
                 raise EngineError(
                     f"{self._server.name}: a statement of this transaction had failed, so the server rolled all of it "
@@ -53,28 +58,29 @@ class Transactions:
                 )
 
     @asynccontextmanager
-    async def connection(self, *, begins: bool = False) -> AsyncGenerator[Connection]:
-        """Give a connection of its own, on which a transaction `begins`; to have one and to begin has one time
-        limit.
-        """
-        async with AsyncExitStack() as stack:
-            attempt = stack.enter_context(self._server.mapped(begun=False))
-            async with in_time():
-                try:
-                    connection = await stack.enter_async_context(self._pool.use(POOL_WAIT))
-                except PoolExhausted:
-                    raise EngineUnavailable(
-                        f"{self._server.name}: no connection became free within {POOL_WAIT:g} s: {CONNECTIONS_MAX} "
-                        "transactions of this process are open. Nothing was done; keep "
-                        "transactions short, and try again."
-                    ) from None
-                if begins:
-                    await connection.execute(BEGIN)
-                    local = self._server.local_settings(ours=False)
-                    if local is not None:
-                        await connection.execute(local.encode())
-            attempt.begun = True
-            yield connection
+    async def connection(self) -> AsyncGenerator[Connection]:
+        """Give a connection to statements of ours that commit themselves; its errors become ours."""
+        with self._server.mapped():
+            async with AsyncExitStack() as stack:
+                yield await self._taken(stack, begins=False)
+
+    async def _taken(self, stack: AsyncExitStack, *, begins: bool) -> Connection:
+        """Take a connection until the stack is left, on which a transaction `begins`; both have one time limit."""
+        async with in_time():
+            try:
+                connection = await stack.enter_async_context(self._pool.use(POOL_WAIT))
+            except PoolExhausted:
+                raise EngineUnavailable(
+                    f"{self._server.name}: no connection became free within {POOL_WAIT:g} s: {CONNECTIONS_MAX} "
+                    "transactions of this process are open. Nothing was done; keep "
+                    "transactions short, and try again."
+                ) from None
+            if begins:
+                await connection.execute(BEGIN)
+                local = self._server.local_settings(ours=False)
+                if local is not None:
+                    await connection.execute(local.encode())
+        return connection
 
     def soil(self, connection: Connection) -> None:
         """Let what a user's statements may have left on a connection be cleared away before it serves another."""
@@ -110,7 +116,13 @@ class PostgresqlTransactions:
             within = PostgresqlTransaction(connection, self._apply)
             try:
                 yield within
+            except BaseException as error:
+                if error is within.failed_by:
+                    with self._server.mapped(begun=False):
+                        raise
+                raise
             finally:
+                within.failed_by = None  # which knows it by its traceback
                 if within.has_executed:
                     self._transactions.soil(connection)
                 if within.has_prepared:
@@ -146,6 +158,8 @@ class PostgresqlTransaction:
         self._connection = connection
         self._apply = apply
         self._ended_by: str | None = None
+        self.failed_by: BaseException | None = None
+        """The last error of the server or the driver: the others that leave the block are the user's."""
         self.has_executed: bool = False
         """A statement of the user's has run, and may have left something on the connection."""
         self.has_prepared: bool = False
@@ -160,7 +174,7 @@ class PostgresqlTransaction:
         statement, written = for_psycopg(sql, parameters)
         self.has_executed = True
         self.has_prepared = self.has_prepared or _PREPARES.match(first_words(sql)) is not None
-        async with in_time():
+        async with self._calling():
             try:
                 async with self._connection.pipeline():  # the server takes one statement at a time then, as SQLite does
                     cursor = await self._connection.execute(statement.encode(), written)
@@ -169,6 +183,16 @@ class PostgresqlTransaction:
                     self._ended_by = sql
             self.check_open()
             return await cursor.fetchall() if cursor.description else []
+
+    @asynccontextmanager
+    async def _calling(self) -> AsyncGenerator[None]:
+        """Bound what a block asks of the server, and note the error that it ends in."""
+        try:
+            async with in_time():
+                yield
+        except BaseException as error:
+            self.failed_by = error
+            raise
 
     def check_open(self) -> None:
         """Raise `EngineError` if a statement of the user's has ended this transaction."""
@@ -182,7 +206,7 @@ class PostgresqlTransaction:
     async def apply(self, operations: Sequence[Operation]) -> list[Result]:
         """Do operations as part of this transaction."""
         self.check_open()
-        async with in_time():
+        async with self._calling():
             results = await self._apply(self._connection, operations)
         self.done += [operation for operation in operations if isinstance(operation, Send | Settle)]
         return results
