@@ -1,8 +1,9 @@
 """Workers: handlers for queues, with leases kept, timeouts, retries and a graceful stop.
 
-`worker` is what is declared, `shift` one run of it; `pool` says what may start; `run` is one attempt at one message,
-with `handlers`, `threads`, `outcomes` and `strays`; `keeper` extends the leases, `pulse` watches the event loop,
-`outage` tells what fails, `signals` who is told to stop. `supervisor` runs several processes.
+`worker` is what is declared, `shift` one run of it; `pool` decides what may start; `run` is one attempt at one message,
+with `handling`, `handlers`, `threads`, `outcomes` and `strays`; `surroundings` has lifespans and middleware; `keeper`
+extends the leases, `pulse` watches the event loop, `outage` logs what fails, `signals` hears when to stop. `supervisor`
+runs several processes.
 """
 
 from filao.worker.handlers import WorkerGuarantee

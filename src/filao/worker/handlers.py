@@ -1,8 +1,8 @@
 """What a handler is: a function of one message, or of a message and a transaction, whose signature is read once.
 
 A coroutine function runs on the event loop and gets `filao.Message`; a plain one runs in a thread and gets the blocking
-`filao.sync.Message`. What it says of the body's type is what the body is decoded to. What else it asks for, by a type,
-is what a lifespan of its worker gives.
+`filao.sync.Message`. If its annotation names a type of the body, the body is decoded to that. Its further parameters
+get what the worker's lifespans yield, by their types.
 """
 
 import functools
@@ -31,9 +31,9 @@ class Handler:
     name: str
     is_async: bool
     body: Any
-    """The type of the body that its annotation asks for; None when it does not say."""
+    """The type of the body that its annotation asks for; None when it names none."""
     wants: Mapping[str, type[Any]]
-    """What it asks for besides, by the names of its parameters."""
+    """The types of its further parameters, by their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Consumer:
 
 
 def handler_of(function: Callable[..., Any], *, with_transaction: bool) -> Handler:
-    """Read a function's signature, or raise `ConfigurationError` that says what it should be."""
+    """Read a function's signature. Raises a `ConfigurationError` that says what it should be."""
     name = getattr(function, "__qualname__", None) or shown(function)
     if not callable(function):
         raise ConfigurationError(f"a handler must be a function, not {shown(function)}")
@@ -73,11 +73,11 @@ def check_body(handler: Handler, rules: Queue[Any]) -> None:
 
 
 def _wanted(function: Callable[..., Any], known: tuple[str, ...]) -> dict[str, type[Any]]:
-    """Return the parameters behind those that every handler has, where their annotations are classes."""
+    """Return the parameters after those that every handler has, if their annotations are classes."""
     try:
         further = list(_signature(function).parameters.values())[len(known) :]
     except (TypeError, ValueError):
-        return {}  # `_first_parameter` says what is wrong
+        return {}  # `_first_parameter` raises the error
     wants: dict[str, type[Any]] = {}
     for parameter in further:
         if parameter.default is not parameter.empty or parameter.annotation is parameter.empty:
@@ -108,8 +108,8 @@ def _first_parameter(
         form = f"{'async ' * is_async}def {name.rsplit('.', 1)[-1]}({', '.join(wanted)})"
         more = ' With guarantee="exactly-once" it takes the transaction too.' if len(wanted) > 1 else ""
         raise ConfigurationError(
-            f"the handler {name} cannot be called as {form}: {error}.{more} What a lifespan "
-            "gives is asked for by its type"
+            f"the handler {name} cannot be called as {form}: {error}.{more} What a lifespan gives is asked for by its "
+            "type"
         ) from error
     return next(iter(signature.parameters.values()))
 
@@ -138,25 +138,23 @@ def _body_of(function: Callable[..., Any], first: inspect.Parameter, name: str, 
 
 
 def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what bears the annotations of a `functools.partial`, or of an object that can be called."""
+    """Return the function that has the annotations of a `functools.partial` or a callable object."""
     while isinstance(function, functools.partial):
         function = function.func
     return function if inspect.isroutine(function) else type(function).__call__
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    """Return it without reading annotations that only a type checker can read."""
+    """Return a function's signature without evaluating annotations that only a type checker can read."""
     if sys.version_info >= (3, 14):
-        from annotationlib import Format  # which only newer ones have
+        from annotationlib import Format  # older versions have none
 
         return inspect.signature(function, annotation_format=Format.FORWARDREF)
     return inspect.signature(function)
 
 
 def _read(parameter: inspect.Parameter, bearer: Callable[..., Any]) -> Any:
-    """Return the type that an annotation means; those of other parameters, and of the result, are none of our
-    business.
-    """
+    """Return the type that a parameter's annotation means, without evaluating any other annotation."""
 
     def only() -> None: ...
 

@@ -1,11 +1,11 @@
-"""A handler at work on one message: it is started, told to end, waited for, and in the end left to itself.
+"""A handler at work on one message: it is started, told to end, waited for and, if it does not end, left behind.
 
 Invariant: the handler has a task (and a plain function a thread) of its own. So nothing that it does, raises or
-swallows keeps from going on what waits for it; and that goes on once, with what it came to or without.
+swallows can stop the code that waits for it, and that code goes on exactly once, with the handler's result or without.
 
-Two clocks run. The lease says that the worker lives: the keeper extends it. The timeout says how long the handler may
-take. What ends it early (its timeout, a lost lease, a worker that stops) says why, and the handler is cancelled: a
-coroutine at its next await, a thread at its next bytecode. One that does not end then is left behind.
+Two clocks run. The lease shows that the worker lives, and the keeper extends it. The timeout bounds the handler. If its
+timeout, a lost lease or a stopping worker ends it early, the handler is cancelled: a coroutine at its next await, a
+thread at its next bytecode. A handler that does not end then is left behind.
 """
 
 import asyncio
@@ -46,9 +46,9 @@ class Shared:
     broker: Broker
     session: Session
     caller: Caller
-    """For plain handlers, in their threads, ..."""
+    """Makes calls for plain handlers, in their threads."""
     outside: Session
-    """... and what they settle by."""
+    """The session by which plain handlers settle."""
     keeper: Keeper
     threads: Threads
     strays: Strays
@@ -57,7 +57,7 @@ class Shared:
 
 
 class Raised:
-    """What a handler raised, as a value: whatever it is, it must not end the task, the transaction or the loop."""
+    """What a handler raised, as a value, because it must not end the task, the transaction or the loop."""
 
     __slots__ = ("error",)
 
@@ -66,11 +66,11 @@ class Raised:
 
 
 NEVER_ENDED = object()
-"""In place of what a handler returned: it was told to end, and did not."""
+"""In place of a result: the handler was told to end and did not."""
 
 
 class Handling:
-    """Calls a handler, and goes on with `then` when it has ended or is given up; that gets this."""
+    """Calls a handler, and calls `then` with itself when the handler has ended or is given up."""
 
     __slots__ = (
         *("_cancel", "_consumer", "_is_awaited", "_message", "_shared", "_task", "_then", "_timers", "_undo"),
@@ -90,7 +90,7 @@ class Handling:
         self._message = message
         self._then = then
         self.ending: object = NEVER_ENDED
-        """What the handler returned, or `Raised`."""
+        """What the handler returned, or `Raised`, or `NEVER_ENDED`."""
         self.why: Why = "itself"
         """What ended it."""
         self.children: Children = {}
@@ -98,9 +98,9 @@ class Handling:
         self._is_awaited = True
         self._timers: list[asyncio.TimerHandle] = []
         self._cancel: Callable[[], object] = self._cancel_task
-        """Tells the handler to end, where it is."""
+        """Tells the handler to end, in its task or its thread."""
         self._undo: Callable[[], object] = _nothing
-        """Undoes the transactions that a plain handler has begun itself."""
+        """Undoes the transactions that a plain handler has itself begun."""
         loop = asyncio.get_running_loop()
         context = shared.strays.context(self.children)
         if shared.session.observers:
@@ -112,11 +112,11 @@ class Handling:
 
     @property
     def has_hung(self) -> bool:
-        """Whether the handler runs though nobody waits for it any more."""
+        """Whether the handler still runs although nobody waits for it any more."""
         return not self._is_awaited and not self._task.done()
 
     def when_handler_ends(self, callback: Callable[[], None]) -> None:
-        """Call it when a handler that has hung ends after all."""
+        """Call back when a handler that has hung ends after all."""
         self._task.add_done_callback(lambda _: callback())
 
     # --- the call ----------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Handling:
                 return await self._invoke_in(around, *transaction)
         except BaseException as raised:
             return Raised(raised)
-        return None  # type: ignore[unreachable]  # middleware may take for itself what the handler raised
+        return None  # type: ignore[unreachable]  # middleware may suppress what the handler raised
 
     async def _invoke_in(self, around: Surroundings | None, *transaction: Any) -> object:
         handler = self._consumer.handler
@@ -169,7 +169,7 @@ class Handling:
         self._cancel()
 
     def lose(self) -> None:
-        """End the handler because its lease is another's, unless a settle of the handler's own has ended the lease."""
+        """End the handler because its lease is lost, unless the handler itself has settled the message."""
         if self._is_awaited:
             self._timers.append(asyncio.get_running_loop().call_later(ANSWERED_WITHIN, self._lost))
 
@@ -209,12 +209,12 @@ def _nothing() -> None: ...
 
 
 def _result(handler: Handler, result: object) -> object:
-    """Refuse work that is not done, which a wrapper or an executor returned: acknowledged, it would be lost."""
+    """Return a handler's result, but refuse work that is not done yet, such as a future: it would be lost."""
     if isinstance(result, concurrent.futures.Future):
         raise TypeError(f"the handler {handler.name} returned a Future, whose end nobody waits for: return its result")
     if not inspect.isawaitable(result) and not inspect.isgenerator(result) and not inspect.isasyncgen(result):
         return result
     if inspect.iscoroutine(result):
-        result.close()  # or Python warns that nobody awaited it
+        result.close()  # otherwise Python warns that nobody awaited it
     advice = "await it" if handler.is_async else "make the handler `async def`, and await in it"
     raise TypeError(f"the handler {handler.name} returned a {type(result).__name__} that nobody runs: {advice}")

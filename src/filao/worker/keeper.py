@@ -1,12 +1,12 @@
-"""The keeper: it extends the leases of a worker's messages from a thread, a loop and a connection of its own.
+"""The keeper: it extends the leases of a worker's messages, from a thread, a loop and a connection of its own.
 
-Invariant: it extends only what it was given and what was not let go; a run is let go when its task ends, however that
-comes about. So neither a handler that blocks the event loop nor one that keeps the interpreter busy loses its lease,
-and no message is kept that nobody works on.
+So neither a handler that blocks the event loop nor one that keeps the interpreter busy loses its lease. Invariant: it
+extends what it was given and what was not let go, and nothing else; a run is let go when it ends, however that happens.
+So no message is kept that nobody works on.
 
-All that are due are extended by one statement, when a third of their time has passed. It also reports to the doctor, in
-a task of its own: a storage that makes one of the two wait does not hold up the other. On an engine of which there can
-be no second connection it runs on the worker's loop.
+When a third of a lease has passed, it is extended, together with all others that are due. The keeper also reports to
+the doctor, in a task of its own: if the storage makes one of the two wait, the other goes on. On an engine without a
+second connection for the same leases, it runs on the worker's loop.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from filao.worker.outage import Outages, pauses
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
-TICKS_PER_LEASE = 6  # looks while the shortest lease runs: the first extension has four thirds of a try to spare
+TICKS_PER_LEASE = 6  # looks during the shortest lease, which is extended when a third of it has passed
 TICK_MAX = 1.0  # seconds between looks
 REPORT_EVERY = 5.0  # seconds between reports for the doctor
-OPENS_WITHIN = 5.0  # seconds for which a worker that starts waits for the keeper's connection; it may come later
-STOPS_WITHIN = 5.0  # seconds for the thread to end; one that a storage keeps waiting is left to itself
+OPENS_WITHIN = 5.0  # seconds that a starting worker waits for the keeper's connection, which may come later
+STOPS_WITHIN = 5.0  # seconds for the thread to end; one that waits for the storage is left to itself
 
 
 class Kept(Protocol):
@@ -38,16 +38,14 @@ class Kept(Protocol):
 
     delivery: Delivery
     lease: float
-    """Seconds that each extension gives it."""
+    """Seconds by which each extension extends it."""
     extended_at: float
     """Monotonic time of the receive or of the last extension."""
     keep_until: float
-    """Monotonic time after which it must not be kept: its handler should have ended. Infinite for one that may take
-    for ever.
-    """
+    """Monotonic time after which it must not be kept, because its handler should have ended; it may be infinite."""
 
     def lose(self) -> None:
-        """Learn, on the worker's loop, that the lease is not held any more."""
+        """Learn that the lease is lost. Called on the worker's loop."""
 
 
 class _StoppedError(Exception):
@@ -55,7 +53,7 @@ class _StoppedError(Exception):
 
 
 class Keeper:
-    """Keeps what it is given until it is let go."""
+    """Keeps the messages that it is given until they are let go."""
 
     def __init__(self, session: Session, lease_min: float, state: Callable[[], str]) -> None:
         self._state = state
@@ -71,14 +69,15 @@ class Keeper:
     # --- on the worker's loop ----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the thread and connect it, now: while a handler keeps the interpreter busy, that would take too
-        long. Raises `EngineUnavailable` when no thread can be started: no lease would be kept.
+        """Start the thread and connect it before any handler runs, which may keep the interpreter busy.
+
+        Raises `EngineUnavailable` when no thread can be started: no lease would be kept.
         """
         sibling = self._session.sibling()
         if sibling is None:
             keeping = asyncio.create_task(self._keep_and_report(self._session))
             keeping.add_done_callback(lambda _: self._end())
-            self._stop = keeping.cancel  # type: ignore[assignment]  # which returns what nobody asks for
+            self._stop = keeping.cancel  # type: ignore[assignment]  # its result is not used
             return
         ready: Future[None] = Future()
         try:
@@ -89,18 +88,18 @@ class Keeper:
         await asyncio.wait([asyncio.wrap_future(ready)], timeout=OPENS_WITHIN)
 
     async def stop(self) -> None:
-        """Keep nothing any more, and let the thread end."""
+        """Let everything go, and end the thread."""
         self._kept.clear()
         self._stopped.set()
         self._stop()
         await asyncio.wait([self._ended], timeout=STOPS_WITHIN)
 
     def keep(self, kept: Kept) -> None:
-        """Extend its lease from now on."""
+        """Extend a message's lease from now on."""
         self._kept[id(kept)] = kept
 
     def let_go(self, kept: Kept) -> None:
-        """Leave its lease alone from now on."""
+        """Extend a message's lease no longer."""
         self._kept.pop(id(kept), None)
 
     def _end(self) -> None:
@@ -169,16 +168,16 @@ class Keeper:
 
     async def _report(self, session: Session) -> None:
         while self._is_wanted():
-            with suppress(Exception):  # who works says so
+            with suppress(Exception):  # the worker's other calls log that the storage fails
                 await session.report(self._state())
             await asyncio.sleep(REPORT_EVERY)
 
     def _is_wanted(self) -> bool:
-        """Return whether somebody may still work: not once it was stopped, or the worker's loop is gone."""
+        """Return whether the worker may still work: its loop runs, and the keeper was not stopped."""
         return not (self._stopped.is_set() or self._worker_loop.is_closed())
 
     def _due(self, now: float) -> list[Kept]:
-        """Return those of whose lease a third has passed, and with them all that will be at the next look."""
+        """Return the messages of whose leases a third will have passed by the next look."""
         late = now + self._tick
         kept = [one for one in list(self._kept.values()) if now < one.keep_until]
         return [one for one in kept if late - one.extended_at >= one.lease / 3]
@@ -198,10 +197,10 @@ class Keeper:
             raise failed
 
     def _lose(self, kept: Kept) -> None:
-        if self._kept.pop(id(kept), None) is not None:  # else it was settled meanwhile
+        if self._kept.pop(id(kept), None) is not None:  # otherwise it was settled meanwhile
             _tell(self._worker_loop, kept.lose)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
-    with suppress(RuntimeError):  # it was closed
+    with suppress(RuntimeError):  # the loop was closed
         loop.call_soon_threadsafe(callback)

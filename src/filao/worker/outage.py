@@ -1,6 +1,4 @@
-"""What fails for now: it is said once, then rarely, and is tried again after pauses that grow, for as long as
-it takes.
-"""
+"""What fails for now: it is logged once, then rarely, and tried again after growing pauses, for as long as it takes."""
 
 import logging
 import random
@@ -9,12 +7,12 @@ from collections.abc import Iterator
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
-RETRY_FIRST, RETRY_MAX = 0.1, 5.0  # seconds between two tries while something fails
-SAID_EVERY = 60.0  # seconds after which it is said again that something still fails
+RETRY_FIRST, RETRY_MAX = 0.1, 5.0  # seconds between tries while something fails
+SAID_EVERY = 60.0  # seconds after which it is logged again that something still fails
 
 
 def pauses() -> Iterator[float]:
-    """Yield the seconds to wait before each next try; they are spread, so that not all come back in one moment."""
+    """Yield the seconds to wait before each next try, partly at random, so that not all come back at one moment."""
     pause = RETRY_FIRST
     while True:
         yield pause * random.uniform(0.5, 1.5)
@@ -29,7 +27,7 @@ class Outages:
         self._said: dict[str, float] = {}
 
     def fails(self, what: str, error: BaseException) -> None:
-        """Say that something failed and will be tried again, unless that was said lately."""
+        """Log that something failed and will be tried again, unless that was logged lately."""
         now = time.monotonic()
         began = self._began.setdefault(what, now)
         if now - self._said.get(what, -SAID_EVERY) < SAID_EVERY:
@@ -41,7 +39,7 @@ class Outages:
         )
 
     def is_over(self, what: str) -> None:
-        """Say that something works again, if it had failed."""
+        """Log that something works again, if it had failed."""
         began = self._began.pop(what, None)
         if began is not None:
             self._said.pop(what, None)

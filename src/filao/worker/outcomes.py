@@ -1,4 +1,4 @@
-"""How a handler says what becomes of its message: it returns, it raises, or it gives one of these, either way.
+"""How a handler decides what becomes of its message: it returns, or raises, or returns or raises one of these.
 
 returns                     the message is acknowledged
 raises                      nack: again after the queue's backoff, a dead letter when its attempts are spent
@@ -43,7 +43,7 @@ class Reject(Exception):
 class Release(Exception):
     """Not now, or not here: back to its place, at once or after `delay` seconds, the attempt not counted.
 
-    Raise it or return it. It may be put off any number of times; a `ttl` ends that.
+    Raise it or return it. A message can be released any number of times, until its `ttl` ends.
     """
 
     def __init__(self, *arguments: object, delay: float = 0.0) -> None:
@@ -57,19 +57,19 @@ Outcomes = Mapping[type[BaseException], Steer | type[Retry] | type[Reject] | typ
 
 
 def of_value(value: object) -> engine.Outcome:
-    """Return the outcome of a handler that returned; what it returned matters only when it steers."""
+    """Return the outcome of a handler that returned; its value matters only if it is one of the three above."""
     steer = _steer(value)
     return engine.Ack() if steer is None else _outcome(steer, steer)
 
 
 def of_error(error: BaseException, mapped: Outcomes) -> engine.Outcome:
-    """Return the outcome of a handler that raised: what it says itself, what its consumer maps it to, or a nack."""
+    """Return the outcome of a handler that raised: its own decision, its consumer's for such an error, or a nack."""
     steer = _meant(error, mapped)
     return engine.Nack(error=error_text(error)) if steer is None else _outcome(steer, error)
 
 
 def is_decision(error: BaseException, mapped: Outcomes) -> bool:
-    """Return whether a handler that raised this has decided what follows, and not failed."""
+    """Return whether raising this is a decision, not a failure, of the handler."""
     return _meant(error, mapped) is not None
 
 
@@ -82,7 +82,7 @@ def without_our_frames(error: BaseException) -> BaseException:
 
 
 def check_outcomes(outcomes: Outcomes | None) -> Outcomes:
-    """Return a copy of the mapping; raise `ConfigurationError` for one that could not work."""
+    """Return a copy of the mapping. Raises `ConfigurationError` for one that cannot work."""
     if outcomes is not None and not isinstance(outcomes, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigurationError(f"outcomes is {shown(outcomes)}; it must be a dict")
     mapped = dict(outcomes or {})
@@ -110,7 +110,7 @@ def _steer(value: object) -> Steer | None:
 
 
 def _outcome(steer: Steer, error: BaseException) -> engine.Outcome:
-    """`error` is what is kept when the steer itself says nothing: the exception that was mapped to it."""
+    """Return the outcome of a decision; if it gives no reason, the `error` that was mapped to it is kept."""
     if isinstance(steer, Release):
         return engine.Release(steer.delay)
     says_nothing = isinstance(steer.reason, str) and not steer.reason

@@ -1,8 +1,8 @@
-"""Who may start how many: consumers that share a worker's capacity, or one that has its own.
+"""How many messages may start: of consumers that share a worker's capacity, or of one that has its own.
 
-Whose turn it is among those that share is decided by stride scheduling (Waldspurger and Weihl, 1995), so that in the
-long run each gets its weight's share: each has a pass that grows, by what it got over its weight; the lowest goes
-first. A queue that had nothing to do does not save up turns.
+Stride scheduling (Waldspurger and Weihl, 1995) decides whose turn it is among those that share, so that in the long run
+each gets the share of its weight: each has a pass, which grows by what it took divided by its weight, and the lowest
+goes first. A queue that was empty does not save up turns.
 """
 
 import asyncio
@@ -13,13 +13,13 @@ from filao.worker.handlers import Consumer
 
 
 class Pool:
-    """Counts what runs. All who wait for room are woken when some comes free."""
+    """Counts what runs, and wakes those that wait for room when a message ends."""
 
     def __init__(self, consumers: Iterable[Consumer], limit: int) -> None:
         self.consumers: dict[str, Consumer] = {consumer.queue.name: consumer for consumer in consumers}
         self.turns: Turns = Turns({name: consumer.weight for name, consumer in self.consumers.items()})
         self.polled_at: float = time.monotonic()
-        """Monotonic time of the last look at the queues that succeeded, or from which on one can."""
+        """Monotonic time of the last successful look at the queues, or since when a look is possible again."""
         self._limit = limit
         self._running = dict.fromkeys(self.consumers, 0)
         self._freed = asyncio.Event()
@@ -40,13 +40,13 @@ class Pool:
             await self._freed.wait()
 
     def began(self, name: str) -> None:
-        """Count one that starts."""
+        """Count a message that starts."""
         self._running[name] += 1
 
     def ended(self, name: str) -> None:
-        """Count one that does not run any more."""
+        """Count a message that no longer runs."""
         if self.is_full():
-            self.polled_at = time.monotonic()  # it could not look
+            self.polled_at = time.monotonic()  # until now it could not look
         self._running[name] -= 1
         self._freed.set()
 
@@ -67,14 +67,14 @@ class Turns:
         return sorted(self._passes, key=self._passes.__getitem__)
 
     def share(self, name: str, room: int) -> int:
-        """Return how much of the room one should ask for at its turn: its weight's part, at least one."""
+        """Return how much of the room a name should ask for at its turn: the part of its weight, at least one."""
         return max(1, int(room * self._weights[name] / sum(self._weights.values())))
 
     def took(self, name: str, count: int) -> None:
-        """Count what one took."""
+        """Count what a name took at its turn."""
         self._passes[name] += count / self._weights[name]
 
     def had_nothing(self, name: str) -> None:
-        """Let one whose queue was empty stand where the others are."""
+        """Let a name whose queue was empty catch up with the others, so that it saves up no turns."""
         others = (passed for other, passed in self._passes.items() if other != name)
         self._passes[name] = max(self._passes[name], min(others, default=0.0))

@@ -1,4 +1,4 @@
-"""Whether the worker's event loop turns: watched from a thread, which a handler that blocks the loop does not stop."""
+"""Whether the worker's event loop turns: watched from a thread, which goes on when a handler blocks the loop."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ from contextlib import suppress
 log: logging.Logger = logging.getLogger("filao.worker")
 
 TICK = 1.0  # seconds between two signs of life
-BLOCKED_AFTER = 10.0  # seconds without one after which the loop counts as blocked, and where it stands is logged
+BLOCKED_AFTER = 10.0  # seconds without one after which the loop counts as blocked, and its stack is logged
 
 
 class Pulse:

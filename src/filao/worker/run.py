@@ -1,7 +1,7 @@
-"""One attempt at one message: its handler runs while the lease is kept, and it ends in one settle.
+"""One attempt at one message: its handler runs while the lease is kept, and the run ends in one settle.
 
-Invariant: nothing that a handler does keeps its run from its end: a settle, with the transaction undone where there is
-one and the handler did not say that its work is done. (`handling.py` sees to the handler.)
+Invariant: whatever a handler does, its run ends in a settle; and if there is a transaction, it is undone unless the
+handler's work is done. (`handling.py` runs the handler.)
 """
 
 import asyncio
@@ -39,25 +39,25 @@ class Handled:
     id: str
     attempt: int
     how: How
-    """acked, retried (it comes again), dead (it does not), released, lost (this worker does not hold it any more),
-    failed (it was received at most once, and is gone), settled (its handler did it by itself).
+    """acked, retried (it comes again), dead (it does not), released, lost (this worker no longer holds it), failed (it
+    was received at most once, and is gone), settled (its handler settled it itself).
     """
     error: str
-    """What the handler raised, with its traceback; empty when it did not."""
+    """What the handler raised, with its traceback; empty when it raised nothing."""
     seconds: float
 
 
 class _Undone(Exception):
-    """Leaves a transaction that is not to be committed."""
+    """Leaves the block of a transaction that must not be committed."""
 
 
 class _NoHandling:
-    """Stands for the handler of a message before it is started; of one that is given back it never is."""
+    """Stands for a handler that has not been started, or never is, because its message is given back."""
 
     has_hung = False
 
     def end(self, why: Why) -> None:
-        """See `Handling`, as of the others: there is nothing to end."""
+        """See `Handling.end`; here and in the other methods there is nothing to do."""
 
     def lose(self) -> None: ...
     def give_up(self) -> None: ...
@@ -69,13 +69,13 @@ _NO_HANDLING = _NoHandling()
 
 
 def _whatever_happens(step: Callable[Concatenate["Run", P], None]) -> Callable[Concatenate["Run", P], None]:
-    """Let a step of a run end it when it fails itself: a message must not be kept that nobody works on."""
+    """End a run when one of its own steps fails, because a message must not be kept that nobody works on."""
 
     @wraps(step)
     def guarded(run: "Run", /, *arguments: P.args, **options: P.kwargs) -> None:
         try:
             step(run, *arguments, **options)
-        except BaseException:  # one that ends programs may be the handler's, wherever its texts are read
+        except BaseException:  # even one that ends programs: reading a handler's error runs the handler's code
             run.log.exception("%s: an error of the worker's own; its lease runs out", run.about())
             run.abandon()
 
@@ -85,8 +85,8 @@ def _whatever_happens(step: Callable[Concatenate["Run", P], None]) -> Callable[C
 class Run:
     """Runs a message's handler once; see `filao.worker.keeper.Kept` for what the keeper sees of it.
 
-    It is written with callbacks: a message costs one task, the handler's. `freed` is called when its place is
-    another's, `ended` when it has ended, in any case.
+    It is written with callbacks, so that a message costs one task, the handler's. `freed` is called when its place can
+    be taken by another message, and `ended` when it has ended, in any case.
     """
 
     __slots__ = (
@@ -108,11 +108,11 @@ class Run:
         self._freed = freed
         self._ended = ended
         self.handling: Handling | _NoHandling = _NO_HANDLING
-        """Its handler at work, once it is started."""
+        """The handler at work, once it is started."""
         self._stop_beside: Callable[[], object] = _nothing
-        """Ends what is done beside the handler: its transaction, or a settle that must be tried again."""
+        """Cancels the task beside the handler: its transaction, or a settle that must be tried again."""
         self._raised = ""
-        """The kind of exception in which its handler ended; for observers."""
+        """The class of the exception that the handler raised; for observers."""
         self._began = 0.0
         self.is_over: bool = False
         self._has_made_room = False
@@ -120,8 +120,8 @@ class Run:
         self.lease: float = consumer.queue.lease
         self.extended_at: float = time.monotonic()
         self.keep_until: float = math.inf
-        if consumer.guarantee != "at-most-once":  # which has no lease while its handler runs
-            shared.keeper.keep(self)  # from now on: before it begins, another handler may block the loop
+        if consumer.guarantee != "at-most-once":  # such a message has no lease while its handler runs
+            shared.keeper.keep(self)  # now, because another handler may block the loop before this one begins
 
     @property
     def queue(self) -> str:
@@ -130,25 +130,25 @@ class Run:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it was started, or given back."""
+        """Whether the handler was started, or the message given back."""
         return self._began > 0.0
 
     @property
     def log(self) -> "logging.LoggerAdapter[logging.Logger]":
-        """The log, whose records carry the queue, the message's id and the attempt as fields."""
+        """A log whose records have the queue, the message's id and the attempt as fields."""
         delivery = self.delivery
         fields = {"queue": delivery.queue, "message_id": delivery.id, "attempt": delivery.attempt}
         return logging.LoggerAdapter(log, fields)
 
     def about(self) -> str:
-        """Return the words for it in the log."""
+        """Return the words for this run in the log."""
         return f"message {self.delivery.id} of {self.queue!r}, attempt {self.delivery.attempt}"
 
     # --- its beginning -----------------------------------------------------------------------------------------------
 
     @_whatever_happens
     def begin(self) -> None:
-        """Start the handler, and what it needs around it."""
+        """Start the handler, in a transaction or after the deletion if its guarantee wants that."""
         self._began = time.monotonic()
         if self._consumer.guarantee == "at-least-once":
             self._start(self._conclude)
@@ -163,7 +163,7 @@ class Run:
         self._settle(engine.Release())
 
     def _beside(self, work: Coroutine[Any, Any, R], then: Callable[[R], None]) -> None:
-        """Do what takes more than one step, and then go on with what came of it."""
+        """Do in a task what takes more than one step, and then go on with its result."""
         side = asyncio.get_running_loop().create_task(work)
         self._stop_beside = side.cancel
 
@@ -192,7 +192,7 @@ class Run:
         return self._decided(await self._handled())
 
     async def _work_in_transaction(self) -> engine.Outcome | None:
-        """Commit the handler's work and the ack together, or undo it, also when the handler never ends."""
+        """Commit the handler's work and the ack together, or undo it, even if the handler never ends."""
         outcome: engine.Outcome | None = None
         try:
             async with deferred_transaction_for(self._message) as transaction:
@@ -205,7 +205,7 @@ class Run:
             self.log.warning("%s The work of its handler is undone.", error)
             return None
         except Exception as error:
-            if not isinstance(outcome, engine.Ack):  # the engine undoes it by itself
+            if not isinstance(outcome, engine.Ack):  # only undoing has failed: the engine does it by itself
                 self.log.warning("%s: its transaction could not be ended properly: %s", self.about(), error)
                 return outcome
             self.log.warning("%s: its work could not be committed: %s: %s", self.about(), type(error).__name__, error)
@@ -215,7 +215,7 @@ class Run:
     # --- the handler -------------------------------------------------------------------------------------------------
 
     async def _handled(self, *transaction: Any) -> Handling:
-        """Start the handler, and return it when it has ended or nobody waits for it any more."""
+        """Start the handler, and return it once it has ended or is given up."""
         over: asyncio.Future[Handling] = asyncio.get_running_loop().create_future()
         self._start(lambda handling: None if over.done() else over.set_result(handling), *transaction)
         return await over
@@ -230,11 +230,11 @@ class Run:
         self._settle(self._decided(handling))
 
     def lose(self) -> None:
-        """End the handler because its lease is another's, unless a settle of the handler's own has ended the lease."""
+        """See `Handling.lose`."""
         self.handling.lose()
 
     def abandon(self) -> None:
-        """Leave everything as it is; its lease runs out, or goes back when the broker is closed."""
+        """End the run without a settle: the lease runs out, or goes back when the broker is closed."""
         self._stop_beside()
         self.handling.abandon()
         self._end("lost", None)
@@ -242,7 +242,7 @@ class Run:
     # --- the outcome -------------------------------------------------------------------------------------------------
 
     def _decided(self, handling: Handling) -> engine.Outcome | None:
-        """Return what becomes of the message; None when its lease is another's."""
+        """Return what becomes of the message; None when its lease is lost."""
         if handling.children:
             self._shared.strays.report(self._consumer.handler.name, handling.children, self.log)
         ending = handling.ending
@@ -272,7 +272,7 @@ class Run:
     def _outcome(self, decide: Callable[[], engine.Outcome]) -> engine.Outcome:
         try:
             return decide()
-        except BaseException as error:  # what the handler gave cannot be read, or ends programs: that is its failure
+        except BaseException as error:  # reading the handler's result or error has failed: so the handler has
             self.log.warning("%s: what its handler decided cannot be read", self.about(), exc_info=True)
             return engine.Nack(error=error_text(error))
 
@@ -280,9 +280,9 @@ class Run:
 
     @_whatever_happens
     def _settle(self, outcome: engine.Outcome | None) -> None:
-        """End the lease as the handler decided, and the run with it.
+        """End the lease as the handler decided, and with it the run.
 
-        The place is another's before that, so that the next receive travels in the settle's transaction.
+        The place becomes free before that, so that the next receive shares the settle's transaction.
         """
         self.keep_until = math.inf
         self._make_room()
@@ -308,8 +308,10 @@ class Run:
     async def _settle_again(
         self, outcome: engine.Outcome, error: BaseException | None
     ) -> tuple[How, engine.Outcome | None]:
-        """Settle until it is done, and return how. An engine that refuses a text as it is gets it in plain characters;
-        what it cannot do, such as a delay, becomes a failure of the handler that wanted it.
+        """Settle until it is done, and return how.
+
+        If the engine refuses the text of an error, it gets it in plain characters. If it cannot do what the handler
+        wants, such as a delay, the handler has failed.
         """
         plain, instead = _in_plain_characters(outcome), None
         for pause in pauses():
@@ -344,7 +346,7 @@ class Run:
             self._freed(self)
 
     def _end(self, how: How, outcome: engine.Outcome | None) -> None:
-        """Let go of the lease, and tell what happened; once."""
+        """Let go of the lease, and report what happened; only the first call counts."""
         if self.is_over:
             return
         self.is_over = True
@@ -376,7 +378,7 @@ class Run:
         return "released" if isinstance(outcome, engine.Release) else "dead"
 
     def _tell(self, how: How, outcome: engine.Outcome | None) -> None:
-        """Say in one line what follows."""
+        """Log in one line what becomes of the message."""
         if how in ("acked", "settled"):
             if log.isEnabledFor(logging.DEBUG):
                 self.log.debug("%s: %s", self.about(), how)
@@ -396,11 +398,11 @@ class Run:
 
 
 def _nothing() -> None:
-    """Stop nothing."""
+    """Do nothing: there is no task beside the handler."""
 
 
 def last_line(error: BaseException) -> str:
-    """Return an error's own words, without its traceback."""
+    """Return the last line of an error's text, which says what was raised."""
     return error_text(error).strip().rpartition("\n")[2]
 
 

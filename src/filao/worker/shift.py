@@ -1,9 +1,8 @@
 """One run of a worker: it receives what it can start now, starts it, and brings all of it to an end.
 
-A shift is made when the engine has been reached, and dropped when it ends. While the storage fails it waits, for as
-long as that takes. Two things end it: a broker that was closed under it, as that is its program's own doing, and a
-storage that is there again but must be opened anew, as a file that was restored; what supervises the process starts
-it again.
+A shift is made once the engine has been reached, and dropped when it ends. While the storage fails, it waits for as
+long as that takes. Two errors end it: that of a broker which the program has closed meanwhile, and that of a storage
+which must be opened anew, such as a restored file; then whatever supervises the process starts it again.
 """
 
 import asyncio
@@ -28,9 +27,9 @@ from filao.worker.run import Handled, Run
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
-POLL = 5.0  # seconds after which a wait for messages begins anew, which shows that the queue can still be reached
-SILENT_AFTER = 30.0  # seconds without a successful look, with room to start something, after which a pool is unhealthy
-HUNG_MAX = 10  # handlers that do not end: with more, so much of the process is lost that it is unhealthy
+POLL = 5.0  # seconds after which a wait for messages begins anew, to see whether the queue can still be reached
+SILENT_AFTER = 30.0  # seconds without a successful look after which a pool with room is unhealthy
+HUNG_MAX = 10  # handlers that do not end; with more, the process is unhealthy
 AT_ONCE = 0.5  # seconds in which the messages of handlers that did not end are given back
 
 
@@ -39,9 +38,9 @@ class Status:
     """How a worker is doing."""
 
     ready: bool
-    """It has reached its engine and receives."""
+    """Whether it has reached its engine and receives."""
     healthy: bool
-    """Every consumer that has room has managed to poll lately, and the event loop turns."""
+    """Whether every consumer with room has managed to poll lately, and the event loop turns."""
     running: dict[str, int]
     """Messages being worked on, by queue."""
     handled: int
@@ -49,26 +48,26 @@ class Status:
     problems: list[str]
 
     def told(self) -> str:
-        """Return it in words, for the doctor."""
+        """Return the status in words, for the doctor."""
         how = HEALTHY if self.healthy else "ready" if self.ready else "not ready"
         running = ", ".join(f"{count:,} of {name!r} running" for name, count in self.running.items())
         return "; ".join([f"{how}, {running}, {self.handled:,} handled", *self.problems])
 
 
 def at_rest(handled: int) -> Status:
-    """Tell how a worker is doing that does not run."""
+    """Return the status of a worker that does not run."""
     return Status(ready=False, healthy=False, running={}, handled=handled, problems=[])
 
 
 class Stop:
-    """What a worker was told: nothing, to stop gracefully, or to stop at once. For its own loop."""
+    """What a worker was told: nothing, to stop gracefully, or to stop at once. Only for its own loop."""
 
     def __init__(self) -> None:
         self.told: asyncio.Event = asyncio.Event()
         self.at_once: asyncio.Event = asyncio.Event()
 
     def tell(self) -> None:
-        """Tell it to stop gracefully; the second time, at once."""
+        """Tell it to stop gracefully, or at the second call at once."""
         (self.at_once if self.told.is_set() else self.told).set()
 
 
@@ -85,22 +84,22 @@ class Shift:
         """Whether it waits while the engine is away; a test wants the error."""
         self.pools = pools
         self.hung: set[Run] = set()
-        """Those whose handlers were told to end, did not, and whose messages were settled without them."""
+        """Runs whose handlers were told to end and did not; their messages were settled without them."""
         self._runs: dict[Run, Pool] = {}
         self._receiving: set[asyncio.Task[list[Message[Any]]]] = set()
         self._suspects: set[Run] = set()
-        """One at most: the message that is to be handled alone."""
+        """At most one: the message that must be handled alone."""
         self.pulse: Pulse = Pulse()
-        """Whether the event loop turns."""
+        """Watches whether the event loop turns."""
         self._moved = asyncio.Event()
         self._is_ending = False
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Has what `on_handled` raised."""
         self._later: dict[str, tuple[float, Iterator[float]]] = {}
-        """Queues that failed: the monotonic time of the next look, and the pauses to come."""
+        """Queues that failed, each with the monotonic time of its next look and the pauses to come."""
 
     async def work(self, grace: float) -> None:
-        """Start messages until told to stop; then finish."""
+        """Start messages until it is told to stop, and then finish."""
         work = [asyncio.create_task(self._feed(pool)) for pool in self.pools]
         work.append(asyncio.create_task(self._watch()))
         told = asyncio.create_task(self._stop.told.wait())
@@ -118,7 +117,7 @@ class Shift:
             self._failed.result()
 
     async def drain(self, limit: int) -> None:
-        """Start what is ready, and what becomes ready meanwhile, `limit` messages at most."""
+        """Start what is ready, and what becomes ready meanwhile, at most `limit` messages, and finish."""
         started = 0
         while started < limit:
             took = 0
@@ -136,13 +135,13 @@ class Shift:
             self._failed.result()
 
     def status(self, handled: int) -> Status:
-        """Tell how it is doing; safe from any thread."""
+        """Return how it is doing. May be called from any thread."""
         problems = self.problems()
         running = {name: count for pool in self.pools for name, count in pool.running().items()}
         return Status(ready=True, healthy=not problems, running=running, handled=handled, problems=problems)
 
     def problems(self) -> list[str]:
-        """Say what is wrong; safe from any thread."""
+        """Return what is wrong. May be called from any thread."""
         now = time.monotonic()
         looking = [] if self._suspects else [pool for pool in self.pools if not pool.is_full()]
         problems = [
@@ -165,7 +164,7 @@ class Shift:
             await pool.has_room()
             while self._suspects:
                 await self._next_move()
-                pool.polled_at = time.monotonic()  # it was not allowed to look
+                pool.polled_at = time.monotonic()  # until now it was not allowed to look
             if len(pool.consumers) == 1:
                 (name,) = pool.consumers
                 self._start_all(pool, name, await self._receive(pool, name, pool.room(name), POLL))
@@ -173,7 +172,7 @@ class Shift:
                 await self._first_of(pool)
 
     async def _sweep(self, pool: Pool, limit: int) -> int:
-        """Look into each queue in its turn, without waiting, and return how many messages were started."""
+        """Look into each queue in turn, without waiting, and return how many messages were started."""
         started = 0
         for name in pool.turns.order():
             room = min(pool.room(name), limit - started)
@@ -189,7 +188,7 @@ class Shift:
         return started
 
     async def _first_of(self, pool: Pool) -> None:
-        """Wait for the first message of any queue; should others come in the same moment, they go back."""
+        """Wait for the first message of any queue; others that come at the same moment go back, if there is no room."""
         names = [name for name in pool.turns.order() if pool.room(name) > 0]
         waits = {name: asyncio.create_task(self._receive(pool, name, 1, POLL)) for name in names}
         try:
@@ -210,7 +209,7 @@ class Shift:
                 wait.result()
 
     async def _receive(self, pool: Pool, name: str, limit: int, wait: float) -> list[Message[Any]]:
-        """Receive, unless a suspect is here or comes meanwhile; a queue that fails is looked into again later."""
+        """Receive, unless a suspect is here or comes meanwhile; after a failure, look into the queue again later."""
         at, _ = self._later.get(name, (0.0, None))
         if (left := at - time.monotonic()) > 0:
             await asyncio.sleep(min(left, wait))
@@ -232,7 +231,7 @@ class Shift:
         return messages
 
     def _fails(self, pool: Pool, name: str, error: Exception) -> None:
-        if isinstance(error, QueueNotFound):  # the engine answers: this queue alone is gone
+        if isinstance(error, QueueNotFound):  # the engine works; only this queue is gone
             pool.polled_at = time.monotonic()
         what = "receiving" if isinstance(error, EngineUnavailable) else f"receiving from {name!r}"
         self._shared.outages.fails(what, error)
@@ -247,7 +246,7 @@ class Shift:
             return await receiving
         except asyncio.CancelledError:
             if receiving.cancelled() and not current().cancelling():
-                return []  # by a suspect
+                return []  # a suspect has come
             for message in _came(receiving):
                 await self._shared.session.settle(delivery_of(message), Release())
             raise
@@ -256,7 +255,7 @@ class Shift:
             self._move()
 
     def _move(self) -> None:
-        """Let those look who wait for something to end."""
+        """Wake those that wait for something to end."""
         self._moved.set()
         if self._suspects:
             self._try_suspect()
@@ -278,7 +277,7 @@ class Shift:
         if not delivery_of(message).crashed:
             run.begin()
         elif self._suspects:
-            run.release()  # one at a time: another process may have room for it
+            run.release()  # one suspect at a time; another process may have room for this one
         else:
             self._suspects.add(run)
             for receiving in self._receiving:
@@ -288,9 +287,7 @@ class Shift:
             self._try_suspect()
 
     def _try_suspect(self) -> None:
-        """Begin a suspect when this process holds no other message, nor asks for any: should it die, only that was
-        there.
-        """
+        """Begin a suspect, which may kill the process, once there is no other message in it or on its way."""
         for run in list(self._suspects):
             if run.has_begun:
                 continue
@@ -300,7 +297,7 @@ class Shift:
                 run.begin()
 
     def _make_room(self, run: Run) -> None:
-        """Let another message have the place."""
+        """Make the run's place free for another message."""
         self._runs[run].ended(run.queue)
 
     def _ended(self, run: Run, handled: Handled) -> None:
@@ -321,7 +318,8 @@ class Shift:
     async def finish(self, grace: float) -> None:
         """Give back what has not begun, let the rest finish for a while, and end what does not.
 
-        It ends within `grace`, `ENDS_WITHIN` and twice `AT_ONCE` seconds; told to stop at once, without the first two.
+        It ends within `grace`, `ENDS_WITHIN` and twice `AT_ONCE` seconds; the first two end early if it is told to stop
+        at once.
         """
         self._is_ending = True
         self._move()
@@ -348,7 +346,7 @@ class Shift:
                     await self._next_move()
 
     async def _watch(self) -> None:
-        """Report consumers that have not managed to poll."""
+        """Log problems, such as a consumer that has not managed to poll."""
         while True:
             await asyncio.sleep(SILENT_AFTER / 2)
             for problem in self.problems():
@@ -364,7 +362,7 @@ async def cancel(*tasks: "asyncio.Task[Any]") -> None:
 
 
 def _came(receiving: "asyncio.Task[list[Message[Any]]]") -> list[Message[Any]]:
-    """Return what came in the very moment in which who asked for it was cancelled."""
+    """Return what a receive got in the very moment in which its caller was cancelled."""
     if not receiving.done() or receiving.cancelled() or receiving.exception() is not None:
         return []
     return receiving.result()

@@ -1,9 +1,9 @@
-"""Who is told of SIGTERM and SIGINT: each worker that runs, and the handlers that were there before, which come back.
+"""SIGTERM and SIGINT: each running worker hears them, and so do the handlers that were there before, which come back.
 
-The handlers are Python's own (`signal.signal`), not the event loop's, of which there is one for each signal: a second
-worker, or the application that a worker runs in, would take its place. A child that is forked meanwhile, as a handler's
-`multiprocessing.Pool` does, starts with Python's default handling and without the descriptor that wakes the parent's
-loop; both signals are held back while it is made, or one that comes too early would stop the parent.
+The handlers are Python's (`signal.signal`), not the event loop's: of those there is one for each signal, which a second
+worker, or the application around the worker, would replace. A child that is forked meanwhile, as by a message handler's
+`multiprocessing.Pool`, starts with Python's default handlers and without the descriptor that wakes the parent's loop.
+Both signals are blocked during the fork, because one that came too early would stop the parent.
 """
 
 import asyncio
@@ -17,19 +17,19 @@ from types import FrameType
 from typing import Any, NoReturn
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
-TERMINATED = 143  # what a shell reports of a process that SIGTERM ended
+TERMINATED = 143  # the exit code that a shell reports for a process that SIGTERM ended
 
 
 def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """End the program as an exception does, so that what is leased goes back with its attempt unused.
+    """End the program by an exception, so that what is leased goes back with its attempt unused.
 
-    It is a handler for programs of ours; a worker that runs in one stops instead.
+    It is the handler of our own programs; a worker that runs in one stops instead.
     """
     raise SystemExit(TERMINATED)
 
 
 class _Signals:
-    """Tells all who listen. There is one of it, as there is one handler of each signal in a process."""
+    """Tells all listeners of a signal. There is a single instance, as a process has a single handler of each signal."""
 
     def __init__(self) -> None:
         self._listeners: list[Callable[[], object]] = []
@@ -37,11 +37,11 @@ class _Signals:
         self._shifts = 0
         """How many workers run, whether or not they listen."""
         self._held_back = threading.local()
-        """The signals that the forking thread had blocked before."""
+        """The signals that the forking thread had blocked before, while it forks."""
 
     @contextmanager
     def telling(self, tell: Callable[[], object]) -> Generator[None]:
-        """Tell of each signal; for the main thread, in which alone handlers can be set."""
+        """Call `tell` at each signal; only in the main thread, because handlers can be set only there."""
         if not self._listeners:
             self._before = {number: signal.signal(number, self._hear) for number in NUMBERS}
         self._listeners.append(tell)
@@ -71,7 +71,7 @@ class _Signals:
 
     def _restore(self) -> None:
         for number, before in self._before.items():
-            if signal.getsignal(number) == self._hear:  # else somebody has set another meanwhile
+            if signal.getsignal(number) == self._hear:  # otherwise the program has set another one meanwhile
                 signal.signal(number, signal.SIG_DFL if before is None else before)
         self._before = {}
 
@@ -95,13 +95,13 @@ class _Signals:
 
 
 def _ends_the_program(handler: Any) -> bool:
-    """Return whether it is Python's own way to end a program, or ours, in place of which a worker stops."""
+    """Return whether a handler is Python's or our own way to end a program; a worker stops instead."""
     owner = getattr(getattr(handler, "func", None), "__self__", None)
     return handler is signal.default_int_handler or handler is terminate or isinstance(owner, asyncio.Runner)
 
 
 def _is_loops(handler: Any) -> bool:
-    """Return whether it is asyncio's, which does nothing: the loop is woken by a descriptor."""
+    """Return whether a handler is asyncio's, which does nothing: a descriptor wakes the loop."""
     return getattr(handler, "__module__", "") == "asyncio.unix_events"
 
 
@@ -111,7 +111,7 @@ clean_forks = _signals.clean_forks
 
 @contextmanager
 def told_by_signals(stop: Callable[[], None]) -> Generator[None]:
-    """Call `stop` on the running loop at each SIGTERM and SIGINT, if this is the main thread, which alone is told."""
+    """Call `stop` on the running loop at each SIGTERM and SIGINT; in threads other than the main one, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,8 +1,7 @@
-"""Tasks that a handler started and did not wait for: they run on after its message is acknowledged, and are lost in a
-crash.
+"""Tasks that a handler started and did not wait for: they outlive its message, and a crash loses what they do.
 
-A worker reports each kind once; it neither waits for them nor cancels them, because some libraries start their
-housekeeping within the first call, which may be a handler's.
+A worker reports each kind once. It neither waits for them nor cancels them, because some libraries start their
+housekeeping in their first call, which may be a handler's.
 """
 
 import asyncio
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Children = dict["asyncio.Task[Any]", Any]
-"""Tasks that a handler started, and what each of them runs."""
+"""Tasks that a handler started, each with its coroutine."""
 _children: "ContextVar[Children | None]" = ContextVar("filao_handler_tasks", default=None)
 _OURS = str(Path(__file__).parent.parent)
 
@@ -25,11 +24,11 @@ class Strays:
     def __init__(self) -> None:
         self._reported: set[tuple[str, str]] = set()
         self._left: set[asyncio.Task[Any]] = set()
-        """They are held, or the event loop could drop them half-way."""
+        """Held here, because the event loop may drop a task that nobody holds."""
 
     @contextmanager
     def seen(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:
-        """See the tasks that are started on this loop."""
+        """See the tasks that are started on this loop in the block."""
         outer = loop.get_task_factory()
 
         def start(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
@@ -48,13 +47,13 @@ class Strays:
             loop.set_task_factory(outer)
 
     def context(self, children: "Children") -> Context:
-        """Return a context for a handler, in which the tasks that it starts are entered among its children."""
+        """Return a context for a handler, in which all tasks that it starts become its children."""
         context = copy_context()
         context.run(_children.set, children)
         return context
 
     def report(self, handler: str, children: "Children", log: "logging.LoggerAdapter[logging.Logger]") -> None:
-        """Say in a run's log which tasks its handler, which has ended, left behind."""
+        """Log which tasks a handler that has ended left behind."""
         for task, coroutine in list(children.items()):
             if task.done() or _is_ours(coroutine):
                 continue
@@ -71,7 +70,7 @@ class Strays:
 
 
 async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Let a task that would end the loop fail instead: asyncio passes these two on to the code that runs it."""
+    """Let a task fail that would end the loop: asyncio passes these two errors on to the code that runs the loop."""
     try:
         return await coroutine
     except (SystemExit, KeyboardInterrupt) as error:

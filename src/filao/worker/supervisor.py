@@ -1,8 +1,8 @@
-"""The supervisor: several worker processes, each started anew when it dies, all stopped together.
+"""The supervisor: several worker processes, each started again when it dies, all stopped together.
 
-A process is started, never forked, with a pipe on its stdin that nobody writes to: when the supervisor dies, by SIGKILL
-too, the pipe ends and the process stops gracefully. On another pipe it reports once a second how its worker is doing,
-from a thread, so that it does so even while its event loop is blocked.
+A process is started, never forked, with a pipe on its stdin to which nobody writes: when the supervisor dies, even by
+SIGKILL, the pipe ends and the process stops gracefully. On another pipe it reports once a second how its worker is
+doing, from a thread, so that it does so even while its event loop is blocked.
 """
 
 import asyncio
@@ -27,13 +27,13 @@ log: logging.Logger = logging.getLogger("filao.worker")
 
 PAUSE_FIRST = 0.1  # seconds before a process that died is started again; doubled each time
 PAUSE_MAX = 30.0
-STEADY_AFTER = 60.0  # seconds of life after which the pause begins from the start
+STEADY_AFTER = 60.0  # seconds of life after which the next pause is the first again
 REPORT_EVERY = 1.0  # seconds
 SILENT_AFTER = 15.0  # seconds without a report after which a process is unhealthy
 KILLED_AFTER = 15.0  # seconds beyond a worker's grace after which a process that was told to stop is killed
-LAST_WORDS_WITHIN = 1.0  # seconds in which the pipe of a process that has ended is read to its end
-CANNOT_START = 71  # EX_OSERR: the code of a process that could not be made
-SHORT = 0.5  # seconds of life so short that the next process waits, though this one ended as it should
+LAST_WORDS_WITHIN = 1.0  # seconds for reading the pipe of a process that has ended to its end
+CANNOT_START = 71  # EX_OSERR: the code for a process that could not be started
+SHORT = 0.5  # seconds of life so short that the next start waits, even though the process ended as it should
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -42,7 +42,7 @@ class Report(msgspec.Struct, frozen=True):
     status: Status
     grace: float
     refused: bool = False
-    """It can never start: its configuration is wrong. An exit code alone could be a handler's."""
+    """Whether it can never start, because its configuration is wrong; an exit code alone could be a handler's."""
 
 
 @dataclass(slots=True)
@@ -55,10 +55,10 @@ class Slot:
     reported_at: float = field(default_factory=time.monotonic)
     restarts: int = 0
     is_refused: bool = False
-    """The last one said that it can never start."""
+    """Whether the last process reported that it can never start."""
 
     def state(self) -> dict[str, object]:
-        """Return how it is doing, as the health check tells it."""
+        """Return how it is doing, for the health check."""
         alive = self.process is not None and self.process.returncode is None
         report = self.report if alive else None
         silent = time.monotonic() - self.reported_at > SILENT_AFTER
@@ -85,30 +85,30 @@ class Supervisor:
         self._slots = [Slot(number) for number in range(1, count + 1)]
         self._stops = 0
         self._has_run = False
-        """Whether one of them has ever received: what they are told to do can be right then."""
+        """Whether one of them has ever received, so that their configuration can be right."""
         self._stopping = asyncio.Event()
         self._renewed = asyncio.Event()
 
     def state(self) -> dict[str, object]:
-        """Return how all are doing; safe from any thread."""
+        """Return how all are doing. May be called from any thread."""
         slots = [slot.state() for slot in self._slots]
         ready, healthy = all(slot["ready"] for slot in slots), all(slot["healthy"] for slot in slots)
         return {"ready": ready, "healthy": healthy, "processes": slots}
 
     async def run(self) -> int:
-        """Run them until SIGTERM or SIGINT, the first graceful, the second at once; return the exit code."""
+        """Run them until SIGTERM or SIGINT (the first is graceful, the second at once), and return the exit code."""
         with told_by_signals(self._stop):
             return max(await asyncio.gather(*(self._keep(slot) for slot in self._slots)))
 
     def renew(self) -> None:
-        """Stop all processes gracefully, so that others take their places; one that waits to be started is, at once."""
+        """Stop all processes gracefully, so that others replace them; one that waits to be started starts at once."""
         self._renewed.set()
         self._renewed = asyncio.Event()
         for slot in self._slots:
             _signal(slot.process, signal.SIGTERM)
 
     def _stop(self) -> None:
-        """Pass it on: the first signal stops them gracefully, the second at once, the third kills."""
+        """Pass a signal on: the first stops them gracefully, the second at once, the third kills them."""
         self._stops += 1
         self._stopping.set()
         for slot in self._slots:
@@ -118,9 +118,9 @@ class Supervisor:
                 asyncio.get_running_loop().call_later(grace + KILLED_AFTER, _signal, slot.process, signal.SIGKILL)
 
     async def _keep(self, slot: Slot) -> int:
-        """Start a process again and again, and return the code with which the last one ended.
+        """Start a process again and again, and return the exit code of the last.
 
-        Only when not one of them could ever start, all stop: after that, what prevents a start is waited out.
+        If none of them can ever start, all stop. Once one has run, what prevents a start is waited out.
         """
         pause = PAUSE_FIRST
         while True:
@@ -139,14 +139,14 @@ class Supervisor:
             if lived > STEADY_AFTER:
                 pause = PAUSE_FIRST
             slot.restarts += 1
-            spread = pause * random.uniform(0.5, 1.5)  # or all come back in one moment
+            spread = pause * random.uniform(0.5, 1.5)  # so that not all come back at one moment
             log.error("worker process %d %s; starting it again in %.1f s", slot.number, _ended(code), spread)
             if await self._pause(spread):
                 return code if slot.is_refused else 0
             pause = min(2 * pause, PAUSE_MAX)
 
     async def _pause(self, seconds: float) -> bool:
-        """Wait before the next start, unless all are to be renewed; return whether all are to stop."""
+        """Wait before the next start, until all are renewed or stopped; return whether they are stopped."""
         ends = [asyncio.create_task(event.wait()) for event in (self._stopping, self._renewed)]
         try:
             await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -170,7 +170,7 @@ class Supervisor:
                 *("--report-to", str(writing), "--slot", str(slot.number)),
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=[writing],
-                start_new_session=True,  # a Ctrl-C is for the supervisor, which passes it on
+                start_new_session=True,  # a Ctrl-C reaches only the supervisor, which passes it on
             )
         except BaseException:
             os.close(reading)
@@ -184,7 +184,7 @@ class Supervisor:
         try:
             return await slot.process.wait()
         finally:
-            await asyncio.wait([reports], timeout=LAST_WORDS_WITHIN)  # its last words may be on their way
+            await asyncio.wait([reports], timeout=LAST_WORDS_WITHIN)  # its last report may be on its way
             reports.cancel()
             await asyncio.wait([reports])
 
@@ -196,7 +196,7 @@ class Supervisor:
         )
         try:
             async for line in reader:
-                with suppress(msgspec.DecodeError):  # something else was written there, by a handler say
+                with suppress(msgspec.DecodeError):  # something else was written there, by a handler, say
                     slot.report, slot.reported_at = msgspec.json.decode(line, type=Report), time.monotonic()
                     self._has_run |= slot.report.status.ready
         finally:
@@ -204,9 +204,9 @@ class Supervisor:
 
 
 def report(worker: Worker, grace: float, pipe: int, stop: Callable[[], None]) -> Callable[[], None]:
-    """As a supervised process: report from a thread, and stop when the supervisor is gone.
+    """In a supervised process: report from a thread, and stop when the supervisor is gone.
 
-    Return what tells the supervisor that this worker can never start.
+    Return a function that tells the supervisor that this worker can never start.
     """
     stream = os.fdopen(pipe, "wb", buffering=0)
     loop = asyncio.get_running_loop()

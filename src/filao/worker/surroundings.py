@@ -1,7 +1,7 @@
-"""What stands around handlers: lifespans, which open what a process needs once, and middleware, around each message.
+"""What surrounds handlers: lifespans, which open what a process needs once, and middleware, which wraps each message.
 
-Both are generator functions that yield once, as those of `contextlib` do. A lifespan's value is what a handler gets
-that asks for its type. Middleware that is a coroutine runs on the event loop; a plain one runs where the handler does,
+Both are generator functions that yield once, as for `contextlib`. A handler that asks for the type of a lifespan's
+value gets that value. Asynchronous middleware runs on the event loop; plain middleware runs where the handler does,
 which for a plain handler is its thread.
 """
 
@@ -27,18 +27,16 @@ from filao.worker.handlers import Handler
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
-ENDS_WITHIN = 30.0  # seconds for what all lifespans do when the worker has stopped
+ENDS_WITHIN = 30.0  # seconds for all that lifespans do when the worker has stopped
 
-_Entered = AbstractAsyncContextManager[Any] | AbstractContextManager[Any]  # what `contextlib` made of such a function
+_Entered = AbstractAsyncContextManager[Any] | AbstractContextManager[Any]  # made by `contextlib` of such a function
 Lifespan = Callable[[], AsyncGenerator[Any] | Generator[Any] | _Entered]
 Middleware = Callable[[Any], AsyncGenerator[None] | Generator[None] | _Entered]
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The middleware of a worker, the first of each kind outermost; those on the event loop are around the
-    plain ones.
-    """
+    """The middleware of a worker: of each kind the first is outermost, and the asynchronous wrap the plain ones."""
 
     on_loop: list[Callable[[Any], Any]] = field(default_factory=list[Callable[[Any], Any]])
     in_place: list[Callable[[Any], Any]] = field(default_factory=list[Callable[[Any], Any]])
@@ -47,25 +45,25 @@ class Surroundings:
         return bool(self.on_loop or self.in_place)
 
     def add(self, middleware: Middleware) -> None:
-        """Add one. Raises `ConfigurationError` for what is no generator function."""
+        """Add a middleware. Raises `ConfigurationError` for what is no generator function."""
         is_async, enter = _entered(middleware, "middleware", "message")
         (self.on_loop if is_async else self.in_place).append(enter)
 
     @asynccontextmanager
     async def around(self, message: Any) -> AsyncGenerator[None]:
-        """Be what is on the event loop around one message."""
+        """Wrap one message in the asynchronous middleware."""
         async with AsyncExitStack() as stack:
             for enter in self.on_loop:
                 await stack.enter_async_context(enter(message))
             yield
 
     async def call(self, function: Callable[..., Any], message: Any, *more: Any) -> Any:
-        """Call a coroutine function, with the plain ones around it."""
+        """Call a coroutine function, wrapped in the plain middleware."""
         with self._in_place(message):
             return await function(message, *more)
 
     def call_plain(self, function: Callable[..., Any], message: Any, *more: Any) -> Any:
-        """Call a plain function, in its thread, with the plain ones around it."""
+        """Call a plain function in its thread, wrapped in the plain middleware."""
         with self._in_place(message):
             return function(message, *more)
 
@@ -79,9 +77,9 @@ class Surroundings:
 
 @asynccontextmanager
 async def lived(lifespans: Sequence[Lifespan], told: asyncio.Event) -> AsyncGenerator[list[Any] | None]:
-    """Open what the lifespans open, in their order, and yield what they gave; None when `told` to stop meanwhile.
+    """Enter the lifespans in order, and yield their values; None if the worker is `told` to stop meanwhile.
 
-    They end in the other order, each part in the task in which it began, as task groups want it.
+    They end in reverse order, each in the task in which it began, because task groups want that.
     """
     stack = AsyncExitStack()
     values: list[Any] = []
@@ -130,7 +128,7 @@ def check_lifespan(lifespan: Lifespan) -> None:
 
 
 def supplied(handler: Handler, values: Sequence[Any]) -> Handler:
-    """Return a handler whose further parameters have what the lifespans gave, by their types."""
+    """Return a handler whose further parameters are bound to the lifespans' values, by their types."""
     if not handler.wants:
         return handler
     given = dict(_chosen(handler, values))
@@ -144,15 +142,14 @@ def _chosen(handler: Handler, values: Sequence[Any]) -> Iterator[tuple[str, Any]
         if len(fitting) != 1:
             given = ", ".join(type(value).__qualname__ for value in values if value is not None) or "nothing"
             raise ConfigurationError(
-                f"the handler {handler.name} asks for {name}: {wanted.__qualname__}, and "
-                "the lifespans of its worker give "
-                f"{given}: let exactly one @worker.lifespan yield a {wanted.__qualname__}"
+                f"the handler {handler.name} asks for {name}: {wanted.__qualname__}, and the lifespans of its worker "
+                f"give {given}: let exactly one @worker.lifespan yield a {wanted.__qualname__}"
             )
         yield name, fitting[0]
 
 
 def _entered(function: Any, what: str, parameter: str) -> tuple[bool, Callable[..., Any]]:
-    """Return whether a generator function is asynchronous, and what makes a context manager of it."""
+    """Return whether a generator function is asynchronous, and a function that makes its context manager."""
     inner = inspect.unwrap(function) if callable(function) else function
     is_async = inspect.isasyncgenfunction(inner)
     if not is_async and not inspect.isgeneratorfunction(inner):

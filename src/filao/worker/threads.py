@@ -1,8 +1,8 @@
 """Threads in which plain functions run: daemons, so that one that hangs does not keep the process, and interruptible.
 
-A thread is interrupted with an exception at its next bytecode, as CPython allows: a call into C ends first, an endless
-loop ends at once. (`PyThreadState_SetAsyncExc`, https://docs.python.org/3/c-api/threads.html) A thread
-that was interrupted is never used again, so that a late exception hits nobody else.
+CPython can raise an exception in a thread at its next bytecode: a call into C ends first, an endless loop ends at once.
+(`PyThreadState_SetAsyncExc`, https://docs.python.org/3/c-api/threads.html) A thread that was interrupted is never used
+again, so that a late exception cannot hit another function.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ class Call:
         self._loop = loop
         self._lock = threading.Lock()
         self._thread = 0
-        """The identity of its thread while it runs."""
+        """The identity of its thread while it runs; otherwise 0."""
         self.was_interrupted: bool = False
 
     def run(self) -> None:
-        """Run it in the calling thread."""
+        """Run the function in the calling thread."""
         with self._lock:
             if self.was_interrupted:
                 return
@@ -49,7 +49,7 @@ class Call:
             result, error = None, raised
         with self._lock:
             self._thread = 0
-        with suppress(RuntimeError):  # the loop was closed: nobody waits for it any more
+        with suppress(RuntimeError):  # the loop was closed, and nobody waits for the result
             self._loop.call_soon_threadsafe(self._resolve, result, error)
 
     def interrupt(self) -> None:
@@ -61,15 +61,15 @@ class Call:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), kind)
 
     def give_up(self) -> None:
-        """Undo the transactions that it holds, if it runs: it keeps others waiting, for as long as it likes."""
-        with self._lock:  # so that the thread does nothing else yet
+        """Undo the transactions that it holds, if it runs, because others wait for them."""
+        with self._lock:  # so that the thread cannot go on to another call
             if self._thread:
                 undo_held(self._thread)
 
     def _resolve(self, result: Any, error: BaseException | None) -> None:
         if self.future.done():
             return
-        if isinstance(error, StopIteration):  # which no future can hold
+        if isinstance(error, StopIteration):  # no future can hold it
             error = RuntimeError(f"the handler raised {error!r}")
         if error is not None:
             self.future.set_exception(error)
@@ -78,7 +78,7 @@ class Call:
 
 
 class Threads:
-    """Starts a thread whenever none is idle; there are never more than calls at the same time."""
+    """Starts a thread whenever none is idle, so that there are never more than calls at the same time."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -113,7 +113,7 @@ class Threads:
 
 @contextmanager
 def children_end() -> Generator[None]:
-    """End a child that is forked in this block and comes to the end of it: what waits behind it is its parent's."""
+    """End a child process that was forked in this block when it leaves it: the code after it is the parent's."""
     here = os.getpid()
     error: BaseException | None = None
     try:
@@ -127,7 +127,7 @@ def children_end() -> Generator[None]:
 
 
 def _end_child(error: BaseException | None) -> NoReturn:
-    """End a child as a program ends, with what it has raised."""
+    """End a child process as a program would that raised this error, or none."""
     code = 0
     try:
         if isinstance(error, SystemExit):
@@ -146,4 +146,4 @@ def _work(calls: "SimpleQueue[Call | None]") -> None:
             call.run()
             del call
     except InterruptedHandlerError:
-        pass  # it came after the handler had ended
+        pass  # the exception came after the handler had ended

@@ -1,9 +1,9 @@
-"""The worker: it receives from queues, calls their handlers, keeps the leases meanwhile, and settles what they decided.
+"""The worker: it receives from queues, calls their handlers, keeps the leases meanwhile, and settles as they decide.
 
-Here is what is declared, and what a run needs; `shift.py` is one run. It claims only what it can start now. A message
-whose last consumer's process died is handled alone, so that if it kills this one too, it takes no other message's
-attempt with it. Told to stop, it receives no more, gives back what has not started, and lets the rest finish for a
-while; told again, it gives everything back at once.
+Here is what is declared, and what a run needs; `shift.py` is one run. A worker receives only what it can start now. A
+message whose last consumer's process died is handled alone, so that if it kills this process too, no other message
+loses an attempt. Told to stop, a worker receives no more, gives back what has not started, and lets the rest finish for
+a while; told again, it gives everything back at once.
 """
 
 import asyncio
@@ -48,15 +48,13 @@ R = TypeVar("R")
 L = TypeVar("L", bound=Lifespan)
 M = TypeVar("M", bound=Middleware)
 
-CONCURRENCY_MAX = 1_000  # messages at once in one process: what one receive and one group commit can carry
-WEIGHT_MIN, WEIGHT_MAX = 1e-6, 1e6  # parts of a capacity: with more between two of them, one never has a turn
+CONCURRENCY_MAX = 1_000  # messages at once in one process: as many as one receive and one group commit can take
+WEIGHT_MIN, WEIGHT_MAX = 1e-6, 1e6  # parts of a capacity: if two are further apart, one never has a turn
 DRAINED_MAX = 10_000  # attempts of one `drain`, so that a handler that always releases does not run for ever
 
 
 class Registering(Protocol[T]):
-    """Takes a handler of messages with such bodies: a coroutine function's are `filao.Message`, a plain one's
-    `filao.sync.Message`.
-    """
+    """Takes a handler of messages with such bodies: a coroutine function, or a plain one with `filao.sync.Message`."""
 
     @overload
     def __call__(
@@ -72,8 +70,8 @@ class Worker:
     """Handlers for the queues of one broker.
 
     `broker` is a URL or a path, which the worker opens when it runs, or an open `Broker` that it shares. `concurrency`
-    bounds what all consumers run together, and shares it by their weights; without it each has its own bound. `grace`
-    is how many seconds a worker that stops waits for what it runs.
+    bounds how many messages all consumers together handle at once, shared by their weights; without it, each has only
+    its own bound. `grace` is how many seconds a stopping worker waits for what it runs.
 
         worker = filao.Worker("claims.db")
 
@@ -90,22 +88,21 @@ class Worker:
         self._source = broker
         self._concurrency = concurrency
         self.grace = grace
-        """Seconds for which a worker that stops waits for what it runs."""
+        """Seconds for which a stopping worker waits for what it runs."""
         self._consumers: dict[str, Consumer] = {}
         self._declared: list[Queue[Any]] = []
         self._lifespans: list[Lifespan] = []
         self._surroundings = Surroundings()
         self._tell: Callable[[], None] = _nobody
-        """Tells the run under way to stop."""
+        """Tells the present run to stop."""
         self._status: Callable[[int], Status] = at_rest
-        """Asks the run under way, once the engine was reached."""
+        """Asks the present run how it is doing, once it has reached the engine."""
         self.observers: list[Observer | Tracer] = []
-        """Those that are told what it does while it runs; see `filao.Observer` and `filao.Tracer`."""
+        """Are told what it does while it runs; see `filao.Observer` and `filao.Tracer`."""
         self.handled = 0
         """How many attempts have ended."""
         self.has_hung: bool = False
-        """Whether the last run left handlers that had not ended though they were told to: a process ends without them.
-        """
+        """Whether the last run left handlers behind that did not end when told to; the process can end without them."""
 
     # --- consumers ---------------------------------------------------------------------------------------------------
 
@@ -121,16 +118,17 @@ class Worker:
     ) -> "Registering[T]":
         """Let the decorated function handle a queue's messages, up to `concurrency` at once in this process.
 
-        A `Queue` is declared when the worker starts; a name must have been. A coroutine function runs on the event loop
-        and gets `filao.Message`; a plain one runs in a thread and gets `filao.sync.Message`. Returning acknowledges;
-        raising is a nack; `filao.Retry`, `Reject` and `Release` steer. `timeout` is how many seconds the handler may
-        take (None: for ever) before it is cancelled and counts as failed; its lease is kept as long.
+        A `Queue` is declared when the worker starts; a queue given by name must have been declared. A coroutine
+        function runs on the event loop and gets `filao.Message`; a plain one runs in a thread and gets
+        `filao.sync.Message`. Returning acknowledges; raising is a nack; `filao.Retry`, `Reject` and `Release` decide
+        otherwise. `timeout` is how many seconds the handler may take (None: for ever) before it is cancelled and counts
+        as failed; its lease is kept as long.
 
         `guarantee`: "at-least-once"; "at-most-once" deletes the message before the handler runs; "exactly-once" gives
         the handler a `filao.Transaction` as its second argument, in which its own statements, its sends and the
-        acknowledgement commit together. It begins with the first statement: do what is slow before.
+        acknowledgement commit together. It begins with the first statement, so do slow work before that.
 
-        `outcomes` maps exceptions to what shall become of the message, as `{ValueError: filao.Reject}`. `weight` is the
+        `outcomes` maps exceptions to what becomes of the message, such as `{ValueError: filao.Reject}`. `weight` is the
         consumer's part of the worker's `concurrency`. Raises `ConfigurationError`.
         """
         name = queue.name if isinstance(queue, Queue) else queue
@@ -161,28 +159,29 @@ class Worker:
     def lifespan(self, function: L) -> L:
         """Let the decorated generator function open what a process needs once, such as a pool of connections.
 
-        It runs up to its `yield` before messages are received, on the event loop, and from there when the worker has
-        stopped and handlers have ended. A handler that has a parameter of the type of what it yields, behind the
-        message (and the transaction), gets it. What it raises ends the worker.
+        It runs on the event loop: up to its `yield` before messages are received, and on from there when the worker has
+        stopped and handlers have ended. A handler gets the value that it yields by a parameter of that type, after the
+        message (and the transaction). An error that it raises ends the worker.
         """
         check_lifespan(function)
         self._lifespans.append(function)
         return function
 
     def middleware(self, function: M) -> M:
-        """Let the decorated generator function be around each handler: error reports, timing, a tenant.
+        """Let the decorated generator function wrap each handler, for error reports, timing or a tenant, say.
 
-        It gets the message and yields once, while the handler runs, whose exception it sees: one that it lets through
-        decides what becomes of the message. An `async def` runs on the event loop; a plain one where the handler does,
-        for a plain handler in its thread, and within those. The first is outermost. The timeout runs for all.
+        It gets the message, and yields once while the handler runs. It sees the handler's exception; one that it lets
+        through decides what becomes of the message. An `async def` runs on the event loop; a plain function runs inside
+        those, where the handler does: for a plain handler, in its thread. The first is outermost. The timeout counts
+        for all of them.
         """
         self._surroundings.add(function)
         return function
 
     def only(self, queues: Iterable[str]) -> None:
-        """Consume from now on only these of its queues.
+        """Consume only these of its queues from now on.
 
-        Raises `ConfigurationError` for one that it has no consumer of.
+        Raises `ConfigurationError` for a queue for which it has no consumer.
         """
         chosen = list(queues)
         for name in chosen:
@@ -210,15 +209,16 @@ class Worker:
     ) -> None:
         """Work until told to stop: by SIGTERM or SIGINT in the main thread, or by `stop`.
 
-        The first time, it finishes what it has begun, for `grace` seconds at most; the second time it stops at once.
-        Handlers of these signals that the program has set are called as well, and are back afterwards; with
-        `signals=False` the signals are left to the program, which calls `stop`.
+        The first time, it finishes what it has begun, within `grace` seconds; the second time it stops at once. The
+        program's own handlers of these signals are called as well, and are back afterwards. With `signals=False` the
+        signals are left to the program, which calls `stop`.
 
-        While its storage is away, full, locked or read-only it waits and tries again, for as long as that takes, and so
-        for a queue that was deleted. `ready` is called when it begins to receive; it stops when `until` says so after a
-        message. Raises `QueueNotFound`, `UnsupportedFeature` and `ConfigurationError` at its start, and later only what
-        `until` raises, `ConfigurationError` when its broker was closed, and `EngineError` when another file lies in the
-        place of its own, after a restore say: start it again, to work with that.
+        While its storage is away, full, locked or read-only, or a queue is deleted, it waits and tries again for as
+        long as that takes. `ready` is called when it begins to receive. `until` is called after each message; when it
+        returns True, the worker stops. Raises `QueueNotFound`, `UnsupportedFeature` and `ConfigurationError` at its
+        start. Later it raises only what `until` raises, `ConfigurationError` when its broker was closed, and
+        `EngineError` when another file has taken the place of its own, after a restore, say: start it again to work
+        with that file.
         """
 
         def on_handled(_: Handled) -> None:
@@ -238,13 +238,13 @@ class Worker:
                         await shift.work(self.grace)
 
     def stop(self) -> None:
-        """Stop gracefully; called again, at once. For the loop that runs the worker; harmless when it does not run."""
+        """Stop gracefully, or at the second call at once. Call it on the worker's loop; harmless if it does not run."""
         self._tell()
 
     async def drain(self, broker: Broker | None = None, *, limit: int = DRAINED_MAX) -> list[Handled]:
         """Handle everything that is ready, and what becomes ready meanwhile, and return what happened; for tests.
 
-        `broker` is an open one to drain in place of the worker's own, such as `filao.connect("sqlite://:memory:")`.
+        `broker` is an open broker to use in place of the worker's own, such as `filao.connect("sqlite://:memory:")`.
         What is delayed, or comes again after a backoff, is left. It ends after `limit` attempts in any case.
         """
         handled: list[Handled] = []
@@ -258,7 +258,7 @@ class Worker:
         return handled
 
     def status(self) -> Status:
-        """Tell how it is doing; safe from any thread."""
+        """Return how it is doing. May be called from any thread."""
         return self._status(self.handled)
 
     # --- opening -----------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ class Worker:
         if broker is not self._source:
             await broker.open()
         await broker.declare(*self._declared)
-        # One of ours that was deleted since then is waited for, as it is later.
+        # A queue of ours that is deleted before the look is waited for, as it is later.
         stored = {queue.name: queue for queue in (*self._declared, *await broker.queues())}
         consumers: dict[str, Consumer] = {}
         for name, consumer in self._consumers.items():
@@ -308,7 +308,7 @@ class Worker:
         *,
         patient: bool = True,
     ) -> AsyncGenerator[Shift]:
-        """Provide all that runs need, and take it back."""
+        """Provide all that runs need, and clear it away on leaving."""
 
         def count(handled: Handled) -> None:
             self.handled += 1
@@ -329,7 +329,7 @@ class Worker:
                 self._status = at_rest
 
     async def _shared(self, broker: Broker, shortest_lease: float, stack: AsyncExitStack) -> Shared:
-        """Make what all runs share; the stack takes it back."""
+        """Make what all runs share; the stack clears it away."""
         session, loop = session_of(broker), asyncio.get_running_loop()
         caller = Caller(loop, loop_thread=threading.get_ident())
         stack.callback(caller.end, "the worker has stopped, so this message is settled without its handler")
@@ -351,7 +351,7 @@ class Worker:
 
 @asynccontextmanager
 async def _opened(source: str | Path | Broker) -> AsyncGenerator[Broker]:
-    """Give the program's own broker, or one of ours that is opened later; ours is closed."""
+    """Give the program's own broker, or make one, which is closed on leaving; the caller opens it."""
     if isinstance(source, Broker):
         yield source
         return
@@ -366,7 +366,7 @@ async def _opened(source: str | Path | Broker) -> AsyncGenerator[Broker]:
 
 
 async def _reached(reach: Callable[[], Awaitable[dict[str, Consumer]]], stop: Stop) -> dict[str, Consumer] | None:
-    """Do it, again and again while the engine fails; return None as soon as the worker is told to stop."""
+    """Call `reach`, again and again while the engine fails; return None once the worker is told to stop."""
     outages = Outages()
     told = asyncio.create_task(stop.told.wait())
     try:
@@ -393,12 +393,12 @@ async def _reached(reach: Callable[[], Awaitable[dict[str, Consumer]]], stop: St
 
 
 def _supplied(consumers: Mapping[str, Consumer], values: Sequence[Any]) -> dict[str, Consumer]:
-    """Return the consumers, their handlers with what the lifespans gave."""
+    """Return the consumers, whose handlers have the lifespans' values."""
     return {name: replace(one, handler=supplied(one.handler, values)) for name, one in consumers.items()}
 
 
 def _nobody() -> None:
-    """Stand for a run that could be told to stop, where there is none."""
+    """Do nothing: no run can be told to stop."""
 
 
 def _check_terms(name: str, concurrency: int, timeout: float | None, guarantee: str, weight: float) -> None:
