@@ -1,8 +1,8 @@
-"""Whom the pages of this package answer: what the sandbox's door and the dashboard's have in common.
+"""Who may use our pages: what the sandbox's door and the dashboard's have in common.
 
-Requests whose `Host` or `Origin` is another site's, or that a browser says another site has caused, are refused, so
-that no page of the web can reach a server of ours through its visitor's browser; and no page of another site can frame
-one. A token is compared in constant time, and guesses wait for each other.
+A request is refused if its `Host` or `Origin` is another site's, or if the browser says that another site caused it. So
+no page on the web can reach our server through its visitor's browser, and none can show ours in a frame. A token is
+compared in constant time, and guesses wait for each other.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from starlette.types import Message, Send
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GUESS_COSTS = 0.5  # seconds that a wrong token costs; guesses wait for each other
-GUESSES_MAX = 16  # that may wait at a time
+GUESSES_MAX = 16  # guesses that may wait at a time
 
 SAFE = {
     "x-frame-options": "DENY",
@@ -25,7 +25,7 @@ SAFE = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-"""What no answer goes without; each door adds its `content-security-policy`."""
+"""The headers of every answer; each door adds its `content-security-policy`."""
 
 
 def is_of_host(headers: Headers, hosts: Collection[str]) -> bool:
@@ -37,7 +37,7 @@ def is_of_host(headers: Headers, hosts: Collection[str]) -> bool:
 
 
 def is_of_other_site(headers: Headers, *, is_visit: bool) -> bool:
-    """Return whether a page of another site caused a request; a link there may lead to a page: that `is_visit`."""
+    """Return whether a page of another site caused a request; `is_visit`: following a link to a page is allowed."""
     origin = headers.get("origin")
     if origin is not None and _netloc(origin) != headers.get("host"):
         return True
@@ -53,10 +53,10 @@ def _netloc(origin: str) -> str:
 
 
 def cookie_of(headers: Headers, name: str) -> str:
-    """Return what a cookie holds; empty when there is none.
+    """Return the value of a cookie; empty when there is none.
 
-    Every port of a host shares its cookies. What other programs left there may be none by the standard's grammar, at
-    which `http.cookies` stops to read.
+    All ports of a host share its cookies. Those of other programs may break the standard's grammar, and `http.cookies`
+    would stop reading at them.
     """
     for header in headers.getlist("cookie"):
         for cookie in header.split(";"):
@@ -67,7 +67,7 @@ def cookie_of(headers: Headers, name: str) -> str:
 
 
 def safely(send: Send, safe: Mapping[str, str]) -> Send:
-    """Return a send that adds the headers that no answer goes without."""
+    """Return a send that adds these headers to every answer."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -80,7 +80,7 @@ def safely(send: Send, safe: Mapping[str, str]) -> Send:
 
 
 class Guesses:
-    """Compares tokens, one after the other; a wrong one lets the next wait."""
+    """Compares tokens, one after the other; a wrong one delays the next."""
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
@@ -88,11 +88,11 @@ class Guesses:
         self._waiting = 0
 
     def are_too_many(self) -> bool:
-        """Return whether no more may wait."""
+        """Return whether so many wait that no more may."""
         return self._waiting >= GUESSES_MAX
 
     async def is_right(self, given: str) -> bool:
-        """Return whether it is the token, in a time that does not tell how much of it is right."""
+        """Return whether this is the token, in a time that does not show how much of it is right."""
         self._waiting += 1
         try:
             async with self._guessing:

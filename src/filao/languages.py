@@ -1,6 +1,6 @@
-"""The languages of our pages: which one a browser asks for, and how a text is filled and typeset in each.
+"""The languages of our pages: which one a browser asks for, and how texts are filled and typeset in each.
 
-Texts stand in `.toml` files, one for each language, with the same keys.
+The texts are in `.toml` files, one for each language, with the same keys.
 """
 
 import re
@@ -19,7 +19,7 @@ PLACE = re.compile(r"{([\w-]+)(?:\|([^|}]*)\|([^}]*))?}")
 
 
 def wanted(accepted: str) -> Language:
-    """Return the language that a browser asks for by its `Accept-Language`: the first of ours, or English."""
+    """Return the first of our languages in a browser's `Accept-Language`, or English."""
     for part in accepted.split(","):
         asked = part.split(";")[0].strip().lower().partition("-")[0]
         for language in LANGUAGES:
@@ -29,7 +29,7 @@ def wanted(accepted: str) -> Language:
 
 
 def fill(language: Language, text: str, values: Mapping[str, object]) -> str:
-    """Fill a text: `{n}` is a value, written as the language does; `{n|one|many}` a word that agrees with it."""
+    """Fill a text: `{n}` is a value, in the language's notation; `{n|one|many}` is a word that agrees with it."""
 
     def filled(found: re.Match[str]) -> str:
         name, one, many = found.groups()
@@ -50,13 +50,13 @@ def _is_one(language: Language, value: object) -> bool:
 
 
 def read_texts(path: Path, language: Language) -> dict[str, Any]:
-    """Return what stands in a file of texts, typeset."""
+    """Return the texts in a file, typeset."""
     found = tomllib.loads(path.read_text(encoding="utf-8"))
     return _typeset(found) if language == "fr" else found
 
 
 def _typeset(value: Any) -> Any:
-    """Give French its apostrophes, and the spaces at which no line may end; what stands between backticks is code."""
+    """Typeset French texts, at any depth; what is between backticks is code, and stays as it is."""
     match value:
         case dict():
             return {key: _typeset(inner) for key, inner in cast("dict[str, Any]", value).items()}

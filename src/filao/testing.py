@@ -1,9 +1,8 @@
-"""For tests of programs that use Filao: a queue in memory, a clock that they move, and a worker's handlers without a
-worker.
+"""For tests of programs that use Filao: a queue in memory, a clock that tests move, and handlers without a worker.
 
-The fixtures are pytest's: `pytest_plugins = ["filao.testing"]` in a `conftest.py`. All of it works in plain tests; an
-asynchronous one opens its own broker, `async with filao.connect("sqlite://:memory:", clock=filao_clock) as broker`, and
-awaits `worker.drain(broker)`.
+Put `pytest_plugins = ["filao.testing"]` into a `conftest.py` to have the fixtures. They are for plain tests. An
+asynchronous test opens its own broker, `async with filao.connect("sqlite://:memory:", clock=filao_clock) as broker`,
+and awaits `worker.drain(broker)`.
 """
 
 import asyncio
@@ -19,9 +18,9 @@ __all__ = ["Clock", "drain", "filao_broker", "filao_clock"]
 
 
 class Clock:
-    """Tells the seconds since 1970, and stands still until it is moved; for `filao.connect(…, clock=clock)`.
+    """Returns the seconds since 1970, and stands still until it is moved; for `filao.connect(…, clock=clock)`.
 
-    Who waits already is not woken by it: move it, then receive with `wait=0`, or `drain`.
+    Moving it wakes no caller that already waits: move it first, then receive with `wait=0`, or `drain`.
     """
 
     def __init__(self, now: float = 1_700_000_000.0) -> None:
@@ -29,11 +28,11 @@ class Clock:
         """Seconds since 1970."""
 
     def __call__(self) -> float:
-        """Tell the time."""
+        """Return the time."""
         return self.now
 
     def advance(self, seconds: float) -> None:
-        """Move it forward: delays and backoffs of so many seconds are over, and leases and times to live."""
+        """Move it forward: delays, backoffs, leases and times to live of so many seconds are over."""
         self.now += seconds
 
 
@@ -45,17 +44,16 @@ def filao_clock() -> Clock:
 
 @pytest.fixture
 def filao_broker(filao_clock: Clock) -> Generator[sync.Broker]:
-    """Yield an open, blocking broker on a queue in memory, whose time is `filao_clock`'s."""
+    """Yield an open blocking broker in memory, whose time is `filao_clock`'s."""
     with sync.connect("sqlite://:memory:", clock=filao_clock) as broker:
         yield broker
 
 
 def drain(worker: Worker, broker: sync.Broker | None = None, *, limit: int = DRAINED_MAX) -> list[Handled]:
-    """Handle everything that is ready, and what becomes ready meanwhile, and return what happened: `Worker.drain`,
-    blocking.
+    """Handle everything that is ready, and what becomes ready meanwhile, and return what happened; see `Worker.drain`.
 
-    `broker` is an open one, such as `filao_broker`, in place of the worker's own. Coroutine functions run in its
-    thread.
+    `broker` is an open broker, such as `filao_broker`, to use in place of the worker's own. Coroutine functions run in
+    the thread of its event loop.
     """
     if broker is None:
         return asyncio.run(worker.drain(limit=limit))

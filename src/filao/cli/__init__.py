@@ -1,9 +1,9 @@
 """The command line: `filao`, for operators and for shell scripts.
 
-But for `work` it relies on the blocking twin alone, so that Ctrl-C interrupts whatever waits: a disk, a queue or a
-pipe. Data go to stdout as JSON lines, past every buffer; whatever is for people goes to stderr. A command returns its
-exit code; what it raises becomes one here. click reads the arguments and rich draws, both from the extra `cli`; it is
-imported where it draws, because most commands draw nothing.
+All commands but `work` rely on the blocking twin alone, so that Ctrl-C interrupts any wait: for a disk, a queue or a
+pipe. Data go to stdout as JSON lines, past every buffer; what is for people goes to stderr. A command returns its exit
+code, and an error that it raises becomes one here. click reads the arguments and rich draws, both from the extra `cli`;
+rich is imported where it draws, because most commands draw nothing.
 """
 
 import signal
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Return the exit code of the command, or of what it raised."""
+    """Run the command, and return its exit code, or that of the error that it raised."""
     try:
         code = commands.main(prog_name="filao", standalone_mode=False)
     except click.Abort:

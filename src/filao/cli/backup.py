@@ -51,10 +51,9 @@ def _sqlite_file(url: str) -> Path:
     path = file_of(url)
     if path is None:
         raise UnsupportedFeature(
-            "backup and restore are of SQLite files. PostgreSQL has pg_dump and "
-            "pg_basebackup for its databases; RabbitMQ "
-            "copies its quorum queues to several nodes, and has no backup of messages: "
-            "filao move carries them elsewhere"
+            "backup and restore are of SQLite files. PostgreSQL has pg_dump and pg_basebackup for its databases; "
+            "RabbitMQ copies its quorum queues to several nodes, and has no backup of messages: filao move carries "
+            "them elsewhere"
         )
     if str(path) == ":memory:":
         raise ConfigurationError("a queue in memory ends with its process, and has no backup: give the path of a file")

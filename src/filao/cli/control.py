@@ -1,4 +1,4 @@
-"""`filao pause`, `resume`, `cancel` and `delete`: what an operator changes of a queue."""
+"""`filao pause`, `resume`, `cancel` and `delete`: what an operator changes in a queue."""
 
 import click
 

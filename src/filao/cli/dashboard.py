@@ -99,7 +99,7 @@ async def _serve(served: "Dashboard", broker: Broker, listening: socket.socket) 
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Ends what lives on pages that are open, which it would wait for, before their connections."""
+        """Ends the streams of open pages first, because uvicorn would wait for them."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             await served.close()
@@ -124,7 +124,7 @@ async def _serve(served: "Dashboard", broker: Broker, listening: socket.socket) 
 
 
 def _loaded(option: str, target: str) -> Any:
-    """Return what a module defines."""
+    """Return the object that MODULE:NAME names."""
     module, _, name = target.partition(":")
     if not module or not name:
         raise usage(f"{option} {target!r}: give MODULE:NAME")

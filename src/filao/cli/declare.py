@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def _seconds_or_none(text: str) -> float | str:
-    """Read a rule that may be absent; an option that is not given cannot say so, because it keeps the stored rule."""
+    """Read a rule that can be "none"; leaving the option out cannot mean that, because it keeps the stored rule."""
     return _or_none(text, float)
 
 

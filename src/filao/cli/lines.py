@@ -68,7 +68,7 @@ class Slice:
 
 
 def reader(queue: Queue[Any], terms: Outgoing[Any], *, raw: bool, messages: bool) -> Reader:
-    """Return what makes a message of a line, or raises the error that says why it cannot be one."""
+    """Return a function that makes a message of a line, or raises the error that says why it cannot be one."""
 
     def read(line: bytes) -> Outgoing[Any]:
         if raw:
@@ -77,7 +77,7 @@ def reader(queue: Queue[Any], terms: Outgoing[Any], *, raw: bool, messages: bool
             outgoing = _whole_message(line, terms)
         else:
             outgoing = replace(terms, body=json_text(line))
-        draft(queue, outgoing)  # raises what sending would raise, while its line can still be told
+        draft(queue, outgoing)  # raises what sending would raise, while the number of the line is known
         return outgoing
 
     return read
@@ -97,7 +97,7 @@ def json_text(line: bytes) -> msgspec.Raw:
 
 
 def _whole_message(line: bytes, terms: Outgoing[Any]) -> Outgoing[Any]:
-    """Return the message that a line of `send --messages` is."""
+    """Return the message in a line of `send --messages`."""
     try:
         read = msgspec.json.decode(line, type=_Line)
         body = msgspec.json.decode(read.body, type=_Base64).base64 if read.is_bytes else json_text(bytes(read.body))
@@ -116,7 +116,10 @@ def _whole_message(line: bytes, terms: Outgoing[Any]) -> Outgoing[Any]:
 
 
 def slices(stream: BinaryIO, read: Reader, *, blank: bool) -> Iterator[Slice]:
-    """Yield what may be stored as one; raise at a bad line, behind those before it. A `blank` line may be a message."""
+    """Yield messages that can be stored as one; raise the error of a bad line after those before it.
+
+    `blank`: even a blank line is a message.
+    """
     number = position = 0
     for lines in _arriving(stream):
         ready: list[Outgoing[Any]] = []
@@ -144,7 +147,7 @@ def _read_line(line: bytes, read: Reader) -> Outgoing[Any]:
 
 
 def _arriving(stream: BinaryIO) -> Iterator[list[bytes]]:
-    """Yield whole lines as they come, without waiting for more of them; one that is too long comes without its end."""
+    """Yield whole lines as they come, without waiting for more; a line that is too long comes without its end."""
     held = bytearray()
     with signals() as signalled:
         while len(held) <= LINE_MAX and (chunk := _next_chunk(stream.fileno(), signalled)):
@@ -158,7 +161,7 @@ def _arriving(stream: BinaryIO) -> Iterator[list[bytes]]:
 
 
 def _next_chunk(descriptor: int, signalled: int) -> bytes:
-    """Wait for what comes, and let a signal end the wait: its handler, such as Ctrl-C's, runs before the next turn."""
+    """Return the next input; a signal interrupts the wait, so that its handler, such as Ctrl-C's, runs at once."""
     while descriptor not in select.select([descriptor, signalled], [], [])[0]:
         os.read(signalled, READ_MAX)
     return os.read(descriptor, READ_MAX)

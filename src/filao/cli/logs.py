@@ -9,7 +9,7 @@ from filao.printable import printable
 
 _LINE = "%(asctime)s %(process)d %(levelname)s %(message)s"
 FIELDS = ("queue", "message_id", "attempt")
-"""What records of a worker carry beside their text."""
+"""The fields of a worker's records besides their text."""
 
 
 class TextFormatter(logging.Formatter):
@@ -24,7 +24,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes a record as JSON on one line, with the fields that it carries."""
+    """Writes a record as JSON on one line, with those of the `FIELDS` that it has."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -38,7 +38,7 @@ class JsonFormatter(logging.Formatter):
         written |= {field: getattr(record, field) for field in FIELDS if hasattr(record, field)}
         if record.exc_info:
             written["error"] = self.formatException(record.exc_info)
-        return json.dumps(written, default=str)  # in ASCII: whatever stands in it stays on its line
+        return json.dumps(written, default=str)  # in ASCII, so that it stays on one line whatever it holds
 
 
 def begin(level: str, form: str) -> None:

@@ -1,4 +1,4 @@
-"""`filao metrics`: a store's figures for Prometheus, and the alert rules and the dashboard that go with them."""
+"""`filao metrics`: a store's metrics for Prometheus, and the alert rules and the dashboard that go with them."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger("filao.metrics")
 
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"  # the content type of Prometheus' text format
-READ_WITHIN = ANSWERS_WITHIN - 1.0  # seconds for reading the store; a scrape after that says that it is not up
+READ_WITHIN = ANSWERS_WITHIN - 1.0  # seconds for reading the store, after which a scrape is told that it is not up
 _NOT_UP = b"# TYPE filao_store_up gauge\nfilao_store_up 0.0\n"
 
 
@@ -73,7 +73,7 @@ def metrics(
 
 
 def check_extra() -> None:
-    """Raise `ConfigurationError` when what writes metrics is not installed."""
+    """Raise `ConfigurationError` when the extra `prometheus` is not installed."""
     if not find_spec("prometheus_client"):
         raise ConfigurationError("metrics need prometheus-client: pip install 'filao[prometheus]'")
 
@@ -88,7 +88,7 @@ def _serve(collector: "StoreCollector", host: str, port: int) -> int:
 
 
 class Scraper:
-    """Answers scrapes; those that come while the store is being read get what that one gets."""
+    """Answers scrapes; those that come while the store is being read share its answer."""
 
     def __init__(self, collector: "StoreCollector") -> None:
         self._collector = collector
@@ -96,7 +96,7 @@ class Scraper:
         self._has_failed = False
 
     async def answer(self, path: bytes) -> Page:
-        """Return the metrics; of a store that does not answer, that it is not up."""
+        """Return the metrics, or that the store is not up if it does not answer in time."""
         if path not in (b"/metrics", b"/"):
             return Page(b"see /metrics\n", b"text/plain", b"404 Not Found")
         if self._reading is None or self._reading.done():

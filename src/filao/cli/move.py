@@ -58,7 +58,7 @@ async def _run(source: str, target: str, queues: tuple[str, ...], *, dry_run: bo
 
 
 async def _watched(here: Movable, there: Movable, queues: tuple[str, ...], planned: list[Moved]) -> list[Moved]:
-    """Move, and draw on the terminal how far it has come."""
+    """Move the queues, and draw on the terminal how far that has come."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress

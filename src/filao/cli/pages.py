@@ -1,8 +1,8 @@
 """Pages over HTTP for probes and scrapers: GET and HEAD, one request for each connection.
 
-It answers from a thread and a loop of its own, so also while a handler blocks the worker's. Strangers may reach its
-port: each connection has a few seconds in all, and when there are many the oldest makes room, so that half a request
-takes nothing from a probe.
+It answers from a thread and a loop of its own, so even while a handler blocks the worker's loop. Anybody may reach its
+port: each connection lasts a few seconds at most, and when there are many the oldest is closed, so that unfinished
+requests cannot keep a probe out.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from filao.cli.shell import usage
 log: logging.Logger = logging.getLogger("filao.worker")
 
 ANSWERS_WITHIN = 5.0  # seconds from a connection to its end
-CONNECTIONS_MAX = 32  # at once; a probe that comes then takes the place of the oldest
+CONNECTIONS_MAX = 32  # at once; one more takes the place of the oldest
 REQUEST_MAX = 8_192  # bytes of a request, headers included
 
 
@@ -32,7 +32,7 @@ class Page(NamedTuple):
 
 
 Answer = Callable[[bytes], Awaitable[Page]]
-"""Returns the page of a path; on the loop of the server."""
+"""Returns the page of a path; it is called on the server's loop."""
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def served(option: str, host: str, port: int, answer: Answer, *, name: str) -> G
 
 
 def address_of(option: str, given: str) -> tuple[str, int]:
-    """Return the host and port of `[HOST:]PORT`; loopback where no host is given."""
+    """Return the host and port of `[HOST:]PORT`; loopback if no host is given."""
     host, _, port = given.rpartition(":")
     if not port.isdecimal() or int(port) > 65_535:
         raise usage(f"{option} {given!r}: give a port, or HOST:PORT")

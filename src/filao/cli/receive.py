@@ -71,9 +71,7 @@ def receive(
 
 
 def _hand_over(broker: Broker, messages: Sequence[Message[Any]], *, raw: bool) -> int:
-    """Print messages, acknowledge those, give back what could not be printed or a slow reader left; return how many it
-    took.
-    """
+    """Print and acknowledge messages, give back what a slow reader left or was not printed; return how many were."""
     started, printed = time.monotonic(), 0
     try:
         for message in messages:
@@ -87,7 +85,7 @@ def _hand_over(broker: Broker, messages: Sequence[Message[Any]], *, raw: bool) -
 
 
 async def _settle(printed: Sequence[Message[Any]], unread: Sequence[Message[Any]]) -> None:
-    """Ack and release together, in one flush of the disk; tell of those that somebody else has by now."""
+    """Ack and release together, in one flush of the disk, and note the messages whose leases were lost."""
     acks = [inner_of(message).ack() for message in printed]
     releases = [inner_of(message).release() for message in unread if not message.settled]
     for outcome in await asyncio.gather(*acks, *releases, return_exceptions=True):

@@ -88,7 +88,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _opened(address: str, *, browser: bool) -> Callable[[str], None]:
-    """Return what says where the sandbox is, once it answers."""
+    """Return a function that says where the sandbox is, to be called once it answers."""
 
     def opened(folder: str) -> None:
         note(f"the sandbox is open: {address}   (Ctrl-C ends it)")

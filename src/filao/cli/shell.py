@@ -31,10 +31,10 @@ class OutputClosedError(Exception):
 
 
 class Number(click.FloatRange):
-    """A number within bounds; click's own lets `nan` pass, which is in none."""
+    """A number within bounds; click's own range lets `nan` pass."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number, or tell what is wrong with it."""
+        """Return the number, or fail with an error that says what is wrong."""
         number = super().convert(value, param, ctx)
         if isnan(number):
             self.fail(f"{value!r} is no number", param, ctx)
@@ -44,8 +44,8 @@ class Number(click.FloatRange):
 def addressed(arguments: tuple[str, ...], *, least: int, most: int) -> tuple[str, tuple[str, ...]]:
     """Return the URL and the other arguments, of which there are `least` to `most`.
 
-    The number of arguments tells whether the first is the URL. Where it cannot, because FILAO_URL is set and one more
-    argument is optional, the first is the URL if it holds what no queue's name may.
+    The number of arguments shows whether the first is the URL. If it does not, because FILAO_URL is set and one more
+    argument is optional, the first is the URL if it has a character that no queue's name has.
     """
     default = os.environ.get("FILAO_URL", "")
     with_url = least < len(arguments) <= most + 1
@@ -70,9 +70,9 @@ def usage(text: str) -> click.UsageError:
 
 @contextmanager
 def broker_at(url: str, queue: str = "QUEUE", *, create: bool = False) -> Generator[Broker]:
-    """Open the broker; a file that does not exist is created by `declare` alone, so that no typing error creates one.
+    """Open the broker; only `declare` creates a file that does not exist, so that no typing error does.
 
-    `queue` is the one that the command is about, for what is said when it is not there.
+    `queue` is the command's queue, for the hint if it does not exist.
     """
     file = file_of(url)
     if file is not None:
@@ -100,8 +100,8 @@ def broker_at(url: str, queue: str = "QUEUE", *, create: bool = False) -> Genera
 
 
 def read_anew(broker: Broker, read: Callable[[], T]) -> T:
-    """Read what is only watched; where its storage was replaced, open what lies there now and read that."""
-    broker.open()  # again, when that failed the last time
+    """Read what a command watches; if the storage was replaced, open what is there now and read that."""
+    broker.open()  # again, if it failed the last time
     try:
         return read()
     except OpenAgain:
@@ -111,7 +111,7 @@ def read_anew(broker: Broker, read: Callable[[], T]) -> T:
 
 
 def untold(broker: Broker, shown: str) -> str:
-    """Return what an engine does not tell of its queues, and what is `shown` for it; empty when it tells all."""
+    """Return what an engine does not tell of its queues, and what is `shown` instead; empty if it tells all."""
     if Feature.COUNTERS in broker.features:
         return ""
     return (
@@ -135,8 +135,8 @@ def as_json(value: object) -> bytes:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Return whether somebody sits there."""
-    return stream is not None and stream.isatty()  # Python has no stream where the shell closed it
+    """Return whether a stream is a terminal."""
+    return stream is not None and stream.isatty()  # it is None if the shell has closed it
 
 
 def standard_input() -> BinaryIO:
@@ -148,9 +148,7 @@ def standard_input() -> BinaryIO:
 
 @contextmanager
 def signals() -> Generator[int]:
-    """Yield a descriptor that can be read once a signal with a handler came: one that comes just before a wait for
-    input does not end that.
-    """
+    """Yield a descriptor that can be read once a signal has come, even one that comes just before the wait."""
     signalled, tell = os.pipe()
     os.set_blocking(signalled, False)
     os.set_blocking(tell, False)
@@ -171,7 +169,7 @@ def confirmed(command: str, question: str) -> bool:
 
 
 def print_lines(lines: Iterable[bytes]) -> None:
-    """Write lines to stdout, past every buffer: after this they are with its reader."""
+    """Write lines to stdout, past every buffer: once this returns, they are with the reader."""
     content = memoryview(b"".join(line + b"\n" for line in lines))
     if sys.stdout is None:
         raise OSError(errno.EBADF, "closed", "stdout")
@@ -185,15 +183,13 @@ def print_lines(lines: Iterable[bytes]) -> None:
 
 
 def note(text: str) -> None:
-    """Say something to the person who runs this; where stderr cannot be written, on a full disk say, nobody is told."""
+    """Write a note to the user on stderr, unless it cannot be written, as on a full disk."""
     with suppress(OSError):
         click.echo(f"filao: {safe(text)}", err=True)
 
 
 def safe(text: str) -> str:
-    """Return a text as stderr may show it: what came from others can do nothing there, and no argument shows a
-    password.
-    """
+    """Return a text that is safe on stderr: without control characters, and without the passwords of arguments."""
     for given in [*sys.argv[1:], os.environ.get("FILAO_URL", "")]:
         shown = shown_url(given)
         if shown != given:
@@ -202,7 +198,7 @@ def safe(text: str) -> str:
 
 
 def shown_body(body: object) -> dict[str, object]:
-    """Return a body as JSON holds it, with the mark that tells bytes from an object that looks like them."""
+    """Return a body as JSON can hold it, with a mark that tells bytes from an object that looks the same."""
     if isinstance(body, bytes):
         return {"body": {"base64": body}, "bytes": True}
     return {"body": body, "bytes": False}

@@ -92,7 +92,7 @@ def doctor(*, arguments: tuple[str, ...], wants_json: bool) -> int:
 
 
 def _examined(url: str) -> list[Finding]:
-    """Examine the storage; a file that cannot even be opened has that for its finding."""
+    """Examine the storage; if a file cannot even be opened, that is the finding."""
     file = file_of(url)
     was_there = file is not None and file.exists()
     try:

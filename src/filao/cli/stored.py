@@ -34,6 +34,7 @@ from filao.sync import Broker, call_on, door_of
 
 SEARCHED_MAX = 1_000_000  # messages that one search looks at: some minutes
 _SEARCHED_AT_ONCE = 1_000  # messages of one page: with bodies of 256 KiB, what memory holds
+
 _Choice = Callable[[StoredMessage], bool]
 _json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
 _state = click.Choice([state.value for state in State])
@@ -131,7 +132,7 @@ def _of_id(broker: Broker, name: str, message_id: str, state: str | None) -> lis
 def _search(
     broker: Broker, name: str, state: State, fits: _Choice, *, after: str | None, limit: int
 ) -> Iterator[StoredMessage]:
-    """Yield up to `limit` messages that fit, from page after page."""
+    """Yield up to `limit` messages that fit, page by page."""
     for _ in range(SEARCHED_MAX // _SEARCHED_AT_ONCE):
         page = broker.peek(name, state=state, limit=_SEARCHED_AT_ONCE, after=after)
         fitting = [message for message in page if fits(message)][:limit]
@@ -249,7 +250,7 @@ def _of_kind(broker: Broker, name: str, reason: str | None, kind: str | None, li
 
 
 def _in_slices(ids: Sequence[str], rate: float | None, work: Callable[[Sequence[str]], int]) -> int:
-    """Do something to messages, at most `rate` of them per second, also after a step that took long."""
+    """Work on messages in slices, at most `rate` of them per second, even after a slice that took long."""
     size = _SEARCHED_AT_ONCE if rate is None else max(1, min(_SEARCHED_AT_ONCE, round(rate / 5)))
     due = time.monotonic()
     with Tally() as tally:
@@ -262,7 +263,7 @@ def _in_slices(ids: Sequence[str], rate: float | None, work: Callable[[Sequence[
 
 
 def _said(name: str, ids: Sequence[str], count: int, limit: int | None) -> int:
-    """Return the exit code; say so when an id names no dead letter, or there was none."""
+    """Return the exit code; note when an id names no dead letter, or there was none."""
     wanted = min(len(set(ids)), limit or len(ids)) if ids else 1
     if count < wanted:
         note(f"{wanted - count} of {wanted} ids are of no dead letter of queue {name!r}" if ids else "no dead letters")

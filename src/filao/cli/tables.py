@@ -1,4 +1,4 @@
-"""Tables, ages and whole messages, as somebody at a terminal reads them; text from others is never read as markup."""
+"""Tables, ages and whole messages on a terminal; text from others is never read as markup."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,8 +20,10 @@ def draw(
     keeps: int = 0,
     styles: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw a table on the terminal; `figures`, to the right of the first column, are never broken, nor are the first
-    `keeps`.
+    """Draw a table on the terminal.
+
+    `figures`: all columns but the first hold numbers, which are aligned to the right and never broken. Nor are the
+    first `keeps` columns.
 
     `styles` are those of words in the first column. Text from others is never read as markup.
     """
@@ -76,7 +78,7 @@ def draw_stored(messages: Sequence[StoredMessage], state: State) -> None:
 
 
 def tell(message: StoredMessage) -> None:
-    """Print all that is known of one message."""
+    """Print everything that is known of one message."""
     for line in _story(message):
         click.echo(line)
 

@@ -9,7 +9,7 @@ from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, pr
 from filao.cli.tables import draw
 from filao.engine import Event
 
-SHOWN_MAX = 120  # characters of what a failure said: its last line, in a table
+SHOWN_MAX = 120  # characters of an error's last line in a table
 
 
 @click.command()

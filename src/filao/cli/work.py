@@ -108,7 +108,7 @@ async def _supervise(command: list[str], processes: int, address: tuple[str, int
 
 
 async def _reload(supervisor: Supervisor, folder: Path) -> None:
-    """Renew the processes whenever a source file below a folder was changed, came or went."""
+    """Renew the processes whenever a source file below a folder changes, comes or goes."""
     seen = _sources(folder)
     while True:
         await asyncio.sleep(LOOKED_EVERY)
@@ -121,7 +121,7 @@ async def _reload(supervisor: Supervisor, folder: Path) -> None:
 
 
 def _sources(folder: Path) -> set[tuple[str, int]]:
-    """Return the source files below a folder with their times, but not those of hidden folders and environments."""
+    """Return the source files below a folder with their times, except those in hidden folders and environments."""
     found: set[tuple[str, int]] = set()
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in NOT_WATCHED]
@@ -159,7 +159,7 @@ async def _work(
 
 
 def _has_ended(executor: ThreadPoolExecutor) -> bool:
-    """Return whether the threads of `asyncio.to_thread` end in a moment; a cancelled call leaves one running."""
+    """Return whether the threads of `asyncio.to_thread` end in time; a cancelled call leaves its thread running."""
     ending = threading.Thread(target=executor.shutdown, daemon=True)
     ending.start()
     ending.join(ENDS_WITHIN)
@@ -168,7 +168,7 @@ def _has_ended(executor: ThreadPoolExecutor) -> bool:
 
 @contextmanager
 def _measured(worker: Worker, metrics: str | None, slot: int) -> Generator[None]:
-    """Serve what a worker's process measures."""
+    """Serve the metrics of a worker's process."""
     if metrics is None:
         yield
         return
@@ -225,7 +225,7 @@ def _load(target: str) -> Worker:
 
 
 def _is_used_up(worker: Worker, max_messages: int | None, max_memory: int | None) -> Callable[[], bool]:
-    """Return whether a process has handled, or grown to, as much as one may."""
+    """Return a function that tells whether this process has handled, or grown to, as much as it may."""
 
     def is_used_up() -> bool:
         return bool(
@@ -237,7 +237,7 @@ def _is_used_up(worker: Worker, max_messages: int | None, max_memory: int | None
 
 
 def _memory() -> int:
-    """Return this process's resident memory in bytes; its highest so far where the system does not tell the present."""
+    """Return this process's resident memory in bytes; where the system does not tell, its highest so far."""
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     except OSError:

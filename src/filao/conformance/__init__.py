@@ -1,9 +1,8 @@
-"""The contract, as checks that any engine can be run against: what `send`, `receive` and the rest promise, line by
-line.
+"""The contract, as checks that run against any engine: what `send`, `receive` and the rest promise, line by line.
 
-Each `check_…` is a coroutine function that is given a `Stage`: a broker, a clock that can be moved, and a way to open a
-second broker on the same storage. It raises `AssertionError` when a promise does not hold. `checks(features)` lists
-those that an engine with these features must pass. Nothing here knows an engine, and no test framework is needed.
+Each `check_…` is a coroutine function that gets a `Stage`: a broker, a clock that can be moved, and a way to open a
+second broker on the same storage. It raises `AssertionError` when a promise does not hold. `checks(features)` lists the
+checks that an engine with these features must pass. Nothing here knows an engine or needs a test framework.
 """
 
 from filao.conformance import control, delivery, effects, failure, history, ordering, sending

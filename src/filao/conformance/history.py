@@ -1,4 +1,4 @@
-"""What is written down of a message's life, where its queue says so."""
+"""What is remembered of a message's life, if its queue says so."""
 
 import asyncio
 from typing import Any

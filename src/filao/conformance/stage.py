@@ -1,4 +1,4 @@
-"""Where a check plays, how it speaks, and how it is entered into the contract."""
+"""What checks are given, the words that they use, and how they are entered into the contract."""
 
 import asyncio
 import time
@@ -14,14 +14,14 @@ from filao.errors import FilaoError
 from filao.message import Message
 from filao.queue import EMULATED, Queue
 
-SOON = 10.0  # seconds that a check waits for what should come at once, before it calls it missing
+SOON = 10.0  # seconds that a check waits for what should come at once
 
 
 @dataclass(slots=True)
 class Stage:
-    """Where a check plays: `broker` is open; `advance` lets so many seconds pass; `connect` opens another broker.
+    """What a check is given: `broker` is open; `advance` lets so many seconds pass; `connect` opens another broker.
 
-    `slack` is how many seconds late the engine's clock may be: none where `advance` moves it.
+    `slack` is by how many seconds the engine's clock may be late: 0 if `advance` moves it.
     """
 
     broker: Broker
@@ -44,21 +44,21 @@ class Stage:
         return [(await self.broker.send_to_queue(queue, body, **terms)).id for body in bodies]
 
     async def next(self, queue: Queue[Any], **terms: Any) -> Message[Any]:
-        """Receive what must be there."""
+        """Receive a message that must be there."""
         message = await self.broker.receive_from_queue(queue, wait=0, **terms)
         if message is None:
             raise AssertionError(f"nothing to receive from {queue.name}")
         return message
 
     async def back(self, queue: Queue[Any]) -> Message[Any]:
-        """Receive what must come back, though it may take a moment."""
+        """Receive a message that must come back, which may take a moment."""
         message = await self.broker.receive_from_queue(queue, wait=SOON)
         if message is None:
             raise AssertionError(f"nothing came back to {queue.name}")
         return message
 
     async def nothing(self, queue: Queue[Any]) -> None:
-        """Find that nothing can be received."""
+        """Check that nothing can be received."""
         equal(await self.broker.receive_from_queue(queue, wait=0), None)
 
     async def drain(self, queue: Queue[Any]) -> list[Any]:
@@ -70,18 +70,18 @@ class Stage:
         return bodies
 
     async def drain_back(self, queue: Queue[Any]) -> list[Any]:
-        """Drain what must come back."""
+        """Wait for a message that must come back, and drain the queue."""
         first = await self.back(queue)
         await first.ack()
         return [first.body, *await self.drain(queue)]
 
     def unused(self, *messages: Message[Any]) -> None:
-        """Find that messages came back without having used an attempt, where the engine promises it."""
+        """Check that messages came back without having used an attempt, if the engine promises that."""
         if Feature.RELEASE in self.broker.features:
             equal([message.attempt for message in messages], [1] * len(messages))
 
     async def counted(self, queue: Queue[Any], *, ready: int, **counters: int) -> None:
-        """Find so many ready messages, and the counters where the engine has them."""
+        """Check how many messages are ready and, if the engine has them, other counters."""
         wanted = {"ready": ready} | (
             {
                 name: count
@@ -124,7 +124,7 @@ def needs(*features: Feature) -> Callable[[Check], Check]:
 
 
 def equal(found: object, wanted: object) -> None:
-    """Raise `AssertionError` unless both are equal; unlike `assert` also under `python -O`."""
+    """Raise `AssertionError` unless both are equal, even under `python -O`, which skips `assert`."""
     if found != wanted:
         raise AssertionError(f"found {repr(found)[:500]}, wanted {repr(wanted)[:500]}")
 

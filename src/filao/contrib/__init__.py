@@ -1,1 +1,1 @@
-"""What fits Filao into frameworks; each is imported only by those who have it installed."""
+"""Filao in frameworks; each package here is imported only by programs that have the framework installed."""

@@ -1,7 +1,7 @@
 """The dashboard: watch queues, find out why messages died, and send them back.
 
-`app` returns an ASGI application that Starlette, FastAPI or Django mount under any prefix; `filao dashboard` serves it
-alone. It needs the extra `dashboard`. See `door.py` for whom it lets in, `watch.py` for what it costs.
+`app` returns an ASGI application that Starlette, FastAPI or Django can mount under any prefix; `filao dashboard` serves
+it alone. It needs the extra `dashboard`. See `door.py` for whom it lets in, and `watch.py` for what it costs.
 """
 
 from collections.abc import Collection, Sequence
@@ -36,9 +36,9 @@ class Dashboard:
         await self._door(scope, receive, send)
 
     async def close(self) -> None:
-        """End what was begun here, live pages included; the broker stays open.
+        """End all that has begun here, including live pages; the broker stays open.
 
-        Deeds that were under way are noted down as stopped.
+        Deeds under way are recorded as stopped.
         """
         for one in self._closing:
             await one.close()
@@ -54,13 +54,13 @@ def app(
     redact: Redact | None = None,
     queues: Sequence[Queue[Any]] = (),
 ) -> Dashboard:
-    """Return the dashboard of a broker, which it opens when it is first asked; give it a broker of its own.
+    """Return the dashboard of a broker, which it opens at the first request; give it a broker of its own.
 
-    Without `token` and `admit` it answers to its own machine alone. With `token` it asks for that; `admit` is given the
-    ASGI scope and returns who it is that asks, or None for those who may not come in. `hosts` are the names that it
-    answers to, None for any. With `allow_actions` it may also redrive, discard, purge and pause; each is written into a
-    log in the store. `redact` returns a message as it may be shown. `queues` have the types that edited bodies must
-    fit. Raises `ConfigurationError` when others could come in without being asked who they are.
+    Without `token` and `admit` it answers only its own machine. With `token` it asks for that. `admit` gets the ASGI
+    scope and returns the name of the user, or None for one that is not let in. `hosts` are the host names that it
+    answers to; None: any. With `allow_actions` it can also redrive, discard, purge and pause; each such deed is written
+    into a log in the store. `redact` returns a message as it may be shown. `queues` have the types that edited bodies
+    must fit. Raises `ConfigurationError` when other machines could use it without a token or `admit`.
     """
     token = None if token is None else token.strip()  # a file of secrets may end in a line end, which nobody types
     if token is not None and len(token) < TOKEN_LEAST:

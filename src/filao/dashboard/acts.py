@@ -1,6 +1,6 @@
-"""What an operator can do on a page: read from a form, checked, and carried out as a job.
+"""What an operator can do on a page: it is read from a form, checked, and carried out as a job.
 
-Everything here has its twin on the command line, which the page that asks for a confirmation shows.
+Each act has a command that does the same, which the page shows that asks for a confirmation.
 """
 
 import shlex
@@ -31,7 +31,7 @@ WHATS: dict[str, tuple[set[str], ...]] = {
     "pause": (set(), {"group"}),
     "resume": (set(), {"group"}),
 }
-"""What can be done, and of what of a queue: with anything else beside it the log would tell of less than was done."""
+"""What can be done, and the sets of fields that may choose a part of the queue; the log can describe no others."""
 ABOUT_MAX = 400  # characters of what the log says that a deed was about
 
 
@@ -42,21 +42,21 @@ class Act:
     what: str
     queue: str
     id: str | None = None
-    """Of one message."""
+    """The id of the one message that it is about."""
     reason: str | None = None
-    """Of a kind of dead letters, with `error`."""
+    """With `error`, the kind of dead letters that it is about."""
     error: str | None = None
     group: str | None = None
-    """Of a group that is to stop or to go on."""
+    """The group that should stop or go on."""
 
     def packed(self) -> str:
-        """Return it as a button carries it."""
+        """Return it as the value of a button."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         return urlencode({name: value for name, value in fields.items() if value is not None})
 
     @property
     def about(self) -> str:
-        """What of the queue, for the log."""
+        """Which part of the queue, for the log."""
         if self.id is not None:
             return f"id {self.id}"
         if self.group is not None:
@@ -84,7 +84,7 @@ class Act:
 
 
 def unpacked(text: str) -> Act | None:
-    """Return what a button carries; None for what no button of ours does."""
+    """Return the act in a button's value; None for a value that no button of ours has."""
     try:
         fields = dict(parse_qsl(text.replace("%00", "%E2%90%80"), keep_blank_values=True, max_num_fields=10))
         act = Act(**fields)
@@ -96,7 +96,7 @@ def unpacked(text: str) -> Act | None:
 
 
 def rate_of(text: str) -> float | None:
-    """Return how many messages a second a form asks for; None: as fast as it goes. Raises `ConfigurationError`."""
+    """Return the rate of a form in messages per second; None: as fast as possible. Raises `ConfigurationError`."""
     if not text.strip():
         return None
     try:
@@ -109,7 +109,7 @@ def rate_of(text: str) -> float | None:
 
 
 def wanted(act: Act, queue: QueueStats | None, kind: int) -> int:
-    """Return how many messages it is about: of a kind of dead letters as many as were told apart."""
+    """Return how many messages an act is about; `kind` is how many dead letters of its kind are known."""
     if act.id is not None:
         return 1
     if queue is None or act.what in ("pause", "resume"):
@@ -120,7 +120,7 @@ def wanted(act: Act, queue: QueueStats | None, kind: int) -> int:
 
 
 def bounds(act: Act, queue: QueueStats | None) -> list[str]:
-    """Return by name the bounds that a deed meets, of which the page that asks for a confirmation tells."""
+    """Return the names of the bounds that an act meets, which the page explains that asks for a confirmation."""
     dead = 0 if queue is None else queue.dead
     if act.what not in ("redrive", "discard") or act.id is not None:
         return []
@@ -137,11 +137,11 @@ class Doing:
         self._typed = {queue.name: queue for queue in queues}
 
     def deed(self, act: Act, who: str, how_many: int) -> Deed:
-        """Return what the log is told before it is done."""
+        """Return the entry for the log before an act is done."""
         return Deed(who, act.what, act.queue, act.about, wanted=how_many)
 
     async def do(self, act: Act, body: str, rate: float | None, job: Job) -> None:
-        """Carry out; `job` is told how far it came."""
+        """Carry out an act, and keep in `job` how far it has come."""
         match act.what:
             case "pause":
                 await self._broker.pause(act.queue, group=act.group)
@@ -163,12 +163,11 @@ class Doing:
         def step(ids: Sequence[str]) -> Awaitable[int]:
             return broker.redrive(queue, ids=ids) if act.what == "redrive" else broker.discard(queue, ids=ids)
 
-        goes_by_steps = (
-            rate is not None or State.READY in self._overview().sees
-        )  # each step of RabbitMQ goes through all
+        is_each_step_cheap = State.READY in self._overview().sees  # on RabbitMQ, each step goes through all
+        goes_by_steps = rate is not None or is_each_step_cheap
         is_of_all = act.id is None and act.reason is None
         ids = [act.id] if act.id is not None else await self._chosen(act) if goes_by_steps or not is_of_all else []
-        if is_of_all and rate is None and (len(ids) == CHOSEN_MAX or not goes_by_steps):  # the engine knows which
+        if is_of_all and rate is None and (len(ids) == CHOSEN_MAX or not goes_by_steps):  # the engine does them all
             job.done = await (broker.redrive(queue) if act.what == "redrive" else broker.purge(queue, state=State.DEAD))
             return
         job.wanted = len(ids)
@@ -178,7 +177,7 @@ class Doing:
             job.done = await step(ids)
 
     async def _chosen(self, act: Act) -> list[str]:
-        """Return the ids of a kind: fixed when it begins, or what dies again would never end."""
+        """Return the ids of the dead letters of an act, fixed now, so that it ends even if they die again."""
         chosen: list[str] = []
         async for letter in dead_letters(self._overview(), act.queue, CHOSEN_MAX):
             fits = act.reason is None or (letter.reason or "") == act.reason
@@ -187,12 +186,12 @@ class Doing:
         return chosen
 
     async def _untyped(self, queue: str) -> str | Queue[Any]:
-        """Return a queue that takes a body as it was typed in: its type would drop what it does not know."""
+        """Return a queue without its type, which would drop fields that it does not know from an edited body."""
         declared = {known.name: known for known in await self._broker.queues()}
         return replace(declared[queue], body=None) if queue in declared else queue
 
     def checked(self, queue: str, text: str) -> Any:
-        """Return an edited body. Raises `MessageError` when it is no JSON, or its queue's type cannot read it."""
+        """Return an edited body. Raises `MessageError` when it is no JSON, or does not fit its queue's type."""
         try:
             plain = msgspec.json.decode(text)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:

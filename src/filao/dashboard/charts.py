@@ -1,6 +1,6 @@
-"""Charts as SVG, drawn here: the browser runs nothing for them, and a strict policy lets them through.
+"""Charts as SVG, drawn on the server: they need no script, and a strict content security policy allows them.
 
-Colours are the style sheet's, by class. Each has a text for those who do not see it.
+Their classes get their colours from the style sheet. Each chart has a text for people who cannot see it.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 120, 24  # of a sparkline, in its own units
-WIDE, HIGH = 600, 120  # of a chart
+WIDE, HIGH = 600, 120  # of a chart, in its own units
 
 
 def sparkline(points: Sequence[float], says: str) -> Markup:
@@ -21,7 +21,7 @@ def sparkline(points: Sequence[float], says: str) -> Markup:
 
 
 def chart(lines: Sequence[tuple[str, Sequence[float]]], says: str, top: str) -> Markup:
-    """Return lines by class over one another, on one scale, whose highest value is written beside it."""
+    """Return several lines, each with its class, on one scale, whose highest value `top` is written beside it."""
     highest = max((value for _, points in lines for value in points), default=0.0)
     drawn = Markup("").join(_drawn(_line(points, WIDE, HIGH - 4, highest), name) for name, points in lines)
     return Markup(

@@ -1,7 +1,7 @@
-"""Whom the dashboard lets in: this machine, or those who have shown a token, or those whom the application admits.
+"""Whom the dashboard lets in: this machine, or users who have given the token, or those whom the application admits.
 
-The cookie of a session is signed with a key that is made from the token, so that any process with this token knows it,
-and nothing is remembered. Each session has a proof, which every form carries: a page of another site cannot know it.
+The cookie of a session is signed with a key derived from the token, so that every process with this token accepts it,
+and nothing need be remembered. Each session has a proof, which every form contains and no page of another site knows.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ from filao.door import LOOPBACK, Guesses, cookie_of, is_of_host, is_of_other_sit
 from filao.languages import LANGUAGES
 from filao.printable import printable
 
-TOKEN_LEAST = 12  # characters: fewer can be guessed from a cookie that was seen
+TOKEN_LEAST = 12  # characters: a shorter token could be guessed from a cookie
 SESSION_LASTS = 12 * 3_600  # seconds
-NAME_MAX = 64  # characters of the name that somebody gives with the token
-FORM_MAX = 2 * 1024 * 1024  # bytes: an edited body, and what stands around it ...
+NAME_MAX = 64  # characters of the name that a user gives with the token
+FORM_MAX = 2 * 1024 * 1024  # bytes: an edited body, and the other fields ...
 ENTER_MAX = 16 * 1024  # ... and a token and a name: what strangers send is held in memory while it comes
-FORM_DRAINED = 16 * 1024 * 1024  # bytes that are read of one that is too large: amid sending, browsers read no answer
+FORM_DRAINED = 16 * 1024 * 1024  # bytes read of a form that is too large: browsers read no answer while they send
 FORM_WITHIN = 30.0  # seconds for a form to come: the bound of every wait
 
 SAFE = door.SAFE | {
@@ -63,11 +63,11 @@ OUR_PAGE = re.compile(rf"/(?:{'|'.join(LANGUAGES)})/[a-z]+(?:\?.*)?", re.DOTALL)
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 Admit = Callable[[Scope], str | None]
-"""Returns who it is that asks, for the log, or None for those who may not come in."""
+"""Returns the user's name for the log, or None for one that is not let in."""
 
 
 class FormError(Exception):
-    """A form that nothing is done with: one of `BAD_FORMS`."""
+    """A form cannot be used, for one of the reasons in `BAD_FORMS`."""
 
     def __init__(self, what: str, most: int) -> None:
         super().__init__(what)
@@ -78,18 +78,18 @@ class FormError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Visitor:
-    """Somebody who was let in."""
+    """A user who was let in."""
 
     who: str
-    """For the log."""
+    """Their name for the log."""
     proof: str
-    """What their forms must carry."""
+    """The proof that their forms must contain."""
     has_session: bool
-    """They came in by a token, and can leave."""
+    """Whether they came in with the token, and so can leave."""
 
 
 class Door:
-    """Lets in, or says why not; behind it, `scope["filao_visitor"]` tells who it is."""
+    """Lets visitors in, or says why not; behind it, `scope["filao_visitor"]` is the `Visitor`."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Door:
         self._cookie = f"filao_{hashlib.sha256(self._key).hexdigest()[:8]}"  # ports share cookies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or let through."""
+        """Answer a request, or let it through."""
         if scope["type"] != "http":
             if scope["type"] == "websocket":
                 await receive()
@@ -203,7 +203,7 @@ class Door:
         return response
 
     def _session(self, cookie: str) -> str:
-        """Return the session that a cookie proves; empty when it proves none, or it is over."""
+        """Return the session in a cookie; empty when its signature is wrong or the session is over."""
         body, _, signature = cookie.rpartition(".")
         if not body or not hmac.compare_digest(signature.encode(), self._sign(body).encode()):
             return ""
@@ -215,9 +215,9 @@ class Door:
 
 
 async def read_form(receive: Receive, most: int = FORM_MAX) -> dict[str, str]:
-    """Return the fields of a form of at most so many bytes, of which each counts once.
+    """Return the fields of a form of at most so many bytes, and of each its first value.
 
-    Raises `FormError` when it is too large, or not whole: half of a number is a number.
+    Raises `FormError` when it is too large, or did not arrive whole: even half a number is a number.
     """
     content, size, more = bytearray(), 0, True
     try:
@@ -240,18 +240,18 @@ async def read_form(receive: Receive, most: int = FORM_MAX) -> dict[str, str]:
 
 
 def is_loopback_only(hosts: Collection[str] | None) -> bool:
-    """Return whether a dashboard answers to names of its own machine alone."""
+    """Return whether these are only names of the machine itself."""
     return hosts is not None and set(hosts) <= set(LOOPBACK)
 
 
 def _new_session(name: str) -> str:
-    """Return what a cookie is to prove: something random, when it ends, and how somebody calls themselves."""
+    """Return a session for a cookie: something random, when it ends, and the name that the user gave."""
     called = base64.urlsafe_b64encode(printable(name.strip())[:NAME_MAX].encode(errors="replace")).decode().rstrip("=")
     return f"{secrets.token_urlsafe(18)}.{int(time.time()) + SESSION_LASTS}.{called}"
 
 
 def _named(session: str, client: str) -> str:
-    """Return who a session is for the log: the name that was given with the token, or the server's own user."""
+    """Return a session's name for the log: the one that was given with the token, or the server's own user."""
     called = session.rpartition(".")[2]
     name = base64.urlsafe_b64decode(called + "=" * (-len(called) % 4)).decode(errors="replace")
     return f"{name or _user()} ({client})"

@@ -1,6 +1,6 @@
-"""What operators do here: each deed is written into the log before it begins, and how far it came when it ends.
+"""What operators do here: each deed is written into the log before it begins, and its result when it ends.
 
-A deed that takes long goes on without the page that asked for it: any page shows how far it is, after a reload too.
+A long deed goes on without the page that asked for it: every page shows how far it is, even after a reload.
 """
 
 import asyncio
@@ -17,22 +17,22 @@ from filao.overview import Deed, Overview
 log: logging.Logger = logging.getLogger("filao.dashboard")
 
 RUNNING_MAX = 16  # deeds at a time
-REMEMBERED_MAX = 100  # deeds that pages can ask for; the log has all
-RECORDED_EVERY = 1.0  # seconds between two notes of how far a deed has come
+REMEMBERED_MAX = 100  # deeds that pages can ask for; the log has more
+RECORDED_EVERY = 1.0  # seconds between two entries of how far a deed has come
 SLICE = 500  # messages of one step: a few milliseconds of the database's time
 RATE_MAX = 10_000.0  # messages per second
-TICKS = 5  # steps per second of a deed that is told its rate
-AWAY_MAX = 600.0  # seconds that a deed, and the note of its end, wait for a store that is away
-ASKS_EVERY = 1.0  # seconds between two attempts while it is
-ENDS_WITHIN = 5.0  # seconds for noting down what was stopped, when the dashboard closes
+TICKS = 5  # steps per second of a deed with a rate
+AWAY_MAX = 600.0  # seconds that a deed, and the entry of its end, wait for a store that is away
+ASKS_EVERY = 1.0  # seconds between two attempts meanwhile
+ENDS_WITHIN = 5.0  # seconds for stopping deeds and recording that, when the dashboard closes
 DONE, STOPPED = "done", "stopped"
 
 Step = Callable[[Sequence[str]], Awaitable[int]]
-"""Does it to messages with these ids, and returns to how many it did."""
+"""Does one step of a deed to the messages with these ids, and returns how many it has done."""
 
 
 class TooMuchError(Exception):
-    """So many deeds are under way that no more is begun."""
+    """So many deeds are under way that no other may begin."""
 
 
 class StoppedError(Exception):
@@ -41,43 +41,43 @@ class StoppedError(Exception):
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A deed, here."""
+    """A deed as this dashboard carries it out."""
 
     number: int
-    """Its number in the log, by which every dashboard of the store knows it; one of our own, where there is no log."""
+    """Its number in the log, by which every dashboard of the store knows it; our own number, if there is no log."""
     deed: Deed
     wanted: int
-    """How many messages it is about: as many as were known when it began, then as many as were chosen."""
+    """How many messages it is about: first as many as were known, then as many as were chosen."""
     done: int = 0
     unanswered: int = 0
-    """Messages that a step no longer found which was taken again, because the store went away before it answered."""
+    """Messages that a repeated step no longer found: the store went away before it answered for them."""
     outcome: str = ""
-    """Empty while it goes on; as `Deed.outcome`."""
+    """As `Deed.outcome`; empty while it goes on."""
     is_elsewhere: bool = False
-    """Told by the log alone: without an outcome it goes on in another process, or its process died."""
+    """Whether it was read from the log: if it has no outcome, another process goes on with it, or died."""
     task: "asyncio.Task[None] | None" = field(default=None, repr=False)
     stopping: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
-    """Set when somebody wants it to stop; it does so between two steps."""
+    """Set when somebody wants it to stop, which it does between two steps."""
     can_stop: bool = False
-    """It goes by steps; what an engine does all at once is seen through."""
+    """Whether it goes by steps; what an engine does all at once cannot be stopped."""
     ended: float = 0.0
-    """When, by the monotonic clock; 0 while it goes on."""
+    """When it ended, by the monotonic clock; 0 while it goes on."""
 
 
 class Jobs:
-    """Belongs to one event loop."""
+    """The jobs of one dashboard. They belong to one event loop."""
 
     def __init__(self, overview: Callable[[], Overview]) -> None:
         self._overview = overview
         self._jobs: dict[int, Job] = {}
-        self._last = int(time.time() * 1000)  # a page that was told of a job before a restart must not meet another
+        self._last = int(time.time() * 1000)  # so that the number of a job from before a restart is not given again
 
     def of(self, number: int) -> Job | None:
         """Return a job that is remembered."""
         return self._jobs.get(number)
 
     async def told(self, number: int) -> Job | None:
-        """Return a job that is remembered, or what the log tells of one that another process began."""
+        """Return a job that is remembered, or one that another process began, from the log."""
         if (job := self._jobs.get(number)) is not None or not number or (kept := self._overview().log) is None:
             return job
         for deed in await kept.deeds(1, number + 1):
@@ -86,11 +86,11 @@ class Jobs:
         return None
 
     def running(self) -> list[Job]:
-        """Return the jobs that go on, and those that ended lately, the latest first."""
+        """Return the jobs that go on, the latest first."""
         return [job for job in reversed(self._jobs.values()) if not job.outcome]
 
     async def begin(self, deed: Deed, work: Callable[[Job], Awaitable[None]]) -> Job:
-        """Write a deed into the log and begin it; what cannot be written down is not done.
+        """Write a deed into the log and begin it; a deed that cannot be written there is not done.
 
         Raises `TooMuchError`, and what the log raises.
         """
@@ -114,12 +114,12 @@ class Jobs:
         return job
 
     def stop(self, number: int) -> None:
-        """End a job after the step that it is at; what it has done stays done."""
+        """Stop a job after its present step; what it has done stays done."""
         if (job := self._jobs.get(number)) is not None:
             job.stopping.set()
 
     async def close(self) -> None:
-        """End all, after the steps that they are at; what takes longer than `ENDS_WITHIN` is left in the middle."""
+        """Stop all jobs after their present steps; a step that takes longer than `ENDS_WITHIN` is cancelled."""
         tasks: set[asyncio.Task[None]] = set()
         for job in self._jobs.values():
             job.stopping.set()
@@ -144,7 +144,7 @@ class Jobs:
             outcome = str(error)
             job.done += error.done
         except asyncio.CancelledError:
-            pass  # what stopped it is told by its outcome
+            pass  # its outcome says that it was stopped
         except Exception as error:
             log.exception("%s of queue %r failed", job.deed.what, job.deed.queue)
             outcome = type(error).__name__
@@ -153,7 +153,7 @@ class Jobs:
             await self._end(job, outcome)
 
     async def _end(self, job: Job, outcome: str) -> None:
-        """Note down how it ended, where it is told at once, and later where the store is away."""
+        """Record how a job ended, at once or, if the store is away, when it is back."""
         log.info("%s of queue %r: %s, %d messages", job.deed.what, job.deed.queue, outcome, job.done)
         try:
             trouble = await self._noted(job, outcome)
@@ -167,7 +167,7 @@ class Jobs:
             log.warning("the log was not told how %s of queue %r ended: %s", job.deed.what, job.deed.queue, trouble)
 
     async def _noted(self, job: Job, outcome: str) -> FilaoError | None:
-        """Tell the log how a job ended; return why it could not be told."""
+        """Write into the log how a job ended; return the error if that fails."""
         try:
             if (kept := self._overview().log) is not None:
                 await kept.record(job.number, job.done, outcome)
@@ -176,7 +176,7 @@ class Jobs:
         return None
 
     async def _record(self, job: Job) -> None:
-        """Note how far a job is, every now and then."""
+        """Record every now and then how far a job is."""
         noted = 0
         while (kept := self._overview().log) is not None:
             await asyncio.sleep(RECORDED_EVERY)
@@ -188,9 +188,9 @@ class Jobs:
 
 
 async def in_slices(job: Job, ids: Sequence[str], step: Step, rate: float | None) -> None:
-    """Do something to messages, slice by slice; at most `rate` of them a second, also after a step that took long.
+    """Take steps, slice by slice, with at most `rate` messages per second, even after a step that took long.
 
-    A step that has begun is seen through and counted. Raises `StoppedError` when somebody stops it in between.
+    A step that has begun is finished and counted. Raises `StoppedError` when somebody stops the job in between.
     """
     size = SLICE if rate is None else max(1, min(SLICE, round(rate / TICKS)))
     due, job.can_stop = time.monotonic(), True
@@ -198,14 +198,14 @@ async def in_slices(job: Job, ids: Sequence[str], step: Step, rate: float | None
         if job.stopping.is_set():
             raise StoppedError
         done = await _seen_through(job, ids[first : first + size], step)
-        job.done += done  # not before it is known: the step counts too
+        job.done += done  # not `job.done += await …`: the step itself adds what an error has counted
         if rate is not None:
             due = max(due + size / rate, time.monotonic())
             await _rested(job, due - time.monotonic())
 
 
 async def _seen_through(job: Job, ids: Sequence[str], step: Step) -> int:
-    """Take a step, again and again while the store is away: what it has done already, it does not do twice."""
+    """Take a step, again and again while the store is away; a repeated step does nothing twice."""
     until, is_again, before = time.monotonic() + AWAY_MAX, False, job.done
     while True:
         try:
@@ -224,7 +224,7 @@ async def _seen_through(job: Job, ids: Sequence[str], step: Step) -> int:
 
 
 async def _rested(job: Job, seconds: float) -> None:
-    """Wait until that many seconds are over, or somebody stops the job."""
+    """Wait so many seconds, or until somebody stops the job."""
     with suppress(TimeoutError):
         async with asyncio.timeout(max(0.0, seconds)):
             await job.stopping.wait()

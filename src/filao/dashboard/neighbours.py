@@ -1,6 +1,7 @@
-"""Which user of this machine a connection over loopback comes from, as Linux tells it in /proc/net/tcp.
+"""Whether a connection over loopback comes from another user of this machine, by Linux's /proc/net/tcp.
 
-Everybody on a machine reaches its loopback, a file of claims is its owner's alone: so is a dashboard without a token.
+Every user of a machine can reach its loopback. But a file of claims is only its owner's, and so is a dashboard without
+a token.
 """
 
 import os
@@ -12,9 +13,9 @@ TABLES = {socket.AF_INET: Path("/proc/net/tcp"), socket.AF_INET6: Path("/proc/ne
 
 
 def is_of_another_user(client: tuple[str, int], server: tuple[str, int]) -> bool:
-    """Return whether the client's end is held by another user than ours, who is not root.
+    """Return whether the client's end belongs to a user other than ours and root.
 
-    What cannot be told, as on macOS or through another network namespace, counts as ours.
+    If that is not known, as on macOS or through another network namespace, it counts as ours.
     """
     family = socket.AF_INET6 if ":" in client[0] else socket.AF_INET
     try:
@@ -30,7 +31,7 @@ def is_of_another_user(client: tuple[str, int], server: tuple[str, int]) -> bool
 
 
 def _end(family: socket.AddressFamily, host: str, port: int) -> str:
-    """Return one end of a connection as the table writes it: words in the machine's own order of bytes."""
+    """Return one end of a connection as the table writes it: in words of the machine's own byte order."""
     packed = socket.inet_pton(family, host)
     words = (packed[first : first + 4] for first in range(0, len(packed), 4))
     written = (word[::-1] if sys.byteorder == "little" else word for word in words)

@@ -1,7 +1,7 @@
 """Answers: pages, their live parts as they change, files, and what forms ask for.
 
-Every page is whole without the browser running anything; its live part is also to be had alone, once or as a stream of
-events, and is drawn once for all who look at the same.
+Every page is complete without scripts. Its live part can also be requested alone, once or as a stream of events, and is
+drawn once for all who look at the same.
 """
 
 import asyncio
@@ -38,14 +38,14 @@ from filao.languages import LANGUAGES, Language, fill
 from filao.languages import wanted as wanted_language
 from filao.overview import Deed
 
-LIVE_FOR = 30.0  # seconds of one stream of events: a server that stops need not wait longer; the browser asks again
-UNREAD_FOR = 30.0  # seconds more for who does not read it: the bound of every wait
-STREAMS_MAX = 200  # at a time; more are told to come again
+LIVE_FOR = 30.0  # seconds of one stream of events, so that a stopping server waits no longer; the browser asks again
+UNREAD_FOR = 30.0  # seconds more for a client that does not read it: the bound of every wait
+STREAMS_MAX = 200  # at a time; others are told to come again
 DRAWN_MAX = 64  # live parts that are kept until the next look
-READ_WITHIN = 5.0  # seconds for what one page asks the store for ...
-RECEIVED_WITHIN = 30.0  # ... and where messages are received to be looked at, all of them: the bound of every wait
-AWAY = 503  # the status of a page of a store that does not answer, or not in time ...
-COMES_AGAIN = 2  # ... and the seconds after which a browser asks again for it
+READ_WITHIN = 5.0  # seconds for reading what one page shows
+RECEIVED_WITHIN = 30.0  # seconds for it if messages must be received to be seen: the bound of every wait
+AWAY = 503  # the status of a page when the store does not answer, or not in time
+COMES_AGAIN = 2  # seconds after which a browser then asks again
 ACT_WITHIN = 2.0  # seconds that an answer waits for a deed to end
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 _NAMED: dict[str, Language] = {language: language for language in LANGUAGES}
@@ -54,7 +54,7 @@ NAVIGATION = ("queues", "dead", "processes", "log")
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A page that is to be drawn."""
+    """A page to be drawn: its name, and the values of its template."""
 
     page: str
     values: dict[str, Any]
@@ -62,7 +62,7 @@ class Told:
 
 
 class _Stream(StreamingResponse):
-    """Events, which end also where nobody reads them: the next one waits until all before it has gone."""
+    """A stream of events that ends even if nobody reads it: an event waits until those before it have been sent."""
 
     def __init__(self, events: AsyncGenerator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
@@ -75,7 +75,7 @@ class _Stream(StreamingResponse):
 
 
 class Pages:
-    """One dashboard; it belongs to the event loop that first asks it."""
+    """The pages of one dashboard. They belong to the event loop that first asks for one."""
 
     def __init__(self, watch: Watch, views: Views, jobs: Jobs, doing: Doing, *, allow_actions: bool) -> None:
         self._watch, self._views, self._jobs, self._doing = watch, views, jobs, doing
@@ -103,7 +103,7 @@ class Pages:
         }
 
     def application(self) -> Starlette:
-        """Return what answers."""
+        """Return the application that serves the pages."""
         routes = [
             Route("/", self._arrive),
             Route("/static/{name}", self._file),
@@ -111,7 +111,7 @@ class Pages:
             Route("/{language}/{page}", self._page),
         ]
         application = Starlette(routes=routes, exception_handlers={404: self._elsewhere})
-        application.router.redirect_slashes = False  # it names the scheme, which behind a proxy is not the browser's
+        application.router.redirect_slashes = False  # it would name the scheme, which a proxy may have changed
         return application
 
     def enter(self, scope: Scope, is_wrong: bool) -> Response:  # noqa: FBT001  # the door's callback
@@ -125,7 +125,8 @@ class Pages:
         query = request.url.query
         asked = "" if is_form else path + (f"?{query}" if query else "")
         to = request.query_params.get("to", "") if is_wrong else asked
-        values = {"is_wrong": is_wrong, "is_over": is_form and not is_wrong, "to": to}  # nobody was let in with a form
+        is_over = is_form and not is_wrong  # a form of a session that has ended
+        values = {"is_wrong": is_wrong, "is_over": is_over, "to": to}
         return self._drawn_whole(request, language, Look(), Told("enter", values, 401))
 
     # --- pages -------------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class Pages:
         return RedirectResponse(f"{request.scope.get('root_path', '')}/{self._language(request)}/queues", 303)
 
     async def _elsewhere(self, request: Request, _error: Exception) -> Response:
-        """Answer where no page is: lead to the one that was meant, or say that there is none."""
+        """Answer for a path without a page: redirect to the one that was meant, or say that there is none."""
         root = f"{request.scope.get('root_path', '')}"
         match request.scope["path"].removeprefix(root).strip("/").split("/"):
             case [word] if word in LANGUAGES or word in ("enter", "leave"):
@@ -167,14 +168,14 @@ class Pages:
             return self._stream(request, language, page)
         look = await self._watch.latest()
         job = self._jobs.of(whole(request.query_params.get("job", "")))
-        if job is not None and job.ended > look.began:  # who is told that it has ended must see what came of it
+        if job is not None and job.ended > look.began:  # a page that says so must also show its result
             look = await self._watch.anew()
         if live is not None:
             return HTMLResponse(await self._live(request, language, page, look))
         return self._drawn_whole(request, language, look, await self._told(request, page, look))
 
     async def _told(self, request: Request, page: str, look: Look) -> Told:
-        """Return what a page tells, or why it cannot."""
+        """Return what a page shows, or the page that says why it cannot."""
         within = READ_WITHIN if Feature.PEEK in self._watch.broker.features else RECEIVED_WITHIN
         try:
             async with asyncio.timeout(within):
@@ -183,10 +184,10 @@ class Pages:
                 job = await self._jobs.told(number)
                 return Told(page, told | {"job": job, "is_job_unknown": number > 0 and job is None})
         except (QueueNotFound, NoMessageError) as error:
-            if look.seen_at is None:  # it may well be there
+            if look.seen_at is None:  # no look has succeeded yet: the queue may be there
                 return Told("trouble", {"what": "unseen"}, AWAY)
             return Told("trouble", {"what": "not_there", "why": str(error)}, 404)
-        except ConfigurationError as error:  # the message that a list was to go on behind has gone
+        except ConfigurationError as error:  # the message behind which a list should go on has gone
             return Told("trouble", {"what": "gone", "why": str(error)}, 410)
         except TimeoutError:
             return Told("trouble", {"what": "slow", "seconds": within}, AWAY)
@@ -194,13 +195,13 @@ class Pages:
             return Told("trouble", {"what": "away", "why": str(error)}, AWAY)
 
     def _language(self, request: Request) -> Language:
-        """Return the language of a page, of the page that a form was on, or else the browser's."""
+        """Return the language of the page, or of the form's page, or of the browser."""
         root = f"{request.scope.get('root_path', '')}"
         page = request.scope["path"].removeprefix(root).lstrip("/").partition("/")[0]
         said = _NAMED.get(page) or _NAMED.get(request.query_params.get("language", ""))
         return said or wanted_language(request.headers.get("accept-language", ""))
 
-    # --- what lives --------------------------------------------------------------------------------------------------
+    # --- live parts --------------------------------------------------------------------------------------------------
 
     def _stream(self, request: Request, language: Language, page: str) -> Response:
         if self._streams >= STREAMS_MAX:
@@ -226,7 +227,7 @@ class Pages:
             self._streams -= 1
 
     async def _live(self, request: Request, language: Language, page: str, look: Look) -> str:
-        """Return the live part of a page; those who look at the same share one drawing."""
+        """Return the live part of a page; all who look at the same share one drawing."""
         key = (
             request.url.path,
             urlencode([(name, value) for name, value in request.query_params.items() if name != "live"]),
@@ -302,7 +303,7 @@ class Pages:
         )
 
     def _shown_jobs(self, request: Request, asked_for: Job | None) -> list[Job]:
-        """Return the deeds that go on, and the one that this page was told of."""
+        """Return the jobs that go on, and the one that this page was asked for."""
         asked_for = asked_for or self._jobs.of(whole(request.query_params.get("job", "")))
         running = self._jobs.running()
         return running if asked_for is None or asked_for in running else [asked_for, *running]
@@ -336,7 +337,7 @@ class Pages:
         if not self._allow_actions:
             return draw(Told("trouble", {"what": "read_only"}, 403))
         is_proven = _is_same(form.get("proof", ""), visitor.proof)
-        if not is_proven and "stop" in form:  # what another run had begun ended with it
+        if not is_proven and "stop" in form:  # a job of an earlier run has ended with that run
             return draw(Told("trouble", {"what": "forged"}, 403))
         if stopped := whole(form.get("stop", "")):
             self._jobs.stop(stopped)
@@ -355,7 +356,7 @@ class Pages:
             "body": form.get("body", ""),
             "rate": form.get("rate", ""),
         }
-        if not is_proven:  # drawn before the dashboard was started anew, say: it is asked again, with what was typed
+        if not is_proven:  # perhaps drawn before a restart of the dashboard: ask again, and keep what was typed
             return draw(Told("confirm", values | {"wrong": texts(language)["confirm_anew"]}, 403))
         if form.get("confirmed") != "yes":
             return draw(Told("confirm", values))
@@ -368,7 +369,7 @@ class Pages:
             return draw(Told("confirm", values | {"wrong": str(error)}, 400))
 
     async def _done(self, request: Request, language: Language, act: Act, form: dict[str, str], deed: Deed) -> Response:
-        """Begin it, wait a moment for it, and lead to a page that shows how far it is."""
+        """Begin an act, wait a moment for its end, and redirect to a page that shows how far it is."""
         if act.what == "purge" and form.get("name", "").strip() != act.queue:
             raise ConfigurationError(texts(language)["purge_name_wrong"])
         rate = rate_of(form.get("rate", "")) if act.what in ("redrive", "discard") else None
@@ -396,14 +397,14 @@ class Pages:
 
 
 def _about(language: Language, deed: Deed) -> str:
-    """Return what of its queue a deed was about; the log has the reason of a kind by its name."""
+    """Return in words which part of its queue a deed was about; the log has the reason of a kind by its name."""
     told, (reason, is_kind, error) = texts(language), deed.about.partition(": ")
     says = told.get(f"reason_{reason}") if is_kind else None
     return deed.about if says is None else fill(language, told["about_kind"], {"reason": says, "error": error})
 
 
 def _storable(query: Mapping[str, str]) -> dict[str, str]:
-    """Return what a page was asked for, with a mark for NUL, which no name, id or key holds and no SQL takes."""
+    """Return a query with a symbol in place of NUL, which no name, id or key contains and SQL refuses."""
     return {name: value.replace("\0", "\N{SYMBOL FOR NULL}") for name, value in query.items()}
 
 

@@ -1,11 +1,12 @@
 """Dead letters by kind: queue, reason, and what was raised.
 
-A queue is looked at again when its counters say that something died or left; so a page costs nothing while nothing
-does. A look takes lists without bodies, in slices, of a bounded number of dead letters.
+A queue is looked at again when its counters show that something died or left; until then a page costs nothing. A look
+reads lists without bodies, in slices, of a bounded number of dead letters.
 """
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -15,15 +16,15 @@ from filao.errors import FilaoError
 from filao.guarded import check_cancelled
 from filao.overview import Glimpse, Overview, error_kind
 
-LOOKED_AT_MAX = 10_000  # dead letters of one queue that are told apart: a second at most
-QUEUES_MAX = 2_000  # of which is remembered what their dead letters are
-CHOSEN_MAX = 100_000  # ids that one job takes, some 10 MB; more take another
-SHARE = 20  # a queue is not looked at again within so many times the time that it took: matters on RabbitMQ
+LOOKED_AT_MAX = 10_000  # dead letters of one queue that are looked at: a second at most
+QUEUES_MAX = 2_000  # queues whose kinds of dead letters are remembered
+CHOSEN_MAX = 100_000  # ids that one job takes, some 10 MB
+SHARE = 20  # a queue is not looked at again within so many times the time that the look took, which matters on RabbitMQ
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Dead letters that died of the same."""
+    """Dead letters of one queue with the same reason and kind of error."""
 
     queue: str
     reason: str
@@ -41,15 +42,15 @@ class Told:
     counted: tuple[int, ...]
     kinds: tuple[Kind, ...]
     looked_at: int
-    """How many were told apart."""
+    """How many were looked at."""
     at: float
     took: float
     is_outdated: bool = False
-    """Something was done in the queue since."""
+    """Whether something was done in the queue since."""
 
 
 class Triage:
-    """Belongs to one event loop."""
+    """Sorts dead letters by kind, and remembers the result. It belongs to one event loop."""
 
     def __init__(self, overview: Callable[[], Overview]) -> None:
         self._overview = overview
@@ -57,9 +58,9 @@ class Triage:
         self._task: asyncio.Task[None] | None = None
 
     async def kinds(self, queues: Mapping[str, QueueStats], within: float) -> tuple[list[Told], bool]:
-        """Return what is known of each queue that has dead letters, the most first, and whether that is the latest.
+        """Return what is known of each queue with dead letters, those with most first, and whether it is up to date.
 
-        After `within` seconds it returns what was known before; the look goes on.
+        After `within` seconds it returns what was known before, and the look goes on.
         """
         with_dead = {name: one for name, one in queues.items() if one.dead}
         stale = [one for one in with_dead.values() if self._is_stale(one)]
@@ -71,18 +72,18 @@ class Triage:
         return told, not any(self._is_stale(one) for one in with_dead.values())
 
     def count(self, queue: str, reason: str, error: str) -> int:
-        """Return how many dead letters of a kind were told apart."""
+        """Return how many dead letters of a kind were found at the last look."""
         told = self._told.get(queue)
         kinds = () if told is None else told.kinds
         return sum(kind.count for kind in kinds if (kind.reason, kind.error) == (reason, error))
 
     def forget(self, queue: str) -> None:
-        """Look at a queue again: something was done there. Until that has come, what was told counts as from before."""
+        """Look at a queue again, because something was done there; until then what is known of it is outdated."""
         if (told := self._told.get(queue)) is not None:
             self._told[queue] = replace(told, is_outdated=True)
 
     async def close(self) -> None:
-        """Look no more."""
+        """Stop looking."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -97,28 +98,27 @@ class Triage:
         for queue in queues:
             check_cancelled()
             began = time.monotonic()
-            kinds: dict[tuple[str, str], list[Glimpse]] = {}
-            counts: dict[tuple[str, str], int] = {}
-            looked_at = 0
+            latest: dict[tuple[str, str], Glimpse] = {}
+            counts: Counter[tuple[str, str]] = Counter()
             try:
                 async for letter in dead_letters(self._overview(), queue.name, LOOKED_AT_MAX):
                     key = (letter.reason or "", error_kind(letter.error))
-                    counts[key] = counts.get(key, 0) + 1
-                    looked_at += 1
-                    if key not in kinds or letter.at >= kinds[key][0].at:
-                        kinds[key] = [letter]
+                    counts[key] += 1
+                    if key not in latest or letter.at >= latest[key].at:
+                        latest[key] = letter
             except FilaoError:
-                continue  # it was deleted meanwhile, or the store is away: the page says so
-            found = tuple(Kind(queue.name, *key, counts[key], letter.id, letter.at) for key, (letter,) in kinds.items())
-            took = time.monotonic() - began
-            in_order = tuple(sorted(found, key=lambda kind: -kind.count))
+                continue  # the queue was deleted, or the store is away: the page says so
+            kinds = tuple(
+                Kind(queue.name, *key, count, latest[key].id, latest[key].at) for key, count in counts.most_common()
+            )
             while len(self._told) >= QUEUES_MAX:
                 del self._told[next(iter(self._told))]
-            self._told[queue.name] = Told(_counted(queue), in_order, looked_at, time.monotonic(), took)
+            now = time.monotonic()
+            self._told[queue.name] = Told(_counted(queue), kinds, counts.total(), now, now - began)
 
 
 async def dead_letters(overview: Overview, queue: str, most: int) -> AsyncGenerator[Glimpse]:
-    """Yield a queue's dead letters in the order of sending, so many at most, in slices."""
+    """Yield a queue's dead letters in the order of sending, at most `most` of them, in slices."""
     after: str | None = None
     for first in range(0, most, overview.glance_max):
         limit = min(overview.glance_max, most - first)

@@ -1,6 +1,6 @@
-"""What each page tells, read from the last look and, for one queue or one message, from the store.
+"""What each page shows, read from the last look and, for one queue or one message, from the store.
 
-A view returns what its template shows; nothing here knows how it is drawn. What a list shows is bounded.
+A view returns the values of its template; nothing here knows how they are drawn. All lists are bounded.
 """
 
 import heapq
@@ -16,7 +16,7 @@ from filao.dashboard.shown import NOTHING, body_of, json_text
 from filao.dashboard.triage import LOOKED_AT_MAX, Triage
 from filao.dashboard.watch import Look
 from filao.engine import Event, Feature, QueueStats, Receiver, State, StoredMessage
-from filao.errors import ConfigurationError, QueueNotFound
+from filao.errors import ConfigurationError
 from filao.overview import GLANCE_MAX, Glimpse, Overview
 from filao.printable import printable_json
 from filao.process import REPORT_STALE
@@ -26,14 +26,14 @@ QUEUES_SHOWN = 100  # queues of one page
 MESSAGES_SHOWN = 50  # messages of one page
 GROUPS_SHOWN = 50
 KINDS_SHOWN = 200  # kinds of dead letters of one page
-HELD_SHOWN = 100  # leases of one queue on the page of the processes ...
-HELD_QUEUES = 20  # ... of so many queues
+HELD_SHOWN = 100  # leases of one queue on the page of the processes
+HELD_QUEUES = 20  # queues whose leases that page shows
 DEEDS_SHOWN = 100  # entries of one page of the log
 KINDS_WITHIN = 1.5  # seconds that a page waits for dead letters to be told apart
 SORTS = ("age", "ready", "dead", "name")
 
 Redact = Callable[[StoredMessage], StoredMessage]
-"""Returns a message as it may be shown; `msgspec.structs.replace(message, body=…)` makes one."""
+"""Returns a message as it may be shown, for example `msgspec.structs.replace(message, body=…)`."""
 Told = dict[str, Any]
 
 
@@ -46,7 +46,7 @@ class Asked:
 
 
 class Views:
-    """The pages of one dashboard, by name."""
+    """The views of one dashboard, one method for each page."""
 
     def __init__(self, broker: Broker, overview: Callable[[], Overview], redact: Redact | None) -> None:
         self._broker = broker
@@ -57,7 +57,7 @@ class Views:
     # --- queues ------------------------------------------------------------------------------------------------------
 
     async def queues(self, asked: Asked) -> Told:
-        """Tell of the queues, by oldest age."""
+        """Return a page of queues, in the order that was asked for: by oldest age, unless another is given."""
         sorts = SORTS if Feature.COUNTERS in self._broker.features else SORTS[1:]
         sort = asked.query.get("sort", "")
         sort = sort if sort in sorts else sorts[0]
@@ -80,7 +80,7 @@ class Views:
         }
 
     async def queue(self, asked: Asked) -> Told:
-        """Tell of one queue: counters, rules, groups that wait, and messages of one state."""
+        """Return all about one queue: counters, rules, groups that wait, and messages of one state."""
         queue = stats_of(asked)
         name, overview = queue.name, self._overview()
         state = asked.query.get("state", "")
@@ -103,7 +103,7 @@ class Views:
         return told | await self._listed(asked, name, State(state))
 
     async def _listed(self, asked: Asked, name: str, state: State) -> Told:
-        """Tell a page of messages of one state, from the one behind `after`: those that fit among the next thousand."""
+        """Return a page of messages of one state behind `after`; with a filter, those that fit of the next thousand."""
         group = (asked.query.get("group") or None) if Feature.GROUPS in self._broker.features else None
         header = asked.query.get("header", "").strip()
         older = _seconds(asked.query.get("older", ""))
@@ -128,7 +128,7 @@ class Views:
     # --- one message -------------------------------------------------------------------------------------------------
 
     async def message(self, asked: Asked) -> Told:
-        """Tell all of one message."""
+        """Return all about one message."""
         name, message_id = asked.query.get("queue", ""), asked.query.get("id", "")
         found = await self._overview().find(name, message_id) if message_id else None
         events = await self._events(name, message_id) if message_id else []
@@ -140,7 +140,7 @@ class Views:
         try:
             found = found if self._redact is None else self._redact(found)
             body = body_of(found.body, whole="whole" in asked.query)
-        except Exception as error:  # a function of the user's: what it could not hide is not shown
+        except Exception as error:  # the user's own function failed: nothing of the message is shown
             blank = msgspec.structs.replace(found, body=None, headers={}, history=())
             return told | {"message": blank, "trouble_of_redaction": type(error).__name__, "is_redacted": True}
         is_editable = found.state is State.DEAD and self._redact is None and not isinstance(found.body, bytes)
@@ -149,7 +149,7 @@ class Views:
         return told | {"is_redacted": self._redact is not None}
 
     async def _events(self, queue: str, message_id: str) -> list[Event]:
-        """Return what happened to a message, as far as its queue remembers it."""
+        """Return what happened to a message, as far as its queue remembers."""
         tracing = session_of(self._broker).engine.operators.tracing
         found = [] if tracing is None else await tracing.trace(message_id)
         return [event for event in found if event.queue == queue]
@@ -157,7 +157,7 @@ class Views:
     # --- processes ---------------------------------------------------------------------------------------------------
 
     async def processes(self, asked: Asked) -> Told:
-        """Tell who receives, and what each holds."""
+        """Return the processes that receive, and what each holds."""
         processes: dict[str, Process] = {}
         for queue in asked.look.queues.values():
             for one in queue.receivers:
@@ -175,7 +175,7 @@ class Views:
     # --- dead letters ------------------------------------------------------------------------------------------------
 
     async def dead(self, asked: Asked) -> Told:
-        """Tell the dead letters by kind."""
+        """Return the dead letters by kind."""
         only = asked.query.get("queue", "")
         queues = {name: one for name, one in asked.look.queues.items() if not only or name == only}
         told, is_latest = await self.triage.kinds(queues, 0.0 if "live" in asked.query else KINDS_WITHIN)
@@ -193,7 +193,7 @@ class Views:
     # --- the log -----------------------------------------------------------------------------------------------------
 
     async def log(self, asked: Asked) -> Told:
-        """Tell who did what."""
+        """Return a page of the log: who did what."""
         kept = self._overview().log
         if kept is None:
             return {"deeds": [], "keeps_log": False, "next": None}
@@ -208,7 +208,7 @@ class Views:
 
 
 class NoMessageError(ConfigurationError):
-    """A queue has no message of this id, or none any more."""
+    """A queue has no message with this id, or no longer has one."""
 
     def __init__(self, queue: str, message_id: str) -> None:
         super().__init__(f"queue {queue!r} has no message {message_id[:300]!r}; it may be done and gone by now.")
@@ -216,7 +216,7 @@ class NoMessageError(ConfigurationError):
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process that receives, from whatever queues."""
+    """A process that receives, with what it holds of all queues."""
 
     receiver: Receiver
     held: dict[str, int]
@@ -225,31 +225,27 @@ class Process:
 
     @property
     def is_stale(self) -> bool:
-        """Whether its worker has not said for too long how it is."""
+        """Whether its worker's report is too old to be believed."""
         return (self.receiver.reported_ago or 0.0) > REPORT_STALE
 
 
-def stats_of(asked: Asked, field: str = "name") -> QueueStats:
-    """Return the queue that a page is about. Raises `QueueNotFound`, which names those that look like it."""
-    name = asked.query.get(field, "")
+def stats_of(asked: Asked) -> QueueStats:
+    """Return the queue that a page is about. Raises `QueueNotFound`."""
+    name = asked.query.get("name", "")
     found = asked.look.queues.get(name)
     if found is None:
-        raise (
-            QueueNotFound(str(not_found(name[:200], asked.look.queues)))
-            if asked.look.queues
-            else QueueNotFound(f"queue {name[:200]!r} is not declared; no queue is.")
-        )
+        raise not_found(name[:200], asked.look.queues)
     return found
 
 
 def oldest_age(queue: QueueStats) -> float | None:
-    """Return the seconds since the oldest message that nobody works on could have been worked on."""
+    """Return the age in seconds of the oldest message that is ready, blocked or overdue; None when there is none."""
     ages = [age for age in (queue.oldest_ready_age, queue.oldest_delayed_age, queue.oldest_blocked_age) if age]
     return max(ages, default=None)
 
 
 def whole(text: str) -> int:
-    """Return a whole number from a URL; 0 for what is none."""
+    """Return a whole number from a URL; 0 for any other text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else 0
 
 
@@ -299,7 +295,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _timeline(message: StoredMessage) -> list[tuple[datetime, str, int, str]]:
-    """Return when what happened, at which attempt (0: none), with a detail."""
+    """Return what happened to a message and when, at which attempt (0: none), with a detail."""
     happened = [(message.sent_at, "sent", 0, "")]
     happened += [(one.at, one.outcome, one.attempt, one.consumer) for one in message.history]
     if message.state is not State.READY or message.at != message.sent_at:

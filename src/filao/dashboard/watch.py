@@ -1,7 +1,7 @@
-"""Looks at the store again and again, once for all pages that are open, and remembers the last minutes.
+"""Looks at the store again and again, once for all open pages, and remembers the last minutes.
 
-Pages show the last look, so they are up while the store is slow or away, and say since when. A look takes its share of
-the time, at most: where there are so many queues that it takes long, there are fewer of them.
+Pages show the last look, so they work while the store is slow or away, and say since when. Looks take no more than
+their share of the time: if there are so many queues that a look takes long, there are fewer looks.
 """
 
 import asyncio
@@ -17,18 +17,18 @@ from filao.errors import FilaoError
 from filao.guarded import check_cancelled, for_ever
 
 LOOKS_EVERY = 2.0  # seconds between two looks, while a page is open
-QUIET_AFTER = 60.0  # seconds after which a dashboard that nobody asks looks ...
-QUIET_EVERY = 30.0  # ... only so often, so that a page that is opened has a past to show
-SHARE = 50  # a look is followed by so many times its own time without one: 2 % of a core, however many queues there are
-ANSWERS_WITHIN = 10.0  # seconds for one look; then the store counts as away
+QUIET_AFTER = 60.0  # seconds without a request after which there are fewer looks
+QUIET_EVERY = 30.0  # seconds between two looks then, so that a page that is opened has a past to show
+SHARE = 50  # the pause after a look is so many times as long as the look: 2 % of a core, however many queues there are
+ANSWERS_WITHIN = 10.0  # seconds for one look, after which the store counts as away
 FIRST_WITHIN = 1.5  # seconds that a page waits for a look that is under way
-RECEIVED_LATELY = 60.0  # seconds for which a queue counts as served after a receive: who polls is mostly not there
+RECEIVED_LATELY = 60.0  # seconds after a receive for which a queue counts as served, because a poller is rarely seen
 POINTS_MAX = 90  # looks that are remembered of each queue: three minutes
 
 
 @dataclass(slots=True)
 class Course:
-    """How a queue did, look by look; the last value is the last look's."""
+    """The last minutes of a queue, look by look, the last one at the end."""
 
     depth: "array[float]" = field(default_factory=lambda: array("f"))
     """Messages that wait: ready, delayed and blocked."""
@@ -37,10 +37,10 @@ class Course:
     rate_out: "array[float]" = field(default_factory=lambda: array("f"))
     """Acknowledged per second."""
     received_at: float = -RECEIVED_LATELY
-    """When something was seen to have been received, by the monotonic clock."""
+    """When a look last saw that something had been received, by the monotonic clock."""
 
     def add(self, *values: float) -> None:
-        """Remember a look."""
+        """Add the values of a look: depth, rate in, rate out."""
         for points, value in zip((self.depth, self.rate_in, self.rate_out), values, strict=True):
             points.append(value)
             if len(points) > POINTS_MAX:
@@ -52,20 +52,20 @@ _UNKNOWN = Course()
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was seen last."""
+    """What a look has seen."""
 
     number: int = 0
     queues: Mapping[str, QueueStats] = field(default_factory=dict[str, QueueStats])
     seen_at: datetime | None = None
-    """When the store answered; None: it never did."""
+    """When the store last answered; None: it never did."""
     trouble: str = ""
-    """Why it did not answer since."""
+    """Why it has not answered since; empty when it has."""
     began: float = 0.0
-    """When this look began, on the loop's clock."""
+    """When this look began, by the monotonic clock."""
 
 
 class Watch:
-    """Belongs to the event loop that first asked it."""
+    """Looks at one store. It belongs to the event loop that first asked it."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
@@ -73,6 +73,7 @@ class Watch:
         self._look = Look()
         self._took = 0.0
         self._looked_at = 0.0
+        self._remembered_at = 0.0
         self._asked_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -80,7 +81,7 @@ class Watch:
         self.is_closed: bool = False
 
     async def latest(self) -> Look:
-        """Return what was seen last, after a look that is due; begin to look, if nobody does."""
+        """Return the last look, after waiting a moment for one that is due; begin to look, if nobody has."""
         self._ask()
         if time.monotonic() - self._looked_at > self._pause(LOOKS_EVERY) + LOOKS_EVERY:
             self._hurry.set()
@@ -88,7 +89,7 @@ class Watch:
         return self._look
 
     async def after(self, number: int, within: float) -> Look:
-        """Return the first look behind one, or the last when there is none after so many seconds."""
+        """Return the first look after the one with this number, or the last one if none comes in time (seconds)."""
         self._ask()
         until = time.monotonic() + within
         while not self.is_closed and self._look.number <= number and (left := until - time.monotonic()) > 0:
@@ -98,7 +99,7 @@ class Watch:
         return self._look
 
     async def anew(self) -> Look:
-        """Look now, because something was done, and return what is seen, as soon as it is."""
+        """Look now, because something was done, and return that look, or the last one if it takes too long."""
         now = time.monotonic()
         until = now + FIRST_WITHIN
         while not self.is_closed and self._look.began < now and (left := until - time.monotonic()) > 0:
@@ -107,12 +108,12 @@ class Watch:
         return self._look
 
     def is_served(self, queue: QueueStats) -> bool:
-        """Return whether somebody receives from a queue: waits there, holds a message, or has taken one lately."""
+        """Return whether anybody receives from a queue: waits there, holds a message, or has taken one lately."""
         course = self.courses.get(queue.name, _UNKNOWN)
         return bool(queue.receivers) or time.monotonic() - course.received_at < RECEIVED_LATELY
 
     async def close(self) -> None:
-        """Look no more, and let those go who wait for a look."""
+        """Stop looking, and answer those that wait for a look."""
         self.is_closed = True
         self._tell()
         if self._task is not None:
@@ -133,7 +134,7 @@ class Watch:
         return max(every, SHARE * self._took)
 
     async def _once(self) -> None:
-        """Look, tell those who wait for it, and rest."""
+        """Look, tell those that wait for it, and rest."""
         self._hurry.clear()
         self._looked_at = began = time.monotonic()
         seen, trouble = await self._read()
@@ -149,7 +150,7 @@ class Watch:
         self._tell()
         is_quiet = time.monotonic() - self._asked_at > QUIET_AFTER
         if trouble:
-            self._took = 0.0  # it was spent in waiting
+            self._took = 0.0  # waiting costs nothing
         with_rest = self._pause(QUIET_EVERY if is_quiet else LOOKS_EVERY)
         waiting = asyncio.create_task(self._hurry.wait())
         try:
@@ -163,7 +164,7 @@ class Watch:
                 await self.broker.open()
                 try:
                     return await self.broker.stats(), ""
-                except OpenAgain:  # another file lies there now, or this one again
+                except OpenAgain:  # there is another file now, or this one again
                     await self.broker.close()
                     await self.broker.open()
                     return await self.broker.stats(), ""
@@ -184,5 +185,3 @@ class Watch:
             course.add(waiting, max(0.0, (one.sent - was.sent) / past), max(0.0, (one.acked - was.acked) / past))
         for name in self.courses.keys() - queues.keys():
             del self.courses[name]
-
-    _remembered_at = 0.0

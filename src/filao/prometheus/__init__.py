@@ -1,4 +1,4 @@
-"""Filao's figures for Prometheus: of a store (`store.py`), with alert rules and a Grafana dashboard for them beside it.
+"""Metrics for Prometheus: of a store (`store.py`) and of a worker (`worker.py`), with alert rules and a dashboard.
 
-It needs `prometheus-client`, from the extra `prometheus`; the rules and the dashboard are plain files.
+It needs `prometheus-client`, from the extra `prometheus`. The alert rules and the Grafana dashboard are plain files.
 """

@@ -1,6 +1,6 @@
-"""What a store tells, as metrics: depth, age and totals of its queues, right though no worker lives, and counted once.
+"""Metrics of a store: depth, age and totals of its queues, which are right even if no worker runs, and counted once.
 
-Names are those of `QueueStats`, in base units. A label never has more values than there are queues told, states or
+Names are those of `QueueStats`, in base units. A label has no more values than there are exported queues, states or
 reasons.
 """
 
@@ -15,9 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from filao.engine import REASONS, Feature, QueueStats, State
 
-QUEUES_MAX = (
-    500  # queues that are told: some 20 series each, which is what one small Prometheus takes without a thought
-)
+QUEUES_MAX = 500  # queues that are exported, with some 20 series each: as many as a small Prometheus takes easily
 _TOTALS = {
     "sent": "Messages stored.",
     "duplicates": "Sends that found their message already there.",
@@ -40,24 +38,24 @@ class Told(NamedTuple):
     queues: Sequence[QueueStats]
     features: Collection[Feature]
     file: Path | None = None
-    """Of SQLite."""
+    """The file of a SQLite store."""
 
 
 class StoreCollector:
-    """Reads a store at each scrape; one that cannot be read is told by `filao_store_up`, never by an error."""
+    """Reads a store at each scrape; `filao_store_up` shows whether it could be read."""
 
     def __init__(self, read: Callable[[], Told], *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> None:
         self._read = read
         self._only = only
-        """Names or patterns of the queues to tell; none: all."""
+        """Names or patterns of the queues to export; none: all."""
         self._most = most
         self._reading = Lock()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics as they are now."""
+        """Yield the present metrics. Raises what reading the store raised, after `filao_store_up`."""
         up = GaugeMetricFamily("filao_store_up", "Whether the store could be read.")
         try:
-            with self._reading:  # scrapes that come meanwhile wait, so that a slow store is read once at a time
+            with self._reading:  # other scrapes wait meanwhile, so that a slow store is read once at a time
                 told = self._read()
         except Exception:
             up.add_metric([], 0)
@@ -69,31 +67,31 @@ class StoreCollector:
 
 
 def exposition(collector: StoreCollector) -> tuple[bytes, Exception | None]:
-    """Return metrics in Prometheus' text format, as far as they came, and what ended them."""
-    came: list[Metric] = []
+    """Return metrics in Prometheus' text format, and the error after which no more came, if there was one."""
+    collected: list[Metric] = []
     error: Exception | None = None
     try:
         for metric in collector.collect():
-            came.append(metric)  # noqa: PERF402  # what came before an error is kept
+            collected.append(metric)  # noqa: PERF402  # what came before an error is kept
     except Exception as raised:
         error = raised
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Came(came))
+    registry.register(_Collected(collected))
     return generate_latest(registry), error
 
 
-class _Came:
+class _Collected:
     """Metrics that were collected before."""
 
-    def __init__(self, came: Sequence[Metric]) -> None:
-        self._came = came
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
-        return self._came
+        return self._metrics
 
 
 def metrics(told: Told, *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> Iterator[Metric]:
-    """Yield what is told of the chosen queues, the first `most` by name, and how many that hides."""
+    """Yield the metrics of the chosen queues, the first `most` by name, and how many others are hidden."""
     chosen = [one for one in told.queues if not only or any(fnmatchcase(one.name, pattern) for pattern in only)]
     queues = chosen[:most]
     hidden = GaugeMetricFamily("filao_queues_hidden", f"Queues beyond the first {most} by name, which are not told.")
@@ -132,7 +130,7 @@ def _counted(queues: Sequence[QueueStats]) -> Iterator[Metric]:
         paused.add_metric([queue.name], int(queue.paused))
         receivers.add_metric([queue.name], len(queue.receivers))
         lost.add_metric([queue.name], queue.lost)
-        for reason in sorted({*REASONS, *queue.died_by_reason}):  # from 0 on, or the first would be no increase
+        for reason in sorted({*REASONS, *queue.died_by_reason}):  # even 0, so that the first death is an increase
             died.add_metric([queue.name, reason], queue.died_by_reason.get(reason, 0))
     yield from (ages, paused, receivers, lost, died)
     for name, what in _TOTALS.items():
@@ -143,7 +141,7 @@ def _counted(queues: Sequence[QueueStats]) -> Iterator[Metric]:
 
 
 def _sizes(file: Path | None) -> Iterator[Metric]:
-    """Tell what a SQLite file takes of the disk; what is not there takes nothing."""
+    """Yield the sizes of a SQLite file and its WAL; a missing one has size 0."""
     if file is None:
         return
     sizes = GaugeMetricFamily("filao_store_bytes", "Bytes of the database and of its WAL.", labels=["part"])

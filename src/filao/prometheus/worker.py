@@ -1,4 +1,4 @@
-"""What a worker's process measures: how long handlers take, how long messages waited, how busy it is."""
+"""Metrics of a worker's process: how long handlers take, how long messages waited, how busy it is."""
 
 import time
 from functools import lru_cache
@@ -12,7 +12,7 @@ from filao.observing import Operated
 
 _HANDLED = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)  # seconds
 _WAITED = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 6 * 3600)
-LABELS_MAX = 1_024  # sets of labels whose series are at hand: a worker's queues and their outcomes
+LABELS_MAX = 1_024  # sets of labels whose series are cached: a worker's queues and their outcomes
 _OPERATED = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30)
 
 M = TypeVar("M", bound=MetricWrapperBase)
@@ -51,8 +51,7 @@ class WorkerMetrics:
         self._errors = Counter(
             "filao_operation_errors", "Operations that failed.", ["verb", "error"], registry=registry
         )
-
-        # What `labels` finds is kept: it checks its arguments anew for every message.
+        # `labels` would check its arguments for every message, so what it returns is cached.
         self._labelled = lru_cache(LABELS_MAX)(_labelled)
 
     def operated(self, done: Operated) -> None:
@@ -73,5 +72,5 @@ class WorkerMetrics:
         self._labelled(self._handled, delivery.queue, how).observe(seconds)
 
     def text(self) -> bytes:
-        """Return all in Prometheus' text format; safe from any thread."""
+        """Return all metrics in Prometheus' text format. May be called from any thread."""
         return generate_latest(self._registry)

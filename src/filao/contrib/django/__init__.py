@@ -7,9 +7,10 @@
         policy = Policy.objects.create(holder=holder)
         broker().send_to_queue("documents", {"policy": policy.id})  # both or neither
 
-`FILAO` may hold: `URL`, of the queue, in place of the database's own; `DATABASE`, the alias of the database whose
-transactions count ("default"); `QUEUES`, dotted paths of `filao.Queue`s (or lists of them), which `manage.py migrate`
-declares; `WORKER`, "module:attribute" of what `manage.py filao_worker` runs; `DURABILITY`, as `filao.connect` has it.
+`FILAO` may have these keys: `URL`, where the queue is, if not in the database; `DATABASE`, the alias of the database
+whose transactions count ("default"); `QUEUES`, dotted paths of `filao.Queue`s (or lists of them), which `manage.py
+migrate` declares; `WORKER`, the "module:attribute" that `manage.py filao_worker` runs; `DURABILITY`, as in
+`filao.connect`.
 """
 
 from typing import Any
@@ -21,10 +22,10 @@ __all__ = ["Broker", "broker", "worker"]
 
 
 def worker(**options: Any) -> Worker:
-    """Return a worker on the queue of the settings, which takes the options of `filao.Worker`.
+    """Return a worker on the queue of the settings, with the options of `filao.Worker`.
 
     Before and after each message it closes Django's connections that are too old or broken, as Django does around a
-    request: of the handler's thread, or for a coroutine function of the thread in which Django's async calls run.
+    request: those of the handler's thread or, for a coroutine function, of the thread of Django's async calls.
     """
     from filao.contrib.django.configuration import queue_url
     from filao.contrib.django.connections import around_coroutine, around_function

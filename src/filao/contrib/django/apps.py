@@ -1,6 +1,4 @@
-"""The Django application: it declares queues after a migration, opens the broker before requests, and checks the
-settings.
-"""
+"""The Django application: it declares queues after migrations, opens the broker, and checks the settings."""
 # pyright: basic, reportMissingTypeStubs=false
 # Django has no types of its own.
 
@@ -27,7 +25,7 @@ class FilaoConfig(AppConfig):  # type: ignore[misc]  # Django has no types
     verbose_name = "Filao"
 
     def ready(self) -> None:
-        """Connect what happens by itself."""
+        """Connect the check and the signals."""
         register(check, Tags.database)
         post_migrate.connect(_declare, sender=self)
         request_started.connect(_open, dispatch_uid="filao")
@@ -45,7 +43,7 @@ def _declare(*, using: str, **_: Any) -> None:
 
 
 def declared() -> Iterator[Queue[Any]]:
-    """Yield the queues that the settings name."""
+    """Yield the queues of the settings."""
     for named in configured("QUEUES", ()):
         found = import_string(named.replace(":", "."))
         yield from (found if isinstance(found, (list, tuple)) else [found])

@@ -44,9 +44,8 @@ def _problems() -> Iterator[Any]:
     mode = connections[alias].settings_dict["OPTIONS"].get("transaction_mode") or ""
     if str(mode).upper() not in ("IMMEDIATE", "EXCLUSIVE"):
         yield Warning(
-            f"The database {alias!r} holds Filao's queue too, and its transactions begin as "
-            "reads: one that sends after it "
-            f"has read fails when another process has written meanwhile.",
+            f"The database {alias!r} holds Filao's queue too, and its transactions begin as reads: one that sends "
+            "after it has read fails when another process has written meanwhile.",
             hint='Set DATABASES[…]["OPTIONS"]["transaction_mode"] = "IMMEDIATE" (Django 5.1 and newer).',
             id="filao.W001",
         )

@@ -1,4 +1,4 @@
-"""What the settings say: the queue's URL, and which of Django's databases it lies in."""
+"""What the settings say: the queue's URL, and which of Django's databases it is in."""
 # pyright: basic, reportMissingTypeStubs=false
 # Django has no types of its own.
 
@@ -29,21 +29,21 @@ def database() -> str:
 
 
 def queue_url() -> "str | Path":
-    """Return the URL of the queue: what the settings say, or that of the database itself."""
+    """Return the URL of the queue: that of the settings, or that of the database itself."""
     url: str | Path | None = configured("URL")
     return url_of(database()) if url is None else url
 
 
 def url_of(alias: str) -> "str | Path":
-    """Return the URL of one of Django's databases, also of the one that its tests use."""
+    """Return the URL of one of Django's databases; in tests, that of the test's database."""
     connection = connections[alias]
     given = connection.settings_dict
     if connection.vendor == "sqlite":
         if connection.is_in_memory_db():
             raise ImproperlyConfigured(
-                f"Filao cannot keep a queue in the database {alias!r}, which is in memory and "
-                "no other process sees: name a "
-                f'file, in tests too ("TEST": {{"NAME": BASE_DIR / "test.sqlite3"}}), or another place, as FILAO["URL"]'
+                f"Filao cannot keep a queue in the database {alias!r}, which is in memory and no other process sees: "
+                f'name a file, in tests too ("TEST": {{"NAME": BASE_DIR / "test.sqlite3"}}), or another place, as '
+                f'FILAO["URL"]'
             )
         return Path(given["NAME"])
     if connection.vendor == "postgresql":
@@ -64,7 +64,7 @@ def url_of(alias: str) -> "str | Path":
 
 
 def alias_at(url: "str | Path") -> str | None:
-    """Return the alias of the database that the queue lies in; None when Django knows none."""
+    """Return the alias of the database that holds the queue; None when Django knows none."""
     for alias in connections:
         if _is_same(connections[alias], url):
             return str(alias)

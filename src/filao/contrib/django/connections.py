@@ -1,4 +1,4 @@
-"""Django's connections around a message: those too old or broken are closed, as Django does around a request."""
+"""Django's connections around a message: those that are too old or broken are closed, as around a request."""
 # pyright: basic, reportMissingTypeStubs=false
 # Django has no types of its own.
 
@@ -12,7 +12,7 @@ from filao.message import Message
 
 
 def around_function(_: Any) -> Generator[None]:
-    """Do it in the thread of a plain handler."""
+    """Close them in the thread of a plain handler."""
     close_old_connections()
     try:
         yield
@@ -21,7 +21,7 @@ def around_function(_: Any) -> Generator[None]:
 
 
 async def around_coroutine(_: Message[Any]) -> AsyncGenerator[None]:
-    """Do it in the thread in which asynchronous code uses the database."""
+    """Close them in the thread in which asynchronous code uses the database."""
     close = sync_to_async(close_old_connections, thread_sensitive=True)
     await close()
     try:

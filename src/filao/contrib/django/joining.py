@@ -25,7 +25,7 @@ _opening = threading.Lock()
 
 
 def broker() -> "Broker":
-    """Return the broker of the setting FILAO, open; one for each process. It closes itself when the process ends."""
+    """Return the open broker of the setting FILAO, one for each process. It closes itself when the process ends."""
     url = queue_url()
     with _opening:
         found = _brokers.get(str(url))
@@ -38,13 +38,13 @@ def broker() -> "Broker":
 class Broker(sync.Broker):
     """A `filao.sync.Broker` whose sends keep to Django's transactions.
 
-    Inside `atomic()` of the database in which the queue lies, a send is part of the transaction. Inside `atomic()` of
-    FILAO["DATABASE"], where that is another one, it is checked at once and sent when the transaction has committed
-    (`on_commit`); its receipt has the id that it will have, and should that send fail, its error comes from the end of
-    the block, whose own work is committed: what must not be lost then belongs into a `filao.Outbox`. Everywhere else it
-    is sent at once.
+    Inside `atomic()` of the queue's own database, a send is part of the transaction. Inside `atomic()` of
+    FILAO["DATABASE"], if that is another one, a message is checked at once and sent when the transaction has committed
+    (`on_commit`); its receipt already has its id. If that send fails, the end of the block raises its error although
+    the block's own work is committed: what must not be lost then belongs into a `filao.Outbox`. Everywhere else a
+    message is sent at once.
 
-    (Of our classes only this one inherits from another: what it does not say itself must be what its parent says.)
+    (Only this one of our classes inherits from another, because it must be a `filao.sync.Broker` in all else.)
     """
 
     def __init__(self, url: Any) -> None:
@@ -103,14 +103,14 @@ class Broker(sync.Broker):
         return [Receipt(str(one.message_id), duplicate=False) for one in sent]
 
     def _transaction(self) -> tuple[Any, bool]:
-        """Return the connection whose transaction a send belongs to, if any, and whether it is the queue's own."""
+        """Return the connection whose transaction a send belongs to, if any, and whether that is the queue's own."""
         if self._alias is not None and connections[self._alias].in_atomic_block:
             return connections[self._alias], True
         other = connections[database()]
         return (other if other.in_atomic_block else None), False
 
     def _drafts(self, queue: str | Queue[Any], messages: list[Outgoing[Any]]) -> list[Draft]:
-        """Return messages drafted by a queue's rules, asked for again when they may have grown."""
+        """Return messages drafted by a queue's rules; if a body is too large for known rules, ask for them again."""
         none: Outgoing[None] = Outgoing(None)
         name = name_of(queue)
         given = queue if isinstance(queue, Queue) else None

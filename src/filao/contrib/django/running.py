@@ -1,4 +1,4 @@
-"""What `manage.py filao_worker` lets `filao work` load, in each of its processes: the worker of FILAO["WORKER"]."""
+"""The worker of FILAO["WORKER"], as `filao work` loads it in each of the processes of `manage.py filao_worker`."""
 # pyright: basic, reportMissingTypeStubs=false
 # Django has no types of its own.
 
