@@ -1,8 +1,8 @@
-"""At most once: a message is deleted, durably, before it is handed over.
+"""At most once: a message is durably deleted before it is handed over.
 
-Invariant: a message that was deleted for a receive is given to a receive. Should its own be cancelled while the
-deletion is under way, the next one of the same queue and broker gets it, waiting or yet to come. What is left when the
-broker closes is lost, as it may be with this guarantee.
+Invariant: a message that was deleted for a receive is given to a receive. If its own is cancelled during the deletion,
+another receive from the same queue and broker gets the message, now or later. What is left when the broker closes is
+lost, which this guarantee allows.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ Taken = Callable[["asyncio.Future[Received]"], Awaitable[Received]]
 
 
 class AtMostOnce:
-    """Deletes what is received, and keeps what was deleted for a receive that was cancelled."""
+    """Deletes what is received, and keeps what was deleted for receives that were cancelled."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -30,7 +30,7 @@ class AtMostOnce:
         self._waiting: defaultdict[str, list[asyncio.Future[Received]]] = defaultdict(list)
 
     async def deleted(self, messages: list[Message[Any]]) -> list[Message[Any]]:
-        """Delete messages, and return them; one whose lease was lost meanwhile is another's."""
+        """Delete messages, and return those that were deleted; a message whose lease was lost is left out."""
         deleting = [self._session.settle(delivery_of(message), Ack(before_work=True)) for message in messages]
         done = asyncio.gather(*deleting, return_exceptions=True)
         try:
@@ -45,7 +45,7 @@ class AtMostOnce:
         return _acked(messages, answers)
 
     def has_left(self, queue: str) -> bool:
-        """Return whether something is left of a queue, which no look of those in line would find."""
+        """Return whether something is left of a queue, which a look into the queue would not find."""
         return bool(self._left.get(queue))
 
     def left(self, queue: str, limit: int) -> list[Message[Any]]:
@@ -54,8 +54,8 @@ class AtMostOnce:
         return [left.popleft() for _ in range(min(limit, len(left)))] if left else []
 
     async def wait(self, queue: str, came: "asyncio.Future[Received]", taken: Taken) -> Received:
-        """Wait for what comes from the queue, by `taken`; return nothing as soon as something is left."""
-        if self.has_left(queue):  # since the look before the wait
+        """Wait by `taken` for what comes from the queue; return nothing once something is left."""
+        if self.has_left(queue):  # it was left after the look before this wait
             came.cancel()
             return Received([])
         self._waiting[queue].append(came)
@@ -70,7 +70,7 @@ class AtMostOnce:
             self._waiting[queue].remove(came)
 
     def close(self) -> None:
-        """Say what is lost."""
+        """Log what is lost."""
         for queue, left in self._left.items():
             for message in left:
                 log.warning(
@@ -81,10 +81,10 @@ class AtMostOnce:
             left.clear()
 
     def leave(self, messages: list[Message[Any]]) -> None:
-        """Keep messages that were deleted for a receive that does not get them."""
+        """Keep messages that were deleted for a receive that does not get them, and wake a receive for each."""
         for message in messages:
             self._left[message.queue].append(message)
-            any(came.cancel() for came in self._waiting[message.queue])  # the first that has nothing yet
+            any(came.cancel() for came in self._waiting[message.queue])  # cancels the first that has nothing yet
 
 
 def _acked(messages: list[Message[Any]], answers: list[Any]) -> list[Message[Any]]:

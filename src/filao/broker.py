@@ -1,7 +1,7 @@
-"""The user's door: a `Broker` sends to queues and receives from them, on whatever engine its URL names.
+"""The user's door: a `Broker` sends to queues and receives from them, on the engine that its URL names.
 
 It checks and encodes what goes in before any I/O (`draft.py`), hands operations to the batcher, and makes messages of
-what comes out. `connect` opens it; it belongs to the event loop that opened it, and any number of tasks may share it.
+what comes out. `connect` makes it. It belongs to the event loop that opened it, and any number of tasks may share it.
 """
 
 import time
@@ -21,22 +21,12 @@ from filao.checks import (
     check_ids,
     check_key,
     check_limit,
-    is_machines,
+    is_system_clock,
     is_text,
 )
 from filao.codec import codec_for, seen_as, shown
 from filao.draft import Outgoing, draft, drafts, larger, listed
-from filao.engine import (
-    Engine,
-    Event,
-    Feature,
-    Finding,
-    QueueStats,
-    Receipt,
-    Receive,
-    State,
-    StoredMessage,
-)
+from filao.engine import Engine, Event, Feature, Finding, QueueStats, Receipt, Receive, State, StoredMessage
 from filao.engines import Durability, engine_for, located
 from filao.errors import ConfigurationError, MessageTooLarge, UnsupportedFeature
 from filao.message import Guarantee, Message, Transaction, entered
@@ -56,16 +46,16 @@ def connect(
     durability: Durability = "full",
     clock: Callable[[], float] = time.time,
 ) -> "Broker":
-    """Return a broker for the engine that `url` names, or makes; `async with` opens it and closes it.
+    """Return a broker for the engine that `url` names; `async with` opens and closes it.
 
-    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:`, `postgresql://…`,
-    `amqp://…`. With `durability="full"` a send survives a power cut once it returned; with "relaxed" a power cut may
-    undo the last moments, but a crash of the process may not. `clock` tells the seconds since 1970, for tests. An
-    engine of your own is named by a function that makes it, without `durability` and `clock`. Raises
-    `ConfigurationError` for a URL that cannot be right; opening raises it too, or `EngineError`.
+    `url` is a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://:memory:`, `postgresql://…` or
+    `amqp://…`; for an engine of your own, it is a function that makes the engine, without `durability` and `clock`.
+    With `durability="full"`, a send that has returned survives a power cut; with "relaxed", a power cut may undo the
+    last moments, but a crash of the process cannot. `clock` returns the seconds since 1970, for tests. Raises
+    `ConfigurationError` for a URL that cannot be right; opening the broker raises it too, or `EngineError`.
     """
     if callable(url):
-        if durability != "full" or not is_machines(clock):
+        if durability != "full" or not is_system_clock(clock):
             raise ConfigurationError("durability= and clock= are for URLs: give them to what makes your engine")
         return Broker(Session(url))
     return Broker(Session(partial(engine_for, located(url), durability=durability, clock=clock)))
@@ -74,7 +64,7 @@ def connect(
 class Broker:
     """Sends to and receives from the queues of one engine.
 
-    Any call may be cancelled: a send that was under way is stored or not, a receive gives back what it got.
+    Any call may be cancelled: a send is then stored or not, and a receive gives back what it got.
     """
 
     def __init__(self, session: Session) -> None:
@@ -83,7 +73,7 @@ class Broker:
 
     @property
     def observers(self) -> Observers:
-        """Those that are told what this broker does: `broker.observers.add(…)`, see `filao.Observer`."""
+        """Are told what this broker does: `broker.observers.add(…)`; see `filao.Observer`."""
         return self._session.observers
 
     # --- opening and closing -----------------------------------------------------------------------------------------
@@ -97,14 +87,14 @@ class Broker:
         await self.close()
 
     async def open(self) -> None:
-        """Connect to the engine; `async with` does it. Idempotent; what is closed can be opened again, on any loop."""
+        """Connect to the engine; `async with` does it. Idempotent. A closed broker can be opened again, on any loop."""
         await self._session.open()
 
     async def close(self) -> None:
-        """Finish what was begun, give back the leases that are still held, and let go, within 30 s. Idempotent.
+        """Finish what has begun, give back the leases that are still held, and close, within 30 s. Idempotent.
 
-        Those who wait for a message are sent home with a `ConfigurationError`. When its time is over or it is
-        cancelled, it lets go all the same; leases then run out. Raises `EngineUnavailable` in that case.
+        Callers that wait for a message get a `ConfigurationError`. If that takes too long, `EngineUnavailable` is
+        raised. Then, and when the call is cancelled, the broker is closed all the same, and leases run out.
         """
         try:
             await self._session.close()
@@ -119,7 +109,7 @@ class Broker:
 
     @property
     def emulated(self) -> frozenset[Feature]:
-        """What this engine can only imitate, for queues that ask for it by `emulate=`."""
+        """What this engine can only imitate, for queues that ask for it with `emulate=`."""
         return self._session.engine.emulated
 
     # --- queues ------------------------------------------------------------------------------------------------------
@@ -140,10 +130,10 @@ class Broker:
         return await self._session.operators.queues()
 
     async def delete_queue(self, queue: str | Queue[Any], *, messages: bool = False) -> None:
-        """Delete a queue, with its rules, its counters and what deduplication remembers of it; no other call does.
+        """Delete a queue, with its rules, its counters and its remembered keys; no other call does.
 
-        Raises `ConfigurationError` when it still holds messages, dead letters included, unless `messages` are to go
-        too.
+        Raises `ConfigurationError` when it still holds messages, including dead letters; with `messages=True` they are
+        deleted too.
         """
         name, operators = name_of(queue), self._session.operators
         if messages:
@@ -172,11 +162,11 @@ class Broker:
         """Store a message; once this returns, it survives a power cut.
 
         `delay` and `ttl` are seconds. Higher `priority` goes first. Messages of one `group` are handled one at a time,
-        in order. While a message with the same `dedup_key`, or with the same `message_id`, is pending, and for the
-        queue's `dedup_window` after, nothing is stored and the first one's id is returned with `duplicate=True`: after
-        an error that left open whether the message was stored, send again with the same `message_id`. `within` is an
-        open `sqlite3` or psycopg connection (or SQLAlchemy's or Django's) on the same storage, and is used in the
-        calling thread: the message then appears if and when the transaction that it holds commits.
+        in order. While a message with the same `dedup_key` or `message_id` is pending, and for the queue's
+        `dedup_window` after that, nothing is stored and the first one's id is returned with `duplicate=True`. So if an
+        error leaves open whether the message was stored, send again with the same `message_id`. `within` is an open
+        `sqlite3` or psycopg connection (or SQLAlchemy's or Django's) on the same storage, and is used in the calling
+        thread: the message appears if and when the transaction on it commits.
 
         Raises `QueueNotFound`, `MessageTooLarge`, `MessageNotEncodable`, `MessageError`, `QueueFull`, `EngineError`;
         then nothing was stored.
@@ -215,7 +205,7 @@ class Broker:
     ) -> list[Receipt]:
         """Store up to 10,000 messages, all or none, and return a receipt for each; see `send_to_queue`.
 
-        All go with the same terms, but for those that bring their own, as `filao.Outgoing`.
+        All have the same terms, except those that bring their own, as `filao.Outgoing`.
         """
         known, since = await self._session.known_since(queue, within)
         terms = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
@@ -247,13 +237,13 @@ class Broker:
     ) -> Message[T] | None:
         """Lease the next message; no other consumer gets it until it is given back or the lease ends.
 
-        Waits up to `wait` seconds for one (None: for ever; 0: not at all) and returns None when that ran out. `lease`
-        is in seconds, the queue's rule by default. With `guarantee="at-most-once"` the message is deleted, durably,
-        before it is returned: it is never delivered again, whatever happens to its consumer. When the call is cancelled
-        while that is under way, the next such call on this broker gets the message; with the broker closed, nobody.
+        It waits up to `wait` seconds for one (None: for ever; 0: not at all), and returns None if none came. `lease` is
+        in seconds, the queue's rule by default. With `guarantee="at-most-once"`, the message is durably deleted before
+        it is returned: it is never delivered again, whatever happens to its consumer. If the call is cancelled
+        meanwhile, the next such call on this broker gets the message; once the broker is closed, nobody does.
 
-        A message whose body does not fit the queue's type becomes a dead letter, `malformed`, and the next is taken.
-        Raises `QueueNotFound`, `EngineError`.
+        A message whose body does not fit the queue's type becomes a dead letter, `malformed`, and the next one is
+        taken. Raises `QueueNotFound`, `EngineError`.
         """
         messages = await self.receive_many(queue, 1, wait=wait, lease=lease, guarantee=guarantee)
         return messages[0] if messages else None
@@ -267,9 +257,9 @@ class Broker:
         lease: float | None = None,
         guarantee: Guarantee = "at-least-once",
     ) -> list[Message[T]]:
-        """Lease up to `limit` messages, as soon as there is one; an empty list when `wait` ran out.
+        """Lease up to `limit` messages as soon as there is one; return an empty list if none came within `wait`.
 
-        Their leases run from now: take no more than you can start soon. See `receive_from_queue`.
+        Their leases run from now, so take no more than you can start soon. See `receive_from_queue`.
         """
         known, since = self._session.known_already(queue), None
         if known is None:
@@ -290,8 +280,8 @@ class Broker:
     ) -> AsyncGenerator[Message[T]]:
         """Yield messages, for ever or until none came for `wait` seconds; the caller settles each.
 
-        Up to `prefetch` are leased at once, which is faster; but those that wait for their turn wait within their
-        lease. When the loop is left, those that were not yielded go back, their attempts unused.
+        Up to `prefetch` are leased at once, which is faster, but their leases run while they wait for their turn. When
+        the loop is left, those that were not yielded go back, their attempts unused.
         """
         receive = partial(self.receive_many, queue, prefetch, wait=wait, lease=lease, guarantee=guarantee)
         return self._receiving.each(receive)
@@ -299,11 +289,11 @@ class Broker:
     # --- transactions ------------------------------------------------------------------------------------------------
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
-        """Open a transaction for statements, sends and acks that shall take effect together or not at all.
+        """Open a transaction for statements, sends and acks that take effect together or not at all.
 
-        Leaving the block commits durably; an exception undoes all of it. On SQLite it holds the file's one write lock,
-        on PostgreSQL a connection: do slow work before. Other calls of this broker wait, so use the transaction's own
-        methods inside. Raises `UnsupportedFeature` where the engine has none.
+        Leaving the block commits durably; an exception undoes all of it. The transaction holds the file's one write
+        lock on SQLite, and a connection on PostgreSQL: do slow work before. Other calls of this broker wait, so use the
+        transaction's own methods inside. Raises `UnsupportedFeature` where the engine has none.
         """
         return entered(self._session)
 
@@ -314,7 +304,7 @@ class Broker:
     @overload
     async def stats(self, queue: None = None) -> list[QueueStats]: ...
     async def stats(self, queue: str | Queue[Any] | None = None) -> QueueStats | list[QueueStats]:
-        """Return the counters of one queue, or of all, by name. It costs the same at any depth."""
+        """Return the counters of one queue, or of all by name. The cost is the same at any depth."""
         found = await self._session.operators.stats(None if queue is None else name_of(queue))
         return found if queue is None else found[0]
 
@@ -323,10 +313,10 @@ class Broker:
     ) -> list[StoredMessage[T]]:
         """Return stored messages of one state, in their order, and change nothing.
 
-        Asked for by a `Queue`, their bodies are of its type, but for those that are malformed.
+        If a `Queue` is given, their bodies are of its type, except those of malformed messages.
 
         `after` is the id of the last message seen: ask again with it for the next page. Raises `ConfigurationError`
-        when that message has left the queue meanwhile.
+        when that message has left the queue.
         """
         name, operators = name_of(queue), self._session.operators
         check_limit(name, limit, PEEK_MAX)
@@ -337,7 +327,7 @@ class Broker:
     async def dead_letters(
         self, queue: str | Queue[T], *, limit: int = 100, after: str | None = None
     ) -> list[StoredMessage[T]]:
-        """Return dead letters, the oldest message first, each with its reason, last error and history; see `peek`."""
+        """Return dead letters, the oldest message first, each with its reason and its history; see `peek`."""
         return await self.peek(queue, state=State.DEAD, limit=limit, after=after)
 
     async def redrive(
@@ -349,10 +339,10 @@ class Broker:
         body: T | UnsetType = UNSET,
         headers: Mapping[str, str] | None = None,
     ) -> int:
-        """Send dead letters back to their old places with fresh attempts, and return how many there were.
+        """Send dead letters back to their old places with fresh attempts, and return how many those were.
 
         All of them, or those with these `ids`, or the first `limit`. A new `body` (and `headers`) replaces the old one;
-        that asks for exactly one id. Their histories are kept, and they no longer expire. Many are done in slices: an
+        this needs exactly one id. Their histories are kept, and they no longer expire. Many are done in slices: an
         error that comes half-way says how many are done.
         """
         name, operators = name_of(queue), self._session.operators
@@ -364,10 +354,10 @@ class Broker:
         return await operators.redrive(name, chosen, limit, edited)
 
     async def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:
-        """Delete all that waits (ready, delayed and blocked), or all in one `state`, and return how many there were.
+        """Delete all that waits (ready, delayed and blocked), or all in one `state`, and return how many those were.
 
         Deduplication forgets what was purged. Purging `leased` messages makes their consumers lose the lease. An error
-        that comes half-way says how many are done, as that of `redrive`.
+        that comes half-way says how many are done, as with `redrive`.
         """
         states = _WAITING if state is None else (_state(state),)
         return await self._session.operators.remove(name_of(queue), states, None)
@@ -378,16 +368,16 @@ class Broker:
         return bool(await self._session.operators.remove(name_of(queue), _WAITING, ids))
 
     async def discard(self, queue: str | Queue[Any], *, ids: Iterable[str]) -> int:
-        """Delete dead letters for good, those with these `ids`, and return how many there were.
+        """Delete the dead letters with these `ids` for good, and return how many those were.
 
-        All of them: `purge(queue, state="dead")`.
+        To delete all of them: `purge(queue, state="dead")`.
         """
         return await self._session.operators.remove(name_of(queue), (State.DEAD,), check_ids(name_of(queue), ids))
 
     async def pause(self, queue: str | Queue[Any], *, group: str | None = None) -> None:
-        """Stop deliveries from this queue, or of one `group` of it, for all processes; sends and settles go on.
+        """Stop deliveries from this queue, or from one `group` of it, to all processes; sends and settles go on.
 
-        Raises `ConfigurationError` for a group of a queue without the rule `group_dead="halt"`: there none ever stops.
+        Raises `ConfigurationError` for a group of a queue without the rule `group_dead="halt"`: its groups cannot stop.
         """
         await self._pause(queue, group, paused=True)
 
@@ -406,11 +396,11 @@ class Broker:
             await pausing.pause_group(name, group, paused=paused)
 
     async def trace(self, message_id: str) -> list[Event]:
-        """Return what happened to the message with this id, the oldest event first; none of it was forgotten since.
+        """Return what happened to the message with this id, the oldest event first, at most the last 1,000 events.
 
-        Only queues declared with `history=True` remember, for their `history_window`. The last 1,000 events are
-        returned at most; a `message_id` of a sender's own may name a message in each of several queues. Raises
-        `UnsupportedFeature` where the engine cannot remember.
+        Only queues declared with `history=True` remember events, for their `history_window`. If the sender gave the
+        `message_id`, several queues may have a message with it. Raises `UnsupportedFeature` where the engine remembers
+        no events.
         """
         tracing = self._session.operators.tracing
         if tracing is None:
@@ -419,7 +409,7 @@ class Broker:
         return await tracing.trace(ids[0]) if ids else []
 
     async def doctor(self) -> list[Finding]:
-        """Examine the storage and say what an operator should know; on a large file this takes a while."""
+        """Examine the storage, and return what an operator should know; on a large file this takes a while."""
         return await self._session.operators.doctor()
 
 
@@ -443,7 +433,7 @@ def _seen(queue: str | Queue[T], found: list[StoredMessage[T]]) -> list[StoredMe
 def _edited(
     queue: str, ids: Collection[str] | None, body: T | UnsetType, headers: Mapping[str, str] | None
 ) -> Outgoing[T] | None:
-    """Return what takes the place of a dead letter that is sent back; None when it goes as it is."""
+    """Return what replaces a dead letter that is redriven; None when it goes back as it is."""
     if body is UNSET:
         if headers is not None:
             raise ConfigurationError(f"queue {queue!r}: redrive with headers= needs body= too")
@@ -470,7 +460,7 @@ def _cannot(what: str, session: Session, lacks: str) -> UnsupportedFeature:
 
 
 def _asked(queue: str, limit: int, wait: float | None, lease: float | None, guarantee: Guarantee) -> Receive:
-    """Return what is asked for, once it is checked."""
+    """Check the arguments of a receive, and return its operation."""
     check_limit(queue, limit, RECEIVE_MANY_MAX)
     if wait is not None:
         check_duration(f"queue {queue!r}", "wait", wait)
@@ -484,7 +474,7 @@ def _asked(queue: str, limit: int, wait: float | None, lease: float | None, guar
 async def received_at_once(
     broker: Broker, queue: str | Queue[T], limit: int, *, wait: float | None, lease: float | None, guarantee: Guarantee
 ) -> list[Message[T]] | None:
-    """Return what `receive_many` would, if the calling thread can have it without waiting; else None."""
+    """Return what `receive_many` would, if the calling thread can get it without waiting; otherwise None."""
     known = session_of(broker).known_already(queue)
     if known is None or guarantee != "at-least-once":
         return None
@@ -492,12 +482,12 @@ async def received_at_once(
 
 
 def session_of(broker: Broker) -> Session:
-    """Return what stands below a broker; for workers, relays and the blocking twin."""
-    return broker._session  # noqa: SLF001 - users do not see what is not for them
+    """Return a broker's session; for workers, relays and the blocking twin."""
+    return broker._session  # noqa: SLF001 - the users of a broker do not see it
 
 
 def receiving_of(broker: Broker) -> Receiving:
-    """Return what a broker receives with; for the blocking twin."""
+    """Return the object by which a broker receives; for the blocking twin."""
     return broker._receiving  # noqa: SLF001
 
 

@@ -1,10 +1,11 @@
 """Calls from threads into an event loop, which can be taken back at any moment.
 
-Invariant: whatever exception meets the calling thread (Ctrl-C, or any other that a signal's handler raises, between any
-two of its instructions), the call is either answered or taken back. So a call exists before anything is begun, it is
-begun inside the `try` that takes it back, and taking it back is harmless when it has ended; but what it brought for
-nobody goes to `abandoned`. Python runs signal handlers in the main thread alone, where they interrupt only waits for a
-lock; so our threads are started with signals blocked, and a thread that waits here waits for a lock.
+Invariant: whatever exception interrupts the calling thread (Ctrl-C, or another that the handler of a signal raises,
+between any two instructions), the call is either answered or taken back. So a call exists before anything begins, it
+begins inside the `try` that takes it back, and taking it back is harmless once it has ended, except that its result,
+which nobody gets, goes to `abandoned`. Python runs the handlers of signals only in the main thread, where they can
+interrupt a wait for a lock. So our threads are started with signals blocked, and a thread that waits here waits for a
+lock.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from filao.forks import gate
 H = TypeVar("H")
 R = TypeVar("R")
 
-_FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS"}  # a thread gets its own, at once
+_FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS"}  # meant for the thread at fault
 _IN_THE_MIDST = (
     "this call comes in the midst of another one of a broker, from an observer say, a __del__ or a handler of logs, so "
     "that the two would wait for each other. Nothing was done: hand it to a thread of the program's own, by a "
@@ -40,14 +41,14 @@ class Caller:
     def __init__(self, loop: asyncio.AbstractEventLoop, *, loop_thread: int = 0) -> None:
         self.loop = loop
         self._loop_thread = loop_thread
-        """The one that runs the loop: a call that waited there would wait for itself."""
+        """The thread that runs the loop: a call that waited there would wait for itself."""
         self._calls: set[Call[Any]] = set()
-        """Those that have not ended."""
+        """The calls that have not ended."""
         self._refusal = ""
         _callers.add(self)
 
     def call(self, function: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> R:
-        """Run a coroutine function on the loop, in the caller's context, and return what it does."""
+        """Run a coroutine function on the loop, in the caller's context, and return its result."""
         return self.take(function, None, *arguments)
 
     def take(
@@ -56,7 +57,7 @@ class Caller:
         abandoned: Callable[[R], None] | None,
         *arguments: Any,
     ) -> R:
-        """Run a coroutine function whose result must not get lost: if the caller is interrupted, it is `abandoned`."""
+        """Run a coroutine function whose result must not get lost: `abandoned` gets it if the caller is interrupted."""
         call: Call[R] = Call(self.loop, function, arguments, abandoned, self.forget_call)
         try:
             self.begin(call)
@@ -66,25 +67,25 @@ class Caller:
             raise
 
     def check(self) -> None:
-        """Raise `ConfigurationError` when no call can be made any more."""
+        """Raise `ConfigurationError` when no more calls can be made."""
         if self._refusal:
             stay_if_it_ends()
             raise ConfigurationError(self._refusal)
 
     def check_thread(self) -> None:
-        """Raise `ConfigurationError` in a thread that is in the midst of what a call would wait for.
+        """Raise `ConfigurationError` in a thread that is in the middle of something for which the call would wait.
 
-        An observer runs there; and so does a `__del__`, wherever the collector finds what it belongs to.
+        Observers run in such threads, and so may a `__del__`, which runs wherever the collector does.
         """
         here = threading.get_ident()
-        is_on_loop = here == self._loop_thread and not self._refusal  # its identity is given again once it has ended
+        is_on_loop = here == self._loop_thread and not self._refusal  # once ended, its identity may be another thread's
         if is_on_loop or gate.is_inside(here):
             raise ConfigurationError(_IN_THE_MIDST)
 
     def begin(self, call: "Call[Any]") -> None:
-        """Begin a call. Raises `ConfigurationError` when there is no loop any more."""
+        """Begin a call. Raises `ConfigurationError` when the loop has ended."""
         self.check_thread()
-        self._calls.add(call)  # first: then `end` sees this call, or this call sees that it came too late
+        self._calls.add(call)  # first: so either `end` sees this call, or this call sees that it came too late
         try:
             self.check()
             call.begin()
@@ -102,16 +103,16 @@ class Caller:
         return Held(self, opening, entered, left)
 
     def held_by(self, thread: int | None) -> "list[Call[Any]]":
-        """Return what a thread holds, or all threads. From any thread."""
+        """Return the contexts that a thread holds, or all threads (None). May be called from any thread."""
         return [call for call in list(self._calls) if call.holder is not None and thread in (None, call.holder)]
 
     def leave(self, thread: int | None) -> None:
-        """Leave what a thread holds, or all threads, as if an error left its block; on the loop."""
+        """Leave the contexts of a thread, or of all (None), as an error in the block would. Called on the loop."""
         for call in self.held_by(thread):
             call.cancel()
 
     def end(self, refusal: str = ENDED) -> None:
-        """Refuse all calls from now on and cancel those that have not ended; on the loop, or after it."""
+        """Refuse all calls from now on, and cancel those that have not ended. Called on the loop, or after its end."""
         self._refusal = refusal
         for call in list(self._calls):
             call.cancel()
@@ -121,7 +122,7 @@ class Caller:
         self._calls.discard(call)
 
     def inherit(self) -> None:
-        """Refuse all calls in a child, whose parent has the loop."""
+        """In a child: refuse all calls, because the loop is the parent's."""
         self._refusal = (
             f"this was begun by the process that has forked this one (pid {os.getpid()}), and can be used only there"
         )
@@ -132,14 +133,14 @@ _ends = threading.Event()
 
 
 def interpreter_ends() -> None:
-    """Learn that the interpreter ends: all threads but daemons have ended."""
+    """Learn that the interpreter ends, and that all threads but daemons have ended."""
     _ends.set()
 
 
 def stay_if_it_ends() -> None:
-    """Keep a daemon thread whose call has failed because the interpreter ends, as one that waits for anything is kept.
+    """Stop a daemon thread whose call has failed while the interpreter ends, like any that waits for something then.
 
-    It would print what it raises while the streams are torn down, which may end the process with a fatal error.
+    Otherwise it would print its error while the streams are torn down, which can end the process with a fatal error.
     """
     if _ends.is_set() and threading.current_thread().daemon:
         threading.Event().wait()
@@ -149,7 +150,7 @@ _callers: "weakref.WeakSet[Caller]" = weakref.WeakSet()
 
 
 def undo_held(thread: int) -> None:
-    """Undo what a thread holds now of any broker, for it may never come to leave it by itself. From any thread."""
+    """Undo what a thread holds of any broker, because it may never leave it. May be called from any thread."""
     for caller in list(_callers):
         for call in caller.held_by(thread):
             with suppress(RuntimeError):  # its loop has ended
@@ -182,21 +183,21 @@ class Call(Generic[R]):
         self._abandoned = abandoned
         self._ended = ended
         self.holder: int | None = None
-        """The thread that holds what it has opened."""
+        """The thread that holds the context which the call has opened; None for other calls."""
         self._task: asyncio.Task[None] | None = None
         self._result: R | None = None
         self._error: BaseException | None = None
         self._is_over = False
         self._is_taken_back = False
         self._refusal = ENDED
-        """What to say when it is cancelled."""
+        """The text of its error when it is cancelled."""
         self._over = threading.Lock()
         self._over.acquire()
 
     def begin(self) -> None:
-        """Let the loop begin it. Raises `ConfigurationError` when there is no loop any more."""
+        """Let the loop begin it. Raises `ConfigurationError` when the loop has ended."""
         try:
-            self._loop.call_soon_threadsafe(self._start)  # which takes the caller's context along
+            self._loop.call_soon_threadsafe(self._start)  # in the caller's context
         except RuntimeError as error:
             raise ConfigurationError(ENDED) from error
 
@@ -209,13 +210,13 @@ class Call(Generic[R]):
             return cast("R", self._result)
 
     def take_back(self) -> None:
-        """Cancel it, or abandon what it brought: nobody waits for it. From the caller's thread."""
+        """Cancel it, or abandon its result, because nobody waits for it. Called in the caller's thread."""
         self._is_taken_back = True
-        with suppress(RuntimeError):  # the loop has ended, and this with it
+        with suppress(RuntimeError):  # the loop has ended, and the call with it
             self._loop.call_soon_threadsafe(self._undo)
 
     def cancel(self, refusal: str = ENDED) -> None:
-        """Cancel it; on the loop, or after it."""
+        """Cancel it. Called on the loop, or after its end."""
         self._refusal = refusal
         if self._task is None or self._loop.is_closed():
             self._end(ConfigurationError(refusal))
@@ -224,7 +225,7 @@ class Call(Generic[R]):
 
     @property
     def is_over(self) -> bool:
-        """Whether there is something to return or to raise."""
+        """Whether there is a result to return or an error to raise."""
         return self._is_over
 
     def _start(self) -> None:
@@ -262,8 +263,8 @@ class Call(Generic[R]):
 class Held(Generic[H, R]):
     """An async context manager that a thread enters and leaves. Whatever happens to the thread, it is left.
 
-    Should an exception meet the thread in the very instruction that begins to leave, nobody is told to. Then the end of
-    this object tells it, or the broker when it is closed.
+    If an exception interrupts the thread in the very instruction that begins to leave, the context is left when this
+    object is collected, or when the broker is closed.
     """
 
     def __init__(
@@ -301,15 +302,15 @@ class Held(Generic[H, R]):
             self._holding.leave_soon(is_well=kind is None)
             self._call.result()
         except _UndoneError:
-            pass  # as the error wants that leaves the block
+            pass  # the error that leaves the block goes on
         except BaseException:
-            self._holding.leave_soon(is_well=False)  # unless it was told before: then that goes on without us
+            self._holding.leave_soon(is_well=False)  # no effect if it is already leaving
             raise
         finally:
             self._left()
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # an exception met its making, and there is nothing to leave
+        with suppress(AttributeError):  # an exception interrupted `__init__`, and there is nothing to leave
             self._holding.leave_soon(is_well=False)
 
 
@@ -318,7 +319,7 @@ class _UndoneError(Exception):
 
 
 class _Holding(Generic[H]):
-    """The side of a `Held` that lives on the loop."""
+    """The side of a `Held` on the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, opening: Callable[[], AbstractAsyncContextManager[H]]) -> None:
         self._loop = loop
@@ -327,11 +328,11 @@ class _Holding(Generic[H]):
         self._is_told = False
         self.held: H | None = None
         self.entered = threading.Lock()
-        """Free once it is entered, or never will be."""
+        """Released once the context is entered, or never will be."""
         self.entered.acquire()
 
     async def hold(self) -> None:
-        """Enter, let the thread know, and leave when it says so."""
+        """Enter the context, let the thread know, and leave when the thread says so."""
         self._leave = self._loop.create_future()
         async with self._opening() as self.held:
             self.entered.release()
@@ -339,10 +340,10 @@ class _Holding(Generic[H]):
                 raise _UndoneError
 
     def leave_soon(self, *, is_well: bool) -> None:
-        """Let it leave, well or by an error; the first time counts. From any thread."""
+        """Leave the context, normally or as by an error; only the first call counts. May be called from any thread."""
         if self._is_told:
             return
-        with suppress(RuntimeError):  # the loop has ended, and this with it
+        with suppress(RuntimeError):  # the loop has ended, and the context with it
             self._loop.call_soon_threadsafe(self._leave_now, is_well)
         self._is_told = True
 
@@ -359,7 +360,7 @@ def _ended(forget: Callable[[Call[None]], None], holding: _Holding[Any], call: C
 
 @contextmanager
 def signals_left_to_others() -> Generator[None]:
-    """Let the threads that are started here, and those that they start, never be the one that a signal interrupts."""
+    """Start threads in this block that signals never interrupt, and neither the threads that those start."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -1,6 +1,6 @@
-"""What a caller asked for, checked once, where it enters; inside, it is trusted.
+"""A caller's arguments, checked once, where they enter; everything inside trusts them.
 
-Every check raises an error that names the queue, the value and what would be right. Pure.
+Every check raises an error that names the queue, the value and what would be right. All are pure.
 """
 
 import re
@@ -17,7 +17,7 @@ PEEK_MAX = 10_000  # messages that one look returns
 PRIORITY_MAX = 1_000_000  # either side of 0
 KEY_MAX = 256  # characters of a group, a dedup_key or a message_id
 GIVEN_ID = re.compile(r"[0-9a-f]{16}-[0-9]+")  # the ids that SQL engines give: a random salt and the message's number
-_NUMBER = (int, float)  # once: a union in the call would be made anew for every check
+_NUMBER = (int, float)  # a tuple: a union in the call would be built anew for every check
 
 
 def check_name(name: object) -> None:
@@ -26,12 +26,12 @@ def check_name(name: object) -> None:
         raise ConfigurationError(f"queue name {shown(name)}: a name is 1 to 128 characters of A-Z a-z 0-9 . _ -")
 
 
-def is_machines(clock: Callable[[], float], machines: Callable[[], float] = time.time) -> bool:
-    """Return whether a clock is the machine's, as it is by default, and no test's.
+def is_system_clock(clock: Callable[[], float], system: Callable[[], float] = time.time) -> bool:
+    """Return whether a clock is the machine's own, which is the default, rather than a test's.
 
-    A library that freezes time puts a clock of its own in the place of `time.time`, but not into defaults.
+    A library that freezes time replaces `time.time`, but not the default of a parameter.
     """
-    return clock is machines
+    return clock is system
 
 
 def check_duration(owner: str, what: str, value: object, *, least: float = 0.0, most: float = DURATION_MAX) -> None:
@@ -58,22 +58,22 @@ def check_count(owner: str, what: str, value: object, *, most: int) -> None:
 
 def check_limit(queue: str, limit: object, most: int) -> None:
     """Raise `ConfigurationError` unless `limit` is a number of messages from 1 to `most`."""
-    if type(limit) is not int or not 1 <= limit <= most:  # the text is made only when it is said
+    if type(limit) is not int or not 1 <= limit <= most:  # before the text of an error is built
         check_count(f"queue {queue!r}", "limit", limit, most=most)
 
 
 def check_priority(queue: str, priority: object) -> None:
-    """Raise `ConfigurationError` unless it is a whole number that a priority may be."""
+    """Raise `ConfigurationError` unless `priority` is a whole number within its limits."""
     whole = isinstance(priority, int) and not isinstance(priority, bool)
     if not whole or not -PRIORITY_MAX <= priority <= PRIORITY_MAX:  # type: ignore[operator]  # it is an int
         raise ConfigurationError(
-            f"queue {queue!r}: priority is {shown(priority)}; it must be a whole number from "
-            f"{-PRIORITY_MAX} to {PRIORITY_MAX}"
+            f"queue {queue!r}: priority is {shown(priority)}; it must be a whole number from {-PRIORITY_MAX} to "
+            f"{PRIORITY_MAX}"
         )
 
 
 def check_key(queue: str, what: str, key: object) -> None:
-    """Raise `ConfigurationError` unless it is a text that can be a group, a dedup_key or a message_id."""
+    """Raise `ConfigurationError` unless `key` is a text that can be a group, a dedup_key or a message_id."""
     if not isinstance(key, str) or not 0 < len(key) <= KEY_MAX or not is_text(key):
         raise ConfigurationError(
             f"queue {queue!r}: {what} is {shown(key)}; it must be a text of 1 to {KEY_MAX} characters"
@@ -81,7 +81,7 @@ def check_key(queue: str, what: str, key: object) -> None:
 
 
 def check_own_id(queue: str, message_id: str) -> None:
-    """Refuse an id of the shape that engines give: a sender that chose one could claim what is another's."""
+    """Refuse an id of the shape that engines give: a sender that chose one could claim another message's."""
     if GIVEN_ID.fullmatch(message_id):
         raise MessageError(
             f"queue {queue!r}: message_id {message_id!r} has the shape of the ids that Filao gives, 16 hexadecimal "
@@ -90,9 +90,9 @@ def check_own_id(queue: str, message_id: str) -> None:
 
 
 def check_ids(queue: str, ids: Iterable[str]) -> list[str]:
-    """Return the ids, each once, that a message may have; a lone string, an iterable of characters, is a mistake.
+    """Return the ids, each once, that a message can have; a lone string is refused, although it is iterable.
 
-    No message is named by the empty one: on RabbitMQ it would name all that strangers sent without an id.
+    The empty id is left out: no message has it, but on RabbitMQ it would match all that strangers sent without an id.
     """
     if isinstance(ids, str):
         raise ConfigurationError(
@@ -108,7 +108,7 @@ def check_ids(queue: str, ids: Iterable[str]) -> list[str]:
 
 
 def is_text(key: object) -> bool:
-    """Return whether it is a text that can be stored: half a surrogate pair cannot, and a NUL ends it early in SQL."""
+    """Return whether a key is a text that can be stored: it holds no half of a surrogate pair, and no NUL."""
     if not isinstance(key, str):
         return False
     try:

@@ -1,8 +1,8 @@
-"""How a body becomes bytes and comes back: JSON through msgspec, pydantic's own models, raw bytes untouched.
+"""How a body becomes bytes and comes back: JSON through msgspec, pydantic's models through pydantic, bytes untouched.
 
-A body is never coerced. What would not come back as it was raises `MessageNotEncodable` when it is sent; what does not
-decode to its queue's type raises `ValueError` here, and the broker makes it a dead letter. Pickle is never used: a
-queue outlives the code that filled it, and reading a message must not run anything.
+A body is never coerced. One that would not come back as it was raises `MessageNotEncodable` when it is sent; one that
+does not decode to its queue's type raises `ValueError` here, and the broker makes it a dead letter. Pickle is never
+used: a queue outlives the code that filled it, and reading a message must not run anything.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ JSON = 0
 BYTES = 1
 """The content is the caller's bytes, untouched."""
 
-DEPTH_MAX = 200  # objects and arrays within each other: readers in other programs stop at 254, and Python soon after
-SHALLOW_MAX = 2 * DEPTH_MAX  # bytes: what is no longer has no room for more brackets
+DEPTH_MAX = 200  # nested objects and arrays: readers in other programs stop at 254, and Python soon after
+SHALLOW_MAX = 2 * DEPTH_MAX  # bytes: a text no longer than this has no room for deeper nesting
 HEADERS_MAX = 8 * 1024  # bytes, as JSON
 HEADERS_COUNT_MAX = 64
 SHOWN_MAX = 80  # characters of a wrong value that an error text repeats
 
 
-_RAW: tuple[Any, ...] = (bytes, bytearray, memoryview)  # once: a union would be made anew for every body
+_RAW: tuple[Any, ...] = (bytes, bytearray, memoryview)  # a tuple: a union would be built anew for every body
 _UNWRITABLE = (
     *(TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError),
     *(AttributeError, LookupError, ArithmeticError),  # of a model's own properties, too
@@ -43,7 +43,7 @@ _UNWRITABLE = (
 
 
 def _write_foreign(value: object) -> object:
-    """Let pydantic write what is its own wherever msgspec meets it."""
+    """Let pydantic write its own models wherever msgspec meets one."""
     if _is_pydantics(type(value)):
         return msgspec.Raw(codec_for(type(value)).write(value))
     kind = _a(type(value).__qualname__)
@@ -51,7 +51,7 @@ def _write_foreign(value: object) -> object:
         msgspec.json.encode(value)
     except _UNWRITABLE:
         raise TypeError(f"JSON cannot hold {kind}; send a text, a number or a dict in its place") from None
-    raise TypeError(f"no key in JSON can be {kind}; send a text in its place")  # for as a value it can be written
+    raise TypeError(f"no key in JSON can be {kind}; send a text in its place")  # as a value it could be written
 
 
 _encode_json = msgspec.json.Encoder(enc_hook=_write_foreign).encode
@@ -66,10 +66,10 @@ class Codec:
     write: Callable[[Any], bytes] = _encode_json
 
     def encode(self, queue: str, body: object) -> tuple[int, bytes]:
-        """Return what the content is (`JSON` or `BYTES`) and the content, or raise `MessageNotEncodable`.
+        """Return the kind of the content (`JSON` or `BYTES`) and the content, or raise `MessageNotEncodable`.
 
-        Whether the body comes back as it was is seen by reading it. Without a type, JSON's own values are compared in
-        C; what is not equal there, and what has a type, is compared part by part.
+        The content is read back to see whether the body would arrive as it was. Without a type, the two are first
+        compared in C; if they differ there, or the queue has a type, they are compared part by part.
         """
         try:
             if body.__class__ is not dict and isinstance(body, _RAW) and self.body in (None, bytes):
@@ -83,14 +83,14 @@ class Codec:
                 return JSON, content
             else:
                 unlike = _unlike(body, came, again=_read_by_its_class)
-        except _UNWRITABLE as error:  # no others: a signal's handler may raise its own here
+        except _UNWRITABLE as error:  # no others: the handler of a signal may raise its own here
             raise _not_written(queue, body, error) from error  # pyright: ignore[reportUnknownArgumentType]
         if unlike is not None:
             raise _not_as_it_was(queue, body, *unlike)
         return JSON, content
 
     def _came(self, queue: str, body: object, content: bytes) -> Any:
-        """Return what the consumer gets, or raise the error which says that it gets nothing."""
+        """Return what the consumer would get, or raise the error that says why it would get nothing."""
         try:
             return self.read(content)
         except _UNWRITABLE as error:
@@ -100,7 +100,7 @@ class Codec:
     def decode(self, kind: int, content: bytes) -> Any:
         """Return the body, or raise `ValueError` when the content is not of the queue's type.
 
-        What the type's own code raises says so too, whatever it is; but for a lack of memory, which is not the body's.
+        Whatever the type's own code raises becomes a `ValueError` too, except `MemoryError`: the body is not to blame.
         """
         if kind == JSON:
             try:
@@ -129,7 +129,7 @@ def _codec(body: Any) -> Codec:
         raise ConfigurationError(f"{shown(body)} cannot be the type of a queue's bodies: {error}") from error
     try:
         unreadable = _unreadable(msgspec.inspect.type_info(body), set())
-    except (*_UNWRITABLE, NameError, NotImplementedError):  # it can be read, and not be described
+    except (*_UNWRITABLE, NameError, NotImplementedError):  # it can be read, but not described
         unreadable = None
     if unreadable is not None:
         raise ConfigurationError(
@@ -168,7 +168,7 @@ def _is_pydantics(kind: object) -> bool:
 def _pydantics(kind: Any, seen: dict[int, Any]) -> Iterator[Any]:
     """Yield pydantic's models and dataclasses that a type is made of, at any depth.
 
-    What was seen is kept alive: what annotations become is made anew, and another may get the id of one that is gone.
+    What was seen is kept alive: evaluated annotations are new objects, and could be given the id of a collected one.
     """
     if id(kind) in seen:
         return
@@ -180,7 +180,7 @@ def _pydantics(kind: Any, seen: dict[int, Any]) -> Iterator[Any]:
     if isinstance(origin, type):
         try:
             parts += get_type_hints(origin, include_extras=True).values()
-        except Exception:  # of a name that is not defined, or of whatever else annotations raise
+        except Exception:  # a name that is not defined, or whatever else annotations raise
             parts += []
     for part in parts:
         yield from _pydantics(part, seen)
@@ -189,7 +189,7 @@ def _pydantics(kind: Any, seen: dict[int, Any]) -> Iterator[Any]:
 def _by_pydantic(body: Any, models: Iterable[Any]) -> Codec:
     """Return the codec of a type that msgspec alone cannot read.
 
-    Aliases are written if every model reads what it writes. If one has others for writing, names are.
+    Aliases are written if every model reads the ones that it writes; otherwise the fields' names are.
     """
     from pydantic import TypeAdapter  # an extra
 
@@ -202,11 +202,11 @@ def _by_pydantic(body: Any, models: Iterable[Any]) -> Codec:
     read = partial(adapter.validate_json, strict=True)
     dump = partial(adapter.dump_json, by_alias=by_alias, round_trip=True, warnings=False)
     with suppress(ValueError):
-        read(b"null")  # which tells now what a type without all its names would tell at the first send
+        read(b"null")  # a type that names an undefined class raises here, not at the first send
 
     def write(value: object) -> bytes:
         content = dump(value)
-        if b"Infinity" in content:  # which a model may be told to write, though JSON has none
+        if b"Infinity" in content:  # a model can be told to write it, though JSON has no such number
             msgspec.json.decode(content)
         return content
 
@@ -214,7 +214,7 @@ def _by_pydantic(body: Any, models: Iterable[Any]) -> Codec:
 
 
 def _pydantic_fields(model: Any) -> dict[str, Any]:
-    """Return the fields of a model or dataclass of pydantic's; before 2.10, they had another name in a model."""
+    """Return the fields of a model or dataclass of pydantic's; before 2.10 a model had another name for them."""
     return cast("dict[str, Any]", getattr(model, "__pydantic_fields__", None) or getattr(model, "model_fields", {}))
 
 
@@ -251,7 +251,7 @@ def decode_headers(headers: str | None) -> dict[str, str]:
 
 
 def seen_body(kind: int, content: bytes) -> Any:
-    """Return a stored body as operators see it: decoded, and its bytes where it cannot be, or was nested too deeply."""
+    """Return a stored body as operators see it: decoded, or as bytes where it is no JSON or is nested too deeply."""
     if kind != JSON or is_too_deep(content):
         return content
     try:
@@ -261,7 +261,7 @@ def seen_body(kind: int, content: bytes) -> Any:
 
 
 def seen_as(body: type[Any], seen: object) -> Any:
-    """Return what operators see of a body as the type of its queue, and as they see it where it is not of that type."""
+    """Return a body that operators see as its queue's type, or unchanged where it is not of that type."""
     if isinstance(seen, bytes):
         return seen
     try:
@@ -271,7 +271,7 @@ def seen_as(body: type[Any], seen: object) -> Any:
 
 
 def seen_headers(headers: str | None) -> dict[str, str]:
-    """Return stored headers as operators see them: none where they are none."""
+    """Return stored headers as operators see them: unreadable ones as none."""
     try:
         return decode_headers(headers)
     except EngineError:
@@ -281,15 +281,15 @@ def seen_headers(headers: str | None) -> dict[str, str]:
 def is_too_deep(content: bytes) -> bool:
     """Return whether a JSON text is nested deeper than `DEPTH_MAX`.
 
-    What is too short for so many pairs of brackets costs nothing, and what holds few costs only their count.
+    A text too short for so many pairs of brackets costs nothing, and one that holds few costs only their count.
     """
     if len(content) <= SHALLOW_MAX or content.count(b"[") + content.count(b"{") <= DEPTH_MAX:
         return False
     if b"\\" in content:
-        content = content.replace(rb"\\", b"").replace(rb"\"", b"")  # escapes are read from the left, as here
-    outside = b"".join(content.split(b'"')[::2])  # of the texts
-    brackets = outside.translate(_AS_SQUARE, delete=_NO_BRACKETS)
-    for _ in range(DEPTH_MAX):  # each time, the innermost go
+        content = content.replace(rb"\\", b"").replace(rb"\"", b"")  # in this order: escapes are read from the left
+    outside_strings = b"".join(content.split(b'"')[::2])
+    brackets = outside_strings.translate(_AS_SQUARE, delete=_NO_BRACKETS)
+    for _ in range(DEPTH_MAX):  # each round removes the innermost pairs
         left = brackets.replace(b"[]", b"")
         if len(left) == len(brackets):
             break
@@ -307,7 +307,7 @@ def type_name(body: object) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value as an error text repeats it: short, whatever it is."""
+    """Return a value as an error text repeats it: short, and without the password of a URL."""
     try:
         text = repr(shown_url(value) if isinstance(value, str) and "://" in value else value)
     except Exception as error:
@@ -316,7 +316,7 @@ def shown(value: object) -> str:
 
 
 def said(error: Exception) -> str:
-    """Return what an exception says, though its class is a stranger's."""
+    """Return an exception's text, even if its own `__str__` fails."""
     try:
         return str(error)
     except Exception:
@@ -329,7 +329,7 @@ _Unlike = tuple[str, str, str]
 """Where in a body a difference is, what differs, and what would become of it."""
 _Again = Callable[[Any], Any]
 _Parts = Iterable[tuple[Any, Any, Any]]
-_LISTS: tuple[Any, ...] = (list, tuple)  # as types of which nothing is known, or their parts would be
+_LISTS: tuple[Any, ...] = (list, tuple)  # typed as Any: pyright would call their parts Unknown
 _DICTS: tuple[Any, ...] = (dict,)
 _SETS: tuple[Any, ...] = (set, frozenset)
 
@@ -346,10 +346,10 @@ def _unlike(sent: Any, came: Any, again: _Again | None = None) -> _Unlike | None
     """Return the first difference between a body and what it comes back as; None when there is none.
 
     Equality alone does not tell: 1.5 equals a `Decimal`, and a record's own `__eq__` may leave fields out. A value may
-    be of a class derived from that of what comes back and equal to it, as a member of a `str` Enum is where the type
-    says `str`, but for a record, which would lose its own fields. An int may come back as the same float.
+    come back as an equal one of a base class, as a member of a `str` Enum does where the type says `str`; but not a
+    record, which would lose fields. An int may come back as the same float.
 
-    Where no type says what a record comes back as, `again` returns what a consumer reads who names its class.
+    Where no type says what a record comes back as, `again` reads it as a consumer would that names its class.
     """
     kind = type(sent)  # pyright: ignore[reportUnknownVariableType]
     record = _record(kind)
@@ -359,7 +359,7 @@ def _unlike(sent: Any, came: Any, again: _Again | None = None) -> _Unlike | None
         except ValueError as error:
             return "", f"the {kind.__qualname__}", f"does not fit its own class: {error}"
         except ConfigurationError:
-            return None  # nobody can read it by this class, so nobody will
+            return None  # no consumer can name this class
     if kind is not type(came) and (record is not None or not _is_derived(sent, came)):
         return _of_another_type(sent, came)
     if isinstance(sent, _DICTS) and (other := _other_keys(sent, came)) is not None:
@@ -379,7 +379,7 @@ def _unlike(sent: Any, came: Any, again: _Again | None = None) -> _Unlike | None
 def _parts(sent: Any, came: Any, record: _Record | None) -> _Parts | None:
     """Return the name of each part of a value, with the part and what it comes back as; None when it has no parts."""
     if record is not None:
-        return zip(record.names, record.of(sent), record.of(came))  # noqa: B905  # quicker, and they are as many
+        return zip(record.names, record.of(sent), record.of(came))  # noqa: B905  # quicker; their lengths are equal
     if isinstance(sent, _LISTS) and len(sent) == len(came):
         return zip(range(len(sent)), sent, came)  # noqa: B905
     if isinstance(sent, _DICTS):
@@ -410,7 +410,7 @@ def _find_record(kind: Any) -> _Record | None:
 
 
 _record: Callable[[Any], _Record | None] = lru_cache(maxsize=1024)(_find_record)
-"""Return what a dataclass, an attrs class, a Struct or pydantic's model consists of; None for what is none."""
+"""Return what a dataclass, an attrs class, a Struct or a pydantic model consists of; None for any other class."""
 
 
 def _read_by_its_class(value: Any) -> Any:
@@ -441,11 +441,11 @@ def _other_keys(sent: Mapping[Any, Any], came: Mapping[Any, Any]) -> _Unlike | N
 
 
 def _is_equal(sent: Any, came: Any) -> bool:
-    if isinstance(sent, time):  # which equals one without a zone if its own depends on the date
+    if isinstance(sent, time):  # one whose zone depends on the date equals one without a zone
         return sent == came and (sent.tzinfo is None) is (came.tzinfo is None)
     if sent == came:
         return True
-    return isinstance(sent, (datetime, Decimal)) and str(sent) == str(came)  # an hour that is there twice; no number
+    return isinstance(sent, (datetime, Decimal)) and str(sent) == str(came)  # an hour repeated in autumn; NaN
 
 
 def _of_another_type(sent: Any, came: Any) -> _Unlike:

@@ -1,8 +1,7 @@
-"""The user's own database connection, of whatever library: how its statements are written, and whether it holds a
-transaction.
+"""The user's own database connection, of any library: how to run statements on it, and whether it holds a transaction.
 
 A DB-API connection (PEP 249: `sqlite3`, psycopg) is used through its cursors; SQLAlchemy's connections and sessions and
-Django's through what they document, so that none has to be installed.
+Django's connections through their documented interfaces, so that no library has to be installed.
 """
 
 import sqlite3
@@ -20,12 +19,12 @@ E = TypeVar("E", bound=BaseException)
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Statements with `?` for each parameter, on the user's connection, in the user's transaction."""
+    """Runs statements with `?` for each parameter on the user's connection, in the user's transaction."""
 
     dialect: str
-    """sqlite, postgresql, mysql, or what the library calls it."""
+    """sqlite, postgresql, mysql, or the library's name for another one."""
     paramstyle: str
-    """As PEP 249 names them."""
+    """As in PEP 249."""
     run: Execute
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
@@ -34,7 +33,7 @@ class Connection:
 
 
 def connection_of(given: Any, *, needs_transaction: bool) -> Connection:
-    """Recognise a connection. Raises `ConfigurationError` for what is none, or holds no transaction though it must."""
+    """Recognise a connection. Raises `ConfigurationError` for anything else, or if a needed transaction is missing."""
     refuse_asynchronous(given)
     if callable(getattr(given, "connection", None)) and hasattr(given, "get_bind"):  # SQLAlchemy's Session
         given = given.connection()
@@ -60,15 +59,15 @@ def refuse_asynchronous(given: object) -> None:
 
 
 def driver_error(error: BaseException, kind: type[E]) -> E | None:
-    """Return the driver's error in one that SQLAlchemy or Django raised from it; None where there is none.
+    """Return the driver's error: this one, or the one that SQLAlchemy or Django raised it from; None if neither is.
 
-    A cause of the cause says why the transaction failed before, and not what was wrong with this statement.
+    The cause of the cause is not looked at: it tells of an earlier failure in the transaction, not of this statement.
     """
     return next((found for found in (error, error.__cause__) if isinstance(found, kind)), None)
 
 
 def refused(error: Exception) -> EngineError:
-    """Return the error for what a library said instead of doing what was asked of the user's connection."""
+    """Return the error for a send that the user's connection refused."""
     kind = type(error)
     said = str(error).strip().partition("\n")[0]
     return EngineError(
@@ -78,9 +77,9 @@ def refused(error: Exception) -> EngineError:
 
 
 def holds_transaction(driver: Any) -> bool:
-    """Return whether what a driver's connection does next is part of a transaction, as far as it tells.
+    """Return whether the next statement of a driver's connection will be part of a transaction, as far as it tells.
 
-    One that is in none begins it by itself with its first statement, unless it commits each for itself.
+    A connection without a transaction begins one with its first statement, unless it commits each statement.
     """
     status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg's; 0 is idle
     if getattr(driver, "in_transaction", False) is True or status != 0:
@@ -91,8 +90,9 @@ def holds_transaction(driver: Any) -> bool:
 
 
 def _begin_on_sqlalchemy(given: Any) -> None:
-    """Let a connection of SQLAlchemy begin, as its first statement does, and look whether the driver's takes part: it
-    does not at the isolation level AUTOCOMMIT.
+    """Begin on a connection of SQLAlchemy, as its first statement would, and check that its driver's connection does.
+
+    At the isolation level AUTOCOMMIT it does not.
     """
     if not given.in_transaction():
         given.begin()
@@ -102,7 +102,7 @@ def _begin_on_sqlalchemy(given: Any) -> None:
 
 
 def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:
-    """Recognise a connection of PEP 249 by the module that it comes from."""
+    """Recognise a DB-API connection by the module that it comes from."""
     if isinstance(given, sqlite3.Connection):
         holds = not needs_transaction or holds_transaction(given)
         _check_transaction(holds=holds, advice='execute "BEGIN IMMEDIATE" on it first')
@@ -120,14 +120,13 @@ def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:
             dialect = "postgresql" if name.startswith("psycopg") else name
             return Connection(dialect, str(getattr(module, "paramstyle", "")), _through_cursor(given.cursor))
     raise ConfigurationError(
-        f"a {type(given).__module__}.{type(given).__qualname__} is no connection that Filao "
-        "knows: give a DB-API connection "
-        f"(sqlite3, psycopg), a SQLAlchemy connection or session, or a Django connection"
+        f"a {type(given).__module__}.{type(given).__qualname__} is no connection that Filao knows: give a DB-API "
+        "connection (sqlite3, psycopg), a SQLAlchemy connection or session, or a Django connection"
     )
 
 
 def _of_psycopg(given: Any, psycopg: Any) -> Connection:
-    """Recognise a connection of psycopg 3, whatever kind of rows its user likes."""
+    """Recognise a connection of psycopg 3, whatever its row factory."""
     cursor = partial(given.cursor, row_factory=psycopg.rows.tuple_row)
     return Connection("postgresql", str(psycopg.paramstyle), _through_cursor(cursor))
 
@@ -135,8 +134,8 @@ def _of_psycopg(given: Any, psycopg: Any) -> Connection:
 def _check_transaction(*, holds: bool, advice: str) -> None:
     if not holds:
         raise ConfigurationError(
-            "this connection commits each statement for itself and holds no transaction, so "
-            f"there is nothing to join: {advice}"
+            "this connection commits each statement for itself and holds no transaction, so there is nothing to join: "
+            f"{advice}"
         )
 
 
@@ -150,7 +149,7 @@ def _through_cursor(make: Callable[[], Any]) -> Execute:
 
 
 def _rewritten(sql: str, parameters: Sequence[Any], paramstyle: str) -> tuple[str, Any]:
-    """Write a statement in the style that its library wants. Ours hold `?` for nothing but parameters."""
+    """Write a statement in its library's style. In our statements, `?` stands for nothing but parameters."""
     if paramstyle == "qmark":
         return sql, tuple(parameters)
     if paramstyle in ("format", "pyformat"):

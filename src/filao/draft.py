@@ -16,7 +16,7 @@ SEND_MANY_MAX = 10_000  # messages that one atomic `send_many` takes: about 0.1 
 
 
 class _Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """What a message may be told beside its body; `Outgoing` says it."""
+    """The terms of a message, which `Outgoing` adds to its body."""
 
     headers: Mapping[str, str] | None = None
     """Texts by name, 64 at most."""
@@ -27,11 +27,11 @@ class _Terms(msgspec.Struct, frozen=True, kw_only=True):
     group: str | None = None
     """Messages of one group are handled one at a time, in order."""
     dedup_key: str | None = None
-    """While it is remembered, another message with it is not stored."""
+    """While it is remembered, another message with the same key is not stored."""
     ttl: float | None = None
-    """Seconds after which it expires; None: the queue's rule."""
+    """Seconds after which the message expires; None: the queue's rule."""
     message_id: str | None = None
-    """Its id, and remembered as a `dedup_key` is; None: the engine gives one."""
+    """The message's id, remembered as a `dedup_key` is; None: the engine gives one."""
 
 
 class Outgoing(_Terms, Generic[T], frozen=True):
@@ -50,7 +50,7 @@ _NO_LISTS = (str, bytes, bytearray, memoryview, Mapping)
 
 
 def listed(bodies: Iterable[Any]) -> list[Any]:
-    """Return bodies as a list; a text, bytes or a dict, which are iterables of something else, is a mistake."""
+    """Return bodies as a list; refuse a text, bytes or a dict, which iterate over their parts."""
     if isinstance(bodies, _NO_LISTS) or not hasattr(bodies, "__iter__"):
         given = cast("object", bodies)
         raise ConfigurationError(f"send_many was given {shown(given)} for its bodies; give a list. Nothing was sent")
@@ -63,7 +63,7 @@ def draft(queue: Queue[Any], outgoing: Outgoing[Any]) -> Draft:
 
 
 def drafts(queue: Queue[Any], bodies: Iterable[object], terms: Outgoing[None]) -> list[Draft]:
-    """Return a message for each body; all go with the same terms, but for those that bring their own."""
+    """Return a message for each body, all with the same terms, except an `Outgoing`, which brings its own."""
     bodies = listed(bodies)
     if len(bodies) > SEND_MANY_MAX:
         raise ConfigurationError(
@@ -74,7 +74,7 @@ def drafts(queue: Queue[Any], bodies: Iterable[object], terms: Outgoing[None]) -
 
 
 def _parts(body: object, terms: Outgoing[Any]) -> tuple[object, Outgoing[Any]]:
-    """Return a body and its terms: its own, if it brings them."""
+    """Return a body and its terms, its own if it brings them."""
     is_own = isinstance(body, Outgoing)
     own = cast("Outgoing[Any]", body) if is_own else terms
     return (own.body if is_own else body), own
@@ -106,9 +106,7 @@ def _draft(queue: Queue[Any], body: object, terms: Outgoing[Any]) -> Draft:
 async def larger(
     known: Queue[T], learn: Callable[[str], Awaitable[Queue[Any]]] | None, error: MessageTooLarge
 ) -> Queue[T]:
-    """Return the rules for another try, if the queue takes larger bodies by now than those known say; else raise the
-    error.
-    """
+    """Return the rules for another try if the queue takes larger bodies by now; otherwise raise the error."""
     declared = None if learn is None else await learn(known.name)
     if declared is None or declared.body_max <= known.body_max:
         raise error
@@ -118,7 +116,6 @@ async def larger(
 def too_large(queue: str, size: int, most: int) -> MessageTooLarge:
     """Return the error for a body above its queue's limit."""
     return MessageTooLarge(
-        f"queue {queue!r}: the body takes {size:,} bytes and the limit is {most:,}. "
-        "Nothing was sent. Store the content "
-        f"elsewhere and send a reference to it, or declare the queue with a larger body_max."
+        f"queue {queue!r}: the body takes {size:,} bytes and the limit is {most:,}. Nothing was sent. Store the "
+        "content elsewhere and send a reference to it, or declare the queue with a larger body_max."
     )

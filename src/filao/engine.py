@@ -1,10 +1,10 @@
-"""What a storage engine must do: a Protocol for each who needs something of it, and the records that cross them.
+"""What a storage engine must do: one Protocol for each of its users, and the records that cross them.
 
 The seam is cut at the verbs of a queue, never at SQL or AMQP. The data plane is one method, `execute`: a batch of
-operations goes in, one result for each comes out. An operation that cannot be done (an unknown queue, a full one, a
-lost lease) has its `FilaoError` as its result and touches nothing; an exception from `execute` itself means that
-nothing of the batch was done. Durations are seconds; the engine's own clock turns them into instants. What it takes to
-carry queues from one engine to another stands in `moving.py`.
+operations goes in, and one result for each comes out. An operation that cannot be done (an unknown queue, a full one, a
+lost lease) has its `FilaoError` as its result and changes nothing; an exception from `execute` itself means that
+nothing of the batch was done. Durations are seconds; the engine's own clock turns them into instants. What an engine
+needs to move queues to another one stands in `moving.py`.
 """
 
 import asyncio
@@ -21,23 +21,18 @@ from filao.queue import Queue, T
 
 EVENTS_MAX = 1_000  # events that one look at the history of a message returns
 HISTORY_MAX = 20  # failed attempts that are remembered of one message
+LEASES_LOOKED_AT = 1_000  # by `stats`, of each queue: a millisecond, however many are held
+INSTANT_MAX = 253_402_300_799_000  # milliseconds: the end of the year 9999, the last one that Python knows
 REASONS = ("max_attempts", "rejected", "expired", "malformed", "overflow")  # why a message is a dead letter
-FAILURES = (
-    "nacked",
-    "rejected",
-    "malformed",
-    "crashed",
-    "lease_expired",
-    "expired",
-    "overflow",
-)  # how an attempt failed
+FAILURES = ("nacked", "rejected", "malformed", "crashed", "lease_expired", "expired", "overflow")
+"""How an attempt failed."""
 
 
 class Feature(StrEnum):
     """What an engine may or may not be able to do; a queue that needs more is refused when it is declared."""
 
     LEASES = "leases"
-    """A lease has a length, ends when that is over, and can be extended. Without: it ends with its connection."""
+    """A lease ends after a time and can be extended. Without this, it ends with its connection."""
     LIVENESS = "liveness"
     """The leases of a process that died are taken over at once, not when they run out."""
     FENCING = "fencing"
@@ -59,7 +54,7 @@ class Feature(StrEnum):
     DEDUPLICATION = "deduplication"
     """A send repeated with its `dedup_key` or `message_id` is stored once."""
     MAX_LENGTH = "max_length"
-    """A queue may be full, exactly."""
+    """`max_length` is kept exactly."""
     ATOMIC = "atomic"
     """`send_many` stores all or none."""
     TRANSACTIONS = "transactions"
@@ -73,11 +68,11 @@ class Feature(StrEnum):
     PEEK = "peek"
     """What waits or is held can be looked at, and cancelled one by one."""
     PAUSE = "pause"
-    """A queue can stop delivering."""
+    """The deliveries of a queue can be stopped."""
     TRACE = "trace"
     """Each event in the life of a message is remembered, where the queue says so."""
     COUNTERS = "counters"
-    """`stats` counts all that ever happened. Without: what is ready and what is dead, and the rest is 0."""
+    """`stats` counts all that ever happened. Without this, only what is ready and what is dead; all else is 0."""
 
 
 class State(StrEnum):
@@ -91,7 +86,7 @@ class State(StrEnum):
 
 
 class OpenAgain(EngineError):
-    """An open engine lost its storage for good; a sound one is in its place, for those who open it anew."""
+    """An open engine lost its storage for good. A sound one is in its place: open a new engine on it."""
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -120,16 +115,16 @@ class Delivery(msgspec.Struct, frozen=True):
     sent_at: int
     """Milliseconds since 1970."""
     failures: int
-    """How many failed attempts its history has recorded."""
+    """How many failed attempts its history holds."""
     crashed: bool = False
-    """Whether the process of its last consumer died: it may have been the message that killed it."""
+    """Whether the process of its last consumer died: the message itself may have killed it."""
 
 
 class Ack(msgspec.Struct, frozen=True):
     """Done: delete it."""
 
     before_work: bool = False
-    """It is received at most once: the consumer must know that it is gone before the work begins."""
+    """The message is received at most once: it must be gone before the work begins."""
 
 
 class Nack(msgspec.Struct, frozen=True):
@@ -192,16 +187,21 @@ class Received(msgspec.Struct, frozen=True):
 
     deliveries: list[Delivery]
     due_in: float | None = None
-    """When there was too little: the seconds until the next delayed message or running lease of the queue is due."""
+    """If fewer came than were asked for: the seconds until the queue's next delay or lease ends."""
     took: float = 0.0
-    """For tracers: the seconds that the look took which found something; 0 when nobody asked."""
+    """For tracers: the seconds that the successful look took; 0 when there are none."""
 
 
 class Settle(msgspec.Struct, frozen=True):
-    """End a lease; its result is None. Every way in which a message can end is an `Outcome`."""
+    """End a lease, in one of the ways that `Outcome` lists; its result is None."""
 
     delivery: Delivery
     outcome: Outcome
+
+    @property
+    def queue(self) -> str:
+        """The name of the message's queue."""
+        return self.delivery.queue
 
 
 class Extend(msgspec.Struct, frozen=True):
@@ -210,11 +210,16 @@ class Extend(msgspec.Struct, frozen=True):
     delivery: Delivery
     seconds: float
 
+    @property
+    def queue(self) -> str:
+        """The name of the message's queue."""
+        return self.delivery.queue
+
 
 Operation = Send | Receive | Settle | Extend
 Result = list[Receipt] | Received | None | FilaoError
 Abandoned = Callable[[Result], None]
-"""Told the result of an operation whose caller was cancelled while it was being done."""
+"""Is told the result of an operation whose caller was cancelled while it was being done."""
 Submit = Callable[[Operation], "asyncio.Future[Result]"]
 """Does an operation with the next batch."""
 
@@ -227,7 +232,7 @@ class Failure(msgspec.Struct, frozen=True):
     outcome: str
     """nacked, rejected, malformed, crashed (its process died), lease_expired, expired (its ttl) or overflow."""
     error: str
-    """What the consumer said, with the traceback of an exception; empty when it could not say anything."""
+    """What the consumer said, with the traceback of an exception; empty if it said nothing."""
     consumer: str
     """The host and process that held the lease."""
 
@@ -241,11 +246,11 @@ class Event(msgspec.Struct, frozen=True):
     """sent, received, extended, released, acked; as `Failure.outcome`; died; redriven, cancelled, purged or dropped."""
     attempt: int
     by: str
-    """Who did it, or held the lease: the host and process; of a transaction of the user's own on PostgreSQL, the
+    """The host and process that did it or held the lease; for the user's own transaction on PostgreSQL, its
     `application_name` or role. Empty when time did it.
     """
     detail: str = ""
-    """Of a failure, what the consumer said; of a death, its reason; of an extension, for how many seconds."""
+    """Of a failure, what the consumer said; of a death, the reason; of an extension, its seconds."""
 
 
 class StoredMessage(msgspec.Struct, Generic[T], frozen=True):
@@ -255,8 +260,8 @@ class StoredMessage(msgspec.Struct, Generic[T], frozen=True):
     queue: str
     state: State
     body: T
-    """Of the type of the `Queue` by which it was asked for. What is not of that type, as a malformed message, and what
-    was asked for by a name is the JSON value, or the bytes of what is not valid JSON.
+    """Of the type of the `Queue` that was given to the call. If only a name was given, or the body is not of that
+    type, it is the JSON value, or bytes if it is not valid JSON.
     """
     headers: dict[str, str]
     attempts: int
@@ -265,7 +270,7 @@ class StoredMessage(msgspec.Struct, Generic[T], frozen=True):
     dedup_key: str | None
     sent_at: datetime
     at: datetime
-    """Delayed: when it is due. Leased: when the lease ends. Dead: when it died. Else: when it became so."""
+    """Delayed: when it is due. Leased: when the lease ends. Dead: when it died. Otherwise: since when."""
     expires_at: datetime | None
     reason: str | None = None
     """Of a dead letter: max_attempts, rejected, expired, malformed or overflow."""
@@ -284,13 +289,13 @@ class Batch(msgspec.Struct, frozen=True):
     """Operations that wait to be done as one."""
 
     receives: bool
-    """There is a receive among them."""
+    """Whether there is a receive among them."""
     writes: bool
-    """There is something else among them, which must be durable."""
+    """Whether there is anything else among them, which must be durable."""
     take: Callable[[Callable[[Operation], bool]], list[Operation]]
-    """Takes them, once, when the engine can begin: all that wait, in order, up to the first that it does not accept."""
+    """Called once, when the engine can begin: takes all that wait, in order, up to the first that is not accepted."""
     since: float
-    """When the first of them began to wait, by the loop's clock: from then on the engine's time limit counts."""
+    """When the first of them began to wait, by the loop's clock: the engine's time limit counts from then."""
 
 
 class Receiver(msgspec.Struct, frozen=True):
@@ -303,9 +308,9 @@ class Receiver(msgspec.Struct, frozen=True):
     since: datetime
     """When it first received anything."""
     worker: str = ""
-    """How its worker is, in its own words; empty when it runs none."""
+    """How its worker is, in the worker's own words; empty when the process runs none."""
     reported_ago: float | None = None
-    """Seconds since the worker said so. After 20 it is no longer to be believed."""
+    """Seconds since the worker said so. After 20 s, do not rely on it."""
 
 
 class QueueStats(msgspec.Struct, frozen=True):
@@ -319,13 +324,13 @@ class QueueStats(msgspec.Struct, frozen=True):
     ready: int
     """Could be received now."""
     delayed: int
-    """Waits for its time: sent with a delay, or failed and backing off."""
+    """Wait for their time: sent with a delay, or failed and backing off."""
     blocked: int
-    """Waits behind another message of its group."""
+    """Wait behind another message of their group."""
     leased: int
     """Held by a consumer."""
     dead: int
-    """Given up: a dead letter."""
+    """Given up: dead letters."""
     oldest_ready_age: float | None
     """Seconds since the oldest ready message was sent."""
     sent: int = 0
@@ -337,13 +342,13 @@ class QueueStats(msgspec.Struct, frozen=True):
     received: int = 0
     """Deliveries, ever: a message delivered twice counts twice."""
     acked: int = 0
-    """Done and gone, those received at most once included."""
+    """Done and gone, including those received at most once."""
     late: int = 0
-    """Acks, extends and other settles that came after the lease had ended, but before anyone else took the message."""
+    """Settles and extends that came after the lease had ended, but before another consumer took the message."""
     nacked: int = 0
     released: int = 0
     lost: int = 0
-    """Leases that ended without a word: the consumer died or overslept."""
+    """Leases that ended without a settle: the consumer died, or took too long."""
     died: int = 0
     """Messages that became dead letters, ever."""
     dropped: int = 0
@@ -352,7 +357,7 @@ class QueueStats(msgspec.Struct, frozen=True):
     purged: int = 0
     cancelled: int = 0
     oldest_delayed_age: float | None = None
-    """Seconds since the first delayed message was due; None while none is due. More than a moment: nobody receives."""
+    """Seconds since the first delayed message was due; None while none is. If it grows, nobody receives."""
     oldest_leased_age: float | None = None
     """Seconds since the oldest leased message was sent, among the 1,000 whose leases end first."""
     oldest_blocked_age: float | None = None
@@ -360,19 +365,16 @@ class QueueStats(msgspec.Struct, frozen=True):
     oldest_dead_age: float | None = None
     """Seconds since the oldest dead letter was sent."""
     dead_by_reason: dict[str, int] = {}
-    """The dead letters that lie there, by why they died."""
+    """The present dead letters, by their reason."""
     died_by_reason: dict[str, int] = {}
-    """The messages that became dead letters, ever, by why; counted first were those that still lay there."""
+    """The messages that ever became dead letters, by their reason. It began with those that were still there."""
     receivers: tuple[Receiver, ...] = ()
     """The processes that receive from it, by name: 1,000 at most."""
 
     def oldest_age(self, state: State | str) -> float | None:
-        """Return the age in seconds of the oldest message of a state, as the field of that name tells it."""
+        """Return the field `oldest_<state>_age`."""
         age: float | None = getattr(self, f"oldest_{State(state)}_age")
         return age
-
-
-LEASES_LOOKED_AT = 1_000  # by `stats`, of each queue: a millisecond, however many are held
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -385,22 +387,22 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Waiter(Protocol):
-    """A place to wait, taken before the first look, so that nothing that comes between the two is missed."""
+    """A place to wait, taken before the first look, so that nothing that comes in between is missed."""
 
     def is_behind(self) -> bool:
-        """Return whether others of this process wait already and will be called, so that a look would find nothing."""
+        """Return whether others of this process already wait and will be called, so that a look would find nothing."""
         ...
 
     def wait(self, due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
-        """Return what the receive gets once there is something, or nothing after `timeout` or when the engine closes.
+        """Return what the receive gets once there is something; nothing after `timeout`, or when the engine closes.
 
-        `due_in` is what the look before it said. Cancel the future to leave.
+        `due_in` is the one of the look before. Cancel the future to stop waiting.
         """
         ...
 
 
 class EngineTransaction(Protocol):
-    """A transaction on the engine's database; nothing in it is seen by others, or kept, before it commits."""
+    """A transaction on the engine's database: before it commits, nothing in it is kept or visible to others."""
 
     async def execute(self, sql: str, parameters: Any) -> list[Any]:
         """Run one statement of the user's and return its rows."""
@@ -412,7 +414,7 @@ class EngineTransaction(Protocol):
 
 
 class Transactions(Protocol):
-    """What an engine hands out that can do `Feature.TRANSACTIONS` and `Feature.WITHIN`."""
+    """What an engine with `Feature.TRANSACTIONS` and `Feature.WITHIN` hands out."""
 
     def begin(self) -> AbstractAsyncContextManager[EngineTransaction]:
         """Begin a transaction, which commits durably when the block is left, and is undone by an exception."""
@@ -424,17 +426,17 @@ class Transactions(Protocol):
 
 
 class Pausing(Protocol):
-    """What the operators of an engine can do that has `Feature.PAUSE`."""
+    """What operators can do on an engine with `Feature.PAUSE`."""
 
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Stop or resume deliveries; sends go on."""
 
     async def pause_group(self, queue: str, group: str, *, paused: bool) -> None:
-        """Halt a group as a dead letter does, or let it go on. Raises `ConfigurationError` where none is halted."""
+        """Halt a group as a dead letter does, or let it go on. Raises `ConfigurationError` if no group can halt."""
 
 
 class Tracing(Protocol):
-    """What the operators of an engine can do that has `Feature.TRACE`."""
+    """What operators can do on an engine with `Feature.TRACE`."""
 
     async def trace(self, message_id: str) -> list[Event]:
         """Return what happened to the messages with this id, the oldest event first; the last 1,000 at most."""
@@ -467,7 +469,7 @@ class Operators(Protocol):
         ...
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
-        """Return messages in order, from the one behind `after`, and change nothing."""
+        """Return messages in order, from the one behind the id `after`, and change nothing."""
         ...
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
@@ -475,11 +477,11 @@ class Operators(Protocol):
         ...
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
-        """Delete messages in these states (`ids`: only those) and return how many there were."""
+        """Delete messages in these states (`ids`: only those) and return how many were deleted."""
         ...
 
     async def report(self, state: str) -> None:
-        """Write down how this process is doing, for the doctor; an engine that knows of no processes does nothing."""
+        """Record how this process is doing, for the doctor; an engine that keeps no list of processes does nothing."""
 
     async def doctor(self) -> list[Finding]:
         """Examine the storage and say what an operator should know."""
@@ -488,13 +490,13 @@ class Operators(Protocol):
 
 @runtime_checkable
 class Immediate(Protocol):
-    """What an engine can do that need not always wait: see `filao.outside`."""
+    """An engine that can do operations in the calling thread: see `filao.outside`."""
 
     def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
-        """Do operations durably in the calling thread, whichever it is, if that needs no waiting for anybody.
+        """Do operations durably in the calling thread, whichever it is, if nobody must be waited for.
 
-        Return whether it was done; then `results` has one for each. What it raises means that none was done. It may be
-        interrupted between any two instructions; then what stands in `results` may have been done.
+        Return whether they were done; then `results` has one for each. An exception means that none was done. The call
+        may be interrupted between any two instructions; then those with a result may have been done.
         """
         ...
 
@@ -502,13 +504,13 @@ class Immediate(Protocol):
 class Engine(Protocol):
     """The storage that keeps the promises, as a broker needs it. One engine belongs to one event loop.
 
-    Its other users are handed an object each: `transactions`, `operators` and, where queues can be carried
-    to another engine, the `mover` of `filao.moving.Movable`.
+    Each of its other users gets an object: `transactions`, `operators` and, where queues can be moved to another
+    engine, the `mover` of `filao.moving.Movable`.
     """
 
     @property
     def name(self) -> str:
-        """What users call it, as in error texts."""
+        """Its name for users, as in error texts."""
         ...
 
     @property
@@ -516,7 +518,7 @@ class Engine(Protocol):
 
     @property
     def emulated(self) -> frozenset[Feature]:
-        """What it can only imitate, at a price, for queues that ask for it by `emulate=`."""
+        """What it can only imitate, at a price, for queues that ask for it with `emulate=`."""
         ...
 
     @property
@@ -540,33 +542,30 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of everything; leases that are still held are given back. When cancelled, let go at once."""
+        """Give back the leases that are still held and release everything; when cancelled, release it at once."""
 
     def drop(self) -> None:
-        """Let go without waiting: the event loop has ended."""
+        """Release everything without waiting: the event loop has ended."""
 
     async def declare(self, queue: Queue[Any]) -> None:
         """Create the queue or give it these rules. Idempotent. Raises `UnsupportedFeature`."""
 
     async def find(self, queue: str) -> Queue[Any]:
-        """Return a declared queue with its rules, at no cost that grows with their number. Raises `QueueNotFound`."""
+        """Return a declared queue with its rules; the cost does not grow with their number. Raises `QueueNotFound`."""
         ...
 
     def execute(self, batch: Batch) -> "Awaitable[Sequence[Result | asyncio.Future[Result]]]":
-        """Do all operations that it takes durably, and return one result each; if it raises, none was done.
+        """Durably do all operations that it takes, and return one result for each; if it raises, none was done.
 
-        An operation that must wait for somebody has a future as its result: it keeps nobody else waiting.
+        An operation that must wait for another transaction has a future as its result, so that the rest need not wait.
         """
         ...
 
     def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Waiter:
-        """Take a place to wait; `submit` looks again, `abandoned` is told what came for somebody who had gone away."""
+        """Take a place to wait; `submit` looks again, `abandoned` is told what came for a caller that had gone."""
         ...
 
 
-INSTANT_MAX = 253_402_300_799_000  # milliseconds: the end of the year 9999, which is the last one that Python knows
-
-
 def instant(milliseconds: int) -> datetime:
-    """Return an engine's time as an aware datetime in UTC; what no calendar holds becomes its end."""
+    """Return an engine's time as an aware datetime in UTC, kept between 1970 and the end of the year 9999."""
     return datetime.fromtimestamp(min(max(milliseconds, 0), INSTANT_MAX) / 1000, tz=UTC)

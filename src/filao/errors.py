@@ -21,7 +21,7 @@ class FilaoError(Exception):
     """The root of everything that Filao raises on purpose."""
 
     done: int = 0
-    """Messages that are done, and stay so, of a call that changes many and has failed half-way."""
+    """How many messages the call had changed for good before it failed half-way."""
 
 
 class ConfigurationError(FilaoError):

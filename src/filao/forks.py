@@ -1,12 +1,12 @@
 """Forks: what a process lets go of before it forks, and what a child may do with what it inherits.
 
-SQLite's locks belong to a process, and a child does not inherit them; but the library in the child believes that it
-has them, writes without, and loses what others confirm. (https://www.sqlite.org/howtocorrupt.html, section 2.6) So
-nothing of SQLite's may be open across a fork. Every job on a file runs inside the `gate`; before a fork it is shut,
-what is open is let go, and parent and child open it again at their next job. A socket stays open in the parent; the
-child cuts its own end off, so that neither words nor a farewell of the child's can reach the parent's session.
+SQLite's locks belong to a process, and a child does not inherit them. But the library in the child believes that it
+holds them, writes without them, and destroys what others confirmed. (https://www.sqlite.org/howtocorrupt.html, section
+2.6) So no SQLite file may be open across a fork. Every job on a file runs inside the `gate`. Before a fork the gate is
+shut and the files are closed; parent and child open them again for their next job. A socket stays open in the parent;
+the child cuts off its own end, so that nothing the child writes, not even a goodbye, reaches the parent's session.
 
-The module relies on nothing of ours. `broker.py` registers the hooks; the engines say what they hold.
+The module relies on nothing of ours. `session.py` registers the hooks; the engines say what they hold.
 """
 
 import os
@@ -19,8 +19,8 @@ from typing import Protocol
 
 WITHIN = 30.0  # seconds that a fork waits for jobs and transactions to end: the bound of every wait
 INTERRUPTED_WITHIN = 2.0  # seconds more for a job that was interrupted then
-LOOKED_IN_WITHIN = 0.1  # seconds more for those who entered, and leave because they see that somebody forks
-_INHERITED: list[object] = []  # what a child must never close, and the collector must not either
+LOOKED_IN_WITHIN = 0.1  # seconds more for threads that have just entered, and leave again when they see the fork
+_INHERITED: list[object] = []  # what neither a child nor its garbage collector may ever close
 
 
 class Storage(Protocol):
@@ -28,33 +28,33 @@ class Storage(Protocol):
 
     @property
     def is_in_transaction(self) -> bool:
-        """Whether a transaction of the user's is open, which the jobs of others wait for."""
+        """Whether a transaction of the user's is open, for which the jobs of others wait."""
         ...
 
     @property
     def loop_thread(self) -> int:
-        """The thread whose loop its jobs come from: while it forks, none of its transactions can end."""
+        """The thread whose loop its jobs come from: while that one forks, none of its transactions can end."""
         ...
 
     def interrupt(self) -> None:
-        """Let the statement that runs fail. From any thread."""
+        """Make the running statement fail. May be called from any thread."""
 
     def leave(self) -> None:
-        """Let go of all, undoing a transaction; from the thread that forks, while no job runs."""
+        """Close everything and undo an open transaction. Called in the thread that forks, while no job runs."""
 
     def inherit(self) -> None:
-        """Forget in the child what is the parent's."""
+        """In the child: forget what is the parent's."""
 
 
 class Connected(Protocol):
-    """What holds sockets to a server: they stay open in the parent, which goes on using them."""
+    """Something that holds sockets to a server: they stay open in the parent, which goes on using them."""
 
     def inherit(self) -> None:
-        """Cut off the child's ends of them."""
+        """In the child: cut off its ends of them."""
 
 
 class Gate:
-    """Lets jobs in, and a fork when there are none; a thread in a job may step out while it waits for others."""
+    """Admits either jobs or a fork, never both; a thread in a job may step out while it waits for another process."""
 
     def __init__(self) -> None:
         self._storages: weakref.WeakSet[Storage] = weakref.WeakSet()
@@ -66,21 +66,21 @@ class Gate:
         self._inside: set[int] = set()
         """The threads that run jobs."""
         self._is_wanted = False
-        """A thread is about to fork: no job may begin, but for those of a transaction that it waits for."""
+        """A thread is about to fork: no job may begin, except those of a transaction that the fork waits for."""
         self._is_shut = False
 
     def watch(self, storage: Storage) -> None:
-        """Let go of it before every fork from now on; to be called inside."""
+        """Close it before every fork from now on. Call this inside the gate."""
         self._storages.add(storage)
 
     def connect(self, connected: Connected) -> None:
-        """Let a child cut itself off from it after every fork from now on."""
+        """Let the child cut itself off from it after every fork from now on."""
         self._connected.add(connected)
 
     def enter(self, storage: Storage | None = None) -> None:
         """Begin a job on a storage, or go on with one that has no transaction open.
 
-        Without a lock, while nobody forks: who enters first and looks then is seen by who shuts.
+        It takes no lock while nobody forks: a thread first enters and then looks, so the thread that shuts sees it.
         """
         self._inside.add(threading.get_ident())
         if not self._is_wanted:
@@ -93,7 +93,7 @@ class Gate:
             self._inside.add(threading.get_ident())
 
     def try_enter(self) -> bool:
-        """Begin a job unless somebody forks just now; return whether it was begun."""
+        """Begin a job unless somebody is forking; return whether it began."""
         self._inside.add(threading.get_ident())
         if self._is_wanted:
             self.leave()
@@ -101,21 +101,21 @@ class Gate:
         return True
 
     def leave(self) -> None:
-        """End a job, if one was begun."""
+        """End a job, if one has begun."""
         self._inside.discard(threading.get_ident())
         if self._is_wanted:
             with self._changed:
                 self._changed.notify_all()
 
     def is_inside(self, thread: int) -> bool:
-        """Return whether a thread runs a job just now."""
+        """Return whether a thread is running a job."""
         return thread in self._inside
 
     @contextmanager
     def outside(self) -> Generator[None]:
         """Step out of a job that has no transaction open, to wait for another process.
 
-        A fork may happen meanwhile, after which nothing is open.
+        A fork may happen meanwhile; after it no file is open.
         """
         if threading.get_ident() not in self._inside:
             yield
@@ -129,10 +129,10 @@ class Gate:
     # --- the fork ----------------------------------------------------------------------------------------------------
 
     def shut(self, *, in_transaction: bool) -> None:
-        """Before a fork: wait until no job runs and no transaction is open, and let go of all that is.
+        """Before a fork: wait until no job runs and no transaction is open, then close all files.
 
-        A transaction that cannot end while this thread waits, as when it is this thread's (`in_transaction`), is not
-        waited for. What has not ended after 30 s is interrupted and undone.
+        A transaction that cannot end while this thread waits, such as its own (`in_transaction`), is not waited for.
+        What has not ended after 30 s is interrupted and undone.
         """
         with self._changed:
             while self._is_wanted:  # another thread forks
@@ -165,7 +165,7 @@ class Gate:
             self._changed.notify_all()
 
     def inherit(self) -> None:
-        """After a fork, in the child: forget what is the parent's, and the threads that there are none of."""
+        """After a fork, in the child: forget what is the parent's, and the threads, which exist only there."""
         self._renew()
         for storage in list(self._storages):
             storage.inherit()
@@ -178,15 +178,13 @@ gate: Gate = Gate()
 
 
 def keep(inherited: object) -> None:
-    """Keep in a child what it must never let go of: collecting it could close what is the parent's."""
+    """Keep an object alive in a child for good: collecting it could close what is the parent's."""
     _INHERITED.append(inherited)
 
 
 def cut_off(descriptor: Callable[[], int]) -> None:
-    """Replace a child's end of a socket by nothing: whatever closes it politely, or goes on using it, reaches
-    nobody.
-    """
-    with suppress(Exception):  # it was closed before, in whatever way its library says so
+    """Replace a child's end of a socket by /dev/null: whatever uses it or closes it politely reaches nobody."""
+    with suppress(Exception):  # it was closed before; each library says so with an error of its own
         number = descriptor()
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         os.dup2(nothing, number, inheritable=False)

@@ -1,7 +1,7 @@
-"""Tasks in the background, which cannot die of what they are given: an error ends one turn, and the next one begins.
+"""Background tasks that no input can kill: an error ends one turn, and the next turn begins.
 
-A notification, a datagram or a row that nobody expected ends a turn at most, never the task: consumers would be woken
-late, or not at all, and nobody would hear why.
+If a notification, a datagram or a row that nobody expected could end such a task, consumers would be woken late or not
+at all, and nobody would learn why.
 """
 
 import asyncio
@@ -28,10 +28,10 @@ async def for_ever(
 ) -> NoReturn:
     """Take one turn after another until the task is cancelled.
 
-    A turn that failed is followed by a pause, which grows while turns fail, is drawn at random, so that many processes
-    do not come at once, and ends when `wake` is set. A `FilaoError` is the storage's, which says it to those who call
-    it, so it is logged for debugging only. Any other error was foreseen by nobody: it is logged with its traceback, but
-    once while it repeats itself.
+    A turn that failed is followed by a pause. It grows while turns keep failing, is partly random, so that many
+    processes do not retry at once, and ends early when `wake` is set. A `FilaoError` also reaches the callers of the
+    storage, so it is logged at debug level only. Any other error is unforeseen: it is logged with its traceback, once
+    while it repeats.
     """
     pause, said = 0.0, ""
     while True:
@@ -47,10 +47,10 @@ async def for_ever(
 
 
 def check_cancelled() -> None:
-    """Raise the cancellation of the running task that a call below has swallowed; call it between two turns of a loop.
+    """Raise a cancellation of the running task that a call below has swallowed; call it between two turns of a loop.
 
-    Before Python 3.12 `asyncio.wait_for`, which the servers' clients use, returns a result that comes in the same
-    moment as the cancellation, and forgets the latter.
+    Before Python 3.12, `asyncio.wait_for`, which the servers' clients use, forgets a cancellation that arrives at the
+    same moment as its result.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
@@ -59,10 +59,10 @@ def check_cancelled() -> None:
 
 @contextmanager
 def cancellable() -> Generator[None]:
-    """Raise, when the block ends, a cancellation that came during it and that a call in it took for an error of its
-    own, as RabbitMQ's client does, or swallowed: the caller would wait for what nobody wants any more.
+    """When the block ends, raise a cancellation that came during it and was lost in it.
 
-    One that came before is not counted: who was cancelled may have to tidy up.
+    A call in the block may have swallowed it, or turned it into an error of its own, as RabbitMQ's client does. A
+    cancellation that came before the block does not count: a cancelled task may have to tidy up.
     """
     task = asyncio.current_task()
     before = 0 if task is None else task.cancelling()

@@ -1,6 +1,6 @@
 """A thread with an event loop on which a broker is open, for the blocking twin; and how it ends with the interpreter.
 
-It is a daemon, or the interpreter would wait for it before it calls what closes it.
+It is a daemon: the interpreter would wait for any other thread before it calls `_close_all`.
 """
 
 import asyncio
@@ -21,11 +21,9 @@ from filao.session import CLOSES_WITHIN
 
 log: logging.Logger = logging.getLogger("filao")
 
-JOINED_WITHIN = CLOSES_WITHIN + 5.0  # seconds: closing has its own bound, and the loop ends what is left at once
-
-
+JOINED_WITHIN = CLOSES_WITHIN + 5.0  # seconds: closing has its own bound, and the loop then ends what is left at once
 _threads: "set[LoopThread]" = set()
-"""All that run; it may be in the background that they close. An interrupted start may have begun none."""
+"""All that run, even those that close in the background."""
 
 
 class LoopThread:
@@ -52,29 +50,28 @@ class LoopThread:
             error, self._error = self._error, None
             if isinstance(error, OSError):
                 raise EngineUnavailable(
-                    f"the broker cannot start its event loop ({error}): most likely this "
-                    "process has no file descriptor left. "
-                    f"Nothing was done; close what is not needed, or raise the limit (ulimit -n)"
+                    f"the broker cannot start its event loop ({error}): most likely this process has no file "
+                    "descriptor left. Nothing was done; close what is not needed, or raise the limit (ulimit -n)"
                 ) from error
             raise error
 
     def leave(self, thread: int | None) -> None:
         """Undo the transactions of a thread that closes the broker, or of all: they cannot end while it waits."""
-        if self._stopping is None:  # it has not begun
+        if self._stopping is None:  # the loop has not begun
             return
-        with suppress(RuntimeError):  # it has ended
+        with suppress(RuntimeError):  # the loop has ended
             self.caller.loop.call_soon_threadsafe(self.caller.leave, thread)
 
     def stop(self) -> None:
-        """Let it close the broker and end; in the background."""
+        """Begin to close the broker and to end the thread, in the background."""
         self._is_stopping = True
         stopping = self._stopping
         if stopping is not None:
-            with suppress(RuntimeError):  # it has ended
+            with suppress(RuntimeError):  # the loop has ended
                 self.caller.loop.call_soon_threadsafe(stopping.set)
 
     def join(self, within: float | None = None) -> None:
-        """Wait until it has ended; raise what closing raised."""
+        """Wait until the thread has ended, and raise what closing raised."""
         self._thread.join(JOINED_WITHIN if within is None else within)
         if self._error is not None:
             error, self._error = self._error, None
@@ -102,11 +99,11 @@ class LoopThread:
                 self._opened.set()
                 await self._stopping.wait()
         finally:
-            self.caller.end()  # before the loop ends what is left of it: a task that came after that would never run
+            self.caller.end()  # before the loop ends: a call that came after that would never be answered
 
 
 def _close_all() -> None:
-    """Close what is still open when the interpreter ends: all at once, and within one bound."""
+    """Close what is still open when the interpreter ends, all at once and within one bound."""
     interpreter_ends()
     until = time.monotonic() + JOINED_WITHIN
     threads = list(_threads)
@@ -121,12 +118,12 @@ def _close_all() -> None:
 
 
 def _close_at_exit() -> None:
-    """Have all closed when this process ends; a child of `multiprocessing` ends in its own way."""
+    """Close all when this process ends; a child of `multiprocessing` ends in its own way."""
     atexit.unregister(_close_all)
     atexit.register(_close_all)
     multiprocessing = sys.modules.get("multiprocessing.util")
     if multiprocessing is not None and sys.modules["multiprocessing.process"].parent_process() is not None:
-        multiprocessing.Finalize(None, _close_all, exitpriority=0)  # it ends a child without what atexit holds
+        multiprocessing.Finalize(None, _close_all, exitpriority=0)  # such a child does not call what atexit holds
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,7 +1,7 @@
-"""What a consumer holds: a `Message` to settle, and the `Transaction` in which it can do so together with its work.
+"""What a consumer holds: a `Message` to settle, and the `Transaction` in which it can settle it together with its work.
 
-Receiving makes messages of an engine's deliveries; each settles itself through the session that it came from, once:
-`ack`, `nack`, `reject` or `release`. Until then its consumer holds a lease on it, and no one else does.
+`receiving.py` makes messages of an engine's deliveries. Each is settled once, through the session that it came from, by
+`ack`, `nack`, `reject` or `release`. Until then its consumer holds a lease on it, and nobody else does.
 """
 
 import asyncio
@@ -42,8 +42,8 @@ AT_MOST_ONCE = "acked before it was handed over (at most once)"
 class Message(Generic[T]):
     """A message that this consumer, and no other, holds until its lease ends.
 
-    `message["claim_id"]` reads a key of the body. Every way to settle it raises `LeaseLost`, and changes nothing, once
-    another consumer has received it or once it was settled before.
+    `message["claim_id"]` reads a key of the body. Once another consumer has received the message, or this one has
+    settled it, every way to settle it raises `LeaseLost` and changes nothing.
     """
 
     __slots__ = ("_delivery", "_ended", "_session", "body")
@@ -57,7 +57,7 @@ class Message(Generic[T]):
 
     @property
     def id(self) -> str:
-        """The message's identity: the same on every attempt, unique across queues and files."""
+        """The message's identity: the same on every attempt."""
         return self._delivery.id
 
     @property
@@ -67,7 +67,7 @@ class Message(Generic[T]):
 
     @property
     def attempt(self) -> int:
-        """1 on the first delivery; a crash of its consumer uses an attempt, a `release` gives it back."""
+        """1 on the first delivery. A consumer that crashes has used an attempt; a `release` gives it back."""
         return self._delivery.attempt
 
     @property
@@ -121,9 +121,9 @@ class Message(Generic[T]):
         await self._settle(Reject(error_text(reason)), "rejected")
 
     async def release(self, *, delay: float = 0.0) -> None:
-        """Give it back unworked: it returns to its old place, at once or after `delay` seconds.
+        """Give the message back: it returns to its old place, at once or after `delay` seconds.
 
-        The attempt is not counted, so that it may be put off any number of times; a `ttl` ends that.
+        The attempt does not count, so a message can be released any number of times, until its `ttl` ends.
         """
         self._check_delay(delay)
         await self._settle(Release(delay), "released")
@@ -134,7 +134,7 @@ class Message(Generic[T]):
         await self._session.extend(self._delivery, seconds)
 
     def transaction(self) -> AbstractAsyncContextManager["Transaction"]:
-        """Open a transaction that commits the caller's statements, follow-up sends and this acknowledgement together.
+        """Open a transaction that commits the caller's statements, further sends and this acknowledgement together.
 
         Leaving its block normally commits; an exception undoes all of it, and the message stays leased. See
         `Broker.transaction`.
@@ -144,7 +144,7 @@ class Message(Generic[T]):
 
     async def _settle(self, outcome: Outcome, how: str) -> None:
         if self._ended is AT_MOST_ONCE and isinstance(outcome, Ack):
-            return  # so that the same code runs under either guarantee
+            return  # the same code runs under either guarantee
         self._check_held(how)
         await self._session.settle(self._delivery, outcome)
         self._ended = how
@@ -156,9 +156,8 @@ class Message(Generic[T]):
         """Raise `LeaseLost` when this consumer has settled it already."""
         if self._ended:
             raise LeaseLost(
-                f"message {self.id} of queue {self.queue!r} was already {self._ended} by "
-                "this consumer, so it cannot be "
-                f"{wanted} again. Nothing was changed. Settle each message once."
+                f"message {self.id} of queue {self.queue!r} was already {self._ended} by this consumer, so it cannot "
+                f"be {wanted} again. Nothing was changed. Settle each message once."
             )
 
 
@@ -256,12 +255,12 @@ class Transaction:
 
 
 class Deferred:
-    """A transaction that begins with its first statement, so that what is slow before it makes nobody wait.
+    """A transaction that begins with its first statement, so that nobody waits for slow work before that.
 
     On SQLite a transaction holds the one write lock of the file. See `filao.engine.EngineTransaction`.
 
-    Invariant: whatever begins here is ended here. A handler that was given up may still wait for its turn to begin when
-    its block is left; what begins then is undone at once.
+    Invariant: what begins here is ended here. A handler that was given up may still be waiting to begin when its block
+    is left; what begins then is undone at once.
     """
 
     def __init__(self, opening: Callable[[], AbstractAsyncContextManager[EngineTransaction]]) -> None:
@@ -285,11 +284,11 @@ class Deferred:
         return self._transaction is not None or self._lock.locked()
 
     async def execute(self, sql: str, parameters: Any) -> list[Any]:
-        """Begin, if nobody has, and run one statement."""
+        """Begin, unless it has begun, and run one statement."""
         return await (await self._begun()).execute(sql, parameters)
 
     async def apply(self, operations: Sequence[Operation]) -> list[Result]:
-        """Begin, if nobody has, and do the operations."""
+        """Begin, unless it has begun, and do the operations."""
         return await (await self._begun()).apply(operations)
 
     async def _begun(self) -> EngineTransaction:
@@ -307,12 +306,12 @@ class Deferred:
             raise ConfigurationError("this transaction has ended meanwhile; nothing of it was done")
 
 
-# --- what insiders may do with them ----------------------------------------------------------------------------------
+# --- for the modules above, not for users ----------------------------------------------------------------------------
 
 
 def delivery_of(message: Message[Any]) -> Delivery:
     """Return what the engine handed over."""
-    return message._delivery  # noqa: SLF001 - the three below too: users do not see what is not for them
+    return message._delivery  # noqa: SLF001 - users of a message do not see it; nor what is used below
 
 
 def settled_by(message: Message[T], session: Session) -> Message[T]:
@@ -322,7 +321,7 @@ def settled_by(message: Message[T], session: Session) -> Message[T]:
 
 
 def mark_settled(message: Message[Any], how: str) -> None:
-    """Record how a message was settled, when that happened otherwise than through itself."""
+    """Record how a message was settled, when it was not settled through its own methods."""
     message._ended = how  # noqa: SLF001
 
 
@@ -332,13 +331,13 @@ def check_held(message: Message[Any], wanted: str) -> None:
 
 
 def inside_of(transaction: Transaction) -> Inside:
-    """Return what others look at to know that they are in a transaction."""
+    """Return the record by which other calls know that they are in this transaction."""
     return transaction._inside  # noqa: SLF001
 
 
 @asynccontextmanager
 async def entered(session: Session, *, deferred: bool = False) -> AsyncGenerator[Transaction]:
-    """Open a transaction, or one that begins with its first statement; the code in its block knows that it is in it."""
+    """Open a transaction; `deferred`: it begins with its first statement. `current_transaction` is set in its block."""
     session.check_usable()
     begin = session.transactions("transactions").begin
     async with Deferred(begin) if deferred else begin() as within:
@@ -366,7 +365,7 @@ async def _transaction_for(message: Message[Any]) -> AsyncGenerator[Transaction]
 
 @asynccontextmanager
 async def deferred_transaction_for(message: Message[Any]) -> AsyncGenerator[Transaction]:
-    """Open one that begins with its first statement and acknowledges with its last; for workers."""
+    """Open a transaction that begins with its first statement and acknowledges with its last; for workers."""
     session = message._session  # noqa: SLF001
     async with entered(session, deferred=True) as transaction:
         yield transaction
@@ -374,7 +373,7 @@ async def deferred_transaction_for(message: Message[Any]) -> AsyncGenerator[Tran
 
 
 def error_text(reason: object) -> str:
-    """Return what is kept of an error: an exception with its traceback, the end of it when it is long."""
+    """Return what is kept of an error: an exception's traceback, or a text; of a long one, the end."""
     try:
         text = "".join(traceback.format_exception(reason)) if isinstance(reason, BaseException) else str(reason)
     except Exception:

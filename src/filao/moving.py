@@ -1,9 +1,9 @@
-"""Moving house: queues, with all that is in them, from one engine to another.
+"""Moving queues, with all that is in them, from one engine to another.
 
-A slice of messages is stored at the target, by their ids, before it is deleted at the source; so a move that is killed
-at any point loses nothing, and the next one begins where it ended. A message that is then stored a second time is known
-by its id at a target that deduplicates: both queues are paused until the move is over, so that nothing ends and is
-forgotten meanwhile.
+A slice of messages is stored at the target, under their ids, before it is deleted at the source. So a move that is
+killed at any point loses nothing, and the next one goes on where it ended. A target that deduplicates recognises by its
+id a message that is then sent a second time: both queues are paused until the move is over, so that no id is forgotten
+meanwhile.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from filao.engine import Draft, Engine, Failure, Feature, QueueStats
 from filao.errors import ConfigurationError
 from filao.queue import Queue, not_found
 
-SLICE = 100  # messages that are under way at once
-LOOK = 1_000  # messages that are looked at at once
+SLICE = 100  # messages that are moved at once
+LOOK = 1_000  # messages that are checked at once
 
 
 class Parcel(msgspec.Struct, frozen=True):
@@ -27,10 +27,10 @@ class Parcel(msgspec.Struct, frozen=True):
     """
 
     handle: int
-    """What its own engine finds it by."""
+    """By which its own engine finds it."""
     id: str
     draft: Draft
-    """With the time to live and the delay that are left."""
+    """With what is left of its time to live and its delay."""
     sent_at: int
     attempts: int
     history: tuple[Failure, ...] = ()
@@ -41,18 +41,18 @@ class Parcel(msgspec.Struct, frozen=True):
 
 
 class Key(msgspec.Struct, frozen=True):
-    """A `dedup_key` or a `message_id` that is remembered though its message has ended."""
+    """A `dedup_key` or a `message_id` that is still remembered, although its message has ended."""
 
     is_id: bool
     key: str
     message: str
-    """The id of the message that came first."""
+    """The id of the message that had it first."""
     until: int
     """Milliseconds since 1970."""
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """What a queue remembers beside its messages."""
+    """What a queue remembers besides its messages."""
 
     keys: tuple[Key, ...] = ()
     halted: tuple[str, ...] = ()
@@ -60,49 +60,49 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Packing(Protocol):
-    """Takes messages out of a queue, in the order of sending, but for those that consumers hold."""
+    """Takes messages out of a queue, in the order of sending, except those that consumers hold."""
 
     async def take(self, limit: int) -> list[Parcel]:
-        """Return the next messages, which stay where they are."""
+        """Return the next messages, and leave them where they are."""
         ...
 
     async def delivered(self, parcels: Sequence[Parcel]) -> None:
-        """Delete messages that are safe elsewhere."""
+        """Delete messages that are stored at the target."""
         ...
 
     async def held(self) -> int:
-        """Return how many messages are there and cannot be taken, as far as it is known: consumers hold them, say."""
+        """Return how many messages are there but cannot be taken, as far as is known: consumers hold them, say."""
         ...
 
 
 class Mover(Protocol):
-    """What carrying queues needs of either end."""
+    """What a move needs of the engine at either end."""
 
     async def identity(self) -> str:
-        """Return what two engines have in common if, and only if, they are on the same storage."""
+        """Return a text that two engines share if, and only if, they are on the same storage."""
         ...
 
     def check(self, queue: Queue[Any], drafts: Sequence[Draft] = ()) -> None:
         """Raise `UnsupportedFeature` for a queue that cannot be declared here, or a message that cannot be kept."""
 
     def packing(self, queue: str) -> AbstractAsyncContextManager[Packing]:
-        """Begin to carry a queue's messages elsewhere."""
+        """Begin to move a queue's messages away."""
         ...
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
-        """Store messages that came from elsewhere, in this order, but for those that came before."""
+        """Store messages from another engine in this order, except those that were stored before."""
         ...
 
     async def memory(self, queue: str) -> Memory:
-        """Return what the queue remembers beside its messages."""
+        """Return what the queue remembers besides its messages."""
         ...
 
     async def remember(self, queue: str, memory: Memory) -> None:
-        """Remember what another engine remembered, but for what is known here already."""
+        """Remember what another engine remembered, except what is known here already."""
 
 
 class Movable(Engine, Protocol):
-    """An engine whose queues can be carried away, and to which queues can be carried."""
+    """An engine from which and to which queues can be moved."""
 
     @property
     def mover(self) -> Mover: ...
@@ -119,16 +119,14 @@ class Moved(msgspec.Struct, frozen=True):
     keys: int = 0
     """Deduplication keys of messages that had ended."""
     held: int = 0
-    """Messages that stay, because consumers of the source hold them, or they wait on RabbitMQ's ladder: move again
-    later.
-    """
+    """Messages that stay, because consumers hold them or they wait on RabbitMQ's ladder of delays: move again later."""
 
 
 async def plan(source: Movable, target: Movable, names: Sequence[str]) -> list[Moved]:
     """Return what there is to move, and change nothing.
 
-    Raises `UnsupportedFeature` for a queue whose rules the target cannot keep, or a message that it cannot,
-    `QueueNotFound`, and `ConfigurationError` when both are the same storage.
+    Raises `UnsupportedFeature` for a queue or a message that the target cannot keep, `QueueNotFound`, and
+    `ConfigurationError` when both are the same storage.
     """
     if await source.mover.identity() == await target.mover.identity():
         raise ConfigurationError(
@@ -148,8 +146,8 @@ async def move(
 ) -> list[Moved]:
     """Move queues (none named: all), and tell how far each has come.
 
-    A queue that the target has not is declared there with the same rules; one that it has keeps its own. The queue at
-    the source stays paused, and empty. Raises what `plan` raises, before anything has moved.
+    A queue that is new to the target is declared there with the same rules; one that it knows keeps its own. The queue
+    at the source stays, paused and empty. Raises what `plan` raises, before anything has moved.
     """
     await plan(source, target, names)
     queues = await _chosen(source, names)
@@ -174,7 +172,7 @@ async def _planned(source: Movable, target: Movable, queue: Queue, stats: QueueS
     memory = await source.mover.memory(stats.name)
     waiting = stats.ready + stats.delayed + stats.blocked
     async with source.mover.packing(stats.name) as packing:
-        if Feature.PEEK in source.features and Feature.PEEK not in target.features:  # it can keep less
+        if Feature.PEEK in source.features and Feature.PEEK not in target.features:  # such a target keeps less
             while parcels := await packing.take(LOOK):
                 target.mover.check(queue, [parcel.draft for parcel in parcels])
         return Moved(stats.name, waiting, stats.dead, len(memory.keys), await packing.held())

@@ -1,5 +1,4 @@
-"""The seam for what watches a program: observers are told of operations and of the runs of a worker; tracers follow
-each message.
+"""The seam for monitoring: observers learn of operations and of a worker's runs; tracers follow each message.
 
 A broker that nobody watches pays one look at an empty list for each batch, and for each send and settle. What an
 observer raises is logged once and never reaches a message.
@@ -20,6 +19,7 @@ from filao.engine import Delivery, Extend, Operation, Receive, Received, Result,
 log = logging.getLogger("filao.observing")
 
 Verb = Literal["send", "receive", "settle", "extend"]
+_VERBS: Mapping[type, Verb] = {Send: "send", Receive: "receive", Settle: "settle", Extend: "extend"}
 Results = Sequence["Result | asyncio.Future[Result] | BaseException"]
 Ended = Callable[["Result | BaseException"], None]
 """Is told what came of an operation."""
@@ -28,26 +28,26 @@ W = TypeVar("W")
 
 @dataclass(frozen=True, slots=True)
 class Operated:
-    """Operations of one kind on one queue, which one batch has done; or which failed alike."""
+    """Operations of one kind on one queue, in one batch, that were done or failed with the same error."""
 
     verb: Verb
     queue: str
     operations: int
     messages: int
     seconds: float
-    """From the batch's beginning to its end: it is shared by all in it."""
+    """How long the whole batch took."""
     error: str = ""
     """The name of the error; empty when they were done."""
 
 
 class Observer(Protocol):
-    """What is told of everything.
+    """Learns of everything that one broker or worker does.
 
-    It is called on event loops, the broker's and that of a worker's keeper, so in two threads; it must return at once.
+    It is called in two threads, on the broker's event loop and on that of a worker's keeper, and must return at once.
     """
 
     def operated(self, done: Operated) -> None:
-        """Learn of operations. Looks that found nothing are not told; nor is what a transaction does."""
+        """Learn of operations, except looks that found nothing and what a transaction does."""
 
     def began(self, delivery: Delivery) -> None:
         """Learn that a worker begins to handle a message."""
@@ -58,7 +58,7 @@ class Observer(Protocol):
 
 @runtime_checkable
 class Tracer(Protocol):
-    """What follows messages from their sender to their handler; `engine` is SQLite, PostgreSQL or RabbitMQ.
+    """Follows messages from their sender to their handler; `engine` is SQLite, PostgreSQL or RabbitMQ.
 
     It is called in the context of the code that asks for an operation, and must return at once.
     """
@@ -66,33 +66,33 @@ class Tracer(Protocol):
     def asked(self, engine: str, operation: Send | Settle) -> tuple[Send | Settle, Ended]:
         """Learn of a send or a settle before it is done, also in a transaction.
 
-        Return what to do in its place (the same, but that what is sent may have more headers), and what is told how it
+        Return the operation to do in its place, in which only headers may be added, and a function that is told how it
         ended.
         """
         ...
 
     def received(self, engine: str, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Learn what a caller has received, one message at least, by a look that took so many seconds."""
+        """Learn what a caller has received, at least one message, by a look that took so many seconds."""
 
     def handling(self, engine: str, delivery: Delivery) -> None:
-        """Learn that a worker begins to handle a message; context variables that are set here, its handler sees."""
+        """Learn that a worker begins to handle a message; its handler sees the context variables that are set here."""
 
     def handled(self, delivery: Delivery, how: str, seconds: float, error: str) -> None:
         """Learn how that ended, as in `Handled.how`, and with which kind of exception; empty: with none."""
 
 
 class Observers:
-    """Those that watch one broker."""
+    """The observers and tracers of one broker."""
 
     def __init__(self) -> None:
         self.all: list[Observer] = []
-        """A batcher looks at it for each batch, and so pays nothing for those that are not there."""
+        """A batcher checks it for each batch, so no observers cost next to nothing."""
         self.tracers: list[Tracer] = []
-        """A session looks at it for each send and each settle."""
+        """A session checks it for each send and each settle."""
         self.engine: str = ""
-        """What users call the engine."""
+        """The engine's name for users."""
         self._failed: set[int] = set()
-        """Those that were complained of."""
+        """The identities of those whose failure has been logged."""
 
     def __bool__(self) -> bool:
         return bool(self.all or self.tracers)
@@ -101,11 +101,11 @@ class Observers:
         return observer in self._like(observer)
 
     def add(self, observer: Observer | Tracer) -> None:
-        """Tell it from now on."""
+        """Tell it of everything from now on."""
         self._like(observer).append(observer)
 
     def remove(self, observer: Observer | Tracer) -> None:
-        """Tell it no more; harmless when it was not told."""
+        """Tell it nothing more; harmless if it was never added."""
         if observer in self:
             self._like(observer).remove(observer)
             self._failed.discard(id(observer))
@@ -128,12 +128,12 @@ class Observers:
     # --- operations --------------------------------------------------------------------------------------------------
 
     def operated(self, operations: Sequence[Operation], results: Results, seconds: float) -> None:
-        """Tell what a batch has done; an operation with a future as its result is not done yet."""
+        """Tell the observers what a batch has done; an operation whose result is a future is not done yet."""
         for done in _summed_up(operations, results, seconds):
             self._tell(self.all, partial(_operated, done))
 
     def asked(self, operation: Send | Settle) -> "Asked":
-        """Tell the tracers of an operation that a caller asks for."""
+        """Tell the tracers of an operation that a caller has asked for."""
         told: list[tuple[Tracer, Ended]] = []
         for tracer in list(self.tracers):
             try:
@@ -155,7 +155,7 @@ class Observers:
                 self.complain(watcher, error)
 
     def complain(self, watcher: object, error: Exception) -> None:
-        """Say once that an observer has failed."""
+        """Log that an observer has failed, once for each."""
         if id(watcher) not in self._failed:
             self._failed.add(id(watcher))
             said = "the observer %r failed; it goes on, and is not complained of again"
@@ -163,11 +163,11 @@ class Observers:
 
 
 _DONE: frozenset[type] = frozenset({type(None), list, Received})
-"""The types of the results of what was done."""
+"""The types of the results of operations that were done."""
 
 
 class Asked:
-    """An operation as tracers have it done; as a context manager it tells them of its `result`, or of an error."""
+    """An operation as tracers changed it; as a context manager it tells them its `result`, or the error."""
 
     __slots__ = ("_observers", "_told", "operation", "result")
 
@@ -186,7 +186,7 @@ class Asked:
         self._tell(self.result if error is None else error)
 
     def done(self, future: "asyncio.Future[Result]") -> None:
-        """Tell them what came of it; for a callback of its future."""
+        """Tell them what came of it; to be called back by its future."""
         self._tell(asyncio.CancelledError() if future.cancelled() else future.exception() or future.result())
 
     def _tell(self, result: Result | BaseException) -> None:
@@ -202,12 +202,12 @@ def _operated(done: Operated, observer: Observer) -> None:
 
 
 def _summed_up(operations: Sequence[Operation], results: Results, seconds: float) -> list[Operated]:
-    """Count together what came to the same end; neither looks that found nothing nor what is not done yet."""
+    """Count operations with the same end together; leave out looks that found nothing and what is not done yet."""
     counts: dict[tuple[Verb, str, str], tuple[int, int]] = {}
     if not _DONE.issuperset(map(type, results)):
         for operation, result in zip(operations, results, strict=True):
             if isinstance(result, BaseException):
-                verb, queue, error = *_meant(operation), type(result).__name__
+                verb, queue, error = _VERBS[type(operation)], operation.queue, type(result).__name__
                 number, messages = counts.get((verb, queue, error), (0, 0))
                 counts[verb, queue, error] = number + 1, messages + (verb in ("settle", "extend"))
         done = [type(result) in _DONE for result in results]
@@ -220,19 +220,12 @@ def _summed_up(operations: Sequence[Operation], results: Results, seconds: float
     ]
 
 
-def _meant(operation: Operation) -> tuple[Verb, str]:
-    """Return what was asked for, and of which queue."""
-    if isinstance(operation, Send | Receive):
-        return "send" if isinstance(operation, Send) else "receive", operation.queue
-    return "settle" if isinstance(operation, Settle) else "extend", operation.delivery.queue
-
-
 def _done(
     operations: Sequence[Operation], results: Results
 ) -> Iterator[tuple[Verb, Mapping[str, int], Mapping[str, int]]]:
     """Yield, for each verb, how many operations each queue had, and how many messages were in them.
 
-    Invariant: all of these were done. Nothing is called or made for a single operation, so that telling costs little.
+    Invariant: all of these were done. No function is called for a single operation, so that it costs little.
     """
     kinds = set(map(type, operations))
     if Send in kinds:
@@ -255,7 +248,7 @@ def _done(
 
 
 def _numbers(queues: Sequence[str]) -> Mapping[str, int]:
-    """Count each; most often all are the same."""
+    """Count how often each queue occurs; most often all are the same."""
     if queues and queues.count(queues[0]) == len(queues):
         return {queues[0]: len(queues)}
     return Counter(queues)

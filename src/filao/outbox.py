@@ -1,9 +1,9 @@
-"""Exactly-once effects across two databases: an outbox and an inbox, each a table in the user's own.
+"""Exactly-once effects across two databases: an outbox and an inbox, each a table in the user's own database.
 
-The outbox records a send in the transaction of the user's that it belongs to; the relay (`relay.py`) sends what was
-committed. The inbox records the id of a message in the transaction that does its work, so that a second run changes
-nothing. (The patterns "transactional outbox" and "idempotent receiver": Hohpe and Woolf, Enterprise Integration
-Patterns, 2003; Richardson, Microservices Patterns, 2018.)
+The outbox records a send in the user's transaction; once that has committed, the relay (`relay.py`) sends it. The inbox
+records the id of a message in the transaction that does its work, so that a second run changes nothing. (The patterns
+"transactional outbox" and "idempotent receiver": Hohpe and Woolf, Enterprise Integration Patterns, 2003; Richardson,
+Microservices Patterns, 2018.)
 
     outbox, inbox = filao.Outbox(), filao.Inbox()
 
@@ -40,7 +40,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
 class Identified(Protocol):
-    """A message, of either face."""
+    """A message, async or blocking."""
 
     @property
     def id(self) -> str: ...
@@ -69,16 +69,16 @@ class Failed:
 
 
 class Outbox:
-    """A table of sends, in the user's database."""
+    """A table of sends in the user's database."""
 
     def __init__(self, table: str = "filao_outbox") -> None:
         self.table: str = _checked(table)
         """The name of the table."""
 
     def create(self, connection: Any) -> None:
-        """Create the table where there is none, on SQLite, PostgreSQL or MySQL; a migration of yours may do it as well.
+        """Create the table if there is none, on SQLite, PostgreSQL or MySQL, or bring an older one up to date.
 
-        A table of an earlier version is brought up to date.
+        A migration of your own may do the same.
         """
         create_outbox(connection_of(connection, needs_transaction=False), self.table)
 
@@ -98,8 +98,8 @@ class Outbox:
     ) -> str:
         """Record a send in the transaction that `connection` holds, and return the id that the message will have.
 
-        The message is sent once that transaction has committed, and never if it rolls back. Arguments are those of
-        `Broker.send_to_queue`, and are checked here; whether the queue exists is found by the relay. Raises
+        The message is sent once that transaction has committed, and never if it rolls back. The arguments are those of
+        `Broker.send_to_queue` and are checked here, but only the relay finds out whether the queue exists. Raises
         `MessageError`, and `ConfigurationError` for a connection without a transaction.
         """
         known: Queue[Any] = queue if isinstance(queue, Queue) else Queue(queue)
@@ -123,9 +123,9 @@ class Outbox:
         return sent.message_id
 
     def recorded(self, connection: Any, limit: int, *, without: Iterable[str] = ()) -> list[Recorded | Failed]:
-        """Return the oldest sends that were committed, without those to some queues; for relays.
+        """Return the oldest committed sends, except those to the queues in `without`; for relays.
 
-        A row that somebody else wrote, and that is no send, is returned as one that failed.
+        A row that is no send, because another program wrote it, is returned as one that failed.
         """
         on = connection_of(connection, needs_transaction=False)
         left_out = list(without)
@@ -142,7 +142,7 @@ class Outbox:
         on.execute(f"UPDATE {self.table} SET failed = ? WHERE number = ?", (failed.reason, failed.number))
 
     def failed(self, connection: Any, limit: int = 100) -> list[Failed]:
-        """Return the oldest sends that a relay has set aside, because they could never be sent, and why."""
+        """Return the oldest sends that a relay has set aside because they can never be sent, with the reason."""
         on = connection_of(connection, needs_transaction=False)
         rows = on.execute(
             f"SELECT number, id, queue, failed FROM {self.table} WHERE failed IS NOT NULL "
@@ -151,9 +151,9 @@ class Outbox:
         return [Failed(number, str(name), str(queue), reason) for number, name, queue, reason in rows.fetchall()]
 
     def retry(self, connection: Any, numbers: Iterable[int] | None = None) -> int:
-        """Let relays try again what they set aside: all, or those with these numbers. Return how many there were.
+        """Let relays try again what they set aside: all, or those with these numbers. Return how many those are.
 
-        Mend the cause first, such as the queue's `body_max`. They are sent behind what was sent meanwhile.
+        Remove the cause first, such as the queue's `body_max`. They go behind what was sent meanwhile.
         """
         on = connection_of(connection, needs_transaction=False)
         if numbers is None:
@@ -168,7 +168,7 @@ class Outbox:
         )
 
     def update(self, connection: Any) -> None:
-        """Bring a table of an earlier version up to date; for relays."""
+        """Bring an older table up to date; for relays."""
         update_outbox(connection_of(connection, needs_transaction=False), self.table)
 
     def forget(self, connection: Any, numbers: Sequence[int]) -> None:
@@ -180,25 +180,24 @@ class Outbox:
 
 
 class Inbox:
-    """A table of the messages whose work is done, in the user's database."""
+    """A table in the user's database of the messages whose work is done."""
 
     def __init__(self, table: str = "filao_inbox") -> None:
         self.table: str = _checked(table)
         """The name of the table."""
 
     def create(self, connection: Any) -> None:
-        """Create the table where there is none; one of an earlier version, whose key was the id alone, is brought up to
-        date.
+        """Create the table if there is none, or bring an older one up to date, whose key was the id alone.
 
-        Run it once when you install a version of Filao that is newer than the table.
+        Call it once after each installation of a newer Filao.
         """
         create_inbox(connection_of(connection, needs_transaction=False), self.table)
 
     def is_new(self, connection: Any, message: Identified) -> bool:
         """Record a message in the transaction that `connection` holds; False when its work was done before.
 
-        Do the work in the same transaction, and acknowledge when it has committed. A second run that comes while the
-        first is under way waits for it, or fails on the table's primary key, as the database has it.
+        Do the work in the same transaction, and acknowledge once it has committed. A second run that comes while the
+        first is under way waits for it, or fails on the table's primary key; that depends on the database.
         """
         on = connection_of(connection, needs_transaction=True)
         row = (message.queue, message.id, time.time())
@@ -216,7 +215,10 @@ class Inbox:
         return True
 
     def forget(self, connection: Any, *, older_than: float) -> int:
-        """Delete what was done more than so many seconds ago, and return how many; none of them may come again."""
+        """Delete the records of work done more than `older_than` seconds ago, and return how many those are.
+
+        A message that came again after that would be new.
+        """
         on = connection_of(connection, needs_transaction=False)
         deleted = on.execute(f"DELETE FROM {self.table} WHERE done_at < ?", (time.time() - older_than,))
         return int(deleted.rowcount)
@@ -229,13 +231,13 @@ def _checked(table: str) -> str:
 
 
 def _written(sent: Draft) -> tuple[object, ...]:
-    """Return the columns from kind to ttl; content is text, which every database holds alike."""
+    """Return the columns from kind to ttl; the content is text, which every database stores in the same way."""
     content = b64encode(sent.content).decode() if sent.kind == BYTES else sent.content.decode()
     return (sent.kind, content, sent.headers, sent.delay, sent.priority, sent.group, sent.dedup_key, sent.ttl)
 
 
 class _Row(msgspec.Struct):
-    """A row, as it must be."""
+    """What a row of the outbox must be."""
 
     number: int
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=KEY_MAX)]
@@ -252,7 +254,7 @@ class _Row(msgspec.Struct):
 
 
 def _read(row: Sequence[Any]) -> Recorded | Failed:
-    """Return a send as the outbox holds it; anybody may have written it."""
+    """Return the send in a row, which another program may have written."""
     try:
         read = msgspec.convert(dict(zip(_Row.__struct_fields__, row, strict=True)), _Row)
         check_name(read.queue)
@@ -266,7 +268,6 @@ def _read(row: Sequence[Any]) -> Recorded | Failed:
 
 
 _OLD_INBOX = (
-    "the table {table!r} is of an earlier version, whose key was the id alone, so that one id "
-    "in two queues was one message: "
-    "call Inbox({table!r}).create(connection) once, which changes the key to (queue, id)"
+    "the table {table!r} is of an earlier version, whose key was the id alone, so that one id in two queues was one "
+    "message: call Inbox({table!r}).create(connection) once, which changes the key to (queue, id)"
 )

@@ -1,6 +1,6 @@
-"""What the dashboard sees of an engine beyond what every operator's call tells, and the log of what was done there.
+"""What the dashboard needs of an engine beyond the calls for operators, and the log of what was done there.
 
-A look is bounded, whatever lies in the queue: lists carry no bodies, and nothing here counts or walks a whole queue.
+Every look is bounded, whatever the queue holds: lists carry no bodies, and nothing here counts or walks a whole queue.
 """
 
 import re
@@ -14,13 +14,16 @@ from filao.engine import Finding, QueueStats, State, StoredMessage, instant
 from filao.printable import some
 
 GLANCE_MAX = 1_000  # messages of one list: some 10 ms of the database's time
-ERROR_SEEN = (
-    2_000  # characters of a last error that a list tells: what was raised stands in the last line of a traceback ...
-)
-ERROR_HEAD = 100  # ... and at the beginning of what is none
-ERROR_TAIL = ERROR_SEEN - ERROR_HEAD - 1
+ERROR_SEEN = 2_000  # characters that a list shows of a message's last error:
+ERROR_HEAD = 100  # its beginning, where a text without a traceback says what happened,
+ERROR_TAIL = ERROR_SEEN - ERROR_HEAD - 1  # and its end, where a traceback does
+KIND_MAX = 80  # characters of a kind of error
 BLOCKED_LOOKED_AT = 1_000  # blocked messages whose groups are told
 DEEDS_KEPT = 10_000  # entries of the log; older ones are forgotten
+DEED = "who, what, queue, about, wanted, done, id, at, ended_at, outcome"
+"""The columns of the log's table, as `deed_of` reads them."""
+_RAISED = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Z]\w*)(?:: |:?$)")
+_NUMBER = re.compile(r"\d+")
 
 
 class Glimpse(msgspec.Struct, frozen=True):
@@ -48,9 +51,9 @@ class HeldGroup(msgspec.Struct, frozen=True):
 
     name: str
     why: str
-    """leased (its first message is being worked on), delayed (that one waits for its next attempt), or halted."""
+    """leased (its first message is being worked on), delayed (its first message waits for another attempt), halted."""
     waiting: int
-    """How many of the blocked messages that were looked at are its."""
+    """How many of the blocked messages that were looked at belong to it."""
 
 
 class Deed(msgspec.Struct, frozen=True):
@@ -61,20 +64,20 @@ class Deed(msgspec.Struct, frozen=True):
     """redrive, discard, purge, pause, resume, cancel or edit."""
     queue: str
     about: str = ""
-    """What of the queue: an id, a group, a reason and an error; empty: all."""
+    """Which part of the queue: an id, a group, a reason and an error; empty: all of it."""
     wanted: int = 0
-    """How many messages it was to be; 0: it is not about messages."""
+    """How many messages it was meant for; 0: it is not about messages."""
     done: int = 0
     number: int = 0
     at: datetime | None = None
     ended_at: datetime | None = None
-    """None: it goes on, or its process died."""
+    """None: it is still going on, or its process died."""
     outcome: str = ""
     """done, stopped, or what went wrong."""
 
 
 def deed_of(row: Sequence[Any]) -> Deed:
-    """Return an entry of the log from the columns of its table, as `DEED` lists them."""
+    """Return an entry of the log from its row in the order of `DEED`."""
     who, what, queue, about, wanted, done, number, at, ended_at, outcome = row
     ended = None if ended_at is None else instant(ended_at)
     return Deed(who, what, queue, about, wanted, done, number, instant(at), ended, outcome)
@@ -98,7 +101,7 @@ def queue_finding(queue: QueueStats, run_out: int) -> Finding:
 
 
 def deeds_finding(count: int, unended: Sequence[Deed]) -> list[Finding]:
-    """Return what the doctor says of the log, of an empty one nothing; `unended` have no end, the latest first."""
+    """Return what the doctor says of the log, nothing if it is empty; `unended` have no end yet, newest first."""
     if not unended:
         return [Finding("dashboard's log", "ok", f"{count:,} entries, each with its end")] if count else []
     last = unended[0]
@@ -110,11 +113,8 @@ def deeds_finding(count: int, unended: Sequence[Deed]) -> list[Finding]:
     return [Finding("dashboard's log", "note", text)]
 
 
-DEED = "who, what, queue, about, wanted, done, id, at, ended_at, outcome"
-
-
 class Overview(Protocol):
-    """One engine's; see the module."""
+    """What one engine shows the dashboard."""
 
     @property
     def log(self) -> "Log | None":
@@ -123,21 +123,21 @@ class Overview(Protocol):
 
     @property
     def glance_max(self) -> int:
-        """How many messages one list tells at most: `GLANCE_MAX`, or more where each list costs a walk through all."""
+        """The most messages of one list: `GLANCE_MAX`, or more where every list costs a walk through all messages."""
         ...
 
     @property
     def sees(self) -> tuple[State, ...]:
-        """The states of which messages can be seen."""
+        """The states whose messages can be seen."""
         ...
 
     async def glance(
         self, queue: str, state: State, *, limit: int, after: str | None = None, group: str | None = None
     ) -> list[Glimpse]:
-        """Return messages of one state in its order, from the one behind the id `after`; of one `group` only.
+        """Return messages of one state in its order, from the one behind the id `after`; with `group`, only of that.
 
-        Blocked ones, and those of a group, stand in the order of sending. On PostgreSQL, of more than a thousand that
-        are due, or whose leases end, in the same millisecond, the first thousand are told.
+        Blocked messages, and those of a group, are in the order of sending. On PostgreSQL, if more than a thousand are
+        due or lose their leases in the same millisecond, only the first thousand of them are returned.
 
         Raises `QueueNotFound`, and `ConfigurationError` when the message `after` has left the queue.
         """
@@ -156,15 +156,15 @@ class Log(Protocol):
     """The log of deeds, in the store."""
 
     async def begin(self, deed: Deed) -> int:
-        """Write a deed into the log, durably, before it is done, and return its number."""
+        """Durably write a deed into the log before it is done, and return its number."""
         ...
 
     async def record(self, number: int, done: int, outcome: str = "") -> None:
-        """Write down how far a deed has come; with an `outcome` it has ended."""
+        """Record how far a deed has come; with an `outcome`, that it has ended."""
         ...
 
     async def deeds(self, limit: int, before: int | None = None) -> Sequence[Deed]:
-        """Return entries of the log, the latest first, from the one below the number `before`."""
+        """Return entries of the log, newest first, from the one below the number `before`."""
         ...
 
 
@@ -176,15 +176,15 @@ class Seen(Protocol):
 
 
 def seen_error(error: str) -> str:
-    """Return the beginning and the end of an error, as each engine's lists tell it."""
+    """Return an error as lists show it: its beginning and its end, if it is long."""
     return error if len(error) <= ERROR_SEEN else f"{error[:ERROR_HEAD]}\n{error[-ERROR_TAIL:]}"
 
 
 def error_kind(error: str) -> str:
-    """Return what dead letters of one kind have in common: the class of the exception that a traceback ends with.
+    """Return what the errors of one kind of dead letters have in common: the class of the exception that was raised.
 
-    Of a text without one it is the beginning of its first line, with `#` for each number. It is the same of a whole
-    error and of what a list tells of it.
+    For a text without one, it is the beginning of its first line, with `#` for each number. A whole error and the part
+    of it that a list shows have the same kind.
     """
     error = seen_error(error)
     for line in reversed(error.splitlines()):
@@ -193,8 +193,3 @@ def error_kind(error: str) -> str:
             return raised[1]
     line = error.strip().partition("\n")[0]
     return _NUMBER.sub("#", line)[:KIND_MAX]
-
-
-KIND_MAX = 80  # characters
-_RAISED = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Z]\w*)(?:: |:?$)")
-_NUMBER = re.compile(r"\d+")

@@ -1,8 +1,7 @@
-"""Text from others, on a terminal and in a line of a log: shown so that it can neither act there nor pass for another
-line.
+"""Text from others, made safe for a terminal and a log: it can neither control them nor pass for another line.
 
-An id, a header, an error or a file's name may hold escape sequences, line ends, or marks that turn the direction of
-reading round. What does not print is written as its escape; what does is left as it is.
+An id, a header, an error or a file's name may hold escape sequences, line ends, or marks that reverse the direction of
+reading. A character that does not print is written as its escape; all others are left as they are.
 """
 
 import re

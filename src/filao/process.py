@@ -7,12 +7,12 @@ from contextlib import suppress
 
 from filao.engine import Finding
 
-REPORT_STALE = 20.0  # seconds after which what a process has said of itself is no longer believed
-HEALTHY = "ready and healthy"  # what a worker says of itself first, when it is
+REPORT_STALE = 20.0  # seconds after which a worker's report is no longer believed
+HEALTHY = "ready and healthy"  # how the report of a healthy worker begins
 
 
 def process_name() -> str:
-    """Return the host and process, as operators see who sends, receives and holds."""
+    """Return this host and process, as operators see those that send, receive and hold messages."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
@@ -25,7 +25,7 @@ def flush_output() -> None:
 
 
 def process_finding(name: str, held: int, state: str, reported_ago: float) -> Finding:
-    """Return what the doctor says of a process that receives; `state` is what it said of itself, if it is a worker."""
+    """Return what the doctor says of a process that receives; `state` is its worker's report, empty without one."""
     holds = f"{name} receives here, and holds {held:,} message{'s' * (held != 1)}"
     if not state:
         return Finding("processes", "ok", holds)
@@ -36,7 +36,7 @@ def process_finding(name: str, held: int, state: str, reported_ago: float) -> Fi
 
 
 def no_thread(error: RuntimeError) -> str:
-    """Return the words for a thread that cannot be started; Python says no more than that."""
+    """Return the text of an error for a thread that cannot be started; Python does not say why."""
     return (
         f"this process cannot start a thread ({error}): most likely it may have no more of them, or no more memory. "
         f"Nothing was done; end some, or raise the limit (ulimit -u, or the container's pids)"

@@ -22,6 +22,7 @@ T = TypeVar("T", default=Any)  # a queue without a body type carries plain JSON:
 BODY_MAX = 256 * 1024  # bytes; a message is a note, not a parcel: send a reference to what is larger
 BODY_MAX_EVER = 64 * 1024 * 1024  # bytes; a queue may raise its own limit up to here
 LEASE_MAX = 7 * 86_400.0  # seconds
+COMPARED_MAX = 500  # names that an unknown one is compared with: 30 ms, during which the event loop stands still
 
 EMULATED = ("delay",)  # what a queue may ask an engine to imitate
 
@@ -62,44 +63,44 @@ class Queue(Generic[T]):
     """A queue's name, the type of its bodies, and its rules: declared once, shared by producers and consumers.
 
     All durations are seconds. `body` is a type that msgspec or pydantic can check: a dataclass, an attrs class, a
-    Struct, a TypedDict, a pydantic model, or what is made of such, as `list[Claim]`. Without it bodies are plain JSON
-    or bytes. A body that would not come back equal and of its types is not sent.
+    Struct, a TypedDict, a pydantic model, or one built of these, such as `list[Claim]`. Without it, bodies are plain
+    JSON or bytes. A body that would not come back equal, in value and type, is not sent.
     """
 
     name: str
     body: type[T] | None = None
     _: KW_ONLY
     lease: float = 30.0
-    """How long a consumer may hold a message before another may take it. It is about liveness: extend it for more."""
+    """How long a consumer may hold a message before another may take it. Extend it for longer work."""
     max_attempts: int = 5
-    """A message that failed so many times becomes a dead letter."""
+    """A message that has failed this many times becomes a dead letter."""
     backoff: Backoff = field(default_factory=Backoff)
     """How long a failed message waits before its next attempt."""
     ttl: float | None = None
     """Messages older than this are no longer delivered, unless their sender gave another `ttl`.
 
-    None: they never age.
+    None: they never expire.
     """
     on_expiry: Expiry = "dead"
-    """What becomes of a message that outlived its `ttl`: a dead letter, or nothing."""
+    """A message that outlived its `ttl` becomes a dead letter, or is dropped."""
     dedup_window: float = 300.0
-    """How long after its message has ended a `dedup_key` is still remembered."""
+    """How long a `dedup_key` is remembered after its message has ended."""
     max_length: int | None = None
-    """At most so many messages wait or are being worked on; dead letters do not count."""
+    """How many messages may wait or be worked on at once; dead letters do not count."""
     overflow: Overflow = "refuse"
     """At `max_length`: refuse the new message with `QueueFull`, or make the oldest waiting one a dead letter."""
     group_failure: GroupFailure = "block"
-    """While the head of a group waits for its next attempt, the group waits with it, or goes on without it."""
+    """While the head of a group waits for its next attempt, the group waits with it or goes on without it."""
     group_dead: GroupDead = "continue"
-    """When a message of a group dies, the group goes on, or halts until an operator resumes it."""
+    """When a message of a group dies, the group goes on or halts until an operator resumes it."""
     body_max: int = BODY_MAX
     """The largest body in bytes."""
     history: bool = False
-    """Whether each event in the life of its messages is written down, for `Broker.trace`."""
+    """Whether each event in the life of its messages is recorded, for `Broker.trace`."""
     history_window: float = 7 * 86_400.0
     """How long an event is kept."""
     emulate: tuple[str, ...] = ()
-    """What may be imitated, at the price that the docs name, where the engine cannot do it itself: `"delay"`."""
+    """What the engine may imitate where it cannot do it itself, at the price that the docs name: `"delay"`."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -121,11 +122,11 @@ class Queue(Generic[T]):
             or not set(self.emulate) <= set(EMULATED)
         ):
             raise ConfigurationError(
-                f"queue {self.name!r}: emulate is {shown(self.emulate)}; it must be a tuple of "
-                f"some of: {', '.join(EMULATED)}"
+                f"queue {self.name!r}: emulate is {shown(self.emulate)}; it must be a tuple of some of: "
+                f"{', '.join(EMULATED)}"
             )
         try:
-            hash(self.body)  # as all types can be
+            hash(self.body)  # every type can be hashed
         except TypeError as error:
             raise ConfigurationError(
                 f"queue {self.name!r}: {shown(self.body)} cannot be the type of its bodies"
@@ -169,9 +170,7 @@ def rules_to_json(queue: "Queue[Any]") -> str:
 
 
 def rules_from_json(name: str, rules: str) -> "Queue[Any]":
-    """Read back what `rules_to_json` wrote; a rule that a newer version added and this one does not know is passed
-    over.
-    """
+    """Read back what `rules_to_json` wrote, and ignore rules that only a newer version knows."""
     try:
         stored = msgspec.json.decode(rules, type=dict[str, Any])
         known = {rule: stored[rule] for rule in _RULES if rule in stored and rule not in ("backoff", "emulate")}
@@ -182,15 +181,12 @@ def rules_from_json(name: str, rules: str) -> "Queue[Any]":
 
 
 def retry_delay(queue: "Queue[Any]", attempt: int, chance: float) -> float | None:
-    """Return the seconds after which a message that failed its nth `attempt` is tried again; None when it is dead."""
+    """Return the seconds until a message that failed its nth `attempt` is tried again; None when it is dead."""
     return None if attempt >= queue.max_attempts else queue.backoff.delay(attempt, chance)
 
 
-COMPARED_MAX = 500  # names that a name which is none is compared with: 30 ms, for the event loop waits
-
-
 def check_halts(queue: Queue[Any], group: str) -> None:
-    """Raise `ConfigurationError` for a group that is to stop in a queue by whose rules none does."""
+    """Raise `ConfigurationError` unless the groups of the queue can halt."""
     if queue.group_dead != "halt":
         raise ConfigurationError(
             f"queue {queue.name!r}: group {group!r} cannot be paused, because the queue's rule is group_dead="
@@ -199,8 +195,8 @@ def check_halts(queue: Queue[Any], group: str) -> None:
 
 
 def not_found(name: str, known: Iterable[str]) -> QueueNotFound:
-    """Return the error for a queue that nobody declared, naming those that its caller may have meant."""
-    names = sorted(other for other in islice(known, COMPARED_MAX) if other != name)  # it may have been deleted since
+    """Return the error for a queue that nobody declared, which names those that the caller may have meant."""
+    names = sorted(other for other in islice(known, COMPARED_MAX) if other != name)  # it may be deleted but still known
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "No queue is declared here yet."
     return QueueNotFound(f"queue {name!r} is not declared. {hint} Declare it with broker.declare(Queue({name!r})).")

@@ -1,7 +1,7 @@
-"""Receiving: look, wait in line, decode; bury what does not fit its queue's type, delete first what is had at most
-once.
+"""Receiving: look, wait in line, decode; what does not fit its queue's type becomes a dead letter.
 
-Whatever is received and cannot be handed over is given back: its caller was cancelled, or the broker closes.
+What is received but cannot be handed over, because its caller was cancelled or the broker closes, is given back. What
+is received at most once is deleted before it is handed over.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ from filao.queue import Queue, T
 from filao.session import Session
 
 log: logging.Logger = logging.getLogger("filao")
-LOGGED_MAX = 500  # characters of why a body is malformed: pydantic repeats what it met
+LOGGED_MAX = 500  # characters of why a body is malformed, in which pydantic quotes the body
 
 
 class Receiving:
-    """What a broker does to receive."""
+    """Receives for a broker."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -33,7 +33,7 @@ class Receiving:
     async def wait(
         self, known: Queue[T], receive: Receive, wait: float | None, guarantee: Guarantee, since: float | None
     ) -> list[Message[T]]:
-        """Look, and wait in line, until there is something or the time is up; `since` as in `look`."""
+        """Look and wait in line until there is something or the time is up; `since` as in `look`."""
         now = asyncio.get_running_loop().time
         deadline = None if wait is None else now() + wait
         while True:
@@ -58,20 +58,20 @@ class Receiving:
     ) -> tuple[list[Message[T]], float | None]:
         """Return the messages that are there or, when there are none, the seconds until one is due.
 
-        `since`: when the caller began to wait, if it has waited for the queue's rules (`time.monotonic`).
+        `since`: when the caller began to wait, if it had to wait for the queue's rules (`time.monotonic`).
         """
         if guarantee == "at-most-once" and (deleted := self.at_most_once.left(known.name, receive.limit)):
             return deleted, None
         while True:
             received = cast("Received", await self._taken(self._session.submit(receive, since)))
             messages = await self._read(known, received, guarantee) if received.deliveries else []
-            if messages or not received.deliveries:  # else all that came was malformed, and is dead now
+            if messages or not received.deliveries:  # otherwise all that came was malformed: look again
                 return messages, received.due_in
 
     async def at_once(self, known: Queue[T], receive: Receive) -> list[Message[T]] | None:
-        """Return the messages that are there, if the calling thread can have them without waiting; else None.
+        """Return the messages that are there, if the calling thread can get them without waiting; otherwise None.
 
-        Whatever exception meets the thread meanwhile, what it got is given back.
+        If any exception interrupts the thread, what it got is given back.
         """
         results: list[Result] = []
         try:
@@ -89,7 +89,7 @@ class Receiving:
         return messages if messages or not (deliveries or receive.waiting) else None
 
     async def each(self, receive: Callable[[], Awaitable[list[Message[T]]]]) -> AsyncGenerator[Message[T]]:
-        """Yield messages one by one until none came; when the loop is left, those that were not yielded go back."""
+        """Yield messages one by one until none comes; when the loop is left, those that were not yielded go back."""
         ahead: list[Message[T]] = []
         try:
             while ahead := await receive():
@@ -100,7 +100,7 @@ class Receiving:
             self.give_back(*reversed(ahead))
 
     async def _taken(self, future: "asyncio.Future[Any]") -> Any:
-        """Return what was received, or give it back when our caller was cancelled in the turn in which it came."""
+        """Return what was received; if the caller is cancelled in the moment in which it comes, give it back."""
         try:
             return await future
         except asyncio.CancelledError:
@@ -109,14 +109,14 @@ class Receiving:
             raise
 
     async def _read(self, known: Queue[T], received: Received, guarantee: Guarantee) -> list[Message[T]]:
-        """Make messages of deliveries; what does not decode dies, what is received at most once is deleted first."""
+        """Make messages of deliveries; bury those that do not decode, and delete those received at most once."""
         if received.deliveries and self._session.observers.tracers:
             self._session.observers.received(received.deliveries, received.took)
         try:
             messages, malformed = self._fitting(known, received.deliveries)
             if malformed:
                 await self._bury(malformed)
-        except BaseException:  # our caller's end, what the type's own code raises, an engine that is away
+        except BaseException:  # a cancelled caller, an error of the type's own code, an engine that is away
             self._session.give_back_unread(received)
             raise
         return await self.at_most_once.deleted(messages) if guarantee == "at-most-once" else messages
@@ -124,7 +124,7 @@ class Receiving:
     def _fitting(
         self, known: Queue[T], deliveries: list[Delivery]
     ) -> tuple[list[Message[T]], list[tuple[Delivery, str]]]:
-        """Return messages of what decodes; and the rest, with why it does not."""
+        """Return messages of the deliveries that decode, and the others, each with the reason."""
         read = codec_for(known.body).decode
         messages: list[Message[T]] = []
         malformed: list[tuple[Delivery, str]] = []
@@ -141,21 +141,21 @@ class Receiving:
 
     async def _bury(self, malformed: list[tuple[Delivery, str]]) -> None:
         for delivery, why in malformed:
-            with suppress(LeaseLost):  # reading took longer than the lease lasted: another has it
+            with suppress(LeaseLost):  # decoding took longer than the lease, and another consumer has it
                 await self._session.settle(delivery, Reject(error_text(why), malformed=True))
                 _log_malformed(delivery, why)
 
     def give_back(self, *messages: Message[Any]) -> None:
-        """Give back messages that nobody will look at, because their caller was cancelled."""
+        """Give back messages that nobody gets, because their caller was cancelled."""
         for message in messages:
             if message.settled:
-                self.at_most_once.leave([message])  # which was deleted already
+                self.at_most_once.leave([message])  # it was deleted already
             else:
                 self._session.give_back(delivery_of(message))
 
 
 def _log_malformed(delivery: Delivery, why: str) -> None:
-    """Say it at once: after a change of its type, all that waits in a queue may be malformed."""
+    """Log a malformed message at once: after a change of the type, all that waits in a queue may be malformed."""
     log.warning(
         "message %s of %r, attempt %d: a dead letter, malformed: %s",
         *(printable(delivery.id), delivery.queue, delivery.attempt, printable(why[:LOGGED_MAX])),

@@ -1,8 +1,8 @@
 """The relay: it sends what an outbox has recorded, in order, and deletes it there once it is sent.
 
-A relay that dies between the two sends again when it is back; the queue recognises the message by its id, for as long
-as it is pending and for the queue's `dedup_window` after. Where the relay may be away for longer, or the engine has no
-deduplication, let the receiver use an inbox. Several relays of one outbox may run: the same holds.
+If a relay dies in between, it sends the message again later. The queue recognises the message by its id while it is
+pending, and for the queue's `dedup_window` after that. If the relay may be away for longer, or the engine has no
+deduplication, let the receiver use an inbox. Several relays may serve one outbox; the same holds for them.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ log: logging.Logger = logging.getLogger("filao.relay")
 
 R = TypeVar("R")
 
-_OF_A_ROW = (ValueError, TypeError, LookupError, ArithmeticError)  # what a row that is none of ours may raise anywhere
+_OF_A_ROW = (ValueError, TypeError, LookupError, ArithmeticError)  # what a row that another program wrote may raise
 
-BATCH = 500  # recorded sends that one look takes: what one transaction of the queue's stores in some 10 ms
-PAUSE_FIRST, PAUSE_MAX = 0.1, 5.0  # seconds between two tries while a database or the engine is away
+BATCH = 500  # recorded sends that one look takes: one transaction of the queue's stores them in some 10 ms
+PAUSE_FIRST, PAUSE_MAX = 0.1, 5.0  # seconds between tries while the database or the engine is away
 REFUSED_FOR = 1.0  # seconds for which a queue that refused its messages is left alone, while others go on
 
 
 class Relay:
     """Relays one outbox to one broker.
 
-    `connect` opens a connection to the outbox's database; it is called, and the connection used, in a thread of the
-    relay's own. `poll` is how many seconds pass between two looks; `wake` makes the next one come at once.
+    `connect` opens a connection to the outbox's database; the relay calls it, and uses the connection, in a thread of
+    its own. `poll` is the number of seconds between two looks; `wake` makes the next one come at once.
     """
 
     def __init__(self, outbox: Outbox, connect: Callable[[], Any], broker: Broker, *, poll: float = 0.1) -> None:
@@ -47,12 +47,12 @@ class Relay:
         self._poll = poll
         self._connection: Any = None
         self._refused: dict[str, float] = {}
-        """Queues that refused, and the monotonic time until which they are left alone."""
+        """Queues that refused their messages, and the monotonic time until which they are left alone."""
         self._wakened = asyncio.Event()
         self._thread: ThreadPoolExecutor | None = None
 
     async def run(self) -> None:
-        """Relay for ever, until cancelled; databases and engines that go away are waited for."""
+        """Relay until cancelled; while the database or the engine is away, wait for it."""
         pause = PAUSE_FIRST
         try:
             while True:
@@ -81,16 +81,16 @@ class Relay:
             await self.close()
 
     def wake(self) -> None:
-        """Look now: something was committed. For the loop that the relay runs on."""
+        """Look now, because something was committed. Call this on the relay's event loop."""
         self._wakened.set()
 
     async def step(self) -> int:
-        """Send up to 500 recorded messages, delete them, and return how many there were.
+        """Send up to 500 recorded messages, delete them, and return how many those were.
 
-        A queue that refuses (it is full, or nobody has declared it) keeps its messages in the outbox, in order, and is
-        tried again a second later; the others go on. A message that can never be sent as it is (its body is above the
-        queue's `body_max`, say) is set aside, and those behind it go on: see `Outbox.failed` and `Outbox.retry`. Raises
-        what the database raises, and `EngineError`.
+        Messages for a queue that refuses them, because it is full or undeclared, stay in the outbox, in order, and are
+        tried again a second later; other queues go on. A message that can never be sent as it is, because its body is
+        above the queue's `body_max`, say, is set aside, and those behind it go on: see `Outbox.failed` and
+        `Outbox.retry`. Raises what the database raises, and `EngineError`.
         """
         now = time.monotonic()
         self._refused = {queue: until for queue, until in self._refused.items() if until > now}
@@ -114,9 +114,10 @@ class Relay:
             self._thread = None
 
     async def _send(self, recorded: list[Recorded], sent: list[int], failed: list[Failed]) -> None:
-        """Send the messages of one queue in order; add what was sent, and what can never be, to these lists.
+        """Send the messages of one queue in order, and add those that were sent, or never can be, to these lists.
 
-        All at once; where they are refused, fewer: as many as a queue has room for, or one, to find which is refused.
+        All are sent at once. If they are refused, fewer are tried, down to a single one: so many as the queue has room
+        for are sent, and one that can never be sent is found.
         """
         queue, size, done = recorded[0].queue, len(recorded), 0
         while done < len(recorded):
@@ -134,7 +135,7 @@ class Relay:
                 if waits:
                     self._wait_with(recorded[done:], error)
                     return
-                self._session.check_usable()  # else it is not this row that cannot be sent
+                self._session.check_usable()  # otherwise the broker is at fault, not this row
                 size = len(recorded)
                 done += 1
                 failed.append(Failed(some[0].number, some[0].draft.message_id or "", queue, _reason(error)))
@@ -186,7 +187,7 @@ class Relay:
 
 
 def _fields(queue: str, message_id: str | None) -> dict[str, object]:
-    """Return what a record says of a message beside its text, as those of a worker do; nobody has received it yet."""
+    """Return the fields of a log record about a message, as a worker's have them; nobody has received it yet."""
     return {"queue": queue, "message_id": message_id, "attempt": 0}
 
 

@@ -1,6 +1,7 @@
-"""What a broker's door, its messages, its transactions and a worker share: one engine, while it is open on one loop.
+"""What a broker, its messages, its transactions and a worker share: one engine, open on one event loop.
 
-A settle goes down from here: to the batcher, and with its batch to the engine. Nothing here knows what stands above.
+From here a send or a settle goes down to the batcher, and with its batch to the engine. Nothing here knows what stands
+above.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ from filao.observing import Asked, Observers
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, name_of
 
 CLOSES_WITHIN = 30.0  # seconds, for all that closing does
-FINISHES = 2 / 3  # of that time, for what was begun before: the rest is left for the engine to let go
+FINISHES = 2 / 3  # of that time, for what has begun; the rest is left for the engine to close
 _NOT_OPEN = "is not open: use it inside `async with filao.connect(…) as broker`"
 _ON_ANOTHER_LOOP = (
     "this broker is open on another event loop, and can be used only there: open one on each loop, or use filao.sync, "
@@ -47,7 +48,7 @@ _ON_ANOTHER_LOOP = (
 
 
 class SubmitSince(Protocol):
-    """As `Submit`; `since`: when the caller began to wait, if it has waited elsewhere before (`time.monotonic`)."""
+    """As `Submit`; `since`: when the caller began to wait, if it has waited for something else (`time.monotonic`)."""
 
     def __call__(self, operation: Operation, since: float | None = None, /) -> "asyncio.Future[Result]":
         """Return the future result."""
@@ -55,19 +56,19 @@ class SubmitSince(Protocol):
 
 
 class Inside:
-    """A transaction, as those who look whether they are in one know it."""
+    """The transaction that the running code is in: what other calls look at, because they could wait for it."""
 
     __slots__ = ("has_begun", "is_open", "session")
 
     def __init__(self, session: "Session", has_begun: Callable[[], bool]) -> None:
         self.session: Session = session
         self.has_begun: Callable[[], bool] = has_begun
-        """Returns whether it holds anything that a call outside it would wait for."""
+        """Returns whether it holds anything for which a call outside it would wait."""
         self.is_open: bool = True
 
 
 current_transaction: "ContextVar[Inside | None]" = ContextVar("filao_transaction", default=None)
-"""The transaction that the running code is in: other calls of its broker would wait for it for ever."""
+"""The transaction that the running code is in: its other calls of that broker would wait for it for ever."""
 _open_sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
 
 
@@ -78,9 +79,9 @@ class Session:
         self.make = make
         """Makes an engine on the same storage."""
         self.observers: Observers = Observers() if observers is None else observers
-        """Those that are told what is done."""
+        """Are told what is done."""
         self.give_back_unread: Abandoned = self._give_back_unread
-        """Give back what was received for a caller who has gone away."""
+        """Gives back what was received for a caller that has gone."""
         self._begin_anew()
         self._unusable = _NOT_OPEN
         self._is_inherited = False
@@ -91,26 +92,26 @@ class Session:
         self.observers.engine = self.engine.name
         self._batcher = batcher_of(self.engine, self.give_back_unread, self.observers)
         self.submit: SubmitSince = self._batcher.submit
-        """Do an operation with the next batch."""
+        """Does an operation with the next batch."""
         self.find: Callable[[str], Awaitable[Queue]] = self.engine.find
-        """Return a declared queue. Raises `QueueNotFound`."""
+        """Returns a declared queue. Raises `QueueNotFound`."""
         self._queues: dict[str, Queue] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_anywhere: bool = False
-        """Whether it can be used in any thread, for as long as it is open."""
+        """Whether it can be used in any thread while it is open."""
         self._opening = asyncio.Lock()
         self._is_used = False
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
     def check_closed(self) -> None:
-        """Raise `ConfigurationError` when it is open: a block would close it under those who opened it."""
+        """Raise `ConfigurationError` when it is open: a block would close it for the code that opened it."""
         if not self._unusable:
             self._check_loop()
             raise ConfigurationError("this broker is open already: the block would close it under those who opened it")
 
     async def open(self) -> None:
-        """Connect to the engine, unless that is done."""
+        """Connect to the engine, unless it is open already."""
         if not self._unusable:
             self._check_loop()
             return
@@ -130,7 +131,7 @@ class Session:
             _open_sessions.add(self)
 
     async def close(self) -> None:
-        """Finish what was begun, give back the leases that are still held, and let go, all within one bound."""
+        """Finish what has begun, give back the leases that are still held, and close, all within one bound."""
         if self._unusable:
             return
         is_orphan = self._loop is not None and self._loop.is_closed()
@@ -163,21 +164,21 @@ class Session:
         find: Callable[[str], Awaitable[Queue]],
         give_back_unread: Abandoned,
     ) -> "Session":
-        """Return this session, which is open, as it can be used in any thread, given the ways for that."""
-        twin = copy.copy(self)
-        twin.is_anywhere = True
-        twin.submit = cast("SubmitSince", submit)  # those who use it just await it
-        twin.find = find
-        twin.give_back_unread = give_back_unread
-        return twin
+        """Return a view of this open session for any thread, given what reaches its loop from there."""
+        view = copy.copy(self)
+        view.is_anywhere = True
+        view.submit = cast("SubmitSince", submit)  # its result is only awaited
+        view.find = find
+        view.give_back_unread = give_back_unread
+        return view
 
     def sibling(self) -> "Session | None":
-        """Return a session on the same storage for another event loop; None where the leases are bound to this one."""
+        """Return a session on the same storage for another event loop; None where leases are bound to this loop."""
         engine = self.engine.sibling()
         return None if engine is None else Session(lambda: engine, self.observers)
 
     def inherit(self) -> None:
-        """Become unusable in a child process, without touching what is shared with the parent."""
+        """In a child process: become unusable, without touching what is shared with the parent."""
         self._unusable = (
             f"was opened by the process that has forked this one (pid {os.getpid()}), and can be used only there: open "
             f"another here, with filao.connect"
@@ -189,24 +190,24 @@ class Session:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is open, here."""
+        """Whether it is open in this process."""
         return not self._unusable
 
     def check_open(self) -> None:
-        """Raise `ConfigurationError` when it is closed, not yet open, or was inherited through a fork."""
+        """Raise `ConfigurationError` when it is closed, not yet open, or inherited through a fork."""
         if self._unusable:
             raise ConfigurationError(f"this broker {self._unusable}")
 
     @property
     def operators(self) -> Operators:
-        """What operators use, once it is checked that a call can be made now."""
+        """The engine's calls for operators, after a check that they can be made now."""
         self.check_usable()
         return self.engine.operators
 
     def check_usable(self, *, anywhere: bool = False, before_it_begins: bool = False) -> None:
-        """Raise `ConfigurationError` when a call cannot be made now and, unless it can be `anywhere`, on this loop.
+        """Raise `ConfigurationError` when a call cannot be made now or, unless it can be made `anywhere`, on this loop.
 
-        `before_it_begins`: also in a transaction of the engine's that has not begun yet.
+        `before_it_begins`: the call may be made in a transaction that has not begun to hold anything.
         """
         if self._unusable:
             self.check_open()
@@ -231,12 +232,13 @@ class Session:
     # --- queues ------------------------------------------------------------------------------------------------------
 
     async def known(self, queue: str | Queue[T], within: object = None) -> Queue[T]:
-        """Return a queue; its rules are asked for when they are not known, but not `within` a user's transaction."""
+        """Return a queue with its rules; ask the engine for unknown ones, but not `within` a user's transaction."""
         return (await self.known_since(queue, within))[0]
 
     async def known_since(self, queue: str | Queue[T], within: object = None) -> tuple[Queue[T], float | None]:
-        """Return a queue as `known` does and, if its rules had to be asked for, since when: the call goes on, and all
-        that it waits for is one time.
+        """Return a queue as `known` does and, if the engine had to be asked, since when.
+
+        The time limit of the call counts from then, so that one limit holds for all that it waits for.
         """
         known = self.known_already(queue, within)
         if known is not None:
@@ -245,7 +247,7 @@ class Session:
         return await self._learn(name_of(queue)), since
 
     def known_already(self, queue: str | Queue[T], within: object = None) -> Queue[T] | None:
-        """Return a queue that `known` need not ask for, without the price of a coroutine; else None."""
+        """Return a queue for which `known` need not ask, without the price of a coroutine; otherwise None."""
         self.check_usable(anywhere=within is not None)
         if isinstance(queue, Queue):
             return queue
@@ -254,7 +256,10 @@ class Session:
         return self._queues.get(queue) or (None if within is None else self.known_within(queue))
 
     def known_within(self, queue: str | Queue[T]) -> Queue[T]:
-        """Return a queue without asking the engine, whose file a transaction holds; it checks against its own rules."""
+        """Return a queue without asking the engine, because a transaction holds its file.
+
+        One that is unknown here gets the widest limit; the engine then checks against the stored rules.
+        """
         if isinstance(queue, Queue):
             return queue
         check_name(queue)
@@ -265,12 +270,12 @@ class Session:
         return known
 
     async def declare(self, queue: Queue[Any]) -> None:
-        """Create a queue or give it these rules, and know it from now on."""
+        """Create a queue or give it these rules, and remember them."""
         await self.engine.declare(queue)
         self._queues[queue.name] = queue
 
     def forget(self, queue: str) -> None:
-        """Know a queue no longer."""
+        """Forget the rules of a queue."""
         self._queues.pop(queue, None)
 
     # --- what is done ------------------------------------------------------------------------------------------------
@@ -278,9 +283,9 @@ class Session:
     def send(
         self, queue: str, drafts: Sequence[Draft], within: object = None, since: float | None = None
     ) -> Awaitable[list[Receipt]]:
-        """Store messages, all or none; `within` a transaction of the user's, when it is given.
+        """Store messages, all or none; in the user's transaction on `within`, if that connection is given.
 
-        `since`: when the caller began to wait, if it has waited for the queue's rules (`time.monotonic`).
+        `since`: when the caller began to wait, if it had to wait for the queue's rules (`time.monotonic`).
         """
         operation = Send(queue, drafts)
         return (
@@ -298,13 +303,13 @@ class Session:
         return receipts
 
     def at_once(self, operation: Operation, results: list[Result]) -> bool:
-        """Do an operation in the calling thread as `Immediate.at_once` does; not when observers are to be told."""
+        """Do an operation in the calling thread as `Immediate.at_once` does, unless observers watch."""
         if self._at_once is None or self.observers or not self._batcher.is_idle():
             return False
         return self._at_once((operation,), results)
 
     def _do(self, operation: Send | Settle, since: float | None = None) -> "asyncio.Future[Result]":
-        """Do what a caller has asked for with the next batch, and tell tracers."""
+        """Do an operation with the next batch, and tell the tracers."""
         if not self.observers.tracers:
             return self.submit(operation, since)
         asked = self.observers.asked(operation)
@@ -315,7 +320,7 @@ class Session:
         return future
 
     async def _followed(self, asked: Asked, since: float | None) -> Result:
-        """Do what tracers follow in any thread, where there is no future to call back."""
+        """Do an operation that tracers follow in any thread, where no future calls back."""
         with asked:
             asked.result = result = await self.submit(asked.operation, since)
         return result
@@ -332,8 +337,8 @@ class Session:
         await self.submit(Extend(delivery, seconds))
 
     def give_back(self, delivery: Delivery) -> None:
-        """Release a message, and wait for nothing."""
-        if self.is_open:  # a closing engine gives back all it holds
+        """Release a message without waiting."""
+        if self.is_open:  # a closing engine gives back all that it holds
             self.submit(Settle(delivery, Release())).add_done_callback(look_away)
 
     def _give_back_unread(self, result: Result) -> None:
@@ -342,11 +347,11 @@ class Session:
                 self.give_back(delivery)
 
     def report(self, state: str) -> Awaitable[None]:
-        """Let the doctor tell how this process is doing; for workers."""
+        """Record for the doctor how this process is doing; for workers."""
         return self.engine.operators.report(state)
 
     def transactions(self, what: str) -> Transactions:
-        """Return what the engine hands out for transactions; where it has none, `what` was asked for in vain."""
+        """Return the engine's transactions. Raises `UnsupportedFeature`, which says that it has no `what`."""
         if self.engine.transactions is None:
             raise UnsupportedFeature(f"{self.engine.name} has no {what}. Engines that have: SQLite, PostgreSQL.")
         return self.engine.transactions

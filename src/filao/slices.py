@@ -1,4 +1,4 @@
-"""What is done in slices, each a transaction of its own: how far it came, also when it fails half-way."""
+"""Work that is done in slices, each a transaction of its own: how far it came, even if it fails half-way."""
 
 from types import TracebackType
 from typing import Self
@@ -8,7 +8,7 @@ from filao.printable import some
 
 
 class Tally:
-    """Counts the messages that are done; an error that follows tells of them, because its own text is of the rest."""
+    """Counts the messages that are done, and tells their number in an error that comes half-way."""
 
     def __init__(self) -> None:
         self.done: int = 0
@@ -20,7 +20,7 @@ class Tally:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Raise an error anew that comes half-way, as what it is."""
+        """Raise an error that came half-way anew, of the same class, with the count before its text."""
         if self.done and isinstance(error, FilaoError):
             are = "is" if self.done == 1 else "are"
             told = type(error)(f"{some(self.done, 'message')} {are} done, and will stay so. Of the rest: {error}")

@@ -1,13 +1,13 @@
 """The blocking twin: the same names without `await`, for programs that have no event loop.
 
-One event-loop thread runs an async broker. A lone call that need not wait is done in the thread that makes it (unless
-a signal's handler of the program's could come into the middle of it, and make another); others are handed to the loop.
-So a `Broker` may be shared by any number of threads, and what they do at the same moment shares
-commits, as concurrent tasks do. Guarantees, units and errors are
-those of `filao.broker` and `filao.message`, from which the calls are derived, with their types and docstrings. Written
-out is only what differs: opening and closing, what hands messages out, what is no coroutine, what takes a message.
+One thread with an event loop runs an async broker. A lone call that need not wait is done in the calling thread, unless
+a handler of the program's signals could interrupt it and make another call; all others are handed to the loop. So any
+number of threads may share a `Broker`, and what they do at the same moment shares commits, as concurrent tasks do.
+Guarantees, units and errors are those of `filao.broker` and `filao.message`, from which the calls are derived, with
+their types and docstrings. Only what differs is written out: opening and closing, what returns or takes messages, and
+what is no coroutine.
 
-A program without a place for `with` opens it where it likes, a module included: `broker = filao.sync.connect(url);
+A program without a place for `with` may open it anywhere, even in a module: `broker = filao.sync.connect(url);
 broker.open()`. It closes itself when the interpreter ends, and opens itself again in a child process that uses it.
 """
 
@@ -57,16 +57,15 @@ def connect(
     durability: Durability = "full",
     clock: Callable[[], float] = time.time,
 ) -> "Broker":
-    """Return a blocking broker; `with` opens it and closes it, or `open` and `close`. See `filao.connect`."""
+    """Return a blocking broker; `with` opens and closes it, or `open` and `close` do. See `filao.connect`."""
     return Broker(connect_async(url, durability=durability, clock=clock))
 
 
 def _blocking(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
-    """Return a method that has a coroutine function run on the loop, for `_inner`, by `_caller`, and waits for it.
+    """Return a method that runs a coroutine function of `_inner` on the loop, by `_caller`, and waits for it.
 
-    Type checkers carry parameters, overloads and type variables over; `wraps` carries docstring and signature. Such
-    methods are `Final`, because checkers do not rely on types that they infer for anything else in an installed
-    package.
+    Type checkers carry over parameters, overloads and type variables; `wraps` carries over docstring and signature.
+    Such methods are `Final`, because in an installed package checkers rely on an inferred type only then.
     """
 
     @wraps(function)
@@ -79,7 +78,7 @@ def _blocking(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -
 
 
 def _done_here(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
-    """Return a method that runs a coroutine function in the calling thread, for `_here`, whose session blocks."""
+    """Return a method that runs a coroutine function of `_here`, whose session blocks, in the calling thread."""
 
     @wraps(function)
     def call(self: Any, /, *arguments: P.args, **keywords: P.kwargs) -> R:
@@ -90,7 +89,7 @@ def _done_here(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) 
 
 
 def _reading(send: F) -> F:
-    """Return a method that reads the bodies in the calling thread: where they come from may belong to it, or block."""
+    """Return a method that reads the bodies in the calling thread: their source may belong to it, or block."""
 
     @wraps(send)
     def call(self: Any, /, queue: Any, bodies: Iterable[Any], **terms: Any) -> Any:
@@ -100,7 +99,7 @@ def _reading(send: F) -> F:
 
 
 def _documented_by(twin: type[Any]) -> Callable[[K], K]:
-    """Give what is written out, and says nothing of its own, the docstring of its twin."""
+    """Give members that are written out without a docstring the one of their twin."""
 
     def documented(ours: K) -> K:
         for name, member in vars(ours).items():
@@ -115,21 +114,21 @@ def _documented_by(twin: type[Any]) -> Callable[[K], K]:
 class Broker:
     """See `filao.Broker`; safe from many threads.
 
-    One that is open when the interpreter ends closes itself. In a child process that was forked, it opens itself again
-    when it is used; messages and transactions belong to the process that has begun them.
+    A broker that is open when the interpreter ends closes itself. In a forked child process it opens itself again when
+    it is used; messages and transactions stay with the process that received or began them.
     """
 
     def __init__(self, broker: AsyncBroker) -> None:
         self._inner = broker
         self._thread: LoopThread | None = None
         self._refusal = _NOT_OPEN
-        self._opening = threading.RLock()  # a signal's handler may close what it finds half open
+        self._opening = threading.RLock()  # the handler of a signal may close a broker that is half open
         self._is_inherited = False
         self._is_used = False
 
     @property
     def observers(self) -> Observers:
-        """Those that are told what this broker does, in the thread of its event loop; see `filao.Observer`."""
+        """Are told what this broker does, in the thread of its event loop; see `filao.Observer`."""
         return self._inner.observers
 
     def __enter__(self) -> Self:
@@ -144,12 +143,12 @@ class Broker:
         self.close()
 
     def open(self) -> None:
-        """Connect to the engine; `with` does it. Idempotent; what is closed can be opened again."""
+        """Connect to the engine; `with` does it. Idempotent. A closed broker can be opened again."""
         with self._opening:
             if self._thread is not None:
                 return
             if self._is_used:
-                self._inner = _again(self._inner)  # the last one may still be closing: a close that was interrupted
+                self._inner = _again(self._inner)  # the last one may still be closing, if `close` was interrupted
             self._is_used = True
             thread = LoopThread(self._inner)
             try:
@@ -162,7 +161,7 @@ class Broker:
             self._is_inherited = False
 
     def close(self) -> None:
-        """Finish what was begun, give back the leases that are still held, and let go, within 30 s. Idempotent."""
+        """Finish what has begun, give back the leases that are still held, and close, within 30 s. Idempotent."""
         with self._opening:
             thread = self._thread
             if thread is not None:
@@ -273,17 +272,16 @@ class Broker:
     trace: Final = _blocking(AsyncBroker.trace)
     doctor: Final = _blocking(AsyncBroker.doctor)
 
-    # --- below the door
-    # ----------------------------------------------------------------------------------------------------
+    # --- below the door ----------------------------------------------------------------------------------------------
 
     @property
     def _caller(self) -> Caller:
-        """Whom to ask. Raises `ConfigurationError` when it is not open."""
+        """Makes calls on the loop. Raises `ConfigurationError` when the broker is not open."""
         return self._usable().caller
 
     @property
     def _here(self) -> AsyncBroker:
-        """What does it in this thread. Raises `ConfigurationError` when it is not open, or nothing can be done here."""
+        """Does what it can in the calling thread. Raises `ConfigurationError` when not open, or not here."""
         thread = self._usable()
         thread.caller.check_thread()
         return thread.here
@@ -297,7 +295,7 @@ class Broker:
         return thread
 
     def _inherit(self) -> None:
-        """Become, in a child process, a broker that opens itself when it is used."""
+        """In a child process: become a broker that opens itself when it is used."""
         keep((self._inner, self._thread))
         self._is_inherited = self._thread is not None
         self._opening = threading.RLock()
@@ -398,12 +396,12 @@ def inner_of(message: Message[T]) -> AsyncMessage[T]:
 
 
 def door_of(broker: Broker) -> AsyncBroker:
-    """Return the async broker behind a blocking one, for what runs on its loop by `call_on`."""
+    """Return the async broker behind a blocking one, for functions that `call_on` runs on its loop."""
     return broker._inner  # noqa: SLF001
 
 
 def call_on(broker: Broker, function: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> R:
-    """Run a coroutine function on a broker's loop, and return what it does."""
+    """Run a coroutine function on a broker's loop, and return its result."""
     return broker._caller.call(function, *arguments)  # noqa: SLF001
 
 
@@ -414,13 +412,13 @@ def _again(broker: AsyncBroker) -> AsyncBroker:
 
 
 def _back(broker: AsyncBroker) -> Callable[[list[AsyncMessage[Any]]], None]:
-    """Return what gives back messages that came for somebody who has gone away."""
+    """Return a function that gives back messages whose receiver has gone."""
     give_back = receiving_of(broker).give_back
     return lambda came: give_back(*came)
 
 
 def _transaction(caller: Caller, opening: Callable[[], Any]) -> Held[AsyncTransaction, Transaction]:
-    """Return a transaction for a thread, which knows meanwhile that it is in one."""
+    """Return a transaction for a thread, in whose context `current_transaction` is set meanwhile."""
     outer = current_transaction.get()
 
     def entered(transaction: AsyncTransaction) -> Transaction:
@@ -448,7 +446,7 @@ def _after_fork() -> None:
     brokers = list(_open_brokers)
     _open_brokers.clear()
     for broker in brokers:
-        broker._inherit()  # noqa: SLF001 - the ones below too: users do not see what is not for them
+        broker._inherit()  # noqa: SLF001 - users do not see it
 
 
 if hasattr(os, "register_at_fork"):

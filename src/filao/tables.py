@@ -1,9 +1,9 @@
-"""The tables of an outbox and an inbox in the user's database: created, and brought up to date where they are older."""
+"""The tables of an outbox and an inbox in the user's database: created, and brought up to date."""
 
 from filao.connections import Connection
 from filao.errors import ConfigurationError
 
-NUMBERS = {  # the growing number of a row, in each dialect
+NUMBERS = {  # the type of a row's number, which grows, in each dialect
     "sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT",
     "postgresql": "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY",
     "mysql": "BIGINT AUTO_INCREMENT PRIMARY KEY",
@@ -40,12 +40,11 @@ _FAILED = {  # whether a table of sends has the column that came later
 
 
 def create_outbox(on: Connection, table: str) -> None:
-    """Create the table of sends, or give one of an earlier version what it lacks."""
+    """Create the table of sends, or bring an older one up to date."""
     if on.dialect not in NUMBERS:
         raise ConfigurationError(
-            f"the tables of an outbox are known for {', '.join(NUMBERS)}, not for "
-            f"{on.dialect}: create it yourself, with the "
-            f"columns number (growing), {COLUMNS}, failed (a text, NULL as a rule)"
+            f"the tables of an outbox are known for {', '.join(NUMBERS)}, not for {on.dialect}: create it yourself, "
+            f"with the columns number (growing), {COLUMNS}, failed (a text, NULL as a rule)"
         )
     on.execute(
         f"""
@@ -70,15 +69,13 @@ def create_outbox(on: Connection, table: str) -> None:
 
 
 def update_outbox(on: Connection, table: str) -> None:
-    """Add the column `failed` to a table of an earlier version; relays do it, because an update of Filao may not."""
+    """Add the column `failed` to an older table; relays call this, because updating Filao does not call `create`."""
     if on.dialect in _FAILED and not on.execute(_FAILED[on.dialect], (table,)).fetchall():
         on.execute(f"ALTER TABLE {table} ADD COLUMN failed TEXT")
 
 
 def create_inbox(on: Connection, table: str) -> None:
-    """Create the table of messages that are done, or give one of an earlier version its key: (queue, id), not
-    id alone.
-    """
+    """Create the table of messages that are done, or give an older one its key: (queue, id) instead of id alone."""
     on.execute(f"CREATE TABLE IF NOT EXISTS {table} {_INBOX}")
     if on.dialect not in _KEY or len(on.execute(_KEY[on.dialect], (table,)).fetchall()) == 2:
         return
@@ -96,7 +93,7 @@ def create_inbox(on: Connection, table: str) -> None:
 
 
 def _rebuild_inbox(on: Connection, table: str) -> None:
-    """Copy the table: SQLite changes no key. The savepoint makes it one step, inside a transaction or outside."""
+    """Copy the table, because SQLite cannot change a key. The savepoint makes it atomic, in a transaction or not."""
     on.execute("SAVEPOINT filao_inbox")
     try:
         on.execute(f"CREATE TABLE {table}_new {_INBOX}")

@@ -1,7 +1,7 @@
-"""How a URL is shown, everywhere: without its password. And what a URL must be, before any parser sees it.
+"""How a URL is shown everywhere: without its password. And what a URL must be before any parser sees it.
 
-A password may hold what ends it for a parser, and a parser that fails repeats what it met. So a URL is judged here, a
-parser's message is never repeated, and whatever stands between the first colon and the last @ is taken for a password.
+A password may contain characters that end it for a parser, and a parser that fails quotes its input. So a URL is judged
+here, a parser's message is never repeated, and all between the first colon and the last @ is taken for the password.
 """
 
 import re
@@ -18,17 +18,17 @@ _ADDRESS = re.compile(r"\[[0-9A-Fa-f:.]*\]")
 
 
 def has_scheme(url: str) -> bool:
-    """Return whether something is meant for a URL rather than for the path of a file."""
+    """Return whether a text is meant as a URL rather than as the path of a file."""
     return _SCHEME.match(url) is not None
 
 
 def is_bare(url: str) -> bool:
-    """Return whether something looks like a URL of a server without its scheme, or like libpq's settings."""
+    """Return whether a text looks like the URL of a server without its scheme, or like libpq's settings."""
     return _BARE.match(url) is not None or _SETTING.search(url) is not None
 
 
 def shown_url(url: str) -> str:
-    """Return a URL without its password, however wrong it is; a path of a file as it stands."""
+    """Return a URL without its password, however malformed it is; the path of a file is returned as it stands."""
     url = _SETTING.sub(r"\1…", url)
     scheme = _SCHEME.match(url)
     if scheme is None:
@@ -40,9 +40,7 @@ def shown_url(url: str) -> str:
 
 
 def _masked(rest: str) -> str:
-    """Hide what may be a password: all between the first colon and the last @, or behind a colon that begins no
-    port.
-    """
+    """Hide what may be a password: all between the first colon and the last @, or after a colon without a port."""
     user, at, place = rest.rpartition("@")
     if at:
         slashes = "//" if user.startswith("//") else ""
@@ -85,7 +83,7 @@ def hosts(parts: SplitResult) -> list[str]:
 
 
 def _parts(url: str) -> SplitResult | None:
-    """Return the parts, None where a parser fails: what it says is dropped here, and its exception with it."""
+    """Return the parts, or None where the parser fails: its exception is dropped, because it may quote a password."""
     try:
         url.encode()  # half a surrogate pair is no text
         parts = urlsplit(url)

@@ -17,7 +17,7 @@ Durability = Literal["full", "relaxed"]
 
 
 def engine_for(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> Movable:
-    """Return the engine, not yet open, that a URL or a path names."""
+    """Return the engine, not yet open, for a URL or a path."""
     if durability not in ("full", "relaxed"):
         raise ConfigurationError(f'durability is {shown(durability)}; it must be "full" or "relaxed"')
     durable = durability == "full"
@@ -30,13 +30,13 @@ def engine_for(url: str | Path, *, durability: Durability = "full", clock: Calla
 
 
 def _lower(url: str) -> str:
-    """Return a URL with its scheme as libraries want it."""
+    """Return a URL with its scheme in lower case, as libraries want it."""
     scheme, mark, rest = url.partition("://")
     return scheme.lower() + mark + rest
 
 
 def located(url: str | Path) -> str | Path:
-    """Return a URL or a path that names the same wherever this process goes: it may open it later, or again."""
+    """Return a URL or a path that names the same storage even after the process has changed its working folder."""
     if isinstance(url, str) and has_scheme(url) and not url.lower().startswith("sqlite:"):
         return url
     path = sqlite_path(url)
@@ -74,8 +74,8 @@ def sqlite_path(url: str | Path) -> Path:
     if not has_scheme(url):
         if is_bare(url):  # not the name of a file: errors would show its password
             raise ConfigurationError(
-                f"{shown_url(url)!r} looks like a URL without its scheme; give postgresql://… "
-                "or amqp://…, or ./ before a path"
+                f"{shown_url(url)!r} looks like a URL without its scheme; give postgresql://… or amqp://…, or ./ "
+                "before a path"
             )
         return Path(url)
     if url in ("sqlite://:memory:", "sqlite:///:memory:"):

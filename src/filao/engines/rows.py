@@ -1,4 +1,4 @@
-"""What the SQL engines have in common when they read a message: to show it, or to carry it to another engine."""
+"""What both SQL engines share when they read a message's row: to show it, or to move it to another engine."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from filao.engine import Draft, Failure, Operators, Result, Send, State, StoredM
 from filao.moving import Packing, Parcel
 
 LEAVING = (State.READY, State.DELAYED, State.BLOCKED, State.DEAD)
-"""The states in which a message can be carried away: all but in the hands of a consumer."""
+"""The states in which a message can be moved away: all but leased."""
 
 
 class RowPacking(Packing):
@@ -24,7 +24,7 @@ class RowPacking(Packing):
         self._has_delivered = False
 
     async def take(self, limit: int) -> list[Parcel]:
-        """Read the next rows; in the end, those that came back meanwhile from consumers that had held them."""
+        """Read the next rows and, at the end, those that consumers have given back meanwhile."""
         parcels = await self._read(self._last, limit)
         if not parcels and self._has_delivered:
             self._has_delivered = False
@@ -43,13 +43,13 @@ class RowPacking(Packing):
 
 
 COLUMNS = "kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason"
-"""Of a message, as `stored` and `parcel` read them."""
+"""The columns of a message that `stored` and `parcel` read."""
 
 
 def stored(
     queue: str, name: str, state: State, columns: Sequence[Any], *, history: tuple[Failure, ...], consumer: str
 ) -> StoredMessage:
-    """Return what the columns `COLUMNS` of a message say, as operators see it; `consumer` had it last."""
+    """Return a message as operators see it, from the columns `COLUMNS`; `consumer` had it last."""
     kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, expires_at, reason = columns
     return StoredMessage(
         id=name,
@@ -86,7 +86,7 @@ def failure_rows(number: int, parcel: Parcel) -> list[tuple[Any, ...]]:
 
 
 def parcel(row: Sequence[Any], name: str, history: tuple[Failure, ...], now: int) -> Parcel:
-    """Return what the columns `COLUMNS` of a message say."""
+    """Return a message on its way to another engine, from its number, its state and the columns `COLUMNS`."""
     number, state, kind, content, headers, attempts, priority, group, dedup_key, sent_at, at, expires_at, reason = row
     is_dead = reason is not None
     due_in = max(0, at - now) / 1000 if state in ("delayed", "blocked") else 0.0
@@ -96,7 +96,7 @@ def parcel(row: Sequence[Any], name: str, history: tuple[Failure, ...], now: int
 
 
 def sends(queue: str, parcels: Sequence[Parcel]) -> list[Send]:
-    """Return the sends that store messages which came from elsewhere; the key of a dead letter is no longer its own."""
+    """Return the sends that store messages from another engine, without the keys that dead letters no longer have."""
     drafts = [
         msgspec.structs.replace(parcel.draft, dedup_key=None, delay=0.0) if parcel.reason else parcel.draft
         for parcel in parcels
@@ -105,7 +105,7 @@ def sends(queue: str, parcels: Sequence[Parcel]) -> list[Send]:
 
 
 def is_new(result: Result) -> bool:
-    """Return whether a send stored its message; False when it had come before. An error is raised."""
+    """Return whether a send stored its message; False if it was there already. Raises the send's error."""
     if isinstance(result, Exception):
         raise result
     assert isinstance(result, list)
@@ -118,5 +118,5 @@ def has_rival(parcel: Parcel, result: Result) -> bool:
 
 
 def without_key(parcel: Parcel) -> Parcel:
-    """Return a message whose key another one has."""
+    """Return a message without its `dedup_key`, which another one has."""
     return msgspec.structs.replace(parcel, draft=msgspec.structs.replace(parcel.draft, dedup_key=None))

@@ -11,8 +11,8 @@ _NOT_IN_TRANSACTIONS = frozenset(
     {"ABORT", "ATTACH", "BEGIN", "COMMIT", "DETACH", "END", "RELEASE", "ROLLBACK", "SAVEPOINT", "START", "VACUUM"}
     | {"PREPARE TRANSACTION"}
 )
-# What an engine skips before a statement: spaces, empty statements, a byte order mark, comments, but none in another
-# one.
+# An engine skips spaces, empty statements, a byte order mark and comments before a statement. A comment inside another
+# one is not skipped here: see `check_statement`.
 _FIRST_WORD = re.compile(r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*(?:(?!/\*).)*?\*/)*(/\*|[A-Za-z]*)", re.DOTALL)
 _PARTS = re.compile(
     r"""
@@ -28,15 +28,15 @@ _PARTS = re.compile(
 def check_statement(sql: str) -> str:
     """Return the first word of a statement, in capitals.
 
-    Raises `ConfigurationError` for what is none, and for one that would end the transaction which it is in.
+    Raises `ConfigurationError` for what is no text, and for a statement that would end its transaction.
     """
     if not isinstance(sql, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
         raise ConfigurationError(f"a statement is {shown(sql)}; it must be a text. Nothing was done")
     found = _FIRST_WORD.match(sql)
     word = found[1].upper() if found else ""
     if found and word == "PREPARE" and first_words(sql[found.end(1) :])[:11].upper() == "TRANSACTION":
-        word = "PREPARE TRANSACTION"  # which ends it even when it fails
-    if word == "/*":  # PostgreSQL ends it elsewhere than SQLite: what is the statement's first word?
+        word = "PREPARE TRANSACTION"  # it ends the transaction even when it fails
+    if word == "/*":  # PostgreSQL and SQLite disagree where it ends, and so on the statement's first word
         raise ConfigurationError(
             "a comment within a comment before a statement: end it, or leave it out. Nothing was done"
         )
@@ -54,9 +54,9 @@ def first_words(sql: str) -> str:
 
 
 def for_psycopg(sql: str, parameters: Any) -> tuple[str, Any]:
-    """Write `?` and `:name`, which SQLite knows, as psycopg wants them, so that a statement runs on both.
+    """Write `?` and `:name`, SQLite's marks of parameters, in psycopg's style, so that a statement runs on both.
 
-    A statement that marks its parameters as psycopg does is left as it is.
+    A statement in psycopg's style is left as it is.
     """
     if not parameters:
         return sql, None

@@ -1,7 +1,7 @@
-"""Those of this process who wait for one queue. One look serves them all, so that waking many costs no more than one.
+"""The callers of this process that wait for one queue. One look serves them all, so waking many costs no more than one.
 
-Take a place before the first look, so that a call in between is not lost, and join the line when the look found
-nothing: the line then has had more calls than when the place was taken.
+Take a place before the first look, so that a call in between is not lost, and join the line if the look found nothing.
+If the line has been called more often than when the place was taken, it looks again at once.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ from filao.errors import EngineUnavailable
 
 
 class Line:
-    """The line of one queue."""
+    """The line of those that wait for one queue."""
 
     def __init__(self, submit: Submit, abandoned: Abandoned, *, is_pushed_to: bool = False) -> None:
         self.is_pushed_to = is_pushed_to
-        """A look of those who wait asks the engine to push to them: it must hear of everyone, and may be slow."""
+        """A look asks the engine to push messages to those that wait: it must hear of every one, and may be slow."""
         self._submit = submit
         self._abandoned = abandoned
         self._waiting: dict[asyncio.Future[Received], Place] = {}
         self._wanted = 0
         self._calls = 0
         self._looking: dict[asyncio.Future[Received], Receive] = {}
-        """Those for whom a look is under way."""
+        """The callers for whom a look is under way."""
         self._timer: asyncio.TimerHandle | None = None
 
     def place(self, receive: Receive) -> "Place":
@@ -37,7 +37,7 @@ class Line:
         return not self._looking and any(not future.done() for future in self._waiting)
 
     def wanted(self) -> int:
-        """Return how many messages those in line would take."""
+        """Return how many messages the line would take."""
         return self._wanted
 
     def join(self, place: "Place", due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
@@ -56,13 +56,13 @@ class Line:
         return future
 
     def call(self) -> bool:
-        """Let those in line look, for the queue may have something; return whether there is anybody."""
+        """Let the line look, because the queue may have something; return whether anybody waits."""
         self._calls += 1
         self._look()
         return bool(self._waiting)
 
     def close(self) -> None:
-        """Send everybody home with nothing."""
+        """Send everybody away with nothing."""
         if self._timer is not None:
             self._timer.cancel()
         for future in self._waiting:
@@ -75,7 +75,7 @@ class Line:
             self._wanted -= place.receive.limit
 
     def _time_out(self, future: "asyncio.Future[Received]") -> None:
-        """Send one home with nothing; if a look is under way for it, after that, which may bring something."""
+        """Send one away with nothing, but not before the end of a look that is under way and may bring something."""
         if future in self._looking:
             self._leave(future)
         elif self.is_pushed_to and not future.done():  # what is there may not have been pushed yet
@@ -97,7 +97,7 @@ class Line:
             future.set_result(cast("Received", done.result()))
 
     def _look(self) -> None:
-        """Look once for the one who was called and has not been looked for longest, and for all of the same lease."""
+        """Look once for the caller whose last look is the longest ago, and for all that want the same lease."""
         if self._looking:
             return
         live = {future: place for future, place in self._waiting.items() if not future.done()}
@@ -114,7 +114,7 @@ class Line:
         looked.add_done_callback(self._served)
 
     def _served(self, done: "asyncio.Future[Result]") -> None:
-        """Give those who looked what came, and let those look who were called meanwhile, or want another lease."""
+        """Hand out what the look found; then look for those that were called meanwhile, or want another lease."""
         looking = {future: receive for future, receive in self._looking.items() if not future.done()}
         self._looking = {}
         error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
@@ -134,7 +134,7 @@ class Line:
         self.look_in(received.due_in)
 
     def look_in(self, seconds: float | None) -> None:
-        """Let those in line look in so many seconds, when the next message is due, unless they will before."""
+        """Let the line look in so many seconds, when the next message is due, unless it will look before."""
         if seconds is None:
             return
         loop = asyncio.get_running_loop()
@@ -151,20 +151,20 @@ class Place:
     def __init__(self, line: Line, receive: Receive, calls: int) -> None:
         self.receive = receive
         self.calls = calls
-        """How often the line had been called when this place was taken, or was last looked for."""
+        """How often the line had been called when this place was taken, or at its last look."""
         self._line = line
 
     def is_behind(self) -> bool:
-        """Look at the line."""
+        """See `filao.engine.Waiter.is_behind`."""
         return not self._line.is_pushed_to and self._line.is_quiet()
 
     def wait(self, due_in: float | None, timeout: float | None) -> "asyncio.Future[Received]":
-        """Wait in line."""
+        """See `filao.engine.Waiter.wait`."""
         return self._line.join(self, due_in, timeout)
 
 
 def deal(deliveries: Sequence[Delivery], limits: Sequence[int]) -> list[list[Delivery]]:
-    """Deal the deliveries in turn to hands that take at most so many each."""
+    """Deal the deliveries, one after the other, to hands that take at most `limits` each."""
     if len(limits) == 1:
         return [list(deliveries[: limits[0]])]
     hands: list[list[Delivery]] = [[] for _ in limits]

@@ -1,6 +1,4 @@
-"""PostgreSQL as an engine: the verbs are functions in the database (`functions/`); `engine.py` calls them in
-batches.
-"""
+"""PostgreSQL as an engine: the verbs are functions in the database (`functions/`), called by `engine.py`."""
 
 from filao.engines.postgresql.engine import PostgresqlEngine
 

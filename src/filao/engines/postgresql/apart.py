@@ -1,9 +1,8 @@
-"""Operations that wait for a lock which somebody's transaction holds: apart from the batches, which go on meanwhile.
+"""Operations that wait for a lock that another transaction holds, apart from the batches, which go on meanwhile.
 
-A batch waits for a lock only briefly. When it cannot have one, nothing of it is done, and those of its operations that
-may need one come here: on a connection of their own they are tried again, together and by halves, until the lock is
-free or their time is over. So a key, a group or a full queue that one transaction holds stops nobody but those who need
-it.
+A batch waits for a lock only briefly. If it cannot have it, nothing of the batch is done, and those of its operations
+that may need a lock come here. On a connection of their own they are tried again, together and by halves, until the
+lock is free or their time is over. So a key, a group or a full queue that a transaction holds stops only what needs it.
 """
 
 import asyncio
@@ -15,15 +14,12 @@ from psycopg.errors import LockNotAvailable
 
 from filao.engine import Operation, Result
 from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server, end_of_call
-from filao.engines.postgresql.verbs import queue_of
 from filao.errors import EngineUnavailable, FilaoError
 
 LOCKED_APART = 0.05  # seconds that a try waits for a lock
-TRIES_MAX = 32  # in one round, which then takes 1.6 s at most; what came meanwhile has its turn in the next
+TRIES_MAX = 32  # in one round, which so takes 1.6 s at most; what came meanwhile has its turn in the next
 TOGETHER_MAX = 1_000  # operations in one try
-LAST_TRY = (
-    0.5  # seconds of its time that a call keeps for a last try, which cut short would leave in doubt what was done
-)
+LAST_TRY = 0.5  # seconds kept for the last try of a call: one that is cut short would leave in doubt what was done
 
 Do = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
 
@@ -38,7 +34,7 @@ class _Waiting:
 
 
 class Apart:
-    """Those operations of one process, in the order in which they came."""
+    """The waiting operations of one process, in the order in which they came."""
 
     def __init__(self, server: Server, do: Do) -> None:
         self._server = server
@@ -48,30 +44,28 @@ class Apart:
         self._queues: Counter[str] = Counter()
         self._running: asyncio.Task[None] | None = None
         self._is_answered = True
-        """The last try ended with an answer: what is not done by now lacks a lock, not the server."""
+        """Whether the server answered the last try: if so, what is not done yet lacks a lock."""
 
     def has(self, queue: str) -> bool:
-        """Return whether an operation on a queue waits here: what may need the same lock need not stop a batch to see
-        it.
-        """
+        """Return whether an operation on a queue waits here, so that others that may need its lock follow it."""
         return self._queues[queue] > 0
 
     def add(self, operation: Operation, since: float) -> "asyncio.Future[Result]":
-        """Do an operation as soon as its locks are free; it fails when they are not in time.
+        """Do an operation as soon as its locks are free; it fails when they are not free in time.
 
-        It has waited `since` then with its batch, which counts: what is left of its time is all that it has here.
+        It has waited with its batch since `since`, which counts: it has what is left of its time.
         """
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Result] = loop.create_future()
         until = min(loop.time() + LOCKED_FOR, end_of_call(since) - LAST_TRY)
         self._waiting.append(_Waiting(operation, result, since, until))
-        self._queues[queue_of(operation)] += 1
+        self._queues[operation.queue] += 1
         if self._running is None or self._running.done():
             self._running = loop.create_task(self._run())
         return result
 
     async def close(self) -> None:
-        """Let nobody wait any longer."""
+        """Let all operations that wait here fail."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
@@ -85,11 +79,11 @@ class Apart:
             taken = [self._waiting.popleft() for _ in range(min(TOGETHER_MAX, len(self._waiting)))]
             try:
                 await self._round(taken)
-            finally:  # cancelled: those without a result yet are told by close
+            finally:  # when cancelled, `close` lets those without a result fail
                 self._waiting.extend(waiting for waiting in taken if not waiting.result.done())
 
     async def _round(self, taken: list[_Waiting]) -> None:
-        """Try these, and of those that cannot all be done each half, as far as a round goes."""
+        """Try these operations together and, if not all can be done, each half, as far as a round goes."""
         parts = [taken]
         for _ in range(TRIES_MAX):
             if not parts:
@@ -122,13 +116,13 @@ class Apart:
         except FilaoError as error:
             self._is_answered = not isinstance(error, EngineUnavailable)
             if len(part) > 1 and not isinstance(error, EngineUnavailable):
-                return False  # one of them is at fault, and fails alone
+                return False  # one of them is at fault, and must fail alone
             results = [error] * len(part)
         for waiting, result in zip(part, results, strict=True):
             self._settle(waiting, result)
         return True
 
     def _settle(self, waiting: _Waiting, result: Result) -> None:
-        self._queues[queue_of(waiting.operation)] -= 1
+        self._queues[waiting.operation.queue] -= 1
         if not waiting.result.done():
             waiting.result.set_result(result)

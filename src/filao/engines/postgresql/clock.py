@@ -1,13 +1,14 @@
-"""The server's clock, as one process sees it: whether it goes as the process's own, which never jumps.
+"""The server's clock, as one process sees it: whether it runs like the process's own clock, which never jumps.
 
-Each call that moves messages says what time it expects. Where the server's clock is more than JUMP from that, the
-server does nothing of the call; the process then compares the clocks, notes a jump in the database, so that the queues'
-time goes on as if there had been none, and calls again. See `filao.now` and docs/decisions/clock.md.
+Each call that moves messages says what time it expects. If the server's clock is more than JUMP from that, the server
+does nothing. The process then compares the clocks, notes a jump in the database, so that the queues' time goes on as if
+there had been none, and calls again. See `filao.now` and docs/decisions/clock.md.
 """
 
 import logging
 import time
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 from psycopg import errors
 
@@ -17,35 +18,37 @@ log: logging.Logger = logging.getLogger("filao.postgresql")
 
 JUMP = 1_000  # milliseconds between the clocks that are taken for a jump; filao.now has the same
 DRIFT = 0.001  # of the time since they were compared, by which two clocks may drift apart without a jump
-JUMPS_MAX = 3  # that are noted in a row; more, and the clock is taken as it is
+JUMPS_MAX = 3  # jumps that are noted in a row; after that the clock is taken as it is
 DIFFER = "FL001"  # the SQLSTATE of a call that met a clock which may have jumped
 MOMENT: Final = object()
-"""Among the parameters of a statement: what time the call expects."""
+"""Stands, among the parameters of a statement, for the time that the call expects."""
+Row = Callable[..., Awaitable[tuple[Any, ...]]]
+"""Runs a statement with its parameters, `MOMENT` among them, as a transaction, and returns its first row."""
 _CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 
 
 class ServerClock:
-    """What one process knows of it."""
+    """What one process knows of the server's clock."""
 
     def __init__(self, server: str) -> None:
         self._server = server
         self._offset: tuple[float, float] | None = None
-        """What the server's even clock is ahead of ours, in milliseconds: at least, and at most; None: unknown."""
+        """By how many milliseconds the server's even clock is ahead of ours, at least and at most; None: unknown."""
         self._compared = 0.0
         self._jumped: int | None = None
         self._is_fresh = False
 
     def moment(self) -> int | None:
-        """Return what a call says of the time; None: nothing is known, or the clocks were compared for this call."""
+        """Return the time that a call expects; None: unknown, or the clocks were just compared for this call."""
         if self._offset is None or self._is_fresh:
             self._is_fresh = False
             return None
         return -round(_now() + sum(self._offset) / 2)
 
     async def compare(self, connection: Connection, *, for_call: bool = False) -> None:
-        """Compare the clocks, and note a jump; the next call is believed when this was done `for_call`.
+        """Compare the clocks, and note a jump. `for_call`: the next call takes the clock as it is.
 
-        A role that may not do this takes the clock as it is.
+        So does a role that has no right to compare them.
         """
         try:
             for _ in range(JUMPS_MAX):
@@ -60,8 +63,8 @@ class ServerClock:
     async def _look(self, connection: Connection) -> int:
         """Return by how many milliseconds the server's clock jumped; 0 when it need not have.
 
-        It was read at some moment between our asking and the answer, and a process may stand still in between: so its
-        offset from ours is known as an interval, and only one that lies apart from the last is a jump.
+        The server read its clock at some moment between our question and its answer. So its offset from ours is only
+        known as an interval, and only an interval apart from the last one is a jump.
         """
         asked = _now()
         row = await (await connection.execute("SELECT even, jumped FROM filao.even_clock()")).fetchone()

@@ -1,18 +1,19 @@
 """What operators see of a PostgreSQL database and do there.
 
-The queries change nothing; what changes something is a function of the database, called for slices of a bounded size.
+The queries here change nothing. What changes something is a function of the database, called for slices of a bounded
+size.
 """
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from filao.engine import EVENTS_MAX, Draft, Event, Finding, QueueStats, Receiver, State, StoredMessage, instant
 from filao.engines import rows
 from filao.engines.postgresql import verbs
-from filao.engines.postgresql.clock import MOMENT
+from filao.engines.postgresql.clock import MOMENT, Row
 from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import Listener
 from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server
@@ -55,14 +56,14 @@ _SEEN = f"""
 
 
 class PostgresqlOperators:
-    """See `filao.engine.Operators`, and `Pausing` and `Tracing`, which it is as well."""
+    """See `filao.engine.Operators`; it is also their `Pausing` and `Tracing`."""
 
     def __init__(
         self,
         server: Server,
         link: Link,
         listener: Listener,
-        row: Callable[..., Awaitable[tuple[Any, ...]]],
+        row: Row,
         moment: Callable[[], int | None],
         *,
         forget: Callable[[], None],
@@ -71,21 +72,18 @@ class PostgresqlOperators:
         self._link = link
         self._listener = listener
         self._row = row
-        """Run a statement that is a transaction, on the connection that all share, and return its first row; MOMENT
-        among its parameters is what time it expects.
-        """
         self._moment = moment
         self._forget = forget
-        """Know the numbers of queues no longer."""
+        """Forgets the numbers of queues."""
 
     @property
     def pausing(self) -> Self:
-        """Itself: what looks after queues can stop them."""
+        """Return itself."""
         return self
 
     @property
     def tracing(self) -> Self:
-        """Itself: it reads what was written down."""
+        """Return itself."""
         return self
 
     async def trace(self, message_id: str) -> list[Event]:
@@ -134,7 +132,6 @@ class PostgresqlOperators:
         """Give dead letters back, each to its old place."""
         number, chosen = await self.number(queue), None if ids is None else list(ids)
         new = (None, None, None) if edited is None else (edited.kind, edited.content, edited.headers)
-
         sql = "SELECT * FROM filao.redrive(%s, %s, %s::text[], %s, %s, %s, %s::smallint, %s::bytea, %s)"
         return await self._in_slices(number, sql, (MOMENT, chosen), new, limit)
 
@@ -147,9 +144,9 @@ class PostgresqlOperators:
     async def _in_slices(
         self, number: int, sql: str, first: tuple[Any, ...], last: tuple[Any, ...], limit: int | None
     ) -> int:
-        """Change many messages in transactions of a bounded size: none that was sent, or died, after this began.
+        """Change many messages in transactions of a bounded size, but none that was sent, or died, after this began.
 
-        Those who wait are called behind each: what is done is there for them, whatever becomes of the rest.
+        Those that wait are called after each slice: it is there for them, whatever becomes of the rest.
         """
         (mark,) = await self._row("SELECT filao.mark()")
         after, done = 0, SLICE
@@ -181,7 +178,7 @@ class PostgresqlOperators:
             await self._row("SELECT filao.halt_group(%s, %s, %s)", number, MOMENT, group)
 
     async def report(self, state: str) -> None:
-        """Write down how this process is doing."""
+        """Record how this process is doing."""
         sql = "UPDATE filao.process SET state = %s, reported_at = filao.clock() WHERE name = %s"
         async with self._link.use() as connection:
             await connection.execute(sql, (self._server.charset.fitted(state), self._listener.name))
@@ -192,7 +189,7 @@ class PostgresqlOperators:
             return await examine(connection, self._server, await stats(connection, self._moment()))
 
     async def number(self, queue: str) -> int:
-        """Look a queue's number up: a command must not meet another queue, nor what was deleted."""
+        """Look up a queue's number; a known one may be that of a deleted queue."""
         async with self._link.use() as connection:
             found = await connection.execute("SELECT id FROM filao.queue WHERE name = %s", (queue,))
             row = await found.fetchone()
@@ -228,7 +225,7 @@ async def find(connection: Connection, name: str) -> Queue:
 
 
 async def stats(connection: Connection, moment: int | None, queue: str | None = None) -> list[QueueStats]:
-    """Add up the counters of every queue, by name, or of one, and look at what is oldest. Raises `QueueNotFound`."""
+    """Return the counters of every queue, by name, or of one. Raises `QueueNotFound`."""
     rows = await (await connection.execute(_STATS, (moment, queue))).fetchall()
     if queue is not None and not rows:
         raise not_found(queue, await names(connection))
@@ -237,10 +234,10 @@ async def stats(connection: Connection, moment: int | None, queue: str | None = 
     if known:
         found = await (await connection.execute(_PROCESSES, (list(known),))).fetchall()
         processes = {number: tuple(told) for number, *told in found}
-    return [_told(row, processes) for row in rows]
+    return [_counted(row, processes) for row in rows]
 
 
-def _told(row: Sequence[Any], processes: Mapping[int, tuple[Any, ...]]) -> QueueStats:
+def _counted(row: Sequence[Any], processes: Mapping[int, tuple[Any, ...]]) -> QueueStats:
     name, paused, counted, now, ready, delayed, leased, blocked, dead, holding, waiting = row
     held = Counter[int](holding or ())
     there = [process for process in {*held, *(waiting or ())} if process in processes]
@@ -276,9 +273,7 @@ def _age(now: int, since: int | None) -> float | None:
 async def peek(
     connection: Connection, queue: tuple[int, str], state: State, *, limit: int, after: str | None
 ) -> list[StoredMessage]:
-    """Return messages of one state in its order; `after` is the id of the last one seen; a queue is a number and a
-    name.
-    """
+    """Return messages of one state in its order, from behind the id `after`; `queue` is a number and a name."""
     number, name = queue
     after_it, last = await behind(connection, number, name, state, after)
     grouped = "AND grp IS NOT NULL" if state == State.BLOCKED else ""
@@ -310,9 +305,9 @@ async def find_message(connection: Connection, queue: tuple[int, str], message_i
 async def behind(
     connection: Connection, number: int, queue: str, state: State, after: str | None, *, by_id: bool = False
 ) -> tuple[str, tuple[Any, ...]]:
-    """Return the condition that leaves out what stands before the message `after` and itself, and its parameters.
+    """Return the condition that leaves out messages up to the one with the id `after`, and its parameters.
 
-    With `by_id` they stand in the order of sending.
+    With `by_id` they are in the order of sending.
     """
     if after is None:
         return "", ()
@@ -325,7 +320,7 @@ async def behind(
         (number, after),
     )
     row = await found.fetchone()
-    # An order that needs no more than the id, as that of dead letters, serves though the message is gone meanwhile.
+    # An order by number alone, as that of dead letters, needs no more, even if the message is gone meanwhile.
     if row is None or row[0] is None or (order != "id" and row[1] is None):
         raise ConfigurationError(
             f"queue {queue!r}: there is no message {after!r} to go on behind; it may be gone by now. Start again "

@@ -1,6 +1,4 @@
-"""What an operator should know of the database: its version, what it promises, who holds it up, and how large it has
-grown.
-"""
+"""What an operator should know of the database: its version, its settings, who holds it up, and how large it is."""
 
 from collections.abc import AsyncGenerator, Sequence
 
@@ -11,14 +9,14 @@ from filao.overview import DEED, deed_of, deeds_finding, queue_finding
 from filao.process import process_finding
 
 TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the oldest transaction began
-HOLDERS_MAX = 5  # that are named
+HOLDERS_MAX = 5  # long transactions that are named
 QUERY_MAX = 200  # characters of their last statements
 TABLE_LARGE = 1024**3  # bytes
-HISTORY_TOLD = 1024**2  # bytes: an empty table has some
+HISTORY_TOLD = 1024**2  # bytes: even an empty table has some
 
 
 async def examine(connection: Connection, server: Server, queues: Sequence[QueueStats]) -> list[Finding]:
-    """Return what there is to say, good and bad."""
+    """Return all findings, good and bad."""
     parts = (_settings(connection, server), _load(connection), _messages(connection), _queues(connection, queues))
     return [finding for part in parts async for finding in part]
 
@@ -65,7 +63,7 @@ async def _load(connection: Connection) -> AsyncGenerator[Finding]:
 
 
 async def _messages(connection: Connection) -> AsyncGenerator[Finding]:
-    """Yield the queues' time, how much room messages take, and what is remembered of them and of deeds."""
+    """Yield the state of the queues' tables, and who receives."""
     yield _clock(int(await _value(connection, _AHEAD)) / 1000)
     size = int(await _value(connection, "SELECT pg_total_relation_size('filao.message')"))
     level = "note" if size > TABLE_LARGE else "ok"
@@ -117,12 +115,11 @@ _HOLDERS = """
     ) AS open (holder, pid, age, query)
     WHERE age >= %s ORDER BY age DESC LIMIT %s
 """
-"""Whose snapshots or changes keep dead rows; of other users' transactions a role without pg_read_all_stats sees no age.
-"""
+"""Transactions that keep dead rows. A role without pg_read_all_stats sees no age of other users' transactions."""
 
 
 def _last(query: str | None) -> str:
-    """Tell a stranger's last statement on one line, whatever is in it."""
+    """Return a sentence with another user's last statement, on one line, whatever is in it."""
     said = " ".join((query or "").split())
     said = "".join(character if character.isprintable() else "?" for character in said)
     return f" Its last statement: {said[:QUERY_MAX]}" if said else ""

@@ -1,8 +1,8 @@
 """The PostgreSQL engine: many machines, one database.
 
 A batch is one transaction and one round trip: its calls (`verbs.py`) of the functions in the database (`functions/`) go
-out as one pipeline, on one connection. Those who wait are called after the commit. Users' transactions have connections
-of their own, from a pool.
+out as one pipeline, on one connection. Those that wait are called after the commit. Users' transactions have
+connections of their own, from a pool.
 """
 
 import asyncio
@@ -15,17 +15,8 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.errors import LockNotAvailable, NoDataFound
 
-from filao.checks import is_machines
-from filao.engine import (
-    Abandoned,
-    Batch,
-    Feature,
-    Operation,
-    Receive,
-    Result,
-    Send,
-    Submit,
-)
+from filao.checks import is_system_clock
+from filao.engine import Abandoned, Batch, Feature, Operation, Receive, Result, Send, Submit
 from filao.engines.postgresql import control, verbs
 from filao.engines.postgresql.apart import Apart
 from filao.engines.postgresql.clock import MOMENT, ServerClock
@@ -35,15 +26,15 @@ from filao.engines.postgresql.moving import PostgresqlMover
 from filao.engines.postgresql.overview import PostgresqlOverview
 from filao.engines.postgresql.schema import migrate
 from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server
-from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransactions, Transactions, retried
+from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransactions, TransactionPool, retried
 from filao.engines.postgresql.watch import Watch
 from filao.engines.waiters import Line, Place
 from filao.errors import EngineUnavailable, FilaoError
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, rules_to_json
 
-CALLED_WITHIN = 1.0  # seconds that a transaction which is committed takes more to call those who wait
-UNUSED_MAX = 60.0  # seconds after which one that nobody used is closed
+CALLED_WITHIN = 1.0  # seconds that a committed transaction of the user's takes more to call those that wait
+UNUSED_MAX = 60.0  # seconds after which a connection of the pool that nobody used is closed
 
 
 class PostgresqlEngine:
@@ -62,7 +53,7 @@ class PostgresqlEngine:
         self._time = ServerClock(self._server.name)
         self._main = Link(self._server, LOCKED_BRIEFLY, self._listener.greet)
         self._apart = Apart(self._server, self._batch)
-        self._transactions = Transactions(self._server)
+        self._transactions = TransactionPool(self._server)
         strike_off = partial(self._strike_off, died=True)
         self._watch = Watch(
             self._listener,
@@ -75,7 +66,7 @@ class PostgresqlEngine:
         self._numbers: dict[str, int] = {}
         self._rules: dict[str, Queue] = {}
         self._others: list[str] = []
-        """The names of all queues, when somebody last asked for one that is none."""
+        """The names of all queues, as of the last time that an undeclared one was asked for."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_listening = False
         self._is_closing = False
@@ -122,7 +113,7 @@ class PostgresqlEngine:
 
     async def close(self) -> None:
         """Give back the leases that are held, and end all connections."""
-        self._is_closing = True  # from here on nothing is leased, or it would be after the leases were given back
+        self._is_closing = True  # nothing is leased any more: it would not be given back
         for line in self._lines.values():
             line.close()
         try:
@@ -130,7 +121,7 @@ class PostgresqlEngine:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             if self._listener.process:
-                with suppress(FilaoError):  # what it could not give back runs out, or is taken over
+                with suppress(FilaoError):  # a lease that cannot be given back runs out, or another process ends it
                     async with self._server.one_call():
                         await self._strike_off(self._listener.process, died=False)
             await self._apart.close()
@@ -141,7 +132,7 @@ class PostgresqlEngine:
             self._server.drop()
 
     def drop(self) -> None:
-        """Let go though the event loop has ended."""
+        """Close all connections after the event loop has ended."""
         self._server.drop()
 
     def _start(self, work: Any) -> None:
@@ -150,17 +141,17 @@ class PostgresqlEngine:
         task.add_done_callback(self._tasks.discard)
 
     def _moment(self) -> int | None:
-        """Return the time of a clock that a test moves; None: the server's own decides, jumped or not."""
-        return None if is_machines(self._clock) else round(self._clock() * 1000)
+        """Return the time of a test's clock; None: the server's own clock decides, jumped or not."""
+        return None if is_system_clock(self._clock) else round(self._clock() * 1000)
 
     def _expected(self) -> int | None:
-        """Return what a call that can be made again says of the time: see `ServerClock`."""
-        return self._time.moment() if is_machines(self._clock) else self._moment()
+        """Return the time that a call expects which can be made again: see `ServerClock`."""
+        return self._time.moment() if is_system_clock(self._clock) else self._moment()
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
     async def execute(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
-        """Do a batch as one transaction, with what joined it while we waited for the connection."""
+        """Do a batch as one transaction, with all that joins it while it waits for the connection."""
         async with self._main.use(batch.since) as connection:
             if self._is_closing:
                 raise EngineUnavailable("the broker was closed meanwhile")
@@ -176,13 +167,13 @@ class PostgresqlEngine:
     async def _together(
         self, connection: Connection, operations: Sequence[Operation], since: float
     ) -> "list[Result | asyncio.Future[Result]]":
-        """Do operations as one batch, but for those that must wait for somebody's lock: their results come later."""
+        """Do operations as one batch, except those that must wait for a lock: their results come later."""
         results: dict[int, Result | asyncio.Future[Result]] = dict(verbs.unwritable(operations, self._server.charset))
         here = {
             place: operation
             for place, operation in enumerate(operations)
             if place not in results
-            and not (self._apart.has(verbs.queue_of(operation)) and verbs.may_wait(operation, self._rules))
+            and not (self._apart.has(operation.queue) and verbs.may_wait(operation, self._rules))
         }
         for _ in range(2):  # of all, and of those that need no row's lock; if a table is locked, all wait elsewhere
             try:
@@ -198,7 +189,7 @@ class PostgresqlEngine:
         ]
 
     async def _batch(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
-        """Do operations as one transaction, again if it met another and lost."""
+        """Do operations as one transaction, and again if it lost against another."""
         if not operations:
             return []
         done = await retried(connection, lambda: self._do(connection, operations), self._time, self._numbers.clear)
@@ -207,21 +198,18 @@ class PostgresqlEngine:
             return results
         rest = iter(results)
         return [
-            self._not_found(operation) if verbs.queue_of(operation) in done.unknown else next(rest)
-            for operation in operations
+            self._not_found(operation) if operation.queue in done.unknown else next(rest) for operation in operations
         ]
 
     def _not_found(self, operation: Operation) -> FilaoError:
-        """Return the error of an operation on a queue that nobody declared, or that was deleted with what was
-        leased.
-        """
+        """Return the error of an operation on a queue that nobody declared, or that was deleted with its messages."""
         if isinstance(operation, Send | Receive):
             return not_found(operation.queue, self._others)
         return verbs.lease_lost(operation.delivery, None)
 
     async def _do(self, connection: Connection, operations: Sequence[Operation]) -> "_Done":
         unknown = await self._learn(connection, operations)
-        known = [operation for operation in operations if verbs.queue_of(operation) not in unknown]
+        known = [operation for operation in operations if operation.queue not in unknown]
         calls = verbs.calls(known, self._setting(later=False))
         fresh = [(self._numbers[queue], count) for queue, count in verbs.fresh(known).items()]
         return _Done(known, unknown, calls, await self._run(connection, calls, fresh))
@@ -236,7 +224,7 @@ class PostgresqlEngine:
 
     async def _learn(self, connection: Connection, operations: Sequence[Operation]) -> set[str]:
         """Learn the numbers of queues, and return the names that nobody declared."""
-        unknown = {verbs.queue_of(operation) for operation in operations} - self._numbers.keys()
+        unknown = {operation.queue for operation in operations} - self._numbers.keys()
         if unknown:
             for name, (number, rules) in (await control.queues(connection, unknown)).items():
                 self._numbers[name], self._rules[name] = number, rules
@@ -248,10 +236,10 @@ class PostgresqlEngine:
     async def _run(
         self, connection: Connection, calls: Sequence[verbs.Call], fresh: Sequence[tuple[int, int]]
     ) -> list[verbs.Rows]:
-        """Make the calls in one transaction and, once it is committed, wake those who wait; all in one round trip.
+        """Make the calls in one transaction and, after its commit, call those that wait; all in one round trip.
 
-        What is raised here was not committed, or it is open whether it was: a call that fails after the commit must not
-        make anybody do it again. Whom it should have woken finds what there is by polling.
+        An error that is raised here means that it was not committed, or that nobody knows. If only the last call fails,
+        nothing is raised, because the batch must not be done again; those that should have been called poll.
         """
         local = self._server.local_settings()
         committed: psycopg.AsyncCursor[Any] | None = None
@@ -286,7 +274,7 @@ class PostgresqlEngine:
             deliveries = [operation.delivery for operation in operations if not isinstance(operation, Send | Receive)]
             handles = [delivery.handle for delivery in deliveries]
             now: dict[int, tuple[str, int]] = {}
-            with suppress(psycopg.Error):  # it only makes the error say more, and the batch is done
+            with suppress(psycopg.Error):  # this only makes the error say more; the batch is done
                 cursor = await connection.execute(verbs.WHERE_NOW, (handles,))
                 now = {number: (state, attempts) for number, state, attempts in await cursor.fetchall()}
             for place in lost:
@@ -296,11 +284,10 @@ class PostgresqlEngine:
         return results
 
     async def _committed(self, operations: Sequence[Operation]) -> None:
-        """Wake those who wait for what a transaction of the user's has stored."""
+        """Call those that wait for what a transaction of the user's has stored."""
         if fresh := verbs.fresh(operations):
-            with suppress(FilaoError, TimeoutError):  # it is committed; those who wait poll as well
-                # A delete forgets numbers.
-                async with asyncio.timeout(CALLED_WITHIN):
+            with suppress(FilaoError, TimeoutError):  # it is committed, and those that wait also poll
+                async with asyncio.timeout(CALLED_WITHIN):  # a deleted queue has made this process forget all numbers
                     known = [self._numbers.get(queue) or await self.operators.number(queue) for queue in fresh]
                     await self._value(verbs.CALL, known, list(fresh.values()))
 
@@ -329,7 +316,7 @@ class PostgresqlEngine:
         return line.place(receive)
 
     def _heard(self, number: int) -> None:
-        """Let those in line for a queue look; 0 stands for all queues."""
+        """Let the line of a queue look; 0 stands for all queues."""
         for queue, line in self._lines.items():
             if number in (0, self._numbers.get(queue)):
                 line.call()
@@ -351,11 +338,11 @@ class PostgresqlEngine:
         """Create the queue or give it these rules."""
         number = await self._value("SELECT filao.declare(%s, %s::jsonb, %s)", queue.name, rules_to_json(queue), MOMENT)
         while await self._value("SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", number, self._moment()):
-            pass  # in transactions of a bounded size; what others hold is arranged by the next receive
+            pass  # in transactions of a bounded size; the next receive arranges what others hold
         self._numbers[queue.name], self._rules[queue.name] = number, queue
 
     async def find(self, queue: str) -> Queue:
-        """Return a queue with its rules, by one row."""
+        """Return a queue with its rules, from its row."""
         async with self._main.use() as connection:
             return await control.find(connection, queue)
 
@@ -364,10 +351,9 @@ class PostgresqlEngine:
         return (await self._row(sql, *parameters))[0]
 
     async def _row(self, sql: str, *parameters: Any) -> tuple[Any, ...]:
-        """Run a statement that is a transaction, and return its first row; MOMENT among its parameters is what time it
-        expects.
+        """See `filao.engines.postgresql.clock.Row`.
 
-        It waits for locks briefly and without the connection, which is the batches', again and again.
+        It waits for a lock only briefly, again and again, because batches share the connection.
         """
         now = asyncio.get_running_loop().time
         since = now()

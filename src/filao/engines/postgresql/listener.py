@@ -1,9 +1,9 @@
 """A process that receives, as the others see it: its number, its sign of life, and the channel on which it is called.
 
-The sign of life is an advisory lock that its session holds, and its main connection too: the server frees it when a
-session ends, however that happens. So a process that finds the lock free for a while may take over the leases; one that
-lost a session and finds no room for another is seen to live by the other. Behind a pooler that gives each
-transaction another connection there can be neither, and polling and the leases' time must do.
+The sign of life is an advisory lock that its session holds, and its main connection too. The server frees it when both
+have ended, however that happens, and a process that finds the lock free for a while may end the leases. A process that
+lost its session and cannot open another is still seen to live by its main connection. Behind a pooler that gives each
+transaction another connection there is neither lock nor channel: polling and the time of the leases have to do.
 """
 
 import asyncio
@@ -20,10 +20,8 @@ from filao.process import process_name
 
 ALIVE = 0x46696C61  # "Fila", the first key of the advisory locks that processes hold
 RETRY_MAX = 5.0  # seconds between tries to reach the server again
-
-
 _BE_SEEN = "SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.pg_advisory_lock_shared(%s, %s)"
-"""Hold the sign of life, and none of a number that the process had before."""
+"""Holds the sign of life, and frees that of a number which the process had before."""
 
 
 class Listener:
@@ -35,14 +33,15 @@ class Listener:
         self._connection: Connection | None = None
         self.name: str = process_name()
         self.process: int = 0
-        """The number of this process; 0 before it has received anything."""
+        """The number of this process; 0 before it first receives."""
         self._tokens = 0
-        """Counted from anywhere: in another database, or one that was restored, the same number has other tokens."""
+        """Begins at random, so that the same number has other tokens in another database, or in one that was restored.
+        """
         self._registered = asyncio.Event()
         self._reachable = asyncio.Event()
-        """Set when the server answered on another connection."""
+        """Set when the server has answered on another connection."""
         self.since: float = 0.0
-        """When its session began, by the monotonic clock."""
+        """When the session began, by the monotonic clock."""
 
     @property
     def is_pooled(self) -> bool:
@@ -64,7 +63,7 @@ class Listener:
         if self._server.is_pooled:
             self.process = await self._enter(connection, has_session=False)
         else:
-            session = await self._server.connect()  # before the entry: what has no session leaves none behind
+            session = await self._server.connect()  # before the entry, so that no entry is left if this fails
             try:
                 with self._server.mapped():
                     process = await self._enter(session, has_session=True)
@@ -80,7 +79,7 @@ class Listener:
         self._registered.set()
 
     async def _enter(self, connection: Connection, *, has_session: bool) -> int:
-        """Write down that this process receives; with a session, before anybody can see it."""
+        """Enter this process; with a session, it shows its sign of life before others can see the entry."""
         async with connection.transaction():
             found = await connection.execute(
                 "INSERT INTO filao.process (name, started_at, has_session) VALUES (%s, filao.clock(), %s) RETURNING id",
@@ -94,7 +93,7 @@ class Listener:
         return process
 
     async def _listen(self, process: int) -> None:
-        """Begin another session of a process that is entered."""
+        """Begin another session for a process that is entered."""
         async with self._server.one_call():
             connection = await self._server.connect()
             try:
@@ -116,7 +115,7 @@ class Listener:
         await for_ever("the PostgreSQL listener", self._hear, wake=self._reachable, pause_max=RETRY_MAX)
 
     async def greet(self, main: Connection) -> None:
-        """Try again now to reach the server, which answered on the main connection; and be seen to live there."""
+        """Show the sign of life on a new main connection, and try at once to reach the server for a session, too."""
         self._reachable.set()
         if self.process and not self._server.is_pooled:
             await main.execute(_BE_SEEN, (ALIVE, self.process))
@@ -125,9 +124,9 @@ class Listener:
         """Begin a session, or hear calls until it is lost."""
         connection = self._connection
         if connection is None or connection.closed:
-            await self._registered.wait()  # else the next receive registers us anew
+            await self._registered.wait()  # if we were struck off, the next receive registers us again
             await self._listen(self.process)
-            self._call(0)  # there may have been calls meanwhile
+            self._call(0)  # calls may have been missed meanwhile
             return
         try:
             with self._server.mapped():
@@ -150,5 +149,5 @@ class Listener:
 
 
 def _called(payload: str) -> int:
-    """Return the number of the queue that a call names. Anybody may notify; what names none is a call to all queues."""
+    """Return the number of the queue that a call names, 0 for all queues: anybody may notify, and say anything."""
     return int(payload) if payload.isascii() and payload.isdigit() and len(payload) < 10 else 0

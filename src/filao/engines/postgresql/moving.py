@@ -1,4 +1,4 @@
-"""A queue on its way: its messages as they are read for another engine, and stored as they come from one."""
+"""Moving a queue: its messages are read for another engine, or come from one and are stored."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -7,7 +7,7 @@ from filao.engine import Draft
 from filao.engines import rows as carried
 from filao.engines.postgresql.control import HISTORY, PostgresqlOperators
 from filao.engines.postgresql.server import Connection, Link, Server
-from filao.engines.postgresql.transactions import Apply, Transactions
+from filao.engines.postgresql.transactions import Apply, TransactionPool
 from filao.moving import Key, Memory, Packing, Parcel
 from filao.queue import Queue
 
@@ -40,7 +40,7 @@ class PostgresqlMover:
         self,
         server: Server,
         link: Link,
-        transactions: Transactions,
+        transactions: TransactionPool,
         *,
         apply: Apply,
         operators: PostgresqlOperators,
@@ -54,7 +54,7 @@ class PostgresqlMover:
         self._moment = moment
 
     async def identity(self) -> str:
-        """Return the schema's own name, its database, and the run of its server: a copy has another of these."""
+        """Return the schema's random name, its database, and the server's start: a copy differs in one of them."""
         async with self._link.use() as connection:
             found = await (await connection.execute(_IDENTITY)).fetchone()
         assert found is not None
@@ -67,7 +67,7 @@ class PostgresqlMover:
 
     @asynccontextmanager
     async def packing(self, queue: str) -> AsyncGenerator[Packing]:
-        """Begin to carry a queue's messages elsewhere."""
+        """Begin to move a queue's messages away."""
         number = await self._operators.number(queue)
 
         async def read(after: int, limit: int) -> list[Parcel]:
@@ -77,7 +77,7 @@ class PostgresqlMover:
         yield carried.RowPacking(queue, read, self._operators)
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
-        """Store messages that came from elsewhere."""
+        """Store messages from another engine."""
         async with self._server.one_call():
             number = await self._operators.number(queue)
             async with self._transactions.begin() as connection:
@@ -105,14 +105,14 @@ class PostgresqlMover:
 
 
 async def pack(connection: Connection, queue: int, moment: int | None, after: int, limit: int) -> list[Parcel]:
-    """Return the messages behind a place in the order of sending, but for those that consumers hold."""
+    """Return the messages behind a place in the order of sending, except those that consumers hold."""
     await connection.execute("SELECT filao.make_all_due(%s, %s)", (queue, moment))
     rows = await (await connection.execute(_NEXT, (moment, after, queue, limit))).fetchall()
     return [carried.parcel(fields, name, carried.failures(failures), now) for now, name, failures, *fields in rows]
 
 
 async def amend(connection: Connection, queue: int, moment: int | None, parcels: Sequence[Parcel]) -> None:
-    """Give messages that were just stored their past."""
+    """Give messages that were just stored their history, their times and their state."""
     found = await connection.execute(_NUMBERS, (queue, [parcel.id for parcel in parcels]))
     numbers: dict[str, int] = dict(await found.fetchall())
     await connection.execute(
@@ -149,7 +149,7 @@ async def memory(connection: Connection, queue: int, moment: int | None) -> Memo
 
 
 async def remember(connection: Connection, queue: int, moment: int | None, memory: Memory) -> None:
-    """Remember them, but for what is known here already."""
+    """Remember what another engine remembered, except what is known here already."""
     if memory.keys:
         async with connection.cursor() as cursor:
             await cursor.executemany(

@@ -1,4 +1,4 @@
-"""What the dashboard sees of a database: lists without bodies, one message, groups that wait, the log of what was done.
+"""What the dashboard sees of a database: lists without bodies, single messages, waiting groups, the log.
 
 `sqlite/overview.py` is the same.
 """
@@ -9,7 +9,7 @@ from typing import Any
 from filao.codec import seen_headers
 from filao.engine import State, StoredMessage, instant
 from filao.engines.postgresql import control
-from filao.engines.postgresql.clock import MOMENT
+from filao.engines.postgresql.clock import MOMENT, Row
 from filao.engines.postgresql.server import Link, Server
 from filao.overview import (
     BLOCKED_LOOKED_AT,
@@ -40,9 +40,6 @@ _HELD = """
     GROUP BY 1 ORDER BY 2 DESC, 1
 """
 _DEEDS = f"SELECT {DEED} FROM filao.audit WHERE id < %s ORDER BY id DESC LIMIT %s"
-
-Row = Callable[..., Awaitable[tuple[Any, ...]]]
-"""Runs a statement that is a transaction, and returns its first row."""
 
 
 class PostgresqlOverview:
@@ -105,17 +102,17 @@ class PostgresqlLog:
         self._row = row
 
     async def begin(self, deed: Deed) -> int:
-        """Write a deed down before it is done."""
+        """Write a deed into the log before it is done."""
         about = (deed.who, deed.what, deed.queue, deed.about, deed.wanted)
         (number,) = await self._row("SELECT filao.begin_deed(%s, %s, %s, %s, %s, %s, %s)", MOMENT, *about, DEEDS_KEPT)
         return int(number)
 
     async def record(self, number: int, done: int, outcome: str = "") -> None:
-        """Write down how far a deed has come."""
+        """Record how far a deed has come."""
         await self._row("SELECT filao.record_deed(%s, %s, %s, %s)", MOMENT, number, done, outcome)
 
     async def deeds(self, limit: int, before: int | None = None) -> Sequence[Deed]:
-        """Return entries of the log, the latest first."""
+        """Return entries of the log, newest first."""
         async with self._link.use() as connection:
             found = await connection.execute(_DEEDS.encode(), (2**62 if before is None else before, limit))
             return [deed_of(row) for row in await found.fetchall()]

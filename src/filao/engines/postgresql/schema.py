@@ -1,4 +1,4 @@
-"""The schema: created or migrated by whichever process comes first, while the others wait."""
+"""The schema: created or migrated by the first process that needs it, while the others wait."""
 
 import secrets
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
 VERSION = 10
-"""Of the tables and the functions. A change of either is a new version, with a step for what is stored."""
+"""The version of the tables and the functions. A change of either is a new version, with a step for the tables."""
 STEPS: dict[int, str] = {
     2: """
         ALTER TABLE filao.message ADD COLUMN salt bigint;
@@ -41,8 +41,8 @@ STEPS: dict[int, str] = {
         CREATE INDEX waiting_since ON filao.waiting (queue, since);
         CREATE SEQUENCE filao.place CACHE 1;
     """,
-    4: "SELECT",  # of the functions alone, as are 5 and 6
-    5: "SELECT",
+    4: "SELECT",  # only the functions changed
+    5: "SELECT",  # only the functions changed
     6: """
         ALTER TYPE filao.seen ADD ATTRIBUTE blocked bigint;
         CREATE INDEX message_blocked ON filao.message (queue, id) WHERE state = 'blocked';
@@ -51,9 +51,9 @@ STEPS: dict[int, str] = {
         FROM filao.message m, unnest(ARRAY['dead', 'died']) AS counter (name)
         WHERE m.state = 'dead' GROUP BY 1, 4;
     """,
-    7: "SELECT",  # of the functions alone
-    8: "SELECT",  # of the functions alone
-    9: "SELECT",  # of the functions alone
+    7: "SELECT",  # only the functions changed
+    8: "SELECT",  # only the functions changed
+    9: "SELECT",  # only the functions changed
     10: """
         CREATE TABLE filao.audit (
           id       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -98,17 +98,19 @@ STEPS: dict[int, str] = {
         $$;
     """,
 }
-"""What brings the tables from version n - 1 to n; the functions are all made anew."""
+"""Step n brings the tables from version n - 1 to n; all functions are then created anew."""
 _LOOK = """
     SELECT (SELECT value FROM filao.meta WHERE name = 'version'), (SELECT value FROM filao.meta WHERE name = 'database')
 """
 FUNCTIONS = ("seen", "moves", "send", "receive", "settle", "operators", "processes", "stats", "doors")
-"""The files of the functions, in the order in which they are made; the last says who may call them."""
+"""The files of the functions, in the order in which they are run; the last grants the right to call them."""
 LOCK = 0x46696C616F  # "Filao", as the key of an advisory lock
+_NEW_FOR_OPERATORS = ("begin_deed", "halt_group", "record_deed", "of_group", "why_held")
+"""Functions that came later, for those that may delete messages."""
 
 
 async def migrate(connection: Connection, server: Server) -> str:
-    """Bring the schema to this version's shape, in one transaction, and return the name of the database in ids."""
+    """Bring the schema up to this version, in one transaction, and return the random name of the database."""
     version, name = await _look(connection)
     if version < VERSION:
         async with connection.transaction():
@@ -144,7 +146,7 @@ async def _build(connection: Connection, version: int) -> None:
     await connection.execute(_AS_WRITTEN)
     if version == 0:
         found = await connection.execute("SELECT FROM pg_namespace WHERE nspname = 'filao'")
-        if found.rowcount == 0:  # IF NOT EXISTS would ask for the right to create one though there is one
+        if found.rowcount == 0:  # IF NOT EXISTS would demand the right to create one even if there is one
             await connection.execute("CREATE SCHEMA filao")
         await connection.execute(folder.joinpath("schema.sql").read_bytes())
         await connection.execute(
@@ -161,20 +163,11 @@ async def _build(connection: Connection, version: int) -> None:
 
 
 async def _grant_again(connection: Connection, granted: Sequence[tuple[str, str]]) -> None:
-    """Let roles call what they could call before, as far as there is a function of that name."""
+    """Let roles call what they could call before, as far as it is still there, and operators what came later."""
     found = await connection.execute("SELECT proname FROM pg_proc WHERE pronamespace = 'filao'::regnamespace")
     names = {name for (name,) in await found.fetchall()}
-    operators = {
-        role for name, role in granted if name == "remove"
-    }  # who deletes messages may write down that they did
-    for name, role in [
-        *granted,
-        *(
-            (name, role)
-            for role in operators
-            for name in ("begin_deed", "halt_group", "record_deed", "of_group", "why_held")
-        ),
-    ]:
+    operators = {role for name, role in granted if name == "remove"}
+    for name, role in [*granted, *((name, role) for role in operators for name in _NEW_FOR_OPERATORS)]:
         if name in names:
             await connection.execute(f"GRANT EXECUTE ON FUNCTION filao.{name} TO {role}".encode())
 
@@ -183,7 +176,7 @@ _AS_WRITTEN = """
     SELECT set_config('search_path', 'pg_catalog, pg_temp', true), set_config('plpgsql.extra_errors', 'none', true),
            set_config('plpgsql.extra_warnings', 'none', true), set_config('check_function_bodies', 'on', true)
 """
-"""Whatever this database sets: the functions mean what they say, and what some call bad style is no error."""
+"""Lets the functions mean what they say, and no warning of style be an error, whatever the database's settings."""
 _GRANTED = """
     SELECT p.proname::text, a.grantee::regrole::text
     FROM pg_proc p, aclexplode(p.proacl) AS a

@@ -26,26 +26,21 @@ from filao.urls import checked, shown_url
 
 _STATUS = psycopg.pq.TransactionStatus
 
-logging.getLogger("psycopg").addHandler(
-    logging.NullHandler()
-)  # what it has to say is raised here too; without a logging setup it is not said twice
+logging.getLogger("psycopg").addHandler(logging.NullHandler())  # without it, what is raised here would be printed too
 
 VERSION_MIN = 140_000  # stored generated columns and the record type of a table in SQL functions came with 12 and 14
 CONNECTED_WITHIN = 10  # seconds
-ANSWERS_WITHIN = 30.0  # seconds for all that a call asks of the server and waits for; later is as good as never
-UNDONE_WITHIN = (
-    1.0  # seconds for a rollback, or to cancel a statement; else the connection is closed, which does the same
-)
-LOCKED_FOR = 10.0  # seconds that an operation waits for a row that somebody's transaction holds
+ANSWERS_WITHIN = 30.0  # seconds for all that a call asks of the server and waits for
+UNDONE_WITHIN = 1.0  # seconds for a rollback, or to cancel a statement; after that, closing the connection does it
+LOCKED_FOR = 10.0  # seconds that an operation waits for a row that another transaction holds
 LOCKED_BRIEFLY = 0.2  # seconds that a batch waits for one; then what needs it waits elsewhere: see `apart.py`
 
 _CONFIGURATION: tuple[tuple[type[psycopg.Error], str], ...] = (
     (
         errors.InsufficientPrivilege,
         (
-            "Grant it: GRANT CREATE ON DATABASE …; or, if schema filao exists, USAGE on "
-            "it, EXECUTE on its FUNCTIONS and "
-            "SELECT on its TABLES; see SECURITY.md for what a sender, a receiver and an operator need."
+            "Grant it: GRANT CREATE ON DATABASE …; or, if schema filao exists, USAGE on it, EXECUTE on its FUNCTIONS "
+            "and SELECT on its TABLES; see SECURITY.md for what a sender, a receiver and an operator need."
         ),
     ),
     (errors.InvalidCatalogName, "Create the database first: CREATE DATABASE …"),
@@ -67,9 +62,8 @@ _UNDONE: tuple[tuple[type[psycopg.Error] | UnionType, str], ...] = (
     (
         errors.SerializationFailure | errors.DeadlockDetected,
         (
-            "other transactions came first, again and again. Nothing was done; in a transaction "
-            "of your own, roll it back and "
-            "do it again."
+            "other transactions came first, again and again. Nothing was done; in a transaction of your own, roll it "
+            "back and do it again."
         ),
     ),
     (errors.QueryCanceled, "it took too long, or an operator ended it. Nothing was done."),
@@ -78,12 +72,12 @@ _UNDONE: tuple[tuple[type[psycopg.Error] | UnionType, str], ...] = (
         "its schema filao is of another version than this process. Nothing was done; upgrade Filao here, and restart.",
     ),
 )
-"""What the server undid, and what to do."""
+"""Errors after which the server has undone everything, and what to do."""
 _CLEAN = (
     "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_catalog.pg_advisory_unlock_all(); "
     "DISCARD SEQUENCES; DISCARD TEMP"
 )
-"""What DISCARD ALL does, but for plans and prepared statements, which are the driver's."""
+"""What DISCARD ALL does, except for plans and prepared statements, which are the driver's."""
 _REFUSALS = (
     "authentication failed",
     "no password supplied",
@@ -95,10 +89,10 @@ _REFUSALS = (
 
 
 class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
-    """A connection that lets go soon when its call is cancelled, as it is when its time is over."""
+    """A connection that ends soon when its call is cancelled, which also happens when the call's time is over."""
 
     async def cancel_safe(self, *, timeout: float = UNDONE_WITHIN) -> None:
-        """Let the server end what it is at; one that does not hear it soon is left, or the driver waits 10 s for it."""
+        """Ask the server to end its statement; if it does not answer soon, close, where the driver would wait 10 s."""
         try:
             await super().cancel_safe(timeout=min(timeout, UNDONE_WITHIN))
         except psycopg.Error:
@@ -107,7 +101,7 @@ class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
 
 def _about(url: str) -> dict[str, Any] | None:
-    """Return what a URL says, None where psycopg cannot read it: its message may hold the password, and is dropped."""
+    """Return the settings in a URL, or None where psycopg cannot read it; its error may quote the password: drop it."""
     try:
         return dict(conninfo.conninfo_to_dict(url))
     except (psycopg.Error, UnicodeDecodeError):
@@ -116,7 +110,7 @@ def _about(url: str) -> dict[str, Any] | None:
 
 @dataclass
 class Attempt:
-    """Whether the server may have begun with what it was asked for, when an error comes."""
+    """Whether the server may have begun with what was asked of it when an error comes."""
 
     begun: bool
 
@@ -129,9 +123,8 @@ class Server:
         about = _about(url)
         if about is None:
             raise ConfigurationError(
-                f"the URL {shown_url(url)} cannot be read: a % in it begins no escape of UTF-8, or "
-                "a setting behind its ? is none "
-                f"of PostgreSQL's. Write % as %25"
+                f"the URL {shown_url(url)} cannot be read: a % in it begins no escape of UTF-8, or a setting behind "
+                "its ? is none of PostgreSQL's. Write % as %25"
             )
         self.url = url
         self.durable = durable
@@ -139,19 +132,19 @@ class Server:
         self.name: str = (
             f"PostgreSQL at {host}:{port}, database {about.get('dbname') or about.get('user') or '(default)'}"
         )
-        """What it is called in error texts; without the password."""
+        """Its name in error texts, without the password."""
         self.is_pooled: bool = False
-        """A pooler stands before it that gives a transaction any connection, so that nothing outlives one."""
+        """Whether a pooler gives each transaction any connection, so that nothing on a connection outlasts it."""
         self.has_served = False
-        """It was of use to this process: what makes it useless now may pass."""
+        """Whether it has worked for this process before, so that an error may be temporary."""
         self.charset: Charset = Charset("UTF8")
-        """What text it can hold."""
+        """Which text it can hold."""
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._distrusted: weakref.WeakSet[Connection] = weakref.WeakSet()
         self.database: str = ""
-        """The name that this database gave itself when its schema was created."""
+        """The random name that the database got when its schema was created."""
         self._settings: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
-        """The statement that gives a connection its settings, unless a pooler stands before it."""
+        """The statement that gives a connection its settings; a connection behind a pooler has none."""
         gate.connect(self)
 
     async def connect(self, *, is_ours: bool = True, locked_for: float = LOCKED_FOR) -> Connection:
@@ -182,10 +175,10 @@ class Server:
 
     @asynccontextmanager
     async def one_call(self, since: float | None = None, *, begun: bool = True) -> AsyncGenerator[Attempt]:
-        """Let all that a block asks of the server, and all that it waits for, end within ANSWERS_WITHIN together,
-        counted from `since`, by the loop's clock; and turn errors into ours, as `mapped` does.
+        """Give all that a block asks of the server and waits for one time limit, and turn its errors into ours.
 
-        Blocks within a block share its limit: however many parts a call has, its caller waits no longer.
+        The limit is ANSWERS_WITHIN, counted from `since` by the loop's clock. Blocks within a block share its limit:
+        however many parts a call has, its caller waits no longer.
         """
         with self.mapped(begun=begun) as attempt:
             async with in_time(since):
@@ -208,9 +201,7 @@ class Server:
         backend, commits = found
         self.is_pooled = backend != connection.info.backend_pid
         if self.is_pooled:
-            connection.prepare_threshold = (
-                None  # a statement would be prepared on one server connection and run on another
-            )
+            connection.prepare_threshold = None  # what is prepared on one server connection would be run on another
             return
         connection.prepare_threshold = 2
         commits = "off" if not self.durable else "on" if commits in ("off", "local") else commits
@@ -219,26 +210,27 @@ class Server:
             "lock_timeout": f"{locked_for:g}s",
             "statement_timeout": f"{ANSWERS_WITHIN:g}s",
             "default_transaction_isolation": "read committed",
-            "idle_session_timeout": "0",  # a process that waits rests, and its sessions are its sign of life
+            "idle_session_timeout": "0",  # a process that waits is idle, and its sessions are its sign of life
         }
-        if is_ours:  # so that nobody can put an operator or a function in the way of ours
+        if is_ours:  # so that nobody can shadow an operator or a function that we use
             settings["search_path"] = "pg_catalog, pg_temp"
-            settings["idle_in_transaction_session_timeout"] = "0"  # ours have a limit of their own
+            settings["idle_in_transaction_session_timeout"] = "0"  # our transactions have a limit of their own
         calls = [f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()]
         self._settings[connection] = f"SELECT {', '.join(calls)}"
         await connection.execute(self._settings[connection].encode())
 
     async def clean(self, connection: Connection) -> None:
-        """Clear away what a user's statements may have left on a connection: settings, a role, locks, temporary tables,
-        cursors. Behind a pooler, that is the pooler's business.
+        """Clear away what a user's statements may have left on a connection; behind a pooler, the pooler does that.
+
+        These are settings, a role, locks, temporary tables and cursors.
         """
         if connection in self._settings:
             await connection.execute(f"{_CLEAN}; {self._settings[connection]}".encode(), prepare=False)
 
     def local_settings(self, *, ours: bool = True) -> str | None:
-        """Return a statement that a transaction begins with behind a pooler, which keeps no settings.
+        """Return the statement with which a transaction begins behind a pooler, which keeps no settings; else None.
 
-        `ours`: no statement of a user's is in it.
+        `ours`: the transaction runs no statement of a user's.
         """
         if not self.is_pooled:
             return None
@@ -251,15 +243,15 @@ class Server:
         return f"SELECT {', '.join(calls)}"
 
     def distrust(self) -> None:
-        """Let no connection that is open now be used again: its server has become one that cannot write."""
+        """Use no connection again that is open now, because its server can no longer write."""
         self._distrusted.update(self._connections)
 
     def distrust_one(self, connection: Connection) -> None:
-        """Let a connection not be used again, on which a user's statement has changed what cannot be set right."""
+        """Do not use a connection again, because a user's statement has changed what cannot be undone."""
         self._distrusted.add(connection)
 
     def is_lost(self, connection: Connection) -> bool:
-        """Return whether a connection is closed or distrusted, or its server has said something unasked: farewell."""
+        """Return whether a connection is closed or distrusted, or its server has sent something unasked: a goodbye."""
         try:
             waiting = select.poll()
             waiting.register(connection.fileno(), select.POLLIN)
@@ -268,16 +260,16 @@ class Server:
             return True
 
     def is_distrusted(self, connection: Connection) -> bool:
-        """Return whether a connection is to be closed, though it may seem well."""
+        """Return whether a connection must be closed, even if it seems to work."""
         return connection in self._distrusted
 
     def drop(self) -> None:
-        """Let go of all connections, in whatever state they are; the server undoes what was open there."""
+        """Close all connections at once, whatever they are doing; the server undoes what was open there."""
         for connection in list(self._connections):
             connection.pgconn.finish()
 
     def inherit(self) -> None:
-        """Cut a child off from the sessions of its parent: whatever ends there politely would end them."""
+        """In a child: cut it off from its parent's sessions, which a polite goodbye of the child's would end."""
         for connection in list(self._connections):
             cut_off(connection.fileno)
             keep(connection)
@@ -288,8 +280,7 @@ class Server:
     def mapped(self, *, begun: bool = True) -> Generator[Attempt]:
         """Turn psycopg's errors into ours, which name the server and say what to do.
 
-        What it gives is told when the server is asked for anything that matters; before that, nothing can have been
-        done.
+        The block sets `begun` once it asks the server for anything that matters; before that, nothing was done.
         """
         attempt = Attempt(begun)
         try:
@@ -309,8 +300,9 @@ class Server:
 
     @contextmanager
     def mapped_within(self) -> Generator[None]:
-        """Turn the errors of a user's own connection into ours, whatever library has raised them. It says nothing about
-        the server that others use.
+        """Turn the errors of a user's own connection into ours, whatever library raised them.
+
+        They say nothing about the server, which other connections reach.
         """
         try:
             yield
@@ -368,28 +360,28 @@ class Server:
 
 
 class Charset:
-    """What text a database can hold, by the name of its encoding."""
+    """Which text a database can hold, by the name of its encoding."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         try:
             self._codec = codecs.lookup("utf-8" if name == "SQL_ASCII" else name.replace("WIN", "cp", 1)).name
         except LookupError:
-            self._codec = "ascii"  # Python does not know it, but they have that in common
+            self._codec = "ascii"  # Python does not know the encoding, but all have ASCII in common
 
     @property
     def is_full(self) -> bool:
-        """Whether it can hold whatever a message may have."""
+        """Whether it can hold any text."""
         return self._codec == "utf-8"
 
     def check(self, queue: str, draft: Draft) -> None:
-        """Raise `MessageNotEncodable` for text beside the body that it cannot hold."""
+        """Raise `MessageNotEncodable` for text that it cannot hold; a body is stored as bytes."""
         for what in ("headers", "group", "dedup_key", "message_id"):
             if not self.fits(getattr(draft, what)):
                 raise MessageNotEncodable(
-                    f"queue {queue!r}: {what} is {shown(getattr(draft, what))}, and the "
-                    f"database's encoding, {self.name}, "
-                    f"cannot hold it. Nothing was sent. Put it into the body, or use a database with the encoding UTF8."
+                    f"queue {queue!r}: {what} is {shown(getattr(draft, what))}, and the database's encoding, "
+                    f"{self.name}, cannot hold it. Nothing was sent. Put it into the body, or use a database with the "
+                    "encoding UTF8."
                 )
 
     def fits(self, text: str | None) -> bool:
@@ -401,7 +393,7 @@ class Charset:
         return True
 
     def fitted(self, text: str) -> str:
-        """Return a text with what it cannot hold replaced: in an error, something is better than nothing."""
+        """Return a text in which all that it cannot hold is escaped; for errors, which must not get lost."""
         return text.replace("\0", "\\0").encode(self._codec, "backslashreplace").decode(self._codec)
 
 
@@ -409,24 +401,23 @@ def _doubt(*, begun: bool) -> str:
     if not begun:
         return "Nothing was done."
     return (
-        "If this was a send, it is open whether the message was stored: send it again with "
-        "the same message_id, and it is "
-        "stored once."
+        "If this was a send, it is open whether the message was stored: send it again with the same message_id, and "
+        "it is stored once."
     )
 
 
 def in_time(since: float | None = None) -> asyncio.Timeout:
-    """Return what raises `TimeoutError` in a block that lasts longer than the server may take, counted from `since`."""
+    """Return a block that raises `TimeoutError` when it outlasts a call that began at `since`, or now."""
     return asyncio.timeout_at(end_of_call(asyncio.get_running_loop().time() if since is None else since))
 
 
 def end_of_call(since: float) -> float:
-    """Return when a call must have ended that has waited `since` then."""
+    """Return when a call must have ended that began at `since`."""
     return since + ANSWERS_WITHIN
 
 
 class Link:
-    """A connection that is opened when it is needed, and anew after it was lost."""
+    """A connection that is opened when it is needed, and again after it was lost."""
 
     def __init__(
         self, server: Server, locked_for: float, opened: Callable[[Connection], Awaitable[None]] | None = None
@@ -434,16 +425,16 @@ class Link:
         self._server = server
         self._locked_for = locked_for
         self._opened = opened
-        """What is done on each new connection first."""
+        """Is called with each new connection before it is used."""
         self._connection: Connection | None = None
         self.lock: asyncio.Lock = asyncio.Lock()
-        """Held by the one that uses it."""
+        """Held by the user of the connection."""
 
     @asynccontextmanager
     async def use(self, since: float | None = None) -> AsyncGenerator[Connection]:
-        """Give the connection to one at a time; when something goes wrong with it, it is not used again.
+        """Give the connection to one user at a time; when something goes wrong with it, it is not used again.
 
-        Waiting for it, opening it and using it have one time limit together: see `Server.one_call`.
+        Waiting for it, opening it and using it share one time limit: see `Server.one_call`.
         """
         async with self._server.one_call(since, begun=False) as attempt, self.lock:
             connection = await self._usable()
@@ -469,7 +460,7 @@ class Link:
         return connection
 
     async def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection; `use` opens another."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
@@ -480,18 +471,18 @@ class PoolExhausted(Exception):
 
 
 class Pool:
-    """Connections for transactions that may last, each opened as a `Link`'s is; those that came back are used again."""
+    """Connections for transactions that may last, opened when they are needed; those that came back are used again."""
 
     def __init__(self, server: Server, most: int) -> None:
         self._server = server
         self._room = asyncio.Semaphore(most)
         self._free: list[tuple[float, Connection]] = []
-        """With the time of the last use, the last used at the end."""
+        """With the time of their last use, the last used at the end."""
         self._soiled: weakref.WeakSet[Connection] = weakref.WeakSet()
 
     @asynccontextmanager
     async def use(self, wait: float) -> AsyncGenerator[Connection]:
-        """Give a connection to its user alone. Raises `PoolExhausted` when none became free within `wait` seconds."""
+        """Give a connection to one user. Raises `PoolExhausted` when none became free within `wait` seconds."""
         try:
             async with asyncio.timeout(wait):
                 await self._room.acquire()
@@ -507,7 +498,7 @@ class Pool:
             self._room.release()
 
     def soil(self, connection: Connection) -> None:
-        """Let a connection that is in use be cleaned when it comes back."""
+        """Clean a connection that is in use when it comes back."""
         self._soiled.add(connection)
 
     async def _take_back(self, connection: Connection) -> None:
@@ -540,7 +531,7 @@ class Pool:
         return await self._server.connect(is_ours=False)
 
     async def close(self, unused_for: float = 0.0) -> None:
-        """Close those that nobody has used for so many seconds."""
+        """Close the free connections that nobody has used for so many seconds."""
         until = time.monotonic() - unused_for
         old = [connection for used_at, connection in self._free if used_at <= until]
         self._free = [(used_at, connection) for used_at, connection in self._free if used_at > until]
@@ -549,9 +540,9 @@ class Pool:
 
 
 async def _is_idle(connection: Connection) -> bool:
-    """Return whether a connection can be used again; a transaction that an error has left open on it is rolled back.
+    """Return whether a connection can be used again; first roll back a transaction that an error left open on it.
 
-    One that may be in the middle of something cannot.
+    A connection in the middle of a statement cannot be used again.
     """
     if connection.closed:
         return False

@@ -1,6 +1,4 @@
-"""Transactions of the user's own, each on a connection of its own or on one that a send joins, and what a transaction
-of ours does when it lost.
-"""
+"""The user's transactions, each on a connection from a pool or on the user's own, and how ours are tried again."""
 
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -24,16 +22,16 @@ R = TypeVar("R")
 Apply = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
 """Does operations in a transaction that is open on a connection."""
 
-BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever is the database's default
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever the database's default is
 CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
-TRIES = 5  # of a transaction that met another and lost: nothing of it was done
+TRIES = 5  # of a transaction that lost against another, so that nothing of it was done
 _LOST = (DeadlockDetected, SerializationFailure, UniqueViolation, NoDataFound)
 _PREPARES = re.compile(r"(PREPARE|DEALLOCATE|DISCARD)\b", re.IGNORECASE)
 
 
-class Transactions:
-    """Those of one process."""
+class TransactionPool:
+    """Connections for the transactions of one process."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -41,9 +39,7 @@ class Transactions:
 
     @asynccontextmanager
     async def begin(self) -> AsyncGenerator[Connection]:
-        """Begin a transaction, and commit what is done in this block; after an exception, which leaves the block as it
-        is, it is rolled back.
-        """
+        """Begin a transaction, which commits when the block is left. An exception undoes it, and is raised as it is."""
         async with AsyncExitStack() as stack:
             with self._server.mapped(begun=False):
                 connection = await self._taken(stack, begins=True)
@@ -59,7 +55,7 @@ class Transactions:
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[Connection]:
-        """Give a connection to statements of ours that commit themselves; its errors become ours."""
+        """Give a connection for statements of ours that commit themselves; its errors become Filao's."""
         with self._server.mapped():
             async with AsyncExitStack() as stack:
                 yield await self._taken(stack, begins=False)
@@ -83,7 +79,7 @@ class Transactions:
         return connection
 
     def soil(self, connection: Connection) -> None:
-        """Let what a user's statements may have left on a connection be cleared away before it serves another."""
+        """Clear away what a user's statements may have left on a connection before another user gets it."""
         self._pool.soil(connection)
 
     async def close(self, unused_for: float = 0.0) -> None:
@@ -97,14 +93,14 @@ class PostgresqlTransactions:
     def __init__(
         self,
         server: Server,
-        transactions: Transactions,
+        pool: TransactionPool,
         *,
         apply: Apply,
         committed: Callable[[Sequence[Operation]], Awaitable[None]],
         moment: Callable[[], int | None],
     ) -> None:
         self._server = server
-        self._transactions = transactions
+        self._pool = pool
         self._apply = apply
         self._committed = committed
         self._moment = moment
@@ -112,7 +108,7 @@ class PostgresqlTransactions:
     @asynccontextmanager
     async def begin(self) -> AsyncGenerator["PostgresqlTransaction"]:
         """Hold a transaction for the user's own statements, on a connection of its own."""
-        async with self._transactions.begin() as connection:
+        async with self._pool.begin() as connection:
             within = PostgresqlTransaction(connection, self._apply)
             try:
                 yield within
@@ -124,14 +120,14 @@ class PostgresqlTransactions:
             finally:
                 within.failed_by = None  # which knows it by its traceback
                 if within.has_executed:
-                    self._transactions.soil(connection)
+                    self._pool.soil(connection)
                 if within.has_prepared:
                     self._server.distrust_one(connection)
             within.check_open()
         await self._committed(within.done)
 
     def send_within(self, connection: object, operation: Send) -> list[Receipt] | FilaoError:
-        """Send on the user's own connection, in the user's own transaction; those who wait find it by polling."""
+        """Send on the user's own connection, in the user's own transaction; those that wait find it by polling."""
         for error in verbs.unwritable([operation], self._server.charset).values():
             return error
         with self._server.mapped_within():
@@ -161,11 +157,11 @@ class PostgresqlTransaction:
         self.failed_by: BaseException | None = None
         """The last error of the server or the driver: the others that leave the block are the user's."""
         self.has_executed: bool = False
-        """A statement of the user's has run, and may have left something on the connection."""
+        """Whether one of the user's statements has run, which may have left something on the connection."""
         self.has_prepared: bool = False
-        """One has changed what is prepared there, which only the driver may: its connection must not serve another."""
+        """Whether one has changed the prepared statements, which are the driver's: the connection is not used again."""
         self.done: list[Operation] = []
-        """What is to be made known when it has committed."""
+        """Operations for which others are called after the commit."""
 
     async def execute(self, sql: str, parameters: Any) -> list[Any]:
         """Run one statement of the user's and return its rows."""
@@ -195,12 +191,12 @@ class PostgresqlTransaction:
             raise
 
     def check_open(self) -> None:
-        """Raise `EngineError` if a statement of the user's has ended this transaction."""
+        """Raise `EngineError` if one of the user's statements has ended this transaction."""
         if self._ended_by is not None:
             raise EngineError(
-                f"the statement {shown(self._ended_by)} ended the transaction that Filao "
-                "holds: what came before it may be "
-                f"stored, and what comes after it is refused. Leaving the block commits; an exception rolls back."
+                f"the statement {shown(self._ended_by)} ended the transaction that Filao holds: what came before it "
+                "may be stored, and what comes after it is refused. Leaving the block commits; an exception rolls "
+                "back."
             )
 
     async def apply(self, operations: Sequence[Operation]) -> list[Result]:
@@ -218,10 +214,9 @@ async def retried(
     clock: ServerClock,
     forget: Callable[[], None] = lambda: None,
 ) -> R:
-    """Do the work of a transaction again when it met another and lost, when a queue it knew was deleted, or when the
-    clock of the server is not where the work expected it.
+    """Do the work of a transaction, again if it lost against another, if a queue was deleted, or if the clock differed.
 
-    A violation is that of a number which was drawn at random and is taken.
+    A unique violation means that a number which was drawn at random is taken.
     """
     for _ in range(TRIES - 1):
         try:
@@ -241,7 +236,7 @@ async def retried(
 
 
 def _texts(rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """Return rows without bytes, as which a connection with the client_encoding SQL_ASCII gives text."""
+    """Return rows with text in place of bytes, which a connection with the client_encoding SQL_ASCII returns."""
     return [tuple(value.decode() if isinstance(value, bytes) else value for value in row) for row in rows]
 
 

@@ -1,14 +1,14 @@
-"""From a batch of operations to calls of the database's functions, and from what they return to results. No I/O is done
-here.
+"""From a batch of operations to calls of the database's functions, and from what they return to results. No I/O here.
 
-Operations of one kind on one queue are one call, whose arguments are arrays. An array that would hold nothing but
-defaults is NULL, because most are, and writing them costs more than the rest of a message.
+Operations of one kind on one queue become one call, whose arguments are arrays. An array of nothing but defaults is
+NULL: most are, and writing them would cost more than the rest of a message.
 """
 
 import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 from filao.draft import too_large
@@ -55,7 +55,7 @@ WHERE_NOW = "SELECT id, state::text, attempts FROM filao.message WHERE id = ANY 
 
 
 class Call(NamedTuple):
-    """A statement, and who gets what it returns."""
+    """A statement, and how to read what it returns."""
 
     sql: str
     parameters: tuple[Any, ...]
@@ -70,20 +70,20 @@ class Setting(NamedTuple):
     numbers: Mapping[str, int]
     """The queues' numbers in the database."""
     database: str
-    """The first part of ids from before version 2 of the schema."""
+    """The random name of the database, with which ids begin that are older than version 2 of the schema."""
     process: int
     consumer: str
     token: Callable[[], int]
     moment: int | None
     """The time in milliseconds; None: the server's own."""
     later: bool = False
-    """The transaction is a user's, and may last."""
+    """Whether the transaction is a user's, and may last."""
     fitted: Callable[[str], str] = str
-    """Makes of a text one that the database can hold."""
+    """Makes a text one that the database can hold."""
 
 
 def calls(operations: Sequence[Operation], setting: Setting) -> list[Call]:
-    """Return the calls that do a batch: what waits for locks of groups takes them first; receives come last."""
+    """Return the calls that do a batch: the locks of groups are taken first; receives come last."""
     sends = _by_queue(operations, Send)
     settles = _by_queue(operations, Settle)
     extends = _by_queue(operations, Extend)
@@ -96,19 +96,19 @@ def calls(operations: Sequence[Operation], setting: Setting) -> list[Call]:
 
 
 def fresh(operations: Iterable[Operation]) -> dict[str, int]:
-    """Return for how many messages of each queue somebody who waits may have to look, now that these are done."""
+    """Return how many messages of each queue may have become ready by these operations, for those that wait."""
     found: defaultdict[str, int] = defaultdict(int)
     for operation in operations:
         if isinstance(operation, Send):
             found[operation.queue] += len(operation.drafts)
         elif isinstance(operation, Settle):
             plain = isinstance(operation.outcome, Ack) and operation.delivery.group is None
-            found[operation.delivery.queue] += not plain
+            found[operation.queue] += not plain
     return {queue: count for queue, count in found.items() if count}
 
 
 def may_wait(operation: Operation, queues: Mapping[str, Queue]) -> bool:
-    """Return whether an operation may need a row or a group that somebody's transaction has locked."""
+    """Return whether an operation may need a row or a group that another transaction has locked."""
     if isinstance(operation, Send):
         rules = queues.get(operation.queue)
         return (rules is not None and rules.max_length is not None) or any(
@@ -119,7 +119,7 @@ def may_wait(operation: Operation, queues: Mapping[str, Queue]) -> bool:
 
 
 def deleted(operation: Operation) -> FilaoError:
-    """Return the error of an operation in a user's transaction whose queue was deleted since its number was learnt."""
+    """Return the error of an operation in a user's transaction whose queue was deleted since this process knew it."""
     if not isinstance(operation, Send | Receive):
         return lease_lost(operation.delivery, None)
     return EngineUnavailable(
@@ -135,15 +135,10 @@ def unwritable(operations: Sequence[Operation], charset: Charset) -> dict[int, F
         for place, operation in enumerate(operations):
             try:
                 for draft in operation.drafts if isinstance(operation, Send) else ():
-                    charset.check(queue_of(operation), draft)
+                    charset.check(operation.queue, draft)
             except FilaoError as error:
                 found[place] = error
     return found
-
-
-def queue_of(operation: Operation) -> str:
-    """Return the name of an operation's queue."""
-    return operation.queue if isinstance(operation, Send | Receive) else operation.delivery.queue
 
 
 def _grouped(
@@ -157,7 +152,7 @@ def _grouped(
 
 
 def _by_queue(operations: Sequence[Operation], kind: type[O]) -> dict[str, list[tuple[int, O]]]:
-    return _grouped(operations, kind, queue_of)
+    return _grouped(operations, kind, attrgetter("queue"))
 
 
 def _locks(
@@ -200,7 +195,7 @@ def _sent(places: Sequence[int], sends: Sequence[Send], rules: Queue, salt: int,
 
 
 def new_salt() -> int:
-    """Draw the first part of the ids of what is sent together, as a bigint."""
+    """Draw the random first part of the ids of messages that are sent together, as a bigint."""
     return int.from_bytes(os.urandom(8), "big", signed=True)
 
 
@@ -309,12 +304,12 @@ def _leases(deliveries: Sequence[Delivery]) -> tuple[str, str]:
 
 
 def _numbers(values: Iterable[int]) -> str:
-    """Write an array of numbers, which takes the driver five times as long."""
+    """Write an array of numbers as text; the driver would take five times as long."""
     return "{" + ",".join(map(str, values)) + "}"
 
 
 LOST = LeaseLost("")
-"""Stands in for the error of a lost lease until it is known what became of the message: see `lease_lost`."""
+"""Stands for the error of a lost lease until it is known what became of the message: see `lease_lost`."""
 
 
 def _lost(places: Sequence[int], rows: Rows) -> dict[int, Result]:
@@ -322,7 +317,7 @@ def _lost(places: Sequence[int], rows: Rows) -> dict[int, Result]:
 
 
 def lease_lost(delivery: Delivery, now: tuple[str, int] | None) -> LeaseLost:
-    """Return the error for a settle or an extend whose lease is another's, and what the message is doing."""
+    """Return the error for a settle or an extend whose lease was lost; `now`: the message's state and attempts."""
     if now is None:
         doing = "it is gone: somebody else finished it, or it was purged"
     elif now[0] == "leased":
@@ -330,9 +325,8 @@ def lease_lost(delivery: Delivery, now: tuple[str, int] | None) -> LeaseLost:
     else:
         doing = f"it is {now[0]} again" if now[0] == "ready" else f"it is {now[0]}"
     return LeaseLost(
-        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt "
-        f"{delivery.attempt} was lost; {doing}. "
-        f"Nothing was changed. Work that takes longer than the queue's lease must extend it."
+        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost; "
+        f"{doing}. Nothing was changed. Work that takes longer than the queue's lease must extend it."
     )
 
 

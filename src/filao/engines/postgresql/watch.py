@@ -1,5 +1,4 @@
-"""What each process does for all: it calls those who wait for what nobody called them for, sees to the dead, and tidies
-up.
+"""What each process does for all: it calls those that nobody called, takes over from the dead, and tidies up.
 
 See docs/decisions/taking-turns.md.
 """
@@ -9,44 +8,42 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import Any
 
-from filao.engines.postgresql.clock import MOMENT
+from filao.engines.postgresql.clock import MOMENT, Row
 from filao.engines.postgresql.listener import ALIVE, Listener
 from filao.engines.postgresql.server import Connection, in_time
 from filao.errors import FilaoError
 
-POLL_INTERVAL = 0.5  # seconds between looks for what calls nobody: sends in users' transactions, and whatever got lost
-DEAD_AFTER = 2.0  # seconds without a sign of life after which a process's leases are taken over
+POLL_INTERVAL = 0.5  # seconds between looks for what calls nobody: sends in users' transactions, and lost calls
+DEAD_AFTER = 2.0  # seconds without a sign of life after which a process's leases are ended
 COME_BACK_WITHIN = 15.0  # seconds for a process to be back after its session was lost: one try that hangs, one pause
-OWN_POLL_INTERVAL = 10.0  # seconds between looks of a process that is called, for itself
-LOOKING_MAX = 0.02  # of the time, by all processes together, which matters where there are thousands of queues
+OWN_POLL_INTERVAL = 10.0  # seconds between looks for itself of a process that can be called
+LOOKING_MAX = 0.02  # of the time of all processes together, which matters where there are thousands of queues
 TIDY_INTERVAL = 30.0  # seconds between rounds of housekeeping
-VACUUM_INTERVAL = 3.0  # seconds between looks at what is dead; autovacuum looks once a minute, and a queue writes fast
+VACUUM_INTERVAL = 3.0  # seconds between looks at dead rows; autovacuum looks once a minute, and a queue writes fast
 VACUUM_AFTER = 50_000  # dead rows: some 20 MiB
-VACUUM_AT_REST = 1_000  # dead rows when nothing has changed between two looks: the end of the table can be cut off then
+VACUUM_AT_REST = 1_000  # dead rows in a table at rest, whose end can then be cut off
 
 
 class Watch:
-    """One process's share of it."""
+    """One process's share of this work."""
 
     def __init__(
         self,
         listener: Listener,
         call: Callable[[int], None],
         *,
-        row: Callable[..., Awaitable[tuple[Any, ...]]],
+        row: Row,
         connection: Callable[[], AbstractAsyncContextManager[Connection]],
         strike_off: Callable[[int], Awaitable[None]],
     ) -> None:
         self._listener = listener
         self._call = call
         self._row = row
-        """Run a statement that is a transaction, on the connection that all share, and return its first row."""
         self._connection = connection
         self._strike_off = strike_off
         self._missed: dict[int, float] = {}
-        """Processes that showed no sign of life, and since when."""
+        """Processes that show no sign of life, and since when."""
         self._living = 1
         """Processes that receive here, as of the last look."""
         self._look_took = 0.0
@@ -54,17 +51,16 @@ class Watch:
         self._tidied = time.monotonic()
         self._dead_rows = 0
         self._vacuumed_to = 0
-        """What died before this transaction was removed, as far as it could be."""
+        """The last vacuum has removed the rows that died before the transaction with this number."""
 
     async def look(self) -> None:
-        """Take turns with the others in looking after all who wait; where nobody can call this process, poll for
-        itself.
+        """Take turns with the other processes in looking for all that wait; if nobody can call this one, also poll.
 
-        However many processes there are, together they look about twice in POLL_INTERVAL; one that stands still is
-        missed by its share of the looks.
+        However many processes there are, together they look about twice in POLL_INTERVAL. If one of them stands still,
+        only its share of the looks is missed.
         """
         await asyncio.sleep(self._until_next_look())
-        with suppress(FilaoError):  # a server that fails says so to those who call it
+        with suppress(FilaoError):  # the callers of a server that fails get its error
             if self._listener.process and not self._listener.is_pooled:
                 await self._look_after_all()
         if not self._listener.is_listening or time.monotonic() - self._polled > OWN_POLL_INTERVAL:
@@ -74,19 +70,19 @@ class Watch:
     def _until_next_look(self) -> float:
         if not self._listener.is_listening:
             return POLL_INTERVAL
-        if self._missed:  # so that the one that missed a process sees to it, or that it came back
+        if self._missed:  # whoever missed a process looks again soon: it may have come back
             return min(POLL_INTERVAL, DEAD_AFTER)
         return max(POLL_INTERVAL, self._look_took / LOOKING_MAX) * self._share() * random.uniform(0.5, 1.5)
 
     def _share(self) -> float:
-        """Return how many times as long this process may leave what any of those who live could do."""
+        """Return by how much this process's intervals grow because others do the same work."""
         return max(1.0, self._living / 2)
 
     async def _look_after_all(self) -> None:
-        """Have those called who wait for what is there, and take over the leases of those that show no life.
+        """Call those that wait for what is there, and end the leases of processes that show no sign of life.
 
-        After a restart of the server, or a failover, all sessions are young: a process that is back first must not take
-        over the leases of those that are still on their way.
+        After a restart of the server, or a failover, all sessions are young: the process that is back first must not
+        end the leases of those that are still on their way.
         """
         began = time.monotonic()
         found = await self._row("SELECT * FROM filao.watch(%s, %s, %s)", self._listener.process, MOMENT, ALIVE)
@@ -99,9 +95,7 @@ class Watch:
                 await self._strike_off(process)
 
     async def keep_house(self) -> None:
-        """Every now and then forget what is old, a little at a time, between which others have the connection; and
-        vacuum.
-        """
+        """Every now and then forget what is old, in slices between which others have the connection, and vacuum."""
         await asyncio.sleep(min(TIDY_INTERVAL, VACUUM_INTERVAL) * self._share() * random.uniform(0.5, 1.5))
         if time.monotonic() - self._tidied > TIDY_INTERVAL * self._share():
             self._tidied = time.monotonic()
@@ -111,10 +105,9 @@ class Watch:
         await self.vacuum()
 
     async def vacuum(self) -> None:
-        """Let the room of what is gone be used again, unless another process is at it; of a table at rest, give it
-        back.
+        """Make the space of dead rows usable again, unless another process does; for a table at rest, give it back.
 
-        While an old transaction keeps what died since the last time, it would be in vain.
+        While an old transaction keeps all that died since the last vacuum, another one would be in vain.
         """
         dead, horizon = await self._row(_DEAD_ROWS)
         before = self._dead_rows
@@ -136,4 +129,4 @@ _DEAD_ROWS = """
     )
     FROM pg_stat_user_tables WHERE relid = 'filao.message'::regclass
 """
-"""How many rows are dead, and the number of the oldest transaction that anybody may still see the state of."""
+"""How many rows are dead, and the number of the oldest transaction whose snapshot is still in use."""

@@ -1,4 +1,4 @@
-"""The RabbitMQ engine: quorum queues on a broker that may be a cluster, shared with programs that know no Filao."""
+"""RabbitMQ as an engine: quorum queues on a server or a cluster, shared with programs that do not use Filao."""
 
 from filao.engines.rabbitmq.engine import RabbitmqEngine
 

@@ -1,8 +1,8 @@
-"""What was taken from a queue and may not be handed over: unreadable, spent or expired, it becomes a dead letter.
+"""Messages that were taken but must not be handed over: unreadable, spent or expired, they become dead letters.
 
-Each is buried by a task of its own. A receive gives those that it met a moment, and goes on without them: a server that
-has no room confirms nothing while that lasts, and nobody who receives or settles is to wait for it. Until its dead
-letter is confirmed, a message stays here; when that fails, it goes back to the head of its queue.
+Each is buried by a task of its own. A receive waits a moment for those that it met, and goes on without them: a server
+without room confirms nothing, and no receive or settle should wait for that. A message stays here until its dead letter
+is confirmed; if that fails, it goes back to the head of its queue.
 """
 
 import asyncio
@@ -20,16 +20,16 @@ from filao.errors import FilaoError
 from filao.printable import printable
 from filao.queue import Queue
 
-MOMENT = 1.0  # seconds that a receive gives to what it met: a server that has room takes milliseconds
-AT_ONCE_MAX = 200  # of one process, above which no receive looks on: with the largest bodies some 50 MB
-ENDED_WITHIN = 0.5  # seconds that closing leaves them: one that is cut off is buried by whoever meets it next
+MOMENT = 1.0  # seconds that a receive waits for burials: a server that has room takes milliseconds
+AT_ONCE_MAX = 200  # burials in one process, above which no receive looks for more: with the largest bodies some 50 MB
+ENDED_WITHIN = 0.5  # seconds that closing waits for burials: whoever receives such a message next buries it
 
 log: logging.Logger = logging.getLogger("filao.rabbitmq")
 
 
 @dataclass(frozen=True, slots=True)
 class Burial:
-    """A message that is to be buried, and why."""
+    """A message to be buried, and why."""
 
     delivery: Delivery
     message: DeliveredMessage
@@ -39,7 +39,7 @@ class Burial:
 
 
 def burial_of(queue: Queue, delivery: Delivery, message: DeliveredMessage) -> Burial | None:
-    """Return why a message may not be handed over, if so."""
+    """Return the burial of a message that must not be handed over; None for any other."""
     used = delivery.attempt - 1
     unreadable = wire.trouble(message.header.properties)
     if unreadable:
@@ -52,29 +52,29 @@ def burial_of(queue: Queue, delivery: Delivery, message: DeliveredMessage) -> Bu
 
 
 class Burials:
-    """Those of one process that are under way."""
+    """The burials of one process that are under way."""
 
     def __init__(self, publisher: Publisher, limited: Limited, ended: Callable[[str], None]) -> None:
         self._publisher = publisher
         self._limited = limited
         self._ended = ended
-        """Is told of each queue of which one has ended."""
+        """Is told the queue of each burial that has ended."""
         self._under_way: set[asyncio.Task[FilaoError | None]] = set()
         self._said = ""
 
     def is_full(self) -> bool:
-        """Return whether there are so many that no more should be met."""
+        """Return whether there are so many that no receive should look for more."""
         return len(self._under_way) >= AT_ONCE_MAX
 
     def begin(self, consumer: Consumer, burial: Burial) -> "asyncio.Task[FilaoError | None]":
-        """Begin to bury a message that the consumer holds; the task returns what went wrong."""
+        """Begin to bury a message that the consumer holds; the task returns the error, if there was one."""
         task = asyncio.get_running_loop().create_task(self._bury(consumer, burial))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return task
 
     async def close(self) -> None:
-        """Leave those under way a moment, and cut off the rest: what they hold goes back with its connection."""
+        """Wait a moment for those under way, and cancel the rest: their messages go back with their connection."""
         if self._under_way:
             _, cut_off = await asyncio.wait(self._under_way, timeout=ENDED_WITHIN)
             for task in cut_off:
@@ -90,7 +90,7 @@ class Burials:
                     await consumer.channel.basic_ack(delivery.handle, wait=False)
             self._said = ""
         except FilaoError as error:
-            if consumer.is_open:  # else the server has it back already
+            if consumer.is_open:  # otherwise the server has the message back already
                 self._say(burial, error)
                 await consumer.give_back([burial.message])
             return error
@@ -99,7 +99,7 @@ class Burials:
         return None
 
     def _say(self, burial: Burial, error: FilaoError) -> None:
-        """Log a failure, once while it repeats itself."""
+        """Log a failure, once while it repeats."""
         if self._said != str(error):
             self._said = str(error)
             log.warning(
@@ -110,6 +110,6 @@ class Burials:
 
 
 async def failure(burials: "Iterable[asyncio.Task[FilaoError | None]]", until: float) -> FilaoError | None:
-    """Wait until all of these have ended or, by the loop's clock, until then; return what went wrong by now, if so."""
+    """Wait for these burials, but not longer than `until` (the loop's clock); return the error of one that failed."""
     done, _ = await asyncio.wait(burials, timeout=max(0.0, until - asyncio.get_running_loop().time()))
     return next((error for task in done if not task.cancelled() and (error := task.result()) is not None), None)

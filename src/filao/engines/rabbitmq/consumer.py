@@ -1,8 +1,8 @@
-"""What this process receives of one queue: over a channel of its own, with as much prefetch as there are callers.
+"""Receiving from one queue, over a channel of its own, with no more prefetch than the callers want.
 
-A caller who can wait lets the server push: there are consumers whose prefetch adds up to the messages that callers
-hold and wait for, no more, so that nothing lies here that another process could work on. Whatever was pushed for a
-caller who has gone away is given back after a second. A lease is a delivery tag of the channel, and ends with it.
+For callers that can wait, the server pushes: consumers on the channel have a prefetch that adds up to the messages that
+callers hold and wait for, and no more, so that nothing lies here that another process could work on. What was pushed
+for a caller that has gone is given back after a second. A lease is a delivery tag of the channel, and ends with it.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from pamqp.commands import Basic
 
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN
 
-LINGER = 1.0  # seconds without a caller after which what was pushed for nobody is given back
-PREFETCH_MAX = 65_535  # which AMQP can express
+LINGER = 1.0  # seconds without a caller after which what was pushed is given back
+PREFETCH_MAX = 65_535  # the most that AMQP can express
 
 
 class Consumer:
@@ -28,16 +28,16 @@ class Consumer:
     def __init__(self, channel: Channel, token: int, queue: str, called: Callable[[], object]) -> None:
         self.channel = channel
         self.token = token
-        """Of all leases that were had here."""
+        """The token of all leases on this channel."""
         self.held: dict[int, DeliveredMessage] = {}
-        """What callers hold, by delivery tag."""
+        """The messages that callers hold, by delivery tag."""
         self._queue = queue
         self._called = called
         self._buffer: deque[DeliveredMessage] = deque()
         self._room: dict[str, int] = {}
         """How much more the server may push to each of our consumers."""
         self._prefetch = 0
-        """What they may hold in all."""
+        """How much all our consumers together may hold."""
         self._used_at = asyncio.get_running_loop().time()
         self._busiest = 0
         """The most that callers have held and wanted since we last tidied up."""
@@ -48,7 +48,7 @@ class Consumer:
 
     @property
     def is_open(self) -> bool:
-        """Return whether the channel, and so every lease, lasts."""
+        """Whether the channel, and so every lease on it, lasts."""
         return not self.channel.is_closed
 
     async def take(self, limit: int, waiting: int) -> list[DeliveredMessage]:
@@ -81,7 +81,7 @@ class Consumer:
             self._room[message.consumer_tag] += 1
 
     async def give_back(self, messages: Sequence[DeliveredMessage]) -> None:
-        """Return messages that nobody is to have now, as far as they are still held."""
+        """Give back those of these messages that are still held."""
         for message in messages:
             tag = message.delivery_tag or 0
             if tag in self.held and self.is_open:
@@ -89,13 +89,13 @@ class Consumer:
                     await self.channel.basic_nack(tag, requeue=True, wait=False)
 
     async def confirm(self) -> None:
-        """Wait until the server has heard all that was said on the channel: it answers in order."""
+        """Wait until the server has done all that was asked on the channel: it answers in order."""
         async with self._asking:
             await self.channel.basic_qos(prefetch_count=1, timeout=ANSWERS_WITHIN)
 
     async def tidy(self, wanted: int) -> None:
-        """Let the server push less when callers have become fewer, `wanted` messages being waited for; with none left,
-        give back what it has pushed.
+        """Let the server push less when the callers want less, `wanted` messages now; with no caller left, give back
+        what it has pushed.
         """
         is_left = not wanted and asyncio.get_running_loop().time() - self._used_at > LINGER
         now = len(self.held) + wanted
@@ -103,16 +103,16 @@ class Consumer:
         if self._room and (is_left or (busiest and self._prefetch > 2 * busiest)):
             async with self._asking:
                 await self._stop_pushing()
-            self._called()  # those who wait ask anew
+            self._called()  # those that wait ask again
         if is_left:
             while self._buffer:
                 await self.channel.basic_nack(self._buffer.popleft().delivery_tag or 0, requeue=True, wait=False)
 
     async def _get(self, taken: list[DeliveredMessage], limit: int) -> None:
-        """Ask the server for more, until that makes `limit` or it has none."""
+        """Ask the server for more, until there are `limit` messages or it has none."""
         while len(taken) < limit:
             message = await self.channel.basic_get(self._queue, timeout=ANSWERS_WITHIN)
-            taken += self._from_buffer(limit - len(taken))  # which the server had pushed before it answered
+            taken += self._from_buffer(limit - len(taken))  # the server pushed these before it answered
             if message.delivery_tag is None:
                 break
             if len(taken) < limit:
@@ -149,12 +149,12 @@ class Consumer:
     async def _pushed(self, message: DeliveredMessage) -> None:
         if message.consumer_tag in self._room:
             self._room[message.consumer_tag] -= 1
-        if not self._buffer:  # a look sees what else comes on this turn of the loop
+        if not self._buffer:  # later, so that one look sees all that comes in this turn of the loop
             asyncio.get_running_loop().call_soon(self._called)
         self._buffer.append(message)
 
     async def _cancelled(self, frame: Basic.Cancel) -> None:
-        """Learn that the server pushes no more: the queue was deleted, or its node is away."""
+        """Learn that the server no longer pushes: the queue was deleted, or its node is away."""
         if frame.consumer_tag is not None:
             self._forget(frame.consumer_tag)
         self._called()

@@ -1,7 +1,7 @@
 """What operators see and do: how many messages there are, and the dead letters.
 
-A dead letter is looked at by receiving it and giving it back, so that for a moment nobody else sees it. Invariant: one
-program at a time takes the dead letters of a queue, or each would see a part and take it for all.
+A dead letter is looked at by receiving it and giving it back; meanwhile nobody else sees it. Invariant: one program at
+a time takes the dead letters of a queue. Otherwise each would see a part of them and take it for all.
 """
 
 import asyncio
@@ -24,16 +24,15 @@ from filao.errors import ConfigurationError, EngineUnavailable
 from filao.queue import Queue
 from filao.slices import Tally
 
-TAKEN = "#taken"  # behind a queue's name; no queue of ours can be called so
-TAKEN_WITHIN = ANSWERS_WITHIN  # seconds until somebody else has put the dead letters back: thousands take seconds
+TAKEN = "#taken"  # follows a queue's name; no queue of ours can have such a name
+TAKEN_WITHIN = ANSWERS_WITHIN  # seconds until another program has put the dead letters back: thousands take seconds
 LAST_TRY = 0.5  # seconds of a call's time that are kept for the last try
 LOOK_AGAIN = 0.05  # seconds
-
-TOGETHER = 32  # of those that come back together RabbitMQ keeps the order, and shuffles more (3.10)
+TOGETHER = 32  # messages given back at once: RabbitMQ 3.10 keeps the order of so many, and shuffles more
 BACK_WITHIN = 1.0  # seconds that we wait to see them back before the next: only their order depends on it
 
 Taken = dict[str, int]
-"""How many dead letters there are of each queue whose dead letters this process has taken out."""
+"""How many dead letters each queue has whose dead letters this process has taken out."""
 
 
 class RabbitmqOperators:
@@ -54,7 +53,7 @@ class RabbitmqOperators:
         return await self._declared.learn()
 
     async def delete(self, queue: str) -> int:
-        """Delete a queue of which nothing is ready or dead; the server does not tell what others hold of it."""
+        """Delete a queue without ready messages and dead letters; the server does not tell what consumers hold."""
         async with self._declared.apart(queue) as call:
             session = call.session
             held = await session.depth(queue) or 0
@@ -78,7 +77,7 @@ class RabbitmqOperators:
             return [await stats(call.session, one, held.get(one, 0), self._taken) for one in queues]
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
-        """Return dead letters; nothing else can be looked at."""
+        """Return dead letters. Raises `UnsupportedFeature` for other states."""
         if state is not State.DEAD:
             raise refused(queue, f"peek at {state} messages", "way to look at a message without receiving it")
         return await self._errands.run(lambda errand: self._peek(errand, queue, limit, after))
@@ -110,7 +109,7 @@ class RabbitmqOperators:
         with Tally() as tally:
             async with self._declared.apart(queue) as call:
                 if State.DEAD in states:
-                    await _take(call, queue)  # or nothing is done
+                    await _take(call, queue)  # first, because it may fail
                 for state, name in ((State.READY, queue), (State.DEAD, dead_name(queue))):
                     if state in states:
                         tally.done += await purge(call.session, name)
@@ -123,7 +122,7 @@ class RabbitmqOperators:
         return tally.done
 
     async def close(self) -> None:
-        """Put back all dead letters that somebody looks at."""
+        """Put back all dead letters that are being looked at."""
         await self._errands.close()
 
     async def report(self, state: str) -> None:
@@ -138,7 +137,7 @@ class RabbitmqOperators:
 
 
 async def on_the_ladder(session: Session) -> int:
-    """Return how many messages wait on the ladder, of whatever queue; 0 when there is none."""
+    """Return how many messages of all queues wait on the ladder; 0 when there is none."""
     waiting = 0
     for name in ladder():
         found = await session.depth(name)
@@ -149,18 +148,18 @@ async def on_the_ladder(session: Session) -> int:
 
 
 async def remove_ladder(session: Session) -> None:
-    """Delete the ladder if nothing waits on it, nor came down it for a queue that was deleted."""
+    """Delete the ladder, unless a message waits on it, or came down it for a queue that was deleted."""
     if not await on_the_ladder(session) and await session.depth(UNDELIVERED) == 0:
         async with session.aside() as channel:
             await topology.remove_ladder(channel)
 
 
 async def stats(session: Session, queue: str, held: int, taken: Taken) -> QueueStats:
-    """Return what the server knows of a queue; `held` is what this process holds of it, for it tells of no other.
+    """Return what the server knows of a queue; `held` is what this process holds, because it does not tell of others.
 
-    Dead letters that this process looks at are there, though the server does not count them meanwhile.
+    Dead letters that this process is looking at count, though the server does not count them meanwhile.
     """
-    ready, there_are = await session.depth(queue), taken.get(queue, 0)
+    ready, were_taken = await session.depth(queue), taken.get(queue, 0)
     dead = await session.depth(dead_name(queue)) or 0
     return QueueStats(
         name=queue,
@@ -169,19 +168,19 @@ async def stats(session: Session, queue: str, held: int, taken: Taken) -> QueueS
         delayed=0,
         blocked=0,
         leased=held,
-        dead=max(dead, taken.get(queue, there_are)),
+        dead=max(dead, taken.get(queue, were_taken)),
         oldest_ready_age=None,
     )
 
 
 async def purge(session: Session, queue: str) -> int:
-    """Delete what is ready in one of the server's queues, and return how many there were."""
+    """Delete what is ready in a queue of the server, and return how many messages that were."""
     async with session.aside() as channel:
         return (await channel.queue_purge(queue, timeout=ANSWERS_WITHIN)).message_count or 0
 
 
 async def peek(look: "_Look", queue: str, limit: int, after: str | None) -> list[StoredMessage]:
-    """Return dead letters, the first to die first."""
+    """Return dead letters in the order in which they died."""
     found: list[StoredMessage] = []
     seen = after is None
     async for message in look.each():
@@ -207,7 +206,7 @@ async def redrive(
         properties = message.header.properties
         name = envelope.name_of(properties)
         if name in back:
-            break  # it has died again meanwhile
+            break  # it was redriven before and has died again
         if wanted is not None and name not in wanted:
             continue
         content = message.body if edited is None else edited.content
@@ -232,7 +231,7 @@ async def discard(look: "_Look", ids: Sequence[str], tally: Tally) -> None:
 
 
 class _Look:
-    """The dead letters that there were when it began, in order, as this process has them meanwhile."""
+    """A look at the dead letters that there were when it began, in order; meanwhile this process has them."""
 
     def __init__(self, channel: Channel, queue: str, most: int, taken: Taken, errand: Errand) -> None:
         self.channel = channel
@@ -241,17 +240,17 @@ class _Look:
         self._taken = taken
         self._errand = errand
         self._held: dict[int, None] = {}
-        """The delivery tags of those that are to go back, in order."""
+        """The delivery tags of those that must go back, in order."""
 
     async def each(self) -> AsyncGenerator[DeliveredMessage]:
-        """Take those that were not taken yet, one after the other, for as long as somebody wants them."""
+        """Take the dead letters one after the other, while somebody wants them."""
         while not self._errand.is_left and (message := await self._next()) is not None:
             yield message
         if self._errand.is_left:
             raise EngineUnavailable("the broker was closed meanwhile")
 
     async def _next(self) -> DeliveredMessage | None:
-        """Take the next of those that there were: more may die meanwhile, without end."""
+        """Take the next one, but no more than there were at the beginning: more may die meanwhile, without end."""
         if not self._unseen:
             return None
         self._unseen -= 1
@@ -263,14 +262,14 @@ class _Look:
         return message
 
     async def delete(self, message: DeliveredMessage) -> None:
-        """Let one not go back."""
+        """Delete one, so that it does not go back."""
         tag = message.delivery_tag or 0
         await self.channel.basic_ack(tag)
         del self._held[tag]
         self._taken[self._queue] -= 1
 
     async def give_back(self) -> None:
-        """Put all others back in order, the unseen as well: what goes back lines up behind what went before."""
+        """Put all others back in order, the unseen as well, because what goes back lines up at the end."""
         while await self._next() is not None:
             pass
         tags = list(self._held)
@@ -290,8 +289,9 @@ class _Look:
 
 @asynccontextmanager
 async def _dead(call: Apart, queue: str, taken: Taken, errand: Errand) -> AsyncGenerator[_Look]:
-    """Give the dead letters there are now; those that were not deleted go back in order when the block ends, and in any
-    order if we die.
+    """Look at the present dead letters; when the block ends, those that were not deleted go back in order.
+
+    If the process dies, they go back in any order.
     """
     await _take(call, queue)
     errand.has_taken = True
@@ -312,10 +312,10 @@ async def _dead(call: Apart, queue: str, taken: Taken, errand: Errand) -> AsyncG
 
 
 async def _take(call: Apart, queue: str) -> None:
-    """Take the dead letters of a queue for this call's session alone, until it is closed or its process dies.
+    """Reserve the dead letters of a queue for this call's session, until it is closed or its process dies.
 
-    The sign of it is a queue that only its own connection may use. Raises `EngineUnavailable` when somebody else does
-    not put them back.
+    The reservation is a queue that only its own connection may use. Raises `EngineUnavailable` when another program
+    does not put them back in time.
     """
     now = asyncio.get_running_loop().time
     began, until = now(), min(now() + TAKEN_WITHIN, call.until() - LAST_TRY)

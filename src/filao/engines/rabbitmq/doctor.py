@@ -1,4 +1,4 @@
-"""What an operator should know of the server, of the queues on it, and of what strangers have put into them."""
+"""What an operator should know of the server, of the queues on it, and of what other programs have put into them."""
 
 import asyncio
 import secrets
@@ -14,15 +14,15 @@ from filao.engines.rabbitmq.topology import PROBE, QUORUM, REGISTER, SAFE_DEATH,
 from filao.printable import some
 from filao.queue import Queue
 
-PROBED_WITHIN = 5.0  # seconds for one message to expire and to arrive; it takes a tenth of one
-PROBE_LASTS = 60_000  # milliseconds after which the server removes the queues of a doctor who died
+PROBED_WITHIN = 5.0  # seconds for one message to expire and to arrive; it takes a tenth of a second
+PROBE_LASTS = 60_000  # milliseconds after which the server removes the queues of a doctor that died
 LOOK_AGAIN = 0.05  # seconds
 
 
 async def examine(
     session: Session, server: Server, queues: Sequence[Queue[Any]], strange: Sequence[str]
 ) -> list[Finding]:
-    """Examine; `strange` is what of the register cannot be read."""
+    """Examine the server and these queues; `strange` describes what is in the register but cannot be read."""
     findings = [Finding("server", "ok", f"{server.name}, version {session.version}")]
     for queue in queues:
         ready, dead = await session.depth(queue.name), await session.depth(dead_name(queue.name))
@@ -46,7 +46,7 @@ async def examine(
 async def _expiry(server: Server) -> Finding:
     """Let a message expire, and look whether the server passes it on.
 
-    It uses a connection, which a sick server ends.
+    This uses a connection of its own, because a server with this fault ends it.
     """
     session = await server.connect()
     try:
@@ -89,17 +89,15 @@ def _finding(queue: Queue[Any], level: str, text: str) -> Finding:
 
 
 _STRANGE = (
-    f"{REGISTER!r} holds what is not Filao's, and is passed over: {{what}}. Take from "
-    "producers the right to write there "
-    "(SECURITY.md says how); declare anew the queue of a rule that cannot be, and take other "
-    "messages out by your own means"
+    f"{REGISTER!r} holds what is not Filao's, and is passed over: {{what}}. Take from producers the right to write "
+    "there (SECURITY.md says how); declare anew the queue of a rule that cannot be, and take other messages out by "
+    "your own means"
 )
 _STUCK = (
-    "the server no longer passes on what expired: dead letters by age and delayed messages "
-    "of all queues wait. On 3.10 one "
-    "message with a header 'x-death' that is no list of tables, and an expiration, ends the "
-    "server's own worker: find its "
-    "queue by 'rabbit_fifo_dlx' in the server's log, move the rest of it elsewhere, delete it, and restart the node."
+    "the server no longer passes on what expired: dead letters by age and delayed messages of all queues wait. On "
+    "3.10 one message with a header 'x-death' that is no list of tables, and an expiration, ends the server's own "
+    "worker: find its queue by 'rabbit_fifo_dlx' in the server's log, move the rest of it elsewhere, delete it, and "
+    "restart the node."
 )
 _CONSUMER_TIMEOUT = (
     "a lease ends with its connection, and after the server's consumer_timeout (30 minutes unless rabbitmq.conf says "

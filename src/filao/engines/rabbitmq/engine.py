@@ -1,9 +1,9 @@
-"""The RabbitMQ engine: what a broker does natively is left to it, what it cannot do is refused when it is declared.
+"""The RabbitMQ engine: the server does what it can itself, and what it cannot do is refused when a queue is declared.
 
-Messages are published with confirms on one connection and received on another, so that a server that blocks those who
-send does not keep others from acknowledging. A lease is a delivery: it ends with its connection. What takes two steps
-(a retry after a delay, a dead letter with its reason, a redrive) is published before it is acknowledged: a crash
-between the two doubles it, and nothing is lost.
+Messages are published with confirms on one connection and received on another, so that a server that blocks senders
+does not block acknowledgements. A lease is a delivery: it ends with its connection. What takes two steps (a retry after
+a delay, a dead letter with its reason, a redrive) is published before it is acknowledged: a crash in between doubles
+the message, but never loses it.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from filao.checks import is_machines
+from filao.checks import is_system_clock
 from filao.engine import (
     Abandoned,
     Ack,
@@ -55,8 +55,8 @@ from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, Leas
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, retry_delay
 
-BEGUN_WITHIN = 5.0  # seconds that a batch has at least, from when it begins, however long it has stood in line
-TIDY_INTERVAL = 0.5  # seconds between looks for messages that were pushed for nobody
+BEGUN_WITHIN = 5.0  # seconds that a batch has at least once it begins, however long it has waited
+TIDY_INTERVAL = 0.5  # seconds between looks for messages that were pushed but nobody wants
 LEARN_INTERVAL = 30.0  # seconds after which the rules of the queues are read again
 
 _R = TypeVar("_R")
@@ -68,10 +68,10 @@ class RabbitmqEngine:
     name = "RabbitMQ"
     features: frozenset[Feature] = frozenset({Feature.LIVENESS, Feature.TTL, Feature.DEAD_LETTERS})
     emulated: frozenset[Feature] = frozenset({Feature.DELAY})
-    concurrent_batches = 64  # the server flushes its disk for all that are on their way
+    concurrent_batches = 64  # the server itself flushes its disk once for many messages
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
-        if not is_machines(clock):
+        if not is_system_clock(clock):
             raise ConfigurationError("clock= cannot be given with an amqp:// URL: RabbitMQ's own clock decides")
         self._server = Server(url)
         self._sending = Link(self._server, self._call_all)
@@ -102,7 +102,7 @@ class RabbitmqEngine:
         self._tidying = asyncio.get_running_loop().create_task(for_ever("tidying up on RabbitMQ", self._tidy))
 
     def sibling(self) -> None:
-        """Return None: a lease lives and dies with the connection that it was had on."""
+        """Return None: a lease is bound to the connection on which the message was received."""
 
     async def close(self) -> None:
         """End the connections; what is held goes back to its queues."""
@@ -122,13 +122,13 @@ class RabbitmqEngine:
             raise
 
     def drop(self) -> None:
-        """Let go though the event loop has ended."""
+        """Close all connections after the event loop has ended."""
         self._server.drop()
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
     async def execute(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
-        """Do what needs no confirm: first the settles and extends, in order, so that they wait for no receive."""
+        """Do what needs no confirm: the settles and extends first, in order, so that they wait for no receive."""
         async with self._begun(batch, self._receiving) as (operations, session):
             if len(operations) == 1:
                 return [await self._result(self._work(operations[0], session))]
@@ -138,24 +138,24 @@ class RabbitmqEngine:
             return [results[place] for place in range(len(operations))]
 
     def needs_confirm(self, operation: Operation) -> bool:
-        """Return whether the server must answer before an operation is done: when it has no room, it lets it wait."""
+        """Return whether the server must confirm an operation, for which it takes as long as it likes."""
         return isinstance(operation, Send) or (
             isinstance(operation, Settle) and isinstance(operation.outcome, Nack | Reject)
         )
 
     async def execute_confirmed(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
-        """Do what must be confirmed: all of it is on its way at once."""
+        """Do what must be confirmed, all of it at once."""
         async with self._begun(batch, self._sending) as (operations, session):
             works = [self._result(self._work(operation, session)) for operation in operations]
             return [await works[0]] if len(works) == 1 else await asyncio.gather(*works)
 
     @asynccontextmanager
     async def _begun(self, batch: Batch, link: Link) -> AsyncGenerator[tuple[list[Operation], Session]]:
-        """Give the operations, and the session that they need, for as long as a batch may take.
+        """Give the operations of a batch, and the session that they need, for as long as a batch may take.
 
-        When its time is over, that session is given up, and no other: a server that blocks those who send takes
-        nobody's leases. A batch that comes late, behind others that the server kept waiting, has a time of its own:
-        else it would give up a session that is well.
+        When its time is over, that session is given up and no other, so that a server that blocks senders ends no
+        lease. A batch that begins late, behind others that the server kept waiting, still has some time: otherwise it
+        would give up a session that works.
         """
         if self._is_closing:
             raise EngineUnavailable("the broker was closed meanwhile")
@@ -165,7 +165,7 @@ class RabbitmqEngine:
             async with asyncio.timeout_at(until) as limit:
                 session = await link.session()
                 operations = batch.take(lambda _: True)
-                if not {_queue_of(operation) for operation in operations} <= self._declared.rules.keys():
+                if not {operation.queue for operation in operations} <= self._declared.rules.keys():
                     await self._declared.learn()
                 asked = session
                 with session.hurrying(limit):
@@ -179,14 +179,14 @@ class RabbitmqEngine:
 
     @asynccontextmanager
     async def _limited(self, link: Link) -> AsyncGenerator[Session]:
-        """Give a link's session for as long as a call may take that begins now."""
+        """Give a link's session, for as long as a call that begins now may take."""
         nothing = Batch(receives=False, writes=False, take=lambda _: [], since=asyncio.get_running_loop().time())
         with self._server.mapped():
             async with self._begun(nothing, link) as (_, session):
                 yield session
 
     async def _result(self, work: Coroutine[Any, Any, _R]) -> _R | FilaoError:
-        """Return what an operation comes to, be it an error."""
+        """Return the result of an operation, which may be an error."""
         try:
             return await work
         except FilaoError as error:
@@ -195,9 +195,9 @@ class RabbitmqEngine:
             return self._server.engine_error(error)
 
     async def _work(self, operation: Operation, session: Session) -> "Result | asyncio.Future[Result]":
-        queue = self._declared.rules.get(_queue_of(operation))
+        queue = self._declared.rules.get(operation.queue)
         if queue is None:
-            return not_found(_queue_of(operation), self._declared.rules)
+            return not_found(operation.queue, self._declared.rules)
         match operation:
             case Send():
                 return [Receipt(name) for name in await self._publisher.send(queue, operation.drafts)]
@@ -207,7 +207,7 @@ class RabbitmqEngine:
                 await self._settle(queue, operation)
                 return None
             case Extend():
-                self._consumer_of(operation.delivery)  # all that can be said is that the lease lasts
+                self._consumer_of(operation.delivery)  # the lease lasts anyway, if it has not ended
                 return None
 
     async def _receive(self, queue: Queue, receive: Receive, session: Session) -> "Received | asyncio.Future[Result]":
@@ -221,7 +221,7 @@ class RabbitmqEngine:
         return asyncio.get_running_loop().create_task(self._result(self._look_on(queue, receive, look)))
 
     async def _look(self, queue: Queue, receive: Receive, session: Session) -> "_Look":
-        """Take messages once, and begin to bury those that may not be handed over."""
+        """Take messages once, and begin to bury those that must not be handed over."""
         line = self._lines.get(queue.name)
         waiting = max(receive.limit, line.wanted() if line else 0) if receive.waiting else 0
         try:
@@ -242,14 +242,14 @@ class RabbitmqEngine:
         return _Look(consumer, messages, alive, [self._burials.begin(consumer, burial) for burial in dead])
 
     async def _look_on(self, queue: Queue, receive: Receive, look: "_Look") -> Result:
-        """Give what is being buried a moment, in which its failure is the caller's, and look for what lies behind."""
+        """Wait a moment for burials, whose failure is then raised, and look for the messages behind them."""
         until = asyncio.get_running_loop().time() + MOMENT
         while look.burials:
             try:
                 failed = await failure(look.burials, until)
                 if failed is not None:
                     raise failed
-            except BaseException:  # nobody gets what was taken with it
+            except BaseException:  # the caller does not get the other messages
                 await look.consumer.give_back(look.messages)
                 raise
             if look.alive or self._burials.is_full():
@@ -279,7 +279,7 @@ class RabbitmqEngine:
                     case Nack():
                         await self._fail(queue, delivery, message, outcome, consumer.channel)
             if isinstance(outcome, Ack) and outcome.before_work:
-                await consumer.confirm()  # of what is held no more, whatever comes of it
+                await consumer.confirm()  # outside `settling`: whether it succeeds or not, the message is not held
         except AWAY:
             if consumer.is_open:
                 raise
@@ -288,7 +288,7 @@ class RabbitmqEngine:
     async def _fail(
         self, queue: Queue, delivery: Delivery, message: DeliveredMessage, nack: Nack, channel: Channel
     ) -> None:
-        """Let a message be tried again, or die."""
+        """Let a failed message be tried again, or die."""
         tag = delivery.handle
         delay = retry_delay(queue, delivery.attempt, random.random())
         if delay is None:
@@ -305,7 +305,7 @@ class RabbitmqEngine:
     async def _later(
         self, queue: Queue, delivery: Delivery, message: DeliveredMessage, delay: float, used: int
     ) -> None:
-        """Let a message come back after `delay` seconds, so many attempts used; what was received is to be acked."""
+        """Publish a message again to come back after `delay` seconds; the caller then acks the one that it received."""
         check_delay(queue, delay)
         await self._publisher.again(delivery.queue, message, delay, used)
 
@@ -322,7 +322,7 @@ class RabbitmqEngine:
             return consumer
 
     def _consumer_of(self, delivery: Delivery) -> Consumer:
-        """Return where a message was received, if its lease lasts."""
+        """Return the consumer that received a message. Raises `LeaseLost` if its lease has ended."""
         consumer = self._consumers.get(delivery.queue)
         if consumer is None or not consumer.is_open or consumer.token != delivery.token:
             raise _lost(delivery)
@@ -340,21 +340,21 @@ class RabbitmqEngine:
         return line.place(receive)
 
     def _call(self, queue: str) -> None:
-        """Let those in line for a queue look: something was pushed for them."""
+        """Let the line of a queue look, because something was pushed for it."""
         line = self._lines.get(queue)
         if line is not None:
             line.call()
 
     def _call_all(self) -> None:
-        """Let all who wait look: the connection has ended, and with it whatever was to be pushed to them."""
+        """Let all lines look: the connection has ended, and nothing more is pushed to them."""
         for line in self._lines.values():
             line.call()
 
     async def _tidy(self) -> None:
-        """Every now and then, give back what was pushed for nobody, and learn of rules that have changed."""
+        """Every now and then, give back what was pushed but nobody wants, and learn of changed rules."""
         now = asyncio.get_running_loop().time
         await asyncio.sleep(TIDY_INTERVAL)
-        with suppress(*AWAY):  # a server that fails says so to those who call it
+        with suppress(*AWAY):  # the callers of a server that fails get its error
             for queue, consumer in list(self._consumers.items()):
                 line = self._lines.get(queue)
                 if consumer.is_open:
@@ -377,7 +377,7 @@ class RabbitmqEngine:
         self._declared.rules[queue.name] = queue
 
     async def find(self, queue: str) -> Queue:
-        """Return a queue with its rules; the register is read whole."""
+        """Return a queue with its rules, from the whole register."""
         return await self._declared.rules_of(queue, anew=True)
 
     def _held(self) -> dict[str, int]:
@@ -387,27 +387,22 @@ class RabbitmqEngine:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What one look has taken."""
+    """The messages that one look has taken."""
 
     consumer: Consumer
     messages: Sequence[DeliveredMessage]
     alive: list[Delivery]
     burials: "Sequence[asyncio.Task[FilaoError | None]]"
-    """Of the others."""
+    """The burials of the others, under way."""
 
 
 def _receives_last(entry: tuple[int, Operation]) -> bool:
     return isinstance(entry[1], Receive)
 
 
-def _queue_of(operation: Operation) -> str:
-    return operation.queue if isinstance(operation, Send | Receive) else operation.delivery.queue
-
-
 def _lost(delivery: Delivery) -> LeaseLost:
     return LeaseLost(
-        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt "
-        f"{delivery.attempt} was lost: it was settled, "
-        "or the connection that it was had on has ended, and the message goes to the next "
-        "consumer. Nothing was changed."
+        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost: it was "
+        "settled, or the connection that it was had on has ended, and the message goes to the next consumer. Nothing "
+        "was changed."
     )

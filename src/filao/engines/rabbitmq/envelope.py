@@ -1,7 +1,7 @@
-"""How a message looks on RabbitMQ, so that programs without Filao can send it and read it. Pure.
+"""How a message looks on RabbitMQ, so that programs without Filao can send and read it. Pure.
 
-The body is the body: JSON or bytes, as its content type says. The id, the time and the user's headers are where AMQP
-has them; what is Filao's own is in headers that begin with `x-filao-`.
+The body is JSON or bytes, as its content type says. The id, the time and the user's headers are where AMQP has them.
+What only Filao needs is in headers that begin with `x-filao-`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pamqp.commands import Basic
 
 from filao.checks import KEY_MAX
 from filao.codec import BYTES, JSON, decode_headers, seen_body
-from filao.engine import REASONS, Delivery, Draft, Failure, State, StoredMessage, instant
+from filao.engine import INSTANT_MAX, REASONS, Delivery, Draft, Failure, State, StoredMessage, instant
 from filao.engines.rabbitmq.topology import dead_name
 from filao.engines.rabbitmq.wire import SHORT_MAX, carried, text
 from filao.errors import MessageNotEncodable, MessageTooLarge
@@ -25,19 +25,18 @@ from filao.moving import Parcel
 Properties = Basic.Properties
 
 ATTEMPT = "x-filao-attempt"
-"""How many attempts a message had used when it was published anew, after a delay."""
+"""How many attempts a message had used when it was published again, to be delayed."""
 EXPIRES_AT = "x-filao-expires-at"
-"""Milliseconds since 1970; for messages that waited on the ladder, where AMQP's own expiration has another meaning."""
+"""Milliseconds since 1970; for messages on the ladder, where AMQP's own expiration would mean another time."""
 SENT_AT = "x-filao-sent-at"
 """Milliseconds since 1970; AMQP's timestamp has whole seconds."""
 ID = "x-filao-id"
 """An id that is longer than AMQP's."""
 REASON, ERROR, DIED_AT, SPENT = "x-filao-reason", "x-filao-error", "x-filao-died-at", "x-filao-attempts"
 
-NUMBER_MAX = 253_402_300_799_000  # milliseconds until the end of the year 9999; attempts are far fewer
-_RETURNS = "x-delivery-count"  # the server's, of a quorum queue
+_RETURNS = "x-delivery-count"  # by which the server counts a message's returns to a quorum queue
 _SERVERS = ("x-death", "x-first-death-", "x-last-death-", _RETURNS, "x-acquired-count", "x-stream-offset")
-_COPIES = frozenset({"CC", "BCC"})  # where else the server delivers a message, each time that it is published
+_COPIES = frozenset({"CC", "BCC"})  # name other queues to which the server delivers each message that is published
 _OTHERS = (*_SERVERS, "x-filao-")
 _TYPES = {JSON: "application/json", BYTES: "application/octet-stream"}
 _REASONS = {"expired": "expired", "rejected": "rejected", "delivery_limit": "max_attempts", "maxlen": "overflow"}
@@ -49,7 +48,7 @@ def now() -> int:
 
 
 def written(queue: str, draft: Draft, name: str, ttl: float | None, moment: int) -> Properties:
-    """Return the properties that a message is published with; raise `MessageTooLarge` for what AMQP cannot hold."""
+    """Return the properties with which a message is published. Raises `MessageTooLarge` for what AMQP cannot hold."""
     headers: dict[str, Any] = dict(decode_headers(draft.headers))
     for header in headers:
         _check_header(queue, header)
@@ -86,7 +85,7 @@ def _check_header(queue: str, header: str) -> None:
 
 
 def read(queue: str, message: DeliveredMessage, token: int, unnamed: Callable[[], str]) -> Delivery:
-    """Return a received message; `unnamed` names one without an id."""
+    """Return a received message as a delivery; `unnamed` makes the id of one that has none."""
     properties = message.header.properties
     headers = properties.headers or {}
     users = {name: text(value) for name, value in headers.items() if not name.startswith(_OTHERS)}
@@ -109,19 +108,19 @@ def read(queue: str, message: DeliveredMessage, token: int, unnamed: Callable[[]
 
 
 def attempts(properties: Properties) -> int:
-    """Return how many attempts a message has used: those before it was last published, and its returns since."""
+    """Return how many attempts a message has used: before it was last published, and by its returns since."""
     headers = properties.headers or {}
     return _number(headers.get(ATTEMPT)) + _number(headers.get(_RETURNS))
 
 
 def is_expired(properties: Properties, moment: int) -> bool:
-    """Return whether a message outlived its time while it waited on the ladder; the server sees to all others."""
+    """Return whether a message outlived its time while it waited on the ladder; the server ends all others."""
     expires_at = _number((properties.headers or {}).get(EXPIRES_AT))
     return 0 < expires_at <= moment
 
 
 def expires_at(properties: Properties) -> int | None:
-    """Return when a message outlives its time, as far as it says so."""
+    """Return when a message expires; None if it does not say."""
     late = _number((properties.headers or {}).get(EXPIRES_AT))
     if not late and properties.expiration:
         late = _sent_at(properties) + _number(properties.expiration)
@@ -129,7 +128,7 @@ def expires_at(properties: Properties) -> int | None:
 
 
 def again(properties: Properties, used: int) -> Properties:
-    """Return what a failed message is published with to come back later, `used` attempts behind it."""
+    """Return the properties with which a message is published to come back later, with `used` attempts."""
     headers = _cleaned(properties)
     headers[ATTEMPT] = used
     late = expires_at(properties)
@@ -139,14 +138,14 @@ def again(properties: Properties, used: int) -> Properties:
 
 
 def dead(properties: Properties, used: int, reason: str, error: str, moment: int) -> Properties:
-    """Return what a message is published with as a dead letter."""
+    """Return the properties with which a message is published as a dead letter."""
     headers = _cleaned(properties)
     headers |= {REASON: reason, ERROR: error, DIED_AT: moment, SPENT: used}
     return _copy(properties, headers)
 
 
 def redriven(properties: Properties, edited: Draft | None) -> Properties:
-    """Return what a dead letter is published with to be ready again."""
+    """Return the properties with which a dead letter is published to be ready again."""
     headers = _cleaned(properties)
     for name in (REASON, ERROR, DIED_AT, SPENT, ATTEMPT, EXPIRES_AT):
         headers.pop(name, None)
@@ -189,9 +188,7 @@ def stored(queue: str, message: DeliveredMessage) -> StoredMessage:
 
 
 def _servers_record(deaths: object) -> tuple[str, datetime]:
-    """Return why and when a message died, as the server has it, the latest death first; a stranger may have
-    forged it.
-    """
+    """Return why and when a message died last, by the server's record, which another program may have forged."""
     latest = cast("list[object]", deaths)[0] if isinstance(deaths, list) and deaths else None
     record = cast("dict[str, object]", latest) if isinstance(latest, dict) else {}
     reason, died_at = record.get("reason"), record.get("time")
@@ -202,7 +199,7 @@ def _servers_record(deaths: object) -> tuple[str, datetime]:
 
 
 def of_parcel(queue: str, parcel: Parcel) -> tuple[str, Properties]:
-    """Return where a message that came from elsewhere is published, and with what."""
+    """Return the queue to which a message from another engine is published, and its properties."""
     properties = written(queue, parcel.draft, parcel.id, parcel.draft.ttl, now())
     properties.headers = dict(properties.headers or {}) | {SENT_AT: parcel.sent_at}
     if parcel.attempts:
@@ -218,7 +215,7 @@ def name_of(properties: Properties) -> str:
     name = text((properties.headers or {}).get(ID, "")) or str(properties.message_id or "")
     if len(name) <= KEY_MAX and "\0" not in name:
         return name
-    return f"sha256-{hashlib.sha256(name.encode()).hexdigest()}"  # no other engine, and no inbox, could hold it
+    return f"sha256-{hashlib.sha256(name.encode()).hexdigest()}"  # no other engine and no inbox could hold it whole
 
 
 def _sent_at(properties: Properties) -> int:
@@ -229,7 +226,7 @@ def _sent_at(properties: Properties) -> int:
 
 
 def _kind(properties: Properties, body: bytes) -> int:
-    """Tell JSON from bytes: by the content type, or for want of one by looking."""
+    """Tell JSON from bytes by the content type or, if there is none, by trying to read it."""
     if properties.content_type:
         return JSON if "json" in properties.content_type else BYTES
     try:
@@ -240,18 +237,16 @@ def _kind(properties: Properties, body: bytes) -> int:
 
 
 def _number(value: object) -> int:
-    """Return the number that a stranger may have written into a header; 0 for what can be none of ours."""
+    """Return the number in a header that another program may have written; 0 for one that cannot be ours."""
     try:
         number = int(value)  # type: ignore[call-overload]  # whatever it is
     except (TypeError, ValueError, OverflowError):
         return 0
-    return number if 0 <= number <= NUMBER_MAX else 0
+    return number if 0 <= number <= INSTANT_MAX else 0  # a time, or a count of attempts, which is far lower
 
 
 def _cleaned(properties: Properties) -> dict[str, Any]:
-    """Return the headers without those that the server acts upon, such as deaths, by which it finds what goes in
-    circles.
-    """
+    """Return the headers without those on which the server acts, such as its record of deaths, which stops circles."""
     headers = properties.headers or {}
     return carried(
         {name: value for name, value in headers.items() if not name.startswith(_SERVERS) and name not in _COPIES}
@@ -259,7 +254,7 @@ def _cleaned(properties: Properties) -> dict[str, Any]:
 
 
 def _copy(properties: Properties, headers: dict[str, Any]) -> Properties:
-    """Return all that a foreign producer may have set, but its expiration, with these headers."""
+    """Return the properties that a foreign producer may have set, except the expiration, with these headers."""
     kept = {name: getattr(properties, name) for name in _KEPT}
     return Properties(**kept, delivery_mode=2, headers=headers)
 

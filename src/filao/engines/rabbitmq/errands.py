@@ -1,8 +1,8 @@
 """Calls that take dead letters out and put them back, in order, whatever becomes of their callers.
 
-The server's client ends a channel on which a call is cancelled, and the server then puts back in any order what was
-taken over it. So each such call is a task of its own, which no cancellation of its caller meets while it has anything:
-it is asked to stop at the next message instead, and puts back what it has.
+The client library ends a channel on which a call is cancelled, and the server then puts back in any order what was
+taken over it. So each such call is a task of its own, which is not cancelled with its caller while it has taken
+anything: it is asked to stop at the next message instead, and puts back what it has.
 """
 
 import asyncio
@@ -12,29 +12,29 @@ from typing import Any, TypeVar
 
 from filao.errors import EngineUnavailable
 
-ENDED_WITHIN = 10.0  # seconds that closing leaves them: some thousand dead letters are back by then
+ENDED_WITHIN = 10.0  # seconds that closing waits for errands: enough to put back some thousand dead letters
 
 R = TypeVar("R")
 
 
 @dataclass(eq=False, slots=True)
 class Errand:
-    """One call, as the task sees it that does it."""
+    """The state of one call, shared with the task that does it."""
 
     has_taken: bool = False
-    """It has taken something, or is about to, and must not be cut off."""
+    """Whether it has taken something, or is about to, so that it must not be cancelled."""
     is_left: bool = False
-    """Nobody waits for its result: it is to put back what it has."""
+    """Whether nobody waits for its result any more, so that it should put back what it has."""
 
 
 class Errands:
-    """Those of one process that are under way."""
+    """The errands of one process that are under way."""
 
     def __init__(self) -> None:
         self._under_way: dict[asyncio.Task[Any], Errand] = {}
 
     async def run(self, work: Callable[[Errand], Coroutine[Any, Any, R]]) -> R:
-        """Do it to its end; it goes on to put back what it has when the caller is cancelled."""
+        """Do an errand; if the caller is cancelled, it goes on until it has put back what it has."""
         errand = Errand()
         task = asyncio.get_running_loop().create_task(work(errand))
         self._under_way[task] = errand
@@ -48,7 +48,7 @@ class Errands:
             raise
 
     async def close(self) -> None:
-        """Let all put back what they have, and cut off those that take too long."""
+        """Let all errands put back what they have, and cancel those that take too long."""
         for task, errand in self._under_way.items():
             _leave(task, errand)
         if self._under_way:
@@ -60,7 +60,7 @@ class Errands:
     def _ended(self, task: "asyncio.Task[Any]") -> None:
         del self._under_way[task]
         if not task.cancelled():
-            task.exception()  # which the caller has raised, if it is still there
+            task.exception()  # raised by the caller, if it still waits
 
 
 def _leave(task: "asyncio.Task[Any]", errand: Errand) -> None:

@@ -1,6 +1,6 @@
-"""A queue on its way: its messages as they are taken out for another engine, and published as they come from one.
+"""Moving a queue: its messages are taken out for another engine, or come from one and are published.
 
-What lies on the ladder cannot be reached: it is carried once it has come down.
+Messages on the ladder of delays cannot be reached: they can be moved once they have come down.
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -36,14 +36,14 @@ class RabbitmqMover:
             return f"rabbitmq {call.session.cluster} {self._server.vhost}"
 
     def check(self, queue: Queue, drafts: Sequence[Draft] = ()) -> None:
-        """Raise for a queue that cannot be declared here, or a message that cannot be sent."""
+        """Raise `UnsupportedFeature` or `ConfigurationError` for what cannot be declared, or sent, here."""
         check_rules(queue)
         for draft in drafts:
             check_draft(queue, draft)
 
     @asynccontextmanager
     async def packing(self, queue: str) -> AsyncGenerator[Packing]:
-        """Begin to carry a queue's messages elsewhere; those that were not delivered go back when the block ends."""
+        """Begin to move a queue's messages away; those that were not delivered go back when the block ends."""
         async with self._declared.apart(queue) as call, call.session.aside() as channel:
             call.goes_on()
             rules = self._declared.rules[queue]
@@ -58,26 +58,26 @@ class RabbitmqMover:
                 await packing.give_back()
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
-        """Publish messages that came from elsewhere; those that came before are doubled."""
+        """Publish messages from another engine; those that were published before are doubled."""
         self.check(await self._declared.rules_of(queue), [parcel.draft for parcel in parcels])
         for parcel in parcels:
             async with self._limited():
                 await self._publisher.store(queue, parcel)
 
     async def memory(self, queue: str) -> Memory:
-        """Return that nothing is remembered."""
+        """Return an empty memory."""
         await self._declared.rules_of(queue)
         return Memory()
 
     async def remember(self, queue: str, memory: Memory) -> None:
-        """Refuse groups that are halted; the keys of messages that have ended are not known here."""
+        """Refuse halted groups, and ignore the keys of messages that have ended."""
         await self._declared.rules_of(queue)
         if memory.halted:
             raise refused(queue, f"group {memory.halted[0]!r} is halted", "groups")
 
 
 class QueuePacking(Packing):
-    """Receives the messages, first those that are ready and then the dead letters, and acknowledges what is safe."""
+    """Receives the ready messages, then the dead letters, and acknowledges those that are stored elsewhere."""
 
     def __init__(
         self, channel: Channel, queue: str, unnamed: Callable[[], str], held: Callable[[], Awaitable[int]]
@@ -87,10 +87,10 @@ class QueuePacking(Packing):
         self._unnamed = unnamed
         self._held = held
         self._taken: list[Parcel] = []
-        """Those that were not delivered yet."""
+        """The messages that were not delivered yet."""
 
     async def take(self, limit: int) -> list[Parcel]:
-        """Receive, no more at once than come back in order."""
+        """Receive no more messages at once than the server can put back in order."""
         limit = min(limit, TOGETHER)
         parcels: list[Parcel] = []
         for source in (self._queue, dead_name(self._queue)):
@@ -103,20 +103,20 @@ class QueuePacking(Packing):
         return parcels
 
     async def give_back(self) -> None:
-        """Put back in order what was not delivered; if we die before, the server puts these few back in any order."""
+        """Put back in order what was not delivered; if the process dies, the server puts it back in any order."""
         if self._taken and not self._channel.is_closed:
             with suppress(*AWAY):
                 await self._channel.basic_nack(self._taken[-1].handle, multiple=True, requeue=True)
 
     async def delivered(self, parcels: Sequence[Parcel]) -> None:
-        """Acknowledge, and wait until the server has heard it."""
+        """Acknowledge messages, and wait until the server has done so."""
         for parcel in parcels:
             await self._channel.basic_ack(parcel.handle, wait=False)
         await self._channel.basic_qos(prefetch_count=0, timeout=ANSWERS_WITHIN)
         self._taken = []
 
     async def held(self) -> int:
-        """Count what waits on the ladder, of this queue or another; the server does not tell what consumers hold."""
+        """Count what waits on the ladder, for all queues; the server does not tell what consumers hold."""
         return await self._held()
 
     def _parcel(self, message: DeliveredMessage, *, is_dead: bool) -> Parcel:

@@ -1,6 +1,6 @@
-"""What the dashboard sees of RabbitMQ: dead letters, which are received and given back to be looked at.
+"""What the dashboard sees of RabbitMQ: dead letters, which must be received and given back to be seen.
 
-The server shows nothing of what waits or is held, knows no groups, and has no place for a log.
+The server shows no message that waits or is held, knows no groups, and has no place for a log.
 """
 
 from collections.abc import Awaitable, Sequence
@@ -11,11 +11,11 @@ import msgspec
 from filao.engine import State, StoredMessage
 from filao.overview import Glimpse, HeldGroup, seen_error
 
-LOOKED_AT_MAX = 10_000  # dead letters of one list, and among which one is looked for: all are received for either
+LOOKED_AT_MAX = 10_000  # dead letters that are received to make a list, or to find one
 
 
 class Peek(Protocol):
-    """The engine's own look."""
+    """The engine's own `peek`."""
 
     def __call__(
         self, queue: str, state: State, *, limit: int, after: str | None
@@ -35,7 +35,7 @@ class RabbitmqOverview:
     async def glance(
         self, queue: str, state: State, *, limit: int, after: str | None = None, group: str | None = None
     ) -> list[Glimpse]:
-        """Return dead letters; nothing else can be looked at."""
+        """Return dead letters. Raises `UnsupportedFeature` for other states."""
         if group is not None:
             return []
         found = await self._peek(queue, state, limit=min(limit, LOOKED_AT_MAX), after=after)

@@ -1,4 +1,4 @@
-"""What this process publishes: with confirms, on a connection of its own, and `mandatory`, so that nothing vanishes."""
+"""Publishing: with confirms, on a connection of its own, and `mandatory`, so that no message vanishes."""
 
 import asyncio
 import secrets
@@ -20,12 +20,11 @@ from filao.errors import MessageTooLarge, QueueNotFound
 from filao.moving import Parcel
 from filao.queue import Queue
 
-LARGE = 128 * 1024  # bytes of a body above which it has a channel of its own, which ends when the server refuses it
-
-LARGE_AT_ONCE = 32  # of these channels, by one process; a connection may have 2,047, unless the server says otherwise
+LARGE = 128 * 1024  # bytes; a larger body gets a channel of its own, which ends if the server refuses the body
+LARGE_AT_ONCE = 32  # of these channels in one process; a connection may have 2,047, unless the server says otherwise
 
 Limited = Callable[[], AbstractAsyncContextManager[object]]
-"""Makes a block with the limit of a call on the connection of those who send; it raises `FilaoError` only."""
+"""Makes a block with the time limit of a call on the sending connection; it raises nothing but `FilaoError`."""
 _Ready = tuple[bytes, envelope.Properties, float]  # a body, its properties and its delay
 
 
@@ -42,7 +41,7 @@ class Publisher:
         return f"{secrets.token_hex(8)}-{next(self._numbers)}"
 
     async def send(self, queue: Queue[Any], drafts: Sequence[Draft]) -> list[str]:
-        """Send messages and return their ids. They are on their way together: some may be stored when others fail."""
+        """Send messages and return their ids. They are sent at once: some may be stored though others fail."""
         moment = envelope.now()
         names: list[str] = []
         ready: list[_Ready] = []
@@ -59,17 +58,17 @@ class Publisher:
         return names
 
     async def store(self, queue: str, parcel: Parcel) -> None:
-        """Publish a message that came from elsewhere."""
+        """Publish a message from another engine."""
         place, properties = envelope.of_parcel(queue, parcel)
         delay = 0.0 if parcel.reason else parcel.draft.delay
         await self._publish_all(await self._link.session(), place, [(parcel.draft.content, properties, delay)])
 
     async def again(self, queue: str, message: DeliveredMessage, delay: float, used: int) -> None:
-        """Send a message once more, to come back after `delay` seconds, so many attempts used."""
+        """Send a message again, to come back after `delay` seconds, with `used` attempts."""
         await self._repeat(queue, message, envelope.again(message.header.properties, used), delay)
 
     async def bury(self, delivery: Delivery, message: DeliveredMessage, used: int, reason: str, error: str) -> None:
-        """Send a message to the dead letters of its queue; it has used so many attempts."""
+        """Send a message to the dead letters of its queue, with `used` attempts."""
         properties = envelope.dead(message.header.properties, used, reason, error, envelope.now())
         await self._repeat(dead_name(delivery.queue), message, properties, 0)
 

@@ -1,4 +1,4 @@
-"""What RabbitMQ cannot do is refused, by name, and never imitated unless the queue asked for it. Pure."""
+"""What RabbitMQ cannot do: it is refused by name, and never imitated unless the queue asked for that. Pure."""
 
 from typing import Any
 
@@ -21,9 +21,8 @@ _RULES = {
 }
 _TERMS = {"group": "groups", "dedup_key": "deduplication", "priority": "priorities on quorum queues"}
 _OPT_IN = (
-    "delays, but what resembles them: messages wait in a ladder of queues, to a tenth of a "
-    "second and more, come back behind "
-    'all others, and may double in a crash. Where that will do, declare the queue with emulate=("delay",)'
+    "delays, but what resembles them: messages wait in a ladder of queues, to a tenth of a second and more, come back "
+    'behind all others, and may double in a crash. Where that will do, declare the queue with emulate=("delay",)'
 )
 
 
@@ -35,12 +34,11 @@ def refused(queue: str, what: str, lacks: str) -> UnsupportedFeature:
 
 
 def check_rules(queue: Queue[Any]) -> None:
-    """Raise for a queue that cannot be declared here."""
+    """Raise `UnsupportedFeature` or `ConfigurationError` for a queue that cannot be declared here."""
     if queue.name.endswith(DEAD) or queue.name.startswith(_RESERVED):
         raise ConfigurationError(
-            f"queue name {queue.name!r}: on RabbitMQ, names that end in {DEAD!r} or begin "
-            f"with {' or '.join(_RESERVED)} are "
-            f"taken for other things. Choose another"
+            f"queue name {queue.name!r}: on RabbitMQ, names that end in {DEAD!r} or begin with "
+            f"{' or '.join(_RESERVED)} are taken for other things. Choose another"
         )
     for rule, lacks in _RULES.items():
         value = getattr(queue, rule)
@@ -52,7 +50,7 @@ def check_rules(queue: Queue[Any]) -> None:
 
 
 def check_draft(queue: Queue[Any], draft: Draft) -> None:
-    """Raise for a message that cannot be sent here."""
+    """Raise `UnsupportedFeature` or `ConfigurationError` for a message that cannot be sent here."""
     for term, lacks in _TERMS.items():
         if getattr(draft, term):
             raise refused(queue.name, f"{term}={getattr(draft, term)!r}", lacks)

@@ -1,11 +1,11 @@
-"""Which queues are declared, by which rules: one message in a queue of its own, held by its reader meanwhile.
+"""The register of declared queues and their rules: one message in a queue of its own, held while it is read.
 
-RabbitMQ tells its clients neither which queues there are nor what they were declared with, so Filao keeps a register.
-It is read by taking the message and giving it back, within a millisecond; to change it, a new one is published before
-the old one is acknowledged. Should two be there, after a crash between the two, they are merged.
+RabbitMQ tells its clients neither which queues there are nor how they were declared, so Filao keeps a register. It is
+read by taking the message and giving it back, within a millisecond. To change it, a new message is published before the
+old one is acknowledged. After a crash in between there are two, which are merged.
 
-A producer who may write to the default exchange may put anything into that queue. What is no register is left where it
-is, a rule that cannot be has its default, and both are reported: nobody's queues stop because of it.
+A producer with the right to write to the default exchange can put anything into that queue. A message that is no
+register is left where it is, an impossible rule gets its default, and both are reported: no queue stops because of it.
 """
 
 import asyncio
@@ -33,9 +33,9 @@ from filao.queue import Backoff, Queue, not_found, rules_from_json, rules_to_jso
 
 log: logging.Logger = logging.getLogger("filao.rabbitmq")
 
-LOOKED_AT_MAX = 100  # messages of the register's queue: two after a crash, and what strangers may have put there
-VERSION_MAX = 2**53  # of a page: it is written once for each change of a rule
-HELD_MAX = 10.0  # seconds that somebody else may hold the register: a process that was paused in the middle
+LOOKED_AT_MAX = 100  # messages of the register's queue: two after a crash, and what other programs may have put there
+VERSION_MAX = 2**53  # of a page, which gets a new version with each change of a rule
+HELD_MAX = 10.0  # seconds that another process may hold the register, because it was paused in the middle
 LOOK_AGAIN = 0.005  # seconds
 
 
@@ -55,25 +55,25 @@ class _Hold:
 
     channel: Channel
     messages: list[DeliveredMessage]
-    """What it is read from: one message, as a rule."""
+    """The messages from which it was read: one, as a rule."""
     pages: Pages
     strange: list[str]
-    """What is in its queue and cannot be read, in words."""
+    """Descriptions of what is in its queue but cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """A session of a call's own, and its time."""
+    """A session for a single call, and the call's time limit."""
 
     session: Session
     limit: asyncio.Timeout
 
     def until(self) -> float:
-        """Return when its time is over, by the loop's clock."""
+        """Return when the call's time is over, by the loop's clock."""
         return self.limit.when() or math.inf
 
     def goes_on(self) -> None:
-        """Let what follows take as long as it goes on: it is done piece by piece, and each has a limit of its own."""
+        """Lift the limit: what follows is done piece by piece, and each piece has a limit of its own."""
         self.limit.reschedule(None)
 
 
@@ -84,15 +84,16 @@ class Declared:
         self._server = server
         self.rules: dict[str, Queue] = {}
         self.strange: list[str] = []
-        """What of the register cannot be read, in words."""
+        """Descriptions of what is in the register but cannot be read."""
         self.learnt_at: float = 0.0
         self._coming: asyncio.Task[list[Queue]] | None = None
-        """A look that has not begun to read: it will see all that was declared before somebody joins it."""
+        """A look that has not begun to read, so that it sees all that was declared before a caller joins it."""
         self._looks: set[asyncio.Task[list[Queue]]] = set()
 
     async def learn(self) -> list[Queue]:
-        """Read the register: every declared queue with its rules, by name. Those who come together share a look, which
-        goes on for the others when one of them is cancelled.
+        """Read the register, and return every declared queue with its rules, by name.
+
+        Callers that come together share a look, which goes on for the others when one of them is cancelled.
         """
         if self._coming is None:
             self._coming = asyncio.get_running_loop().create_task(self._look())
@@ -122,10 +123,10 @@ class Declared:
         if look is self._coming:  # it has failed
             self._coming = None
         if not look.cancelled():
-            look.exception()  # which those who waited for it have raised, if there are any left
+            look.exception()  # raised by the callers that waited for it, if any are left
 
     async def read(self, session: Session) -> list[Queue]:
-        """Read the register on a session that is there."""
+        """Read the register on a session."""
         self.rules, strange = await queues(session, self._server)
         for what in strange:
             if what not in self.strange:
@@ -135,20 +136,20 @@ class Declared:
         return list(self.rules.values())
 
     async def rules_of(self, queue: str, *, anew: bool = False) -> Queue:
-        """Return a queue with its rules; the register is read if it is not known, or `anew`. Raises `QueueNotFound`."""
+        """Return a queue with its rules; the register is read for an unknown one, or `anew`. Raises `QueueNotFound`."""
         if anew or queue not in self.rules:
             await self.learn()
         return self.known(queue)
 
     @asynccontextmanager
     async def apart(self, queue: str | None = None) -> AsyncGenerator[Apart]:
-        """Give a session of its own: what goes wrong there costs no lease and leaves no send in doubt.
+        """Open a session for one call: what goes wrong there costs no lease and leaves no send in doubt.
 
-        Connecting and the whole block have one limit. The register is read if a `queue` is given that is not known;
+        Connecting and the whole block share one limit. If an unknown `queue` is given, the register is read, and
         `QueueNotFound` is raised if it is not declared.
         """
         session: Session | None = None
-        within = FAREWELL_WITHIN  # after an error, which may be that the server does not answer
+        within = FAREWELL_WITHIN  # after an error: perhaps the server does not answer
         with cancellable():
             try:
                 async with asyncio.timeout(ANSWERS_WITHIN) as limit:
@@ -167,21 +168,21 @@ class Declared:
                     await session.close(within)
 
     def known(self, queue: str) -> Queue:
-        """Return a queue as of the last look."""
+        """Return a queue as of the last look. Raises `QueueNotFound`."""
         if queue not in self.rules:
             raise not_found(queue, self.rules)
         return self.rules[queue]
 
 
 async def queues(session: Session, server: Server) -> tuple[dict[str, Queue], list[str]]:
-    """Return every declared queue, and in words what of the register cannot be read."""
+    """Return every declared queue, and descriptions of what is in the register but cannot be read."""
     async with _held(session, server) as hold:
         found = {name: _queue(name, page, hold.strange) for name, page in sorted(hold.pages.items())}
         return found, hold.strange
 
 
 async def enter(session: Session, server: Server, queue: Queue[Any]) -> None:
-    """Write down a queue's rules."""
+    """Write a queue's rules into the register."""
     rules = rules_to_json(queue).encode()
     async with _held(session, server) as hold:
         page = hold.pages.get(queue.name)
@@ -191,7 +192,7 @@ async def enter(session: Session, server: Server, queue: Queue[Any]) -> None:
 
 
 async def strike_out(session: Session, server: Server, queue: str, last: Callable[[], Awaitable[None]]) -> None:
-    """Forget a queue; `last` is done, while nobody can declare any, if it was the last that asked for delays."""
+    """Remove a queue; if it was the last that asked for delays, do `last` while nobody can declare another."""
     async with _held(session, server) as hold:
         if hold.pages.pop(queue, None) is None:
             return
@@ -203,7 +204,7 @@ async def strike_out(session: Session, server: Server, queue: str, last: Callabl
 
 @asynccontextmanager
 async def _held(session: Session, server: Server) -> AsyncGenerator[_Hold]:
-    """Hold the register; it goes back by itself when the channel ends, as it does in a process that dies."""
+    """Hold the register; it goes back by itself when the channel ends, even because the process died."""
     await _create(session)
     async with session.aside(confirms=True) as channel:
         until = asyncio.get_running_loop().time() + HELD_MAX
@@ -220,18 +221,15 @@ async def _held(session: Session, server: Server) -> AsyncGenerator[_Hold]:
 def _missing(server: Server, hold: _Hold) -> str:
     others = f" What lies there instead: {'; '.join(hold.strange[:3])}." if hold.strange else ""
     return (
-        f"{server.name}: the register, the one message of the queue {REGISTER!r}, has not "
-        f"been there for {HELD_MAX:g} s. "
-        f"Nothing was done.{others} Either another process holds it: end one that is "
-        "paused, or try again in a minute. Or "
-        "somebody has purged that queue, or filled it: then purge it, delete the exchange "
-        f"{REGISTER!r}, and declare your "
-        f"queues again; their messages are not touched."
+        f"{server.name}: the register, the one message of the queue {REGISTER!r}, has not been there for {HELD_MAX:g} "
+        f"s. Nothing was done.{others} Either another process holds it: end one that is paused, or try again in a "
+        f"minute. Or somebody has purged that queue, or filled it: then purge it, delete the exchange {REGISTER!r}, "
+        "and declare your queues again; their messages are not touched."
     )
 
 
 async def _create(session: Session) -> None:
-    """Create the register; an exchange of its name says that its first message was put there."""
+    """Create the register, unless an exchange of its name shows that this was done."""
     try:
         async with session.aside() as channel:
             await channel.exchange_declare(REGISTER, passive=True, timeout=ANSWERS_WITHIN)
@@ -243,7 +241,7 @@ async def _create(session: Session) -> None:
 
 
 async def _take(channel: Channel) -> _Hold:
-    """Receive what is in the queue, and read it."""
+    """Receive all that is in the register's queue, and read it."""
     hold = _Hold(channel, [], {}, [])
     for _ in range(LOOKED_AT_MAX):
         message = await channel.basic_get(REGISTER, timeout=ANSWERS_WITHIN)
@@ -254,7 +252,7 @@ async def _take(channel: Channel) -> _Hold:
 
 
 def _read(message: DeliveredMessage, hold: _Hold) -> None:
-    """Enter a message's pages, the newest of each queue; one that holds none that can be read is no register."""
+    """Read a message's pages and keep the newest of each queue; a message without a readable one is no register."""
     try:
         entries = msgspec.json.decode(message.body.decode(), type=dict[str, msgspec.Raw])
     except (ValueError, RecursionError):
@@ -284,7 +282,7 @@ def _page(entry: msgspec.Raw) -> Page:
 
 
 def _queue(name: str, page: Page, strange: list[str]) -> Queue[Any]:
-    """Return a queue with its rules; one that cannot be, here or anywhere, has its default, and is told of."""
+    """Return a queue with its rules; an impossible one gets its default, and its description is added to `strange`."""
     kept: dict[str, msgspec.Raw] = {}
     for rule, value in msgspec.json.decode(page.rules, type=dict[str, msgspec.Raw]).items():
         try:

@@ -36,25 +36,22 @@ from filao.forks import cut_off, gate, keep
 from filao.printable import printable
 from filao.urls import checked, hosts, is_bare, shown_url
 
-AWAY = (AMQPError, ChannelInvalidStateError, TimeoutError, OSError)  # what the client raises when something has ended
+AWAY = (AMQPError, ChannelInvalidStateError, TimeoutError, OSError)  # what the client raises when the server is away
 
 log: logging.Logger = logging.getLogger("filao.rabbitmq")
 
-for _name in (
-    "aiormq",
-    "aio_pika",
-):  # what they have to say is raised here too; without a logging setup it is not said twice
+for _name in ("aiormq", "aio_pika"):  # without this, what is raised here would be printed too
     logging.getLogger(_name).addHandler(logging.NullHandler())
 
 wire.install()
 
 VERSION_MIN = (3, 10)  # where quorum queues got message TTLs, and dead letters that cannot be lost on their way
 CONNECTED_WITHIN = 10.0  # seconds
-ANSWERS_WITHIN = 30.0  # seconds for a reply or a confirm; a server that takes longer is as good as away
-FAREWELL_WITHIN = 0.5  # seconds for the farewell of a server that has not answered in time
-STEADY_AFTER = 10.0  # seconds of life after which the end of a session is no sign that the next will be short as well
-LOST_OFTEN = 5  # short sessions one after the other of which we tell
-PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between sessions that were short
+ANSWERS_WITHIN = 30.0  # seconds for a reply or a confirm; a server that takes longer counts as away
+FAREWELL_WITHIN = 0.5  # seconds to close the connection to a server that has not answered in time
+STEADY_AFTER = 10.0  # seconds after which a session no longer counts as short
+LOST_OFTEN = 5  # short sessions in a row after which a warning is logged
+PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between short sessions
 HEARTBEAT = 30  # seconds; a connection without a sign of life for two of them is lost, and its messages are given back
 
 DOUBT = (
@@ -68,10 +65,10 @@ class Server:
 
     def __init__(self, url: str) -> None:
         parts = checked(url)
-        if is_bare(parts.query):  # which the client library would write into its log
+        if is_bare(parts.query):  # the client library would write it into its log
             raise ConfigurationError(
-                f"the URL {shown_url(url)} cannot be read: RabbitMQ takes the password before the "
-                "host, amqp://user:password@host"
+                f"the URL {shown_url(url)} cannot be read: RabbitMQ takes the password before the host, "
+                "amqp://user:password@host"
             )
         user = parts.netloc.rpartition("@")[0]
         nodes = hosts(parts)
@@ -87,7 +84,7 @@ class Server:
         self._transports = _Transports(is_safe=parts.scheme == "amqps")
         self.vhost = vhost
         self.name: str = f"RabbitMQ at {', '.join(named)}, virtual host {vhost!r}"
-        """What it is called in error texts; without the password."""
+        """Its name in error texts, without the password."""
         self.version: str = ""
 
     async def connect(self) -> "Session":
@@ -100,7 +97,7 @@ class Server:
                     connection = _Connection(URL(url), client_properties={"connection_name": "filao"})
                     transport = connection.kwargs["transport_factory"] = _Transport(self._transports)
                     await connection.connect(timeout=CONNECTED_WITHIN)
-            except ValueError:  # whose text may hold the password
+            except ValueError:  # its text may hold the password
                 refused = True
                 break
             except EngineUnavailable as error:
@@ -120,13 +117,14 @@ class Server:
         raise failed or EngineUnavailable(f"{self.name} cannot be reached")
 
     def drop(self) -> None:
-        """Let go of all connections, in whatever state they are; what was received goes back to its queues."""
+        """Close all connections at once, whatever they are doing; what was received goes back to its queues."""
         self._transports.drop()
 
     @contextmanager
     def mapped(self, *, begun: bool = True) -> Generator[None]:
-        """Turn the client's errors into ours, which name the server and say what to do. `begun`: the server may have
-        done something already.
+        """Turn the client's errors into ours, which name the server and say what to do.
+
+        `begun`: the server may have done something already.
         """
         try:
             yield
@@ -134,16 +132,14 @@ class Server:
             raise self.engine_error(error, begun=begun) from error
 
     def engine_error(self, error: BaseException, *, begun: bool = True) -> EngineError | ConfigurationError:
-        """Return what an error of the client or the server means, to a call that has `begun` or has done nothing."""
+        """Return our error for one of the client or the server; `begun`: the server may have done something."""
         said = _said(error)
         match error:
             case AuthenticationError() | ProbableAuthenticationError():
                 return ConfigurationError(
                     f"{self.name} refused us: {said}. Mend the user name or the password in the URL."
                 )
-            case (
-                ConnectionNotAllowed() | ChannelAccessRefused() | InvalidFrameError()
-            ):  # a farewell in place of a welcome
+            case ConnectionNotAllowed() | ChannelAccessRefused() | InvalidFrameError():  # the last: closed at once
                 said = "the user may not use this virtual host, or there is none" if "OpenOk" in said else said
                 return ConfigurationError(
                     f"{self.name} refused us: {said}. Create the virtual host, or grant the user its permissions: "
@@ -162,16 +158,15 @@ class Server:
                 )
             case TimeoutError():
                 return EngineUnavailable(
-                    f"{self.name} has not answered for {ANSWERS_WITHIN:g} s; it blocks "
-                    "those who send while its memory or "
-                    f"its disk runs out, or most nodes of its cluster are away. {DOUBT}"
+                    f"{self.name} has not answered for {ANSWERS_WITHIN:g} s; it blocks those who send while its "
+                    f"memory or its disk runs out, or most nodes of its cluster are away. {DOUBT}"
                 )
             case _:
                 return EngineUnavailable(f"{self.name} is away: {said}. {DOUBT if begun else 'Nothing was done.'}")
 
 
 class _Transports(TransportFactory):
-    """Opens sockets for the client, which does not tell which they are, and knows those that are open."""
+    """Opens sockets for the client, which does not show them, and knows those that are open."""
 
     def __init__(self, *, is_safe: bool) -> None:
         self._inner = TLSTransportFactory() if is_safe else TCPTransportFactory()
@@ -179,20 +174,20 @@ class _Transports(TransportFactory):
         gate.connect(self)
 
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open one."""
+        """Open a socket."""
         reader, writer = await self._inner.create(url, **options)
         self._sockets.add(writer.transport)
         return reader, writer
 
     def drop(self) -> None:
-        """Close all, without a farewell and without an event loop."""
+        """Close all sockets, without a goodbye and without an event loop."""
         for transport in list(self._sockets):
             number = transport.get_extra_info("socket").fileno()
             with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
                 end.shutdown(socket.SHUT_RDWR)
 
     def inherit(self) -> None:
-        """Replace all by nothing, in a child: so it cannot end the sessions of its parent."""
+        """In a child: cut off its ends of the sockets, so that it cannot end the sessions of its parent."""
         for transport in list(self._sockets):
             cut_off(lambda: int(transport.get_extra_info("socket").fileno()))  # noqa: B023 - called at once
             keep(transport)
@@ -206,25 +201,25 @@ class _Transport(TransportFactory):
         self._writer: asyncio.StreamWriter | None = None
 
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open it."""
+        """Open the socket."""
         reader, self._writer = await self._transports.create(url, **options)
         return reader, self._writer
 
     def abort(self) -> None:
-        """Close it at once, with whatever waits to be written: else the client waits without end until it is."""
+        """Close the socket at once and drop what waits to be written, for which the client would wait for ever."""
         if self._writer is not None:
             self._writer.transport.abort()
 
 
 class _Connection(aio_pika.Connection):
-    """A connection that a `Session` closes, or the server, or that never opened: when it is collected, all is done."""
+    """A connection that needs no closing when it is collected: a `Session` or the server has closed it before."""
 
     def __del__(self) -> None:
-        """Do not begin to close it, as the client would, where no event loop may run."""
+        """Do nothing, where the client's own would try to close it, perhaps without an event loop."""
 
 
 class Session:
-    """One connection, while it lasts."""
+    """One connection to the server, while it lasts."""
 
     def __init__(self, connection: aio_pika.Connection, abort: Callable[[], None]) -> None:
         self._connection = connection
@@ -236,7 +231,7 @@ class Session:
         inner = cast("aiormq.Connection | None", connection.transport and connection.transport.connection)
         self._channels: Sized = () if inner is None else inner.channels
         self._channels_max: int = 0 if inner is None else inner.connection_tune.channel_max or 0
-        """How many the server allows at once; 0: as many as can be numbered."""
+        """How many the server allows at once; 0: no limit of its own."""
         properties = {} if inner is None else inner.server_properties
         self.version: str = str(properties.get("version", "0"))
         self.cluster: str = str(properties.get("cluster_name", ""))
@@ -246,16 +241,16 @@ class Session:
 
     @property
     def is_open(self) -> bool:
-        """Return whether it can still be used."""
+        """Whether it can still be used."""
         return not self._ended.done()
 
     def when_ended(self, call: Callable[[], None]) -> None:
-        """Call back once it has ended, from whichever side."""
+        """Call back once it has ended, whichever side ended it."""
         self._ended.add_done_callback(lambda _: call())
 
     @contextmanager
     def hurrying(self, limit: asyncio.Timeout) -> Generator[None]:
-        """Let what waits for the server end soon after its connection: one that waits for room to write is not told."""
+        """End a wait for the server soon after its connection, whose end a caller that waits to write does not see."""
         now = asyncio.get_running_loop().time
 
         def hurry(_: object) -> None:
@@ -269,8 +264,9 @@ class Session:
             self._ended.remove_done_callback(hurry)
 
     async def channel(self, *, confirms: bool = False) -> Channel:
-        """Open a channel. Raises `ConfigurationError` for one more than the server allows: asked for it, the server
-        would end the connection, and with it every lease.
+        """Open a channel. Raises `ConfigurationError` when the server allows no more.
+
+        If it were asked for one more, the server would end the connection, and with it every lease.
         """
         if self._channels_max and len(self._channels) >= self._channels_max:
             raise ConfigurationError(
@@ -280,21 +276,21 @@ class Session:
             )
         channel = self._connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
         try:
-            async with asyncio.timeout(ANSWERS_WITHIN):  # the library's own limit does not reach the server's answer
+            async with asyncio.timeout(ANSWERS_WITHIN):  # the library's own limit does not cover the server's answer
                 await channel.initialize()
-        except RuntimeError as error:  # what aio-pika says of a connection that has just ended
+        except RuntimeError as error:  # aio-pika's error for a connection that has just ended
             raise ConnectionResetError(str(error)) from error
         return cast("Channel", await channel.get_underlay_channel())
 
     async def publishing(self) -> Channel:
         """Return the channel on which messages are published and confirmed."""
-        async with self._opening:  # all publish on one, and nobody overtakes those who wait until it is open
+        async with self._opening:  # all publish on one channel, and nobody overtakes those that wait for it to open
             if self._publishing is None or self._publishing.is_closed:
                 self._publishing = await self.channel(confirms=True)
             return self._publishing
 
     async def renew_publishing(self) -> None:
-        """Publish on another channel from now on: one that met a queue without a leader is refused for ever (3.10)."""
+        """Publish on another channel from now on: on 3.10, one that met a queue without a leader never works again."""
         channel, self._publishing = self._publishing, None
         if channel is not None and not channel.is_closed:
             async with asyncio.timeout(CONNECTED_WITHIN):
@@ -302,9 +298,9 @@ class Session:
 
     @asynccontextmanager
     async def aside(self, *, confirms: bool = False) -> AsyncGenerator[Channel]:
-        """Open a channel for what may fail: an error ends its channel, and all that runs on it."""
+        """Open a channel for what may fail: an error ends the channel, and all that runs on it."""
         channel = await self.channel(confirms=confirms)
-        within = FAREWELL_WITHIN  # after an error, which may be that the server does not answer
+        within = FAREWELL_WITHIN  # after an error: perhaps the server does not answer
         try:
             yield channel
             within = CONNECTED_WITHIN
@@ -315,7 +311,7 @@ class Session:
                         await channel.close()
 
     async def depth(self, queue: str) -> int | None:
-        """Return how many messages are ready in one of the server's queues; None when there is no such queue."""
+        """Return how many messages are ready in a queue of the server; None when there is no such queue."""
         try:
             async with self.aside() as channel:
                 return (await channel.queue_declare(queue, passive=True, timeout=ANSWERS_WITHIN)).message_count or 0
@@ -323,15 +319,13 @@ class Session:
             return None
 
     async def close(self, within: float = CONNECTED_WITHIN) -> None:
-        """End it; what was received and not settled goes back to its queues. The server's farewell is waited for
-        `within` so many seconds.
-        """
+        """Close it, and wait `within` so many seconds for the server; what was not settled goes back to its queues."""
         with suppress(*AWAY):
             async with asyncio.timeout(within):
                 await self._connection.close()
         if not self._connection.is_closed:
             self._abort()
-            await self._connection.close()  # which had failed, and now only notes that it is closed
+            await self._connection.close()  # its first close failed; now it only notes that it is closed
         self._end()
 
     def _end(self, *why: object) -> None:
@@ -341,7 +335,7 @@ class Session:
 
 
 class Link:
-    """A session that is opened when it is needed, and anew after it was lost."""
+    """A session that is opened when it is needed, and again after it was lost."""
 
     def __init__(self, server: Server, ended: Callable[[], None]) -> None:
         self._server = server
@@ -350,11 +344,11 @@ class Link:
         self._lock = asyncio.Lock()
         self._pause = 0.0
         self._short = 0
-        """How many sessions one after the other were short."""
+        """How many sessions in a row were short."""
 
     async def session(self) -> Session:
-        """Return a session that is open; when one has ended soon after it was opened, after a pause."""
-        async with self._lock:  # nobody overtakes those who wait until it is open: sends keep their order
+        """Return an open session; if the last one was short, only after a pause."""
+        async with self._lock:  # nobody overtakes those that wait for it to open: sends keep their order
             if self._session is None or not self._session.is_open:
                 await self._rest()
                 self._session = await self._server.connect()
@@ -362,7 +356,7 @@ class Link:
             return self._session
 
     async def _rest(self) -> None:
-        """Pause, longer each time, if the last session was short: what ended it may still be there."""
+        """Pause, longer each time, if the last session was short: what ended it may still go on."""
         now = asyncio.get_running_loop().time()
         if self._session is None or now - self._session.opened_at > STEADY_AFTER:
             self._pause, self._short = 0.0, 0
@@ -378,7 +372,7 @@ class Link:
         self._pause = min(2 * self._pause or PAUSE_FIRST, PAUSE_MAX)
 
     async def close(self, within: float = CONNECTED_WITHIN) -> None:
-        """End the session; the server's farewell is waited for `within` so many seconds."""
+        """Close the session, and wait `within` so many seconds for the server."""
         session, self._session = self._session, None
         if session is not None:
             await session.close(within)
@@ -389,6 +383,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _said(error: BaseException) -> str:
-    """Return the words of the server, which hide among the arguments of the client's exceptions."""
+    """Return the server's words, which are among the arguments of the client's exceptions."""
     words = [str(part) for part in error.args if isinstance(part, str | bytes) and part]
     return (words[-1] if words else str(error) or type(error).__name__).strip().rstrip(".")

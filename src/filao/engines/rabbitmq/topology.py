@@ -1,11 +1,11 @@
 """What Filao declares on a server: the names and arguments of its queues and exchanges.
 
-A queue `claims` is the quorum queue `claims`; what dies goes to `claims.dead`, on the server's own account when a
-message outlives its time. At-least-once dead-lettering keeps a message until its dead letter is confirmed.
+A queue `claims` is the quorum queue `claims`; its dead letters go to `claims.dead`. The server itself moves a message
+there that outlives its time. At-least-once dead-lettering keeps a message until its dead letter is confirmed.
 
-Delays are imitated by a ladder of 28 queues, of which the kth holds whatever passes through it for 2^k units (as
-NServiceBus and Celery do). The routing key spells the delay in binary, so that a message climbs down through the steps
-whose bits are set, each step's queue handing it to the next exchange when its time is up.
+Delays are imitated by a ladder of 28 queues, of which the kth holds each message for 2^k units (NServiceBus and Celery
+do the same). The routing key spells the delay in binary. So a message climbs down through the steps whose bits are set,
+and each step's queue hands it to the next exchange when its time is up.
 """
 
 from typing import Any
@@ -19,19 +19,19 @@ from filao.queue import Queue
 STEPS = 28
 UNIT = 0.1  # seconds that the lowest step lasts: delays are rounded up to it
 DELAY_MAX = (2**STEPS - 1) * UNIT  # seconds: 310 days
-RETURNS_MAX = 1_000_000_000  # any limit at all makes a returned message go to the head; Filao counts attempts itself
+RETURNS_MAX = 1_000_000_000  # any limit makes a returned message go to the head; Filao counts attempts itself
 DEAD = ".dead"
 DELAY = "filao.delay"
-UNDELIVERED = "filao.undelivered"  # what came down the ladder for a queue that had been deleted
+UNDELIVERED = "filao.undelivered"  # holds what came down the ladder for a queue that had been deleted
 REGISTER = "filao.queues"
-PROBE = "filao.probe."  # queues of the doctor, who looks whether the server passes on what expires
+PROBE = "filao.probe."  # begins the names of queues by which the doctor tests whether expired messages are passed on
 
 QUORUM: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": RETURNS_MAX}
 SAFE_DEATH = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
 
 
 def dead_name(queue: str) -> str:
-    """Return where the dead letters of a queue are."""
+    """Return the name of the queue that holds a queue's dead letters."""
     return queue + DEAD
 
 
@@ -45,16 +45,15 @@ def route(queue: str, delay: float) -> tuple[str, str]:
 
 
 async def declare_queue(channel: Channel, queue: Queue[Any]) -> None:
-    """Create a queue and the one for its dead letters; if they are there with other arguments, the server says so."""
+    """Create a queue and that of its dead letters. Raises `ConfigurationError` if they exist with other arguments."""
     death = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead_name(queue.name)}
     for name, arguments in ((queue.name, QUORUM | SAFE_DEATH | death), (dead_name(queue.name), QUORUM)):
         try:
             await channel.queue_declare(name, durable=True, arguments=dict(arguments))
         except ChannelPreconditionFailed as error:
             raise ConfigurationError(
-                f"queue {queue.name!r}: {name!r} is on the server already, with other arguments: "
-                f"{error.args[-1]}. Filao needs "
-                f"{arguments}. Move what is in it elsewhere and delete it there, or choose another name."
+                f"queue {queue.name!r}: {name!r} is on the server already, with other arguments: {error.args[-1]}. "
+                f"Filao needs {arguments}. Move what is in it elsewhere and delete it there, or choose another name."
             ) from None
 
 
@@ -81,7 +80,7 @@ def ladder() -> list[str]:
 
 
 async def remove_ladder(channel: Channel) -> None:
-    """Delete the ladder, which nobody needs any more."""
+    """Delete the ladder, which no queue needs any more."""
     for name in [*ladder(), UNDELIVERED]:
         await channel.queue_delete(name)
         await channel.exchange_delete(name)
@@ -94,7 +93,7 @@ async def bind_to_ladder(channel: Channel, queue: str) -> None:
 
 
 def _step(step: int) -> str:
-    """Return the name of a step's exchange and queue; below the lowest lie the queues themselves."""
+    """Return the name of a step's exchange and queue; below the lowest is the exchange of the queues themselves."""
     return f"{DELAY}.{step:02}" if step >= 0 else DELAY
 
 

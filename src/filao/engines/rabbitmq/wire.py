@@ -1,10 +1,9 @@
-"""What a stranger wrote, read so that nothing of it can end our connection, and written so that AMQP can carry it
-again.
+"""Reading what other programs wrote, so that it cannot end our connection, and writing it so that AMQP can carry it.
 
-The client library decodes each frame in the task that reads the connection. What it raises there ends the connection,
-the message goes back to the head of its queue, and the next connection ends as well. So the decoders that raise are
-replaced by ones that read what they can and mark it: `Mended` text and `MendedTable`s. What reads the message
-makes it `malformed`. What the library decodes by itself is decoded as before.
+The client library decodes each frame in the task that reads the connection. An error there ends the connection, the
+message goes back to the head of its queue, and ends the next connection, too. So the decoders that raise are replaced
+by ones that read what they can and mark it as `Mended` text or a `MendedTable`; the message is then `malformed`. What
+the library can decode is decoded as before.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,9 +16,7 @@ import pamqp.encode
 from pamqp.commands import Basic
 
 DEPTH_MAX = 32  # tables within tables that we read and write again: a record of deaths has 3
-HEADERS_MAX = (
-    64 * 1024
-)  # bytes of headers that we write again: one frame holds 128 KiB, a dead letter's error 8 KiB of it
+HEADERS_MAX = 64 * 1024  # bytes of headers that we write again: a frame holds 128 KiB, a dead letter's error takes 8
 SHORT_MAX = 255  # bytes of AMQP's short strings: its ids and the names of headers
 TEXT_MAX = 1_000  # characters that stand for a value that cannot be written again
 NO_DATE = datetime(1970, 1, 1, tzinfo=UTC)
@@ -32,7 +29,7 @@ _TEXTS = (
 
 
 class Mended(str):
-    """Text that was not UTF-8: an escape stands for each byte that is none."""
+    """Text that was not UTF-8: an escape stands for each wrong byte."""
 
     __slots__ = ()
 
@@ -42,7 +39,7 @@ class MendedTable(dict[str, Any]):
 
 
 def trouble(properties: Basic.Properties) -> str:
-    """Return what of a message's properties could not be read, empty when all could."""
+    """Return which of a message's properties could not be read, and why; empty when all could."""
     if isinstance(properties.headers, MendedTable):
         return "its headers are no table that AMQP knows, or hold a name that is not UTF-8, or are nested too deeply"
     for name in _TEXTS:
@@ -62,8 +59,8 @@ def text(value: object) -> str:
 
 
 def carried(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return headers as AMQP can carry them once more: a value that it cannot becomes a text, and the largest
-    ones go.
+    """Return headers that AMQP can carry again: other values become text, and if it is too much, the largest are left
+    out.
     """
     kept: dict[str, Any] = {}
     sizes: dict[str, int] = {}
@@ -83,13 +80,13 @@ def _carried(value: object) -> Any:
         if _depth(value) <= DEPTH_MAX:
             pamqp.encode.encode_table_value(value)  # type: ignore[arg-type]  # raises for what it does not know
             return value
-    except Exception:  # noqa: S110  # whatever it is, AMQP cannot carry it as it stands
+    except Exception:  # noqa: S110  # whatever was raised, AMQP cannot carry the value as it stands
         pass
     return text(value)[:TEXT_MAX]
 
 
 def _depth(value: object) -> int:
-    """Return how deep a value is nested, or a little more than `DEPTH_MAX`."""
+    """Return how deep a value is nested; one more than `DEPTH_MAX` if it is deeper than that."""
     depth, level = 0, [value]
     while level and depth <= DEPTH_MAX:
         depth += 1
@@ -103,7 +100,7 @@ def _inside(value: object) -> Iterable[object]:
     return cast("list[object]", value) if isinstance(value, list) else ()
 
 
-# --- the decoders that we put in place of the library's --------------------------------------------------------------
+# --- the decoders that replace the library's -------------------------------------------------------------------------
 
 _Decoder = Callable[[bytes], tuple[int, Any]]
 
@@ -113,7 +110,7 @@ _field_table: _Decoder = pamqp.decode.field_table
 
 
 def read_timestamp(value: bytes) -> tuple[int, datetime]:
-    """Read a timestamp; one that is no date, because its sender counts milliseconds or less, as the first instant."""
+    """Read a timestamp; one that is no date, perhaps because its sender counts milliseconds, becomes `NO_DATE`."""
     try:
         return _timestamp(value)
     except (ValueError, OverflowError, OSError):
@@ -130,7 +127,7 @@ def read_short_text(value: bytes) -> tuple[int, str]:
 
 
 def _mended(content: bytes) -> str:
-    """Return text with an escape for each byte that is none, cut to what a short string holds: escapes are longer."""
+    """Return text with an escape for each wrong byte, cut to what a short string can hold."""
     return content.decode(errors="backslashreplace").encode()[:SHORT_MAX].decode(errors="ignore")
 
 
@@ -165,7 +162,7 @@ def _items(content: bytes, depth: int) -> list[Any]:
 
 
 def _value(content: bytes, depth: int) -> tuple[int, Any]:
-    """Return how many bytes a value takes, and it; what is of no known type takes all that is left."""
+    """Return how many bytes a value takes, and the value; one of an unknown type takes all that is left."""
     kind, rest = content[:1], content[1:]
     if kind in (b"F", b"A"):
         end = min(4 + int.from_bytes(rest[:4]), len(rest))
@@ -181,6 +178,6 @@ def _value(content: bytes, depth: int) -> tuple[int, Any]:
 
 
 def install() -> None:
-    """Put them in place of the library's, which looks its decoders up in these two tables."""
+    """Replace the library's decoders, which it looks up in these two tables."""
     pamqp.decode.METHODS |= {"timestamp": read_timestamp, "shortstr": read_short_text, "table": read_table}
     pamqp.decode.TABLE_MAPPING[b"T"] = read_timestamp

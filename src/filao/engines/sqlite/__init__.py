@@ -1,6 +1,4 @@
-"""SQLite as an engine: `engine.py` on the event loop, `database.py` in its thread, `verbs.py` and `operators.py` in
-SQL.
-"""
+"""SQLite as an engine: `engine.py` on the event loop, `database.py` in its thread, the verbs in SQL."""
 
 from filao.engines.sqlite.engine import SqliteEngine
 

@@ -1,8 +1,8 @@
-"""Copies of a live queue that are whole, and putting one back.
+"""Whole copies of a live queue, and how to put one back.
 
-A copy is made by SQLite's own backup, of one moment, while others send and receive: with the file alone, as `cp` copies
-it, would go what its WAL holds, and what is written meanwhile would be half in it. A copy is a single file without a
-WAL, which keeps all: messages, leases, dead letters, counters, deduplication keys, and the user's own tables.
+SQLite's own backup makes a copy of one moment, while others send and receive. `cp` would copy the file without its WAL,
+and only half of what is written meanwhile. A copy is a single file without a WAL, and holds everything: messages,
+leases, dead letters, counters, deduplication keys, and the user's own tables.
 """
 
 import os
@@ -20,14 +20,14 @@ from filao.engines.sqlite.turnstile import Turnstile
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 _PARTS = ("", "-wal", "-shm")
-_KEPT_MAX = 1_000  # files that were replaced and still lie beside the one that replaced them
+_KEPT_MAX = 1_000  # replaced files that are kept beside a file
 
 
 def back_up(path: Path, copy: Path) -> int:
     """Copy a queue's file, which others may be using, to a new file; return its size in bytes."""
     if not path.exists():
         raise ConfigurationError(f"no such file: {path}")
-    if os.path.lexists(copy):  # a link that leads nowhere too
+    if os.path.lexists(copy):  # even a link that leads nowhere
         raise ConfigurationError(
             f"{copy} exists, and a backup overwrites nothing: give another name, or remove it first"
         )
@@ -45,10 +45,10 @@ def back_up(path: Path, copy: Path) -> int:
 
 
 def restore(copy: Path, path: Path) -> Path | None:
-    """Put a backup in a queue's place; return where the file that it replaced is kept, with its WAL.
+    """Put a backup in a queue's place; return where the replaced file is kept, with its WAL.
 
-    Processes that have the replaced file open notice it, and confirm nothing any more. What was leased when the backup
-    was made is leased until its lease ends, or until somebody who waits finds its holder dead.
+    Processes that have the replaced file open notice it, and confirm nothing more. A message that was leased when the
+    backup was made stays leased until its lease ends, or until a waiting process finds its holder dead.
     """
     path = files.resolved(path)
     if not copy.is_file():
@@ -91,18 +91,18 @@ def _turn(turnstile: Turnstile, path: Path, folder: Path) -> Generator[None]:
 
 @contextmanager
 def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Path]:
-    """Make an empty file beside another one, for the same user, and remove what is left of it."""
+    """Make an empty file beside another one, for the same user; on leaving, remove it if it is still there."""
     partial = path.with_name(path.name + end)
     try:
         fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
         raise ConfigurationError(
-            f"{partial} is there already: another backup is being made, or one was "
-            "interrupted. Remove it if nobody is at it"
+            f"{partial} is there already: another backup is being made, or one was interrupted. Remove it if nobody "
+            "is at it"
         ) from error
     try:
         if like is not None:
-            with suppress(PermissionError):  # the group's file becomes ours; it can be given back
+            with suppress(PermissionError):  # if the file is only shared with our group, the new one is ours
                 os.fchown(fd, like.st_uid, like.st_gid)
                 os.fchmod(fd, stat.S_IMODE(like.st_mode))
         os.close(fd)
@@ -113,7 +113,7 @@ def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Pat
 
 
 def _copy(source: sqlite3.Connection, partial: Path, *, cookie: int = 0) -> None:
-    """Copy what a connection sees in one transaction, and look whether the copy is whole."""
+    """Copy what a connection sees in one transaction, and check the copy."""
     with closing(sqlite3.connect(partial, isolation_level=None)) as target:
         source.backup(target)
         target.execute("PRAGMA journal_mode = DELETE")  # a single file, until it is opened as a queue
@@ -131,7 +131,7 @@ def _check_backup(copy: Path) -> None:
     with files.mapped(copy), closing(sqlite3.connect(f"{copy.absolute().as_uri()}?mode=ro", uri=True)) as db:
         with scrutiny.bounded(db, copy):
             wrong = "; ".join(scrutiny.differences(db))
-        if wrong:  # told now: once it lies in the queue's place it is too late
+        if wrong:  # in the queue's place, it would be found too late
             raise EngineError(f"{copy} is no backup that Filao made, or is damaged: {wrong}. Nothing was changed")
         version = files.schema_version(db)
         if not 0 < version <= len(files.MIGRATIONS):
@@ -141,7 +141,7 @@ def _check_backup(copy: Path) -> None:
 
 
 def _replace(path: Path, partial: Path) -> Path | None:
-    """Put a file in another's place, in a turn, and return where that is kept; see `_keep` for interruptions."""
+    """Put a file in another's place, in a turn, and return where the other is kept; see `_keep` for interruptions."""
     kept = _keep(path)
     partial.rename(path)
     for part in ("-wal", "-shm"):
@@ -151,16 +151,15 @@ def _replace(path: Path, partial: Path) -> Path | None:
 
 
 def _keep(path: Path) -> Path | None:
-    """Give a file and its WAL second names, by which together they are still what they were.
+    """Give a file and its WAL second names, under which they still belong together.
 
-    Whatever interrupts a restore, nothing is lost, and who opens the file is told: it has two names, or a WAL that
-    is not its own. The next restore goes on with the same names.
+    Whatever interrupts a restore, nothing is lost, and opening the file fails with an error that says why: it has two
+    names, or a WAL that is not its own. The next restore goes on with the same names.
     """
     wal = _beside(path, "-wal")
     there = [""] if path.exists() else []
-    if (
-        wal.exists() and wal.stat().st_nlink == 1
-    ):  # else an interrupted restore has kept it, with the file that it belongs to
+    was_kept = wal.exists() and wal.stat().st_nlink > 1  # by an interrupted restore, with the file that it belongs to
+    if wal.exists() and not was_kept:
         there.append("-wal")
     if not there:
         return None
@@ -183,7 +182,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _try(path: Path) -> None:
-    """Open the file as a queue once, so that whatever is wrong with it shows now."""
+    """Open the file as a queue once, so that an error in it shows now."""
     database = Database(path, durable=True, clock=time.time, wake=lambda _: None)
     try:
         database.open()

@@ -1,9 +1,9 @@
-"""A bell for each process: a FIFO beside the database that wakes its owner, and that tells when its owner is dead.
+"""A bell for each process: a FIFO beside the database that wakes its owner, and shows when its owner is dead.
 
-The owner holds the reading end. Others ring by writing the number of a queue into it, when they commit what gives the
-owner something to look for. The kernel closes the reading end when the owner dies, however it dies, and from then on
-opening the FIFO for writing fails: so a bell that nobody can ring belongs to a dead process, whose leases may be taken
-over at once. This is only an accelerator. A lease that runs out is the truth, and without bells everything still works.
+The owner holds the reading end. Others ring by writing the number of a queue into it, when they commit what the owner
+waits for. When the owner dies, however that happens, the kernel closes the reading end, and opening the FIFO for
+writing fails: a bell that cannot be rung belongs to a dead process, whose leases may be taken over at once. Bells only
+make this faster: a lease also ends when its time is over, and without bells everything still works.
 """
 
 import errno
@@ -16,10 +16,10 @@ from collections.abc import Collection, Iterable
 from filao.engines.sqlite.folder import Folder
 
 _RING = struct.Struct("=q")
-_READ_MAX = 4096  # bytes: a FIFO's reader takes all rings that came together
+_READ_MAX = 4096  # bytes: takes all rings that came together
 _ROPES_MAX = 256  # writing ends that are kept open
-MISSED_FOR = 1.0  # seconds that a bell must be gone: by then its owner, if it lives, has noticed and works no more
-_ENTERED_WITHIN = 60.0  # seconds from the hanging of a bell until its owner is entered, at most
+MISSED_FOR = 1.0  # seconds that a bell must be gone: by then its owner, if it lives, has noticed and stopped working
+_ENTERED_WITHIN = 60.0  # seconds, at most, between making a bell and entering its owner in the file
 
 
 class Bell:
@@ -38,7 +38,7 @@ class Bell:
             raise
 
     def heard(self) -> set[int]:
-        """Return the queues that were rung for since the last call."""
+        """Return the numbers of the queues that others rang for since the last call."""
         try:
             rings = os.read(self.reader, _READ_MAX)
         except BlockingIOError:
@@ -47,12 +47,12 @@ class Bell:
         return {number for (number,) in _RING.iter_unpack(rings[:whole])}
 
     def close(self) -> None:
-        """Take the bell down."""
+        """Close the bell and remove it."""
         self._folder.remove_bell(self.name)
         self.let_go()
 
     def let_go(self) -> None:
-        """Close this process's ends, and leave the FIFO to the process that owns it: for a child after a fork."""
+        """Close this process's ends but leave the FIFO to its owner: for a child after a fork."""
         for end in (self.reader, self._writer):
             if end >= 0:
                 os.close(end)
@@ -60,24 +60,24 @@ class Bell:
 
 
 class Belfry:
-    """The bells beside a file: this process's own, and those of the others, as this one rings them.
+    """The bells beside a file: this process's own, and those of others, which it rings.
 
     Without a folder there are none, and nobody is known to be dead.
     """
 
     def __init__(self, folder: Folder | None) -> None:
         self.own: Bell | None = None
-        """The bell of this process, once it is entered among those that receive."""
+        """The bell of this process, once the process is entered among those that receive."""
         self._folder = folder
         self._ropes: dict[str, int] = {}
-        """The writing ends that were opened: a process that was rung for once will be again."""
+        """The writing ends that are open, by name: whoever was rung once will be rung again."""
         self._missed: dict[str, float] = {}
         """The bells that are not where they should be, and since when (`time.monotonic`)."""
 
     def make(self) -> Bell | None:
-        """Make a bell for this process; None where there are none. It is its `own` once others can know of it.
+        """Make a bell for this process; None where bells cannot be made. The caller sets `own` once others know of it.
 
-        Raises `OSError` when no file descriptor is left, which passes: without a bell, it would have none for ever.
+        Raises `OSError` when no file descriptor is left: that passes, but None would mean no bell for ever.
         """
         if self._folder is None or not hasattr(os, "mkfifo"):
             return None
@@ -86,23 +86,24 @@ class Belfry:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
-            return None  # a file system without FIFOs: polling finds what no bell tells
+            return None  # a file system without FIFOs; there polling has to do
 
     def ring(self, name: str, queue: int) -> None:
-        """Wake the owner of a bell. Never fails: a ring is a hint, and a commit must not depend on it."""
+        """Wake the owner of a bell. It never fails: a ring is a hint, and a commit must not depend on it."""
         try:
             rope = self._ropes.get(name, -1)
             os.write(rope if rope >= 0 else self._take(name), _RING.pack(queue))
         except BlockingIOError:
-            pass  # its FIFO is full of rings: it needs no more of them
+            pass  # its FIFO is full of rings and needs no more
         except OSError:
-            self._drop(name)  # it is dead, or we have no file descriptor left: one that lives finds it by polling
+            self._drop(name)  # the owner is dead, or no descriptor is left: a living owner will find out by polling
 
     def is_alive(self, name: str) -> bool:
         """Return whether the process that owns this bell lives; True whenever that cannot be told.
 
-        A living process has its bell here from before it was entered until after it was struck off, and one that loses
-        it stops to work (see `ground.py`). So a bell that is gone for a while belongs to the dead too.
+        The bell of a living process is made before the process is entered and removed after it is struck off, and a
+        process that loses its bell stops working (see `ground.py`). So the owner of a bell that is gone for a while is
+        dead, too.
         """
         if self._folder is None:
             return True
@@ -116,7 +117,7 @@ class Belfry:
         return True
 
     def dead(self, among: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
-        """Return the processes, of those with these bells, that tell that they are dead; this one never does."""
+        """Return those of these processes, given with their bells, that are known to be dead; never this one."""
         own = self.own.name if self.own is not None else ""
         return [(process, bell) for process, bell in among if bell not in ("", own) and not self.is_alive(bell)]
 
@@ -140,14 +141,14 @@ class Belfry:
         return [name for name in unknown if not self.is_alive(name)]
 
     def close(self) -> None:
-        """Take this process's own bell down, and let go of all the others."""
+        """Close and remove this process's own bell, and close the others."""
         own, self.own = self.own, None
         self.let_go()
         if own is not None:
             own.close()
 
     def let_go(self) -> None:
-        """Let go of all the bells, and leave this process's own where it is: for a child after a fork."""
+        """Close all bells but remove none: for a child after a fork."""
         for name in list(self._ropes):
             self._drop(name)
         if self.own is not None:

@@ -1,7 +1,7 @@
 """The books of one SQLite transaction: each queue's row, read once, counted in memory, written back at the end.
 
-What moves a message from state to state stands in `moves.py`. Books live as long as the transaction that they belong
-to, whose opening and commit are the caller's.
+`moves.py` moves messages from state to state. Books live as long as their transaction, which the caller opens and
+commits.
 """
 
 import os
@@ -17,11 +17,11 @@ from filao.queue import Queue, not_found, rules_from_json
 
 READY, DELAYED, LEASED, BLOCKED, DEAD = 2, 3, 4, 5, 6
 STATES = {READY: "ready", DELAYED: "delayed", LEASED: "leased", BLOCKED: "blocked", DEAD: "dead"}
-NO_TOKEN = -(2**62)  # 8 bytes, as every token, so that a lease is written in place
-TOKEN_MIN = 2**62  # and so is a lease's
+NO_TOKEN = -(2**62)  # takes 8 bytes, as every token does, so that a lease is written in place
+TOKEN_MIN = 2**62
 TOKENS_PER_PROCESS = 2**32
-NUMBERS_AHEAD = 100  # message numbers that are noted as given before they are: one note for so many lone sends
-QUEUES_KEPT_MAX = 64  # queues of which a process keeps in mind what it knows: some 100 KiB
+NUMBERS_AHEAD = 100  # message numbers that are stored as given before they are: one write for so many lone sends
+QUEUES_KEPT_MAX = 64  # queues whose rows a process keeps between transactions: some 100 KiB
 DEDUP_KEY, MESSAGE_ID = 0, 1
 _GIVEN_ID = re.compile(r"([0-9a-f]{16})-([0-9]{1,18})")
 
@@ -40,8 +40,8 @@ _COUNT_REASON = """
 _INSERT_EVENT = """
     INSERT INTO filao_event (queue, message, at, until, what, attempt, by, detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 """
-# Python gives its lock up around each step of a statement, and must get it back from the busy event loop: so a
-# statement takes many rows at once. The sizes are few, so that every statement is compiled once.
+# Python releases its lock around each step of a statement, and must get it back from the busy event loop. So a
+# statement takes many rows at once. There are few sizes, so that every statement is compiled once.
 ROWS_AT_ONCE = (256, 64, 16, 4, 1)
 _INSERTS = {
     rows: f"""
@@ -84,17 +84,17 @@ class QueueRow:
         self._loaded = row[3:]
         self.count: dict[str, int] = dict(zip(COUNTERS, row[3:], strict=True))
         self.reasons: list[tuple[str, int, int]] = []
-        """Of dead letters: why, how many more lie there, and how many have died."""
+        """Changes to the counts of dead letters: the reason, how many more there are now, and how many have died."""
         self.fresh: bool = False
-        """Whether a message has become ready, or was left by one who took others."""
+        """Whether a message has become ready, or was left by a receiver that took others."""
         self.delayed: int = 0
-        """How many were delayed: those who wait must learn when each is due."""
+        """How many were delayed: those that wait must learn when each is due."""
         self.nobody_to_call: bool = False
-        """Whether it is known that its waiting list holds nobody who has not been called."""
+        """Whether it is known that everybody on its waiting list has been called."""
         self.promised_until: int = 0
-        """When nobody is to be called: the end of the last promise made to those who were."""
+        """If there is nobody to call: the end of the last promise to those that were called."""
         self.expires_from: float = 0
-        """Before this time, in milliseconds, none of its messages that wait can expire, as far as is known."""
+        """Before this time, in milliseconds, none of its waiting messages can expire, as far as is known."""
 
     def pending(self) -> int:
         """Return how many messages count towards `max_length`."""
@@ -102,12 +102,12 @@ class QueueRow:
         return count["ready"] + count["delayed"] + count["leased"] + count["blocked"]
 
     def tell(self, state: int) -> None:
-        """Note what those who wait should know: a message that came into this state."""
+        """Note for those that wait that a message came into this state."""
         self.fresh |= state == READY
         self.delayed += state == DELAYED
 
     def changes(self) -> tuple[int, ...] | None:
-        """Return the counters when they have changed, to be written."""
+        """Return the counters to be written; None when they have not changed."""
         counted = tuple(self.count.values())
         if counted == self._loaded:
             return None
@@ -115,13 +115,13 @@ class QueueRow:
         return counted
 
     def begin(self) -> None:
-        """Be worked on by another transaction, with what is known from those before."""
+        """Begin another transaction with what the last one knew."""
         self.fresh = False
         self.delayed = 0
 
 
 class Known:
-    """What books know of their file; it holds until somebody else commits."""
+    """What books know of their file; it is valid until somebody else commits."""
 
     __slots__ = ("last", "noted", "queues")
 
@@ -130,7 +130,7 @@ class Known:
         self.last: int | None = None
         """The last number given."""
         self.noted: int = 0
-        """Up to which number the file says that they are given."""
+        """The last number that the file says is given."""
 
     def begin(self) -> "Known":
         """Return what another transaction may begin with."""
@@ -145,21 +145,21 @@ class Books:
     def __init__(
         self, db: sqlite3.Connection, file: str, now: int, *, keeps: bool = False, known: Known | None = None
     ) -> None:
-        """Begin, with what is `known`; `keeps` says that another transaction may go on with what these come to know."""
+        """Begin with what is `known`; `keeps`: the next transaction may go on with what these books come to know."""
         self.db = db
         self.file = file
         self.now = now
         self.known: Known = Known() if known is None else known.begin()
         self._rows: dict[str, QueueRow] = {}
-        """Of the queues that were looked at: of all that are known, only these can have changed."""
+        """The rows of the queues that this transaction has looked at: only these can have changed."""
         self._inserts: list[tuple[object, ...]] = []
         self.events: list[tuple[object, ...]] = []
-        """What happened to messages whose history is kept, to be written down at the end."""
+        """What happened to messages whose history is kept, to be written at the end."""
         self.keeps: bool = keeps
         self._salt: int | None = None
         self._prefix = ""
         self.occupied: set[tuple[int, str]] = set()
-        """Groups that are known to have a message that the next one must wait for."""
+        """Groups that are known to have a message for which the next one must wait."""
 
     # --- the books themselves ----------------------------------------------------------------------------------------
 
@@ -185,14 +185,14 @@ class Books:
         return row
 
     def legible(self, name: str) -> QueueRow | None:
-        """Return the queue's row; None where its rules are unreadable, which stops nothing that is done for all."""
+        """Return the queue's row; None if its rules are unreadable, which must not stop work for all queues."""
         try:
             return self.queue(name)
         except EngineError:
             return None
 
     def names(self) -> dict[int, str]:
-        """Return the queues that were looked at."""
+        """Return the names of the queues that this transaction has looked at, by number."""
         return {row.id: name for name, row in self._rows.items()}
 
     def not_found(self, name: str) -> QueueNotFound:
@@ -200,9 +200,9 @@ class Books:
         return not_found(name, (row[0] for row in self.db.execute("SELECT name FROM filao_queue")))
 
     def salted(self, number: int) -> tuple[str, int]:
-        """Return the id that this transaction gives to its message with this number, and the salt.
+        """Return the id that this transaction gives to its message with this number, and its salt.
 
-        That is random and the transaction's own: nobody can guess it, and no copy repeats it.
+        The salt is random and new for each transaction: nobody can guess it, and no copy of the file repeats it.
         """
         if self._salt is None:
             salt = os.urandom(8)
@@ -211,7 +211,7 @@ class Books:
         return self._prefix + str(number), self._salt
 
     def name_of(self, number: int, message_id: str | None, salt: int | None) -> str:
-        """Return a message's public id; those of old files carry the file's name in place of a salt."""
+        """Return a message's public id; ids of old versions have the file's name in place of a salt."""
         if message_id is not None:
             return message_id
         return f"{self.file if salt is None else _hexadecimal(salt)}-{number}"
@@ -258,7 +258,7 @@ class Books:
         self._inserts = []
 
     def write_down(self) -> None:
-        """Write what was sent and counted."""
+        """Write what was sent, noted and counted."""
         self.flush()
         if self.events:
             self.db.executemany(_INSERT_EVENT, self.events)
@@ -282,7 +282,7 @@ class Books:
             self.events.append((row.rules.name, name, self.now, until, what, attempt, by, detail))
 
     def rows(self) -> Iterable[QueueRow]:
-        """Return the queues that were looked at."""
+        """Return the rows of the queues that this transaction has looked at."""
         return self._rows.values()
 
     def entries(self, where: str, parameters: Sequence[object]) -> list[Entry]:
@@ -292,7 +292,7 @@ class Books:
         ]
 
     def entry(self, fields: Sequence[Any]) -> Entry:
-        """Return what the columns `ENTRY` say."""
+        """Return a stored message from the columns `ENTRY`."""
         number, state, attempts, group, dedup_key, message_id, salt = fields
         name = self.name_of(number, message_id, salt)
         return Entry(number, state, attempts, group, dedup_key, message_id, name)
@@ -300,30 +300,29 @@ class Books:
     def count_move(self, row: QueueRow, was: int, state: int) -> None:
         """Count a message that went from one state to another."""
         if was in (LEASED, DEAD):
-            row.expires_from = 0  # it waits again, and may expire
+            row.expires_from = 0  # the message waits again, and may expire
         row.count[STATES[was]] -= 1
         row.count[STATES[state]] += 1
         row.tell(state)
 
     def count_alive(self, row: QueueRow, number: int) -> None:
-        """Count a dead letter that lies among the dead no more, before its reason is forgotten."""
+        """Count a dead letter that leaves the dead, before its reason is forgotten."""
         (reason,) = self.db.execute("SELECT reason FROM filao_message WHERE id = ?", (number,)).fetchone()
         row.reasons.append((reason or "", -1, 0))
 
     def consumer_of(self, token: int) -> str:
-        """Return the host and process that a lease was given to."""
+        """Return the host and process that received the lease with this token."""
         process = (token - TOKEN_MIN) // TOKENS_PER_PROCESS
         found = self.db.execute("SELECT name FROM filao_process WHERE id = ?", (process,)).fetchone()
         return found[0] if found else ""
 
 
 def check_stands(books: Books) -> None:
-    """Raise `ConfigurationError` when a statement of the user's has ended the transaction that the books belong to."""
+    """Raise `ConfigurationError` when one of the user's statements has ended the transaction of these books."""
     if not books.db.in_transaction:
         raise ConfigurationError(
-            "a statement ended this transaction, as OR ROLLBACK and a trigger's "
-            "RAISE(ROLLBACK) do: all that was done in "
-            "it is undone, and nothing more can be. Leave the block; OR ABORT and RAISE(ABORT) undo one statement"
+            "a statement ended this transaction, as OR ROLLBACK and a trigger's RAISE(ROLLBACK) do: all that was done "
+            "in it is undone, and nothing more can be. Leave the block; OR ABORT and RAISE(ABORT) undo one statement"
         )
 
 
@@ -336,13 +335,13 @@ def slices(rows: Sequence[R]) -> Iterator[Sequence[R]]:
             first += size
 
 
-@lru_cache(maxsize=64)  # the messages of one send, or of a batch, share theirs
+@lru_cache(maxsize=64)  # all messages of a batch share a salt
 def _hexadecimal(salt: int) -> str:
     return f"{salt + 2**63:016x}"
 
 
 def tokens(process: int) -> tuple[int, int]:
-    """Return the first and the last token that the leases of a process can have."""
+    """Return the first and the last token that a process can give to leases."""
     first = TOKEN_MIN + process * TOKENS_PER_PROCESS
     return first, first + TOKENS_PER_PROCESS - 1
 
@@ -350,7 +349,7 @@ def tokens(process: int) -> tuple[int, int]:
 def oldest_ready(db: sqlite3.Connection, queue: int) -> int | None:
     """Return the lowest number among the ready messages: one look-up for each priority in use.
 
-    Where more than 500 are in use, it is the lowest among the 250 highest and the 250 lowest of them.
+    If more than 500 are in use, only the 250 highest and the 250 lowest of them are looked at.
     """
     oldest, priorities = db.execute(_OLDEST_FROM_THE_HIGHEST, (queue, queue, PRIORITIES_MAX, queue)).fetchone()
     if priorities < PRIORITIES_MAX:
@@ -383,7 +382,7 @@ _OLDEST_FROM_THE_LOWEST = _OLDEST.format(end="min", beyond=">")
 
 @lru_cache(maxsize=1024)
 def read_rules(name: str, rules: str) -> Queue:
-    """Return the rules that stand in a file. Raises `EngineError` for what no Filao wrote."""
+    """Return the rules that a file holds. Raises `EngineError` for what no Filao wrote."""
     try:
         return rules_from_json(name, rules)
     except ConfigurationError as error:

@@ -1,9 +1,9 @@
-"""The clock of a file: it goes evenly whatever becomes of the machine's, and says nearly what that says.
+"""The clock of a file: it runs evenly whatever happens to the wall clock, and follows it slowly.
 
-It is `CLOCK_BOOTTIME`, which never jumps and counts while the machine sleeps, and an offset that all processes read in
-the file. When the wall clock is set, the offset follows so slowly that durations hardly change: no lease ends, nothing
-expires and no delay is prolonged by more than a twentieth. When the machine was started anew the wall clock says where
-to begin, but never before the time that the file has seen.
+Its time is `CLOCK_BOOTTIME`, which never jumps and counts while the machine sleeps, plus an offset that all processes
+read in the file. When somebody sets the wall clock, the offset follows so slowly that no lease, time to live or delay
+changes by more than a twentieth. After a restart of the machine it begins with the wall clock's time, but never before
+the last time that the file has seen.
 """
 
 import logging
@@ -13,26 +13,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from filao.checks import is_machines
+from filao.checks import is_system_clock
 
 log: logging.Logger = logging.getLogger("filao.sqlite")
 
 JUMP = 1_000  # milliseconds between the wall clock and ours that are taken for a jump
-SLEW = 20  # ours follows by at most a twentieth of the time that passes, ...
-SLEWED_MAX = 60_000  # ... of which one transaction takes no more milliseconds into account
-NOTED_EVERY = 3_600_000  # milliseconds after which the file is told again how late it is
+SLEW = 20  # ours follows by at most a twentieth of the time that passes
+SLEWED_MAX = 60_000  # milliseconds of passed time that one transaction makes up for at most
+NOTED_EVERY = 3_600_000  # milliseconds after which the time is written into the file again
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class FileClock:
-    """What one process knows of a file's clock.
+    """A file's clock as one process reads it.
 
-    `wall` tells the seconds since 1970. A test's clock may have a `steady` of its own, and a `boot`; without, it is
-    both.
+    `wall` returns the seconds since 1970. A test's clock may have a `steady` clock and a `boot` of its own; without a
+    `steady`, it is its own.
     """
 
     def __init__(self, wall: Callable[[], float]) -> None:
-        boot = _boot() if is_machines(wall) else ""
+        boot = _boot() if is_system_clock(wall) else ""
         self._wall = wall
         self.steady: Callable[[], float] = _boottime if boot else getattr(wall, "steady", wall)
         """Seconds that never jump, and go on while the machine sleeps."""
@@ -43,12 +43,12 @@ class FileClock:
         self._followed_from = 0
         """The steady time from which on the wall clock is followed: no jump is, before it was seen."""
         self._known: tuple[str, int, int] | None = None
-        """What the file was last seen to say."""
+        """The boot, the offset and the time that the file was last seen to hold."""
 
     def begin(self, db: sqlite3.Connection) -> bool:
-        """Set the file's clock if this machine was started since it was last set; return whether leases are void.
+        """Set the file's clock if this machine has started since it was set; return whether leases are void.
 
-        Call it in a transaction.
+        Call this in a transaction.
         """
         wall, steady = _milliseconds(self._wall), _milliseconds(self.steady)
         found = _stored(db)
@@ -60,22 +60,21 @@ class FileClock:
         return found is not None and found[0] != self._boot
 
     def has_begun(self, db: sqlite3.Connection) -> bool:
-        """Return whether the file's clock is set for this start of the machine."""
+        """Return whether the file's clock was set since this machine started."""
         found = _stored(db)
         return found is not None and found[0] == self._boot
 
     def now(self, db: sqlite3.Connection, *, writes: bool = False, again: bool = False) -> int:
-        """Return the file's time in milliseconds since 1970; in a transaction that `writes`, note down how far
-        it went.
+        """Return the file's time in milliseconds since 1970; a transaction that `writes` also stores it now and then.
 
-        `again` says that nobody can have set it since the last such transaction.
+        `again`: nobody can have set the clock since the last such transaction.
         """
         wall, steady = _milliseconds(self._wall), _milliseconds(self.steady)
         found = self._known if again else _stored(db)
         if writes:
             self._known = found
         if found is None or found[0] != self._boot:
-            return wall  # somebody else's boot: a machine that shares the file with ours
+            return wall  # the boot of another machine that shares the file
         _, offset, noted_at = found
         lead = wall - steady
         ahead = lead - offset
@@ -101,9 +100,8 @@ class FileClock:
     def _tell(self, ahead: int) -> None:
         if abs(ahead) > abs(self._told):
             log.warning(
-                "the wall clock jumped: it is %+.1f s from the time by which queues measure "
-                "delays and times to live, which "
-                "follows it by a twentieth of the time that passes. Leases are not affected.",
+                "the wall clock jumped: it is %+.1f s from the time by which queues measure delays and times to live, "
+                "which follows it by a twentieth of the time that passes. Leases are not affected.",
                 ahead / 1000,
             )
         self._told = ahead
@@ -122,7 +120,7 @@ def _milliseconds(clock: Callable[[], float]) -> int:
 
 
 def _boot() -> str:
-    """Return what is another after each start of the machine; empty where the system does not tell."""
+    """Return a text that changes with each start of the machine; empty where the system does not tell."""
     if not hasattr(time, "CLOCK_BOOTTIME"):
         return ""
     try:

@@ -1,5 +1,6 @@
-"""What operators see and do, from the event loop: each call is work for the database's thread, in transactions of a
-bounded size, between which others have their turns.
+"""What operators see and do, from the event loop.
+
+Each call is work for the database's thread, in transactions of a bounded size, between which others have their turns.
 """
 
 import time
@@ -23,21 +24,21 @@ from filao.slices import Tally
 R = TypeVar("R")
 
 SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
-EXPIRED_SLICES_MAX = 20  # of 5,000 expired messages, that end before an operator's look: a second; the rest end later
-EXPIRED_WITHIN = 5.0  # seconds that an operator's look waits for that, beside a transaction that keeps the file locked
+EXPIRED_SLICES_MAX = 20  # of 5,000 expired messages each, that a look ends first, in a second; the rest end later
+EXPIRED_WITHIN = 5.0  # seconds that a look waits for that, if a transaction keeps the file locked
 ALL = 2**62
 
 
 class Worked(Protocol):
-    """Has work done on the file, in the database's thread."""
+    """Does work on the file, in the database's thread."""
 
     async def __call__(self, work: Callable[[Books], R], until: float | None = None) -> R:
-        """Return what it comes to; it must have begun by then (monotonic), or within 30 s."""
+        """Return the work's result; it must begin before `until` (monotonic), which is in 30 s unless it is given."""
         ...
 
 
 class SqliteOperators:
-    """See `filao.engine.Operators`, and `Pausing` and `Tracing`, which it is as well."""
+    """See `filao.engine.Operators`; it is also their `Pausing` and `Tracing`."""
 
     def __init__(self, hold: Hold, beside: Database, change: Worked, look_up: Worked) -> None:
         self._hold = hold
@@ -47,12 +48,12 @@ class SqliteOperators:
 
     @property
     def pausing(self) -> Self:
-        """Itself: what looks after queues can stop them."""
+        """Return itself."""
         return self
 
     @property
     def tracing(self) -> Self:
-        """Itself: it reads what was written down."""
+        """Return itself."""
         return self
 
     async def trace(self, message_id: str) -> list[Event]:
@@ -102,7 +103,7 @@ class SqliteOperators:
         await self._change(lambda books: work(books, books.row(queue), group))
 
     async def report(self, state: str) -> None:
-        """Write down how this process is doing, once it receives."""
+        """Record how this process is doing, once it receives."""
         lessee = self._beside.lessee
         if lessee is not NOBODY:
             await self._change(lambda books: processes.report(books, lessee.process, state))
@@ -114,7 +115,7 @@ class SqliteOperators:
     async def _chosen(
         self, queue: str, states: Sequence[State], ids: Sequence[str] | None, limit: int | None
     ) -> Sequence[int]:
-        """Return the numbers of the messages that a command is about: fixed when it begins, or it might never end."""
+        """Return the numbers of the messages that a command will touch, fixed now so that the command ends."""
         until = await self._let_expire()
         most = ALL if limit is None else limit
         return await self._look_up(lambda books: operators.chosen(books, books.row(queue), states, ids, most), until)
@@ -122,16 +123,16 @@ class SqliteOperators:
     async def _in_slices(
         self, queue: str, numbers: Sequence[int], work: Callable[[Books, QueueRow, Sequence[int]], int]
     ) -> int:
-        """Change many messages in transactions of a bounded size: others get their turns in between."""
+        """Change many messages in transactions of a bounded size, so that others get their turns in between."""
         with Tally() as tally:
             for first in range(0, len(numbers), SLICE):
                 tally.done += await self._change(partial(_slice, queue, numbers[first : first + SLICE], work))
         return tally.done
 
     async def _let_expire(self) -> float:
-        """Let what is expired go where nobody received and saw to it; while the file is locked, it is still shown.
+        """End what has expired, where no receive has done so; if the file is locked, it is still shown.
 
-        Return by when (monotonic) the operator's look must have begun: both together have the limit of one call.
+        Return by when (monotonic) the operator's look must begin: both together have the time limit of one call.
         """
         now = time.monotonic()
         until, slices = now + files.BUSY_TIMEOUT, EXPIRED_SLICES_MAX

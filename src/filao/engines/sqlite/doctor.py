@@ -1,4 +1,4 @@
-"""What the doctor looks at in a Filao file, and what follows from it."""
+"""What the doctor examines in a Filao file, and what an operator should know of it."""
 
 import sqlite3
 import stat
@@ -37,7 +37,7 @@ WAL_NOTABLE = 64 * 1024 * 1024  # bytes
 
 
 def examine(books: Books, hold: Hold) -> list[Finding]:
-    """Look at everything, from the library to the last page."""
+    """Examine everything, from the library to the last page."""
     return [
         _version(),
         *([] if hold.path == files.MEMORY else _files(hold.path)),
@@ -59,9 +59,8 @@ def _version() -> Finding:
     return Finding(
         "SQLite",
         "note",
-        f"{sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3, 3.50.7, 3.44.6). "
-        "Filao's own processes are safe, "
-        f"because they take turns to commit and to checkpoint; other programs that write to this file are not.",
+        f"{sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3, 3.50.7, 3.44.6). Filao's own processes are "
+        "safe, because they take turns to commit and to checkpoint; other programs that write to this file are not.",
     )
 
 
@@ -124,7 +123,7 @@ def _tables(db: sqlite3.Connection) -> Finding:
 
 
 def _unreadable(db: sqlite3.Connection) -> Iterator[Finding]:
-    """Yield what no Filao wrote: rules, headers, and counters that do not count what is there."""
+    """Yield what no Filao wrote: unreadable rules and headers, messages of no queue, and wrong counters."""
     for name, rules in db.execute("SELECT name, rules FROM filao_queue").fetchall():
         try:
             read_rules(name, rules)
@@ -181,7 +180,7 @@ def _processes(books: Books, hold: Hold) -> Iterator[Finding]:
 
 
 def _kept(db: sqlite3.Connection) -> Iterator[Finding]:
-    """Yield what is remembered of messages that are gone, and of what operators did."""
+    """Yield what is kept of the history of messages, and of what operators did."""
     (events,) = db.execute("SELECT count(*) FROM filao_event").fetchone()
     if events:
         yield Finding("history", "ok", f"{events:,} events of messages, of queues declared with history=True")

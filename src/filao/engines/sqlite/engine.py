@@ -1,11 +1,11 @@
 """The SQLite engine: one file, no server, many processes.
 
-This is the side that lives on the event loop. It hands batches to the database thread, where each is one transaction
-(`database.py`) of the queue's verbs (`send.py`, `receive.py`, `settle.py`), and it wakes those who wait: at a ring of
-the bell, when something is due, and every now and then to see what no bell tells.
+This is the side on the event loop. It hands batches to the database thread, where each is one transaction
+(`database.py`) of the queue's verbs (`send.py`, `receive.py`, `settle.py`). It wakes those that wait: when the bell
+rings, when something is due, and every now and then to find what rings no bell.
 
-A batch that only receives is not flushed to the disk. A power cut that undoes the lease also ends its holder, and the
-WAL keeps the order of commits, so that the next flushed one carries it along. All else is durable before it returns.
+A batch that only receives is not flushed to the disk. A power cut that undoes its leases also ends their holder, and
+the WAL keeps the order of commits, so the next flush carries them along. All else is durable before it returns.
 """
 
 import asyncio
@@ -36,11 +36,11 @@ from filao.queue import Queue
 
 R = TypeVar("R")
 
-POLL_INTERVAL = 0.2  # seconds between looks for what no bell tells: deaths, and commits on the users' own connections
-SLEPT = 0.5  # seconds that the steady clock went on more than the event loop's between two looks
-INTERRUPTED_EVERY = 0.01  # seconds between interruptions of a look that a close waits for
-BEGINS_WITHIN = 0.5  # seconds at least to begin a batch, when the last took as long as a call may wait
-CLOSED_WITHIN = 1.0  # seconds kept for closing the file, when giving back what was held takes as long as it may
+POLL_INTERVAL = 0.2  # seconds between looks for what rings no bell: deaths, and commits on the users' own connections
+SLEPT = 0.5  # seconds by which the steady clock got ahead of the event loop's between two looks: the machine slept
+INTERRUPTED_EVERY = 0.01  # seconds between interruptions of a look for which a close waits
+BEGINS_WITHIN = 0.5  # seconds, at least, for a batch to begin, even if the last took as long as a call may wait
+CLOSED_WITHIN = 1.0  # seconds kept for closing the file, however long giving back the leases takes
 
 
 class SqliteEngine:
@@ -63,18 +63,18 @@ class SqliteEngine:
         self._hold = database.hold
         self._presence = Presence(database)
         self._beside = beside or database
-        """What holds the leases of this process: a sibling keeps those of the engine that it was made from."""
+        """The database whose leases this process holds: for a sibling, that of the engine that made it."""
         self._sibling = (
             None if path == files.MEMORY else lambda: SqliteEngine(path, durable=durable, clock=clock, beside=database)
         )
         self._gate = asyncio.Lock()
-        """Held by those that need the thread for several jobs that belong together; single jobs only look at it."""
+        """Held by work that needs the thread for several jobs that belong together; single jobs only look at it."""
         self._lines: dict[str, Line] = {}
         self._queue_names: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._housekeeper = Housekeeper(database, self._alone)
         self._looks = False
-        """A job that only looks runs."""
+        """Whether a job that only looks is running."""
         self.operators: SqliteOperators = SqliteOperators(self._hold, self._beside, self._change, self._look_up)
         self.overview: SqliteOverview = SqliteOverview(self._change, self._look_up)
         self.mover: SqliteMover = SqliteMover(path, self.operators, self._change, self._look_up)
@@ -94,7 +94,7 @@ class SqliteEngine:
             closed = self._thread.submit(self._close_unheard)
             closed.add_done_callback(self._end)
             self._thread.stop()
-            if isinstance(error, FilaoError):  # those who are cancelled wait for nothing
+            if isinstance(error, FilaoError):  # a cancelled caller waits for nothing
                 await asyncio.wait([closed], timeout=CLOSED_WITHIN)
             raise
         self._start(self._housekeeper.keep())
@@ -105,9 +105,9 @@ class SqliteEngine:
         return self._sibling and self._sibling()
 
     async def close(self) -> None:
-        """Send home those who wait, give back the leases that are held, and let go of the file.
+        """Send away those that wait, give back the leases that are held, and close the file, within one time limit.
 
-        All within one bound; when it is over, or when this is cancelled, the thread closes the file as soon as it can.
+        When that is over, or this is cancelled, the thread closes the file as soon as it can.
         """
         ends = time.monotonic() + files.BUSY_TIMEOUT
         until = ends - min(CLOSED_WITHIN, files.BUSY_TIMEOUT / 2)
@@ -136,23 +136,23 @@ class SqliteEngine:
         closed.result()
 
     def _close_unheard(self) -> None:
-        """Close the file where opening it has failed, which is told: the loop may end before it could hear of this."""
+        """Close the file after opening it failed; an error here is not raised, because that of opening is."""
         with suppress(FilaoError):
             self._database.close()
 
     def _end(self, closed: "asyncio.Future[None]") -> None:
-        """Leave no timer behind, nor the error of a close that nobody waits for any more."""
+        """Stop the timer, and take the error of a close that nobody waits for."""
         self._tickets.close()
         look_away(closed)
 
     async def _stop_looking(self, until: float) -> None:
-        """Let a job that only looks fail, whatever it looks at: each of its statements is interrupted as it runs."""
+        """Make a job that only looks fail, by interrupting its statements."""
         while self._looks and time.monotonic() < until:
             self._hold.interrupt()
             await asyncio.sleep(INTERRUPTED_EVERY)
 
     def drop(self) -> None:
-        """Let go though the event loop has ended: the thread gives back the leases and closes the file."""
+        """Close after the event loop has ended: the thread gives back the leases and closes the file."""
 
         def end() -> None:
             with suppress(FilaoError):
@@ -167,7 +167,7 @@ class SqliteEngine:
     # --- the data plane ----------------------------------------------------------------------------------------------
 
     def execute(self, batch: Batch) -> Awaitable[list[Result]]:
-        """Do a batch as one transaction, with what joined it until our turn came."""
+        """Do a batch as one transaction, with all that joins it until its turn comes."""
         until = max(batch.since + files.BUSY_TIMEOUT, time.monotonic() + BEGINS_WITHIN)
         if self._gate.locked():
             return self._alone(partial(self._execute, batch), until)
@@ -191,7 +191,7 @@ class SqliteEngine:
         return True
 
     def _is_behind(self, operation: Operation) -> bool:
-        """Return whether an operation would take what others in line wait for."""
+        """Return whether an operation would take messages for which others wait in line."""
         line = self._lines.get(operation.queue) if isinstance(operation, Receive) and operation.waiting else None
         return line is not None and line.wanted() > 0
 
@@ -213,7 +213,7 @@ class SqliteEngine:
         return results
 
     def _submit(self, job: Callable[[], R]) -> "asyncio.Future[R]":
-        """Run a job of a transaction that has the thread, and so its turn."""
+        """Run a job of an open transaction, which has the thread and the turn."""
         self._housekeeper.is_wanted = True
         return self._thread.submit(job)
 
@@ -229,13 +229,13 @@ class SqliteEngine:
             try:
                 return job()
             finally:
-                if self._database.ticket is ticket:  # else it is taken, or another's: this thread was left waiting
+                if self._database.ticket is ticket:  # otherwise it was taken, or this thread was left waiting
                     self._database.ticket = None
 
         return self._thread.submit(with_ticket, future)
 
     def _refusal(self) -> EngineUnavailable:
-        """Return the error of a call that has not begun in time: who is in its way."""
+        """Return the error of a call that has not begun in time; it names what is in the way."""
         path, seconds = self._hold.path, f"{files.BUSY_TIMEOUT:g} seconds"
         if self.transactions.is_open:
             return EngineUnavailable(
@@ -251,13 +251,13 @@ class SqliteEngine:
         return self._hold.refusal()
 
     def _relieve(self) -> None:
-        """Let another thread go on when this one waits in line for a job that was given up."""
-        with suppress(EngineUnavailable):  # no more threads can be started: this one goes on when its turn comes
+        """Go on in another thread if the present one waits in line for a job that was given up."""
+        with suppress(EngineUnavailable):  # no thread can be started: the present one goes on when its turn comes
             self._thread = self._thread.relieved(self._database.leave_waiting)
 
     @asynccontextmanager
     async def _alone_in(self, until: float) -> AsyncGenerator[None]:
-        """Keep the thread to oneself, as soon as no transaction of the user's has it."""
+        """Keep the thread to the caller, once no transaction of the user's has it."""
         try:
             async with asyncio.timeout(until - time.monotonic()):
                 await self._gate.acquire()
@@ -281,7 +281,7 @@ class SqliteEngine:
         if self._database.lessee is NOBODY:
             ticket = self._database.ticket
             self._presence.enter(process_name())
-            if not self._database.offer(ticket):  # what the caller has asked for comes after it, and may have to wait
+            if not self._database.offer(ticket):  # the batch itself follows, and may have to wait for another turn
                 raise self._refusal()
             bell = self._hold.belfry.own
             if bell is not None:
@@ -303,24 +303,24 @@ class SqliteEngine:
             self._start(self._pass_on(name))
 
     async def _pass_on(self, queue: str) -> None:
-        """Let the next process be called: nobody waits here any more."""
+        """Let the next process be called, because nobody waits here any more."""
         with suppress(FilaoError):
             await self._alone(partial(self._presence.pass_on, queue))
 
     async def _watch(self) -> None:
-        """As a process that receives, look for deaths, and for commits that rang no bell."""
+        """Look for a lost file and, in a process that receives, for deaths and for commits that rang no bell."""
         steady = self._hold.clock.steady
         ahead = steady() - self._loop.time()
         while True:
             await asyncio.sleep(POLL_INTERVAL)
             was, ahead = ahead, steady() - self._loop.time()
-            has_slept = abs(ahead - was) > SLEPT  # the machine, and the loop's timers with it
+            has_slept = abs(ahead - was) > SLEPT  # the machine, and with it the loop's timers
             if has_slept or (self._hold.may_be_lost() and await self._is_lost()):
                 for line in self._lines.values():
-                    line.call()  # who waits must hear of it
+                    line.call()  # those that wait must learn of it
             if self._database.lessee is NOBODY:
                 continue
-            with suppress(FilaoError):  # a storage that fails says so to those who call it
+            with suppress(FilaoError):  # the callers of a storage that fails get its error
                 while self._presence.may_have_moved() or self._presence.dead():
                     quiet = [name for name, line in self._lines.items() if line.is_quiet()]
                     for name, due_in in await self._alone(partial(self._look, quiet)):
@@ -336,7 +336,7 @@ class SqliteEngine:
         return False
 
     def _look(self, waiting_for: Sequence[str] = ()) -> list[tuple[str, float | None]]:
-        """Return the queues that have something for those who wait, and in how many seconds; bury some of the dead."""
+        """Return the queues that have something for those that wait, and in how many seconds; also bury some dead."""
         moved = self._presence.has_moved()
         self._presence.bury_some()
         books = self._database.read()
@@ -356,7 +356,7 @@ class SqliteEngine:
         await self._change(lambda books: operators.declare(books, queue))
 
     async def find(self, queue: str) -> Queue:
-        """Return a queue with its rules, by one row."""
+        """Return a queue with its rules, from its row."""
         return await self._look_up(lambda books: books.row(queue).rules)
 
     async def _change(self, work: Callable[[Books], R], until: float | None = None) -> R:
@@ -385,7 +385,7 @@ class SqliteEngine:
         return await self._alone(job, until)
 
     async def _alone(self, job: Callable[[], R], until: float | None = None) -> R:
-        """Run a job in the thread, but not in the middle of a transaction of the user's."""
+        """Run a job in the thread, but never inside a transaction of the user's."""
         until = time.monotonic() + files.BUSY_TIMEOUT if until is None else until
         async with self._alone_in(until):
             return await self._in_turn(job, until)

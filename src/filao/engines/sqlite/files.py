@@ -1,7 +1,7 @@
-"""Opening a Filao file: what is refused, how the connection is set up, how the tables are created and migrated.
+"""Opening a Filao file: which are refused, how the connection is set up, how the tables are created and migrated.
 
-Nothing here opens the database file except through SQLite: on POSIX, closing any other handle on it would drop the
-locks that this process holds there. (https://www.sqlite.org/howtocorrupt.html, section 2.2)
+Only SQLite opens the database file: on POSIX, closing any other descriptor of it would drop the locks that this process
+holds on it. (https://www.sqlite.org/howtocorrupt.html, section 2.2)
 """
 
 import contextlib
@@ -21,28 +21,13 @@ from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 MEMORY = Path(":memory:")
 SQLITE_MIN = (3, 38, 0)  # STRICT tables, RETURNING, and the JSON operators that operators' queries use
-BUSY_TIMEOUT = 30.0  # seconds that a write waits for a foreign writer before it says so
-READERS_GO_ON_WITHIN = 1_000  # milliseconds that a disk that failed is given to write all back, while others wait
+BUSY_TIMEOUT = 30.0  # seconds that a write waits for a foreign writer before it fails
+READERS_GO_ON_WITHIN = 1_000  # milliseconds that the check after a disk error waits for readers, while others wait
 PAGES_CACHED_MAX = 4 * 1024  # KiB for each process: a queue is read and written at its two ends
 WAL_KEPT_MAX = 16 * 1024 * 1024  # bytes that the WAL may keep on disk once it was written back
 NETWORK_FILE_SYSTEMS = frozenset(
-    {
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb2",
-        "smb3",
-        "smbfs",
-        "afs",
-        "9p",
-        "ceph",
-        "glusterfs",
-        "lustre",
-        "beegfs",
-        "gfs2",
-        "ocfs2",
-    }
-    | {"davfs", "coda", "gpfs", "orangefs", "panfs", "pvfs2", "wekafs"}
+    {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "lustre", "beegfs", "gfs2"}
+    | {"ocfs2", "davfs", "coda", "gpfs", "orangefs", "panfs", "pvfs2", "wekafs"}
     | {f"fuse.{name}" for name in ("glusterfs", "ceph", "sshfs", "s3fs", "rclone", "gcsfuse", "davfs2", "juicefs")}
     | {f"fuse.{name}" for name in ("mfs", "lizardfs", "seaweedfs", "goofys", "mount-s3", "smbnetfs", "curlftpfs")}
 )
@@ -50,9 +35,7 @@ _MOUNTS = Path("/proc/self/mountinfo")
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 FAILURES = (sqlite3.Error, OverflowError, UnicodeError)
-"""What Python's sqlite3 raises: of SQLite's, and for a number or a text that no file should hold, or that an error
-tells.
-"""
+"""What Python's sqlite3 raises: SQLite's errors, and others for a number or a text that it cannot convert."""
 
 Migration = Callable[[sqlite3.Connection], None]
 
@@ -63,7 +46,7 @@ def sidecar(path: Path) -> Path:
 
 
 def resolved(path: Path) -> Path:
-    """Return the one path of a file. Raises `ConfigurationError` when links lead in a circle."""
+    """Return the path of a file without links. Raises `ConfigurationError` when they lead in a circle."""
     try:
         return path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: before Python 3.13; ValueError: NUL
@@ -90,14 +73,14 @@ def check_path(path: Path) -> None:
     check_folder(path)
     if path.exists() and path.stat().st_nlink > 1:
         raise ConfigurationError(
-            f"{path} has {path.stat().st_nlink} names (hard links), so it may be open by another "
-            "one with a WAL of its own, and "
-            f"what either writes would be lost. Find the others with: find DIRECTORY -samefile {path}; and remove them"
+            f"{path} has {path.stat().st_nlink} names (hard links), so it may be open by another one with a WAL of "
+            f"its own, and what either writes would be lost. Find the others with: find DIRECTORY -samefile {path}; "
+            "and remove them"
         )
 
 
 def check_folder(path: Path) -> None:
-    """Raise `ConfigurationError` when a Filao file may not lie where `path` leads, whatever lies there now."""
+    """Raise `ConfigurationError` when no Filao file may lie at `path`, whatever lies there now."""
     if not path.parent.is_dir():
         raise ConfigurationError(f"{path}: the folder {path.parent} does not exist; create it first")
     if not _may(path.parent, os.W_OK | os.X_OK):
@@ -106,25 +89,23 @@ def check_folder(path: Path) -> None:
     kind = file_system(path)
     if kind in NETWORK_FILE_SYSTEMS:
         raise ConfigurationError(
-            f"{path} lies on a network file system ({kind}), whose locks and shared "
-            "memory SQLite's WAL cannot rely on. "
-            f"Use a local disk, or a postgresql:// URL for several machines."
+            f"{path} lies on a network file system ({kind}), whose locks and shared memory SQLite's WAL cannot rely "
+            "on. Use a local disk, or a postgresql:// URL for several machines."
         )
 
 
 def _check_mounts(path: Path) -> None:
-    """Raise `ConfigurationError` when the file, or what lies beside it, may be another's too, by another name."""
+    """Raise `ConfigurationError` when the file, or what lies beside it, may also be open under another name."""
     for name in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-filao"))):
         if is_mounted(name):
             raise ConfigurationError(
-                f"{name} is mounted by itself, so the file may be open elsewhere with a WAL of "
-                "its own, and what either writes "
-                f"would be lost. Mount the folder that holds it instead: -v ./data:{path.parent}"
+                f"{name} is mounted by itself, so the file may be open elsewhere with a WAL of its own, and what "
+                f"either writes would be lost. Mount the folder that holds it instead: -v ./data:{path.parent}"
             )
 
 
 def _may(path: Path, mode: int) -> bool:
-    """Return whether the user that this process acts for may do it."""
+    """Return whether this process's effective user may access a path in this mode."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
@@ -135,9 +116,8 @@ def check_is_database(path: Path) -> None:
         try:
             db.execute("PRAGMA schema_version").fetchone()
         except sqlite3.OperationalError as error:
-            if (
-                _primary(error) != sqlite3.SQLITE_READONLY
-            ):  # that is a database which crashed, and which we will recover
+            is_to_be_recovered = _primary(error) == sqlite3.SQLITE_READONLY  # its last process crashed
+            if not is_to_be_recovered:
                 raise
         finally:
             db.close()
@@ -158,7 +138,7 @@ def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
 
 
 def is_mounted(path: Path, mounts: Path = _MOUNTS) -> bool:
-    """Return whether a mount ends at `path` itself."""
+    """Return whether `path` itself is the point of a mount."""
     return any(mount.point == path for mount in _mounted(mounts))
 
 
@@ -185,9 +165,9 @@ def _mounted(mounts: Path) -> Iterator[_Mount]:
 
 
 def create(path: Path) -> None:
-    """Make an empty file for a new database, for its owner alone: claims are personal data.
+    """Make an empty file for a new database that only its owner may read: claims are personal data.
 
-    No connection knows the file yet, so closing it drops no locks.
+    No connection has the file open yet, so closing it drops no locks.
     """
     if not path.exists():
         with contextlib.suppress(FileExistsError):
@@ -195,11 +175,10 @@ def create(path: Path) -> None:
 
 
 def connect(path: Path, *, full: bool, noted: Noted = NOTHING) -> sqlite3.Connection:
-    """Open the database with the settings that the promises rest on; call it within a turn of the turnstile, in which
-    it waits for nobody's lock.
+    """Open the database with the settings on which the promises rest. Call this in a turn; it waits for no lock.
 
-    `noted` is what was known of it when it was last opened: another file, or one whose schema has gone back, is not the
-    one that its WAL belongs to.
+    `noted` is what was known of the file when it was last opened: its WAL belongs neither to another file nor to one
+    whose schema has gone back.
     """
     db = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
@@ -226,11 +205,11 @@ def moved(db: sqlite3.Connection, *, full: bool) -> sqlite3.Connection:
 
 def _set_up(db: sqlite3.Connection, *, full: bool) -> None:
     """Set a connection's modes; never `mmap_size`, which turns an I/O error into a crash."""
-    # Somebody else may have made the file: no functions of theirs in its schema, and no cell that overlaps another.
+    # Another user may have made the file: call no functions in its schema, and accept no overlapping cells.
     db.execute("PRAGMA trusted_schema = OFF")
     db.execute("PRAGMA cell_size_check = ON")
     if db.execute("PRAGMA page_count").fetchone()[0] == 0:
-        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before the first table: so that a backlog's pages go back
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # gives back a backlog's pages; must precede the first table
     db.execute("PRAGMA journal_mode = WAL")
     set_durable(db, durable=full)
     db.execute(f"PRAGMA cache_size = -{PAGES_CACHED_MAX}")
@@ -238,15 +217,15 @@ def _set_up(db: sqlite3.Connection, *, full: bool) -> None:
 
 
 def set_durable(db: sqlite3.Connection, *, durable: bool) -> None:
-    """Let the next commits be flushed to the disk before they return, or not."""
+    """Choose whether the next commits are flushed to the disk before they return."""
     db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
 
 
 def check_whole(db: sqlite3.Connection, path: Path) -> None:
     """Raise `EngineError` unless the file is whole after the disk failed.
 
-    What the WAL holds may never have reached the disk, though reading it succeeds: writing it back makes sure, and
-    fails at once where the disk still does.
+    What the WAL holds may never have reached the disk, although it can be read. Writing it back makes sure, and fails
+    at once if the disk still does.
     """
     db.execute(f"PRAGMA busy_timeout = {READERS_GO_ON_WITHIN}")
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -264,15 +243,13 @@ def _create(db: sqlite3.Connection) -> None:
 
 
 def _add_reports(db: sqlite3.Connection) -> None:
-    """Let processes say how they are doing."""
+    """Let processes report how they are doing."""
     db.execute("ALTER TABLE filao_process ADD COLUMN state TEXT NOT NULL DEFAULT ''")  # in a worker's words
     db.execute("ALTER TABLE filao_process ADD COLUMN reported_at INTEGER NOT NULL DEFAULT 0")
 
 
 def _salt_ids(db: sqlite3.Connection) -> None:
-    """Let each transaction begin its ids with 64 random bits; NULL: the file's name, as before, or an id of the
-    sender's.
-    """
+    """Let each transaction begin its ids with 64 random bits; NULL: the sender's id, or the file's name as before."""
     db.execute("ALTER TABLE filao_message ADD COLUMN salt INTEGER")
 
 
@@ -299,7 +276,7 @@ def _count_reasons(db: sqlite3.Connection) -> None:
 
 
 def _keep_a_log(db: sqlite3.Connection) -> None:
-    """Let what operators do on the dashboard be written down."""
+    """Keep a log of what operators do on the dashboard."""
     db.execute(
         """
         CREATE TABLE filao_audit (
@@ -319,7 +296,7 @@ def _keep_a_log(db: sqlite3.Connection) -> None:
 
 
 def _remember_events(db: sqlite3.Connection) -> None:
-    """Let what happens to messages be written down, of queues whose rule says so."""
+    """Remember what happens to the messages of queues whose rule says so."""
     db.execute(
         """
         CREATE TABLE filao_event (
@@ -347,7 +324,7 @@ A released step is never edited; a change of the tables is a new step.
 
 
 def migrate(db: sqlite3.Connection, path: Path, steps: tuple[Migration, ...] = MIGRATIONS) -> bool:
-    """Bring the tables to this version's shape, in one transaction; return False when there was nothing to do."""
+    """Bring the tables up to this version, in one transaction; return False when there was nothing to do."""
     version = schema_version(db)
     if version == len(steps):
         return False
@@ -378,7 +355,7 @@ def schema_version(db: sqlite3.Connection) -> int:
 
 
 def _statements(script: str) -> Iterator[str]:
-    """Split a script where SQLite says that a statement is complete; `executescript` would commit on its own."""
+    """Split a script where SQLite says that a statement is complete; `executescript` would commit by itself."""
     statement = ""
     for line in script.splitlines():
         code = line.partition("--")[0].rstrip()
@@ -401,7 +378,7 @@ def mapped(path: Path) -> Generator[None]:
 
 
 def os_error(path: Path, error: OSError) -> EngineError:
-    """Return our error for one of the system's."""
+    """Return our error for one of the operating system."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return EngineUnavailable(_no_descriptors(path))
     return EngineError(f"{path}: {error}. Check the disk and the permissions of the folder.")
@@ -409,14 +386,13 @@ def os_error(path: Path, error: OSError) -> EngineError:
 
 def _no_descriptors(path: Path) -> str:
     return (
-        f"{path} cannot be opened: this process has no file descriptor left. Nothing was done; "
-        "close what is not needed, or raise "
-        f"the limit (ulimit -n)."
+        f"{path} cannot be opened: this process has no file descriptor left. Nothing was done; close what is not "
+        "needed, or raise the limit (ulimit -n)."
     )
 
 
 def _has_descriptors() -> bool:
-    """Return whether this process can open anything; SQLite does not say why it could not."""
+    """Return whether this process can open any file; SQLite does not say why it could not."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
@@ -425,21 +401,21 @@ def _has_descriptors() -> bool:
 
 
 def was_interrupted(error: sqlite3.Error) -> bool:
-    """Return whether a statement was ended because it took too long."""
+    """Return whether a statement was interrupted because it took too long."""
     return _primary(error) == sqlite3.SQLITE_INTERRUPT
 
 
 def is_broken(error: Exception) -> bool:
-    """Return whether a connection must not be used any more after this error.
+    """Return whether a connection must no longer be used after this error.
 
-    After a failed flush the kernel may have dropped the pages and the next flush would succeed without them
-    (https://www.sqlite.org/atomiccommit.html, "fsyncgate"): only a fresh look at the file tells what is there.
+    After a failed flush the kernel may have dropped the pages, and the next flush would succeed without them
+    (https://www.sqlite.org/atomiccommit.html, "fsyncgate"): only reopening the file shows what is there.
     """
     return _primary(error) in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def is_busy(error: BaseException) -> bool:
-    """Return whether only another's lock was in the way: the same statement may succeed later."""
+    """Return whether only a lock was in the way: the same statement may succeed later."""
     return isinstance(error, sqlite3.Error) and _primary(error) == sqlite3.SQLITE_BUSY
 
 
@@ -451,9 +427,8 @@ def engine_error(path: Path, error: Exception) -> EngineError:
     """Return our error for one of `FAILURES`: which file, what happened, what to do."""
     if not isinstance(error, sqlite3.Error):
         return EngineError(
-            f"{path} holds, or was given, what cannot be right ({type(error).__name__}: "
-            f"{error}). Nothing was done; run: filao "
-            f"doctor {path}"
+            f"{path} holds, or was given, what cannot be right ({type(error).__name__}: {error}). Nothing was done; "
+            f"run: filao doctor {path}"
         )
     said = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
     match _primary(error):

@@ -1,9 +1,9 @@
-"""The folder beside a database, with its turnstile and its bells: whom it belongs to, and what may be opened in it.
+"""The folder beside a database, with its turnstile and its bells: who owns it, and what may be opened in it.
 
-Somebody else may have made it, or what lies in it, and names that lead here are read from a file that somebody else may
-have written. So all is opened relative to a descriptor of the folder and without following links, and is looked at
-before anything is written to it, locked or removed. What we make belongs to the file's owner, and to its group where
-the file is shared with its group, whatever user we are: a look by root must not lock a service out of its own queue.
+Another user may have made the folder or what lies in it, and may have written the file from which the names of bells
+are read. So everything is opened relative to a descriptor of the folder, without following links, and is checked before
+it is written, locked or removed. What we make belongs to the file's owner, and to its group if the file is shared with
+its group, whatever user we are: a look by root must not lock a service out of its own queue.
 """
 
 import errno
@@ -21,25 +21,22 @@ if sys.platform != "win32":
     from fcntl import F_DUPFD_CLOEXEC, fcntl
 
 BELL = re.compile(r"[0-9a-f]{16}")
-"""How a bell may be called; any other name leads nowhere."""
+"""The name of a bell; nothing with another name is opened."""
 TURNSTILE = "turnstile"
 STANDARD = 3  # descriptors: those of stdin, stdout and stderr, which a daemon may have closed
 _ENDS = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC if os.name == "posix" else 0
 
 
 def is_shared(about: os.stat_result) -> bool:
-    """Return whether a file is its group's to write."""
+    """Return whether a file's group may write it."""
     return bool(about.st_mode & stat.S_IWGRP)
 
 
 class Folder:
-    """A folder as this process holds it; made when it is missing and ours to make."""
+    """A folder that this process holds open; it is made if it is missing and this user may make it."""
 
     def __init__(self, path: Path, file: os.stat_result) -> None:
-        """Open the folder of a database of which `file` tells the owner.
-
-        Raises `ConfigurationError` when it is not safe.
-        """
+        """Open the folder of the database that `file` describes. Raises `ConfigurationError` when it is not safe."""
         self.path = path
         self._file = file
         made = self._make()
@@ -61,9 +58,8 @@ class Folder:
             return False
         if _me() not in (0, self._file.st_uid):
             raise ConfigurationError(
-                f"{self.path} does not exist, and only the file's owner (user "
-                f"{self._file.st_uid}) may make it: open the "
-                f"queue as that user first, for instance with filao stats"
+                f"{self.path} does not exist, and only the file's owner (user {self._file.st_uid}) may make it: open "
+                "the queue as that user first, for instance with filao stats"
             )
         try:
             self.path.mkdir(mode=0o700)
@@ -88,7 +84,7 @@ class Folder:
         )
 
     def _entrust(self, fd: int, mode: int) -> None:
-        """Give what we may give to the file's owner, and to its group where the file is shared."""
+        """Give a file or the folder to the database's owner, and to its group if it is shared, as far as we may."""
         about, file = os.fstat(fd), self._file
         if is_shared(file):
             mode |= mode >> 3 & 0o070
@@ -101,16 +97,14 @@ class Folder:
             os.fchmod(fd, mode)
 
     def trusts(self, about: os.stat_result) -> bool:
-        """Return whether something here was made by us, by root, by the file's owner, or by its group if that shares
-        it.
-        """
+        """Return whether we, root, the database's owner or, if it is shared, its group have made something here."""
         known = about.st_uid in (_me(), 0, self._file.st_uid)
         return known or (is_shared(self._file) and about.st_gid == self._file.st_gid)
 
     # --- what lies in it ---------------------------------------------------------------------------------------------
 
     def open_turnstile(self) -> int:
-        """Return a descriptor of the turnstile, made when it is missing."""
+        """Return a descriptor of the turnstile, which is made if it is missing."""
         try:
             fd = _apart(os.open(TURNSTILE, os.O_RDWR | os.O_CREAT | _ENDS, 0o600, dir_fd=self._fd))
         except OSError as error:
@@ -123,9 +117,8 @@ class Folder:
             about = os.fstat(fd)
             if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1 or not self.trusts(about):
                 raise EngineError(
-                    f"{self.path / TURNSTILE} is no file of this queue's own (user "
-                    f"{about.st_uid}, {about.st_nlink} names): "
-                    f"look who made it, then remove it"
+                    f"{self.path / TURNSTILE} is no file of this queue's own (user {about.st_uid}, {about.st_nlink} "
+                    "names): look who made it, then remove it"
                 )
             self._entrust(fd, 0o600)
         except BaseException:
@@ -145,7 +138,7 @@ class Folder:
         return fd
 
     def open_bell(self, name: str) -> int:
-        """Return the writing end of a bell. Raises `OSError`: ENXIO without a reader, EINVAL for what is no bell."""
+        """Return the writing end of a bell. Raises `OSError`: ENXIO if nobody reads it, EINVAL if it is no bell."""
         return self._open_bell(name, os.O_WRONLY)
 
     def _open_bell(self, name: str, end: int) -> int:
@@ -173,7 +166,7 @@ class Folder:
                 yield name, about.st_mtime
 
     def _bell_status(self, name: str) -> os.stat_result | None:
-        """Look at a bell; None when it is none, or is gone by now: others come and go while we look."""
+        """Return the status of a bell; None when it is none, or is gone: other processes come and go."""
         if not BELL.fullmatch(name):
             return None
         try:
@@ -183,7 +176,7 @@ class Folder:
         return about if stat.S_ISFIFO(about.st_mode) and self.trusts(about) else None
 
     def close(self) -> None:
-        """Let go of the folder; it stays where it is."""
+        """Close the folder; it stays where it is."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

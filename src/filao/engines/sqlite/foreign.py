@@ -1,7 +1,7 @@
-"""The user's own transaction on our file: which connections can be joined, and how they are recognised.
+"""The user's own transaction on our file: which connections a send can join, and how they are recognised.
 
-A `sqlite3` connection is taken as it is. What wraps one (SQLAlchemy's and Django's connections do) is unwrapped by the
-attributes those libraries document, so that neither has to be installed.
+A `sqlite3` connection is taken as it is. One that is wrapped, as by SQLAlchemy and Django, is unwrapped through the
+attributes that these libraries document, so that neither has to be installed.
 """
 
 import sqlite3
@@ -21,7 +21,7 @@ def open_transaction(connection: object, path: Path) -> sqlite3.Connection:
         db = _unwrap(connection)
     except FilaoError:
         raise
-    except Exception as error:  # of the library that wraps it
+    except Exception as error:  # raised by the library that wraps it
         drivers = driver_error(error, sqlite3.Error)
         raise (refused(error) if drivers is None else engine_error(path, drivers)) from error
     _check_file(db, path)
@@ -31,7 +31,7 @@ def open_transaction(connection: object, path: Path) -> sqlite3.Connection:
                 "within=: this connection is in autocommit mode and holds no transaction, so there is nothing to join. "
                 'Execute "BEGIN IMMEDIATE" on it first.'
             )
-        db.execute("BEGIN IMMEDIATE")  # as Python's sqlite3 itself begins one before the first write
+        db.execute("BEGIN IMMEDIATE")  # as Python's sqlite3 itself would begin one before the first write
     return db
 
 

@@ -1,15 +1,13 @@
-"""What an open connection stands on: the file, its WAL and its shared memory, each under the name by which it was
-opened.
+"""What an open connection stands on: the file, its WAL and its shared memory, and whether their names still lead there.
 
-SQLite keeps on writing into a file that was deleted, moved or replaced, and replays a WAL onto whatever lies under the
-name beside it. So before anything is confirmed we look whether the names still lead to what was opened.
+SQLite keeps on writing into a file that was deleted, moved or replaced, and replays a WAL onto whatever file has the
+name beside it. So before anything is confirmed, we check that the names still lead to what was opened.
 
-A file that was overwritten in place, as `cp` does it, is still the same file. (For the WAL see `wal.py`.) Only
-checkpoints write to a database in WAL mode, and each says in the shared memory first that it begins, and how far it has
-come. So a file that changed without one was overwritten.
-(https://www.sqlite.org/walformat.html, "The WAL-Index File Format";
-https://www.sqlite.org/fileformat.html) What is read for that is read through SQLite's own descriptors: closing one of
-ours would drop this process's locks.
+A file that was overwritten in place, as `cp` does, is still the same file. (For the WAL see `wal.py`.) Only checkpoints
+write to a database in WAL mode, and each first announces in the shared memory that it begins, and how far it comes. So
+a file that changed without a checkpoint was overwritten. (https://www.sqlite.org/walformat.html, "The WAL-Index File
+Format"; https://www.sqlite.org/fileformat.html) All this is read through SQLite's own descriptors, because closing one
+of ours would drop this process's locks.
 """
 
 import ctypes
@@ -25,7 +23,7 @@ from msgspec.structs import replace
 from filao.engines.sqlite.folder import TURNSTILE
 from filao.engines.sqlite.wal import End, end_of
 
-LOOKED_WITHIN = 0.02  # seconds: a transaction that begins so soon after the last look need not look again
+LOOKED_WITHIN = 0.02  # seconds after a look within which a transaction need not look again
 _DESCRIPTORS = Path("/dev/fd")
 HEADER = 100  # bytes
 _WAL_MODE = b"\2\2"
@@ -36,11 +34,11 @@ _MAGIC = b"SQLite format 3\0"
 _Identity = tuple[int, int]
 
 _ABANDONED: set[_Identity] = set()
-"""Files that this process holds open for ever, because closing them would write into what somebody else put there."""
+"""Files that this process holds open for ever, because closing them would write into what was put in their place."""
 
 
 class Loss(NamedTuple):
-    """How the ground was lost: what happened, after the file's name, and what to do."""
+    """How the ground was lost: what happened (a text that goes after the file's name), and what to do."""
 
     what: str
     remedy: str
@@ -62,23 +60,23 @@ _IN_PLACE = (_OVERWRITTEN, _CUT)
 
 
 class _Sight(Struct, frozen=True):
-    """What one look has found: each compares with one of another, whatever is found meanwhile in other threads."""
+    """What one look has found. A later look compares with all of one sight, whatever other threads see meanwhile."""
 
     base: tuple[int, int]
     """When the file itself was last written, and its size."""
     wal_index: bytes | None
-    """Read before; only once the file has changed is sense made of it."""
+    """The beginning of the shared memory, read before the file; only needed once the file has changed."""
     cookie: int
-    """The count of changes of the schema in the file itself: it never goes back, and a copy's begins anew."""
+    """The count of changes of the schema in the file itself: it never goes back, and begins anew in a copy."""
     end: End
-    """Of the WAL."""
+    """The end of the WAL."""
 
 
 class Ground:
-    """What one connection stands on; made right after it has read the file for the first time, within a turn."""
+    """What one connection stands on; made right after the connection first read the file, within a turn."""
 
     def __init__(self, path: Path, given: Path, folder: Path | None) -> None:
-        """Look at what was opened; `given` is the path that the user gave, and may lead here through links."""
+        """Look at what was opened; `given` is the user's path, which may lead here through links."""
         self._main = path
         self._wal, self._shm = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
         about = self._main.stat()
@@ -96,7 +94,7 @@ class Ground:
 
     @property
     def inode(self) -> int:
-        """What tells it from all other files there are on its disk just now."""
+        """The file's inode, which no other file on its disk has now."""
         return self._identity[1]
 
     @property
@@ -107,10 +105,10 @@ class Ground:
     def look(self) -> Loss | None:
         """Return what happened to the file, if anything did.
 
-        Three `stat`s and reads of memory; in any thread, because a send joins a user's transaction in the caller's.
+        It costs three `stat`s and reads of memory. Any thread may look: a send in a user's transaction looks in theirs.
         """
         seen = self._seen
-        index = self._index_now(seen.end)  # before the file: what it explains must not have been seen before it
+        index = self._index_now(seen.end)  # before the file, so that it is never newer than what it explains
         try:
             about = os.stat(self._name)  # noqa: PTH116 - for each commit: a Path costs as much as the call
         except OSError:
@@ -130,7 +128,7 @@ class Ground:
         return loss
 
     def look_at_wal(self) -> Loss | None:
-        """Return what happened to the WAL alone: before we write behind what others wrote."""
+        """Return what happened to the WAL, if anything did. Called before we write behind what others wrote."""
         seen = self._seen
         end = self._end_of_wal(self._index_now(seen.end), seen.end, others_wrote=True)
         if end is None:
@@ -150,11 +148,11 @@ class Ground:
         return self._read(self._index, _INDEX)
 
     def _frame(self, size: int, at: int, is_sure: bool) -> bytes | None:  # noqa: FBT001 - for each commit
-        """Read a part of the WAL; `is_sure` that it is the WAL, whatever became of the descriptor."""
+        """Read a part of the WAL; `is_sure`: check first that the descriptor still leads to it."""
         return (self._read if is_sure else self._glance)(self._wal_identity, size, at)
 
     def has_changed(self) -> bool:
-        """Return whether the file itself was written since the last look, so that another is due."""
+        """Return whether the file itself was written since the last look, so that another one is due."""
         try:
             about = self._main.stat()
         except OSError:
@@ -162,11 +160,11 @@ class Ground:
         return (about.st_mtime_ns, about.st_size) != self._seen.base
 
     def watch(self, name: Path) -> None:
-        """Look after one more name."""
+        """Check one more name from now on."""
         self._others = {**self._others, str(name): _identity(name.stat())}  # another thread may be reading the old one
 
     def missing(self) -> Loss | None:
-        """Return which name leads elsewhere by now, with those beside the file; at any time, in any thread."""
+        """Return the loss of a name that leads elsewhere by now, if any does; at any time, in any thread."""
         try:
             about = self._main.stat()
         except OSError:
@@ -174,16 +172,14 @@ class Ground:
         return self._missing(about, self._journal) or self._missing(about, self._others)
 
     def is_file_there(self) -> bool:
-        """Return whether the file itself is where it was: its WAL may be another's, when we had let go of it."""
+        """Return whether the file itself is where it was. Its WAL may be another one, if we had closed the file."""
         try:
             return _identity(self._main.stat()) == self._identity
         except OSError:
             return False
 
     def may_be_opened_again(self, loss: Loss) -> bool:
-        """Return whether what lies there now is sound: another file, or this one with its own WAL, back in its
-        place.
-        """
+        """Return whether what lies there now is sound: another file, or this one, back with its own WAL."""
         try:
             about = self._main.stat()
         except OSError:
@@ -205,13 +201,13 @@ class Ground:
             if not same:
                 return Loss(
                     f"lost {name}, which was deleted or replaced while it was open",
-                    "look at it with filao doctor, and put a backup in its place with filao "
-                    "restore if messages are missing",
+                    "look at it with filao doctor, and put a backup in its place with filao restore if messages are "
+                    "missing",
                 )
         return None
 
     def _without_file(self) -> Loss:
-        """Say where the file is, as far as the system tells."""
+        """Return the loss of a file that is gone, and say where it is now, as far as the system tells."""
         fd = self._fds.get(self._identity, -1)
         try:
             about = os.fstat(fd)
@@ -229,7 +225,7 @@ class Ground:
     def _was_overwritten(self, header: bytes | None, seen: _Sight) -> bool:
         """Return whether a file that has changed was written by anything but a checkpoint."""
         if header is None:
-            return False  # this system does not let us look
+            return False  # the system does not let us look
         if not header.startswith(_MAGIC) or header[18:20] != _WAL_MODE or schema_cookie(header) < seen.cookie:
             return True
         checkpoint = _checkpoint(self._read(self._index, _INDEX))
@@ -259,9 +255,9 @@ class Ground:
     def let_go(self, db: sqlite3.Connection, loss: Loss) -> None:
         """Close a connection that has lost its ground, without writing its WAL into what lies there now.
 
-        SQLite leaves a file alone that is another by now. Before Python 3.12 it cannot be told to leave one alone that
-        was overwritten, or whose WAL is another's by now, so that such a connection stays open until the process ends.
-        A WAL that has no successor belongs to the file, though its name is gone: writing it back saves what it holds.
+        SQLite itself leaves a file alone that was replaced. Before Python 3.12 it cannot be told to leave alone one
+        that was overwritten, or that has another WAL by now, so such a connection stays open until the process ends. A
+        WAL without a successor belongs to the file, even if its name is gone: writing it back saves what it holds.
         """
         keeps = loss not in _IN_PLACE and not self._wal.exists()
         if keeps or not self.is_file_there() or loss is _LINKED:
@@ -275,29 +271,29 @@ class Ground:
 
 
 class _Checkpoint(NamedTuple):
-    """Pages written back, pages that are to be, and the salts of their WAL."""
+    """How many pages were written back and how many were to be, and the salts of their WAL, all as they are stored."""
 
     done: bytes
     begun: bytes
     salts: bytes
 
     def is_under_way(self) -> bool:
-        """Return whether somebody is writing back, or died of it."""
+        """Return whether a process is writing back, or died while it did."""
         return self.done != self.begun
 
 
 def _checkpoint(index: bytes | None) -> _Checkpoint | None:
-    """Return how far the last checkpoint has come; None where we may not look."""
+    """Return how far the last checkpoint has come; None where we cannot look."""
     if index is None or len(index) < _INDEX:
         return None
     return _Checkpoint(index[96:100], index[128:132], index[_SALTS])
 
 
 def left_over(path: Path, *, cookie: int, inode: int) -> Loss | None:
-    """Return why a file does not fit the WAL that lies beside it, judged by its header, and by what was noted here: its
-    schema's count of changes, and its inode, if not 0.
+    """Return why a file does not fit the WAL that lies beside it; None if it fits.
 
-    Call it between opening a connection and its first statement, which would replay the WAL.
+    The file's header is compared with what was noted of the file: the count of changes of its schema and, if not 0, its
+    inode. Call this after opening a connection and before its first statement, which would replay the WAL.
     """
     wal = Path(f"{path}-wal")
     if not wal.exists() or wal.stat().st_size == 0:
@@ -325,22 +321,22 @@ def left_over(path: Path, *, cookie: int, inode: int) -> Loss | None:
 
 
 def schema_cookie(header: bytes | None) -> int:
-    """Return the count of changes of the schema that a file's header tells."""
+    """Return the count of changes of the schema in a file's header."""
     return int.from_bytes(header[40:44], "big") if header else 0
 
 
 def is_abandoned(path: Path) -> bool:
-    """Return whether this process has lost its hold on this file, so that only another process can open it."""
+    """Return whether this process had to abandon this file, so that only another process can open it."""
     return bool(_ABANDONED) and path.exists() and _identity(path.stat()) in _ABANDONED
 
 
 def is_open(path: Path) -> bool:
-    """Return whether this process has a file open, by whatever connection; False where the system does not tell."""
+    """Return whether any connection of this process has a file open; False where the system does not tell."""
     return path.exists() and _find(_identity(path.stat())) >= 0
 
 
 def _find(file: _Identity) -> int:
-    """Return a descriptor of this process by which a file is open; -1 when there is none, or none is told."""
+    """Return a descriptor by which this process has a file open; -1 when there is none, or the system does not tell."""
     try:
         names = [int(name.name) for name in _DESCRIPTORS.iterdir()]
     except OSError:
@@ -350,7 +346,7 @@ def _find(file: _Identity) -> int:
             if _identity(os.fstat(name)) == file:
                 return name
         except OSError:
-            continue  # the one by which we listed them
+            continue  # the descriptor by which we listed them
     return -1
 
 

@@ -1,9 +1,9 @@
 """The file as one process holds it: a connection, what that stands on, its turn to write, and the bells beside it.
 
-Everything here blocks, and runs in the engine's one database thread, but for what says otherwise.
+Everything here blocks and runs in the engine's one database thread, unless its docstring says otherwise.
 
 Invariant: no job keeps the connection in a variable while it waits for its turn, because a fork may close it meanwhile
-(`filao.forks`); what the next job needs, it opens again.
+(`filao.forks`). The next job opens it again.
 """
 
 import os
@@ -27,7 +27,7 @@ from filao.forks import gate, keep
 TURN_TO_CLOSE_WITHIN = 0.5  # seconds that closing waits for its turn
 
 _inherited: set[Path] = set()
-"""Files that were open when this process was forked, as a job on them would not end: SQLite is mistaken about them."""
+"""Files that could not be closed before this process was forked: SQLite is mistaken about its locks on them."""
 
 
 class Hold:
@@ -36,28 +36,28 @@ class Hold:
     def __init__(self, path: Path, *, durable: bool, clock: Callable[[], float]) -> None:
         self.path: Path = path
         self.name: str = ""
-        """The random name of the file, the first part of the ids of its oldest messages."""
+        """The random name of the file, with which the ids of messages from old versions begin."""
         self.clock: FileClock = FileClock(clock)
         self.turnstile: Turnstile = Turnstile(None)
         self.belfry: Belfry = Belfry(None)
         self.db: sqlite3.Connection | None = None
         """None until it is opened, and again after a fork or when the disk failed."""
         self.lost: Loss | None = None
-        """How the file is known to be no longer what was opened; None while it is not."""
+        """What happened to the file that was opened; None while it is still there."""
         self.is_closing: bool = False
-        """Whether it may not be kept in line any more."""
+        """Whether no thread may wait in line any more."""
         self._left: Turnstile | None = None
-        """One at which a thread was left waiting."""
+        """A turnstile at which a thread was left waiting."""
         self._given = path
         self._folder: Folder | None = None
         """Where the turnstile and the bells are; None in memory and on Windows."""
         self._durable = durable
         self._flushes: bool | None = durable
-        """Whether commits are flushed; None: not known, as a visit was interrupted in the middle of changing it."""
+        """Whether commits are flushed; None: unknown, because a visit was interrupted while it changed that."""
         self._confirms = True
-        """Whether somebody is told that what commits next is durable."""
+        """Whether a caller will be told that the next commit is durable."""
         self._has_failed = False
-        """The disk failed: what the file holds must be looked at before it is used again."""
+        """Whether the disk failed, so that the file must be checked before it is used again."""
         self._ground: Ground | None = None
         self._looked_at = 0.0
         self._is_suspicious = False
@@ -65,16 +65,17 @@ class Hold:
     # --- opening and closing -----------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Look where the file lies, or is to lie."""
+        """Resolve the path of the file, and check that it can be used."""
         if self.path != files.MEMORY:
             self._given = self.path.absolute()
             self.path = files.resolved(self.path)  # one file, one turnstile, by whatever path it is called
             files.check_path(self.path)
 
     def prepare(self) -> None:
-        """Look at the file, which is made if there is none, and prepare what lies beside it.
+        """Look at the file, make it if there is none, and open the folder beside it.
 
-        Raises SQLite's own error when another program keeps it locked: then nothing was done, and it can be tried anew.
+        Raises SQLite's own error when another program keeps it locked: then nothing was done, and the call can be
+        repeated.
         """
         if self.path == files.MEMORY:
             return
@@ -86,7 +87,7 @@ class Hold:
             self.belfry = Belfry(self._folder)
 
     def connect(self) -> sqlite3.Connection:
-        """Open the connection, for the first time or again; in a turn."""
+        """Open the connection, for the first time or again. Called in a turn."""
         if self.path in _inherited:
             raise ConfigurationError(
                 f"{self.path} cannot be used in this process (pid {os.getpid()}): it was forked while the file was "
@@ -112,7 +113,7 @@ class Hold:
         return db
 
     def _check_locks(self) -> None:
-        """Raise `ConfigurationError` when SQLite takes the locks of another connection here for granted, wrongly."""
+        """Raise `ConfigurationError` when SQLite believes in locks of another connection that this process lacks."""
         if self.turnstile_path is not None and not own.has_open(self.path, self.turnstile_path):
             raise ConfigurationError(
                 f"{self.path} cannot be used in this process (pid {os.getpid()}) yet: a connection of the program's "
@@ -123,11 +124,11 @@ class Hold:
             )
 
     def _begin(self, db: sqlite3.Connection) -> None:
-        """Look at what was opened, and bring it up to date."""
+        """Check what was opened, and bring it up to date."""
         scrutiny.check(db, self.path)
-        is_new = files.migrate(db, self.path)
+        has_changed = files.migrate(db, self.path)
         self._set_clock(db)
-        if is_new:  # so that the file itself can be told from others
+        if has_changed:  # so that the file itself, not only its WAL, can be told from others
             db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         self.name = db.execute("SELECT value FROM filao_meta WHERE name = 'file'").fetchone()[0]
         if self.path != files.MEMORY:
@@ -138,7 +139,7 @@ class Hold:
             files.check_whole(db, self.path)
 
     def _set_clock(self, db: sqlite3.Connection) -> None:
-        """Set the file's clock after a start of the machine, which ended all that held leases: they are void."""
+        """Set the file's clock after a start of the machine; all leases are void then, because their holders ended."""
         if self.clock.has_begun(db):
             return
         db.execute("BEGIN IMMEDIATE")
@@ -154,7 +155,7 @@ class Hold:
             raise
 
     def set_durable(self, *, durable: bool) -> None:
-        """Let what commits next be flushed to the disk, or not."""
+        """Choose whether the next commit is flushed to the disk."""
         self._confirms, flushes = durable, durable and self._durable
         if self.db is not None and self._flushes is not flushes:
             self._flushes = None
@@ -165,10 +166,10 @@ class Hold:
             self._flushes = flushes
 
     def renew(self) -> None:
-        """Part with a connection that keeps what a statement of the user's has left on it.
+        """Close a connection on which one of the user's statements may have left something.
 
-        The next job opens the file again. What is in memory would be gone with its connection: another one takes it
-        over, or none if there is no memory for both.
+        The next job opens the file again. A database in memory would be gone with its connection, so it is copied to
+        another one; if memory does not suffice for both, it stays where it is.
         """
         if self.path != files.MEMORY:
             self.leave()
@@ -179,16 +180,16 @@ class Hold:
                 left.close()
 
     def break_off(self) -> None:
-        """Let go of a connection whose disk failed: it is never trusted again, and the file is looked at first."""
+        """Close a connection whose disk failed, for good; the next one first checks the file."""
         db, self.db, self._has_failed = self.db, None, True
         if db is not None:
             with suppress(sqlite3.Error):
                 self._let_go(db)
 
     def close(self) -> None:
-        """Let go of the file; the last process to do so writes its WAL back.
+        """Close the file; the last process to do so writes its WAL back.
 
-        In a turn, unless none comes soon: as before a fork, see `leave`.
+        This happens in a turn, or without one if none comes soon: see `leave`.
         """
         self.belfry.close()
         until = time.monotonic() + TURN_TO_CLOSE_WITHIN
@@ -208,7 +209,7 @@ class Hold:
                 self._folder.close()
 
     def _let_go(self, db: sqlite3.Connection) -> None:
-        """Close a connection, without writing its WAL into what may lie there now."""
+        """Close a connection, without writing its WAL into another file that may lie there now."""
         self.lost = self.lost or (self._ground.look() if self._ground is not None else None)
         if self.lost is not None and self._ground is not None:
             self._ground.let_go(db, self.lost)
@@ -223,17 +224,17 @@ class Hold:
         return None if self._folder is None else self._folder.path / TURNSTILE
 
     def take_turn(self, ticket: Ticket | None = None) -> None:
-        """Wait for a turn, which `turnstile.leave` ends; no transaction is open here meanwhile.
+        """Wait for a turn, which `turnstile.leave` ends; meanwhile no transaction is open here.
 
-        In line, where the kernel keeps the order. But a file that is being opened or closed leaves no thread there, and
-        while one is left there, the line stands: then this tries again and again until the ticket's time is over.
+        It waits in line, where the kernel keeps the order. But while a file is opened or closed no thread may block in
+        the line, nor while another one is left waiting there: then it tries again and again until the time is over.
         """
         if self.turnstile.try_enter():
             return
         with gate.outside():
             until = time.monotonic() + files.BUSY_TIMEOUT if ticket is None else ticket.until
-            stands = self._ground is None or self.is_closing or self._is_left_waiting()
-            enter = self.turnstile.enter_by if stands else self.turnstile.enter
+            may_not_block = self._ground is None or self.is_closing or self._is_left_waiting()
+            enter = self.turnstile.enter_by if may_not_block else self.turnstile.enter
             if not enter(lambda: time.monotonic() > until or (ticket is not None and ticket.is_over)):
                 raise self.refusal()
 
@@ -241,12 +242,12 @@ class Hold:
         return self._left is not None and self._left.is_waited_at
 
     def leave_waiting(self) -> bool:
-        """Leave the thread that waits for a turn, so that another can use the file; False when none does."""
+        """Leave the thread that waits for a turn, so that another can use the file; return False when none waits."""
         if self._folder is None or not self.turnstile.is_waited_at:
             return False
         try:
             anew = Turnstile(self._folder)
-        except (OSError, EngineError):  # no descriptor is left, or somebody has put something else in its place
+        except (OSError, EngineError):  # no descriptor is left, or something else was put in its place
             return False
         if not self.turnstile.leave_waiting():
             anew.close()
@@ -255,7 +256,7 @@ class Hold:
         return True
 
     def refusal(self) -> EngineUnavailable:
-        """Return the error of a call for which no turn has come in time: who is in its way."""
+        """Return the error of a call for which no turn has come in time; it names what is in the way."""
         path, seconds, turnstile = self.path, f"{files.BUSY_TIMEOUT:g} seconds", self.turnstile_path
         if turnstile is not None and own.has_turn(turnstile):
             return EngineUnavailable(
@@ -272,16 +273,15 @@ class Hold:
     # --- forks: see `filao.forks.Storage` ----------------------------------------------------------------------------
 
     def interrupt(self) -> None:
-        """Let the statement that runs fail. From any thread."""
+        """Make the running statement fail. May be called from any thread."""
         with suppress(sqlite3.Error):
             if self.db is not None:
                 self.db.interrupt()
 
     def leave(self) -> None:
-        """Close the connection.
+        """Close the connection, without a turn: this thread may be the one for which the turn's holder waits.
 
-        Not in a turn: this thread may hold up the one whose turn it is. SQLite writes the WAL back only if nobody else
-        has the file open, and keeps others out meanwhile.
+        SQLite writes the WAL back only if no other process has the file open, and keeps others out meanwhile.
         """
         db, self.db = self.db, None
         if db is not None:
@@ -289,7 +289,7 @@ class Hold:
                 self._let_go(db)
 
     def inherit(self) -> None:
-        """Forget in a child what is the parent's: its turn at the turnstile, its bell, the bells that it rings."""
+        """In a child: forget what is the parent's, namely its turn, its bell and the bells that it rings."""
         if self.db is not None:
             _inherited.add(self.path)
         keep(self.db)
@@ -303,7 +303,7 @@ class Hold:
     # --- the ground --------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Raise `EngineError` when the file is no longer what was opened; what is confirmed after this is in it."""
+        """Raise `EngineError` when the file is no longer what was opened. What was committed before this is in it."""
         if self.lost is None and self._ground is not None and self.db is not None:
             found = self._ground.look() or (self._ground.missing() if self._is_suspicious else None)
             self.lost = self.lost or found  # another thread may have found it meanwhile
@@ -313,14 +313,14 @@ class Hold:
             self.check_lost()
 
     def look_before_write(self, *, others_wrote: bool) -> None:
-        """Look unless that was done a moment ago; but for the WAL, which others may have lost since they wrote it."""
+        """Look, unless that was done a moment ago. If others wrote, look at the WAL in any case: it may be damaged."""
         self.look_if_due()
         if others_wrote and self._ground is not None:
             self.lost = self._ground.look_at_wal() or self.lost
             self.check_lost()
 
     def look_at_commit(self) -> None:
-        """Look before anything is confirmed; what confirms nothing need not look each time."""
+        """Look before a commit is confirmed; a commit that confirms nothing need not look each time."""
         if self._confirms:
             self.look()
         else:
@@ -332,7 +332,7 @@ class Hold:
             self.look()
 
     def may_be_lost(self) -> bool:
-        """Return whether those who wait should look; costs no more than a few `stat`s, in any thread."""
+        """Return whether a look is due for those that wait. It costs no more than a few `stat`s, in any thread."""
         if self._ground is not None and self.db is not None and self.lost is None:
             self._is_suspicious = self._ground.missing() is not None
             return self._is_suspicious or self._ground.has_changed()
@@ -348,7 +348,7 @@ class Hold:
             )
 
     def error(self, error: Exception) -> EngineError:
-        """Return our error for one of SQLite's, which may come of a file that is no longer what was opened."""
+        """Return our error for one of SQLite's: if the file is no longer what was opened, the error says that."""
         try:
             self.look()
         except EngineError as lost:
@@ -356,16 +356,16 @@ class Hold:
         return files.engine_error(self.path, error)
 
     def watch_bell(self) -> None:
-        """Notice when this process's own bell is gone, and with it the folder."""
+        """Check from now on that this process's own bell, and so its folder, is still there."""
         if self.belfry.own is not None and self._ground is not None and self._folder is not None:
             self._ground.watch(self._folder.path / self.belfry.own.name)
 
     # --- housekeeping ------------------------------------------------------------------------------------------------
 
     def write_back(self) -> bool:
-        """Copy the WAL into the file, so that what was given back leaves the disk, and return whether all of it was.
+        """Copy the WAL into the file, so that free space leaves the disk; return whether all of it was copied.
 
-        In a turn; it does not wait for those who read or write just now, because others would wait for us there.
+        Called in a turn. It does not wait for readers, because others would wait for this turn meanwhile.
         """
         if self.db is None:
             return True

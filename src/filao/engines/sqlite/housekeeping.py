@@ -1,4 +1,4 @@
-"""What nobody waits for: what is expired, forgotten or free, in slices that cost others little."""
+"""Work that nobody waits for: to end, forget and give back what is over, in slices that cost others little."""
 
 import asyncio
 import time
@@ -15,10 +15,10 @@ from filao.errors import FilaoError
 
 R = TypeVar("R")
 
-TIDIES_WITHIN = 0.25  # seconds that it waits for a turn: who only looks waits behind it, in the same thread
+TIDIES_WITHIN = 0.25  # seconds that it waits for a turn, because looks wait behind it in the same thread
 TIDY_EVERY = 1.0  # seconds between rounds of housekeeping, after a write of ours
-TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic, ...
-TIDY_SLICES_IDLE = 100  # ... and in a second without it
+TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic
+TIDY_SLICES_IDLE = 100  # slices in one round without traffic
 FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
 FREE_PAGES_BUSY = 2_560  # 10 MiB that stay free under traffic
 TIDY_PAGES = 500  # pages given back to the file system in one turn: a few milliseconds of the write lock
@@ -28,7 +28,7 @@ TIDY_EXPIRED = 500  # messages that outlived their ttl and are ended in one turn
 def tidy(books: Books, *, idle: bool) -> bool:
     """Do a slice; return whether there is more to do.
 
-    Under traffic as many pages stay free as are in use, because they are about to be used again.
+    Under traffic, as many pages stay free as are in use, because they will soon be used again.
     """
     more = processes.forget_keys(books) | processes.forget_events(books)
     legible = filter(None, map(books.legible, operators.outlived(books)))
@@ -42,15 +42,15 @@ def tidy(books: Books, *, idle: bool) -> bool:
 
 
 class Alone(Protocol):
-    """Runs a job in the database's thread, but not in the middle of a transaction of the user's."""
+    """Runs a job in the database's thread, but never inside a transaction of the user's."""
 
     def __call__(self, job: Callable[[], R], until: float | None = None) -> Awaitable[R]:
-        """Return what it comes to; it must have begun by then (monotonic)."""
+        """Return the job's result; it must begin before `until` (monotonic)."""
         ...
 
 
 class Housekeeper:
-    """Tidies up on the event loop, for as long as its file is open."""
+    """Tidies up, from the event loop, while its file is open."""
 
     def __init__(self, database: Database, alone: Alone) -> None:
         self.is_wanted: bool = False
@@ -59,7 +59,7 @@ class Housekeeper:
         self._alone = alone
 
     async def keep(self) -> None:
-        """Give back what is over: some of it each second under traffic, the rest in the first second without."""
+        """Tidy up: a little each second under traffic, and the rest in the first second without."""
         is_behind = False
         while True:
             await asyncio.sleep(TIDY_EVERY)

@@ -1,7 +1,7 @@
-"""How a message moves from state to state, and what that does to the counters, to its group and to those who wait.
+"""How a message moves from state to state, and what that does to the counters, to its group and to those that wait.
 
 The verbs of the queue (`send.py`, `receive.py`, `settle.py`) and of its operators (`operators.py`) are written with
-these moves, on the books of one transaction. `postgresql/functions/moves.sql` is the same, in the same order.
+these moves, on the books of one transaction. `postgresql/functions/moves.sql` says the same in the same order.
 """
 
 import math
@@ -23,7 +23,7 @@ from filao.engines.sqlite.books import (
     QueueRow,
 )
 
-DUE_MAX = 5_000  # rows of a kind that one receive makes ready: about 50 ms of the write lock; the next one goes on
+DUE_MAX = 5_000  # delays, leases and ttls, each, that one receive ends: about 50 ms of the write lock
 _EXPIRED = "INDEXED BY filao_expiring WHERE queue = ? AND expires_at <= ? AND state IN (2, 3, 5)"
 _SOONEST = """
     SELECT min(expires_at)
@@ -36,6 +36,7 @@ _EXPIRED_ONE = "WHERE queue = ? AND expires_at <= ? AND state IN (2, 3, 5) AND i
 
 
 def first(books: Books, row: QueueRow, group: str, state: int) -> int | None:
+    """Return the number of a group's first message in a state."""
     found = books.db.execute(
         """
         SELECT min(id)
@@ -59,7 +60,7 @@ def _set_state(books: Books, row: QueueRow, number: int, was: int, state: int) -
 
 
 def is_halted(books: Books, row: QueueRow, group: str) -> bool:
-    """Return whether a dead letter stopped this group."""
+    """Return whether this group is halted, by a dead letter or an operator."""
     if row.rules.group_dead != "halt":
         return False
     halted = books.db.execute("SELECT 1 FROM filao_halted WHERE queue = ? AND grp = ?", (row.id, group))
@@ -67,9 +68,12 @@ def is_halted(books: Books, row: QueueRow, group: str) -> bool:
 
 
 def arrange(books: Books, row: QueueRow, group: str) -> None:
-    """Let the first message of a group through and hold back the others; nobody moves while one is leased."""
-    # At most one message of a group is ready, delayed or leased: its head. The others are blocked. (Where a failing
-    # head is skipped, delayed ones are none of it.) Halted, a group has no head. To be called after each move of one.
+    """Let the first message of a group through and hold back the others; none moves while one is leased.
+
+    Invariant: at most one message of a group is ready, delayed or leased, its head; all others are blocked. (Where a
+    failing head is skipped, delayed messages do not count.) A halted group has no head. Call this after each move of a
+    message with a group.
+    """
     books.flush()
     books.occupied.discard((row.id, group))
     leased, ready, delayed, blocked = (first(books, row, group, s) for s in (LEASED, READY, DELAYED, BLOCKED))
@@ -116,12 +120,12 @@ def remembered(books: Books, row: QueueRow, kind: int, key: str) -> str | None:
         return None
     name: str = found[0]
     if found[1] is None and _has_expired(books, row, name):
-        return remembered(books, row, kind, key)  # it may lie among the dead under its id
+        return remembered(books, row, kind, key)  # again: a dead letter is still remembered under its message_id
     return name
 
 
 def remember(books: Books, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
-    """Know these keys as long as their message is pending."""
+    """Remember these keys while their message is pending."""
     for kind, key in wanted:
         books.db.execute(
             "INSERT OR REPLACE INTO filao_dedup (queue, kind, key, message) VALUES (?, ?, ?, ?)",
@@ -130,7 +134,7 @@ def remember(books: Books, row: QueueRow, wanted: Iterable[tuple[int, str]], nam
 
 
 def remember_again(books: Books, row: QueueRow, dedup_key: str, name: str) -> None:
-    """Know the key of a message that came back from the dead, unless another message has taken it."""
+    """Remember the key of a message that came back from the dead, unless another message has taken it."""
     books.db.execute(
         """
         INSERT INTO filao_dedup (queue, kind, key, message) VALUES (?, ?, ?, ?)
@@ -151,7 +155,7 @@ def unlearn(books: Books, row: QueueRow, wanted: Iterable[tuple[int, str]], name
 
 
 def start_window(books: Books, row: QueueRow, wanted: Iterable[tuple[int, str]], name: str) -> None:
-    """Let the keys of a message that has ended be forgotten after the queue's window."""
+    """Remember the keys of a message that has ended for the queue's window, and no longer."""
     until = books.now + round(row.rules.dedup_window * 1000)
     for kind, key in wanted:
         books.db.execute(
@@ -196,7 +200,7 @@ def has_crashed(books: Books, number: int) -> bool:
 
 
 def give_back(books: Books, row: QueueRow, entry: Entry, *, at: int | None = None, token: int = NO_TOKEN) -> None:
-    """Let a message return to its old place, ready now or delayed until `at`, behind those of its group."""
+    """Return a message to its old place, ready now or delayed until `at`; in a group, when it is its turn."""
     entry = _current(books, entry)
     state = READY if at is None else DELAYED
     if entry.group is not None and state == READY:
@@ -221,7 +225,7 @@ def die(books: Books, row: QueueRow, entry: Entry, reason: str) -> None:
     row.count["died"] += 1
     row.reasons.append((reason, 1, 1))
     books.note(row, entry.name, "died", entry.attempts, by="", detail=reason)
-    if entry.dedup_key is not None:  # its message_id stays known as long as the dead letter lies there
+    if entry.dedup_key is not None:  # its message_id stays known while it is a dead letter
         start_window(books, row, keys(entry.dedup_key, None), entry.name)
     if entry.group is not None:
         if row.rules.group_dead == "halt":
@@ -230,7 +234,7 @@ def die(books: Books, row: QueueRow, entry: Entry, reason: str) -> None:
 
 
 def forget(books: Books, row: QueueRow, entry: Entry, *, had_failed: bool) -> None:
-    """Clear up behind a message that is gone."""
+    """Clear up after a message that is gone."""
     if had_failed:
         books.db.execute("DELETE FROM filao_failure WHERE message = ?", (entry.number,))
     if entry.dedup_key is not None or entry.message_id is not None:
@@ -242,7 +246,7 @@ def forget(books: Books, row: QueueRow, entry: Entry, *, had_failed: bool) -> No
 def expire(books: Books, row: QueueRow, entry: Entry) -> None:
     """End a message that outlived its ttl: it counts for nothing from now on, and its key is free at once.
 
-    Only the message_id of a dead letter stays known, because it lies there under that id.
+    If it becomes a dead letter, its message_id stays known.
     """
     if row.rules.on_expiry == "drop":
         delete(books, row, entry, "dropped", "")
@@ -269,7 +273,7 @@ def let_expire(books: Books, row: QueueRow, limit: int = DUE_MAX) -> int:
 
 
 def _has_expired(books: Books, row: QueueRow, name: str) -> bool:
-    """Return whether the message with this id had outlived its ttl; then it is ended."""
+    """End the message with this id if it has outlived its ttl; return whether it has."""
     expired = books.entries(_EXPIRED_ONE, (row.id, books.now, books.number_of(row, name)))
     for entry in expired:
         expire(books, row, entry)
@@ -289,9 +293,9 @@ def delete(books: Books, row: QueueRow, entry: Entry, counter: str, by: str) -> 
 
 
 def lose(books: Books, row: QueueRow, entry: Entry, token: int, outcome: str) -> None:
-    """End a lease whose consumer said nothing: the attempt is used; the next consumer, or death, takes the message.
+    """End a lease that nobody settled: its attempt is used, and the message is ready again, or dead.
 
-    The token stays until somebody receives the message, so that a late ack of work that was done still counts.
+    The token stays until another consumer receives the message, so that a late ack of finished work still counts.
     """
     row.count["lost"] += 1
     record(books, row, entry, outcome, "", consumer=books.consumer_of(token))

@@ -1,4 +1,4 @@
-"""A queue on its way: its messages as they are read for another engine, and stored as they come from one."""
+"""Moving a queue: its messages are read for another engine, or come from one and are stored."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -32,18 +32,18 @@ class SqliteMover:
         self._look_up = look_up
 
     async def identity(self) -> str:
-        """Return which file it is, by whatever path it was opened."""
+        """Return the identity of the file, whatever path it was opened by."""
         if self._path == MEMORY:
             return f"memory {id(self)}"
         about = self._path.stat()
         return f"sqlite {about.st_dev}:{about.st_ino}"
 
     def check(self, queue: Queue, drafts: Sequence[Draft] = ()) -> None:
-        """Accept everything: there is nothing that cannot be kept in a file."""
+        """Accept everything: a file can keep it all."""
 
     @asynccontextmanager
     async def packing(self, queue: str) -> AsyncGenerator[Packing]:
-        """Begin to carry a queue's messages elsewhere."""
+        """Begin to move a queue's messages away."""
 
         async def read(after: int, limit: int) -> list[Parcel]:
             return await self._change(lambda books: pack(books, books.row(queue), after, limit))
@@ -51,7 +51,7 @@ class SqliteMover:
         yield carried.RowPacking(queue, read, self._operators)
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
-        """Store messages that came from elsewhere."""
+        """Store messages from another engine."""
         await self._change(lambda books: unpack(books, books.row(queue), parcels))
 
     async def memory(self, queue: str) -> Memory:
@@ -64,8 +64,8 @@ class SqliteMover:
 
 
 def pack(books: Books, row: QueueRow, after: int, limit: int) -> list[Parcel]:
-    """Return the messages behind a place in the order of sending, but for those that consumers hold."""
-    make_due(books, row)  # else a lease that has run out would be held by nobody, and stay
+    """Return the messages behind a place in the order of sending, except those that consumers hold."""
+    make_due(books, row)  # so that messages whose lease has run out are moved too
     books.flush()
     packed: list[Parcel] = []
     for message_id, salt, number, state, *fields in books.db.execute(_NEXT, (after, row.id, limit)).fetchall():
@@ -75,7 +75,7 @@ def pack(books: Books, row: QueueRow, after: int, limit: int) -> list[Parcel]:
 
 
 def unpack(books: Books, row: QueueRow, parcels: Sequence[Parcel]) -> None:
-    """Store messages in this order, but for those that came before."""
+    """Store messages in this order, except those that were stored before."""
     queue = row.rules.name
     results = [send(books, one) for one in carried.sends(queue, parcels)]
     for place, parcel in enumerate(parcels):
@@ -86,7 +86,7 @@ def unpack(books: Books, row: QueueRow, parcels: Sequence[Parcel]) -> None:
 
 
 def _amend(books: Books, row: QueueRow, parcel: Parcel) -> None:
-    """Give a message that was just stored its past."""
+    """Give a message that was just stored its history, its times and its state."""
     books.flush()
     number = books.number_of(row, parcel.id)
     assert number is not None
@@ -123,7 +123,7 @@ def memory(books: Books, row: QueueRow) -> Memory:
 
 
 def remember(books: Books, row: QueueRow, memory: Memory) -> None:
-    """Remember them, but for what is known here already."""
+    """Remember what another engine remembered, except what is known here already."""
     books.db.executemany(
         "INSERT OR IGNORE INTO filao_dedup (queue, kind, key, message, until) VALUES (?, ?, ?, ?, ?)",
         [(row.id, MESSAGE_ID if key.is_id else DEDUP_KEY, key.key, key.message, key.until) for key in memory.keys],

@@ -12,13 +12,7 @@ from typing import Any
 from filao.engine import EVENTS_MAX, Draft, Event, Failure, State, StoredMessage, instant
 from filao.engines import rows
 from filao.engines.sqlite import moves
-from filao.engines.sqlite.books import (
-    STATES,
-    Books,
-    Entry,
-    QueueRow,
-    read_rules,
-)
+from filao.engines.sqlite.books import STATES, Books, Entry, QueueRow, read_rules
 from filao.errors import ConfigurationError, EngineError
 from filao.process import process_name
 from filao.queue import Queue, check_halts, rules_from_json, rules_to_json
@@ -42,7 +36,7 @@ def declare(books: Books, queue: Queue) -> None:
     try:
         before = books.queue(queue.name)
     except EngineError:
-        before = None  # the rules that stand there are unreadable: these replace them
+        before = None  # the stored rules are unreadable: these replace them
     books.db.execute(
         """
         INSERT INTO filao_queue (name, rules) VALUES (?, ?)
@@ -85,7 +79,7 @@ def queues(db: sqlite3.Connection) -> list[Queue]:
 
 
 def outlived(books: Books) -> list[str]:
-    """Return the queues that hold what outlived its ttl and has not been seen to: one look-up for each that may."""
+    """Return the queues with messages that outlived their ttl and were not ended yet; one look-up for each that may."""
     found = books.db.execute(
         """
         WITH RECURSIVE expiring (queue) AS (
@@ -120,7 +114,7 @@ def peek(books: Books, row: QueueRow, state: State, limit: int, after: str | Non
 
 
 def listed(books: Books, row: QueueRow, state: State, after: str | None) -> tuple[str, tuple[object, ...]]:
-    """Return what selects the messages of one state in its order, and its parameters."""
+    """Return the clauses that select the messages of one state in its order, and their parameters."""
     skipped, parameters = _behind(books, row, state, after)
     source = f"""
         FROM filao_message INDEXED BY filao_{_INDEXES[state]}
@@ -140,7 +134,7 @@ def find(books: Books, row: QueueRow, message_id: str) -> StoredMessage | None:
 
 
 def place_of(books: Books, row: QueueRow, after: str) -> int:
-    """Return the place in the order of sending of the message to go on behind."""
+    """Return the number of the message with the id `after`. Raises `ConfigurationError` when there is none."""
     number = books.number_of(row, after)
     if number is None:
         raise _no_place(row, after)
@@ -152,9 +146,7 @@ def _behind(books: Books, row: QueueRow, state: State, after: str | None) -> tup
         return "", ()
     number = place_of(books, row, after)
     last = books.db.execute("SELECT priority, at, grp FROM filao_message WHERE id = ?", (number,)).fetchone()
-    if (
-        state == State.DEAD
-    ):  # its order needs no more than the id, so a dead letter that was redriven meanwhile still serves
+    if state == State.DEAD:  # ordered by number alone, so a dead letter that was redriven meanwhile still serves
         return "AND id > ?", (number,)
     if last is None:
         raise _no_place(row, after)
@@ -209,9 +201,7 @@ def trace(books: Books, message_id: str) -> list[Event]:
 def chosen(
     books: Books, row: QueueRow, states: Sequence[State], ids: Sequence[str] | None, limit: int
 ) -> Sequence[int]:
-    """Return the numbers of the messages that a command is about, each once: what comes later is none of its
-    business.
-    """
+    """Return the numbers of the messages that a command will touch, each once; those that come later stay untouched."""
     if ids is not None:
         numbers = [number for name in ids if (number := books.number_of(row, name)) is not None]
         return list(dict.fromkeys(numbers))[:limit]
@@ -232,7 +222,7 @@ def chosen(
 
 
 def _still(books: Books, row: QueueRow, numbers: Sequence[int], states: Sequence[State]) -> list[Entry]:
-    """Return those of the chosen messages that are still in one of these states, in the order of sending."""
+    """Return the chosen messages that are still in one of these states, in the order of sending."""
     allowed = ", ".join(str(NUMBERS[state]) for state in states)
     return books.entries(
         f"WHERE id IN (SELECT value FROM json_each(?)) AND queue = ? AND state IN ({allowed}) ORDER BY id",
@@ -266,13 +256,13 @@ def remove(books: Books, row: QueueRow, numbers: Sequence[int], states: Sequence
     entries, by = _still(books, row, numbers, states), process_name()
     for entry in entries:
         moves.delete(books, row, entry, "purged" if purges else "cancelled", by)
-        if purges:  # it starts afresh: what it removed may be sent again at once
+        if purges:  # a purged queue starts afresh: the same messages may be sent again at once
             moves.unlearn(books, row, moves.keys(entry.dedup_key, entry.message_id), entry.name)
     return len(entries)
 
 
 def pause(books: Books, row: QueueRow, *, paused: bool) -> None:
-    """Stop or resume deliveries; those who wait look again when they resume."""
+    """Stop or resume deliveries; those that wait look again when they resume."""
     books.db.execute("UPDATE filao_queue SET paused = ? WHERE id = ?", (int(paused), row.id))
     row.paused = paused
     row.fresh = True

@@ -1,4 +1,4 @@
-"""What the dashboard sees of a file: lists without bodies, one message, groups that wait, the log of what was done.
+"""What the dashboard sees of a file: lists without bodies, single messages, waiting groups, the log of what was done.
 
 `postgresql/overview.py` is the same.
 """
@@ -74,15 +74,15 @@ class SqliteLog:
         self._change = change
 
     async def begin(self, deed: Deed) -> int:
-        """Write a deed down before it is done."""
+        """Write a deed into the log before it is done."""
         return await self._change(lambda books: _begin(books, deed))
 
     async def record(self, number: int, done: int, outcome: str = "") -> None:
-        """Write down how far a deed has come."""
+        """Record how far a deed has come."""
         await self._change(lambda books: _record(books, number, done, outcome))
 
     async def deeds(self, limit: int, before: int | None = None) -> Sequence[Deed]:
-        """Return entries of the log, the latest first."""
+        """Return entries of the log, newest first."""
         return await self._look_up(lambda books: _deeds(books.db, limit, before))
 
 

@@ -1,8 +1,10 @@
-"""Who keeps a file locked. It may be this very process: then a transaction of its own may be waiting for the call that
-waits for it. And whether this process has the lock that SQLite believes it has: a fork leaves it to the parent.
+"""Which process keeps a file locked, and whether this process has the lock that SQLite believes it has.
 
-Linux tells who holds which lock, in /proc/locks (https://man7.org/linux/man-pages/man5/proc_locks.5.html); elsewhere
-the wait ends with its bound. Opening the file to ask would drop the process's own locks.
+If it is this very process, the call that waits for the lock may be one that the lock's holder waits for. And after a
+fork, the child's SQLite believes in a lock that only the parent has.
+
+Linux lists the holders of locks in /proc/locks (https://man7.org/linux/man-pages/man5/proc_locks.5.html); elsewhere the
+wait ends with its bound. Opening the file to ask would drop the process's own locks.
 """
 
 import os
@@ -13,14 +15,14 @@ from filao.printable import printable
 
 _LOCKS = Path("/proc/locks")
 _WRITING = 120  # the byte of the -shm that a writer locks in WAL mode (https://www.sqlite.org/walformat.html#locks)
-_OPEN = 128  # the byte of the -shm on which whoever has it open keeps a lock, so that nobody else empties it
-_EXCLUSIVE = 2**30  # that of the file which is locked in exclusive mode (https://www.sqlite.org/fileformat.html)
+_OPEN = 128  # the byte of the -shm that is locked by all who have it open, so that nobody truncates it
+_EXCLUSIVE = 2**30  # the byte of the file that is locked in exclusive mode (https://www.sqlite.org/fileformat.html)
 ALONE_WAITS = 0.2  # seconds, where no other thread could end the transaction; a task of the same loop still may
 OTHERS_WAIT = 5.0  # seconds, where another thread may hold it; none should keep a file's only write lock for so long
 
 
 def patience() -> float:
-    """Return for how many seconds a lock of this process's own may be another's business that ends."""
+    """Return for how many seconds to wait for a lock of this process's own, in case another thread or task ends it."""
     others = [thread for thread in threading.enumerate() if not thread.name.startswith("filao")]
     return ALONE_WAITS if len(others) <= 1 else OTHERS_WAIT
 
@@ -31,21 +33,21 @@ def holds_lock(path: Path) -> bool:
 
 
 def has_turn(turnstile: Path) -> bool:
-    """Return whether this process has the turn, in whatever broker; False where the system does not tell."""
+    """Return whether any broker of this process has the turn; False where the system does not tell."""
     return os.getpid() in _holders("FLOCK", turnstile, 0)
 
 
 def has_open(path: Path, turnstile: Path) -> bool:
-    """Return whether this process, which has the file open, has the lock that belongs to it; call it in a turn.
+    """Return whether this process, which has the file open, has the lock that belongs to it. Call this in a turn.
 
-    True where the system does not tell: then it does not tell of the turn either.
+    It is True where the system does not tell: there it does not tell of the turn either.
     """
     shm = path.with_name(path.name + "-shm")
     return os.getpid() in _holders("POSIX", shm, _OPEN, "READ") or not has_turn(turnstile)
 
 
 def in_the_way(path: Path, turnstile: Path | None = None) -> str:
-    """Return which processes keep others from writing, in words: "another process" where the system does not tell."""
+    """Return in words which processes keep others from writing: "another process" where the system does not tell."""
     found = _holders("POSIX", path.with_name(path.name + "-shm"), _WRITING) | _holders("POSIX", path, _EXCLUSIVE)
     if turnstile is not None:
         found |= _holders("FLOCK", turnstile, 0)
@@ -53,9 +55,10 @@ def in_the_way(path: Path, turnstile: Path | None = None) -> str:
 
 
 def _holders(kind: str, file: Path, byte: int, purpose: str = "WRITE") -> set[int]:
-    """Return the processes that have locked a byte of a file, for themselves or for all who read.
+    """Return the processes that have locked a byte of a file; `purpose` is WRITE for themselves, READ with others.
 
-    A line is such as `1: POSIX ADVISORY WRITE 4711 fe:00:1234 120 120`; `->` stands in those who only wait.
+    A line looks like `1: POSIX ADVISORY WRITE 4711 fe:00:1234 120 120`; one of a process that only waits has a `->`
+    more.
     """
     try:
         about = file.stat()
@@ -84,11 +87,10 @@ def _name(pid: int) -> str:
 
 
 def refusal(path: Path) -> str:
-    """Return what to say of it."""
+    """Return the text of the error when this process's own transaction keeps the file locked."""
     return (
-        f"{path} is locked by a transaction of this very process (pid {os.getpid()}), on a "
-        "connection that is not the broker's. "
-        f"Nothing was done. If the transaction is the caller's own, it would wait for this call, and this call for it: "
-        "send with within= that connection, or end the transaction first; open brokers and "
-        "declare queues before it begins."
+        f"{path} is locked by a transaction of this very process (pid {os.getpid()}), on a connection that is not the "
+        "broker's. Nothing was done. If the transaction is the caller's own, it would wait for this call, and this "
+        "call for it: send with within= that connection, or end the transaction first; open brokers and declare "
+        "queues before it begins."
     )

@@ -1,7 +1,7 @@
-"""This process among the others that have the file open: it enters itself, and looks after some of them.
+"""This process among the others that have the file open: it enters itself, and watches some of them.
 
-Processes watch each other in a circle. When one dies, which its bell tells, one that watches it takes its leases over.
-What is committed on a connection of the user's rings no bell: SQLite's count of the commits by others tells of it.
+Processes watch each other in a circle. When one dies, which its bell shows, a process that watches it ends its leases.
+A commit on the user's own connection rings no bell, but SQLite's count of the commits by others shows it.
 """
 
 import os
@@ -18,7 +18,7 @@ WAL_SETTLED = 1.0  # seconds after the last change of the WAL during which each 
 
 
 class Presence:
-    """What one process knows of those that receive from the same file, itself among them."""
+    """What one process knows of those that receive from the same file, including itself."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -26,7 +26,7 @@ class Presence:
         self._others: Sequence[tuple[int, str]] = []
         """The processes, and their bells, that this one watches."""
         self._seen: tuple[sqlite3.Connection, int] | None = None
-        """A connection, and what SQLite counted there of the commits by others, at the last look."""
+        """A connection, and the count of commits by others there, at the last look."""
         self._wal_changed = -1.0
 
     def enter(self, name: str) -> Lessee:
@@ -61,18 +61,18 @@ class Presence:
             return not processes.resign(books, self._database.lessee.process)
 
     def pass_on(self, queue: str) -> None:
-        """Let the next process be called: nobody waits for this queue here any more."""
+        """Let the next process be called, because nobody waits for this queue here any more."""
         if self._database.lessee is not NOBODY:
             with self._database.write(durable=False) as books:
                 waitlist.leave(books, books.row(queue), self._database.lessee.process)
                 books.row(queue).fresh = True
 
     def dead(self) -> list[tuple[int, str]]:
-        """Return those of the watched, and their bells, that tell that they are dead. In any thread."""
+        """Return the watched processes that are dead, with their bells. May be called in any thread."""
         return self._hold.belfry.dead(self._others)
 
     def bury_some(self) -> None:
-        """Take over a slice of the leases of a process that died; when none is left, watch others in its place."""
+        """End a slice of the leases of a process that died; when none is left, watch others in its place."""
         for process, bell in self.dead()[:1]:
             with self._database.write(durable=False) as books:
                 is_done = processes.bury(books, process)
@@ -81,19 +81,19 @@ class Presence:
                 self._learn_others()
 
     def may_have_moved(self) -> bool:
-        """Return False when the WAL tells that nobody can have committed for a while; costs no more than a `stat`."""
+        """Return False when the WAL shows that nobody has committed for a while. It costs no more than a `stat`."""
         if self._hold.path == files.MEMORY:
             return False
         try:
             changed = os.stat(f"{self._hold.path}-wal").st_mtime  # noqa: PTH116 - often: a Path costs as much as this
         except OSError:
             return True
-        # A file's time is as coarse as the kernel's tick, so one look after the last change is not enough.
+        # A file's time is as coarse as the kernel's tick, so a single look after the last change is not enough.
         was, self._wal_changed = self._wal_changed, changed
         return changed != was or abs(time.time() - changed) < WAL_SETTLED
 
     def has_moved(self) -> bool:
-        """Return whether anyone else committed since the last call, and learn whom to watch."""
+        """Return whether anybody else has committed since the last call; if so, learn whom to watch."""
         with files.mapped(self._hold.path):
             db = self._database.usable()
             seen = (db, db.execute("PRAGMA data_version").fetchone()[0])

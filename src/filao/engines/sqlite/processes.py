@@ -1,4 +1,4 @@
-"""Processes that receive, and what is cleared up behind them. `postgresql/functions/processes.sql` is the same."""
+"""The processes that receive, and how to clear up after them. `postgresql/functions/processes.sql` is the same."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from filao.engines.sqlite.books import Books, QueueRow, tokens
 from filao.engines.sqlite.receive import lose_all
 from filao.engines.sqlite.settle import release
 
-WATCHED = 3  # processes that each one watches, those entered next after it, in a circle: a death costs all the same
+WATCHED = 3  # processes that each one watches: those entered next, in a circle, so that watching costs all the same
 LEASES_AT_ONCE = 2_000  # leases of one process that one transaction ends: some 40 ms of the write lock
 TIDY_KEYS = 1_000  # forgotten deduplication keys, and events, deleted in one turn
 
@@ -21,9 +21,7 @@ def enter(books: Books, bell: str, name: str) -> int:
 
 
 def watched(books: Books, process: int) -> list[tuple[int, str]]:
-    """Return the processes, and their bells, that this one watches: should it die too, its own watcher goes on with
-    them.
-    """
+    """Return the processes, with their bells, that this one watches; if it dies, its own watcher takes them over."""
     found: list[tuple[int, str]] = []
     for which in ("id > ?", "id < ?"):
         found += books.db.execute(
@@ -33,7 +31,7 @@ def watched(books: Books, process: int) -> list[tuple[int, str]]:
 
 
 def bury(books: Books, process: int) -> bool:
-    """Take over a slice of the leases of a process that died; when none is left, strike it off and return True."""
+    """End a slice of the leases of a process that died; when none is left, strike it off and return True."""
     left = LEASES_AT_ONCE
     for row in _leasing(books):
         left -= lose_all(books, row, "token BETWEEN ? AND ?", tokens(process), "crashed", limit=left)
@@ -44,8 +42,8 @@ def bury(books: Books, process: int) -> bool:
 
 
 def resign(books: Books, process: int) -> bool:
-    """Give back a slice of the leases of a process that leaves, the attempts unused; when none is left, strike
-    it off.
+    """Give back a slice of the leases of a process that leaves, attempts unused; when none is left, strike it off and
+    return True.
     """
     left = LEASES_AT_ONCE
     for row in _leasing(books):
@@ -63,7 +61,7 @@ def resign(books: Books, process: int) -> bool:
 
 
 def _leasing(books: Books) -> Iterator[QueueRow]:
-    """Yield the queues of which somebody holds messages; where the rules are unreadable, leases run out."""
+    """Yield the queues with leased messages; if a queue's rules are unreadable, its leases run out by themselves."""
     for (name,) in books.db.execute("SELECT name FROM filao_queue WHERE leased > 0").fetchall():
         row = books.legible(name)
         if row is not None:
@@ -71,9 +69,7 @@ def _leasing(books: Books) -> Iterator[QueueRow]:
 
 
 def void_leases(db: sqlite3.Connection, now: int) -> None:
-    """End all leases, and the waiting of all processes: none of them lives. Receives see to it, as to those that ran
-    out.
-    """
+    """Let all leases run out now, and strike all processes off the waiting lists, because none of them lives."""
     db.execute("UPDATE filao_message INDEXED BY filao_leased SET at = ? WHERE state = 4 AND at > ?", (now, now))
     db.execute("DELETE FROM filao_waiting")
 
@@ -84,12 +80,12 @@ def _strike_off(books: Books, process: int) -> None:
 
 
 def report(books: Books, process: int, state: str) -> None:
-    """Write down how a process is doing."""
+    """Record how a process is doing."""
     books.db.execute("UPDATE filao_process SET state = ?, reported_at = ? WHERE id = ?", (state, books.now, process))
 
 
 def forget_events(books: Books) -> bool:
-    """Forget a slice of the events that were kept long enough; return whether there may be more."""
+    """Forget a slice of the events whose window is over; return whether there may be more."""
     forgotten = books.db.execute(
         f"DELETE FROM filao_event WHERE id IN (SELECT id FROM filao_event WHERE until <= ? LIMIT {TIDY_KEYS})",
         (books.now,),

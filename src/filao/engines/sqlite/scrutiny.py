@@ -1,9 +1,7 @@
-"""Whether a file that somebody else may have made is what we would have made: our tables, and nothing that hangs on
-them.
+"""Whether a file that another user may have made holds exactly our tables, and nothing that is attached to them.
 
-A view in a table's place may never end, a trigger may do whatever its maker likes with what we write. So before
-anything is read from them, the tables and indexes are compared with those that this version makes, in an empty
-database.
+A view in place of a table may never end, and a trigger may do anything with what we write. So before anything is read
+from the tables, they and their indexes are compared with those that this version makes in an empty database.
 """
 
 import re
@@ -17,7 +15,7 @@ from pathlib import Path
 from filao.engines.sqlite import files
 from filao.errors import EngineError
 
-DOUBTED_FOR = 5.0  # seconds that statements on a file may take in all, until it is known to be ours
+DOUBTED_FOR = 5.0  # seconds that all statements on a file may take until it is known to be ours
 _STEPS_AT_ONCE = 10_000  # of SQLite's virtual machine, between looks at the clock: some 0.1 ms
 _FILE = re.compile(r"[0-9a-f]{16}")
 _COMMENT = re.compile(r"--[^\n]*")
@@ -31,26 +29,25 @@ _Made = dict[str, tuple[str, str]]
 
 
 def check(db: sqlite3.Connection, path: Path) -> None:
-    """Raise `EngineError` when the tables are not ours, or what they say of themselves is unreadable."""
+    """Raise `EngineError` when the tables are not ours, or their version and names are unreadable."""
     with bounded(db, path):
         wrong = "; ".join(differences(db))
     if wrong:
         raise EngineError(
-            f"{path} is damaged, or was not made by Filao: {wrong}. Nothing was changed. "
-            "Look who made it; to go on from a "
-            f"backup: filao restore {path} FILE --replace"
+            f"{path} is damaged, or was not made by Filao: {wrong}. Nothing was changed. Look who made it; to go on "
+            f"from a backup: filao restore {path} FILE --replace"
         )
 
 
 def differences(db: sqlite3.Connection) -> list[str]:
-    """Return in which ways the tables are not those that Filao makes."""
+    """Return in which ways the tables differ from those that Filao makes."""
     found = db.execute(_OURS).fetchall()
     made = {name: (kind, _normal(sql)) for kind, name, _, sql in found if sql is not None}
     version = _version(db, made)
     if isinstance(version, str):
         return [version]
     if version > len(files.MIGRATIONS):
-        return []  # of a newer Filao, which `migrate` refuses
+        return []  # a newer Filao made them; `migrate` refuses that
     expected = _expected(version)
     if not expected:
         expected_later = _expected(len(files.MIGRATIONS))
@@ -67,7 +64,7 @@ def differences(db: sqlite3.Connection) -> list[str]:
 
 
 def _version(db: sqlite3.Connection, made: _Made) -> int | str:
-    """Return the version that the file tells, or what is wrong with that."""
+    """Return the version of the tables, 0 if there are none, or a text that says what is wrong with it."""
     meta = made.get("filao_meta")
     if meta is None:
         return 0
@@ -89,7 +86,7 @@ def _difference(name: str, made: tuple[str, str] | None, shape: tuple[str, str])
 
 
 def _unreadable(db: sqlite3.Connection) -> list[str]:
-    """Return what filao_meta holds that cannot be."""
+    """Return what filao_meta holds but cannot hold."""
     meta = dict(db.execute("SELECT name, value FROM filao_meta WHERE name IN ('file', 'last')").fetchall())
     file, last = meta.get("file"), meta.get("last")
     wrong: list[str] = []
@@ -106,7 +103,7 @@ def _short(value: object) -> str:
 
 @lru_cache
 def _expected(version: int) -> _Made:
-    """Return the tables and indexes of a version, as SQLite writes them down."""
+    """Return the tables and indexes of a version as SQLite stores them."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         for step in files.MIGRATIONS[:version]:
             step(db)
@@ -114,13 +111,13 @@ def _expected(version: int) -> _Made:
 
 
 def _normal(sql: str) -> str:
-    """Return a statement without what changes nothing."""
+    """Return a statement without comments and needless spaces."""
     return re.sub(r"\s*([(),])\s*", r"\1", " ".join(_COMMENT.sub("", str(sql)).split()))
 
 
 @contextmanager
 def bounded(db: sqlite3.Connection, path: Path, seconds: float = DOUBTED_FOR) -> Generator[None]:
-    """Let statements on this connection take so long in all, and no longer."""
+    """Let all statements on this connection together take so many seconds, and no longer."""
     until = time.monotonic() + seconds
     db.set_progress_handler(lambda: time.monotonic() > until, _STEPS_AT_ONCE)
     try:
@@ -128,9 +125,8 @@ def bounded(db: sqlite3.Connection, path: Path, seconds: float = DOUBTED_FOR) ->
     except sqlite3.OperationalError as error:
         if files.was_interrupted(error):
             raise EngineError(
-                f"{path} did not answer within {seconds:g} seconds, so that it is damaged, or was "
-                "made to hold up those who open "
-                f"it. Nothing was changed"
+                f"{path} did not answer within {seconds:g} seconds, so that it is damaged, or was made to hold up "
+                "those who open it. Nothing was changed"
             ) from error
         raise
     finally:

@@ -1,5 +1,4 @@
-"""What there is, by state: counters, ages, and who receives. Each is a look-up or a bounded number of them, at any
-depth.
+"""What a queue holds, by state: counters, ages, and who receives, each by a bounded number of look-ups at any depth.
 
 `postgresql/functions/stats.sql` and `postgresql/control.py` are the same.
 """
@@ -10,7 +9,7 @@ from collections import Counter
 from filao.engine import LEASES_LOOKED_AT, QueueStats, Receiver, instant
 from filao.engines.sqlite.books import COUNTERS, TOKEN_MIN, TOKENS_PER_PROCESS, Books, oldest_ready
 
-RECEIVERS_MAX = 1_000  # processes that are told of one queue
+RECEIVERS_MAX = 1_000  # waiting processes that are returned of one queue
 
 _QUEUES = f"SELECT id, name, paused, {', '.join(COUNTERS)} FROM filao_queue"
 _FIRST = {
@@ -30,7 +29,7 @@ _PROCESS = "SELECT name, started_at, state, reported_at FROM filao_process WHERE
 
 
 def stats(books: Books, queue: str | None = None) -> list[QueueStats]:
-    """Tell of every queue, by name, or of one. Raises `QueueNotFound`."""
+    """Return the counters of every queue, by name, or of one. Raises `QueueNotFound`."""
     db, now = books.db, books.now
     if queue is None:
         found = db.execute(f"{_QUEUES} ORDER BY name").fetchall()
@@ -39,12 +38,12 @@ def stats(books: Books, queue: str | None = None) -> list[QueueStats]:
         if not found:
             raise books.not_found(queue)
     return [
-        _told(db, now, number, name, paused=bool(paused), count=dict(zip(COUNTERS, counted, strict=True)))
+        _counted(db, now, number, name, paused=bool(paused), count=dict(zip(COUNTERS, counted, strict=True)))
         for number, name, paused, *counted in found
     ]
 
 
-def _told(
+def _counted(
     db: sqlite3.Connection, now: int, number: int, name: str, *, paused: bool, count: dict[str, int]
 ) -> QueueStats:
     leases = db.execute(_LEASES, (number, LEASES_LOOKED_AT)).fetchall() if count["leased"] else []
@@ -85,9 +84,7 @@ def _age(now: int, since: int | None) -> float | None:
 
 
 def _receivers(db: sqlite3.Connection, now: int, queue: int, tokens: list[int]) -> tuple[Receiver, ...]:
-    """Return the processes that hold messages or stand on the waiting list; who has been struck off is not
-    among them.
-    """
+    """Return the processes that hold messages or stand on the waiting list, but none that was struck off."""
     held = Counter((token - TOKEN_MIN) // TOKENS_PER_PROCESS for token in tokens)
     waiting = [process for (process,) in db.execute(_WAITING, (queue, RECEIVERS_MAX))]
     receivers: list[Receiver] = []

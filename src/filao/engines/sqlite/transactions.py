@@ -1,6 +1,4 @@
-"""Transactions of the user's: on the file's one writing connection, or on a connection of their own that a send
-joins.
-"""
+"""The user's transactions: on the file's one writing connection, or on a connection of the user's that a send joins."""
 
 import asyncio
 import time
@@ -21,8 +19,8 @@ from filao.errors import FilaoError
 R = TypeVar("R")
 
 _LEAVE_TRACES = ("PRAGMA", "EXPLAIN", "CREATE", "ANALYZE")
-"""Statements that may leave on their connection what outlasts their transaction: a setting, a temporary table. SQLite
-obeys a pragma while it reads it, so that one which is only explained is obeyed too.
+"""Statements that may leave something on their connection after the transaction: a setting, a temporary table. SQLite
+obeys a pragma when it is parsed, so even one that is only explained.
 """
 
 
@@ -30,15 +28,15 @@ class InTurn(Protocol):
     """Runs a job in the database's thread that waits for a turn to write, but not for ever."""
 
     def __call__(self, job: Callable[[], R], until: float | None = None) -> "asyncio.Future[R]":
-        """Return what it comes to."""
+        """Return the job's future result."""
         ...
 
 
 class Submit(Protocol):
-    """Runs a job in the database's thread, which has its turn."""
+    """Runs a job in the database's thread while that has its turn."""
 
     def __call__(self, job: Callable[[], R]) -> "asyncio.Future[R]":
-        """Return what it comes to."""
+        """Return the job's future result."""
         ...
 
 
@@ -57,7 +55,7 @@ class SqliteTransactions:
         self._in_turn = in_turn
         self._submit = submit
         self.is_open: bool = False
-        """Whether one of the user's has begun and not ended: all else waits for it."""
+        """Whether one of the user's transactions is open: everything else waits for it."""
 
     @asynccontextmanager
     async def begin(self) -> AsyncGenerator["SqliteTransaction"]:
@@ -70,7 +68,7 @@ class SqliteTransactions:
                 transaction, self.is_open = SqliteTransaction(self._database, self._submit, books), True
                 yield transaction
             except BaseException as error:
-                # The thread does jobs in order, so this one ends what was begun. Who is cancelled does not wait for it.
+                # The thread does jobs in order, so this one ends what has begun. A cancelled caller does not wait.
                 undone = self._submit(partial(self._end, transaction, partial(self._database.roll_back, error)))
                 undone.add_done_callback(look_away)
                 if not isinstance(error, asyncio.CancelledError):
@@ -79,7 +77,7 @@ class SqliteTransactions:
             await self._submit(partial(self._end, transaction, partial(self._database.commit, books)))
 
     def _end(self, transaction: "SqliteTransaction | None", end: Callable[[], None]) -> None:
-        """End a transaction; what its statements may have left on the connection, the next one does not find there."""
+        """End a transaction, and make sure that the next one finds nothing of its statements on the connection."""
         try:
             end()
         finally:
@@ -106,7 +104,7 @@ class SqliteTransaction:
         self._submit = submit
         self._books = books
         self.leaves_traces: bool = False
-        """Whether its connection may not be used any more."""
+        """Whether its connection must not be used again."""
 
     async def execute(self, sql: str, parameters: Any) -> list[Any]:
         """Run one statement of the user's and return its rows."""
@@ -125,7 +123,7 @@ class SqliteTransaction:
                 try:
                     return job()
                 finally:
-                    check_stands(self._books)  # or what follows would be stored without what came before
+                    check_stands(self._books)  # otherwise what follows would be stored without what came before
 
         return await self._submit(mapped)
 

@@ -1,13 +1,13 @@
 """The turnstile: processes take turns to write, in about the order in which they came.
 
-SQLite's own busy handler lets waiters sleep and try again, and one that comes at the right moment goes first: among
+SQLite's own busy handler lets waiters sleep and try again, and whichever comes at the right moment goes first: among
 eight busy writers some starve for seconds. A blocking `flock` on a file beside the database queues them in the kernel,
-which also frees it when its holder dies. It is taken around every write, checkpoint and close, and so keeps ours from
-checkpointing and committing at the same instant, which SQLite before 3.51.3 can answer with a corrupt WAL.
+which also frees it when its holder dies. It is taken around every write, checkpoint and close. So our processes never
+checkpoint and commit at the same instant, which can corrupt the WAL before SQLite 3.51.3.
 (https://www.sqlite.org/wal.html, "The WAL-reset bug")
 
-Nothing ends a blocking `flock` but its turn, which never comes while another process stands still in its own. So a
-thread that waits in vain can be left there: what it would do is done by another, at the same turnstile opened anew.
+Only a turn ends a blocking `flock`, and none comes while another process stands still in its own. So a thread that
+waits in vain can be left there: another thread does its work, at the same turnstile opened anew.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ if sys.platform != "win32":  # there SQLite's own locks must do
     from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
 _NOTE = Struct("<3Q")
-TRIED_EVERY = 0.002  # seconds, by those who must not be kept there: often enough to find a gap between others' turns
+TRIED_EVERY = 0.002  # seconds, by those that must not block: often enough to find a gap between others' turns
 
 
 class Noted(NamedTuple):
@@ -41,30 +41,30 @@ NOTHING = Noted()
 
 
 class LeftWaiting(BaseException):
-    """A turn has come to a thread that was left waiting for it: it does nothing else."""
+    """A turn has come to a thread that was left waiting for it: the thread must end and touch nothing."""
 
 
 class Turnstile:
-    """Lets one process at a time through; `None` as its folder lets everybody through."""
+    """Lets one process at a time through; without a folder, everybody."""
 
     def __init__(self, folder: Folder | None) -> None:
         self.is_held: bool = False
         self.is_waited_at: bool = False
-        """Whether a thread waits here that nothing but its turn can end."""
+        """Whether a thread blocks here until its turn comes."""
         self._is_left = False
         self._deciding = threading.Lock()
-        """Held while that thread's turn comes, or it is left."""
+        """Held while it is decided whether that thread gets its turn, or was left."""
         self._file = -1
         if folder is not None and sys.platform != "win32":
             self._file = folder.open_turnstile()
 
     def enter(self, is_over: Callable[[], bool]) -> bool:
-        """Wait in line for this process's turn, unless it `is_over` before that begins; return whether it has come.
+        """Wait in line for this process's turn, unless `is_over` before it waits; return whether the turn has come.
 
-        Raises `LeftWaiting` when it has come after `leave_waiting`.
+        Raises `LeftWaiting` when it comes after `leave_waiting`.
         """
         if sys.platform != "win32" and self._file >= 0:
-            self.is_waited_at = True  # before the look: when it is over just now, this sees it or `leave_waiting` this
+            self.is_waited_at = True  # before `is_over`, so that one of this thread and `leave_waiting` sees the other
             try:
                 if is_over():
                     return False
@@ -80,7 +80,7 @@ class Turnstile:
         return True
 
     def enter_by(self, is_over: Callable[[], bool]) -> bool:
-        """Try to take a turn until `is_over`, behind those who wait in line; return whether it is this process's."""
+        """Try to take a turn until `is_over`, in the gaps that those in line leave; return whether it was taken."""
         while not self.try_enter():
             if is_over():
                 return False
@@ -88,13 +88,13 @@ class Turnstile:
         return True
 
     def leave_waiting(self) -> bool:
-        """Leave the thread that waits here, which closes this when its turn comes; False when none does."""
+        """Leave the thread that waits here, which closes this when its turn comes; return False when none waits."""
         with self._deciding:
             self._is_left = self.is_waited_at
             return self._is_left
 
     def try_enter(self) -> bool:
-        """Take a turn if it is nobody's just now; return whether it is this process's."""
+        """Take a turn if nobody has it; return whether it was taken."""
         if sys.platform != "win32" and self._file >= 0:
             try:
                 flock(self._file, LOCK_EX | LOCK_NB)
@@ -110,12 +110,12 @@ class Turnstile:
             flock(self._file, LOCK_UN)
 
     def note(self, noted: "Noted") -> None:
-        """Leave word of the file for those who come later."""
+        """Write down what is known of the database, for the next process that opens it."""
         if self._file >= 0:
             os.pwrite(self._file, _NOTE.pack(noted.cookie, noted.inode, os.fstat(self._file).st_ino), 0)
 
     def noted(self) -> "Noted":
-        """Return what was left here; nothing of the inode where this was copied, for the file was copied with it."""
+        """Return what was written down; without the inode if the turnstile is a copy: the database is one, too."""
         if self._file < 0:
             return NOTHING
         cookie, inode, own = _NOTE.unpack(os.pread(self._file, _NOTE.size, 0).ljust(_NOTE.size, b"\0"))
@@ -129,7 +129,7 @@ class Turnstile:
 
 
 def is_passable(folder: Path, within: float) -> bool:
-    """Return whether a turn comes `within` so many seconds: whether no process stands still in one."""
+    """Return whether a turn comes `within` so many seconds, so that no process stands still in one."""
     if sys.platform == "win32":
         return True
     file = os.open(folder / TURNSTILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

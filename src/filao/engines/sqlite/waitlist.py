@@ -1,17 +1,17 @@
-"""The waiting list: which processes to call when a queue gets something, and what they are called for.
+"""The waiting list: which processes to call when a queue gets something, and for how much.
 
-Those that have waited longest are called first, as many as are needed for what is ready. What a process is called for
-is promised to it for a moment, so that a busier one, which happens to come by before it has woken up, does not jump the
-queue: without the promise the load would settle on those that run already. Who has not come within the promise sleeps,
-stopped or blocked: nobody waits for it any more, and it is not called again, until it shows up and waits anew.
+The processes that have waited longest are called first, as many as what is ready needs. What a process is called for is
+promised to it for a moment, so that a busier one, which comes by before it has woken up, does not jump the queue:
+without the promise, the load would settle on the processes that already run. A process that does not come in that time
+is stopped or blocked: it is no longer waited for, and is not called again until it comes and waits anew.
 """
 
 from typing import NamedTuple
 
 from filao.engines.sqlite.books import Books, QueueRow
 
-PROMISED_FOR = 100  # milliseconds: a hundred times what waking takes; who has not come by then is stopped, or dead
-_CALLED_MAX = 100  # processes called by one transaction, which is a bound on its work: each that comes calls the next
+PROMISED_FOR = 100  # milliseconds: a hundred times what waking takes; a process that takes longer is stopped, or dead
+_CALLED_MAX = 100  # processes that one transaction calls, to bound its work: each of them calls the next
 
 
 class Call(NamedTuple):
@@ -23,7 +23,7 @@ class Call(NamedTuple):
 
 
 def wait(books: Books, row: QueueRow, process: int, wants: int) -> None:
-    """Put a process on the list, or make it wait again for what it was called for in vain; it keeps its place."""
+    """Put a process on the list, or let it wait again if it was called in vain; it keeps its place."""
     books.db.execute(
         """
         INSERT INTO filao_waiting (queue, since, process, wants, called_at)
@@ -37,12 +37,12 @@ def wait(books: Books, row: QueueRow, process: int, wants: int) -> None:
 
 
 def leave(books: Books, row: QueueRow, process: int) -> None:
-    """Strike a process off the list: it got something, or does not wait any more."""
+    """Strike a process off the list: it got something, or no longer waits."""
     books.db.execute("DELETE FROM filao_waiting WHERE queue = ? AND process = ?", (row.id, process))
 
 
 def promised(books: Books, row: QueueRow, process: int) -> int:
-    """Return how many messages a process must leave to others; none when it was called itself."""
+    """Return how many messages a process must leave to others; 0 if it was called itself."""
     if row.nobody_to_call and books.now > row.promised_until:
         return 0
     own, others = books.db.execute(
@@ -57,7 +57,7 @@ def promised(books: Books, row: QueueRow, process: int) -> int:
 
 
 def calls(books: Books) -> list[Call]:
-    """Choose whom to call after all that was done in this transaction, and note that they were called."""
+    """Choose the processes to call for what this transaction did, and note that they were called."""
     rows = [
         row
         for row in books.rows()
@@ -67,7 +67,7 @@ def calls(books: Books) -> list[Call]:
 
 
 def _waiting(books: Books, row: QueueRow) -> list[tuple[int, str, int, int]]:
-    """Return those that have waited longest: process, bell, how many it wants, and whether it was just called."""
+    """Return the processes that have waited longest: number, bell, messages wanted, and whether it was just called."""
     return books.db.execute(
         f"""
         SELECT p.id, p.bell, w.wants, w.called_at BETWEEN ? AND ?
@@ -82,7 +82,7 @@ def _waiting(books: Books, row: QueueRow) -> list[tuple[int, str, int, int]]:
 
 
 def _called(books: Books, row: QueueRow) -> list[Call]:
-    """Choose those that have waited longest: enough for what is ready, and one for each new time to learn of."""
+    """Choose those that have waited longest: enough for what is ready, and one for each message that was delayed."""
     waiting = _waiting(books, row)
     ready = row.count["ready"] - sum(wants for *_, wants, called in waiting if called)
     delayed = row.delayed
