@@ -281,7 +281,7 @@ class Broker:
 
     @property
     def _here(self) -> AsyncBroker:
-        """Does what it can in the calling thread. Raises `ConfigurationError` when not open, or not here."""
+        """Does what it can in the calling thread. Raises `ConfigurationError` where it cannot be used."""
         thread = self._usable()
         thread.caller.check_thread()
         return thread.here

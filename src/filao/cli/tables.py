@@ -137,11 +137,11 @@ def _since(at: datetime, now: datetime) -> str:
     return age_text(max((now - at).total_seconds(), 0.0))
 
 
-def age_text(seconds: float | None) -> str:
-    """Return an age as people say it."""
+def age_text(seconds: float | None, *, digits: int = 1) -> str:
+    """Return an age in the largest unit it fills; `digits` behind the point, of seconds always one."""
     if seconds is None:
         return "-"
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
+            return f"{seconds / size:.{digits}f} {unit}"
     return f"{seconds:.1f} s"

@@ -21,6 +21,7 @@ from textwrap import wrap
 import click
 
 from filao.cli.shell import Number, addressed, broker_at, is_terminal, note, print_lines, read_anew, signals, untold
+from filao.cli.tables import age_text
 from filao.engine import QueueStats, State
 from filao.errors import EngineError
 from filao.printable import printable, some
@@ -280,7 +281,15 @@ def line(queue: QueueStats, reading: Reading, columns: int = _COLUMNS) -> str:
     leased, later = short(queue.leased), short(queue.delayed + queue.blocked)
     if reading.untold:
         leased = later = rate_in = rate_out = "-"
-    figures = (short(queue.ready), leased, later, short(queue.dead), age(queue.oldest_ready_age), rate_in, rate_out)
+    figures = (
+        short(queue.ready),
+        leased,
+        later,
+        short(queue.dead),
+        age_text(queue.oldest_ready_age, digits=0),
+        rate_in,
+        rate_out,
+    )
     return _laid_out(name, dict(zip(_FIGURES, figures, strict=True)), columns)
 
 
@@ -326,7 +335,10 @@ def _told(queue: QueueStats, reading: Reading, columns: int) -> list[str]:
     """Return what there is to know of one queue."""
     if reading.untold:
         return [f"{'ready':<9}{queue.ready:>12,}", f"{'dead':<9}{queue.dead:>12,}", "", *wrap(reading.untold, columns)]
-    lines = [f"{state:<9}{getattr(queue, state):>12,}   oldest {age(queue.oldest_age(state))}" for state in State]
+    lines = [
+        f"{state:<9}{getattr(queue, state):>12,}   oldest {age_text(queue.oldest_age(state), digits=0)}"
+        for state in State
+    ]
     totals = ("sent", "received", "acked", "nacked", "lost")
     lines += ["", "  ".join(f"{name} {getattr(queue, name):,}" for name in totals)]
     lines += ["", *(f"dead: {printable(reason)}  {count:,}" for reason, count in queue.dead_by_reason.items())]
@@ -342,13 +354,3 @@ def short(number: float) -> str:
         if number >= size:
             return f"{number / (1e3 if unit == 'k' else size):.{0 if unit == 'k' else 1}f}{unit}"
     return f"{number:.0f}"
-
-
-def age(seconds: float | None) -> str:
-    """Return an age as people say it, shortly."""
-    if seconds is None:
-        return "-"
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.1f} s"

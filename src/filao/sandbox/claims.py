@@ -1,7 +1,7 @@
-"""Claims to try a system with: made up from a seed, plausible enough to watch; or real ones from a CSV file.
+"""Claims to try a system with: plausible ones, made up from a seed, or real ones from a CSV file.
 
-A file is somebody else's: whatever is wrong with it ends in a `BadClaimsError` that names the file, the line and what
-to do, before anything is started.
+Whatever is wrong with a file raises a `BadClaimsError` that names the file, the line and what to do, before anything is
+started.
 """
 
 import csv
@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import msgspec
 
-CLAIMS_MAX = 60_000  # that one run handles: a process sends and two handle some 3,000 in a second on a small machine
-LINE_MAX = 64 * 1024  # bytes of a line: more is no list of claims
-AMOUNT_MAX = 1_000_000_000  # euros of a claim: more is a slip of the pen
+CLAIMS_MAX = 60_000  # claims of one run: a process sends and two handle some 3,000 in a second on a small machine
+LINE_MAX = 64 * 1024  # bytes of a line: no list of claims has longer ones
+AMOUNT_MAX = 1_000_000_000  # euros of a claim: more is a typing error
 COLUMNS = ("IDpol", "ClaimAmount")
 WANTED = ", ".join(COLUMNS)
 
@@ -67,9 +67,7 @@ TEXTS = {  # by key; the sandbox's page says the same in its own languages
 
 
 class BadClaimsError(Exception):
-    """The file of claims cannot be used; the text says why, and what to do; `key` and `values` are for other
-    languages.
-    """
+    """The file of claims cannot be used. The text says why and what to do; `key` and `values` are for translations."""
 
     def __init__(self, key: str, **values: str | int) -> None:
         super().__init__(TEXTS[key].format(**values))
@@ -108,7 +106,7 @@ def from_csv(path: Path, limit: int | None) -> list[Claim]:
 
 
 def from_text(name: str, text: str, limit: int) -> list[Claim]:
-    """Read claims from what a browser has read of a file; U+FFFD stands for what was not UTF-8."""
+    """Read claims from a text that a browser has read from a file; U+FFFD stands for what was not UTF-8."""
     for number, line in enumerate(text.splitlines(), 1):
         if "\ufffd" in line:
             raise BadClaimsError("encoding", file=name, line=number, byte="??")
@@ -152,7 +150,7 @@ def _lines(name: str, file: BinaryIO) -> Iterator[str]:
 
 
 def _places(name: str, head: list[str]) -> tuple[int, int]:
-    """Return where the two columns stand; more of them do no harm."""
+    """Return the places of the two columns; others do no harm."""
     names = [column.strip() for column in head]
     if not any(names):
         raise BadClaimsError("empty", file=name, columns=WANTED)

@@ -1,7 +1,7 @@
-"""The processes of a room, and their ends: sent home through a closed pipe, or killed.
+"""The processes of a room, and how they end: they are sent home through a closed pipe, or killed.
 
-Each is a Python of its own with a pipe as its standard input; when the pipe closes, because this process says so or
-dies, it goes home. What it says on its standard error is kept, should it end otherwise than it was meant to.
+Each is a separate Python with a pipe as its standard input. When the pipe closes, because this process closes it or
+dies, it ends. Its standard error is kept, in case it ends otherwise.
 """
 
 import os
@@ -17,17 +17,17 @@ import msgspec
 
 from filao.sandbox.journal import PORTAL, PRINTER
 
-HOME_WITHIN = 5.0  # seconds that the processes have to finish what is in hand; then they are killed
+HOME_WITHIN = 5.0  # seconds for the processes to finish what they have in hand, before they are killed
 LAST_WORDS_MAX = 2_000  # characters of a traceback that are shown
 
 
 class Crew:
-    """All processes that were started; `end_all` ends them, whatever happened."""
+    """All processes that were started; `end_all` ends them in any case."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._meant: set[int] = set()  # those whose end we meant
+        self._meant: set[int] = set()  # those that we told to end, or killed
 
     def start(self, number: int, module: str, orders: msgspec.Struct) -> int:
         """Start a process and return its pid."""
@@ -40,7 +40,7 @@ class Crew:
                 stderr=errors,
                 cwd=self._folder,
                 env=own_environment(),
-                start_new_session=True,  # so that Ctrl-C reaches us alone, and we send them home
+                start_new_session=True,  # so that Ctrl-C reaches only us, who then send them home
             )
         self._processes[number] = process
         return process.pid
@@ -56,18 +56,18 @@ class Crew:
         return False
 
     def has_ended(self, number: int) -> bool:
-        """Return whether a process is there no more."""
+        """Return whether a process has ended."""
         return self._processes[number].poll() is not None
 
     def failure(self, number: int) -> str:
-        """Return how a process ended that was not told to, with its last words; nothing of one that was."""
+        """Return how a process ended that was not told to, with its last words; empty for any other."""
         code = self._processes[number].poll()
         return "" if code is None or number in self._meant else self._failure(number, code)
 
     def stop_if(self, number: int, wanted: Callable[[], bool]) -> bool:
-        """Let a process stand still, look, and leave it so if that is right; return whether it stands still now.
+        """Stop a process (SIGSTOP), and leave it stopped if it is `wanted`; return whether it is stopped now.
 
-        A process that stands still cannot finish its claim between our look and what we do to it.
+        A stopped process cannot finish its claim between our look and what we do next.
         """
         process = self._processes[number]
         if process.poll() is not None:
@@ -83,11 +83,11 @@ class Crew:
         return False
 
     def go_on(self, number: int) -> None:
-        """Let a process that stands still go on."""
+        """Let a stopped process go on."""
         self._signal(number, signal.SIGCONT)
 
     def kill(self, number: int) -> float:
-        """Kill a process, whether it stands still or not; return when."""
+        """Kill a process, stopped or not; return when (monotonic)."""
         self._meant.add(number)
         at = time.monotonic()
         self._signal(number, signal.SIGKILL)
@@ -95,7 +95,7 @@ class Crew:
         return at
 
     def dismiss(self, number: int) -> None:
-        """Let a process finish what it has in hand, and end; do not wait for it."""
+        """Let a process finish what it has in hand and end, without waiting for it."""
         self._meant.add(number)
         pipe = self._processes[number].stdin
         assert pipe is not None
@@ -135,7 +135,7 @@ class Crew:
 
 
 def is_there(pid: int) -> bool:
-    """Return whether a process of this machine lives; 0, which names none, is believed to."""
+    """Return whether a process of this machine lives; for 0, which stands for an unknown process, True."""
     try:
         os.kill(pid, 0) if pid else None
     except ProcessLookupError:
@@ -146,9 +146,9 @@ def is_there(pid: int) -> bool:
 
 
 def own_environment() -> dict[str, str]:
-    """Return an environment in which Python runs no file that happens to lie in the current folder.
+    """Return an environment in which Python imports no file that happens to be in the current folder.
 
-    `-P` keeps that folder off `sys.path`; an empty or a relative entry of PYTHONPATH would put it there again.
+    `-P` keeps that folder off `sys.path`; an empty or a relative entry of PYTHONPATH would put it back.
     """
     paths = [str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

@@ -1,17 +1,17 @@
-"""The insurer's customers: what they tell, how often they come, and the numbers that their claims get."""
+"""The insurer's customers: what they report, how often they come, and the numbers that their claims get."""
 
 import heapq
 from random import Random
 from typing import Any, NamedTuple
 
 ARRIVING_MAX = 50  # claims that come in by themselves between two looks
-BEHIND_MAX = 1.0  # seconds of arrivals that are made up for, after a pause of the program's
+BEHIND_MAX = 1.0  # seconds of arrivals that are made up for after a pause of the program
 POLICIES = (12, 27, 33, 48, 56, 71)
 KINDS = ("collision", "glass", "water", "storm", "theft", "hail", "fire")
 
 
 class Case(NamedTuple):
-    """What a customer tells; the claim gets its number when it is handed in."""
+    """What a customer reports; the claim gets its number when it is handed in."""
 
     policy: int
     amount: int
@@ -20,7 +20,7 @@ class Case(NamedTuple):
 
 
 class Customers:
-    """Makes up what is not told, always the same for the same lesson."""
+    """Makes up what is not given, always the same for the same lesson."""
 
     def __init__(self) -> None:
         self.last_claim: int = 0
@@ -42,11 +42,11 @@ class Customers:
         return self.last_claim
 
     def take_back(self, number: int) -> None:
-        """Take the number of a claim that was not taken, for the next."""
+        """Take back the number of a claim that the queue refused, for the next one."""
         heapq.heappush(self._free, number)
 
     def due(self, rate: float, now: float) -> int:
-        """Return how many come by themselves, at so many in a second, since the last time that it was asked."""
+        """Return how many customers have come by themselves since the last call, at `rate` per second on average."""
         if not rate:
             self._next_arrival = now
             return 0
@@ -58,7 +58,7 @@ class Customers:
         return due
 
     def cases(self, count: int, **told: Any) -> list[Case]:
-        """Make up what customers tell, but for what is given."""
+        """Make up cases, except for what is given of them."""
         return [self.case(**told) for _ in range(count)]
 
     def case(

@@ -1,7 +1,6 @@
-"""The ledger of effects: what really happened to each claim in the business database, and why, where it was not
-exactly once.
+"""The ledger of effects: what really happened to each claim in the business database and, if not exactly once, why.
 
-What was paid is read from the table of payments, what is in the queue from the engine; the journals tell only the
+What was paid is read from the table of payments, and what is in the queue from the engine; the journals tell only the
 causes.
 """
 
@@ -38,14 +37,14 @@ class Fate:
     """Monotonic time; 0: not sent by our portal."""
     payments: list[Payment] = field(default_factory=list[Payment])
     removed: bool = False
-    """An operator purged it."""
+    """Whether an operator purged it."""
     is_gone: bool = False
-    """It is not in the queue any more."""
+    """Whether it is no longer in the queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
-    """A claim that was not paid exactly once: how often, why, and the attempt that tells it."""
+    """A claim that was not paid exactly once: how often it was, why, and the attempt that shows it."""
 
     claim: int
     message: str
@@ -99,7 +98,7 @@ class Effects:
                 self.fates[message].removed = True
 
     def audit(self, in_queue: set[str]) -> None:
-        """Compare with what is in the queue. It is not read in one moment: gone is what is missing twice."""
+        """Compare with the queue's messages. They are not read at one moment, so one that is missing twice is gone."""
         missing = {message for message in self.fates if message not in in_queue}
         for message in missing & self._missing:
             self.fates[message].is_gone = True
@@ -117,7 +116,7 @@ class Effects:
             told = [(_lease_of(lanes, payment), payment) for payment in fate.payments]
             causes: list[tuple[Cause, Lease | None]] = [
                 (_why_again(lease, payment), lease) for lease, payment in told
-            ]  # a zombie may pay first or last
+            ]  # a consumer that lost its lease may pay first or last
             cause, lease = next((found for found in causes if found[0]), causes[0])
             wrong.append(Wrong(fate.claim, message, len(fate.payments), cause, lease))
         return wrong
@@ -129,12 +128,12 @@ class Effects:
             if not fate.is_gone or fate.payments or fate.removed:
                 continue
             lease = next(reversed(lanes.attempts(fate.message)), None)
-            if lease is None or lease.ended is not None:  # else its worker is still at it
+            if lease is None or lease.ended is not None:  # otherwise its consumer still works on it
                 wrong.append(Wrong(fate.claim, fate.message, 0, _why_never(lease), lease))
         return wrong
 
     def last_paid(self, count: int) -> list[str]:
-        """Return the messages that were paid last, the newest first, each once."""
+        """Return the messages that were paid last, each once, the newest first."""
         return list(dict.fromkeys(payment.message for payment in reversed(self.payments[-2 * count :])))[:count]
 
 

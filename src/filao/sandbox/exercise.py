@@ -37,8 +37,8 @@ CODE_MAX = 40_000  # characters
 STUCK_AFTER = 20.0  # seconds in which nothing has happened
 BUSY_AFTER = 4.0  # seconds of CPU that a process has used when nothing happens: it loops
 CHECK_MAX = 120.0  # seconds that one check takes at most
-DESK = "desk"  # the folder in which the code runs: what it writes by a name of its own meets nothing of ours
-CROWD = 30  # processes of a run that are too many: three are ours, and a consumer needs few of its own
+DESK = "desk"  # the folder in which the code runs, so that files that it writes cannot overwrite ours
+CROWD = 30  # processes of a run that are too many: three are ours, and a consumer needs only a few
 COUNT_EVERY = 0.5  # seconds between two looks at how many there are
 LOOK_EVERY = 0.05  # seconds
 SHOWN_MAX = 3_000  # characters of what the processes print
@@ -52,7 +52,7 @@ log: logging.Logger = logging.getLogger("filao.sandbox")
 
 
 class RedError(Exception):
-    """A check failed; `key` says why, in the words of the page."""
+    """A check failed; `key` is that of the page's text that says why."""
 
     def __init__(self, key: str, **values: str | int) -> None:
         super().__init__(key)
@@ -76,10 +76,10 @@ class Exercise:
         self._folder = folder
         self._runs = 0
         self._task: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()  # else what starts while another one stops would be owned by nobody
+        self._turn = asyncio.Lock()  # otherwise nobody would own what starts while another check stops
         self.results: dict[str, Result] = {check: Result() for check in CHECKS}
         self.output: str = ""
-        """The last that the processes printed."""
+        """The last output of the processes."""
         self.code: str = ""
         self.started: int = 0
         """How often code was checked."""
@@ -90,7 +90,7 @@ class Exercise:
         return self._task is not None and not self._task.done()
 
     async def start(self, code: str) -> None:
-        """Check some code; what was being checked is dropped."""
+        """Check some code, in place of what is being checked."""
         async with self._turn:
             await self._stop()
             self.started += 1
@@ -138,7 +138,7 @@ class Exercise:
                 return
 
     def _written(self) -> Path:
-        """Write the code into its file. Raises `RedError` where it is no Python, or too much of it."""
+        """Write the code into its file. Raises `RedError` when it is not Python, or too long."""
         if len(self.code) > CODE_MAX:
             raise RedError("too_long", most=CODE_MAX)
         self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -169,7 +169,7 @@ class Exercise:
             return Result("red", "stuck", {"seconds": round(CHECK_MAX)})
         except (filao.FilaoError, sqlite3.Error, OSError) as error:
             return Result("red", "storage", {"error": str(error)})
-        except Exception as error:  # ours, not the learner's: it is told, and what else is checked goes on
+        except Exception as error:  # an error of ours, not the learner's: it is shown, and the other checks go on
             log.warning("the check %s failed: %r", check, error)
             return Result("red", "storage", {"error": repr(error)})
 
@@ -178,7 +178,7 @@ class Exercise:
 
 
 class Run:
-    """Processes of the learner's code, on a queue file of their own."""
+    """Processes of the learner's code, on a separate queue file."""
 
     def __init__(self, folder: Path, program: Path, broker: filao.Broker, business: sqlite3.Connection) -> None:
         self._folder = folder
@@ -239,7 +239,7 @@ class Run:
         return int(self._business.execute("SELECT count(DISTINCT claim) FROM payment").fetchone()[0])
 
     def noted(self, what: str) -> list[Record]:
-        """Return what the processes wrote down of a kind."""
+        """Return the records of a kind in the processes' journals."""
         for tail in self._tails:
             self.records += tail.read()
         return [record for record in self.records if record.what == what]
@@ -257,7 +257,7 @@ class Run:
             _see_ended(process)
 
     def _started(self) -> list[int]:
-        """Return all processes of the learner's code; none where that cannot be told."""
+        """Return all processes of the learner's code; none where the system does not tell."""
         return descendants(process.pid for process in self.processes)
 
     async def until(self, reached: Callable[[filao.QueueStats], bool]) -> filao.QueueStats:
@@ -291,7 +291,7 @@ class Run:
         return RedError("vanished", status=statuses[-1] if statuses else 0, output=self.printed()[-300:])
 
     def _need_few(self) -> None:
-        """Raise `RedError` when the code has started so many processes that it will not stop."""
+        """Raise `RedError` when the code has started too many processes."""
         count = len(self._started())
         if count > CROWD:
             raise RedError("crowd", count=count, most=CROWD)
@@ -313,7 +313,7 @@ class Run:
 
 @asynccontextmanager
 async def _running(folder: Path, program: Path) -> AsyncGenerator[Run]:
-    """Make a run; at its end all of its processes are dead, and its files are gone."""
+    """Make a run; when the block ends, all its processes are dead and its files are gone."""
     (folder / DESK).mkdir(mode=0o700, parents=True)
     broker = filao.connect(folder / "claims.db")
     try:
@@ -339,11 +339,11 @@ def _let_go(process: "subprocess.Popen[bytes]") -> None:
     """Tell a guard to end what it guards."""
     assert process.stdin is not None
     process.stdin.close()
-    process.send_signal(signal.SIGCONT)  # should the code have stopped it
+    process.send_signal(signal.SIGCONT)  # in case the code has stopped it
 
 
 def _see_ended(process: "subprocess.Popen[bytes]") -> None:
-    """Wait for a guard; one that has no turn, because the code has taken them all, is helped."""
+    """Wait for a guard, and help one that cannot run because the code's processes take all the time."""
     try:
         process.wait(HOME_WITHIN)
     except subprocess.TimeoutExpired:
@@ -353,7 +353,7 @@ def _see_ended(process: "subprocess.Popen[bytes]") -> None:
 
 
 async def _to_its_end(call: Coroutine[Any, Any, None]) -> None:
-    """Open or close, and when that is cancelled, only then: it would go on in its thread, in a folder that is gone."""
+    """Wait for an opening or a closing even when cancelled: its thread would go on, in a folder that is gone."""
     task = asyncio.create_task(call)
     try:
         await asyncio.shield(task)
@@ -362,7 +362,7 @@ async def _to_its_end(call: Coroutine[Any, Any, None]) -> None:
 
 
 def _cpu_of(pid: int) -> float:
-    """Return the seconds of CPU that a process has used; 0 where that cannot be told."""
+    """Return the seconds of CPU that a process has used; 0 where the system does not tell."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -403,7 +403,7 @@ async def _survives(run: Run) -> Result:
 
 
 async def _kill_at_work(run: Run, claim: int) -> int:
-    """Kill the process that works on a claim; return its pid. Code that takes no time for it is killed after it."""
+    """Kill the process that works on a claim, or just after that if the code takes no time; return its pid."""
     await run.until(lambda stats: bool(run.noted("halted")) or run.payments(claim) > 0 or stats.dead > 0)
     records = run.noted("halted") or [record for record in run.noted("received") if record.claim == claim]
     run.kill(records[0].who)
@@ -444,7 +444,7 @@ async def _once(run: Run) -> Result:
     await run.send()
     run.start(PROCESSES, kill_at_ack=1)
     stats = await run.until(lambda stats: _is_empty(stats) and (stats.acked > 0 or stats.dead > 0))
-    if not stats.dead and run.noted("halted"):  # who acknowledged writes it down just after
+    if not stats.dead and run.noted("halted"):  # an acknowledgement is written down just after it
         await run.until(lambda _: bool(run.noted("acked")))
     if _unpaid(run):
         raise RedError("acked_first")

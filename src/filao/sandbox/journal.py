@@ -1,7 +1,7 @@
-"""What the processes write down, each in a file of its own and past the broker: the evidence of the ledger.
+"""What the processes write down, each in its own file and past the broker: the evidence for the ledger.
 
-A record is one line, written with one call to the system, so that a process may be killed between any two and leaves
-whole lines. Times are the machine's monotonic clock, which all of its processes share.
+A record is one line, written by one system call, so that a process can be killed between any two and leaves whole
+lines. Times are those of the machine's monotonic clock, which all its processes share.
 """
 
 import os
@@ -47,7 +47,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     until: float = 0.0
     """When the lease ends."""
     row: str = ""
-    """JSON: the row of the message on the disk just after; empty: there is none."""
+    """The row of the message on the disk just after that, as JSON; empty: there is none."""
 
 
 class Journal:
@@ -84,7 +84,7 @@ class Tail:
         self._decode = msgspec.json.Decoder(Record).decode
 
     def read(self) -> list[Record]:
-        """Return the records that came since the last look; a line without its end is left for the next."""
+        """Return the records since the last look; a line without its end is left for the next."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._place)
@@ -97,6 +97,6 @@ class Tail:
 
 
 def journal_of(folder: Path, who: int) -> Path:
-    """Return where a process writes."""
+    """Return the file of a process's journal."""
     name = {PORTAL: "portal", PRINTER: "printer"}.get(who, f"consumer-{who}")
     return folder / f"{name}.journal"

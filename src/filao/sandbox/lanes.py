@@ -14,9 +14,9 @@ from filao.engine import StoredMessage
 from filao.sandbox.journal import Record
 from filao.sandbox.orders import number_in
 
-LEASES_MAX = 60  # that one lane shows
-EVENTS_MAX = 200  # that are remembered
-MOVES_MAX = 3_000  # that can be stepped through
+LEASES_MAX = 60  # leases that one lane shows
+EVENTS_MAX = 200  # events that are remembered
+MOVES_MAX = 3_000  # moves that can be stepped through
 GUESTS_FROM = 101  # the number of the first consumer that is not ours
 
 State = Literal["starting", "waiting", "working", "paused", "leaving", "killed", "crashed", "gone"]
@@ -32,7 +32,7 @@ _ENDS: dict[str, End] = {
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something worth a line; `key` says what, in the words of the page."""
+    """An event for the page's list; `key` is that of its text."""
 
     number: int
     at: float
@@ -42,7 +42,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One thing that happened to one claim, with its row on the disk just after; what slow motion steps through."""
+    """Something that happened to a claim, with its row on the disk just after that; slow motion shows these."""
 
     number: int
     at: float
@@ -64,7 +64,7 @@ class Lease:
     lane: int
     began: float
     once: bool = False
-    """It was acknowledged before the work began."""
+    """Whether it was acknowledged before the work began."""
     until: float = 0.0
     """When the lease ends, or ended."""
     ended: float | None = None
@@ -72,17 +72,17 @@ class Lease:
     why: str = ""
     paid_at: float | None = None
     together: bool = False
-    """Paid and acknowledged in one transaction."""
+    """Whether it was paid and acknowledged in one transaction."""
     paying: bool = False
     halted: str = ""
     """The moment at which its consumer stands still, because it was told to."""
     extensions: list[float] = field(default_factory=list[float])
     lost_at: float | None = None
-    """When its consumer found that another one has the claim."""
+    """When its consumer found that another one had the claim."""
 
     @property
     def paid(self) -> bool:
-        """Whether its claim was paid in it."""
+        """Whether the claim was paid in this attempt."""
         return self.paid_at is not None
 
 
@@ -105,17 +105,17 @@ class Lane:
 
     @property
     def lives(self) -> bool:
-        """Whether its process is there, at work, standing still or on its way home."""
+        """Whether its process is there, be it working, stopped or about to end."""
         return self.state not in ("killed", "crashed", "gone")
 
     def turns(self, state: State) -> None:
-        """Take note of what it writes down that it does: that wakes nobody who stands still, and keeps nobody."""
+        """Note what its journal says that it does, which is not heard of one that is stopped or was sent home."""
         if self.state in ("starting", "waiting", "working"):
             self.state = state
 
 
 class Lanes:
-    """All consumers that there were."""
+    """All consumers that there have been."""
 
     def __init__(self, row_of: Callable[[str], str] = lambda _: "") -> None:
         self._row_of = row_of  # a message's row on the disk, for what no process of ours could read
@@ -253,7 +253,7 @@ class Lanes:
         self.tell(at, "resumed", consumer=number)
 
     def see(self, leased: Iterable[StoredMessage], now: float) -> None:
-        """Take note of who holds what as the engine tells it: so guests are seen, who keep no journal."""
+        """Note who holds what, from the engine, which also shows guests, who keep no journal."""
         ours = {str(lane.pid) for lane in self.by_number.values() if not lane.is_guest}
         held = {one.id: one for one in leased if one.consumer.rpartition(":")[2] not in ours}
         for one in held.values():
@@ -282,7 +282,7 @@ class Lanes:
                 self.by_number[lease.lane].handled += 1
 
     def guests(self) -> list[Lane]:
-        """Return the consumers that are not ours and whose process is believed to be there."""
+        """Return the consumers that are not ours and whose processes seem to be there."""
         return [lane for lane in self._guests.values() if lane.lives]
 
     def _let_go(self, lane: Lane, now: float) -> None:
@@ -299,7 +299,7 @@ class Lanes:
     # --- what is asked -----------------------------------------------------------------------------------------------
 
     def latest(self, claim: int) -> Move | None:
-        """Return what happened to a claim last. A send that was written down after its delivery was not the last."""
+        """Return what last happened to a claim, but not a send that was written down after its delivery."""
         return next(
             (
                 move
@@ -314,20 +314,20 @@ class Lanes:
         return self._attempts.get(message, [])
 
     def living(self) -> list[Lane]:
-        """Return the consumers of ours whose process is there, and was not sent home."""
+        """Return our consumers whose processes are there and were not sent home."""
         return [
             lane for lane in self.by_number.values() if lane.lives and lane.state != "leaving" and not lane.is_guest
         ]
 
     def able(self) -> list[Lane]:
-        """Return the consumers of ours that can do something: those that live and do not stand still."""
+        """Return our consumers that can do something: those that live and are not stopped."""
         return [lane for lane in self.living() if lane.state != "paused"]
 
     def leaving(self) -> list[Lane]:
-        """Return the consumers of ours that were sent home, and whose process is still there."""
+        """Return our consumers that were sent home but whose processes are still there."""
         return [lane for lane in self.by_number.values() if lane.state == "leaving"]
 
     def since(self, at: float) -> Iterator[Lease]:
-        """Yield the attempts that last, or ended after a moment."""
+        """Yield the attempts that go on, or ended after a moment."""
         for attempts in self._attempts.values():
             yield from (lease for lease in attempts if lease.ended is None or lease.ended >= at)

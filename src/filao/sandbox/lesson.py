@@ -1,7 +1,6 @@
-"""What has happened since a step of the lesson began: facts alone, by which the step is judged.
+"""What has happened since a step of the lesson began: only facts, by which the step is judged.
 
-They come from the broker, from the business table and from the processes' journals: never from which button was
-pressed.
+They come from the broker, the business table and the processes' journals, never from which button was pressed.
 """
 
 import time
@@ -65,7 +64,7 @@ class Facts:
 
     @cached_property
     def leases(self) -> list[Lease]:
-        """The attempts that last, or have ended since, in order of their beginning."""
+        """The attempts that go on, or have ended since, in order of their beginning."""
         return sorted(self.room.lanes.since(self.since.at), key=lambda lease: lease.began)
 
     @cached_property
@@ -76,7 +75,7 @@ class Facts:
 
     @cached_property
     def paid(self) -> list[Lease]:
-        """The first payments, of whatever claims, in order."""
+        """The first payments of all claims, in order."""
         seen: set[str] = set()
         found: list[Lease] = []
         payments = [lease for lease in self.leases if lease.paid_at is not None and lease.began >= self.since.at]
@@ -94,14 +93,14 @@ class Facts:
 
     @property
     def held(self) -> list[Lane]:
-        """The consumers of ours that hold a claim that was sent since."""
+        """Our consumers that hold a claim that was sent since."""
         messages = {fate.message for fate in self.sent}
         living = self.room.lanes.living()
         return [lane for lane in living if lane.holds is not None and lane.holds.message in messages]
 
     @property
     def at_rest(self) -> bool:
-        """Whether all that was sent since is done with, and its consumers have said so."""
+        """Whether all that was sent since is done, and the consumers' journals say so."""
         view = self.room.view
         queues = [stats for stats in (view.stats, view.documents) if stats is not None]
         moving = sum(stats.ready + stats.blocked + stats.delayed + stats.leased for stats in queues)
@@ -109,7 +108,7 @@ class Facts:
 
     @property
     def is_stranded(self) -> bool:
-        """Whether claims lie there and nobody is left to move them."""
+        """Whether there are claims but nobody is left to work on them."""
         lanes, stats = self.room.lanes, self.room.view.stats
         if stats is None or self.room.is_frozen or lanes.able() or lanes.guests():
             return False
@@ -153,7 +152,7 @@ class Facts:
         return True
 
     def at_once(self) -> int:
-        """Return how many claims sent since were worked on at the same time, at most."""
+        """Return how many of the claims sent since were at most worked on at the same time."""
         edges = [(lease.began, 1) for lease in self.own]
         edges += [(lease.ended, -1) for lease in self.own if lease.ended is not None]
         most = now = 0
@@ -167,7 +166,7 @@ class Facts:
         return all(before.claim < after.claim for before, after in pairwise(self.paid))
 
     def trials(self) -> Mapping[tuple[str, str], int | None]:
-        """Return, by guarantee and moment of the kill, how often the claim was paid; None while that is open."""
+        """Return by guarantee and moment of the kill how often the claim was paid; None while that is open."""
         found: dict[tuple[str, str], int | None] = {}
         for guarantee in GUARANTEES:
             for moment in MOMENTS:

@@ -1,7 +1,7 @@
 """What queueing theory predicts for a queue under load, and what was measured: the numbers beside the sliders.
 
-The prediction is Allen and Cunneen's for several servers: Erlang's waiting time, scaled by how irregular arrivals and
-work are. Claims arrive at random moments (variation 1), and take nearly always the same time.
+The prediction is Allen and Cunneen's for several servers: Erlang's waiting time, scaled by the variation of arrivals
+and work. Claims arrive at random moments (variation 1) and nearly all take the same time.
 """
 
 import time
@@ -23,8 +23,9 @@ class Load:
     arrivals: float
     """Claims per second."""
     busy: float | None
-    """The share of their time that the consumers work: the utilisation; in a prediction it may exceed 1. None: nobody
-    is there to be busy."""
+    """The share of their time that the consumers work: the utilisation; a prediction may exceed 1. None: there are no
+    consumers.
+    """
     depth: float | None
     """Claims in the queue and in hand, on average: Little's L. None: it grows without end, or nothing was measured."""
     latency: float | None
@@ -32,7 +33,7 @@ class Load:
 
 
 def predicted(arrivals: float, work: float, consumers: int, failing: float) -> Load:
-    """Return what theory says; each claim is tried until it succeeds."""
+    """Return what theory predicts if each claim is tried until it succeeds."""
     tries = 1 / max(0.05, 1 - failing)
     offered = arrivals * work * tries
     if not consumers:
@@ -46,7 +47,7 @@ def predicted(arrivals: float, work: float, consumers: int, failing: float) -> L
 
 
 def _erlang_c(offered: float, servers: int) -> float:
-    """Return the chance that all servers are busy."""
+    """Return the probability that all servers are busy."""
     blocked = 1.0
     for server in range(1, servers + 1):  # Erlang B, step by step
         blocked = offered * blocked / (server + offered * blocked)
@@ -54,7 +55,7 @@ def _erlang_c(offered: float, servers: int) -> float:
 
 
 def measured(room: Room, since: float) -> Load | None:
-    """Return what was seen in the last seconds, or since a moment; None before there is enough of it."""
+    """Return what was measured in the last seconds, but not before `since`; None until there is enough of it."""
     begins = max(since, time.monotonic() - WINDOW)
     samples = [sample for sample in room.viewer.history if sample.at >= begins]
     if len(samples) < 4:

@@ -1,4 +1,4 @@
-"""What the processes of a room have written down since they were last listened to, and who is told of it."""
+"""What the processes of a room have written into their journals since the last look, and who learns of it."""
 
 from collections.abc import Iterable
 
@@ -10,11 +10,11 @@ from filao.sandbox.lanes import Lanes
 
 
 class News:
-    """Reads journals, and keeps what the portal and the printer tell of themselves."""
+    """Reads journals, and keeps what those of the portal and the printer say."""
 
     def __init__(self, customers: Customers, lanes: Lanes, effects: Effects) -> None:
         self.answer_ms: float | None = None
-        """What the portal needed to answer the last customer; None before the first."""
+        """How many milliseconds the portal took to answer the last customer; None before the first."""
         self.refused: int = 0
         """Claims that the queue did not take."""
         self.letters: list[int] = []
@@ -26,7 +26,7 @@ class News:
         self._effects = effects
 
     def read(self, journals: Iterable[Tail]) -> None:
-        """Read on, in the order in which things happened."""
+        """Read what is new, in the order in which it happened."""
         news = [record for tail in journals for record in tail.read()]
         for record in sorted(news, key=lambda record: record.at):
             match record.who:

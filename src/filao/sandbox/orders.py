@@ -1,6 +1,4 @@
-"""What the learner sets, and what the processes of a room are told: once when they start, and by lines on their
-stdin.
-"""
+"""What the learner sets, and what the processes of a room are told, at their start and by lines on their stdin."""
 
 from typing import Literal, cast
 
@@ -10,7 +8,7 @@ import filao
 
 CLAIMS, DOCUMENTS = "claims.processing", "documents"
 CONSUMERS_MAX = 6  # in one room: each is a process
-DELAY_CEILING = 60.0  # seconds of a backoff: with more, a learner believes that nothing happens
+DELAY_CEILING = 60.0  # seconds of a backoff: during a longer one, a learner would think that nothing happens
 WORK_LEAST = 0.002  # seconds
 
 NUMBER_MAX = 2**53  # of a claim: what JSON carries, SQLite holds and a browser reads exactly
@@ -30,7 +28,7 @@ PAYMENTS = """
       paid_by TEXT    NOT NULL,  -- the consumer
       attempt INTEGER NOT NULL
     )
-"""  # no claim is unique in it, so that what is paid twice can be seen
+"""  # claims are not unique in it, so that one that is paid twice can be seen
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,14 +37,14 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     lease: float = 6.0
     max_attempts: int = 3
     backoff: float
-    """Seconds before the second attempt; doubled each time."""
+    """Seconds before the second attempt, doubled for each further one."""
     guarantee: Guarantee = "at-least-once"
     grouped: bool = False
-    """Claims of one policy go in order."""
+    """Whether claims of one policy are worked on in order."""
     documents: bool = False
-    """Every decision is announced to the queue of the documents."""
+    """Whether every decision is sent to the queue of the documents."""
     work: float
-    """Seconds that a claim of ordinary effort takes."""
+    """Seconds that a claim of normal effort takes."""
     failing: float = 0.0
     """The share of attempts that fail."""
     arrivals: float = 0.0
@@ -63,17 +61,17 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Post(msgspec.Struct, frozen=True):
-    """A process's place: where it writes and under which number."""
+    """What a process is told at its start: its number, and where its files are."""
 
     file: str
     journals: str
     number: int
     speed: float = 1.0
-    """How many times as fast it works, where nobody sets the seconds."""
+    """How many times as fast it works, if nobody sets the seconds."""
 
 
 class Halt(msgspec.Struct, frozen=True):
-    """Where a consumer stands still for a while, so that it can be killed in just that moment."""
+    """A moment at which a consumer stands still for a while, so that it can be killed exactly then."""
 
     claim: int
     moment: Moment
@@ -85,7 +83,7 @@ class Duty(msgspec.Struct, frozen=True):
     guarantee: Guarantee
     lease: float
     work: float
-    """Seconds that a claim of ordinary effort takes."""
+    """Seconds that a claim of normal effort takes."""
     fails: bool
     failing: float
     documents: bool
@@ -101,25 +99,25 @@ class Claim(msgspec.Struct, frozen=True):
     """Cents."""
     kind: str = msgspec.field(name="type")
     effort: float = 1.0
-    """How many times as long as an ordinary one it takes."""
+    """How many times as long as a normal one it takes."""
 
 
 class Submission(msgspec.Struct, frozen=True):
-    """Claims that customers hand in at the portal in one moment."""
+    """Claims that customers hand in at the portal at one moment."""
 
     claims: tuple[Claim, ...]
     grouped: bool
 
 
 def number_in(body: object, key: str) -> int:
-    """Return a number of a claim's body; 0 where a body that was sent or mended by hand has none that could be one."""
+    """Return a number in a claim's body; 0 if a body that was written by hand has no proper one."""
     value = _value(body, key)
     is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= NUMBER_MAX
     return cast("int", value) if is_number else 0
 
 
 def effort_in(body: object) -> float:
-    """Return a claim's effort; 1 where its body says none that makes sense."""
+    """Return a claim's effort; 1 if its body has no sensible one."""
     value = _value(body, "effort")
     return float(value) if isinstance(value, int | float) and 0 < value <= 1000 else 1.0
 

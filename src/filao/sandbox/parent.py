@@ -1,13 +1,13 @@
-"""What a process of the sandbox hears of the one that started it: lines on its standard input, and their end.
+"""What a process of the sandbox hears from its parent: lines on its standard input, and their end.
 
-The end means that it may go home: the parent closed the pipe, or is dead.
+At the end it finishes: the parent has closed the pipe, or is dead.
 """
 
 import asyncio
 import sys
 from collections.abc import AsyncGenerator
 
-LINE_MAX = 1024 * 1024  # bytes of a line: more is no order
+LINE_MAX = 1024 * 1024  # bytes of a line: no order is longer
 
 
 async def lines_of_parent() -> AsyncGenerator[bytes]:

@@ -1,6 +1,6 @@
-"""The producer, a process of its own: it sends the claims that customers hand in, and writes each receipt down.
+"""The producer, a separate process: it sends the claims that customers hand in, and writes down each receipt.
 
-It answers a customer as soon as the queue has confirmed, whether anybody works or not.
+It answers a customer as soon as the queue has confirmed, whether or not anybody works.
 """
 
 import asyncio

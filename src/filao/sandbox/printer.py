@@ -1,6 +1,4 @@
-"""The generator of documents, a process of its own: it consumes the second queue, and writes a letter for each
-decision.
-"""
+"""The generator of documents, a process of its own: it consumes the second queue and writes a letter per decision."""
 
 import asyncio
 import sys
@@ -14,7 +12,7 @@ from filao.sandbox.journal import Journal, journal_of
 from filao.sandbox.orders import DOCUMENTS, Post, number_in
 from filao.sandbox.parent import lines_of_parent
 
-PRINTING = 0.8  # seconds for a letter, at the ordinary speed
+PRINTING = 0.8  # seconds for a letter, at normal speed
 LETTER = """\
 Claim {claim_id}
 
@@ -25,7 +23,7 @@ Assurances Filao
 
 
 async def print_letters(broker: filao.Broker, post: Post) -> None:
-    """Write letters for ever. One that is written twice is the same file."""
+    """Write letters for ever. A letter that is written twice is the same file."""
     journal = Journal(journal_of(Path(post.journals), post.number), post.number)
     async for message in broker.consume(DOCUMENTS):
         claim, cents = number_in(message.body, "claim_id"), number_in(message.body, "cents")

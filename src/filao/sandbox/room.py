@@ -47,15 +47,15 @@ from filao.sandbox.view import SHOWN, View, Viewer
 FILE = "claims.db"
 SUBMITTED_MAX = 5_000  # claims in one go
 CLAIMS_MAX = 20_000  # in one room: what is known of each is kept in memory
-TOLD_AT_ONCE = 200  # claims in one line to the portal, which fits into a pipe
+TOLD_AT_ONCE = 200  # claims in one line to the portal, so that it fits into a pipe
 STOP_TRIES, STOP_PAUSE, PASSES_WITHIN = 40, 0.02, 0.05  # to stop a consumer outside its turn to write
 THAWED_WITHIN = 2.0  # seconds in which consumers that were frozen extend their leases
-WORK, BACKOFF = 2.0, 1.0  # seconds, at the ordinary speed: of a claim, and before its second attempt
+WORK, BACKOFF = 2.0, 1.0  # seconds, at normal speed: for a claim, and before its second attempt
 READY_WITHIN = 30.0  # seconds that a scene waits for the consumers that it starts
 
 
 class RoomError(Exception):
-    """What the learner asked for cannot be done; `key` says why, in the words of the page."""
+    """What the learner asked for cannot be done; `key` is that of the page's text that says why."""
 
     def __init__(self, key: str, **values: str | int) -> None:
         super().__init__(key)
@@ -69,7 +69,7 @@ class Room:
     def __init__(self, folder: Path, speed: float = 1.0) -> None:
         self.folder = folder
         self.speed: float = speed
-        """How many times as fast as ordinarily the lesson's scenes go: the work, and what is waited after a failure."""
+        """How many times as fast as normally the lesson goes: the work, and the wait after a failure."""
         self.file: Path = folder / FILE
         self.setting: Setting = Setting(work=WORK / speed, backoff=BACKOFF / speed)
         self.customers: Customers = Customers()
@@ -153,7 +153,7 @@ class Room:
         return [claim.claim_id for claim in claims]
 
     async def arrive(self) -> None:
-        """Let the claims come in that are due by themselves."""
+        """Let the claims arrive that come by themselves."""
         is_open = self.has_queue and not self.is_frozen
         due = self.customers.due(self.setting.arrivals if is_open else 0.0, time.monotonic())
         if due and len(self.effects.fates) + due <= CLAIMS_MAX:
@@ -165,7 +165,7 @@ class Room:
         return await self._broker.redrive(CLAIMS, ids=messages, body=body)
 
     async def mend(self, message: str, policy: int) -> None:
-        """Correct the policy of a dead letter, and send it back. Raises `RoomError` when it is not there any more."""
+        """Correct the policy of a dead letter, and send it back. Raises `RoomError` when it is gone."""
         letter = next((letter for letter in self.viewer.view.dead if letter.id == message), None)
         if letter is None:
             raise RoomError("no_letter")
@@ -182,7 +182,7 @@ class Room:
         return await self._broker.purge(CLAIMS, state=state)
 
     async def clear(self) -> None:
-        """Empty the scene for another step: what waits and what is dead goes, nothing arrives by itself."""
+        """Empty the scene for another step: delete what waits and what is dead, and let nothing arrive by itself."""
         self._need_motion()
         await self.create()
         await self.change(arrivals=0.0, failing=0.0)
@@ -223,7 +223,7 @@ class Room:
             self.lanes.leaves(lane.number)
 
     async def have_consumers(self, count: int) -> None:
-        """Start or send home consumers until there are so many, all of them able."""
+        """Start consumers or send some home until there are so many, and all can work."""
         self._need_motion()
         for lane in self.lanes.living():
             if lane.state == "paused":
@@ -235,7 +235,7 @@ class Room:
             self.add_consumer()
 
     async def until_ready(self) -> None:
-        """Wait until no consumer starts any more, so that those that are quick to start do not do the work of all."""
+        """Wait until all consumers have started, so that those that start quickly do not do the work of all."""
         until = time.monotonic() + READY_WITHIN
         while any(lane.state == "starting" for lane in self.lanes.living()) and time.monotonic() < until:
             self._listen()

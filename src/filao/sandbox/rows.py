@@ -1,6 +1,4 @@
-"""The row of a message as it lies on the disk: read by a connection of its own, past the queue, to be shown to the
-learner.
-"""
+"""The row of a message on the disk, read past the queue by a separate connection, to show it to the learner."""
 
 import sqlite3
 from pathlib import Path
@@ -27,7 +25,7 @@ WAIT = 0.2  # seconds for a lock that another holds
 
 
 class Rows:
-    """The rows of one queue file, which is opened when the first of them is read."""
+    """The rows of one queue file, which is opened when the first is read."""
 
     def __init__(self, file: Path | str) -> None:
         self._url = f"{Path(file).absolute().as_uri()}?mode=ro"
@@ -36,7 +34,7 @@ class Rows:
     def row(self, message: str, *, as_sent: bool = False) -> str:
         """Return a message's row as JSON; empty when it is not there, or cannot be read now.
 
-        `as_sent`: as its send left it, though a quick consumer has it by now. A lease changes four columns, no more.
+        `as_sent`: as the send left it, even if a quick consumer has it by now; a lease changes only four columns.
         """
         number = message.rpartition("-")[2]
         if not number.isdecimal() or len(number) > NUMBER_MAX:
@@ -56,7 +54,7 @@ class Rows:
         return msgspec.json.encode(_shown(row)).decode()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._connection is not None:
             self._connection.close()
 

@@ -1,4 +1,4 @@
-"""The trials of the three guarantees: a consumer is killed in a moment that is chosen, not one that is hit by luck.
+"""The trials of the three guarantees: a consumer is killed at a chosen moment, not at one that is hit by luck.
 
 The consumer of a claim is told to stand still at that moment, and is killed while it does.
 """
@@ -10,7 +10,7 @@ from filao.sandbox.lanes import Lane
 from filao.sandbox.orders import MOMENTS, Guarantee, Halt, Moment
 from filao.sandbox.room import Room, RoomError
 
-WAITED, LOOK_EVERY = 30.0, 0.02  # seconds that a moment is waited for, and between two looks
+WAITED, LOOK_EVERY = 30.0, 0.02  # seconds of waiting for a moment, and between two looks
 WORK, CONSUMERS = 1.0, 3
 
 
@@ -49,7 +49,7 @@ async def _until_halted(room: Room, claim: int) -> Lane:
 
 
 async def _until_over(room: Room, claim: int) -> None:
-    """Wait until a claim has left the queue; not for ever, because a learner may have stopped everybody."""
+    """Wait until a claim has left the queue, but not for ever, because a learner may have stopped all consumers."""
     until = time.monotonic() + WAITED
     while time.monotonic() < until and room.lanes.able():
         fate = room.effects.by_claim(claim)

@@ -19,19 +19,19 @@ SOURCES = FOLDER.parents[2]
 
 @cache
 def words(language: Language) -> Mapping[str, Any]:
-    """Return what the page says, by key; under `glossary` a list of words and their meanings."""
+    """Return the texts of the page, by key; under `glossary`, a list of words and their meanings."""
     return _read("words", language)
 
 
 @cache
 def lesson(language: Language) -> Mapping[str, Mapping[str, Any]]:
-    """Return what the lesson says, by step."""
+    """Return the texts of the lesson, by step."""
     return _read("lesson", language)
 
 
 @cache
 def program(name: str, language: Language = "en") -> str:
-    """Return a program that can be run as it stands, with its comments and what it prints in a language."""
+    """Return a program that can be run as it is, with its comments and its output in a language."""
     text = (PROGRAMS / f"{name}.py").read_text(encoding="utf-8")
     if language != "en":
         told = tomllib.loads((FOLDER / f"programs.{language}.toml").read_text(encoding="utf-8"))
@@ -42,12 +42,12 @@ def program(name: str, language: Language = "en") -> str:
 
 @cache
 def python_errors(language: Language) -> Mapping[str, str]:
-    """Return what errors of Python mean, by a regular expression that they match; nothing in English."""
+    """Return translations of Python's errors, by a regular expression that they match; none for English."""
     return {} if language == "en" else _read("errors", language)
 
 
 def translated(language: Language, error: str) -> str:
-    """Return an error of Python in a language; empty where its meaning is not known."""
+    """Return an error of Python in a language; empty if there is no translation."""
     for says, means in python_errors(language).items():
         found = re.fullmatch(says, error, re.DOTALL)
         if found is not None:
@@ -56,13 +56,13 @@ def translated(language: Language, error: str) -> str:
 
 
 def further(language: Language) -> list[tuple[str, str]]:
-    """Return where to read on, as it stands: commands, and files of this machine; each with the key of its text."""
+    """Return where to read on: commands, and files of this machine, each with the key of its text."""
     files = {
         "further_readme": "README.md",
         "further_recipes": f"docs/{language}/how-to/join-a-transaction.md",
         "further_engines": f"docs/{language}/reference/engines.md",
         "further_insurer": "examples/insurance",
-    }  # which lie beside the sources, and not where only the package is installed
+    }  # they are beside the sources, and not where only the package is installed
     here = [(str(SOURCES / path), key) for key, path in files.items() if (SOURCES / path).exists()]
     python = shlex.quote(sys.executable)
     commands = [
@@ -74,7 +74,7 @@ def further(language: Language) -> list[tuple[str, str]]:
 
 
 def page_words(language: Language) -> dict[str, Any]:
-    """Return all that a page needs to speak: texts, the steps' buttons and conditions, the programs."""
+    """Return all texts of a page, the steps' buttons and conditions, and the programs."""
     found = dict(words(language))
     glossary = [[entry["word"], entry["meaning"]] for entry in found.pop("glossary")]
     steps = [
