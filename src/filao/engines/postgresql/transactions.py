@@ -118,7 +118,7 @@ class PostgresqlTransactions:
                         raise
                 raise
             finally:
-                within.failed_by = None  # which knows it by its traceback
+                within.failed_by = None  # or each would keep the other alive, by its traceback
                 if within.has_executed:
                     self._pool.soil(connection)
                 if within.has_prepared:
