@@ -64,7 +64,7 @@ async def test_a_lone_send_takes_three_turns_of_the_loop(tmp_path, monkeypatch) 
         assert min(taken) <= 3  # its batch begins, its batch has ended, it goes on
 
 
-async def test_a_lone_receive_and_its_ack_make_twelve_statements_and_write_seven_pages(tmp_path) -> None:
+async def test_a_lone_receive_and_its_ack_make_thirteen_statements_and_write_seven_pages(tmp_path) -> None:
     path = tmp_path / "lone.db"
     async with filao.connect(path) as broker:
         await broker.declare(filao.Queue("q"))
@@ -76,7 +76,7 @@ async def test_a_lone_receive_and_its_ack_make_twelve_statements_and_write_seven
 
         found = [await counted(broker, path, receive_and_ack) for _ in range(4)]
         statements, pages = min(found, key=lambda one: len(one[0]))
-        receive = ["PRAGMA", "BEGIN", "PRAGMA", "UPDATE", "UPDATE", "COMMIT"]
+        receive = ["PRAGMA", "BEGIN", "PRAGMA", "SELECT", "UPDATE", "UPDATE", "COMMIT"]
         ack = ["PRAGMA", "BEGIN", "PRAGMA", "DELETE", "UPDATE", "COMMIT"]
         assert [statement.split()[0] for statement in statements] == receive + ack
         assert pages <= 7  # of a receive the message's, its two indexes', the counters'; an ack leaves one index alone

@@ -198,13 +198,8 @@ class SqliteEngine:
     def _execute(self, batch: Batch) -> list[Result]:
         if batch.receives:
             self._register()
-        lessee = self._database.lessee
-        takes: dict[type, bool] = {
-            Receive: lessee is not NOBODY,
-            Send: batch.writes,
-            Settle: batch.writes,
-            Extend: batch.writes,
-        }
+        takes: dict[type, bool] = dict.fromkeys((Send, Settle, Extend), batch.writes)
+        takes[Receive] = self._database.lessee is not NOBODY
         books = self._database.begin(durable=batch.writes, keeps=True)
         results: list[Result] = []
         take = partial(batch.take, lambda operation: takes[type(operation)])

@@ -7,26 +7,26 @@ from typing import Any
 
 from filao.engine import Delivery, Receive, Received
 from filao.engines.sqlite import moves, waitlist
-from filao.engines.sqlite.books import ENTRY, TOKENS_PER_PROCESS, Books, QueueRow, tokens
+from filao.engines.sqlite.books import ENTRY, ROWS_AT_ONCE, TOKENS_PER_PROCESS, Books, QueueRow, slices, tokens
 from filao.engines.waiters import deal
 from filao.errors import FilaoError
 
-_DELIVERED = "id, priority, attempts, grp, dedup_key, message_id, headers, kind, content, sent_at, failures, salt"
-_LEASE, _LEASE_ONE = (
-    f"""
+# Looked for first, and then leased by their numbers: RETURNING is a trigger, and costs a quarter more than this does.
+_NEXT = """
+    SELECT id, attempts + 1, priority, grp, dedup_key, message_id, headers, kind, content, sent_at, failures, salt
+    FROM filao_message INDEXED BY filao_ready
+    WHERE queue = ? AND state = 2 AND (expires_at IS NULL OR expires_at > ?)
+    ORDER BY priority DESC, id
+    LIMIT ?
+"""
+_LEASES = {
+    rows: f"""
     UPDATE filao_message
     SET state = 4, at = ?, token = ?, attempts = attempts + 1
-    WHERE id {is_one_of} (
-        SELECT id
-        FROM filao_message INDEXED BY filao_ready
-        WHERE queue = ? AND state = 2 AND (expires_at IS NULL OR expires_at > ?)
-        ORDER BY priority DESC, id
-        LIMIT ?
-    )
-    RETURNING {_DELIVERED}
+    WHERE id IN ({", ".join("?" * rows)})
     """
-    for is_one_of in ("IN", "=")  # a list of one costs SQLite a table of its own
-)
+    for rows in ROWS_AT_ONCE
+}
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ NOBODY: Lessee = Lessee(0, "")
 
 
 def receive(books: Books, asked: Sequence[Receive], lessee: Lessee) -> Sequence[Received | FilaoError]:
-    """Serve receives of the same terms with one statement, and deal what it finds like cards."""
+    """Serve receives of the same terms with one look, and deal what it finds like cards."""
     row = books.queue(asked[0].queue)
     if row is None:
         return [books.not_found(asked[0].queue)] * len(asked)
@@ -81,13 +81,13 @@ def _lease(books: Books, row: QueueRow, asked: Sequence[Receive], lessee: Lessee
         return []
     token = lessee.next_token()
     until = books.now + round((asked[0].lease or row.rules.lease) * 1000)
-    lease = _LEASE_ONE if limit == 1 else _LEASE
-    found = books.db.execute(lease, (until, token, row.id, books.now, limit)).fetchall()
+    found = books.db.execute(_NEXT, (row.id, books.now, limit)).fetchall()
+    for some in slices(found):
+        books.db.execute(_LEASES[len(some)], (until, token, *[number for number, *_ in some]))
     row.count["ready"] -= len(found)
     row.count["leased"] += len(found)
     row.count["received"] += len(found)
     row.fresh = True  # if any is left, it is for the next who waits
-    found.sort(key=lambda fields: (-fields[1], fields[0]))
     leased = [_delivery(books, row.rules.name, token, fields) for fields in found]
     if row.rules.history:
         for delivery in leased:
@@ -106,7 +106,7 @@ def _queue_up(books: Books, row: QueueRow, lessee: Lessee, wants: int, *, served
 
 
 def _delivery(books: Books, queue: str, token: int, fields: Sequence[Any]) -> Delivery:
-    number, priority, attempt, group, dedup_key, message_id, headers, kind, content, sent_at, failures, salt = fields
+    number, attempt, priority, group, dedup_key, message_id, headers, kind, content, sent_at, failures, salt = fields
     name = books.name_of(number, message_id, salt)
     about = (priority, group, dedup_key, message_id, headers, kind, content, sent_at, failures)
     return Delivery(queue, name, number, token, attempt, *about, bool(failures) and moves.has_crashed(books, number))
