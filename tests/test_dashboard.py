@@ -403,6 +403,29 @@ async def test_who_does_not_read_a_live_page_gives_its_place_to_others_in_the_en
         assert 'id="q-claims"' in await somebody.sees("/en/queues?live=stream")
 
 
+async def test_no_more_live_pages_are_told_than_may_be_however_many_ask_at_once(broker, monkeypatch) -> None:
+    monkeypatch.setattr(pages, "STREAMS_MAX", 2)
+    answered: list[int] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            answered.append(message["status"])
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    scope: dict[str, Any] = {"type": "http", "method": "GET", "path": "/en/queues", "query_string": b"live=stream"}
+    scope |= {"headers": [(b"host", b"127.0.0.1")], "client": ("127.0.0.1", 40_000), "server": ("127.0.0.1", 8748)}
+    async with visiting(broker) as somebody, asyncio.timeout(60):
+        await somebody.sees("/en/queues")
+        asking = [asyncio.create_task(somebody.dashboard(dict(scope), receive, send)) for _ in range(6)]
+        while len(answered) < 6:
+            await asyncio.sleep(0.01)
+        await somebody.dashboard.close()
+        await asyncio.gather(*asking)
+    assert sorted(answered) == [200, 200, 503, 503, 503, 503]
+
+
 async def test_the_head_of_a_live_page_comes_at_once(broker, monkeypatch) -> None:
     monkeypatch.setattr(pages, "LIVE_FOR", 3_600)
     async with visiting(broker) as somebody, asyncio.timeout(30):

@@ -64,14 +64,18 @@ class Told:
 class _Stream(StreamingResponse):
     """A stream of events that ends even if nobody reads it: an event waits until those before it have been sent."""
 
-    def __init__(self, events: AsyncGenerator[str]) -> None:
+    def __init__(self, events: AsyncGenerator[str], ended: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
         self._events = events
+        self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(TimeoutError):
-            async with aclosing(self._events), asyncio.timeout(LIVE_FOR + UNREAD_FOR):
-                await super().__call__(scope, receive, send)
+        try:
+            with suppress(TimeoutError):
+                async with aclosing(self._events), asyncio.timeout(LIVE_FOR + UNREAD_FOR):
+                    await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 class Pages:
@@ -208,23 +212,23 @@ class Pages:
             return PlainTextResponse("Too many pages are open.\n", 503, {"retry-after": "10"})
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
-        return _Stream(self._events(request, language, page))
+        self._streams += 1  # here, not when it begins to tell: a thousand who ask at once are counted before that
+        return _Stream(self._events(request, language, page), self._stream_ended)
+
+    def _stream_ended(self) -> None:
+        self._streams -= 1
 
     async def _events(self, request: Request, language: Language, page: str) -> AsyncGenerator[str]:
         """Yield the live part of a page whenever it has changed."""
-        self._streams += 1
-        try:
-            until, drawn = time.monotonic() + LIVE_FOR, ""
-            look = await self._watch.latest()
-            yield "retry: 1000\n\n"
-            while not self._watch.is_closed and (left := until - time.monotonic()) > 0:
-                now = await self._live(request, language, page, look)
-                if now != drawn:
-                    yield "".join(f"data: {line}\n" for line in now.split("\n")) + "\n"
-                drawn = now
-                look = await self._watch.after(look.number, left)
-        finally:
-            self._streams -= 1
+        until, drawn = time.monotonic() + LIVE_FOR, ""
+        look = await self._watch.latest()
+        yield "retry: 1000\n\n"
+        while not self._watch.is_closed and (left := until - time.monotonic()) > 0:
+            now = await self._live(request, language, page, look)
+            if now != drawn:
+                yield "".join(f"data: {line}\n" for line in now.split("\n")) + "\n"
+            drawn = now
+            look = await self._watch.after(look.number, left)
 
     async def _live(self, request: Request, language: Language, page: str, look: Look) -> str:
         """Return the live part of a page; all who look at the same share one drawing."""
