@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,30 @@ async def test_a_page_that_nobody_answers_any_more_says_so_until_somebody_does(c
     await page.unroute("**live=*")
     await page.clock.fast_forward(5_000)
     await page.wait_for_selector("#silent", state="hidden")
+
+
+async def test_what_has_long_names_or_reads_from_the_right_keeps_to_its_place(context, dashboard) -> None:
+    operator, name, header = Operator(await context.new_page()), "a" * 128, "h" * 200
+    page = operator.page
+    await operator.arrive(dashboard.url)
+    async with filao.connect(dashboard.file) as broker:
+        await broker.declare(filao.Queue(name, max_attempts=1))
+        receipt = await broker.send_to_queue(name, 1, headers={header: "v"})
+        await (await broker.receive_from_queue(name)).reject("\u05e9\u05dc\u05d5\u05dd " + "e" * 300)
+        shown = (
+            f"queue?name={name}&state=dead",
+            f"message?queue={name}&id={receipt.id}",
+            f"dead?queue={name}",
+            "queues",
+        )
+        for width, path in product((1280, 390), shown):
+            await page.set_viewport_size({"width": width, "height": 800})
+            await page.goto(f"{dashboard.url}en/{path}")
+            assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (width, path)
+            for table in await page.query_selector_all(".scroll"):
+                assert await table.evaluate("one => one.scrollWidth <= one.clientWidth"), (width, path)
+            assert await page.evaluate("getComputedStyle(document.querySelector('main a')).unicodeBidi") == "isolate"
+        await broker.delete_queue(name, messages=True)
 
 
 def test_a_wrong_token_and_a_taken_port_are_refused(dashboard, tmp_path) -> None:
