@@ -83,6 +83,33 @@ def test_what_the_server_undid_is_not_called_open(error, kind, text) -> None:
     assert "open whether" not in str(said)
 
 
+async def test_a_statement_that_the_server_refuses_is_not_called_an_outage(postgres) -> None:
+    """The driver calls it operational, as it calls a connection that was lost."""
+    url = create(postgres, "UTF8")
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute(
+                "CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN RAISE 'not now' USING ERRCODE = 'object_not_in_prerequisite_state'; END $$"
+            )
+            operator.execute(
+                "CREATE TRIGGER refuses BEFORE INSERT ON filao.message FOR EACH ROW EXECUTE FUNCTION public.refuse()"
+            )
+        with pytest.raises(filao.EngineError, match=r": not now\. Nothing was done\.$") as raised:
+            await broker.send_to_queue("claims", 1)
+        assert not isinstance(raised.value, filao.EngineUnavailable)
+
+
+async def test_what_ends_a_transaction_before_its_commit_has_done_nothing(postgres) -> None:
+    async with filao.connect(create(postgres, "UTF8")) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with pytest.raises(filao.EngineUnavailable, match=r"Nothing was done\.$"):  # noqa: PT012 - all of it
+            async with broker.transaction() as tx:
+                await tx.send_to_queue("claims", 1)
+                await tx.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
 async def test_a_server_that_was_never_reached_has_done_nothing() -> None:
     with pytest.raises(filao.EngineUnavailable, match="Nothing was done") as raised:
         await filao.connect("postgresql://u@127.0.0.1:1/x").open()
@@ -109,10 +136,20 @@ async def test_extra_errors_of_plpgsql_prevent_no_first_opening(postgres) -> Non
         await (await broker.receive_from_queue("claims")).ack()
 
 
-async def test_sessions_that_rest_are_not_ended_whatever_the_database_says(postgres) -> None:
-    url = create(postgres, "UTF8", "idle_session_timeout = '10min'")
+async def test_sessions_of_ours_are_not_ended_whatever_the_database_says(postgres) -> None:
+    limits = [
+        "idle_session_timeout",
+        "idle_in_transaction_session_timeout",
+        "transaction_timeout",
+    ]  # the last: from 17 on
+    url = create(postgres, "UTF8")
+    with psycopg.connect(url, autocommit=True) as operator:
+        known = operator.execute("SELECT name FROM pg_settings WHERE name = ANY (%s)", (limits,)).fetchall()
+        for (name,) in known:
+            operator.execute(f"ALTER DATABASE {url.rpartition('/')[2]} SET {name} = '10min'".encode())
     async with filao.connect(url) as broker, engine_of(broker)._main.use() as connection:
-        assert await (await connection.execute("SHOW idle_session_timeout")).fetchone() == ("0",)
+        found = await connection.execute("SELECT name, setting FROM pg_settings WHERE name = ANY (%s)", (limits,))
+        assert dict(await found.fetchall()) == {name: "0" for (name,) in known}
 
 
 async def test_a_database_that_is_read_only_by_default_is_not_taken_for_a_standby(postgres) -> None:

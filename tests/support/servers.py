@@ -96,8 +96,10 @@ class Postgres:
 
 
 def _postgres_path() -> str:
+    """Return where its programs are looked for, first in FILAO_POSTGRES_BIN: the folder of another version, say."""
     newest = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    return os.pathsep.join([*map(str, reversed(newest)), os.environ.get("PATH", "")])
+    chosen = os.environ.get("FILAO_POSTGRES_BIN")
+    return os.pathsep.join([*([chosen] if chosen else []), *map(str, reversed(newest)), os.environ.get("PATH", "")])
 
 
 def has_postgres() -> bool:

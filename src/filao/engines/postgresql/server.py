@@ -29,6 +29,7 @@ _STATUS = psycopg.pq.TransactionStatus
 logging.getLogger("psycopg").addHandler(logging.NullHandler())  # without it, what is raised here would be printed too
 
 VERSION_MIN = 140_000  # stored generated columns and the record type of a table in SQL functions came with 12 and 14
+VERSION_TIMED = 170_000  # where whole transactions got a time limit
 CONNECTED_WITHIN = 10  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for all that a call asks of the server and waits for
 UNDONE_WITHIN = 1.0  # seconds for a rollback, or to cancel a statement; after that, closing the connection does it
@@ -215,6 +216,8 @@ class Server:
         if is_ours:  # so that nobody can shadow an operator or a function that we use
             settings["search_path"] = "pg_catalog, pg_temp"
             settings["idle_in_transaction_session_timeout"] = "0"  # our transactions have a limit of their own
+            if connection.info.server_version >= VERSION_TIMED:
+                settings["transaction_timeout"] = "0"
         calls = [f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()]
         self._settings[connection] = f"SELECT {', '.join(calls)}"
         await connection.execute(self._settings[connection].encode())
@@ -343,7 +346,7 @@ class Server:
         for kinds, text in _UNDONE:
             if isinstance(error, kinds):
                 return EngineError(f"{self.name}: {text} It said: {said}")
-        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) and not _is_of_statement(error):
             return EngineUnavailable(f"{self.name} is away: {said}. {_doubt(begun=begun)}")
         return EngineError(f"{self.name}: {said}. Nothing was done.")
 
@@ -357,6 +360,11 @@ class Server:
             f"{self.name} is read-only by now: {said}. Nothing was done. The next call connects anew, and reaches the "
             f"primary as soon as the URL leads there; if it is the primary, turn default_transaction_read_only off."
         )
+
+
+def _is_of_statement(error: psycopg.Error) -> bool:
+    """Return whether the server refused a statement and is there still; not so what a pooler says, or a shutdown."""
+    return error.diag.severity_nonlocalized == "ERROR" and (error.sqlstate or "")[:2] not in ("08", "57")
 
 
 class Charset:
