@@ -84,3 +84,43 @@ async def test_a_sqlalchemy_connection_that_commits_each_statement_is_not_joined
                 await broker.send_to_queue("claims", 1, within=held)
             held.rollback()
         assert (await broker.stats("claims")).sent == 0
+
+
+async def doctors_errors(broker: filao.Broker) -> list[str]:
+    return [f"{finding.subject}: {finding.text}" for finding in await broker.doctor() if finding.level == "error"]
+
+
+async def test_the_doctor_tells_when_a_table_was_emptied_by_other_means(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims", max_length=2))
+        await broker.send_many("claims", [1, 2])
+        assert await doctors_errors(broker) == []
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute("TRUNCATE filao.message")
+        (told,) = await doctors_errors(broker)
+        assert "queue 'claims': 2 messages are counted as ready, and 0 are there" in told
+        await broker.delete_queue("claims")
+        await broker.declare(filao.Queue("claims", max_length=2))
+        await broker.send_many("claims", [3, 4])
+        assert await doctors_errors(broker) == []
+
+
+async def test_the_doctor_tells_which_sequences_a_logical_replica_lacks(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims", max_attempts=1))
+        for number in range(3):
+            await broker.send_to_queue("claims", number)
+            await (await broker.receive_from_queue("claims")).reject("no")
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute(
+                "SELECT setval(name, 1) FROM unnest('{filao.number,filao.failure_id_seq}'::text[]) AS name"
+            )
+            told = await doctors_errors(broker)
+            assert [text.partition(",")[0] for text in told] == [
+                "numbers: the sequence filao.number stands at 1",
+                "numbers: the sequence filao.failure_id_seq stands at 1",
+            ]
+            for text in told:
+                operator.execute(text[text.index("SELECT") :].encode())
+        assert await doctors_errors(broker) == []
+        await broker.send_to_queue("claims", 3)

@@ -12,12 +12,19 @@ TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the old
 HOLDERS_MAX = 5  # long transactions that are named
 QUERY_MAX = 200  # characters of their last statements
 TABLE_LARGE = 1024**3  # bytes
+COUNTED_MAX = 1024**3  # bytes of the messages that are counted one by one: some seconds
 HISTORY_TOLD = 1024**2  # bytes: even an empty table has some
 
 
 async def examine(connection: Connection, server: Server, queues: Sequence[QueueStats]) -> list[Finding]:
     """Return all findings, good and bad."""
-    parts = (_settings(connection, server), _load(connection), _messages(connection), _queues(connection, queues))
+    parts = (
+        _settings(connection, server),
+        _load(connection),
+        _messages(connection),
+        _strange(connection),
+        _queues(connection, queues),
+    )
     return [finding for part in parts async for finding in part]
 
 
@@ -88,6 +95,27 @@ async def _queues(connection: Connection, queues: Sequence[QueueStats]) -> Async
         yield process_finding(name, held, state, float(reported_ago))
 
 
+async def _strange(connection: Connection) -> AsyncGenerator[Finding]:
+    """Yield what no Filao did: tables that somebody emptied, filled or copied without what belongs to them."""
+    for name, last, there in await (await connection.execute(_BEHIND.encode())).fetchall():
+        yield Finding(
+            "numbers",
+            "error",
+            f"the sequence {name} stands at {last:,}, and {there:,} is in use: a logical replica does not bring "
+            f"sequences. Until it is right, calls fail and messages come out of order: "
+            f"SELECT setval('{name}', {there});",
+        )
+    if int(await _value(connection, "SELECT pg_relation_size('filao.message')")) > COUNTED_MAX:
+        return
+    for name, state, counted, there in await (await connection.execute(_MISCOUNTED)).fetchall():
+        yield Finding(
+            f"queue {name!r}",
+            "error",
+            f"{counted:,} messages are counted as {state}, and {there:,} are there: somebody has changed the tables by "
+            f"other means than Filao's. When the queue is empty, delete it and declare it anew.",
+        )
+
+
 def _clock(ahead: float) -> Finding:
     if abs(ahead) * 1000 <= JUMP:
         return Finding("clock", "ok", "the queues' time is the server's")
@@ -134,6 +162,32 @@ _RUN_OUT = """
     SELECT q.name, count(*) FROM filao.message m JOIN filao.queue q ON q.id = m.queue
     WHERE m.state = 'leased' AND m.at < filao.clock() GROUP BY 1
 """
+_SEQUENCES = {
+    "filao.number": "filao.message",
+    **{f"filao.{table}_id_seq": f"filao.{table}" for table in ("failure", "event", "audit")},
+}
+_BEHIND = " UNION ALL ".join(
+    f"""
+    SELECT name, last, there FROM (
+      SELECT '{name}', CASE WHEN has_sequence_privilege('{name}', 'SELECT') THEN
+               coalesce(pg_sequence_last_value('{name}'), 0) END, (SELECT max(id) FROM {table})
+    ) AS s (name, last, there) WHERE there > last
+    """
+    for name, table in _SEQUENCES.items()
+)
+"""Which sequences will give numbers that are there."""
+_MISCOUNTED = """
+    SELECT q.name, s.name, coalesce(c.counted, 0), coalesce(m.there, 0)
+    FROM filao.queue q
+    CROSS JOIN (SELECT unnest(enum_range(NULL::filao.state))::text AS name) AS s
+    LEFT JOIN (SELECT queue, name, sum(value)::bigint AS counted FROM filao.counter GROUP BY 1, 2) AS c
+      ON c.queue = q.id AND c.name = s.name
+    LEFT JOIN (SELECT queue, state::text AS name, count(*) AS there FROM filao.message GROUP BY 1, 2) AS m
+      ON m.queue = q.id AND m.name = s.name
+    WHERE coalesce(c.counted, 0) <> coalesce(m.there, 0)
+    ORDER BY 1, 2
+"""
+"""The counters are written with what they count, so one snapshot shows both alike."""
 
 
 async def _value(connection: Connection, sql: str) -> str:
