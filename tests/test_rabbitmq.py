@@ -247,6 +247,25 @@ async def test_a_user_without_permissions_is_told_what_to_grant(rabbitmq, url) -
         await filao.connect(url.replace("guest:guest", "clerk:clerk")).open()
 
 
+async def test_a_limit_of_the_server_is_named_and_not_taken_for_something_else(rabbitmq, queue) -> None:
+    async def command(*arguments: str) -> None:
+        await asyncio.to_thread(rabbitmq.command, *arguments)
+
+    await command("add_vhost", "limited")
+    await command("set_permissions", "-p", "limited", "guest", ".*", ".*", ".*")
+    await command("set_vhost_limits", "-p", "limited", '{"max-connections": 0}')
+    broker = filao.connect(rabbitmq.url(vhost="limited"))
+    with pytest.raises(filao.EngineUnavailable, match=r"connection limit \(0\).*Nothing was done.*set_vhost_limits"):
+        await broker.open()  # it may pass, and who has worked here before waits for that
+    await command("set_vhost_limits", "-p", "limited", '{"max-queues": 2}')  # the register and one more
+    async with broker:
+        with pytest.raises(
+            filao.ConfigurationError, match=r"queue limit in vhost 'limited' \(2\) is reached"
+        ) as raised:
+            await broker.declare(queue)
+    assert "other arguments" not in str(raised.value)
+
+
 async def test_a_server_that_is_too_old_is_refused(url, monkeypatch) -> None:
     monkeypatch.setattr(server, "VERSION_MIN", (99, 0))
     with pytest.raises(filao.ConfigurationError, match=r"version 3.*Filao needs 99.0 or newer"):

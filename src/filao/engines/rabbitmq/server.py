@@ -140,7 +140,12 @@ class Server:
                     f"{self.name} refused us: {said}. Mend the user name or the password in the URL."
                 )
             case ConnectionNotAllowed() | ChannelAccessRefused() | InvalidFrameError():  # the last: closed at once
-                said = "the user may not use this virtual host, or there is none" if "OpenOk" in said else said
+                said = said.rpartition(", got ")[2]
+                if "limit" in said:
+                    return EngineUnavailable(
+                        f"{self.name} refused us: {said}. Nothing was done. Close connections, or raise the limit: "
+                        f"rabbitmqctl set_vhost_limits, set_user_limits."
+                    )
                 return ConfigurationError(
                     f"{self.name} refused us: {said}. Create the virtual host, or grant the user its permissions: "
                     f'rabbitmqctl set_permissions -p VHOST USER ".*" ".*" ".*"'

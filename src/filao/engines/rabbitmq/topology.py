@@ -51,6 +51,8 @@ async def declare_queue(channel: Channel, queue: Queue[Any]) -> None:
         try:
             await channel.queue_declare(name, durable=True, arguments=dict(arguments))
         except ChannelPreconditionFailed as error:
+            if "inequivalent" not in str(error):
+                raise
             raise ConfigurationError(
                 f"queue {queue.name!r}: {name!r} is on the server already, with other arguments: {error.args[-1]}. "
                 f"Filao needs {arguments}. Move what is in it elsewhere and delete it there, or choose another name."
