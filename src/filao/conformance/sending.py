@@ -361,6 +361,26 @@ async def check_a_full_queue_may_drop_the_oldest_to_the_dead_letters(stage: Stag
     equal(await stage.drain(queue), [2, 3])
 
 
+@needs(Feature.MAX_LENGTH, Feature.DEAD_LETTERS, Feature.ATOMIC, Feature.GROUPS)
+async def check_a_full_queue_drops_the_oldest_of_a_group_one_after_the_other(stage: Stage) -> None:
+    queue = await stage.queue(max_length=3, overflow="drop_oldest")
+    await stage.broker.send_many(queue, [1, 2, 3], group="a")
+    await stage.broker.send_many(queue, [4, 5])
+    equal([letter.body for letter in await stage.broker.dead_letters(queue)], [1, 2])
+    equal(await stage.drain(queue), [3, 4, 5])
+
+
+@needs(Feature.MAX_LENGTH, Feature.DEAD_LETTERS, Feature.GROUPS, Feature.TRANSACTIONS)
+async def check_a_full_queue_drops_what_a_transaction_has_let_through(stage: Stage) -> None:
+    queue = await stage.queue(max_length=2, overflow="drop_oldest")
+    await stage.broker.send_many(queue, [1, 2], group="a")
+    (first,) = await stage.broker.receive_many(queue, 1, wait=0)
+    async with first.transaction() as transaction:
+        await transaction.send_to_queue(queue, 3, group="a")
+    await stage.send(queue, 4)
+    equal([letter.body for letter in await stage.broker.dead_letters(queue)], [2])
+
+
 @needs(Feature.MAX_LENGTH, Feature.DEAD_LETTERS, Feature.ATOMIC)
 async def check_a_send_that_is_refused_drops_nothing(stage: Stage) -> None:
     queue = await stage.queue(max_length=3, overflow="drop_oldest")

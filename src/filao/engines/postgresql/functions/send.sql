@@ -7,9 +7,9 @@ CREATE OR REPLACE FUNCTION filao.pending(q integer) RETURNS bigint LANGUAGE sql 
   WHERE queue = q AND name IN ('ready', 'delayed', 'leased', 'blocked')
 $$;
 
--- How many messages of a queue could be dropped: the ready and the delayed.
+-- How many messages of a queue could be dropped at most: a blocked one once those before it in its group are.
 CREATE OR REPLACE FUNCTION filao.waiting(q integer) RETURNS bigint LANGUAGE sql VOLATILE AS $$
-  SELECT coalesce(sum(value), 0)::bigint FROM filao.counter WHERE queue = q AND name IN ('ready', 'delayed')
+  SELECT coalesce(sum(value), 0)::bigint FROM filao.counter WHERE queue = q AND name IN ('ready', 'delayed', 'blocked')
 $$;
 
 -- Make the oldest waiting message a dead letter; false when there is none. One that a consumer is just claiming is
@@ -77,7 +77,11 @@ BEGIN
     RETURN true;
   ELSIF NOT rules.drops_oldest OR new > rules.max_length OR surplus > filao.waiting(rules.id) THEN
     RETURN false;
-  ELSIF surplus = 1 THEN  -- most sends, for which there is nothing to undo
+  END IF;
+  IF NOT later THEN
+    PERFORM filao.arrange_noted(rules.id, now);  -- or what may be dropped counts as blocked
+  END IF;
+  IF surplus = 1 THEN  -- most sends, for which there is nothing to undo
     RETURN filao.drop_oldest(rules.id, now, later);
   END IF;
   RETURN filao.drop_some(rules.id, surplus, now, later);
