@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "4f07b036e96de827"}
+DIGESTS = {10: "96fb9d8ed8965e22"}
 """Of the SQL of a version, the newest alone."""
 
 

@@ -189,6 +189,23 @@ async def check_a_late_settle_changes_nothing_once_another_has_the_message(stage
 
 
 @needs(Feature.FENCING)
+async def check_a_late_extend_is_refused_beside_one_of_the_lease_that_followed(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, "contested")
+    zombie = await stage.next(queue)
+    await stage.advance(6)
+    owner = await stage.next(queue)
+    await stage.send(queue, *range(20))
+    others = await stage.broker.receive_many(queue, 20)
+    extends = [message.extend(10) for message in others]  # while the first are under way, those behind them gather
+    *told, late, last = await asyncio.gather(*extends, zombie.extend(10), owner.extend(10), return_exceptions=True)
+    equal((told, type(late), last), ([None] * len(others), LeaseLost, None))
+    await stage.advance(9)
+    await owner.ack()
+    await stage.counted(queue, ready=0, leased=len(others), acked=1, late=0)
+
+
+@needs(Feature.FENCING)
 async def check_a_late_ack_is_accepted_while_nobody_took_the_message(stage: Stage) -> None:
     queue = await stage.queue(lease=5)
     await stage.send(queue, "slow")

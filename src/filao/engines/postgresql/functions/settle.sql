@@ -134,13 +134,17 @@ LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now  bigint := filao.now(moment);
   m    filao.message;
-  done bigint[];
+  done bigint[];  -- places
   notes boolean := (SELECT kept_for IS NOT NULL FROM filao.queue WHERE id = q);
   i    integer;
 BEGIN
   WITH mine AS MATERIALIZED (
     SELECT held.id, asked.length
-    FROM (SELECT * FROM unnest(ids, tokens, lengths) AS given (id, token, length) ORDER BY id) AS asked, LATERAL (
+    FROM (  -- of two for one lease the last
+      SELECT DISTINCT ON (id, token) *
+      FROM unnest(ids, tokens, lengths) WITH ORDINALITY AS given (id, token, length, place)
+      ORDER BY id, token, place DESC
+    ) AS asked, LATERAL (
       SELECT t.id FROM filao.message t
       WHERE t.id = asked.id AND t.token = asked.token AND t.state IS NOT DISTINCT FROM 'leased' AND t.at > now
       FOR UPDATE SKIP LOCKED
@@ -149,13 +153,14 @@ BEGIN
     UPDATE filao.message t SET (at, moved_in) = (
       SELECT now + mine.length, filao.news_of(mine.length) FROM mine WHERE mine.id = t.id
     )
-    WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.id
+    WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.id, t.token
   )
-  SELECT coalesce(array_agg(extended.id), '{}') INTO done FROM extended;
+  SELECT coalesce(array_agg(place), '{}') INTO done
+  FROM unnest(ids, tokens) WITH ORDINALITY AS given (id, token, place) JOIN extended USING (id, token);
   FOR i IN 1 .. cardinality(ids) LOOP
-    CONTINUE WHEN ids[i] = ANY (done) AND NOT notes;
+    CONTINUE WHEN i = ANY (done) AND NOT notes;
     SELECT * INTO m FROM filao.message t WHERE t.id = ids[i] AND t.token = tokens[i];
-    IF ids[i] = ANY (done) THEN
+    IF i = ANY (done) THEN
       PERFORM filao.note_extended(m, lengths[i], now);
       CONTINUE;
     ELSIF NOT FOUND OR m.state = 'blocked' THEN  -- blocked: its group went on without it
