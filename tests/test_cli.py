@@ -29,6 +29,13 @@ from tests.support.shell import (
 __all__ = ["compiled", "db"]
 
 
+@pytest.mark.parametrize("command", [("verify", "typo.db"), ("move", "typo.db", "other.db"), ("doctor", "typo.db")])
+def test_a_file_that_is_not_there_is_not_made_by_a_look_at_it(command, tmp_path):
+    ran = run(*command, cwd=tmp_path)
+    assert (ran.code, "no such file: typo.db" in ran.err) == (3, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_help_says_of_each_command_in_a_whole_sentence_what_it_does():
     listed = run("--help").out.decode().partition("Commands:\n")[2].splitlines()
     assert len(listed) == len(commands.commands)

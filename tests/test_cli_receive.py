@@ -36,6 +36,11 @@ def test_bytes_are_received_as_base64_with_a_mark(db):
 def test_receive_fails_when_there_is_nothing(db):
     ran = run("receive", db, "claims", "--wait", "0.01")
     assert (ran.code, ran.out, ran.err) == (1, b"", "")
+    put(db, 1)
+    with filao.sync.connect(db) as broker:
+        broker.pause("claims")
+    ran = run("receive", db, "claims")
+    assert (ran.code, "queue 'claims' is paused" in ran.err) == (1, True)
 
 
 def test_receive_stops_at_its_limit_or_when_the_queue_is_empty(db):

@@ -123,6 +123,7 @@ def test_redrive_tells_of_ids_that_it_did_not_find(db):
     ran = run("redrive", db, "claims", "--id", letter, "--id", "nonsense")
     assert (ran.code, ran.lines) == (1, [{"redriven": 1}])
     assert "1 of 2 ids" in ran.err
+    assert "queue 'claims' has no dead letter 'nonsense'" in run("redrive", db, "claims", "--id", "nonsense").err
 
 
 def test_redrive_edits_the_body_of_one(db):

@@ -120,6 +120,10 @@ def test_a_wrong_handler_is_refused_when_it_is_registered(function, text) -> Non
     assert text in refused(lambda worker: worker.consumer("claims")(function))
 
 
+def test_a_consumer_without_its_queue_is_told_what_to_write() -> None:
+    assert "write @worker.consumer(queue)" in refused(lambda worker: worker.consumer(of_two))  # type: ignore[arg-type]
+
+
 def test_annotations_that_only_a_type_checker_can_read_refuse_no_handler_but_for_the_messages() -> None:
     async def handle(it: filao.Message[Claim], other: "No" = 1) -> "No": ...  # type: ignore[name-defined]  # noqa: F821
 

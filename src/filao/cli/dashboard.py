@@ -16,10 +16,9 @@ import click
 
 from filao.broker import Broker, connect
 from filao.cli.pages import address_of, listening_at, shown_address
-from filao.cli.shell import addressed, file_of, note, usage
+from filao.cli.shell import addressed, check_file, note, usage
 from filao.errors import ConfigurationError
 from filao.queue import Queue
-from filao.urls import shown_url
 
 if TYPE_CHECKING:
     from filao.dashboard import Dashboard
@@ -67,9 +66,7 @@ def dashboard(
     if not (find_spec("starlette") and find_spec("uvicorn") and find_spec("jinja2")):
         raise ConfigurationError("the dashboard needs starlette, uvicorn and jinja2: pip install 'filao[dashboard]'")
     url, _ = addressed(arguments, least=0, most=0)
-    file = file_of(url)
-    if file is not None and not file.exists():
-        raise ConfigurationError(f"no such file: {file}. Declare a queue first: filao declare {shown_url(url)} QUEUE")
+    check_file(url)
     host, port = address_of("--listen", listen)
     is_open = host not in LOOPBACK
     given = os.environ.get("FILAO_TOKEN", "").strip()

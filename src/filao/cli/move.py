@@ -6,7 +6,7 @@ import sys
 import click
 import msgspec
 
-from filao.cli.shell import as_json, is_terminal, note, print_lines
+from filao.cli.shell import as_json, check_file, is_terminal, note, print_lines
 from filao.cli.tables import draw
 from filao.engines import engine_for
 from filao.moving import Movable, Moved, move, plan
@@ -28,6 +28,7 @@ def move_command(*, source: str, target: str, queues: tuple[str, ...], dry_run: 
     Stop the consumers of the source first: what they hold stays. Whatever ends this command, run it again: it goes on
     where it was. The exit code is 1 when messages stay: consumers hold them, or they are delayed on RabbitMQ.
     """
+    check_file(source)
     moved = asyncio.run(_run(source, target, queues, dry_run=dry_run))
     if is_terminal(sys.stdout):
         rows = [tuple(str(value) for value in msgspec.structs.astuple(queue)) for queue in moved]

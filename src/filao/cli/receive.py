@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from filao.cli.shell import Number, addressed, as_json, broker_at, is_terminal, note, print_lines, shown_body, usage
+from filao.engine import Feature
 from filao.errors import LeaseLost
 from filao.printable import printable
 from filao.sync import Broker, Message, call_on, inner_of
@@ -67,6 +68,8 @@ def receive(
             if not taken:
                 break
             received += _hand_over(broker, taken, raw=raw)
+        if not received and Feature.PAUSE in broker.features and broker.stats(name).paused:
+            note(f"queue {name!r} is paused: filao resume lets its deliveries go on")
     return 0 if received else 1
 
 

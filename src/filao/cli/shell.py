@@ -74,16 +74,7 @@ def broker_at(url: str, queue: str = "QUEUE", *, create: bool = False) -> Genera
 
     `queue` is the command's queue, for the hint if it does not exist.
     """
-    file = file_of(url)
-    if file is not None:
-        if str(file) == ":memory:":
-            raise ConfigurationError(
-                f"{shown_url(url)} would end with this command, and all that is in it: give the path of a file"
-            )
-        if not create and not file.exists():
-            raise ConfigurationError(
-                f"no such file: {file}. Declare a queue first: filao declare {shown_url(url)} {shlex.quote(queue)}"
-            )
+    check_file(url, queue, create=create)
     try:
         with connect(url) as broker:
             yield broker
@@ -97,6 +88,19 @@ def broker_at(url: str, queue: str = "QUEUE", *, create: bool = False) -> Genera
         raise QueueNotFound(
             f"{error} In a shell: filao declare {shown_url(url)} {shlex.quote(queue)}.{hint}"
         ) from error
+
+
+def check_file(url: str, queue: str = "QUEUE", *, create: bool = False) -> None:
+    """Raise `ConfigurationError` for a URL of a file that does not exist, or that would end with the command."""
+    file = file_of(url)
+    if str(file) == ":memory:":
+        raise ConfigurationError(
+            "a queue in memory would end with this command, and all that is in it: give the path of a file"
+        )
+    if file is not None and not create and not file.exists():
+        raise ConfigurationError(
+            f"no such file: {file}. Declare a queue first: filao declare {shown_url(url)} {shlex.quote(queue)}"
+        )
 
 
 def read_anew(broker: Broker, read: Callable[[], T]) -> T:

@@ -265,9 +265,13 @@ def _in_slices(ids: Sequence[str], rate: float | None, work: Callable[[Sequence[
 def _said(name: str, ids: Sequence[str], count: int, limit: int | None) -> int:
     """Return the exit code; note when an id names no dead letter, or there was none."""
     wanted = min(len(set(ids)), limit or len(ids)) if ids else 1
-    if count < wanted:
-        note(f"{wanted - count} of {wanted} ids are of no dead letter of queue {name!r}" if ids else "no dead letters")
-    return 0 if count >= wanted else 1
+    if count >= wanted:
+        return 0
+    if len(ids) > 1:
+        note(f"{wanted - count} of {wanted} ids are of no dead letter of queue {name!r}")
+    else:
+        note(f"queue {name!r} has no dead letter {ids[0]!r}" if ids else f"queue {name!r} has no such dead letters")
+    return 1
 
 
 @click.command()

@@ -1,13 +1,14 @@
 """`filao verify`: does this server keep the promises?"""
 
 import asyncio
+import logging
 import sys
 from collections.abc import Sequence
 
 import click
 
 from filao.broker import connect
-from filao.cli.shell import addressed, as_json, is_terminal, note, print_lines
+from filao.cli.shell import addressed, as_json, check_file, is_terminal, note, print_lines
 from filao.cli.tables import draw
 from filao.conformance import Verdict, verify
 from filao.engine import Feature
@@ -26,6 +27,8 @@ def verify_command(*, arguments: tuple[str, ...], wants_json: bool) -> int:
     from rich.progress import Progress
 
     url, _ = addressed(arguments, least=0, most=0)
+    check_file(url)
+    logging.getLogger("filao").addHandler(logging.NullHandler())  # what the checks provoke is no news
     with Progress(console=Console(stderr=True), transient=True, disable=not is_terminal(sys.stderr)) as progress:
         task = progress.add_task("checking", total=None)
 

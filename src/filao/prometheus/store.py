@@ -94,7 +94,7 @@ def metrics(told: Told, *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> 
     """Yield the metrics of the chosen queues, the first `most` by name, and how many others are hidden."""
     chosen = [one for one in told.queues if not only or any(fnmatchcase(one.name, pattern) for pattern in only)]
     queues = chosen[:most]
-    hidden = GaugeMetricFamily("filao_queues_hidden", f"Queues beyond the first {most} by name, which are not told.")
+    hidden = GaugeMetricFamily("filao_queues_hidden", f"Queues beyond the first {most} by name, which are not shown.")
     hidden.add_metric([], len(chosen) - len(queues))
     yield hidden
     has_counters = Feature.COUNTERS in told.features

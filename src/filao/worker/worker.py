@@ -7,6 +7,7 @@ a while; told again, it gives everything back at once.
 """
 
 import asyncio
+import inspect
 import logging
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
@@ -131,6 +132,8 @@ class Worker:
         `outcomes` maps exceptions to what becomes of the message, such as `{ValueError: filao.Reject}`. `weight` is the
         consumer's part of the worker's `concurrency`. Raises `ConfigurationError`.
         """
+        if inspect.isroutine(queue):
+            raise ConfigurationError("the consumer has no queue: write @worker.consumer(queue), with its name say")
         name = queue.name if isinstance(queue, Queue) else queue
         check_name(name)
         self._check_first(name)

@@ -22,7 +22,8 @@ _RULES = {
 _TERMS = {"group": "groups", "dedup_key": "deduplication", "priority": "priorities on quorum queues"}
 _OPT_IN = (
     "delays, but what resembles them: messages wait in a ladder of queues, to a tenth of a second and more, come back "
-    'behind all others, and may double in a crash. Where that will do, declare the queue with emulate=("delay",)'
+    'behind all others, and may double in a crash. Where that will do, declare the queue with emulate=("delay",), in a '
+    "shell --emulate delay"
 )
 
 

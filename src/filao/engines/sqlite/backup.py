@@ -31,6 +31,8 @@ def back_up(path: Path, copy: Path) -> int:
         raise ConfigurationError(
             f"{copy} exists, and a backup overwrites nothing: give another name, or remove it first"
         )
+    if not copy.parent.is_dir():
+        raise ConfigurationError(f"{copy}: the folder {copy.parent} does not exist; create it first")
     database = Database(path, durable=True, clock=time.time, wake=lambda _: None)
     try:
         database.open()
