@@ -18,12 +18,12 @@ from filao.sandbox.load import measured, predicted
 from filao.sandbox.orders import CLAIMS, number_in
 from filao.sandbox.room import Room, number_of
 
-SLOTS = 40  # of the queue that are drawn at most
+SLOTS = 40  # messages of the queue that are drawn at most
 ASIDE = 6  # delayed messages and dead letters that are drawn
 DONE = 24  # of the last claims that were paid
-BARS = 40  # of one lane in the timeline
+BARS = 40  # attempts in one lane of the timeline
 WRONGS = 6  # claims of each kind that the books name
-MOVES = 150  # that one scene brings
+MOVES = 150  # moves in one scene at most
 CHARTED = 80  # samples of a chart
 DELIVERED = 0.7  # seconds for which a claim is shown as just delivered
 STAGES = {"sent": 1, "received": 3, "extended": 3, "halted": 3, "lost": 3, "paying": 4, "handled": 4, "acked": 5}
@@ -86,7 +86,7 @@ def _documents(room: Room) -> Json:
 
 
 def _shown_consumers(room: Room, since: Mark) -> list[Lane]:
-    """Return the living, and the last that died in this step until another takes its place: cards keep their places."""
+    """Return the living consumers, and the last that died in this step, so that its card does not vanish."""
     lanes = [lane for lane in room.lanes.by_number.values() if lane.lives]
     fallen = [lane for lane in room.lanes.by_number.values() if lane.state in ("killed", "crashed")]
     recent = [lane for lane in fallen[-1:] if (lane.left_at or 0.0) >= since.at]
@@ -115,7 +115,7 @@ def _letter(room: Room, message: StoredMessage) -> Json:
 
 
 def _is_done(room: Room, message: str, in_hand: set[str], stored: set[str]) -> bool:
-    """Return whether a paid claim has left the queue: journals tell of its acknowledgement before the queue is read."""
+    """Return whether a paid claim has left the queue; its consumer's journal may say so before the queue is read."""
     attempts = room.lanes.attempts(message)
     return message not in in_hand and (message not in stored or bool(attempts and attempts[-1].how == "acked"))
 
@@ -168,7 +168,7 @@ def _held(room: Room, lease: Lease) -> Json:
 
 
 def timeline(room: Room, since: Mark) -> Json:
-    """Return the lanes of the timeline: a bar for each attempt, with its marks; times are seconds of the step."""
+    """Return the lanes of the timeline, with a bar for each attempt. Times are in seconds since the step began."""
     lanes: list[Json] = []
     for lane in room.lanes.by_number.values():
         leases = [lease for lease in lane.leases if lease.ended is None or lease.ended >= since.at]
@@ -239,7 +239,7 @@ def story(room: Room, since: Mark, claim: int) -> Json | None:
 
 
 def moves(room: Room, since: Mark, after: int) -> list[Json]:
-    """Return what happened to claims in this step, after those that a page knows."""
+    """Return the moves of this step after the last one that the page has."""
     first = max(after, since.moves)
     found: list[Move] = []
     for move in reversed(room.lanes.moves):
@@ -277,7 +277,7 @@ def _wrong(wrong: Wrong, kind: str) -> Json:
 
 
 def load(room: Room, since: float) -> Json:
-    """Return the sliders' numbers: what theory predicts, what was measured, and the last minutes of it."""
+    """Return the load: what theory predicts, what was measured, and samples of the last minutes."""
     setting, consumers = room.setting, len(room.lanes.living())
     seen = measured(room, since)
     samples: Sequence[Any] = list(room.viewer.history)[-CHARTED:]
@@ -294,7 +294,7 @@ def load(room: Room, since: float) -> Json:
 
 
 def exercise(room: Room) -> Json:
-    """Return how the checks of the learner's code stand."""
+    """Return the results of the checks of the learner's code."""
     found = room.exercise
     results = [(check, found.results[check]) for check in CHECKS]
     checks = [{"key": key, "state": one.state, "told": one.key, "values": one.values} for key, one in results]

@@ -1,24 +1,33 @@
-"""The lesson of EVT-02: eleven steps, what a learner does in each, and by what one sees that it has been done.
+"""The lesson of EVT-02: eleven steps, what a learner does in each, and how the sandbox sees that it has been done.
 
 Each step makes its phenomenon happen by construction: one claim takes longer than the others, so that it is
 overtaken; claims last until somebody was killed; a lease is shorter than a sleep. So it cannot be missed, whatever
-the speed of the machine; and what it says stands in `lesson.en.toml` and `lesson.fr.toml`, its Python in `programs/`.
+the speed of the machine. The texts are in `lesson.en.toml` and `lesson.fr.toml`, the Python in `programs/`.
 """
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from filao.sandbox.customers import Case
 from filao.sandbox.exercise import CHECKS, SHARED
+from filao.sandbox.lanes import Lane
 from filao.sandbox.lesson import Facts
 from filao.sandbox.orders import GUARANTEES, MOMENTS, Guarantee
 from filao.sandbox.room import Room, RoomError
 from filao.sandbox.trials import try_kills
 
 FEW, MANY = 5, 12  # claims that a step wants to see
-LONG = 60.0  # seconds of a claim that lasts until something has been done to its consumer
-SLOW_CLAIM = 4.0  # times as long as the others takes the claim that is overtaken
+LONG = 60.0  # seconds for a claim that lasts until something has been done to its consumer
+SLOW_CLAIM = 4.0  # how many times as long as the others the claim takes that is overtaken
 SHORT_LEASE = 3.0  # seconds
+
+OUTCOMES: Mapping[Guarantee, tuple[int, int]] = {
+    "at-most-once": (0, 1),
+    "at-least-once": (1, 2),
+    "exactly-once": (1, 1),
+}
+"""How often a claim is paid whose consumer is killed before it pays, and after."""
 
 Action = Callable[[Room, Facts], Awaitable[None]]
 Condition = Callable[[Facts], bool]
@@ -39,12 +48,12 @@ def _no_hint(_: Facts) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """What a learner can do at a push of a button, and when."""
+    """What a button of a step does, and when it can be pressed."""
 
     do: Action
     ready: Condition = _always
     begins: bool = False
-    """It sets the scene: the step begins anew."""
+    """Whether it sets the scene, so that the step begins anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +66,13 @@ class Step:
     answer: int
     """Which of the predictions comes true."""
     values: Callable[[Facts], Values] = _nothing
-    """What its texts are filled with."""
+    """The values for the placeholders in its texts."""
     hint: Callable[[Facts], str] = _no_hint
-    """What to do now, when a condition waits for the learner; the key of a text."""
+    """The key of the text that says what to do now, when a condition waits for the learner."""
     follow: Action | None = None
     """What is done again and again while the step is open."""
     is_worked: bool = True
-    """Consumers of the room are meant to work in it."""
+    """Whether consumers of the room are meant to work in it."""
     hero: Callable[[Facts], int] = field(default=lambda facts: facts.numbers[0] if facts.numbers else 0)
     """The claim that the step is about."""
 
@@ -93,7 +102,7 @@ async def _one(room: Room, _: Facts) -> None:
 
 
 async def _plain(room: Room, consumers: int, *, work: float, lease: float = 6.0) -> None:
-    """Empty the scene, and have consumers under plain rules, all of them ready."""
+    """Empty the scene, set plain rules, and wait until so many consumers are ready."""
     await room.clear()
     rules = {"lease": lease, "max_attempts": 3, "backoff": 1.0 / room.speed, "guarantee": "at-least-once"}
     await room.change(work=work, grouped=False, documents=False, **rules)
@@ -116,15 +125,20 @@ async def _kill(room: Room, facts: Facts) -> None:
 
 
 def _holder(facts: Facts) -> int:
-    """Return a consumer that holds a claim of the step, the second if there is one."""
-    held = facts.held
-    if not held:
+    lane = _target(facts)
+    if lane is None:
         raise RoomError("nobody_works")
-    return held[min(1, len(held) - 1)].number
+    return lane.number
+
+
+def _target(facts: Facts) -> Lane | None:
+    """Return the consumer that holds a claim of the step; of several, the second."""
+    held = facts.held
+    return held[min(1, len(held) - 1)] if held else None
 
 
 async def _hurry(room: Room, facts: Facts) -> None:
-    """Once the phenomenon is there, let the work last no longer than it is looked at."""
+    """Shorten the work once somebody was killed: it need not last any longer."""
     if room.setting.work == LONG and facts.killed() is not None:
         await room.change(work=2.0 / room.speed)
 
@@ -165,7 +179,7 @@ async def _wake(room: Room, facts: Facts) -> None:
 
 
 async def _follow_sleeper(room: Room, facts: Facts) -> None:
-    """Let a sleeper that was woken end its work soon, and the new holder of its claim go on until then."""
+    """Let a consumer that was woken end its work soon, and the new holder of its claim only after it was refused."""
     sleeper = facts.overslept()
     if sleeper is None or room.setting.work != LONG:
         return
@@ -183,12 +197,9 @@ async def _groups(room: Room, _: Facts) -> None:
 
 
 def _by_policy(room: Room) -> list[Case]:
-    """Return three claims of each of four policies; the first of each is long, and would be overtaken without
-    groups.
-    """
-    return [
-        room.customers.case(policy=policy, effort=effort) for policy in (12, 27, 33, 48) for effort in (2.5, 1.0, 1.0)
-    ]
+    """Return three claims of each of four policies. Without groups the first of each, which is long, is overtaken."""
+    policies, efforts = (12, 27, 33, 48), (2.5, 1.0, 1.0)
+    return [room.customers.case(policy=policy, effort=effort) for policy in policies for effort in efforts]
 
 
 async def _documents(room: Room, _: Facts) -> None:
@@ -216,14 +227,10 @@ def _finished(facts: Facts) -> bool:
 
 
 def _kill_values(facts: Facts) -> Values:
-    held, lease = facts.held, facts.killed()
+    lease = facts.killed()
     if lease is None:
-        return {
-            "consumer": held[min(1, len(held) - 1)].number if held else "…",
-            "claim": "…",
-            "other": "…",
-            "after": "…",
-        }
+        target = _target(facts)
+        return {"consumer": target.number if target else "…", "claim": "…", "other": "…", "after": "…"}
     after = facts.after(lease)
     waited = "…" if after is None or lease.ended is None else max(1, round(1000 * (after.began - lease.ended)))
     return {"consumer": lease.lane, "claim": lease.claim, "other": after.lane if after else "…", "after": waited}
@@ -235,14 +242,19 @@ def _kill_hint(facts: Facts) -> str:
     return ""
 
 
+def _kill_hero(facts: Facts) -> int:
+    lease, target = facts.killed(), _target(facts)
+    if lease is None and target is not None:
+        lease = target.holds
+    return lease.claim if lease is not None else 0
+
+
 def _shared(facts: Facts) -> bool:
     return len(facts.own_paid) >= MANY and len({lease.lane for lease in facts.own_paid}) >= 3
 
 
 def _shares(facts: Facts) -> str:
-    counts: dict[int, int] = {}
-    for lease in facts.own_paid:
-        counts[lease.lane] = counts.get(lease.lane, 0) + 1
+    counts = Counter(lease.lane for lease in facts.own_paid)
     return SHARED.join(str(counts[lane]) for lane in sorted(counts)) or "…"
 
 
@@ -272,13 +284,6 @@ def _mended(facts: Facts) -> bool:
 
 def _was_tried(guarantee: Guarantee) -> Condition:
     return lambda facts: tuple(facts.trials().get((guarantee, moment)) for moment in MOMENTS) == OUTCOMES[guarantee]
-
-
-OUTCOMES: Mapping[Guarantee, tuple[int, int]] = {
-    "at-most-once": (0, 1),
-    "at-least-once": (1, 2),
-    "exactly-once": (1, 1),
-}
 
 
 def _trials_hint(facts: Facts) -> str:
@@ -392,7 +397,7 @@ STEPS: tuple[Step, ...] = (
         values=_kill_values,
         hint=_kill_hint,
         follow=_hurry,
-        hero=lambda facts: _hero_of(facts.killed(), facts.held and facts.held[min(1, len(facts.held) - 1)].holds),
+        hero=_kill_hero,
     ),
     Step(
         "poison",
@@ -459,7 +464,3 @@ STEPS: tuple[Step, ...] = (
     ),
     Step("implement", {}, {check: _is_passed(check) for check in CHECKS}, 2, is_worked=False),
 )
-
-
-def _hero_of(*leases: object) -> int:
-    return next((claim for claim in (getattr(lease, "claim", 0) for lease in leases) if claim), 0)

@@ -1,9 +1,8 @@
-"""`filao sandbox --terminal`: the same room and the same steps on another face, in a terminal or line by line from
-a pipe.
+"""`filao sandbox --terminal`: the same room and the same steps, in a terminal or line by line from a pipe.
 
-On a terminal one key is one wish, and the screen shows the room all the time, in brief where it is low. From a pipe
-one line is one wish, and each is answered by what then stands; `w` waits until the step is done, or nothing more can
-come.
+On a terminal each key is a command, and the screen always shows the room, shortened where it has few lines. From a
+pipe each line is a command, and is answered by the room as it is then; `w` waits until the step is done or nothing
+more can happen.
 """
 
 import asyncio
@@ -48,7 +47,7 @@ LOCK = "\N{LOCK}"  # of a claim that waits for another of its policy
 
 
 class Face:
-    """What a terminal shows of a visit, and what it asks for."""
+    """Shows a visit on a terminal, and does what the learner types."""
 
     def __init__(self, visit: Visit, language: Language) -> None:
         self._visit = visit
@@ -56,7 +55,7 @@ class Face:
         self._words = words(language)
         self.note: str = ""
         self.is_room_first: bool = False
-        """What is cut off on a low terminal is the lesson, not the room."""
+        """Whether a terminal with few lines cuts off the lesson instead of the room."""
 
     def say(self, key: str, **values: object) -> str:
         """Return a text of the page."""
@@ -81,7 +80,7 @@ class Face:
         return Group(*parts)
 
     def fitted(self, console: Console) -> RenderableType:
-        """Return all of it where the terminal is high enough, else in brief what is needed now, the keys in sight."""
+        """Return all of it where the terminal has the lines for it, else what is needed now and the keys."""
         lines = console.render_lines(self.drawn(), pad=False)
         if len(lines) > console.height:
             shown = self._visit.shown(known=0, claim=0)
@@ -106,7 +105,7 @@ class Face:
         return [self._text(told, "claim"), *predicting, self._doing(told), *self._seeing(told, lambda _: True)]
 
     def _briefly(self, told: scene.Json) -> list[str]:
-        """Return what the step says less what was needed before: as on the page, which has more room than this."""
+        """Return of the step's text what is needed now."""
         step, is_done = self._visit.step, told["is_done"]
         chosen = told["chosen"].get(step.key)
         wanted = {chosen, step.answer} if is_done else {chosen} if chosen is not None else {0, 1, 2}
@@ -148,7 +147,7 @@ class Face:
         return lines
 
     def _trials(self, rows: list[scene.Json]) -> list[str]:
-        """Return them below each other, under what was done."""
+        """Return the trials as a table: a row for each guarantee, a column for each moment of the kill."""
         cells = [["", self.say("trial_before"), self.say("trial_after")]]
         cells += [[self.say(row["guarantee"]), *(self.say(f"trial_{times}") for times in row["times"])] for row in rows]
         widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
@@ -231,30 +230,30 @@ class Face:
         told = self.say(f"told_{check['told']}", **(values | {"error": meaning or error})) if check["told"] else ""
         return f"{told} ({error})" if meaning else told
 
-    # --- what is asked -----------------------------------------------------------------------------------------------
+    # --- commands ----------------------------------------------------------------------------------------------------
 
-    async def hear(self, wish: str) -> bool:
-        """Do what a line or a key asks for; return whether there is more to come. What cannot be done is told."""
+    async def hear(self, command: str) -> bool:
+        """Do what a line or a key asks for, or note why it cannot be done. Return False when the learner leaves."""
         self.note = ""
         try:
-            return await self._do(wish.strip())
+            return await self._do(command.strip())
         except RoomError as error:
             self.note = self.say(f"error_{error.key}", **error.values)
         except (FilaoError, OSError) as error:
             self.note = self.say("error_failed", why=str(error))
         return True
 
-    def is_whole(self, wish: str) -> bool:
-        """Return whether keys are a wish already; a consumer's number may have more digits than were typed."""
-        verb, typed = wish[:1], wish[1:]
+    def is_whole(self, command: str) -> bool:
+        """Return whether keys are a whole command; a consumer's number may have more digits than were typed."""
+        verb, typed = command[:1], command[1:]
         if verb not in ("k", "p", "r") or typed[-1:].isspace():
             return True
         numbers = [str(lane.number) for lane in self._visit.room.lanes.living()]
         return bool(typed) and not any(number.startswith(typed) and number != typed for number in numbers)
 
-    async def _do(self, wish: str) -> bool:
+    async def _do(self, command: str) -> bool:
         visit, room = self._visit, self._visit.room
-        verb, digits = wish[:1], wish[1:].strip()[:DIGITS_MAX]
+        verb, digits = command[:1], command[1:].strip()[:DIGITS_MAX]
         number = int(digits) if digits.isdecimal() else 0
         match verb:
             case "q":
@@ -299,7 +298,7 @@ class Face:
             await self._visit.act(keys[place])
 
     async def _check(self) -> None:
-        """Check the learner's file; where there is none yet, the skeleton is put there."""
+        """Check the learner's file; where there is none yet, write the skeleton there."""
         path = Path(CODE)
         if not path.exists():
             path.write_text(program("my_consumer", self._language), encoding="utf-8")
@@ -326,13 +325,13 @@ def _chips(claims: list[scene.Json], *, grouped: bool = False) -> str:
 
 
 def _label(one: scene.Json, *, grouped: bool) -> str:
-    """Return a claim's number; with its policy's letter, and a lock if it waits for another, where these are groups."""
+    """Return a claim's number; with groups also its policy's letter, and a lock while it waits for another claim."""
     letter = LETTERS[POLICIES.index(one["policy"])] if grouped and one.get("policy") in POLICIES else ""
     return f"{one['claim']}{letter}{LOCK if one.get('locked') else ''}"
 
 
 class Wrapped:
-    """Text that breaks at spaces, and not at those that do not break: « : » stays with the word before it."""
+    """Text that is broken at ordinary spaces only, so that the « : » of French stays with the word before it."""
 
     def __init__(self, text: str, style: str = "") -> None:
         self._text = text
@@ -390,13 +389,13 @@ async def _converse(face: Face) -> None:
     with _keys(), Live(console=console, screen=True, auto_refresh=False) as live:
         drawing = asyncio.create_task(_redraw(console, live, face))
         try:
-            wish = ""
+            command = ""
             async for key in _typed(b""):
-                wish += key
-                if face.is_whole(wish):
-                    if not await face.hear(wish):
+                command += key
+                if face.is_whole(command):
+                    if not await face.hear(command):
                         return
-                    wish = ""
+                    command = ""
         finally:
             drawing.cancel()
             await asyncio.wait((drawing,))
@@ -452,7 +451,7 @@ def _keys() -> Generator[None]:
 
 
 def _end_on_signals() -> list[int]:
-    """Let the first signal cancel the play; return where it is written down."""
+    """Let the first signal cancel this task; return the list that it is written into."""
     signalled: list[int] = []
     task = asyncio.current_task()
     assert task is not None

@@ -1,9 +1,10 @@
-"""Runs a learner's consumer as it stands, in a process of its own, and writes down what it does to messages.
+"""Runs a learner's consumer unchanged, in a process of its own, and writes down what it does to messages.
 
-It hears no orders, and the code has no input. A guard ends it when the sandbox does, or says so, however deep in a loop
-the code is, with all that the code has started; what the code may write and claim of memory is bounded. It may be told
-to die by SIGKILL just before it acknowledges a claim, as a process does that loses its power after the work; or to be
-at work on a claim until it is killed, so that the kill finds it there on every machine.
+The process hears no orders, and the code has no input. When the sandbox ends or says so, a guard ends the process and
+all that the code has started, even if the code is in an endless loop. What the code may write and how much memory it
+may take are bounded. The process may be told to die by SIGKILL just before it acknowledges a claim, as one does that
+loses its power after the work; or to be at work on a claim until it is killed, so that the kill finds it there on
+every machine.
 """
 
 import json
@@ -28,9 +29,7 @@ from filao.sandbox.orders import number_in
 
 ENDLESS = 3_600.0  # seconds of work on a claim whose holder is to be killed
 WRITTEN_MAX = 16 * 1024 * 1024  # bytes of a file that a learner's code may write, its output included
-MEMORY_MAX = (
-    2 * 1024**3
-)  # bytes of addresses of one process: a list that grows for ever ends in a MemoryError, not here
+MEMORY_MAX = 2 * 1024**3  # bytes of addresses: a list that grows for ever ends in a MemoryError of its own process
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -47,7 +46,7 @@ class Trial(msgspec.Struct, frozen=True):
 
 
 class _Endless(dict[str, Any]):
-    """The body of such a claim; who reads its effort is at work."""
+    """The body of a claim whose work does not end; whoever reads its effort has begun the work."""
 
     def __init__(self, body: dict[str, Any], begun: Callable[[], None]) -> None:
         super().__init__(body)
@@ -64,7 +63,7 @@ class _Endless(dict[str, Any]):
 
 
 class Trap:
-    """Sits around the verbs of a message."""
+    """Writes down which verbs of a message the learner's code uses, and kills the process where it was told to."""
 
     def __init__(self, trial: Trial) -> None:
         self._trial = trial
@@ -72,7 +71,7 @@ class Trap:
         self._business = sqlite3.connect(trial.file, timeout=5)
 
     def set(self) -> None:
-        """Take the place of the verbs."""
+        """Wrap the verbs of `filao.Message` and `filao.Broker`."""
         message: Any = filao.Message
         message.ack = self._around(message.ack, "acked")
         message.nack = self._around(message.nack, "nacked")
@@ -140,7 +139,7 @@ def _bound() -> None:
 
 
 def _line_of(error: BaseException, program: str) -> int:
-    """Return the line of the learner's code in which an error arose; 0 where it was none of theirs."""
+    """Return the line of the learner's code in which an error arose; 0 when it arose elsewhere."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == program]
     return frames[-1].lineno or 0 if frames else 0
 
@@ -167,7 +166,7 @@ def main() -> None:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return the error inside a group of one."""
+    """Return the first error inside groups."""
     inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())
     return _root(inner[0]) if inner else error
 

@@ -1,4 +1,4 @@
-"""What one look finds in the insurer's file: messages by state, payments, and how things stood before."""
+"""What one look finds in the insurer's file: messages by state, payments, and samples for the charts."""
 
 import shutil
 import sqlite3
@@ -25,12 +25,12 @@ ROOM_LEAST = 2_000_000  # bytes: with less of it left, the disk is full for SQLi
 
 
 class Sample(NamedTuple):
-    """How things stood at one moment."""
+    """The figures of one moment, for the charts."""
 
     at: float
     """Monotonic time."""
     depth: int
-    """Claims in the queue, those under lease included."""
+    """Claims in the queue, including leased ones."""
     age: float
     sent: int
     paid: int
@@ -53,13 +53,13 @@ class View(msgspec.Struct, frozen=True):
     notes: Sequence[StoredMessage] = ()
     """What waits in the queue of the documents."""
     is_full: bool = False
-    """The disk is."""
+    """Whether the disk is full."""
     error: str = ""
-    """What the storage said, when it did not answer."""
+    """The error of the storage, when it could not be read."""
 
 
 class Viewer:
-    """Looks at the file again and again, and tells lanes and effects what it saw."""
+    """Reads the file again and again, and tells lanes and effects what it found."""
 
     def __init__(self, folder: Path, broker: filao.Broker, lanes: Lanes, effects: Effects) -> None:
         self.view: View = View(None, None)
@@ -83,7 +83,7 @@ class Viewer:
         self._business.close()
 
     async def look(self, now: float) -> View:
-        """Find out how things stand; a storage that does not answer leaves them as they were, with what it said."""
+        """Read the file; when it cannot be read, return the last view with the error."""
         try:
             self.view = await self._see(now)
             self._remember(now)

@@ -1,6 +1,6 @@
-"""Who is there: every session has a visit, with a room of its own, for as long as one of its pages is open.
+"""Visits: every session has one, with a room of its own, for as long as one of its pages is open.
 
-A page that closes may be a page that is loaded anew, so a room is kept for a moment after its last page has gone.
+A page that closes may be about to load anew, so a room is kept for a moment after its last page has gone.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from filao.sandbox.room import Room, RoomError
 from filao.sandbox.steps import STEPS, Step
 
 ROOMS_MAX = 6  # each has up to ten processes
-LINGER = 8.0  # seconds that a room is kept when its last page has gone
-RESTED = 1.5  # seconds at rest after which nothing more is expected
+LINGER = 8.0  # seconds that a room is kept after its last page has gone
+RESTED = 1.5  # seconds without any change, after which no more is expected
 LOOK_EVERY = 0.1  # seconds between two looks into a room
 PREFIX = "filao-sandbox-"
 LOCK = "in-use"
@@ -44,13 +44,13 @@ class Progress:
     """The step that is open."""
     done: set[str] = field(default_factory=set[str])
     chosen: dict[str, int] = field(default_factory=dict[str, int])
-    """By step, what was predicted."""
+    """By step, which prediction the learner chose."""
     met: set[str] = field(default_factory=set[str])
-    """Conditions of the open step that were seen to hold since it began."""
+    """The conditions of the open step that have held since it began."""
     ran: bool = False
-    """The learner has begun to do what the step says."""
+    """Whether the learner has begun to do what the step says."""
     proofs: dict[str, dict[str, str | int]] = field(default_factory=dict[str, dict[str, str | int]])
-    """By step, the numbers with which it was done."""
+    """By step, the values of its texts when it was done."""
     since: Mark = field(default_factory=Mark)
 
 
@@ -63,11 +63,11 @@ class Visit:
         self.pages: int = 0
         self.left_at: float = time.monotonic()
         self.loaded_at: float = 0.0
-        """When the sliders were moved last: what was before is not measured."""
+        """When the sliders were moved last: the load is measured from then on."""
         self.busy: bool = False
         self._looked = asyncio.Event()  # each look has one of its own
         self._rests_since: float | None = None
-        self._rested = False  # as of the last look: one that is late does not make the step a missed one
+        self._rested = False  # as of the last look: when one is late, the step is not missed for that
         self._looking = asyncio.create_task(self._keep_looking())
 
     async def close(self) -> None:
@@ -78,7 +78,7 @@ class Visit:
         await self.room.__aexit__(None, None, None)
 
     async def _keep_looking(self) -> None:
-        """Look into the room until it closes; whatever goes wrong in one look, there is another."""
+        """Look into the room until it closes; an error in one look does not prevent the next."""
         while True:
             try:
                 await self.room.look()
@@ -91,7 +91,7 @@ class Visit:
             await asyncio.sleep(LOOK_EVERY)
 
     async def seen(self) -> None:
-        """Wait until what was done by now is seen and judged: the first look may have begun before it."""
+        """Wait for two looks: the first may have begun before what has just been done, the second has seen it."""
         for _ in range(2):
             await self._looked.wait()
 
@@ -153,7 +153,7 @@ class Visit:
         self.loaded_at = time.monotonic()
 
     def restore(self, done: set[str], chosen: Mapping[str, int], current: int) -> None:
-        """Take up a progress that the browser has kept; not over one that the room knows."""
+        """Take up the progress that the browser has kept, unless this room has some already."""
         if not self.progress.done and not self.progress.current and not self.progress.ran:
             known = {step.key for step in STEPS}
             self.progress.done = done & known
@@ -163,7 +163,7 @@ class Visit:
     # --- what is shown -----------------------------------------------------------------------------------------------
 
     def shown(self, *, known: int, claim: int) -> scene.Json:
-        """Return all that a page shows; `known` is the last move that it has, `claim` the one whose story it tells."""
+        """Return all that a page shows. `known` is the last move that it has, `claim` the one whose story it tells."""
         room, since = self.room, self.progress.since
         hero = claim or self.step.hero(self.facts()) or (room.lanes.moves[-1].claim if room.lanes.moves else 0)
         return {
@@ -186,7 +186,7 @@ class Visit:
     def _lesson(self) -> scene.Json:
         progress, step, facts = self.progress, self.step, self.facts()
         is_done = len(progress.met) == len(step.conditions)
-        values = progress.proofs[step.key] if is_done else step.values(facts)  # what is explained stays as it was
+        values = progress.proofs[step.key] if is_done else step.values(facts)  # the explanation does not change later
         return {
             "current": progress.current,
             "done": [one.key for one in STEPS if one.key in progress.done],
@@ -204,7 +204,7 @@ class Visit:
         }
 
     def _hint(self, step: Step, facts: Facts) -> str:
-        """Return what to do now; that the step was missed is said only when nothing has moved for a while."""
+        """Return the key of what to do now. "missed" comes only when nothing has changed for a while."""
         if self._rested and self._is_stranded(facts):
             return "stranded"
         hint = step.hint(facts) or ("missed" if facts.at_rest and step.conditions else "")
@@ -221,14 +221,14 @@ class Visit:
             for guarantee, row in rows
         ]
 
-    # --- who is there ------------------------------------------------------------------------------------------------
+    # --- its pages ---------------------------------------------------------------------------------------------------
 
     def enter(self) -> None:
-        """Count a page."""
+        """Count a page that opens."""
         self.pages += 1
 
     def leave(self) -> None:
-        """Count a page that is gone."""
+        """Count a page that has gone."""
         self.pages -= 1
         self.left_at = time.monotonic()
 
@@ -239,7 +239,7 @@ class Visit:
 
 
 class Visits:
-    """All visits, by session, in a folder that goes with them."""
+    """All visits, by session; each has its room in one folder."""
 
     def __init__(self, folder: Path, speed: float) -> None:
         self._folder = folder
@@ -261,7 +261,7 @@ class Visits:
             return self._by_session[session]
 
     async def close_those_over(self) -> None:
-        """End the visits whose pages are gone."""
+        """End the visits whose pages have gone."""
         for session, visit in list(self._by_session.items()):
             if visit.is_over:
                 del self._by_session[session]
@@ -276,7 +276,7 @@ class Visits:
 
 @contextmanager
 def own_folder() -> Generator[Path]:
-    """Return a temporary folder, and remove it at the end; those of sandboxes that were killed are removed too."""
+    """Yield a temporary folder and remove it at the end; remove those of sandboxes that were killed, too."""
     parent = Path(tempfile.gettempdir())
     for left in parent.glob(f"{PREFIX}*"):
         _remove_if_left(left)

@@ -1,8 +1,8 @@
 """A consumer, a process of its own: it competes for claims, evaluates and pays them, and writes down what it did.
 
-It asks for a claim only when it is free, keeps its lease while it works, and tells every step to its journal, so that
-it may be killed or stopped between any two. Like a careless consumer it does not look whether its lease is lost: it
-is the queue that must refuse it.
+It asks for a claim only when it is free, extends its lease while it works, and writes every step to its journal, so
+that it may be killed or stopped between any two. Like a careless consumer it does not check whether its lease is lost:
+the queue must refuse it.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ from filao.sandbox.orders import CLAIMS, DOCUMENTS, WORK_LEAST, Duty, Moment, Po
 from filao.sandbox.parent import lines_of_parent
 from filao.sandbox.rows import Rows
 
-LETTER = 0.25  # of the work comes after the payment: the notice to the customer
-PAYING = 0.25  # seconds at most that payment and acknowledgement stay uncommitted, and others cannot write
+LETTER = 0.25  # the part of the work that comes after the payment: the notice to the customer
+PAYING = 0.25  # seconds at most that payment and acknowledgement stay uncommitted, while others cannot write
 TICK = 0.1  # seconds of work after which a consumer looks at its orders
 HALTED_MAX = 20.0  # seconds that a consumer stands still at most
-EXTENDED_AT = 1 / 3  # of its length a lease is extended
+EXTENDED_AT = 1 / 3  # the part of its length after which a lease is extended
 PAUSE = 1.0  # seconds after an error of the storage
 EXCESS = 15_000  # cents that the customer bears
 
 
 class RegisterError(Exception):
-    """The policy register gave no usable answer; the text is a key of the page's words."""
+    """The policy register gave no usable answer; the text is the key of one of the page's texts."""
 
 
 class ClaimsWorker:
@@ -47,7 +47,7 @@ class ClaimsWorker:
         self._receiving: asyncio.Task[filao.Message | None] | None = None
 
     async def work(self) -> None:
-        """Work until the parent leaves; a claim in hand that is not yet paid goes back, its attempt unused."""
+        """Work until the parent leaves. A claim in hand that is not yet paid goes back; its attempt does not count."""
         self._write("started")
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
@@ -62,7 +62,7 @@ class ClaimsWorker:
                     await self._pass(PAUSE)
 
     async def _listen(self) -> None:
-        """Take orders; a consumer that waits for a claim asks again when it must ask in another way."""
+        """Take orders. When they change the guarantee, a consumer that waits for a claim asks anew."""
         decode = msgspec.json.Decoder(Duty).decode
         async for line in lines_of_parent():
             before, self._duty = self._duty, decode(line)
@@ -107,7 +107,7 @@ class ClaimsWorker:
             await self._release(message)
         else:
             if guarantee == "exactly-once":
-                _end(keeping)  # else it would wait for the transaction, and find the message acknowledged
+                _end(keeping)  # else its `extend` would wait for the transaction, and find the message acknowledged
                 await self._pay_and_ack(message, cents)
             else:
                 await self._pay_then_ack(message, cents)
@@ -115,7 +115,7 @@ class ClaimsWorker:
             _end(keeping)
 
     async def _evaluate(self, message: filao.Message, part: float) -> int:
-        """Return the cents to be paid. Raises `TimeoutError` when the consumer is to leave before that is clear."""
+        """Return the cents to be paid. Raises `TimeoutError` when the consumer is to leave before it knows them."""
         policy, amount = number_in(message.body, "policy"), number_in(message.body, "amount")
         chance = Random(f"{message.id} {message.attempt}")
         effort = part * effort_in(message.body) * chance.uniform(0.9, 1.1)
@@ -131,7 +131,7 @@ class ClaimsWorker:
         return max(0, amount - EXCESS)
 
     async def _labour(self, effort: float) -> None:
-        """Let the time pass that an effort takes, which may change meanwhile. A stopped process makes none."""
+        """Let the time pass that an effort takes, which may change meanwhile. While stopped, a process makes none."""
         done = 0.0
         while done < effort and not self._leaves.is_set():
             work = max(self._orders.work, WORK_LEAST)
@@ -140,7 +140,7 @@ class ClaimsWorker:
             done += seconds / work
 
     async def _halt(self, message: filao.Message, moment: Moment) -> None:
-        """Stand still here if that was ordered, until the order is another."""
+        """Stand still here if that was ordered, until the order changes."""
         halt = self._orders.halt
         is_meant = halt is not None and (halt.claim, halt.moment) == (number_in(message.body, "claim_id"), moment)
         if not is_meant or message.attempt > 1:
@@ -151,7 +151,7 @@ class ClaimsWorker:
             await self._pass(TICK)
 
     async def _pay_then_ack(self, message: filao.Message, cents: int) -> None:
-        """Pay, tell the customer, acknowledge: a consumer that dies in between has paid, and the claim comes again."""
+        """Pay, tell the customer, acknowledge. When the consumer dies in between, a claim that is paid comes back."""
         async with self._broker.transaction() as tx:
             await self._pay(tx, message, cents)
         self._note("handled", message)
@@ -203,7 +203,7 @@ class ClaimsWorker:
             self._note("released", message)
 
     async def _keep(self, message: filao.Message, lease: float) -> None:
-        """Extend the lease again and again. One that is lost is noted, and the work goes on all the same."""
+        """Extend the lease again and again. When it is lost, that is noted, and the work goes on all the same."""
         with suppress(filao.LeaseLost):
             while True:
                 await asyncio.sleep(lease * EXTENDED_AT)
@@ -212,7 +212,7 @@ class ClaimsWorker:
         self._note("lost", message)
 
     async def _pass(self, seconds: float) -> None:
-        """Let time pass, but no more of it when the consumer is to leave."""
+        """Let time pass, or return at once when the consumer is to leave."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._leaves.wait()

@@ -68,8 +68,7 @@ class TransactionPool:
             except PoolExhausted:
                 raise EngineUnavailable(
                     f"{self._server.name}: no connection became free within {POOL_WAIT:g} s: {CONNECTIONS_MAX} "
-                    "transactions of this process are open. Nothing was done; keep "
-                    "transactions short, and try again."
+                    "transactions of this process are open. Nothing was done; keep transactions short, and try again."
                 ) from None
             if begins:
                 await connection.execute(BEGIN)

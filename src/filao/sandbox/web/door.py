@@ -1,4 +1,4 @@
-"""Who is let in: those who come from this machine's own pages and have shown the token once. See `filao.door`."""
+"""Lets in those who come from this machine's own pages and have shown the token once. See `filao.door`."""
 
 import secrets
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from filao import door
 from filao.door import LOOPBACK, Guesses, cookie_of, is_of_host, is_of_other_site, safely
 
 SESSION = "filao_session"  # the cookie's name
-SESSIONS_MAX = 1_000  # that are remembered; the oldest is forgotten
+SESSIONS_MAX = 1_000  # remembered sessions; after that the oldest is forgotten
 PAGES = ("/", "/en", "/fr")
 
 SAFE = door.SAFE | {
@@ -29,7 +29,7 @@ WRONG_TOKEN = "This is not the token of this sandbox."  # noqa: S105
 
 
 class Door:
-    """Lets in, or says why not."""
+    """Lets a request in, or answers why not."""
 
     def __init__(self, inner: ASGIApp, token: str, *, open_to_others: bool) -> None:
         self._inner = inner
@@ -38,7 +38,7 @@ class Door:
         self._sessions: OrderedDict[str, None] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or let through."""
+        """Let a request through, or answer it."""
         if scope["type"] not in ("http", "websocket"):
             await self._inner(scope, receive, send)
             return
@@ -67,7 +67,7 @@ class Door:
         return OTHER_SITE if is_of_other_site(headers, is_visit=scope["path"] in PAGES) else ""
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Give a session to those that bring the token, and send them to a page of ours without it in the address."""
+        """Give a session to whoever brings the token, and redirect to an address without it."""
         query = parse_qs(scope.get("query_string", b"").decode(errors="replace"))
         given = query.get("token", [""])[0]
         if not given:

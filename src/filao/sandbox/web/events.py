@@ -1,6 +1,6 @@
-"""What a page may ask for: one function for each event, and every argument brought within its bounds before it is used.
+"""What a page may ask for: one function for each event. Every argument is brought within its bounds before it is used.
 
-An event that makes no sense changes nothing, and ends nothing.
+An event that makes no sense changes nothing and does not close the page's socket.
 """
 
 import math
@@ -15,8 +15,8 @@ from filao.sandbox.room import SUBMITTED_MAX, RoomError
 from filao.sandbox.steps import STEPS
 from filao.sandbox.visits import Visit
 
-SLOW = 3.0  # times as long as others needs a consumer that is slow
-BURST_MAX = 200  # claims at a push of a button
+SLOW = 3.0  # how many times as long as others a slow consumer needs
+BURST_MAX = 200  # claims at one press of a button
 FILE_MAX = 500_000  # bytes of a CSV file
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "lease": (1, 60),
@@ -37,44 +37,44 @@ class Asked:
         self._given = given
 
     def number(self, name: str, least: float, most: float) -> float:
-        """Return a number, clamped; the least for what is none."""
+        """Return a number within bounds; the least for anything that is not a number."""
         value = self._given.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             return least
         return min(max(float(max(min(value, NUMBER_MAX), -NUMBER_MAX)), least), most)
 
     def whole(self, name: str, least: int, most: int) -> int:
-        """Return a whole number, clamped."""
+        """Return a whole number within bounds."""
         return int(self.number(name, least, most))
 
     def text(self, name: str, most: int) -> str:
-        """Return a text, cut; empty for what is none."""
+        """Return a text, cut to so many characters; an empty one for anything else."""
         value = self._given.get(name)
         return value[:most] if isinstance(value, str) else ""
 
     def choice(self, name: str, choices: Sequence[Choice]) -> Choice:
-        """Return one of the choices; the first for what is none of them."""
+        """Return one of the choices; the first for anything else."""
         value = self._given.get(name)
         return next((choice for choice in choices if choice == value), choices[0])
 
     def flag(self, name: str) -> bool:
-        """Return whether something is wanted."""
+        """Return whether a flag is set."""
         return self._given.get(name) is True
 
     def mapping(self, name: str) -> Mapping[str, Any]:
-        """Return a JSON object; an empty one for what is none."""
+        """Return a JSON object; an empty one for anything else."""
         value = self._given.get(name)
         return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
     def texts(self, name: str) -> set[str]:
-        """Return a list of texts; an empty one for what is none."""
+        """Return a list of texts; an empty one for anything else."""
         value = self._given.get(name)
         found = cast("list[object]", value)[:100] if isinstance(value, list) else []
         return {one for one in found if isinstance(one, str)}
 
 
 async def handle(visit: Visit, asked: Mapping[str, Any], *, may_run_code: bool) -> None:
-    """Do what a page asks for. Raises `RoomError` when it cannot be done, with the reason in the words of the page."""
+    """Do what a page asks for. Raises `RoomError` when it cannot be done."""
     name = asked.get("do")
     verb = VERBS.get(name) if isinstance(name, str) else None
     if name in ("check", "stop") and not may_run_code:
@@ -153,7 +153,7 @@ async def _fail(visit: Visit, asked: Asked) -> None:
 
 
 async def _set(visit: Visit, asked: Asked) -> None:
-    """Set a rule, or a slider; from then on, the load is measured anew."""
+    """Set a rule or a slider, and measure the load from now on."""
     room, rule = visit.room, asked.text("rule", 40)
     if rule == "consumers":
         await room.create()

@@ -1,8 +1,7 @@
-"""The sandbox's web server: one page in each language, its modules and styles, and a socket that carries scenes
-and events.
+"""The sandbox's web server: a page in each language, its modules and styles, and a socket for scenes and events.
 
-A room begins when a page's socket connects, not with a request for the page. Every scene is whole: a page that missed
-some draws the next.
+A room begins when a page's socket connects, not with a request for the page. Every scene is complete: a page that
+missed some draws the next.
 """
 
 import asyncio
@@ -36,7 +35,7 @@ DRAW_EVERY = 0.1  # seconds between two scenes
 SWEEP_EVERY = 1.0  # seconds between two looks for rooms that nobody is in any more
 ENDS_WITHIN = 2  # seconds for connections to close
 EVENT_MAX = 2_000_000  # bytes
-AT_ONCE = 8  # events of one page that are being done
+AT_ONCE = 8  # events of one page that are handled at the same time
 STATIC = files("filao.sandbox.web") / "static"
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 
@@ -83,7 +82,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Ends as it was told to first: an impatient second Ctrl-C would cut off what closes the rooms, and be told."""
+    """Ignores all signals after the first: a second Ctrl-C would cut off the closing of the rooms."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
@@ -91,7 +90,7 @@ class _Server(uvicorn.Server):
 
 
 async def _sweep(visits: Visits) -> None:
-    """Close the rooms that nobody is in any more; whatever goes wrong with one, there is another round."""
+    """Close the rooms that nobody is in any more; an error in one round does not prevent the next."""
     while True:
         await asyncio.sleep(SWEEP_EVERY)
         try:
@@ -110,7 +109,7 @@ class _House:
         self._page = self._files["page.html"].decode()
 
     def routes(self) -> list[Route | WebSocketRoute]:
-        """Return what is answered."""
+        """Return the routes."""
         return [
             Route("/", self._arrive),
             Route("/en", self._learn),
@@ -138,7 +137,7 @@ class _House:
         return Response(self._files[name], headers={"content-type": kind})
 
     async def _socket(self, page: WebSocket) -> None:
-        """Carry scenes to a page and its events from it, until it goes; what one event does wrong ends nothing."""
+        """Send scenes to a page and handle its events until it goes. A wrong event does not close the socket."""
         await page.accept()
         try:
             visit = await self._visits.of(page.scope["filao_session"])
@@ -165,7 +164,7 @@ class _Sitting:
         self._doing: set[asyncio.Task[None]] = set()
 
     async def last(self) -> None:
-        """Draw and listen until the page goes, and end what it has begun: it may only be loaded anew."""
+        """Draw and listen until the page goes, then finish what it has begun: it may only be loading anew."""
         drawing = asyncio.create_task(self._draw())
         try:
             await self._listen()
@@ -193,7 +192,7 @@ class _Sitting:
                 text = await self._page.receive_text()
                 with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
                     self._begin(decode(text))
-                if len(self._doing) >= AT_ONCE:  # what else the page asks for waits in its socket: no press is lost
+                if len(self._doing) >= AT_ONCE:  # further events wait in the socket: none is lost
                     await asyncio.wait(self._doing, return_when=asyncio.FIRST_COMPLETED)
 
     def _begin(self, asked: dict[str, Any]) -> None:
@@ -206,7 +205,7 @@ class _Sitting:
             task.add_done_callback(self._doing.discard)
 
     async def _do(self, asked: dict[str, Any]) -> None:
-        """Do it; what cannot be done is told, and changes nothing."""
+        """Handle one event. When it cannot be done, tell the page why."""
         try:
             await handle(self._visit, asked, may_run_code=self._may_run_code)
         except RoomError as error:
@@ -221,11 +220,11 @@ class _Sitting:
 
 
 async def _to_their_end(tasks: set[asyncio.Task[None]]) -> None:
-    """Wait for tasks, the longest of which waits for consumers to start."""
+    """Wait for tasks, at most as long as one waits for consumers to start."""
     if tasks:
         await asyncio.wait(tasks, timeout=READY_WITHIN)
 
 
 async def _tell(page: WebSocket, what: dict[str, Any]) -> None:
-    with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # it is just going
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the page has just gone
         await page.send_text(msgspec.json.encode(what).decode())
