@@ -175,7 +175,7 @@ class Face:
             second = stage["documents"]
             letters = self._named("letters", second["count"])
             grid.add_row("queue documents", f"{_chips(second['waiting']) or '·'}   {letters}")
-        grid.add_row(self.say("processed"), f"{stage['paid']}   {_chips(stage['done'], grouped=grouped)}")
+        grid.add_row(self.say("processed"), f"{stage['processed']}   {_chips(stage['done'], grouped=grouped)}")
         return Group(grid, Wrapped(self._sums(queue, brief=brief), style="green" if queue["holds"] else "red"))
 
     def _sums(self, queue: scene.Json, *, brief: bool) -> str:
