@@ -81,6 +81,13 @@ async def test_a_connection_with_rows_of_another_kind_is_joined(url, broker) -> 
     assert await until_found(broker) == 7
 
 
+@pytest.mark.parametrize("kind", [psycopg.ClientCursor, psycopg.RawCursor])
+async def test_a_connection_with_cursors_of_another_kind_is_joined(url, broker, kind) -> None:
+    with psycopg.connect(url, cursor_factory=kind) as connection:
+        await broker.send_to_queue("claims", 7, within=connection, dedup_key="k")
+    assert await until_found(broker) == 7
+
+
 @pytest.mark.parametrize("encoding", ["LATIN1", "EUC_JP", "SQL_ASCII"])
 async def test_a_connection_with_another_client_encoding_is_joined(url, broker, encoding) -> None:
     with psycopg.connect(url, client_encoding=encoding) as connection:

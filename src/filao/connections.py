@@ -126,8 +126,8 @@ def _of_driver(given: Any, *, needs_transaction: bool) -> Connection:
 
 
 def _of_psycopg(given: Any, psycopg: Any) -> Connection:
-    """Recognise a connection of psycopg 3, whatever its row factory."""
-    cursor = partial(given.cursor, row_factory=psycopg.rows.tuple_row)
+    """Recognise a connection of psycopg 3, whatever its cursor factory and its row factory."""
+    cursor = partial(psycopg.Cursor, given, row_factory=psycopg.rows.tuple_row)
     return Connection("postgresql", str(psycopg.paramstyle), _through_cursor(cursor))
 
 
