@@ -223,8 +223,8 @@ def _missing(server: Server, hold: _Hold) -> str:
     return (
         f"{server.name}: the register, the one message of the queue {REGISTER!r}, has not been there for {HELD_MAX:g} "
         f"s. Nothing was done.{others} Either another process holds it: end one that is paused, or try again in a "
-        f"minute. Or somebody has purged that queue, or filled it: then purge it, delete the exchange {REGISTER!r}, "
-        "and declare your queues again; their messages are not touched."
+        f"minute. Or somebody, or a policy, has purged that queue, or somebody has filled it: then purge it, delete "
+        f"the exchange {REGISTER!r}, and declare your queues again; their messages are not touched."
     )
 
 
