@@ -100,6 +100,15 @@ async def check_purge_deletes_what_waits(stage: Stage) -> None:
     equal((stats.purged, stats.acked, stats.ready, stats.delayed), (3, 1, 0, 0))
 
 
+@needs(Feature.GROUPS, Feature.ATOMIC, Feature.PEEK)
+async def check_a_purge_of_a_state_leaves_what_it_lets_through(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.broker.send_many(queue, [1, 2, 3], group="a")
+    await stage.send(queue, 4)
+    equal(await stage.broker.purge(queue, state="ready"), 2)
+    equal(await stage.drain(queue), [2, 3])
+
+
 @needs(Feature.ATOMIC, Feature.COUNTERS)
 async def check_a_purge_ends_though_others_send(stage: Stage) -> None:
     queue = await stage.queue()

@@ -5,7 +5,9 @@ size.
 """
 
 import asyncio
+import sys
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -130,30 +132,40 @@ class PostgresqlOperators:
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Give dead letters back, each to its old place."""
-        number, chosen = await self.number(queue), None if ids is None else list(ids)
+        number = await self.number(queue)
+        marked = await self._marked(number, [State.DEAD], ids, limit)
         new = (None, None, None) if edited is None else (edited.kind, edited.content, edited.headers)
-        sql = "SELECT * FROM filao.redrive(%s, %s, %s::text[], %s, %s, %s, %s::smallint, %s::bytea, %s)"
-        return await self._in_slices(number, sql, (MOMENT, chosen), new, limit)
+        sql = "SELECT filao.redrive(%s, %s, %s::bigint[], %s::smallint, %s::bytea, %s)"
+        return await self._in_slices(number, marked, lambda some: (sql, number, MOMENT, some, *new))
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
         """Delete messages in these states."""
-        number, chosen = await self.number(queue), None if ids is None else list(ids)
-        sql = "SELECT * FROM filao.remove(%s, %s, %s::filao.state[], %s::text[], %s, %s, %s)"
-        return await self._in_slices(number, sql, (MOMENT, list(map(str, states)), chosen), (), None)
+        number, purges, among = await self.number(queue), ids is None, list(map(str, states))
+        marked = await self._marked(number, states, ids, None)
+        sql = "SELECT filao.remove(%s, %s, %s::filao.state[], %s, %s::bigint[])"
+        return await self._in_slices(number, marked, lambda some: (sql, number, MOMENT, among, purges, some))
+
+    async def _marked(
+        self, number: int, states: Sequence[State], ids: Sequence[str] | None, limit: int | None
+    ) -> "array[int]":
+        """Return the numbers of the messages that a command is about: fixed when it begins, or it might never end."""
+        sql = "SELECT filao.mark(%s, %s::filao.state[], %s::text[], %s)"
+        (found,) = await self._row(sql, number, list(map(str, states)), None if ids is None else list(ids), limit)
+        marked = array("q", found)
+        if sys.byteorder == "little":
+            marked.byteswap()
+        return marked
 
     async def _in_slices(
-        self, number: int, sql: str, first: tuple[Any, ...], last: tuple[Any, ...], limit: int | None
+        self, number: int, marked: "array[int]", change: Callable[[list[int]], tuple[Any, ...]]
     ) -> int:
-        """Change many messages in transactions of a bounded size, but none that was sent, or died, after this began.
+        """Change many messages in transactions of a bounded size.
 
         Those that wait are called after each slice: it is there for them, whatever becomes of the rest.
         """
-        (mark,) = await self._row("SELECT filao.mark()")
-        after, done = 0, SLICE
         with Tally() as tally:
-            while done and (limit is None or tally.done < limit):
-                size = SLICE if limit is None else min(SLICE, limit - tally.done)
-                done, after = await self._row(sql, number, *first, after, mark, size, *last)
+            for first in range(0, len(marked), SLICE):
+                (done,) = await self._row(*change(marked[first : first + SLICE].tolist()))
                 tally.done += done
                 await self._wake(number, done)
         return tally.done

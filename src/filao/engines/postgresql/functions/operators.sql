@@ -1,52 +1,54 @@
 -- What operators do.
 
--- The last number that was given. What an operator's command touches is fixed when it begins: no message above it.
-CREATE OR REPLACE FUNCTION filao.mark() RETURNS bigint LANGUAGE sql VOLATILE AS $$
-  SELECT last_value FROM filao.number
-$$;
-
--- The next messages in these states, or of these ids, that an operator's command is about: locked; up to its mark; dead
--- ones in order, behind those that it has seen.
-CREATE OR REPLACE FUNCTION filao.chosen(
-  q integer, states filao.state[], ids text[], after bigint, mark bigint, most integer
-) RETURNS SETOF bigint LANGUAGE plpgsql AS $$
+-- The numbers of the messages that an operator's command is about, eight bytes each: those in these states, or of these
+-- ids, `most` at most. It is fixed when the command begins, for what is done to one may let another of its group through.
+CREATE OR REPLACE FUNCTION filao.mark(q integer, states filao.state[], ids text[], most bigint) RETURNS bytea
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  s     filao.state;
-  found integer;
+  marked bytea;
 BEGIN
-  IF ids IS NOT NULL THEN
-    RETURN QUERY
+  IF ids IS NULL THEN
+    EXECUTE format('SELECT string_agg(int8send(id), '''') FROM (%s) AS found', (
+      SELECT string_agg(
+        format(  -- each state is found through its own index; but all in one look
+          '(SELECT id FROM filao.message WHERE queue = $1 AND state = %L %s LIMIT $2)',
+          s, CASE s WHEN 'dead' THEN 'ORDER BY id' WHEN 'blocked' THEN 'AND grp IS NOT NULL' END
+        ), ' UNION ALL '
+      )
+      FROM unnest(states) AS s
+    )) INTO marked USING q, most;
+  ELSE
+    SELECT string_agg(int8send(found.id), '') INTO marked
+    FROM (
       SELECT m.id FROM filao.message m
       -- looked up once, not for each row
       WHERE m.id = ANY (ARRAY(SELECT filao.number_of(q, name) FROM unnest(ids) AS name))
         AND m.queue = q AND m.state = ANY (states)
-        AND m.id > after AND m.id <= mark
-      ORDER BY m.id LIMIT most FOR UPDATE;
-    RETURN;
+      ORDER BY m.id LIMIT most
+    ) AS found;
   END IF;
-  FOREACH s IN ARRAY states LOOP  -- one by one, so that each is found through its own index
-    RETURN QUERY EXECUTE format(
-      'SELECT id FROM filao.message WHERE queue = $1 AND state = %L AND id <= $2 %s LIMIT $4 FOR UPDATE',
-      s, CASE s WHEN 'dead' THEN 'AND id > $3 ORDER BY id' WHEN 'blocked' THEN 'AND grp IS NOT NULL' END
-    ) USING q, mark, after, most;
-    GET DIAGNOSTICS found = ROW_COUNT;
-    most := most - found;
-  END LOOP;
+  RETURN coalesce(marked, '');
 END
 $$;
 
--- Give the next dead letters back with fresh attempts, each to its old place; return how many there were, and the last.
+-- Those of the marked messages that are still in these states: locked.
+CREATE OR REPLACE FUNCTION filao.chosen(q integer, states filao.state[], marked bigint[]) RETURNS SETOF bigint
+LANGUAGE sql VOLATILE AS $$
+  SELECT id FROM filao.message
+  WHERE id = ANY (marked) AND queue = q AND state = ANY (states)
+  ORDER BY id FOR UPDATE
+$$;
+
+-- Give marked dead letters back with fresh attempts, each to its old place; return how many there were.
 CREATE OR REPLACE FUNCTION filao.redrive(
-  q integer, moment bigint, ids text[], after bigint, mark bigint, most integer, new_kind smallint, new_content bytea,
-  new_headers text, OUT done integer, OUT last bigint
+  q integer, moment bigint, marked bigint[], new_kind smallint, new_content bytea, new_headers text, OUT done integer
 ) LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now    bigint := filao.now(moment);
-  chosen bigint[] := ARRAY(SELECT id FROM filao.chosen(q, '{dead}', ids, after, mark, most) AS id);
+  chosen bigint[] := ARRAY(SELECT id FROM filao.chosen(q, '{dead}', marked) AS id);
   m      record;
 BEGIN
   done := cardinality(chosen);
-  last := greatest(after, (SELECT max(id) FROM unnest(chosen) AS id));
   FOR m IN
     SELECT t.dedup_key, filao.name_of(t) AS name FROM filao.message t
     WHERE t.id = ANY (chosen) AND t.dedup_key IS NOT NULL
@@ -63,22 +65,20 @@ BEGIN
 END
 $$;
 
--- Delete the next messages in these states; a consumer that holds one loses its lease. A purge starts afresh: what it
--- removed may be sent again at once.
+-- Delete marked messages, and return how many there were; a consumer that holds one loses its lease. A purge starts
+-- afresh: what it removed may be sent again at once.
 CREATE OR REPLACE FUNCTION filao.remove(
-  q integer, moment bigint, states filao.state[], ids text[], after bigint, mark bigint, most integer,
-  OUT done integer, OUT last bigint
+  q integer, moment bigint, states filao.state[], purges boolean, marked bigint[], OUT done integer
 ) LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   now    bigint := filao.now(moment);
-  chosen bigint[] := ARRAY(SELECT id FROM filao.chosen(q, states, ids, after, mark, most) AS id);
+  chosen bigint[] := ARRAY(SELECT id FROM filao.chosen(q, states, marked) AS id);
 BEGIN
   done := cardinality(chosen);
-  last := after;  -- what was removed cannot be seen again
-  IF ids IS NULL THEN
+  IF purges THEN
     PERFORM filao.forget_all_keys(q, chosen, true);
   END IF;
-  PERFORM filao.discard(q, chosen, CASE WHEN ids IS NULL THEN 'purged' ELSE 'cancelled' END, now, false);
+  PERFORM filao.discard(q, chosen, CASE WHEN purges THEN 'purged' ELSE 'cancelled' END, now, false);
 END
 $$;
 
