@@ -129,7 +129,7 @@ def test_redrive_tells_of_ids_that_it_did_not_find(db):
 def test_redrive_edits_the_body_of_one(db):
     (letter,) = bury(db, {"claim_id": "seven"})
     command = ("redrive", db, "claims", "--body", '{"claim_id": 7}')
-    assert sorted(ran.code for ran in run_each([command, (*command, "--id", letter)])) == [0, 3]
+    assert [ran.code for ran in run_each([command, (*command, "--id", letter)])] == [2, 0]
     assert waiting(db) == [{"claim_id": 7}]
 
 

@@ -247,6 +247,15 @@ def test_the_checks_know_what_is_wrong(project) -> None:
         assert told in ended.stderr, ended.stderr
 
 
+def test_a_worker_that_the_settings_do_not_name_is_told_in_one_line(project) -> None:
+    with (project / "settings.py").open("a") as settings:
+        settings.write('\ndel FILAO["WORKER"]\n')
+    command = [sys.executable, "manage.py", "filao_worker"]
+    ended = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[0].startswith('CommandError: FILAO["WORKER"] names no worker')
+
+
 def test_djangos_tests_have_a_queue_of_their_own_and_undo_their_sends(project) -> None:
     (project / "shop" / "tests.py").write_text(
         """

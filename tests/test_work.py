@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -366,11 +367,21 @@ def test_it_stops_at_once_while_its_storage_is_away(folder, processes) -> None:
         work.process.kill()
 
 
-def test_a_module_that_fails_shows_its_own_error(folder) -> None:
-    (folder / "broken.py").write_text("import nothing_of_that_name\n")
+@pytest.mark.parametrize(
+    ("source", "code", "error"),
+    [
+        ("import nothing_of_that_name", 2, "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("def (", 2, "SyntaxError: invalid syntax"),
+        ("import filao; filao.Queue('a b')", 3, "ConfigurationError: queue name 'a b'"),
+    ],
+)
+def test_a_module_that_fails_shows_its_own_error_and_no_frame_of_ours_before_it(folder, source, code, error) -> None:
+    (folder / "broken.py").write_text(source + "\n")
     work = Work(folder, "broken:worker")
-    assert work.ends() == 1
-    assert "No module named 'nothing_of_that_name'" in work.said()
+    assert work.ends() == code
+    assert error in work.said()
+    frames = re.findall(r'File "(.*)", line', work.said())
+    assert frames[0] == str(folder / "broken.py")
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

@@ -202,6 +202,8 @@ def redrive(
     The exit code is 1 when there was none, or when an --id names none.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
+    if body is not None and len(ids) != 1:
+        raise usage("--body is the new body of one dead letter: give its --id, once")
     new = msgspec.UNSET if body is None else json_text(os.fsencode(body))
     with broker_at(url, name) as broker:
         if rate is None and reason is None and kind is None:

@@ -7,10 +7,12 @@ import os
 import resource
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
 import click
 
@@ -28,6 +30,7 @@ LOOKED_EVERY = 0.5  # seconds between two looks at the source files
 SOURCES_MAX = 10_000  # source files that are watched: some 50 ms for each look
 NOT_WATCHED = ("__pycache__", "node_modules", "venv", "site-packages")
 _NOTHING = object()
+_IMPORTING = (__file__, importlib.__file__, "<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
 ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stopped
 
 
@@ -206,10 +209,15 @@ def _load(target: str) -> Worker:
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        if missing and (name == missing or name.startswith(f"{missing}.")):
+            raise usage(f"there is no module {name!r} here ({Path.cwd()}) or among what is installed") from error
+        with suppress(OSError):
+            traceback.print_exception(error.with_traceback(_within_module(error.__traceback__)))
+        if isinstance(error, FilaoError):
             raise
-        raise usage(f"there is no module {name!r} here ({Path.cwd()}) or among what is installed") from error
+        raise usage(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
     found: object = module
     for part in attribute.split("."):
         found = getattr(found, part, _NOTHING)
@@ -222,6 +230,13 @@ def _load(target: str) -> Worker:
     )
     there = [f"{name}:{one}" for one, value in vars(module).items() if isinstance(value, Worker)]
     raise usage(f"{problem}. The module has {', '.join(there)}" if there else problem)
+
+
+def _within_module(frames: TracebackType | None) -> TracebackType | None:
+    """Return the frames of a module that cannot be imported, without ours and those of the import that lead to it."""
+    while frames is not None and frames.tb_frame.f_code.co_filename in _IMPORTING:
+        frames = frames.tb_next
+    return frames
 
 
 def _is_used_up(worker: Worker, max_messages: int | None, max_memory: int | None) -> Callable[[], bool]:

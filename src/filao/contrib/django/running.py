@@ -12,16 +12,22 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     import django
     from django.apps import apps
-    from django.core.exceptions import ImproperlyConfigured
     from django.utils.module_loading import import_string
-
-    from filao.contrib.django.configuration import configured
 
     if not apps.ready:
         django.setup()
+    return import_string(named_worker().replace(":", "."))
+
+
+def named_worker() -> str:
+    """Return what FILAO["WORKER"] names; for the command and its processes, once Django is set up."""
+    from django.core.exceptions import ImproperlyConfigured
+
+    from filao.contrib.django.configuration import configured
+
     named: str | None = configured("WORKER")
     if not named:
         raise ImproperlyConfigured(
             'FILAO["WORKER"] names no worker: set it to "module:attribute", as "shop.queues:worker"'
         )
-    return import_string(named.replace(":", "."))
+    return named

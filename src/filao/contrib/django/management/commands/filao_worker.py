@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from django.conf import ENVIRONMENT_VARIABLE, settings
-from django.core.management.base import BaseCommand
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management.base import BaseCommand, CommandError
 
-from filao.contrib.django.running import TARGET
+from filao.contrib.django.running import TARGET, named_worker
 from filao.process import flush_output
 
 _OPTIONS = ("processes", "max_messages", "max_memory", "health", "log_level", "log", "metrics")
@@ -32,6 +33,10 @@ class Command(BaseCommand):  # type: ignore[misc]  # Django has no types
 
     def handle(self, *_: Any, **options: Any) -> None:
         """Become `filao work`, so that it is the process that signals and supervisors know."""
+        try:
+            named_worker()
+        except ImproperlyConfigured as error:
+            raise CommandError(str(error)) from error
         os.environ.setdefault(ENVIRONMENT_VARIABLE, settings.SETTINGS_MODULE)
         os.environ["PYTHONPATH"] = os.pathsep.join(_before_the_library(sys.path))
         given = [(f"--{name.replace('_', '-')}", options[name]) for name in _OPTIONS if options[name] is not None]
