@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import count
@@ -1157,6 +1158,21 @@ async def test_a_redrive_that_fails_half_way_tells_what_is_done_and_leaves_the_r
     left = [letter.body for letter in await broker.dead_letters(queue, limit=120)]
     assert left == sorted(left)
     assert (await broker.stats(queue)).ready == 120 - len(left)
+
+
+async def test_a_list_of_dead_letters_holds_none_of_their_bodies(broker, queue) -> None:
+    """Ten thousand of them, with theirs, were more than a machine's memory."""
+    await broker.send_many(queue, [b"x" * 200_000] * 30)
+    for _ in range(30):
+        await (await broker.receive_from_queue(queue)).reject("no")
+    overview = engine_of(broker).overview
+    tracemalloc.start()
+    try:
+        (*_, last) = await overview.glance(queue.name, filao.State.DEAD, limit=1_000)
+        assert (await overview.find(queue.name, last.id)).body == b"x" * 200_000
+        assert tracemalloc.get_traced_memory()[1] < 30 * 200_000 / 2
+    finally:
+        tracemalloc.stop()
 
 
 async def test_letters_of_strangers_without_an_id_are_not_deleted_for_one_another(broker, queue, foreign) -> None:

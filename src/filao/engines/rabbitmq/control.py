@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import TypeVar
 
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
@@ -31,6 +32,7 @@ LOOK_AGAIN = 0.05  # seconds
 TOGETHER = 32  # messages given back at once: RabbitMQ 3.10 keeps the order of so many, and shuffles more
 BACK_WITHIN = 1.0  # seconds that we wait to see them back before the next: only their order depends on it
 
+T = TypeVar("T")
 Taken = dict[str, int]
 """How many dead letters each queue has whose dead letters this process has taken out."""
 
@@ -78,13 +80,20 @@ class RabbitmqOperators:
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return dead letters. Raises `UnsupportedFeature` for other states."""
+        return await self.seen(queue, state, lambda message: message, limit=limit, after=after)
+
+    async def seen(
+        self, queue: str, state: State, keep: Callable[[StoredMessage], T], *, limit: int, after: str | None = None
+    ) -> list[T]:
+        """Return what is to be kept of each dead letter; of thousands with their bodies, memory could not hold all."""
         if state is not State.DEAD:
             raise refused(queue, f"peek at {state} messages", "way to look at a message without receiving it")
-        return await self._errands.run(lambda errand: self._peek(errand, queue, limit, after))
 
-    async def _peek(self, errand: Errand, queue: str, limit: int, after: str | None) -> list[StoredMessage]:
-        async with self._declared.apart(queue) as call, _dead(call, queue, self._taken, errand) as look:
-            return await peek(look, queue, limit, after)
+        async def see(errand: Errand) -> list[T]:
+            async with self._declared.apart(queue) as call, _dead(call, queue, self._taken, errand) as look:
+                return await peek(look, queue, keep, limit, after)
+
+        return await self._errands.run(see)
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Publish dead letters behind what is ready."""
@@ -179,13 +188,13 @@ async def purge(session: Session, queue: str) -> int:
         return (await channel.queue_purge(queue, timeout=ANSWERS_WITHIN)).message_count or 0
 
 
-async def peek(look: "_Look", queue: str, limit: int, after: str | None) -> list[StoredMessage]:
-    """Return dead letters in the order in which they died."""
-    found: list[StoredMessage] = []
+async def peek(look: "_Look", queue: str, keep: Callable[[StoredMessage], T], limit: int, after: str | None) -> list[T]:
+    """Return what is to be kept of dead letters, in the order in which they died."""
+    found: list[T] = []
     seen = after is None
     async for message in look.each():
         if seen:
-            found.append(envelope.stored(queue, message))
+            found.append(keep(envelope.stored(queue, message)))
         elif envelope.name_of(message.header.properties) == after:
             seen = True
         if len(found) == limit:

@@ -86,7 +86,7 @@ class RabbitmqEngine:
         self._lines: dict[str, Line] = {}
         self._is_closing = False
         self.operators: RabbitmqOperators = RabbitmqOperators(self._server, self._declared, self._held)
-        self.overview: RabbitmqOverview = RabbitmqOverview(self.operators.peek)
+        self.overview: RabbitmqOverview = RabbitmqOverview(self.operators.seen)
         self.mover: RabbitmqMover = RabbitmqMover(self._server, self._declared, self._publisher, limited)
         self.transactions: None = None
 

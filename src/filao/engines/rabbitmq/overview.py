@@ -3,23 +3,25 @@
 The server shows no message that waits or is held, knows no groups, and has no place for a log.
 """
 
-from collections.abc import Awaitable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from filao.engine import State, StoredMessage
 from filao.overview import Glimpse, HeldGroup, seen_error
 
+T = TypeVar("T")
+
 LOOKED_AT_MAX = 10_000  # dead letters that are received to make a list, or to find one
 
 
-class Peek(Protocol):
-    """The engine's own `peek`."""
+class Look(Protocol):
+    """The engine's own look, which keeps of each dead letter what it is told to."""
 
     def __call__(
-        self, queue: str, state: State, *, limit: int, after: str | None
-    ) -> Awaitable[Sequence[StoredMessage]]: ...
+        self, queue: str, state: State, keep: Callable[[StoredMessage], T], *, limit: int, after: str | None = None
+    ) -> Awaitable[list[T]]: ...
 
 
 class RabbitmqOverview:
@@ -29,8 +31,8 @@ class RabbitmqOverview:
     sees: tuple[State, ...] = (State.DEAD,)
     glance_max: int = LOOKED_AT_MAX
 
-    def __init__(self, peek: Peek) -> None:
-        self._peek = peek
+    def __init__(self, look: Look) -> None:
+        self._look = look
 
     async def glance(
         self, queue: str, state: State, *, limit: int, after: str | None = None, group: str | None = None
@@ -38,13 +40,16 @@ class RabbitmqOverview:
         """Return dead letters. Raises `UnsupportedFeature` for other states."""
         if group is not None:
             return []
-        found = await self._peek(queue, state, limit=min(limit, LOOKED_AT_MAX), after=after)
-        return [_glimpse(message) for message in found]
+        return await self._look(queue, state, _glimpse, limit=min(limit, LOOKED_AT_MAX), after=after)
 
     async def find(self, queue: str, message_id: str) -> StoredMessage | None:
         """Return one dead letter."""
-        found = await self._peek(queue, State.DEAD, limit=LOOKED_AT_MAX, after=None)
-        return next((message for message in found if message.id == message_id), None)
+
+        def keep(message: StoredMessage) -> StoredMessage | None:
+            return message if message.id == message_id else None
+
+        found = await self._look(queue, State.DEAD, keep, limit=LOOKED_AT_MAX)
+        return next(filter(None, found), None)
 
     async def held_groups(self, queue: str) -> list[HeldGroup]:  # noqa: ARG002
         """Return none: there are no groups."""
