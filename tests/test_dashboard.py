@@ -801,6 +801,18 @@ async def test_a_job_is_told_of_by_another_dashboard_of_the_store_and_after_its_
 
 
 @on_both
+async def test_what_a_deed_has_done_is_told_though_nobody_had_counted_what_it_is_about(broker, visitor) -> None:
+    """Its letters had died since the last look; then its process died."""
+    log = engine_of(broker).overview.log
+    number = await log.begin(Deed("ada", "redrive", "claims"))
+    await log.record(number, 3)
+    for page in ("log", f"dead?job={number}"):
+        assert "3 of 3" in await visitor.sees(f"/en/{page}"), page
+    (found,) = [one.text for one in await broker.doctor() if one.subject == "dashboard's log"]
+    assert "by ada, 3 of 3 messages" in found
+
+
+@on_both
 async def test_a_long_error_is_of_the_same_kind_on_the_page_and_on_the_command_line(broker, visitor) -> None:
     error = "the bank's answer: " + "".join(f"{number:x}" for number in range(3_000))
     await die(broker, {"a": error, "b": RuntimeError("x" * 1_500)})

@@ -75,6 +75,11 @@ class Deed(msgspec.Struct, frozen=True):
     outcome: str = ""
     """done, stopped, or what went wrong."""
 
+    @property
+    def expected(self) -> int:
+        """How many messages it is about, as far as is known: what died just before it began was not counted yet."""
+        return max(self.wanted, self.done)
+
 
 def deed_of(row: Sequence[Any]) -> Deed:
     """Return an entry of the log from its row in the order of `DEED`."""
@@ -108,7 +113,7 @@ def deeds_finding(count: int, unended: Sequence[Deed]) -> list[Finding]:
     text = (
         f"{len(unended):,} of {count:,} entries have no end: they go on, or their dashboard died and what they did not "
         f"come to is not done. The latest: {last.what} of queue {last.queue!r} by {last.who}, {last.done:,} of "
-        f"{last.wanted:,} messages. See filao log"
+        f"{last.expected:,} messages. See filao log"
     )
     return [Finding("dashboard's log", "note", text)]
 

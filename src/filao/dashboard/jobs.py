@@ -82,7 +82,7 @@ class Jobs:
             return job
         for deed in await kept.deeds(1, number + 1):
             if deed.number == number:
-                return Job(number, deed, deed.wanted, deed.done, outcome=deed.outcome, is_elsewhere=True)
+                return Job(number, deed, deed.expected, deed.done, outcome=deed.outcome, is_elsewhere=True)
         return None
 
     def running(self) -> list[Job]:
