@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from filao import engine as seam
 from filao.codec import seen_body, seen_headers
 from filao.engine import Draft, Feature, Receive, Send, State, instant
-from filao.engines.waiters import Line, Place
+from filao.engines.waiters import Lines, Place
 from filao.errors import ConfigurationError, FilaoError, LeaseLost, UnsupportedFeature
 from filao.queue import Queue, not_found, retry_delay
 
@@ -127,7 +127,7 @@ class MemoryEngine:
 
     def __init__(self, store: Store) -> None:
         self.operators = store
-        self.lines: dict[str, Line] = {}
+        self.lines = Lines()
 
     async def open(self) -> None:
         self.operators.engines.append(self)
@@ -139,8 +139,7 @@ class MemoryEngine:
 
     def drop(self) -> None:
         self.operators.engines.remove(self)
-        for line in self.lines.values():
-            line.close()
+        self.lines.close()
         for queue in self.operators.rows:
             for row in self.operators.of(queue, State.LEASED):
                 if row.holder is self:
@@ -165,7 +164,7 @@ class MemoryEngine:
         return results
 
     def waiter(self, receive: Receive, submit: seam.Submit, abandoned: seam.Abandoned) -> Place:
-        return self.lines.setdefault(receive.queue, Line(submit, abandoned)).place(receive)
+        return self.lines.place(receive, submit, abandoned)
 
     def _result(self, operation: seam.Operation) -> seam.Result:
         try:

@@ -163,6 +163,31 @@ class Place:
         return self._line.join(self, due_in, timeout)
 
 
+class Lines(dict[str, Line]):
+    """The lines of an engine, by queue; one begins with its first place."""
+
+    def __init__(self, *, are_pushed_to: bool = False) -> None:
+        super().__init__()
+        self._are_pushed_to = are_pushed_to
+
+    def place(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Place:
+        """Take a place in the line of a queue."""
+        line = self.get(receive.queue)
+        if line is None:
+            line = self[receive.queue] = Line(submit, abandoned, is_pushed_to=self._are_pushed_to)
+        return line.place(receive)
+
+    def call(self) -> None:
+        """Let all lines look."""
+        for line in self.values():
+            line.call()
+
+    def close(self) -> None:
+        """Send everybody away with nothing."""
+        for line in self.values():
+            line.close()
+
+
 def deal(deliveries: Sequence[Delivery], limits: Sequence[int]) -> list[list[Delivery]]:
     """Deal the deliveries, one after the other, to hands that take at most `limits` each."""
     if len(limits) == 1:

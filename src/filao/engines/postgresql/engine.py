@@ -28,7 +28,7 @@ from filao.engines.postgresql.schema import migrate
 from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server
 from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransactions, TransactionPool, retried
 from filao.engines.postgresql.watch import Watch
-from filao.engines.waiters import Line, Place
+from filao.engines.waiters import Lines, Place
 from filao.errors import EngineUnavailable, FilaoError
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, rules_to_json
@@ -62,7 +62,7 @@ class PostgresqlEngine:
             connection=self._transactions.connection,
             strike_off=strike_off,
         )
-        self._lines: dict[str, Line] = {}
+        self._lines: Lines = Lines()
         self._numbers: dict[str, int] = {}
         self._rules: dict[str, Queue] = {}
         self._others: list[str] = []
@@ -114,8 +114,7 @@ class PostgresqlEngine:
     async def close(self) -> None:
         """Give back the leases that are held, and end all connections."""
         self._is_closing = True  # nothing is leased any more: it would not be given back
-        for line in self._lines.values():
-            line.close()
+        self._lines.close()
         try:
             for task in self._tasks:
                 task.cancel()
@@ -310,10 +309,7 @@ class PostgresqlEngine:
 
     def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Place:
         """Take a place to wait for a queue."""
-        line = self._lines.get(receive.queue)
-        if line is None:
-            line = self._lines[receive.queue] = Line(submit, abandoned)
-        return line.place(receive)
+        return self._lines.place(receive, submit, abandoned)
 
     def _heard(self, number: int) -> None:
         """Let the line of a queue look; 0 stands for all queues."""

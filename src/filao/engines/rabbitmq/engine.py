@@ -50,7 +50,7 @@ from filao.engines.rabbitmq.publisher import Publisher, deleted
 from filao.engines.rabbitmq.refusals import check_delay, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, FAREWELL_WITHIN, Link, Server, Session
-from filao.engines.waiters import Line, Place
+from filao.engines.waiters import Lines, Place
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, retry_delay
@@ -83,7 +83,7 @@ class RabbitmqEngine:
         self._burials = Burials(self._publisher, limited, self._call)
         self._opening = asyncio.Lock()
         self._tokens = count(1)
-        self._lines: dict[str, Line] = {}
+        self._lines: Lines = Lines(are_pushed_to=True)
         self._is_closing = False
         self.operators: RabbitmqOperators = RabbitmqOperators(self._server, self._declared, self._held)
         self.overview: RabbitmqOverview = RabbitmqOverview(self.operators.seen)
@@ -107,8 +107,7 @@ class RabbitmqEngine:
     async def close(self) -> None:
         """End the connections; what is held goes back to its queues."""
         self._is_closing = True
-        for line in self._lines.values():
-            line.close()
+        self._lines.close()
         self._tidying.cancel()
         try:
             await asyncio.gather(self._tidying, return_exceptions=True)
@@ -334,10 +333,7 @@ class RabbitmqEngine:
 
     def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Place:
         """Take a place to wait for a queue."""
-        line = self._lines.get(receive.queue)
-        if line is None:
-            line = self._lines[receive.queue] = Line(submit, abandoned, is_pushed_to=True)
-        return line.place(receive)
+        return self._lines.place(receive, submit, abandoned)
 
     def _call(self, queue: str) -> None:
         """Let the line of a queue look, because something was pushed for it."""
@@ -347,8 +343,7 @@ class RabbitmqEngine:
 
     def _call_all(self) -> None:
         """Let all lines look: the connection has ended, and nothing more is pushed to them."""
-        for line in self._lines.values():
-            line.call()
+        self._lines.call()
 
     async def _tidy(self) -> None:
         """Every now and then, give back what was pushed but nobody wants, and learn of changed rules."""

@@ -29,7 +29,7 @@ from filao.engines.sqlite.presence import Presence
 from filao.engines.sqlite.receive import NOBODY, look
 from filao.engines.sqlite.thread import DatabaseThread, Direct, Tickets
 from filao.engines.sqlite.transactions import SqliteTransactions, look_away
-from filao.engines.waiters import Line, Place
+from filao.engines.waiters import Lines, Place
 from filao.errors import EngineUnavailable, FilaoError
 from filao.process import process_name
 from filao.queue import Queue
@@ -69,7 +69,7 @@ class SqliteEngine:
         )
         self._gate = asyncio.Lock()
         """Held by work that needs the thread for several jobs that belong together; single jobs only look at it."""
-        self._lines: dict[str, Line] = {}
+        self._lines: Lines = Lines()
         self._queue_names: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._housekeeper = Housekeeper(database, self._alone)
@@ -112,8 +112,7 @@ class SqliteEngine:
         ends = time.monotonic() + files.BUSY_TIMEOUT
         until = ends - min(CLOSED_WITHIN, files.BUSY_TIMEOUT / 2)
         self._hold.is_closing = True
-        for line in self._lines.values():
-            line.close()
+        self._lines.close()
         try:
             for task in self._tasks:
                 task.cancel()
@@ -267,10 +266,7 @@ class SqliteEngine:
 
     def waiter(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Place:
         """Take a place to wait for a queue."""
-        line = self._lines.get(receive.queue)
-        if line is None:
-            line = self._lines[receive.queue] = Line(submit, abandoned)
-        return line.place(receive)
+        return self._lines.place(receive, submit, abandoned)
 
     def _register(self) -> None:
         if self._database.lessee is NOBODY:
@@ -311,8 +307,7 @@ class SqliteEngine:
             was, ahead = ahead, steady() - self._loop.time()
             has_slept = abs(ahead - was) > SLEPT  # the machine, and with it the loop's timers
             if has_slept or (self._hold.may_be_lost() and await self._is_lost()):
-                for line in self._lines.values():
-                    line.call()  # those that wait must learn of it
+                self._lines.call()  # those that wait must learn of it
             if self._database.lessee is NOBODY:
                 continue
             with suppress(FilaoError):  # the callers of a storage that fails get its error
