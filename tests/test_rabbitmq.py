@@ -350,8 +350,15 @@ async def test_an_id_longer_than_amqps_comes_back_whole(broker, queue) -> None:
     assert message.id == name
     await message.reject()
     assert await broker.redrive(queue, ids=[name]) == 1
-    with pytest.raises(filao.MessageTooLarge, match="255"):
-        await broker.send_to_queue(queue, 1, headers={"x" * 300: "y"})
+
+
+async def test_the_name_of_a_header_comes_back_whole_or_is_refused(broker, queue) -> None:
+    """AMQP's may have 128 bytes, and the client library cuts off the rest."""
+    name = "é" * 64
+    await broker.send_to_queue(queue, 1, headers={name: "y"})
+    assert (await received(broker, queue)).headers == {name: "y"}
+    with pytest.raises(filao.MessageTooLarge, match=r"128 bytes.*Nothing was sent"):
+        await broker.send_to_queue(queue, 1, headers={name + "x": "y"})
 
 
 async def test_a_queue_that_was_deleted_on_the_server_is_not_found(broker, foreign, queue) -> None:

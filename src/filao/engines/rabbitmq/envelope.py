@@ -18,7 +18,7 @@ from filao.checks import KEY_MAX
 from filao.codec import BYTES, JSON, decode_headers, seen_body
 from filao.engine import INSTANT_MAX, REASONS, Delivery, Draft, Failure, State, StoredMessage, instant
 from filao.engines.rabbitmq.topology import dead_name
-from filao.engines.rabbitmq.wire import SHORT_MAX, carried, text
+from filao.engines.rabbitmq.wire import NAME_MAX, SHORT_MAX, carried, text
 from filao.errors import MessageNotEncodable, MessageTooLarge
 from filao.moving import Parcel
 
@@ -77,9 +77,9 @@ def _check_header(queue: str, header: str) -> None:
             f"queue {queue!r}: header {header!r}: RabbitMQ or Filao acts upon headers of this name. Nothing was sent. "
             f"Choose another name."
         )
-    if len(header.encode()) > SHORT_MAX:
+    if len(header.encode()) > NAME_MAX:
         raise MessageTooLarge(
-            f"queue {queue!r}: the name of header {header[:40]!r}… takes more than {SHORT_MAX} bytes, which AMQP "
+            f"queue {queue!r}: the name of header {header[:40]!r}… takes more than {NAME_MAX} bytes, which AMQP "
             f"cannot carry. Nothing was sent."
         )
 

@@ -17,7 +17,8 @@ from pamqp.commands import Basic, Connection
 
 DEPTH_MAX = 32  # tables within tables that we read and write again: a record of deaths has 3
 HEADERS_MAX = 64 * 1024  # bytes of headers that we write again: a frame holds 128 KiB, a dead letter's error takes 8
-SHORT_MAX = 255  # bytes of AMQP's short strings: its ids and the names of headers
+SHORT_MAX = 255  # bytes of AMQP's short strings, which its ids are
+NAME_MAX = 128  # bytes of a header's name; the client library cuts off the rest
 TEXT_MAX = 1_000  # characters that stand for a value that cannot be written again
 NO_DATE = datetime(1970, 1, 1, tzinfo=UTC)
 _TOO_DEEP = "(nested too deeply)"
