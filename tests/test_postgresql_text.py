@@ -136,6 +136,16 @@ async def test_extra_errors_of_plpgsql_prevent_no_first_opening(postgres) -> Non
         await (await broker.receive_from_queue("claims")).ack()
 
 
+async def test_what_one_message_lacks_beside_others_is_not_taken_for_the_text_null(postgres) -> None:
+    """A setting from before PostgreSQL 8.2, by which an array holds no NULL."""
+    async with filao.connect(create(postgres, "UTF8", "array_nulls = off")) as broker:
+        await broker.declare(filao.Queue("claims"))
+        sent = [filao.Outgoing(1, dedup_key="k", group="g", delay=0), 2, filao.Outgoing(3, message_id="m"), 4]
+        assert not any(receipt.duplicate for receipt in await broker.send_many("claims", sent))
+        received = await broker.receive_many("claims", 4)
+        assert [(message.body, message.group) for message in received] == [(1, "g"), (2, None), (3, None), (4, None)]
+
+
 async def test_sessions_of_ours_are_not_ended_whatever_the_database_says(postgres) -> None:
     limits = [
         "idle_session_timeout",

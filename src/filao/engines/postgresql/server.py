@@ -212,6 +212,7 @@ class Server:
             "statement_timeout": f"{ANSWERS_WITHIN:g}s",
             "default_transaction_isolation": "read committed",
             "idle_session_timeout": "0",  # a process that waits is idle, and its sessions are its sign of life
+            "array_nulls": "on",  # what a message lacks is NULL, where another of its batch has it
         }
         if is_ours:  # so that nobody can shadow an operator or a function that we use
             settings["search_path"] = "pg_catalog, pg_temp"
@@ -237,7 +238,7 @@ class Server:
         """
         if not self.is_pooled:
             return None
-        settings = {"lock_timeout": f"{LOCKED_BRIEFLY if ours else LOCKED_FOR:g}s"}
+        settings = {"lock_timeout": f"{LOCKED_BRIEFLY if ours else LOCKED_FOR:g}s", "array_nulls": "on"}
         if ours:
             settings["search_path"] = "pg_catalog, pg_temp"
         if self.durable:
