@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -141,6 +142,23 @@ async def test_a_relay_that_died_after_sending_sends_nothing_twice(business, con
         await until_empty(connection)
     stats = await broker.stats("claims")
     assert (stats.sent, stats.duplicates) == (1, 1)
+
+
+def test_a_table_that_is_not_there_is_told_with_what_makes_it() -> None:
+    message = SimpleNamespace(queue="claims", id="7")
+    acts = [
+        (lambda on: filao.Outbox().send_to_queue(on, "claims", 7), "filao.Outbox('filao_outbox').create(connection)"),
+        (lambda on: filao.Inbox().is_new(on, message), "filao.Inbox('filao_inbox').create(connection)"),
+    ]
+    for act, told in acts:
+        with closing(sqlite3.connect(":memory:")) as on, pytest.raises(sqlite3.OperationalError) as raised:
+            act(on)
+        assert told in "".join(raised.value.__notes__)
+
+
+async def test_a_relay_is_told_how_to_connect_by_a_function(broker) -> None:
+    with pytest.raises(filao.ConfigurationError, match=r"connect is 'portal\.db'; give a function"):
+        filao.Relay(filao.Outbox(), "portal.db", broker)  # type: ignore[arg-type]
 
 
 async def test_a_queue_that_refuses_keeps_its_messages_and_the_others_go_on(business, connection, broker) -> None:

@@ -467,7 +467,10 @@ def _asked(queue: str, limit: int, wait: float | None, lease: float | None, guar
     if lease is not None:
         check_duration(f"queue {queue!r}", "lease", lease, least=0.001, most=LEASE_MAX)
     if guarantee not in _GUARANTEES:
-        raise ConfigurationError(f"guarantee is {shown(guarantee)}; it must be {' or '.join(_GUARANTEES)}")
+        raise ConfigurationError(
+            f"guarantee is {shown(guarantee)}; it must be {' or '.join(_GUARANTEES)}. For effects "
+            "that happen exactly once, see message.transaction()"
+        )
     return Receive(queue, limit, lease, waiting=int(wait != 0))
 
 

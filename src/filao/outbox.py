@@ -115,10 +115,14 @@ class Outbox:
         )
         sent = draft(known, outgoing)
         on = connection_of(connection, needs_transaction=True)
-        on.execute(
-            f"INSERT INTO {self.table} ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (sent.message_id, known.name, *_written(sent), time.time()),
-        )
+        try:
+            on.execute(
+                f"INSERT INTO {self.table} ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (sent.message_id, known.name, *_written(sent), time.time()),
+            )
+        except Exception as error:
+            _note(error, f"filao.Outbox({self.table!r})")
+            raise
         assert sent.message_id is not None
         return sent.message_id
 
@@ -207,6 +211,7 @@ class Inbox:
                 return bool(on.execute(f"{insert} ON CONFLICT (queue, id) DO NOTHING", row).rowcount)
             except Exception as error:
                 if "ON CONFLICT" not in str(error):
+                    _note(error, f"filao.Inbox({self.table!r})")
                     raise
                 raise ConfigurationError(_OLD_INBOX.format(table=self.table)) from error
         if on.execute(f"SELECT id FROM {self.table} WHERE queue = ? AND id = ?", row[:2]).fetchall():
@@ -222,6 +227,11 @@ class Inbox:
         on = connection_of(connection, needs_transaction=False)
         deleted = on.execute(f"DELETE FROM {self.table} WHERE done_at < ?", (time.time() - older_than,))
         return int(deleted.rowcount)
+
+
+def _note(error: Exception, box: str) -> None:
+    """Say beside an error of the user's own database, which stays what it is, what a missing table lacks."""
+    error.add_note(f"If its table is not there: {box}.create(connection) makes it.")
 
 
 def _checked(table: str) -> str:

@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from filao.broker import Broker, session_of
+from filao.codec import shown
 from filao.errors import ConfigurationError, EngineError, FilaoError, QueueFull, QueueNotFound
 from filao.outbox import Failed, Outbox, Recorded
 from filao.printable import printable
@@ -41,6 +42,11 @@ class Relay:
     def __init__(self, outbox: Outbox, connect: Callable[[], Any], broker: Broker, *, poll: float = 0.1) -> None:
         if not poll > 0:
             raise ConfigurationError(f"relay of {outbox.table!r}: poll is {poll!r}; it must be above 0 seconds")
+        if not callable(connect):
+            raise ConfigurationError(
+                f"relay of {outbox.table!r}: connect is {shown(connect)}; give a function that opens a connection, "
+                f"such as lambda: sqlite3.connect(…)"
+            )
         self._outbox = outbox
         self._connect = connect
         self._session = session_of(broker)
