@@ -384,6 +384,16 @@ def test_a_module_that_fails_shows_its_own_error_and_no_frame_of_ours_before_it(
     assert frames[0] == str(folder / "broken.py")
 
 
+def test_a_worker_that_was_told_to_stop_says_what_it_waits_for(folder, broker) -> None:
+    with working(folder, "app:worker") as work:
+        broker.send_to_queue("claims", {"kind": "wait"})
+        until(work.handled)
+        work.signal(signal.SIGTERM)
+        until(lambda: "stopping: 1 message may finish within 30 s" in work.said())
+        (folder / "go").touch()
+        assert work.ends() == 0
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_success_is_logged_for_debugging_only(folder, broker, processes) -> None:
     with working(

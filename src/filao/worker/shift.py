@@ -17,6 +17,7 @@ from typing import Any
 from filao.engine import OpenAgain, Release
 from filao.errors import EngineUnavailable, QueueNotFound
 from filao.message import Message, delivery_of
+from filao.printable import some
 from filao.process import HEALTHY
 from filao.worker.handlers import Consumer
 from filao.worker.handling import ENDS_WITHIN, Shared
@@ -109,6 +110,9 @@ class Shift:
         finally:
             self._stop.told.set()
             await cancel(told, *work)
+            if self._runs:
+                begun = some(len(self._runs), "message")
+                log.info("stopping: %s may finish within %g s; told again, it stops at once", begun, grace)
             await self.finish(grace)
         for task in work:
             if not task.cancelled():
