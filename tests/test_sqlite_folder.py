@@ -39,10 +39,10 @@ async def make(db: Path) -> None:
 
 
 @contextmanager
-def acting_as(user: int, group: int = NOBODY) -> Iterator[None]:
-    """Do something as another user."""
+def acting_as(user: int, group: int = NOBODY, *others: int) -> Iterator[None]:
+    """Do something as another user, of a group and of others."""
     groups = os.getgroups()
-    os.setgroups([])
+    os.setgroups(others)
     os.setegid(group)
     os.seteuid(user)
     try:
@@ -233,6 +233,22 @@ async def test_a_file_that_is_shared_with_a_group_has_bells_for_the_group(db) ->
     assert answer.heard() == {8}
     for closes in (bell, answer, belfry, one, other):
         closes.close()
+
+
+@is_root
+async def test_a_file_that_is_shared_with_a_group_has_a_wal_for_the_group(db) -> None:
+    os.chown(db.parent, NOBODY, GROUP)
+    let_pass(db.parent)
+    db.parent.chmod(0o775)
+    await make(db)
+    os.chown(db, NOBODY, GROUP)
+    db.chmod(0o660)
+    await make(db)  # it sees whose the file is by now
+    with acting_as(SOMEBODY, SOMEBODY, GROUP):
+        async with filao.connect(db) as broker:
+            await broker.send_to_queue(CLAIMS, 1)
+            beside = [db.with_name(db.name + part).stat() for part in ("-wal", "-shm")]
+    assert [(about.st_uid, about.st_gid) for about in beside] == [(SOMEBODY, GROUP)] * 2
 
 
 @is_root

@@ -32,6 +32,14 @@ def is_shared(about: os.stat_result) -> bool:
     return bool(about.st_mode & stat.S_IWGRP)
 
 
+def share(path: Path, file: os.stat_result) -> None:
+    """Give what SQLite has made beside a file that is shared with its group to that group, as far as we may."""
+    about = path.stat(follow_symlinks=False)
+    if is_shared(file) and about.st_uid == _me() and about.st_gid != file.st_gid:
+        with suppress(PermissionError):  # a group that we are not in
+            os.chown(path, -1, file.st_gid, follow_symlinks=False)
+
+
 class Folder:
     """A folder that this process holds open; it is made if it is missing and this user may make it."""
 

@@ -17,7 +17,7 @@ from filao.engine import OpenAgain
 from filao.engines.sqlite import files, ground, own, processes, scrutiny
 from filao.engines.sqlite.bell import Belfry
 from filao.engines.sqlite.clock import FileClock
-from filao.engines.sqlite.folder import TURNSTILE, Folder
+from filao.engines.sqlite.folder import TURNSTILE, Folder, share
 from filao.engines.sqlite.ground import LOOKED_WITHIN, Ground, Loss
 from filao.engines.sqlite.thread import Ticket
 from filao.engines.sqlite.turnstile import Noted, Turnstile
@@ -132,11 +132,19 @@ class Hold:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         self.name = db.execute("SELECT value FROM filao_meta WHERE name = 'file'").fetchone()[0]
         if self.path != files.MEMORY:
+            self._share()
             self._ground = Ground(self.path, self._given, self._folder.path if self._folder is not None else None)
             self.turnstile.note(Noted(self._ground.cookie, self._ground.inode))
             self.watch_bell()
         if self._has_failed:
             files.check_whole(db, self.path)
+
+    def _share(self) -> None:
+        """Let the group of a shared file use its WAL: SQLite leaves it to the group of the process that makes it."""
+        if self._folder is not None:
+            about = self.path.stat()
+            for part in ("-wal", "-shm"):
+                share(self.path.with_name(self.path.name + part), about)
 
     def _set_clock(self, db: sqlite3.Connection) -> None:
         """Set the file's clock after a start of the machine; all leases are void then, because their holders ended."""
