@@ -412,6 +412,22 @@ async def test_housekeeping_comes_under_steady_traffic(tmp_path, monkeypatch, cl
                 await broker.send_to_queue("claims", "more")
 
 
+async def test_housekeeping_keeps_up_with_what_steady_traffic_leaves_behind(tmp_path, monkeypatch, clock) -> None:
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)  # this test does its rounds
+    monkeypatch.setattr(processes_module, "TIDY_KEYS", 10)
+    async with filao.connect(tmp_path / "claims.db", clock=clock) as broker:
+        await broker.declare(filao.Queue("claims", dedup_window=5))
+        await broker.send_many("claims", [filao.Outgoing(key, dedup_key=str(key)) for key in range(200)])
+        await asyncio.gather(*(message.ack() for message in await broker.receive_many("claims", 200)))
+        clock.advance(6)
+        left = []
+        for _ in range(3):
+            await engine_of(broker)._housekeeper._round(idle=False)
+            async with broker.transaction() as tx:
+                left += await tx.execute("SELECT count(*) FROM filao_dedup")
+        assert left == [(160,), (80,), (0,)]
+
+
 async def test_the_age_of_a_queue_costs_the_same_whatever_its_priorities(tmp_path) -> None:
     async with filao.connect(tmp_path / "claims.db") as broker:
         steps: list[int] = []

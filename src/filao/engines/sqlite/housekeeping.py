@@ -17,8 +17,8 @@ R = TypeVar("R")
 
 TIDIES_WITHIN = 0.25  # seconds that it waits for a turn, because looks wait behind it in the same thread
 TIDY_EVERY = 1.0  # seconds between rounds of housekeeping, after a write of ours
-TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic
-TIDY_SLICES_IDLE = 100  # slices in one round without traffic
+TIDY_SLICES_BUSY = 4  # slices of a few milliseconds in one round under traffic, twice as many when they were not enough
+TIDY_SLICES_MAX = 100  # slices in one round: all of a second, and so the most in one without traffic
 FREE_PAGES_KEPT = 256  # 1 MiB is not worth the work of giving it back
 FREE_PAGES_BUSY = 2_560  # 10 MiB that stay free under traffic
 TIDY_PAGES = 500  # pages given back to the file system in one turn: a few milliseconds of the write lock
@@ -57,6 +57,8 @@ class Housekeeper:
         """Whether something was written since the last round."""
         self._database = database
         self._alone = alone
+        self._slices = TIDY_SLICES_BUSY
+        """In one round under traffic: as many as keep up with what it leaves behind."""
 
     async def keep(self) -> None:
         """Tidy up: a little each second under traffic, and the rest in the first second without."""
@@ -72,10 +74,11 @@ class Housekeeper:
     async def _round(self, *, idle: bool) -> bool:
         """Return whether there is more to do in the next round."""
         more = True
-        for _ in range(TIDY_SLICES_IDLE if idle else TIDY_SLICES_BUSY):
+        for _ in range(TIDY_SLICES_MAX if idle else self._slices):
             more = await self._soon(partial(self.tidy_some, idle=idle))
             if not more or (idle and self.is_wanted):
                 break
+        self._slices = min(2 * self._slices, TIDY_SLICES_MAX) if more else max(TIDY_SLICES_BUSY, self._slices // 2)
         if not idle or more or self.is_wanted:
             return True
         return not await self._soon(self._database.write_back)
