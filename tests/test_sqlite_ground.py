@@ -270,6 +270,20 @@ async def test_a_file_that_is_carried_elsewhere_with_all_that_lies_beside_it_is_
         assert message.body == "in the WAL"
 
 
+async def test_a_file_that_was_moved_away_and_back_can_be_opened_again_by_the_same_process(db) -> None:
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_to_queue(CLAIMS, "before")
+        db.rename(db.parent / "aside")
+        with pytest.raises(filao.EngineError, match="was moved to"):
+            await broker.send_to_queue(CLAIMS, "after")
+        (db.parent / "aside").rename(db)
+    async with filao.connect(db) as broker:
+        message = await broker.receive_from_queue(CLAIMS, wait=0)
+        assert message is not None
+        assert message.body == "before"
+
+
 async def test_a_broker_that_closes_writes_back_a_wal_whose_name_was_deleted(db) -> None:
     async with filao.connect(db) as broker:
         await broker.declare(CLAIMS)

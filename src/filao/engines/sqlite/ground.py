@@ -178,6 +178,13 @@ class Ground:
         except OSError:
             return False
 
+    def _is_wal_anothers(self) -> bool:
+        """Return whether a WAL that is not the one which was opened has its name."""
+        try:
+            return _identity(self._wal.stat()) != self._wal_identity
+        except OSError:
+            return False
+
     def may_be_opened_again(self, loss: Loss) -> bool:
         """Return whether what lies there now is sound: another file, or this one, back with its own WAL."""
         try:
@@ -258,8 +265,9 @@ class Ground:
         SQLite itself leaves a file alone that was replaced. Before Python 3.12 it cannot be told to leave alone one
         that was overwritten, or that has another WAL by now, so such a connection stays open until the process ends. A
         WAL without a successor belongs to the file, even if its name is gone: writing it back saves what it holds.
+        So does one that is where it was, once the file is back there.
         """
-        keeps = loss not in _IN_PLACE and not self._wal.exists()
+        keeps = loss not in _IN_PLACE and not self._is_wal_anothers()
         if keeps or not self.is_file_there() or loss is _LINKED:
             db.close()
         elif sys.version_info >= (3, 12):
