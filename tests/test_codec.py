@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from filao import ConfigurationError, MessageNotEncodable, Queue
 from filao.codec import BYTES, JSON, codec_for, shown
+from filao.message import error_text
+from filao.overview import error_kind
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,14 @@ def test_a_body_that_fails_when_it_is_read_is_refused() -> None:
     for body in (Failing(), [Failing()], released):
         with pytest.raises(MessageNotEncodable, match="Nothing was sent"):
             codec_for(None).encode("q", body)
+
+
+def test_the_text_of_a_group_of_errors_ends_with_the_last_of_them() -> None:
+    """It ended with the rule that is drawn below them, so all groups were of one kind."""
+    told = error_text(ExceptionGroup("in a TaskGroup", [ValueError("a"), ExceptionGroup("", [KeyError("policy")])]))
+    assert told.rstrip().rpartition("\n")[2] == "KeyError: 'policy'"
+    assert error_kind(told) == "KeyError"
+    assert "ExceptionGroup: in a TaskGroup" in told
 
 
 def test_an_error_text_survives_a_value_that_cannot_be_shown() -> None:

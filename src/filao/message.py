@@ -373,12 +373,23 @@ async def deferred_transaction_for(message: Message[Any]) -> AsyncGenerator[Tran
 
 
 def error_text(reason: object) -> str:
-    """Return what is kept of an error: an exception's traceback, or a text; of a long one, the end."""
+    """Return what is kept of an error: an exception's traceback, or a text; of a long one, the end.
+
+    A group's ends with the last of its exceptions: lists show the last line, and letters are told apart by it.
+    """
     try:
         text = "".join(traceback.format_exception(reason)) if isinstance(reason, BaseException) else str(reason)
+        if isinstance(reason, BaseException) and _last_of(reason) is not reason:
+            text += "".join(traceback.format_exception_only(_last_of(reason)))
     except Exception:
         text = f"a {type(reason).__name__} that cannot be printed"
     kept = text.encode(errors="backslashreplace")
     if len(kept) > ERROR_MAX:
         kept = "…".encode() + kept[-(ERROR_MAX - 3) :]
     return kept.decode(errors="ignore")
+
+
+def _last_of(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = cast("BaseExceptionGroup[BaseException]", error).exceptions[-1]
+    return error
