@@ -56,6 +56,11 @@ def test_a_record_stays_on_one_line_whatever_stands_in_it() -> None:
     assert "\x1b" not in line
 
 
+def test_a_record_whose_arguments_do_not_fit_is_json_all_the_same() -> None:
+    record = logging.LogRecord("app", logging.WARNING, "", 0, "%d claims", ("x",), None)
+    assert "%d claims ('x',)" in json.loads(JsonFormatter().format(record))["text"]
+
+
 def test_nothing_in_a_text_for_people_acts_on_a_terminal_or_passes_for_a_record() -> None:
     forged = "2026-01-01 00:00:00,000 1 INFO message 7 of 'claims': acked"
     try:

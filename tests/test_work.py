@@ -409,6 +409,16 @@ def test_a_success_is_logged_for_debugging_only(folder, broker, processes) -> No
         assert ": acked" not in work.said()
 
 
+def test_each_line_of_a_log_for_machines_is_json(folder, broker) -> None:
+    with working(folder, "app:worker", "--log", "json", "--health", "0", "--metrics", "0") as work:
+        work.signal(signal.SIGTERM)
+        assert work.ends() == 0
+    said = [json.loads(line)["text"] for line in work.said().splitlines()]
+    assert (
+        sum("receives from claims" in text or "metrics at" in text or "health checks at" in text for text in said) == 3
+    )
+
+
 def test_the_doctor_tells_who_receives(folder, broker) -> None:
     with working(folder, "app:worker") as work:
         broker.send_to_queue("claims", {"kind": "wait"})

@@ -5,6 +5,7 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from filao.cli.shell import note
 from filao.printable import printable
 
 _LINE = "%(asctime)s %(process)d %(levelname)s %(message)s"
@@ -33,12 +34,28 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "process": record.process,
-            "text": record.getMessage(),
+            "text": _text(record),
         }
         written |= {field: getattr(record, field) for field in FIELDS if hasattr(record, field)}
         if record.exc_info:
             written["error"] = self.formatException(record.exc_info)
         return json.dumps(written, default=str)  # in ASCII, so that it stays on one line whatever it holds
+
+
+def _text(record: logging.LogRecord) -> str:
+    """Return what a record says, also where its arguments do not fit: a traceback of `logging` would be no JSON."""
+    try:
+        return record.getMessage()
+    except (TypeError, ValueError, KeyError) as error:
+        return f"{record.msg} {record.args!r} ({error})"
+
+
+def say(text: str) -> None:
+    """Say something to the person who runs this, or to the program that reads the log."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        logging.getLogger("filao.worker").info("%s", text)
+    else:
+        note(text)
 
 
 def begin(level: str, form: str) -> None:

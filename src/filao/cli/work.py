@@ -20,7 +20,7 @@ from filao.cli import logs
 from filao.cli.health import health_check
 from filao.cli.metrics import TEXT, check_extra
 from filao.cli.pages import Page, address_of, served, shown_address
-from filao.cli.shell import note, usage
+from filao.cli.shell import usage
 from filao.errors import FilaoError
 from filao.process import flush_output
 from filao.worker.supervisor import Supervisor, report
@@ -118,7 +118,7 @@ async def _reload(supervisor: Supervisor, folder: Path) -> None:
         now = _sources(folder)
         if now != seen:
             changed = min({path for path, _ in now ^ seen}, default="")
-            note(f"{changed} has changed: starting anew")
+            logs.say(f"{changed} has changed: starting anew")
             supervisor.renew()
         seen = now
 
@@ -146,7 +146,7 @@ async def _work(
 
     def ready() -> None:
         started.set()
-        note(f"process {os.getpid()} receives from {', '.join(worker.queues)}")
+        logs.say(f"process {os.getpid()} receives from {', '.join(worker.queues)}")
 
     with _checked(address, lambda: dataclasses.asdict(worker.status())):
         try:
@@ -187,7 +187,7 @@ def _measured(worker: Worker, metrics: str | None, slot: int) -> Generator[None]
         return Page(measures.text(), TEXT)
 
     with served("--metrics", host, port, answer, name="filao metrics") as listening:
-        note(f"metrics at {shown_address(host, listening)}metrics")
+        logs.say(f"metrics at {shown_address(host, listening)}metrics")
         yield
 
 
@@ -197,7 +197,7 @@ def _checked(address: tuple[str, int] | None, state: Callable[[], Mapping[str, o
         yield
         return
     with health_check(*address, state) as port:
-        note(f"health checks at http://{address[0]}:{port}/")
+        logs.say(f"health checks at http://{address[0]}:{port}/")
         yield
 
 
