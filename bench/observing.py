@@ -1,12 +1,16 @@
 """What observers cost the processor: send-one and drain on a file, by many tasks. Run: python -m bench.observing
 
+On a busy machine: `python -m bench.observing --messages 2560 --rounds 4`.
+
 Two answers. **Telling**: how much of a process's time goes by in telling a worker's measures, timed inside one run:
 what others on the machine do hardly matters, but the clock's own calls are counted in. **Side by side**: the time of a
 process for each message without anybody who watches (twice: what is between the two is noise), with a worker's
-measures, with OpenTelemetry whose sampler takes one trace in a hundred, and with a span for each operation, which a
-batch processor exports to nowhere; each measured in turn, round after round, of which the least is told.
+measures, with OpenTelemetry whose SDK does nothing, which leaves what is Filao's own part, with one whose sampler takes
+one trace in a hundred, and with a span for each operation, which a batch processor exports to nowhere; each measured in
+turn, round after round, of which the least is told.
 """
 
+import argparse
 import asyncio
 import gc
 import tempfile
@@ -17,6 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
+from opentelemetry import trace
+from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -67,6 +73,20 @@ class Nowhere(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
+class Idle(trace.TracerProvider, trace.NoOpTracer):
+    """Stands for an SDK that costs nothing: all its spans are one, with a context that travels, and record nothing."""
+
+    def __init__(self) -> None:
+        context = trace.SpanContext(1, 1, is_remote=False, trace_flags=trace.TraceFlags(trace.TraceFlags.SAMPLED))
+        self._span = trace.NonRecordingSpan(context)
+
+    def get_tracer(self, *_: Any, **__: Any) -> trace.Tracer:
+        return self
+
+    def start_span(self, *_: Any, **__: Any) -> trace.Span:
+        return self._span
+
+
 def telemetry(sampler: Sampler) -> OpenTelemetry:
     """Return a tracer with an SDK of its own."""
     provider = TracerProvider(sampler=sampler)
@@ -74,7 +94,7 @@ def telemetry(sampler: Sampler) -> OpenTelemetry:
     return OpenTelemetry(tracer_provider=provider, meter_provider=MeterProvider([InMemoryMetricReader()]))
 
 
-async def spent(path: Path, watchers: Watchers, each: Callable[[str, float], None]) -> None:
+async def spent(path: Path, messages: int, watchers: Watchers, each: Callable[[str, float], None]) -> None:
     """Tell `each` the processor's seconds of send-one and of drain."""
     async with filao.connect(path) as broker:
         await broker.declare(filao.Queue("claims"))
@@ -82,7 +102,7 @@ async def spent(path: Path, watchers: Watchers, each: Callable[[str, float], Non
             broker.observers.add(one)
 
         async def send() -> None:
-            for number in range(MESSAGES // SENDERS):
+            for number in range(messages // SENDERS):
                 await broker.send_to_queue("claims", {"claim_id": number})
 
         async def drain() -> None:
@@ -99,7 +119,7 @@ async def spent(path: Path, watchers: Watchers, each: Callable[[str, float], Non
         await share("drain", drain)
 
 
-def tell(folder: Path) -> None:
+def tell(folder: Path, messages: int, rounds: int) -> None:
     """Print how much of the time goes by in telling."""
     shares: dict[str, list[float]] = {}
     with Telling() as telling:
@@ -108,18 +128,22 @@ def tell(folder: Path) -> None:
             shares.setdefault(name, []).append(100 * telling.seconds / seconds)
             telling.seconds = 0.0
 
-        for number in range(ROUNDS):
-            asyncio.run(spent(folder / f"told{number}.db", [WorkerMetrics()], each))
+        for number in range(rounds):
+            asyncio.run(spent(folder / f"told{number}.db", messages, [WorkerMetrics()], each))
     for name, found in shares.items():
-        print(f"telling   {name:<9} {median(found):5.1f} % of the processor's time (median of {ROUNDS})")
+        print(f"telling   {name:<9} {median(found):5.1f} % of the processor's time (median of {rounds})")
 
 
-def compare(folder: Path) -> None:
+def compare(folder: Path, messages: int, rounds: int) -> None:
     """Print what each way to watch costs, side by side."""
     ways: dict[str, Callable[[], Watchers]] = {
         "nobody": list,
         "nobody, again": list,
         "Prometheus": lambda: [WorkerMetrics()],
+        "and OpenTelemetry, an idle SDK": lambda: [
+            WorkerMetrics(),
+            OpenTelemetry(tracer_provider=Idle(), meter_provider=NoOpMeterProvider()),
+        ],
         "and OpenTelemetry, 1 trace in 100": lambda: [
             WorkerMetrics(),
             telemetry(ParentBased(TraceIdRatioBased(0.01))),
@@ -128,22 +152,26 @@ def compare(folder: Path) -> None:
     }
     least: dict[tuple[str, str], float] = {}
     numbers = count()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for way, watchers in ways.items():
 
             def each(name: str, seconds: float, way: str = way) -> None:
                 least[name, way] = min(seconds, least.get((name, way), seconds))
 
-            asyncio.run(spent(folder / f"{next(numbers)}.db", watchers(), each))
+            asyncio.run(spent(folder / f"{next(numbers)}.db", messages, watchers(), each))
     for (name, way), seconds in sorted(least.items(), key=lambda one: one[0][0], reverse=True):
         more = 100 * (seconds / least[name, "nobody"] - 1)
-        print(f"{name:<9} {way:<34} {1e6 * seconds / MESSAGES:6.1f} us for each message, {more:+6.1f} %")
+        print(f"{name:<9} {way:<34} {1e6 * seconds / messages:6.1f} us for each message, {more:+6.1f} %")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--messages", type=int, default=MESSAGES)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tell(Path(folder))
-        compare(Path(folder))
+        tell(Path(folder), options.messages, options.rounds)
+        compare(Path(folder), options.messages, options.rounds)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
@@ -15,9 +16,11 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 import filao
 import filao.sync
+from filao.engine import Delivery
 from filao.opentelemetry import SCHEMA_URL, OpenTelemetry, carrier
 from tests.conftest import engine_of
 from tests.support.collector import Collector, collecting
@@ -129,6 +132,37 @@ async def test_the_context_travels_beside_the_headers_of_the_sender(url, watched
         assert second.headers == own
         assert len(headers) == 64
     assert linked(watched.spans("send claims")[1]) == [(0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331)]
+
+
+IDS = "0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331"
+
+
+@pytest.mark.parametrize(
+    "carried",
+    [
+        *({"traceparent": f"00-{IDS}-{flags}"} for flags in ("00", "01", "03")),
+        *({"traceparent": f"{before}-{IDS}-{after}"} for before, after in (("00", "1"), ("00", "01-x"), ("00", "01 "))),
+        *(
+            {"traceparent": f"{before}-{IDS}-{after}"}
+            for before, after in (("01", "01-x"), ("ff", "01"), (" 00", "01"))
+        ),
+        *({"traceparent": f"00-{IDS}-01\n"}, {"traceparent": f"00-{IDS.upper()}-01"}, {"traceparent": ""}),
+        *({"traceparent": f"00-{'0' * 32}-b7ad6b7169203331-01"}, {"traceparent": "00-" + "1" * 600}),
+        *({"traceparent": f"00-{IDS}-01", "tracestate": state} for state in ("vendor=1,other=2", "", "=", "a" * 600)),
+    ],
+)
+def test_a_context_is_read_and_written_as_the_propagator_does(watched, carried: dict[str, str]) -> None:
+    propagator = TraceContextTextMapPropagator()
+    parent = trace.get_current_span(propagator.extract(carried)).get_span_context()
+    headers = msgspec.json.encode(carried).decode()
+    delivery = Delivery("q", "id", 1, 1, 1, 0, None, None, None, headers, 0, b"", 0, 0)
+    watched.tracer.received("SQLite", [delivery], 0.1)
+    (receive,) = watched.spans("receive q")
+    assert [link.context for link in receive.links] == [parent] * parent.is_valid
+    written: dict[str, str] = {}
+    with trace.use_span(trace.NonRecordingSpan(parent)):
+        propagator.inject(written)
+        assert carrier() == written
 
 
 async def test_many_messages_are_one_span_and_a_transaction_is_followed(url, watched) -> None:

@@ -8,16 +8,17 @@ Invariant: a span covers one operation or one run of a handler. A wait has none,
 nothing, so no span is as long as a loop.
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context, attach
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from filao.codec import decode_headers
@@ -28,6 +29,7 @@ from filao.observing import Ended
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 LINKS_MAX = 128  # of one receive: as many as an SDK keeps of a span unless it is told otherwise
 TRACESTATE_MAX = 512  # characters that travel: what W3C asks to carry at least; what is longer is left out
+SENDERS_KEPT_MAX = 1_024  # contexts of messages that are being worked on: 300 KiB, or 8 MiB if all have many headers
 _BUCKETS = (
     0.005,
     0.01,
@@ -50,6 +52,7 @@ _OUTCOMES = {Ack: "acked", Nack: "nacked", Reject: "rejected", Release: "release
 
 Attributes = dict[str, str | int]
 Type = Literal["send", "receive", "process", "settle"]
+_PLAIN = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")  # a traceparent of W3C's version 00
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -98,12 +101,12 @@ class OpenTelemetry:
         """Begin a span; a message that brings a context of its own keeps it, and is linked to."""
         number = len(send.drafts)
         attributes = _attributes(engine, "send", send.queue)
-        about: Attributes = {} if number == 1 else {"messaging.batch.message_count": number}
+        several: Attributes = {"messaging.batch.message_count": number}
         own = [context for draft in send.drafts[:LINKS_MAX] if (context := _sender(draft.headers)) is not None]
         span = self._tracer.start_span(
             f"send {send.queue}",
             kind=SpanKind.PRODUCER,
-            attributes=attributes | about,
+            attributes=attributes if number == 1 else attributes | several,
             links=[Link(one) for one in own],
         )
         carried = _carried(span)
@@ -114,8 +117,7 @@ class OpenTelemetry:
         def ended(result: Result | BaseException) -> None:
             if number == 1 and isinstance(result, list):
                 span.set_attribute("messaging.message.id", result[0].id)
-            self._end(span, attributes, began, result)
-            self._sent.add(number, _with_error(attributes, result))
+            self._sent.add(number, self._end(span, attributes, began, result))
 
         return Send(send.queue, drafts), ended
 
@@ -128,16 +130,26 @@ class OpenTelemetry:
             f"settle {delivery.queue}",
             context=None if running is None else trace.set_span_in_context(running[0], Context()),
             kind=SpanKind.CLIENT,
-            attributes=attributes | _about(delivery) | {"filao.outcome": _OUTCOMES[type(settle.outcome)]},
+            attributes={**attributes, **_about(delivery), "filao.outcome": _OUTCOMES[type(settle.outcome)]},
             links=_links([delivery]),
         )
-        return settle, partial(self._end, span, attributes, time.perf_counter())
+        began = time.perf_counter()
 
-    def _end(self, span: Span, attributes: Attributes, began: float, result: Result | BaseException) -> None:
-        self._operated.record(time.perf_counter() - began, _with_error(attributes, result))
+        def ended(result: Result | BaseException) -> None:
+            self._end(span, attributes, began, result)
+
+        return settle, ended
+
+    def _end(self, span: Span, attributes: Attributes, began: float, result: Result | BaseException) -> Attributes:
+        """End a span and measure what it took; return what measures are told of it."""
+        took = time.perf_counter() - began
         if isinstance(result, BaseException):
-            _fail(span, type(result).__qualname__, str(result))
+            kind = type(result).__qualname__
+            attributes = attributes | {"error.type": kind}
+            _fail(span, kind, str(result))
+        self._operated.record(took, attributes)
         span.end()
+        return attributes
 
     # --- receive -----------------------------------------------------------------------------------------------------
 
@@ -212,11 +224,6 @@ def _about(delivery: Delivery) -> Attributes:
     return {"messaging.message.id": delivery.id, "filao.message.attempt": delivery.attempt}
 
 
-def _with_error(attributes: Attributes, result: Result | BaseException) -> Attributes:
-    error = type(result).__qualname__ if isinstance(result, BaseException) else ""
-    return attributes | {"error.type": error} if error else attributes
-
-
 def _fail(span: Span, kind: str, why: str) -> None:
     span.set_attribute("error.type", kind)
     span.set_status(Status(StatusCode.ERROR, why))
@@ -226,11 +233,17 @@ def _fail(span: Span, kind: str, why: str) -> None:
 
 
 def _carried(span: Span) -> dict[str, str]:
-    """Return the headers that carry a span's context; none when there is no span, as without an SDK."""
-    headers: dict[str, str] = {}
-    _propagator.inject(headers, trace.set_span_in_context(span, Context()))
-    if len(headers.get("tracestate", "")) > TRACESTATE_MAX:
-        del headers["tracestate"]
+    """Return the headers that carry a span's context; none when there is no span, as without an SDK.
+
+    As the propagator writes them, which would have the span put into a context to take it out again.
+    """
+    context = span.get_span_context()
+    if not context.is_valid:
+        return {}
+    headers = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
+    state = context.trace_state
+    if state and len(written := state.to_header()) <= TRACESTATE_MAX:
+        headers["tracestate"] = written
     return headers
 
 
@@ -250,9 +263,22 @@ def _links(deliveries: Sequence[Delivery]) -> list[Link]:
 
 def _sender(headers: str | None) -> SpanContext | None:
     """Return the context that a message carries, if it carries a valid one."""
-    if headers is None or '"traceparent"' not in headers:
-        return None
+    return None if headers is None or '"traceparent"' not in headers else _context(headers)
+
+
+@lru_cache(maxsize=SENDERS_KEPT_MAX)
+def _context(headers: str) -> SpanContext | None:
+    """Return what `_sender` does; kept, for it is asked when a message is received, handled and settled.
+
+    The propagator reads what is not plain: it takes thrice as long.
+    """
     with suppress(FilaoError):
-        context = trace.get_current_span(_propagator.extract(decode_headers(headers))).get_span_context()
+        carried = decode_headers(headers)
+        plain = _PLAIN.fullmatch(carried.get("traceparent", ""))
+        if plain is None or "tracestate" in carried:
+            context = trace.get_current_span(_propagator.extract(carried)).get_span_context()
+        else:
+            trace_id, span_id, flags = (int(part, 16) for part in plain.groups())
+            context = SpanContext(trace_id, span_id, is_remote=True, trace_flags=TraceFlags(flags))
         return context if context.is_valid else None
     return None
