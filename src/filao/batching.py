@@ -41,28 +41,29 @@ class Batcher:
         self._abandoned = abandoned
         self._concurrent_batches = concurrent_batches
         self._loop: asyncio.AbstractEventLoop | None = None
-        """That of the first operation, and so of all: asking for the running one costs a system call before Python
-        3.12.
+        """The loop of the first operation, and so of all. It is kept because `get_running_loop` costs a system call
+        before Python 3.12.
         """
         self._gathered: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()
         """Operations of a batch that failed and was undone: each is done again alone, so that it fails alone."""
         self._gathered_since = 0.0
-        """When the first came to an empty line, by the loop's clock."""
+        """When the first of those that gather came to an empty line, by the loop's clock."""
         self._asked_since = math.inf
-        """When the first asked of those in line who have waited elsewhere before."""
+        """The earliest `since` of those that gather: some have waited elsewhere before."""
         self._had_company = False
+        """Whether the last batch had more than one operation."""
         self._is_called = False
-        """The loop will begin a batch on its next turn."""
+        """Whether the loop will begin a batch on its next turn."""
         self._doing: set[asyncio.Future[Sequence[Result | asyncio.Future[Result]]]] = set()
         self._late: set[asyncio.Future[Result]] = set()
         """Results that come after those of their batch."""
         self._idle: list[asyncio.Future[None]] = []
 
     def submit(self, operation: Operation, since: float | None = None) -> "asyncio.Future[Result]":
-        """Return the future result; a `FilaoError` that is the operation's result is raised by it.
+        """Return the future result; when the operation results in a `FilaoError`, the future raises it.
 
-        The batch's time counts from when its caller asked, which is now or, by the loop's clock, `since` then.
+        The batch's time counts from when its caller asked: now, or at `since` by the loop's clock.
         """
         loop = self._loop
         if loop is None:
@@ -79,9 +80,9 @@ class Batcher:
         return future
 
     def is_idle(self) -> bool:
-        """Return whether nothing waits for its batch, and what came last came alone; from any thread.
+        """Return whether nothing waits for a batch, and the last operation had one of its own. For any thread.
 
-        Those who shared a batch a moment ago will come together again: one that goes ahead alone keeps them waiting.
+        Callers who shared a batch a moment ago will come together again: one that goes ahead alone keeps them waiting.
         """
         return not self._gathered and not self._suspects and not self._had_company
 
@@ -95,13 +96,13 @@ class Batcher:
     def _begin(self, behind: float | None = None) -> None:
         """Let the engine do what has gathered, or rest; `behind`: when the batch began that has just ended.
 
-        Who gathered during a batch has waited since then, and the engine counts that. What a full batch left in line
-        waits on, for as long as batches are done: it counts from the beginning of the last.
+        Operations that gathered during a batch have waited since it began, and the engine counts that time. Those that
+        a full batch left in line wait longer, but only the time since the last batch began counts.
         """
         self._is_called = False
         waiting = self._suspects or self._gathered
         if len(self._doing) >= self._concurrent_batches:
-            return  # the batch that ends will begin the next: here, somebody was called back while it ended
+            return  # a batch that is under way begins the next when it ends
         if waiting:
             receives = sum(isinstance(operation, Receive) for operation, _ in waiting)
             taken: list[_Entry] = []
@@ -122,10 +123,10 @@ class Batcher:
     def _take(
         self, loop: asyncio.AbstractEventLoop, taken: list[_Entry], accept: Callable[[Operation], bool]
     ) -> list[Operation]:
-        """Take the next batch, in order, up to what is not accepted; those that were cancelled before are left out.
+        """Take the next batch, in order, up to the first operation that is not accepted; leave out cancelled ones.
 
-        The engine calls it, in whatever thread, once it can begin: what came while it waited for that comes along.
-        Nothing but the two queues is touched here, because the loop goes on meanwhile.
+        The engine calls it in any thread once it can begin, so that what came while it waited comes along. Nothing but
+        the two queues is touched here, because the loop goes on meanwhile.
         """
         waiting = self._suspects or self._gathered
         size = 1 if self._suspects else BATCH_MAX
@@ -158,12 +159,12 @@ class Batcher:
                     self._deliver(future, result)
                 else:
                     future.set_result(result)
-            if self._observers.all:  # before anybody hears of it: a result is heard of on the next turn
+            if self._observers.all:  # before the callers: a future calls them back on the loop's next turn
                 self._tell(entries, results, began)
         elif len(entries) > 1 and not isinstance(error, EngineUnavailable):
             self._suspects.extend(entries)
         else:
-            # With the storage away all fail alike, and as it is in doubt what was stored, nothing is done twice.
+            # Without the storage all fail alike, and nothing is done twice, because some of it may have been stored.
             failed = entries or self._never_begun()
             if self._observers.all:
                 self._tell(failed, [error] * len(failed), began)
@@ -173,10 +174,10 @@ class Batcher:
         self._begin(at)
 
     def _finish_late(self, entry: _Entry, began: float, late: "asyncio.Future[Result]") -> None:
-        """Give a caller its result, which came after those of its batch; late is whatever ended it."""
+        """Give a caller its result, which came after those of its batch."""
         self._late.discard(late)
         error = EngineUnavailable("the broker was closed meanwhile") if late.cancelled() else late.exception()
-        if error is not None and not isinstance(error, FilaoError):  # which nobody foresaw
+        if error is not None and not isinstance(error, FilaoError):  # an unforeseen one
             if not entry[1].done():
                 entry[1].set_exception(error)
         else:
@@ -190,7 +191,7 @@ class Batcher:
             self._begin()
 
     def _timed(self, results: Sequence[R], began: float) -> list[R]:
-        """Let what was received say how long the look for it took."""
+        """Return the results; those that received something say how long the look for it took."""
         took = time.perf_counter() - began
         return [replace(one, took=took) if isinstance(one, Received) and one.deliveries else one for one in results]
 
@@ -206,26 +207,26 @@ class Batcher:
             future.set_result(result)
 
     def _never_begun(self) -> list[_Entry]:
-        """Take back all for whom the engine could not even begin: so nobody waits for longer than it tries once."""
+        """Take all operations for which the engine could not even begin, so that nobody waits for a second try."""
         waiting = self._suspects or self._gathered
         return [waiting.popleft() for _ in range(len(waiting))]
 
 
 @runtime_checkable
 class Confirming(Protocol):
-    """What an engine has that must keep some operations from waiting for others: two lines, each with its batches."""
+    """An engine some of whose operations take long and must not delay the others: each kind has its own batches."""
 
     def needs_confirm(self, operation: Operation) -> bool:
-        """Return whether an operation takes as long as the storage likes; the others are done at once, and in order."""
+        """Return whether an operation waits for a confirm of the storage; the others are done at once, in order."""
         ...
 
     def execute_confirmed(self, batch: Batch) -> Awaitable[Sequence["Result | asyncio.Future[Result]"]]:
-        """Do what needs a confirm; else as `Engine.execute`, which does the rest."""
+        """Do the operations that need a confirm, as `Engine.execute` does the others."""
         ...
 
 
 class TwoLines:
-    """Two batchers: behind what must be confirmed nothing else waits."""
+    """Two batchers, so that nothing else waits behind operations that must be confirmed."""
 
     def __init__(self, needs_confirm: Callable[[Operation], bool], confirmed: Batcher, rest: Batcher) -> None:
         self._needs_confirm = needs_confirm
@@ -237,25 +238,19 @@ class TwoLines:
         return (self._confirmed if self._needs_confirm(operation) else self._rest).submit(operation, since)
 
     def is_idle(self) -> bool:
-        """Return whether both are."""
+        """Return whether both batchers are idle."""
         return self._confirmed.is_idle() and self._rest.is_idle()
 
     async def drain(self) -> None:
         """Wait until everything that was submitted has been done."""
         await self._confirmed.drain()
-        await self._rest.drain()  # the last: what nobody waits for any more is given back in this one
+        await self._rest.drain()  # last, because messages that nobody waits for any more are given back in it
 
 
 def batcher_of(engine: Engine, abandoned: Abandoned, observers: Observers) -> Batcher | TwoLines:
-    """Return what gathers operations for an engine."""
+    """Return the batcher of an engine, or its two."""
     most = engine.concurrent_batches
     batcher = Batcher(engine.execute, abandoned, most, observers)
     if not isinstance(engine, Confirming):
         return batcher
     return TwoLines(engine.needs_confirm, Batcher(engine.execute_confirmed, abandoned, most, observers), batcher)
-
-
-def look_away(future: "asyncio.Future[Result]") -> None:
-    """Take the error of an operation that nobody waits for."""
-    if not future.cancelled():
-        future.exception()

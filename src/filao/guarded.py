@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from filao.errors import FilaoError
 
@@ -44,6 +44,12 @@ async def for_ever(
             said = _say(what, error, said)
             pause = min(2 * pause or PAUSE_MIN, pause_max)
             await _rest(pause * random.uniform(0.5, 1.0), wake)
+
+
+def look_away(future: "asyncio.Future[Any]") -> None:
+    """Take the error of a future that nobody waits for, so that asyncio does not report it as forgotten."""
+    if not future.cancelled():
+        future.exception()
 
 
 def check_cancelled() -> None:

@@ -27,27 +27,12 @@ from filao.errors import FilaoError
 from filao.observing import Ended
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
-LINKS_MAX = 128  # of one receive: as many as an SDK keeps of a span unless it is told otherwise
-TRACESTATE_MAX = 512  # characters that travel: what W3C asks to carry at least; what is longer is left out
+LINKS_MAX = 128  # links of one span: as many as an SDK keeps unless it is told otherwise
+TRACESTATE_MAX = 512  # characters: W3C asks to carry at least so many; a longer one is left out
 SENDERS_KEPT_MAX = 1_024  # contexts of messages that are being worked on: 300 KiB, or 8 MiB if all have many headers
-_BUCKETS = (
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-)  # seconds, as the conventions say
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)  # seconds, by convention
 _FAILED = frozenset({"retried", "dead", "failed", "lost"})
-"""How a run ends that did not do its work; the words of `Handled.how`."""
+"""The values of `Handled.how` of a run that did not do its work."""
 _OUTCOMES = {Ack: "acked", Nack: "nacked", Reject: "rejected", Release: "released"}
 
 Attributes = dict[str, str | int]
@@ -154,7 +139,7 @@ class OpenTelemetry:
     # --- receive -----------------------------------------------------------------------------------------------------
 
     def received(self, engine: str, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Write down the span of a look that found messages, linked to those that sent them."""
+        """Record the span of a look that found messages, with links to the spans that sent them."""
         queue = deliveries[0].queue
         attributes = _attributes(engine, "receive", queue)
         several: Attributes = {"messaging.batch.message_count": len(deliveries)}
@@ -187,9 +172,9 @@ class OpenTelemetry:
         self._running[id(delivery)] = span, attributes
 
     def handled(self, delivery: Delivery, how: str, seconds: float, error: str) -> None:
-        """End it."""
+        """End the span of a handler."""
         if id(delivery) not in self._running:
-            return  # it had begun before we watched
+            return  # the run began before this tracer was added
         span, attributes = self._running.pop(id(delivery))
         span.set_attribute("filao.outcome", how)
         if how in _FAILED or error:
@@ -220,7 +205,7 @@ def _attributes(engine: str, verb: Type, queue: str) -> Attributes:
 
 
 def _about(delivery: Delivery) -> Attributes:
-    """Return what spans about one message say of it."""
+    """Return the attributes of a span about one message."""
     return {"messaging.message.id": delivery.id, "filao.message.attempt": delivery.attempt}
 
 
@@ -248,7 +233,7 @@ def _carried(span: Span) -> dict[str, str]:
 
 
 def _with_headers(draft: Draft, carried: Mapping[str, str], written: str) -> Draft:
-    """Return a message with more headers (`written`: as JSON), beside which those of its sender stay as they are."""
+    """Return a message with more headers (`written`: as JSON); its sender's own headers stay as they are."""
     own = decode_headers(draft.headers)
     if "traceparent" in own:
         return draft

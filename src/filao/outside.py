@@ -1,8 +1,8 @@
 """A session for threads other than its loop's: each operation is done in the thread that asks for it, or on the loop.
 
-Done in the thread is what need wait for nobody (`Immediate.at_once`): a lone call crosses no thread. Everything else
-goes to the loop, where it shares a commit with whatever else is there. Coroutines that use such a session never suspend
-in a thread; on the loop they do as with the session itself.
+An operation that need wait for nobody is done in the thread (`Immediate.at_once`), so a lone call crosses no thread.
+All others go to the loop, where they share a commit with whatever else is there. Coroutines that use such a session
+never suspend in a thread; on the loop they behave as with the session itself.
 """
 
 import threading
@@ -17,7 +17,7 @@ from filao.session import Session
 
 
 def outside(session: Session, caller: Caller) -> Session:
-    """Return a session, which is open, for all threads; `caller` makes calls on its loop, in whose thread this is."""
+    """Return a session for all threads from an open one. Called on its loop, to which `caller` passes calls."""
     loop_thread = threading.get_ident()
 
     async def submit(operation: Operation, since: float | None = None) -> Result:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
-from filao.batching import batcher_of, look_away
+from filao.batching import batcher_of
 from filao.checks import check_duration, check_name
 from filao.engine import (
     Abandoned,
@@ -35,6 +35,7 @@ from filao.engine import (
 )
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, UnsupportedFeature
 from filao.forks import gate, keep
+from filao.guarded import look_away
 from filao.observing import Asked, Observers
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, name_of
 

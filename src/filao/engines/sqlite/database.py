@@ -1,9 +1,9 @@
-"""Transactions on the file that end cleanly whatever happens, one at a time.
+"""Transactions on the file, one at a time, which end cleanly whatever happens.
 
 Everything here blocks, and runs in the engine's one database thread, or in a visit of it. A transaction is one turn at
-the turnstile, with its books; those who must look again because of it are called as it commits.
+the turnstile, with its books; processes that must look again because of it are called as it commits.
 
-Invariant: when no transaction is open the turn is somebody else's, and an open one has it from `begin` to its end.
+Invariant: an open transaction has the turn from `begin` to its end; without one, others may have it.
 """
 
 import sqlite3
@@ -25,29 +25,29 @@ from filao.forks import gate
 
 R = TypeVar("R")
 
-BUSY_AGAIN = (0.001, 0.05)  # seconds before the second try to begin beside another program's transaction, and at most
+BUSY_AGAIN = (0.001, 0.05)  # seconds between two tries while another program's transaction is open: first, and at most
 
 
 class Database:
-    """What one process does with its hold on a file."""
+    """The transactions of one process on its hold on a file."""
 
     def __init__(self, path: Path, *, durable: bool, clock: Callable[[], float], wake: Callable[[int], None]) -> None:
         self.hold: Hold = Hold(path, durable=durable, clock=clock)
         self.lessee: Lessee = NOBODY
-        """As whom this process receives, once it is entered: see `presence.py`."""
+        """This process as one that receives, once it is entered: see `presence.py`."""
         self.ticket: Ticket | None = None
-        """Of the running job: see `SqliteEngine._in_turn`."""
+        """The ticket of the running job: see `SqliteEngine._in_turn`."""
         self.loop_thread: int = threading.get_ident()
         """See `filao.forks.Storage`."""
         self._wake = wake
         self._books: Books | None = None
-        """Of the transaction that is open."""
+        """The books of the transaction that is open."""
         self._kept: Known | None = None
-        """By the books of the last transaction, when all that it wrote went through them: for the next."""
+        """What the books of the last transaction knew, for the next, when all that it wrote went through them."""
         self._kept_at: tuple[sqlite3.Connection, int] | None = None
-        """Its connection, and what SQLite counted there of the commits by others."""
+        """The connection of that transaction, and SQLite's count there of commits by others."""
         self._undone_because = ""
-        """Why the last one that did not commit was undone."""
+        """Why the last transaction that did not commit was undone."""
         self._is_visited = False
         """Whether a visit may have something open: see `mend`."""
 
@@ -60,7 +60,7 @@ class Database:
         self._insist(self.usable)
 
     def close(self) -> None:
-        """Let go of the file; the last process to do so writes its WAL back."""
+        """Close the file; the last process to do so writes its WAL back."""
         self._undo("its broker was closed in the middle of it")
         self.hold.close()
 
@@ -72,11 +72,11 @@ class Database:
         return self._books is not None
 
     def interrupt(self) -> None:
-        """Let the statement that runs fail. From any thread."""
+        """Let the running statement fail. For any thread."""
         self.hold.interrupt()
 
     def leave(self) -> None:
-        """Close the connection, and undo what is open in it."""
+        """Undo the open transaction and close the connection."""
         self._undo(
             "this process forked in the middle of it, and no connection may be open across a fork. Fork before a "
             "transaction begins, or start processes by spawn"
@@ -84,7 +84,7 @@ class Database:
         self.hold.leave()
 
     def inherit(self) -> None:
-        """Forget in a child what is the parent's."""
+        """In a child process: forget what belongs to the parent."""
         self.hold.inherit()
 
     # --- transactions ------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Database:
 
     @contextmanager
     def ending(self, books: Books) -> Generator[Books]:
-        """Commit a transaction on leaving, and call those who must look again; an exception undoes it."""
+        """Commit a transaction on leaving, and call the processes that must look again; an exception undoes it."""
         try:
             yield books
         except BaseException as error:
@@ -103,7 +103,7 @@ class Database:
         self.commit(books)
 
     def undo(self, error: BaseException) -> NoReturn:
-        """Undo what was begun because of an error, and raise it, or ours for it."""
+        """Undo the open transaction because of an error, and raise that, as Filao's own if it is the storage's."""
         self.roll_back(error)
         if isinstance(error, files.FAILURES):
             raise self.hold.error(error) from error
@@ -112,7 +112,7 @@ class Database:
     def begin(self, *, durable: bool, keeps: bool = False) -> Books:
         """Wait for a turn and begin a transaction, which `commit` or `roll_back` ends.
 
-        `keeps` says that the books learn of all that is written: the queue's verbs see to that.
+        `keeps`: all that is written goes through the books, as the queue's verbs make sure.
         """
         self.hold.set_durable(durable=durable)
         assert self._books is None, "a transaction inside a transaction"
@@ -126,8 +126,8 @@ class Database:
     def _insist(self, attempt: Callable[[], R]) -> R:
         """Try until no other program's transaction is in the way.
 
-        Invariant: between two tries this process has no turn, and the ticket of its job is there to be taken. So nobody
-        waits inside the turnstile, and no wait is without a bound.
+        Invariant: between two tries this process has no turn, and the ticket of its job can be taken. So nobody waits
+        inside the turnstile, and every wait has a bound.
         """
         hold, ticket, began = self.hold, self.ticket, time.monotonic()
         until = began + files.BUSY_TIMEOUT if ticket is None else ticket.until
@@ -148,7 +148,7 @@ class Database:
             pause = min(2 * pause, pause_max)
 
     def leave_waiting(self) -> bool:
-        """Leave the thread that waits in line for a job that was given up; False when none does. On the event loop."""
+        """Leave behind the thread that waits for a job that was given up; False if none does. On the event loop."""
         if self.ticket is None or not self.ticket.is_over or not self.hold.leave_waiting():
             return False
         self.ticket = None
@@ -163,7 +163,7 @@ class Database:
             self.hold.turnstile.leave()
 
     def _take_turn(self) -> None:
-        """Wait for a turn, and take the running job's ticket: from here on nobody else is to blame for the wait."""
+        """Wait for a turn, and take the running job's ticket: from here on it waits for nobody else."""
         self.hold.check_lost()
         self.hold.take_turn(self.ticket)
         try:
@@ -178,7 +178,7 @@ class Database:
         self.ticket = None
 
     def offer(self, ticket: Ticket | None) -> bool:
-        """Give the ticket of the running job back, if that has taken it; return False when its time is over."""
+        """Give the ticket of the running job back, if the job has taken it; return False when its time is over."""
         was_taken, self.ticket = self.ticket is None, ticket
         return ticket is None or not was_taken or ticket.give_back()
 
@@ -201,7 +201,7 @@ class Database:
             return None
 
     def mend(self) -> None:
-        """Undo what a visit has left, wherever it was interrupted."""
+        """Undo what is left of a visit, wherever it was interrupted."""
         if self._is_visited:
             self._books = self._kept = None
             with suppress(sqlite3.Error):
@@ -211,7 +211,7 @@ class Database:
             self._is_visited = False
 
     def _begin(self, *, keeps: bool) -> Books:
-        """Begin in a turn, which ends when that fails; an error that is not mapped says that somebody is in the way."""
+        """Begin in a turn, and end the turn when that fails. An error of SQLite's own means that the file is busy."""
         try:
             return self._begun(keeps=keeps)
         except BaseException as error:
@@ -239,7 +239,7 @@ class Database:
         return books
 
     def commit(self, books: Books) -> None:
-        """Make it so, durably when the transaction was begun so."""
+        """Commit, durably if the transaction was begun so."""
         self.check_open(books)
         try:
             check_stands(books)
@@ -255,7 +255,7 @@ class Database:
         self._is_visited = False
 
     def check_open(self, books: Books) -> None:
-        """Raise `EngineUnavailable` when a transaction is open no more: a fork or a close has ended it."""
+        """Raise `EngineUnavailable` when a fork or a close has ended the transaction."""
         if books is not self._books:
             raise EngineUnavailable(
                 f"{self.hold.path}: nothing of this transaction was done: it was undone, because "
@@ -263,13 +263,13 @@ class Database:
             )
 
     def roll_back(self, error: BaseException) -> None:
-        """Undo what was begun, if anything was; and when the disk failed, never trust this connection again."""
+        """Undo the open transaction, if there is one; if the disk failed, never use this connection again."""
         if isinstance(error, files.FAILURES) and files.is_broken(error) and self.hold.db is not None:
             self.hold.break_off()
         self._undo("it failed before")
 
     def _undo(self, because: str) -> None:
-        """Undo the transaction that is open, if one is, and end its turn."""
+        """Undo the open transaction, if there is one, and end its turn."""
         if self._books is None:
             return
         books, self._books, self._undone_because = self._books, None, because
@@ -282,7 +282,7 @@ class Database:
             self._is_visited = False
 
     def _call(self, calls: Sequence[Call]) -> None:
-        """Wake those who must look again; while we commit, they wake up, and then queue behind us at the turnstile."""
+        """Wake the processes that must look again: while we commit, they wake up and wait behind us for a turn."""
         for process, bell, queue in calls:
             if process == self.lessee.process:
                 self._wake(queue)
@@ -292,9 +292,9 @@ class Database:
     # --- looking -----------------------------------------------------------------------------------------------------
 
     def look_up(self, work: Callable[[Books], R]) -> R:
-        """Do what only looks. Nothing but what recovers or closes the file can be in the way, for a moment.
+        """Do work that only reads. Only a program that recovers or closes the file can be in its way, for a moment.
 
-        It may take its time, as the doctor does: once it has begun, nobody else is to blame.
+        The work may take its time, as the doctor's does: once it has begun, it waits for nobody else.
         """
 
         def attempt() -> R:
@@ -305,12 +305,12 @@ class Database:
         return self._insist(attempt)
 
     def read(self) -> Books:
-        """Return books for looking only: each statement sees what is committed, and nothing is written down."""
+        """Return books for reading only: each statement sees what is committed, and nothing is written back."""
         self.hold.look()
         return self.books_on(self.usable())
 
     def usable(self) -> sqlite3.Connection:
-        """Return the connection; opened in a turn for the first time, after a fork, or after the disk failed."""
+        """Return the connection. It is opened in a turn: at first, after a fork, and after the disk failed."""
         if self.hold.db is not None:
             return self.hold.db
         self._take_turn()
@@ -320,5 +320,5 @@ class Database:
             self.hold.turnstile.leave()
 
     def books_on(self, db: sqlite3.Connection) -> Books:
-        """Return books for a transaction that somebody else has begun, or for none."""
+        """Return books for a transaction that others have begun, or for reads outside of any."""
         return Books(db, self.hold.name, self.hold.clock.now(db))

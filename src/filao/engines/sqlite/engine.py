@@ -28,9 +28,10 @@ from filao.engines.sqlite.overview import SqliteOverview
 from filao.engines.sqlite.presence import Presence
 from filao.engines.sqlite.receive import NOBODY, look
 from filao.engines.sqlite.thread import DatabaseThread, Direct, Tickets
-from filao.engines.sqlite.transactions import SqliteTransactions, look_away
+from filao.engines.sqlite.transactions import SqliteTransactions
 from filao.engines.waiters import Lines, Place
 from filao.errors import EngineUnavailable, FilaoError
+from filao.guarded import look_away
 from filao.process import process_name
 from filao.queue import Queue
 

@@ -1,4 +1,4 @@
-"""Receiving: what is due, the claim, those who wait. `postgresql/functions/receive.sql` is the same in SQL."""
+"""Receiving: what is due, the lease, the waiting list. `postgresql/functions/receive.sql` is the same in SQL."""
 
 import secrets
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Lessee:
     process: int
     name: str
     leases: int = field(default_factory=lambda: secrets.randbits(31))
-    """Counted from anywhere: in another file, or one that was restored, the same process's number has other tokens."""
+    """How many, counted from a random number, so that in a restored file the same process number has other tokens."""
     waits: set[int] = field(default_factory=set[int])
     """The queues on whose waiting lists it may stand."""
 
@@ -47,7 +47,7 @@ class Lessee:
 
 
 NOBODY: Lessee = Lessee(0, "")
-"""Stands for a process that has not entered itself among those that receive."""
+"""A process that has not entered itself among those that receive."""
 
 
 def receive(books: Books, asked: Sequence[Receive], lessee: Lessee) -> Sequence[Received | FilaoError]:
@@ -96,7 +96,7 @@ def _lease(books: Books, row: QueueRow, asked: Sequence[Receive], lessee: Lessee
 
 
 def _queue_up(books: Books, row: QueueRow, lessee: Lessee, wants: int, *, served: bool) -> None:
-    """Wait for so many messages; one that was served does so behind the others."""
+    """Put the process on the queue's waiting list for so many messages; at its end if it was served."""
     if served and row.id in lessee.waits:
         waitlist.leave(books, row, lessee.process)
         lessee.waits.discard(row.id)
@@ -113,9 +113,9 @@ def _delivery(books: Books, queue: str, token: int, fields: Sequence[Any]) -> De
 
 
 def make_due(books: Books, row: QueueRow) -> None:
-    """Make ready what is due, delayed messages and those whose lease ran out; bury what outlived its ttl."""
-    # What is ready may be leased: nothing whose time has not come, that another holds, or that outlived its ttl is.
-    # Each kind is bounded; what is left is due still, and the next receive goes on with it.
+    """Make ready what is due: delayed messages, and those whose lease ran out. Bury what outlived its ttl."""
+    # Every ready message may be leased, so none is ready that is not due, that another holds, or that outlived its ttl.
+    # The number of each kind is bounded; what is left is still due, and the next receive goes on with it.
     if row.count["delayed"]:
         for entry in books.entries(
             f"INDEXED BY filao_delayed WHERE queue = ? AND state = 3 AND at <= ? ORDER BY at LIMIT {moves.DUE_MAX}",
@@ -153,9 +153,9 @@ def lose_all(
 
 
 def look(books: Books, queue: str) -> float | None:
-    """Return in how many seconds who waits should look: 0 when there may be something; None: not before it is called.
+    """Return in how many seconds those who wait should look: at once (0), or not before they are called (None).
 
-    It takes nothing and writes nothing: for commits that rang no bell.
+    It takes nothing and writes nothing. It is for commits that rang no bell.
     """
     row = books.legible(queue)
     if row is None:
@@ -166,9 +166,9 @@ def look(books: Books, queue: str) -> float | None:
 
 
 def time_to_due(books: Books, row: QueueRow) -> float | None:
-    """Return the seconds until the next delayed message or running lease is due, or what is promised to others is not.
+    """Return the seconds until the next delayed message or running lease is due, or until promises to others end.
 
-    None while the queue is paused: its resumption calls those who wait.
+    None while the queue is paused: resuming it calls those who wait.
     """
     if row.paused:
         return None

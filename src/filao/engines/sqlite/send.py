@@ -36,10 +36,10 @@ def send(books: Books, operation: Send) -> list[Receipt] | FilaoError:
 
 
 def _came_first(books: Books, row: QueueRow, claims: Sequence[Sequence[tuple[int, str]]]) -> list[str | int | None]:
-    """Say of each draft what came first: the id of a message, or the place of another draft; None when it is new.
+    """Return for each draft what it is a duplicate of: a message's id, or another draft's place; None when it is new.
 
-    Draft by draft: only what is new claims its keys, for those behind it in the same send. This is decided before room
-    is made, so what is dropped to make room frees no key for this send, and what is counted as new is what is stored.
+    The drafts are decided in order, and only a new one claims its keys against those behind it. All this is decided
+    before room is made: a message that is dropped for it frees no key for this send, and exactly the new are stored.
     """
     claimed: dict[tuple[int, str], int] = {}
     found: list[str | int | None] = []
@@ -79,7 +79,7 @@ def _store(books: Books, row: QueueRow, draft: Draft, claimed: Sequence[tuple[in
 
 
 def _state_in_group(books: Books, row: QueueRow, group: str, state: int) -> int:
-    """Return the state of a group's new message: blocked, unless it is the first or waits for its own time."""
+    """Return the state of a group's new message: blocked, unless it is the first, or delayed where groups skip."""
     if state == DELAYED and row.rules.group_failure == "skip":
         return DELAYED
     if (row.id, group) not in books.occupied:
@@ -95,7 +95,7 @@ def _is_occupied(books: Books, row: QueueRow, group: str) -> bool:
 
 
 def _has_room(books: Books, row: QueueRow, new: int, most: int) -> bool:
-    """Make room for so many new messages, or return False: what is expired goes first, then what may be dropped."""
+    """Make room for so many new messages, or return False: expired ones go first, then those that may be dropped."""
     while row.pending() + new > most and moves.let_expire(books, row):
         pass
     surplus = row.pending() + new - most

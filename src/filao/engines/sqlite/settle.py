@@ -1,8 +1,7 @@
 """Settling and extending. `postgresql/functions/settle.sql` is the same in SQL.
 
-A lease is a row's token. Every statement that settles or extends compares it, and it is overwritten only when somebody
-else receives the message: a settle that matches is therefore always safe, even late, and one that does not match
-changes nothing.
+A lease is a row's token. Every statement that settles or extends compares it, and only another receive of the message
+overwrites it: so a settle whose token matches is always safe, even late, and one whose token does not changes nothing.
 """
 
 import random
@@ -51,7 +50,7 @@ _EXTENDS = {
 
 
 def settle(books: Books, operation: Settle, lessee: Lessee) -> FilaoError | None:
-    """End a lease as its outcome says, unless it is no longer the caller's."""
+    """End a lease with an outcome, unless it is no longer the caller's."""
     delivery, outcome = operation.delivery, operation.outcome
     row = books.queue(delivery.queue)
     if row is None:
@@ -92,9 +91,9 @@ def release(books: Books, row: QueueRow, entry: Entry, by: str, delay: float = 0
 
 
 def _ack_in_time(books: Books, delivery: Delivery) -> bool:
-    """Delete a message whose lease is running: the whole of most acks.
+    """Delete a message whose lease is running: most acks do no more than that.
 
-    Had it failed since it was received, as when its lease ran out and was extended late, there is more to clear up.
+    If it has failed since it was received, as when its lease ran out and was extended late, there is more to clear up.
     """
     deleted = books.db.execute(
         "DELETE FROM filao_message WHERE id = ? AND token = ? AND state = 4 AND at > ? AND failures = ?",
@@ -104,7 +103,7 @@ def _ack_in_time(books: Books, delivery: Delivery) -> bool:
 
 
 def _held(books: Books, row: QueueRow, delivery: Delivery) -> Entry | None:
-    """Return the message if this delivery's lease is still the last one; count it when its time had run out."""
+    """Return the message if this delivery's lease is still the last one; count it as late if it had run out."""
     found = books.db.execute(
         f"SELECT at, {ENTRY} FROM filao_message WHERE id = ? AND token = ?",
         (delivery.handle, delivery.token),
@@ -126,7 +125,7 @@ def _fail(books: Books, row: QueueRow, entry: Entry, delay: float | None) -> Non
 
 
 def _due(books: Books, delay: float) -> int | None:
-    """Return when so many seconds are over; None for none."""
+    """Return the time after so many seconds; None for no delay."""
     wait = round(delay * 1000)
     return books.now + wait if wait else None
 
@@ -138,7 +137,7 @@ def extend(books: Books, operation: Extend, lessee: Lessee) -> FilaoError | None
     if row is None:
         return _lease_lost(books, delivery, "its queue was deleted, and the message with it")
     entry = _held(books, row, delivery)
-    if entry is None or entry.state == BLOCKED:  # blocked: its group went on without it
+    if entry is None or entry.state == BLOCKED:  # blocked: its group has gone on without it
         return _lease_lost(books, delivery)
     books.db.execute(
         "UPDATE filao_message SET state = 4, at = ? WHERE id = ? AND token = ?",
@@ -177,7 +176,7 @@ def _lease_lost(books: Books, delivery: Delivery, now: str = "") -> LeaseLost:
 
 
 def is_plain_ack(operation: Operation) -> bool:
-    """Return whether it is an ack that has nothing to clear up but its message."""
+    """Return whether an operation is an ack that has only its message to delete."""
     if not isinstance(operation, Settle) or not isinstance(operation.outcome, Ack):
         return False
     about = operation.delivery
@@ -185,9 +184,7 @@ def is_plain_ack(operation: Operation) -> bool:
 
 
 def ack_together(books: Books, acks: Sequence[Operation], lessee: Lessee) -> bool:
-    """Delete the messages of many acks with a few statements; if one of them is not in time, undo it and return
-    False.
-    """
+    """Delete the messages of many acks with a few statements, or none of them and return False if one is too late."""
     deliveries = [ack.delivery for ack in acks if isinstance(ack, Settle)]
     if not _all_in_time(books, _DELETES, (), deliveries):
         return False
@@ -218,7 +215,7 @@ def extend_together(books: Books, extends: Sequence[Extend], lessee: Lessee) -> 
 def _all_in_time(
     books: Books, statements: Mapping[int, str], first: tuple[int, ...], deliveries: Sequence[Delivery]
 ) -> bool:
-    """Change many messages with a few statements; if one of their leases is not running, undo it and return False."""
+    """Change many messages with a few statements, or none and return False if one of their leases is not running."""
     if len(deliveries) < 2:
         return False
     books.db.execute("SAVEPOINT together")

@@ -1,8 +1,8 @@
 """The one thread in which an engine's SQLite connection lives: jobs go in from the event loop, results come back.
 
-A lean stand-in for a one-thread executor: a lone caller pays for two hops between threads with every operation. Who
-need not wait for anybody may visit the connection instead, and pays for none.
-Every job runs inside the gate of forks, so that none is half-way when this process forks.
+It is leaner than an executor with one thread, because a lone caller pays for two hops between threads with every
+operation. A caller that need not wait for anybody may visit the connection instead, which costs no hop. Every job runs
+inside the gate of forks, so that none is half-way when this process forks.
 """
 
 import asyncio
@@ -24,17 +24,17 @@ from filao.process import no_thread
 R = TypeVar("R")
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
-_handler_of: Callable[[int], object] = import_module("_signal").getsignal  # what `signal` wraps, at a thirtieth of it
+_handler_of: Callable[[int], object] = import_module("_signal").getsignal  # what `signal` wraps, at 30 times its cost
 _SIGNALS = tuple(map(int, signal.valid_signals()))
 _ONLY_RAISE = frozenset((None, int(signal.SIG_DFL), int(signal.SIG_IGN), signal.default_int_handler))
-"""What stands for no handler of the program's; of these only the last is Python's, and all it does is to raise."""
+"""What is no handler of the program's. Of these only the last runs Python, and all it does is to raise."""
 
 
 class Ticket:
-    """Decides whether a job that waits for its turn begins: the job or the timer takes it, and it is there once.
+    """Decides whether a job that waits for its turn begins: either the job or the timer takes it, and only once.
 
-    So a caller that was told "nothing was done" was told the truth: the timer had it, and the job can never begin. A
-    job that could not begin in its turn gives the ticket back, and waits on like all others.
+    So a caller that was told "nothing was done" was told the truth: the timer took the ticket, and the job can never
+    begin. A job that could not begin in its turn gives the ticket back, and waits on like all others.
     """
 
     def __init__(self, until: float) -> None:
@@ -42,32 +42,32 @@ class Ticket:
         """Monotonic time after which the job must have begun."""
         self._lock = threading.Lock()
         self._is_over = False
-        """The timer has come for it."""
+        """Whether the timer has come for it."""
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody waits for its job any more, unless that has begun."""
+        """Whether nobody waits for its job any more, unless the job has begun."""
         return self._is_over
 
     def take(self) -> bool:
-        """Return whether it was there to be taken, in time."""
+        """Take it for the job; return False when it is too late."""
         return not self._is_over and self._lock.acquire(blocking=False)
 
     def give_back(self) -> bool:
-        """Let the timer have it again; return False when that has come meanwhile, for the last time."""
+        """Let the timer have it again; return False when the timer has come meanwhile, and will not come again."""
         self._lock.release()
         return not self._is_over
 
     def expire(self) -> bool:
-        """Let no job take it any more; return False when one has it, which hears of this if it gives it back."""
-        self._is_over = True  # before the look: a job that gives it back just now sees the one or the other
+        """Let no job take it any more; return False when one has it, which learns of this if it gives it back."""
+        self._is_over = True  # before the lock: a job that gives it back just now either frees it in time or sees this
         return self._lock.acquire(blocking=False)
 
 
 class Direct(asyncio.Future[R]):
-    """A future that calls its callbacks in the turn of the loop in which it ends, where others do so in the next.
+    """A future that calls its callbacks at once when it ends, and not on the loop's next turn.
 
-    For callbacks that are short, and for nobody who awaits it.
+    It is for short callbacks only, and nobody may await it.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -75,24 +75,24 @@ class Direct(asyncio.Future[R]):
         self._then: list[Callable[[Any], object]] = []
 
     def add_done_callback(self, fn: Callable[[Self], object], /, *, context: Context | None = None) -> None:
-        """Call `fn` when it ends, or soon if it has."""
+        """Call `fn` when it ends, or soon if it has ended."""
         if self.done():
             super().add_done_callback(fn, context=context)
         else:
             self._then.append(fn)
 
     def set_result(self, result: R, /) -> None:
-        """End it, and say so."""
+        """End it and call the callbacks."""
         super().set_result(result)
         self._tell()
 
     def set_exception(self, exception: type | BaseException, /) -> None:
-        """End it by an error, and say so."""
+        """End it by an error and call the callbacks."""
         super().set_exception(exception)
         self._tell()
 
     def cancel(self, msg: Any = None) -> bool:
-        """Cancel it, and say so."""
+        """Cancel it and call the callbacks."""
         is_cancelled = super().cancel(msg)
         if is_cancelled:
             self._tell()
@@ -104,13 +104,10 @@ class Direct(asyncio.Future[R]):
 
 
 class Tickets:
-    """Those of jobs that have not ended. One timer serves all: to set and cancel one for each costs a lone call much.
-
-    What takes a ticket first, the job or the timer, decides: that it begins, or that it never will.
-    """
+    """The tickets of all jobs that have not ended, with one timer: one for each job would cost a lone call much."""
 
     def __init__(self, refusal: Callable[[], Exception], then: Callable[[], None]) -> None:
-        """`refusal` makes the error of a job that never began; `then` is called once some were given up."""
+        """`refusal` makes the error of a job that never began; `then` is called whenever the timer has rung."""
         self._loop = asyncio.get_running_loop()
         self._refusal = refusal
         self._then = then
@@ -119,7 +116,7 @@ class Tickets:
         self._rings_at = 0.0
 
     def hand_out(self, until: float, future: "asyncio.Future[Any]") -> Ticket:
-        """Return the ticket of a job that must have begun by then (monotonic), or its future fails."""
+        """Return a ticket for a job, whose future fails when it has not begun by then (monotonic)."""
         ticket = self._held[future] = Ticket(until)
         if self._timer is None or until < self._rings_at:
             self._set(until)
@@ -127,7 +124,7 @@ class Tickets:
         return ticket
 
     def give_up(self, now: float) -> None:
-        """Let those fail that had to begin before now and did not."""
+        """Let the jobs fail that had to begin before now and did not."""
         self._timer = None
         for future, ticket in list(self._held.items()):
             if ticket.until <= now and ticket.expire() and not future.done():
@@ -153,34 +150,34 @@ class Tickets:
     def _take_back(self, future: "asyncio.Future[Any]") -> None:
         ticket = self._held.pop(future)
         if future.cancelled():
-            ticket.expire()  # so that it never begins, unless it has
+            ticket.expire()  # so that the job never begins, unless it has begun
 
 
 class Visited(Storage, Protocol):
     """What jobs and visits work on."""
 
     def mend(self) -> None:
-        """Undo what a visit has left, which an exception has met between any two of its instructions."""
+        """Undo what is left of a visit that an exception has ended between any two of its instructions."""
 
 
 class DatabaseThread:
-    """Runs jobs one after the other; started at once, ended by `stop`."""
+    """Runs jobs one after the other, from its creation until `stop`."""
 
     def __init__(
         self, name: str, storage: Visited, *, jobs: "SimpleQueue[_Job | None] | None" = None, is_stopped: bool = False
     ) -> None:
-        """Given `jobs`, do those that another one has left."""
+        """Start the thread. `jobs` are those that another thread has left."""
         self._storage = storage
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue() if jobs is None else jobs
         self._is_stopped = is_stopped
         self._is_relieved = False
         self._relieving = threading.Lock()
-        """Held while it is decided whether another goes on in this one's place."""
+        """Held while it is decided whether another thread takes this one's place."""
         self._given = self._jobs.qsize()
         self._done = 0
         self._busy = threading.RLock()
-        """Held by who uses the connection; it knows its owner, who may have been interrupted before it knew."""
+        """Held while the connection is used. It knows its owner, which may be interrupted before it knows itself."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
             self._thread.start()
@@ -188,10 +185,10 @@ class DatabaseThread:
             raise EngineUnavailable(no_thread(error)) from error
 
     def submit(self, job: Callable[[], R], future: "asyncio.Future[R] | None" = None) -> "asyncio.Future[R]":
-        """Run `job` after those before it; the future is resolved on the loop, unless that happened meanwhile.
+        """Run `job` after those before it; the future is resolved on the loop, unless it was meanwhile.
 
-        It is the last that a lone caller does: the thread wakes up, and wants Python's lock, which the loop gives up
-        when it has nothing to do.
+        A lone caller should do nothing after it: the thread that wakes up needs Python's lock, which the loop gives up
+        once it has nothing to do.
         """
         future = self._loop.create_future() if future is None else future
         if self._is_stopped:
@@ -202,13 +199,13 @@ class DatabaseThread:
         return future
 
     def visit(self, job: Callable[[], bool]) -> bool:
-        """Run `job` in the calling thread, unless another runs or waits for its turn; return what it does, or False.
+        """Run `job` in the calling thread and return its result, or False if another job runs or waits for its turn.
 
-        Nor where a signal's handler of the program's may come in between: it might call the broker, or fork, and so
-        wait for this visit, which goes on only after it.
+        It also returns False where a signal handler of the program's may run in between. The handler might call the
+        broker or fork, and so wait for this visit, which goes on only after the handler.
 
-        Invariant: whatever exception meets the caller between any two instructions (a signal's handler may raise one in
-        the main thread), nothing is left of the visit, but for what it has committed.
+        Invariant: whatever exception is raised between any two instructions (a signal handler may raise one in the main
+        thread), nothing is left of the visit but what it has committed.
         """
         if self._given != self._done or _may_be_handled():
             return False
@@ -225,12 +222,12 @@ class DatabaseThread:
         return is_done
 
     def _is_mended(self) -> bool:
-        """Leave nothing of a visit that an exception has met; False when another one came meanwhile: do it again."""
+        """Clear away what an exception left of a visit; False when another one came meanwhile: call it again."""
         try:
             if self._busy.acquire(blocking=False):  # it is ours already, or nobody's
                 self._storage.mend()
                 gate.leave()
-                with suppress(RuntimeError):  # it is no more ours
+                with suppress(RuntimeError):  # all our holds are released
                     while True:
                         self._busy.release()
         except BaseException:
@@ -238,10 +235,10 @@ class DatabaseThread:
         return True
 
     def relieved(self, leave_waiting: Callable[[], bool]) -> "DatabaseThread":
-        """Return another thread for the jobs to come when this one can be left where it waits; else this one.
+        """Return another thread for the jobs to come if this one can be left where it waits, else this one.
 
-        Invariant: of the two, only one does jobs. The one that is left learns of it as it comes back from its wait, by
-        `LeftWaiting`, and has touched nothing since that others use.
+        Invariant: only one of the two does jobs. The one that was left learns of it by `LeftWaiting` when it comes back
+        from its wait, and has touched nothing since then that others use.
         """
         with self._relieving:
             if not leave_waiting():
@@ -273,8 +270,8 @@ class DatabaseThread:
             try:
                 self._loop.call_soon_threadsafe(_resolve, future, result, error)
             except RuntimeError:
-                return  # the loop was closed under us: nobody is left to tell
-            del item, job, future, result, error  # or this frame would keep them alive while it waits
+                return  # the loop was closed meanwhile: nobody is left to tell
+            del item, job, future, result, error  # otherwise this frame would keep them alive while it waits
 
     def _has_been_relieved(self) -> bool:
         with self._relieving:
@@ -282,7 +279,7 @@ class DatabaseThread:
 
 
 def _may_be_handled() -> bool:
-    """Return whether a handler of the program's may run in this thread, between any two instructions."""
+    """Return whether a signal handler of the program's may run in this thread between any two instructions."""
     if threading.get_ident() != threading.main_thread().ident:
         return False
     try:

@@ -15,6 +15,7 @@ from filao.engines.sqlite.foreign import open_transaction
 from filao.engines.sqlite.send import send
 from filao.engines.statements import check_statement
 from filao.errors import FilaoError
+from filao.guarded import look_away
 
 R = TypeVar("R")
 
@@ -126,9 +127,3 @@ class SqliteTransaction:
                     check_stands(self._books)  # otherwise what follows would be stored without what came before
 
         return await self._submit(mapped)
-
-
-def look_away(future: "asyncio.Future[Any]") -> None:
-    """Take the error of a job that nobody waits for."""
-    if not future.cancelled():
-        future.exception()

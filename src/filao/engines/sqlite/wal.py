@@ -1,9 +1,9 @@
-"""Whether a WAL still holds what its index says, and what it was seen to hold.
+"""Whether a WAL still holds what its index says, and what the last look found in it.
 
-SQLite reads nothing of a WAL again before it writes behind it. One that was cut off or overwritten in place, as `cp` of
-all three files does it, goes on being written; whoever opens the file next finds what stands before the damage, and
-nothing of what was confirmed after. So a look compares what was the last frame at the look before with what lies there
-now, and, when others have written since, the last frame that the index tells.
+SQLite does not read a WAL again before it appends to it. So it goes on appending to one that was cut off or overwritten
+in place, as by `cp` of all three files; whoever opens the file next finds what is before the damage, and nothing that
+was confirmed after it. So a look compares the last frame of the look before with what is in that place now and, when
+others have written since, also the last frame that the index tells.
 (https://www.sqlite.org/walformat.html)
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from msgspec import Struct
 
 _HEADER = 32  # bytes before the first frame
-_FRAME = 24  # bytes of a frame's own before its page: eight bytes, and then what is compared
+_FRAME = 24  # bytes of a frame's header, before its page: eight, and then those that are compared
 _COMPARED = 16  # bytes: the salts and the checksum, which covers all frames before it
 _COPY = 48  # bytes: the index begins with two copies of its header, which differ while it is written
 _FORMAT = 3_007_000
-_TRIES = 100  # looks while others write: each has met one that restarted the WAL between two reads of ours
+_TRIES = 100  # looks while others write, each of whom has restarted the WAL between two reads of ours
 _FIELDS = struct.Struct("=I8xBxHI4x2I8s")
 _CHECKSUM = struct.Struct(">2I")
 
@@ -28,9 +28,9 @@ class End(Struct, frozen=True):
     at: int = 0
     """Its offset in bytes; 0 when there is none."""
     salts: bytes = b""
-    """What tells one WAL from the next in the same file."""
+    """They tell one WAL from the next in the same file."""
     frame: bytes = b""
-    """What must lie there."""
+    """The bytes of it that are compared."""
 
 
 def end_of(
@@ -41,10 +41,10 @@ def end_of(
     *,
     others_wrote: bool,
 ) -> End | None:
-    """Return where a WAL ends by its index, or what was `seen` where that cannot be told; None when it was damaged.
+    """Return where a WAL ends by its index, or what was `seen` where the index does not tell; None when it was damaged.
 
-    Others may write meanwhile: what looks like damage is looked at `again`, until the index has stood still. Only then
-    need `read` be sure of the file that it reads.
+    Others may write meanwhile: what looks like damage is read `again` until the index has not changed. Only then must
+    `read` be sure that it reads the right file.
     """
     is_sure = False
     for _ in range(_TRIES):
@@ -64,7 +64,7 @@ def end_of(
 
 
 def _told(index: bytes | None) -> End | None:
-    """Return where an index says that its WAL ends; None while it is written, or where we may not look."""
+    """Return where an index says that its WAL ends; None while it is being written, or where we may not look."""
     if index is None or len(index) < 2 * _COPY or index[:_COPY] != index[_COPY : 2 * _COPY]:
         return None
     version, is_set, size, frames, one, two, salts = _FIELDS.unpack_from(index)
