@@ -20,7 +20,7 @@ from typing import Protocol
 WITHIN = 30.0  # seconds that a fork waits for jobs and transactions to end: the bound of every wait
 INTERRUPTED_WITHIN = 2.0  # seconds more for a job that was interrupted then
 LOOKED_IN_WITHIN = 0.1  # seconds more for threads that have just entered, and leave again when they see the fork
-_INHERITED: list[object] = []  # what neither a child nor its garbage collector may ever close
+_INHERITED: list[object] = []  # kept alive in a child, where closing them would disturb the parent
 
 
 class Storage(Protocol):

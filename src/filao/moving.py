@@ -27,16 +27,16 @@ class Parcel(msgspec.Struct, frozen=True):
     """
 
     handle: int
-    """By which its own engine finds it."""
+    """The handle by which its engine finds it."""
     id: str
     draft: Draft
-    """With what is left of its time to live and its delay."""
+    """With the rest of its delay and of its time to live."""
     sent_at: int
     attempts: int
     history: tuple[Failure, ...] = ()
     expires_at: int | None = None
     reason: str | None = None
-    """Of a dead letter; None: it waits."""
+    """Why a dead letter died; None for a message that waits."""
     died_at: int = 0
 
 

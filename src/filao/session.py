@@ -1,6 +1,6 @@
 """What a broker, its messages, its transactions and a worker share: one engine, open on one event loop.
 
-From here a send or a settle goes down to the batcher, and with its batch to the engine. Nothing here knows what stands
+From here a send or a settle goes down to the batcher, and with its batch to the engine. Nothing here knows the layers
 above.
 """
 

@@ -27,11 +27,11 @@ from filao.errors import EngineError
 from filao.printable import printable, some
 from filao.urls import shown_url
 
-_COLUMNS = 80  # of a line, where there is no terminal to ask
-_NAME, _NAME_LEAST = 27, 16  # columns of a queue's name: with the rest a line takes 80; fewer where that is too much
+_COLUMNS = 80  # of a line, where no terminal tells its width
+_NAME, _NAME_LEAST = 27, 16  # columns of a queue's name, so that a line takes 80; and the least on a narrow terminal
 _FIGURES = {"ready": 7, "leased": 7, "later": 7, "dead": 7, "oldest": 7, "in/s": 6, "out/s": 5}
 _DISPENSABLE = ("out/s", "in/s", "later", "leased", "oldest", "dead")
-"""What a narrow terminal does without, the first first: a figure that is cut is another figure."""
+"""What a narrow terminal leaves out, in this order: half a figure would be another figure."""
 _HELP: tuple[str, ...] = ("q quit", "s sort", "Enter look into", "up/down choose")
 _ARROWS = {
     b"\x1b[A": "up",
@@ -56,19 +56,19 @@ _KEYS = _ARROWS | _LETTERS
 _SORTS = ("age", "ready", "dead", "name")
 _PRESSED = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 _READ_MAX = 1_024  # bytes of keys that came at once
-_ROWS = 8  # of a terminal: one that has fewer does without what stands around the queues
+_ROWS = 8  # of a terminal: one with fewer shows nothing but the queues
 _OTHER_SCREEN, _FIRST_SCREEN = b"\x1b[?1049h\x1b[?25l", b"\x1b[?25h\x1b[?1049l"
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What is looked at."""
+    """How the queues are shown, as the keys have set it."""
 
     sort: str = "age"
     chosen: str = ""
     """The queue under the cursor."""
     is_inside: bool = False
-    """Only that queue is shown."""
+    """Whether only that queue is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Reading:
     """Sent and acked, by queue."""
     trouble: str = ""
     untold: str = ""
-    """What the engine does not tell, in words; a dash stands for it. Empty: it tells all."""
+    """A note on the figures that the engine does not have, which are shown as a dash; empty if it has all."""
 
 
 @click.command()
@@ -109,7 +109,7 @@ def watch(url: str, queue: str | None, *, every: float, times: int | None = None
             return read_anew(broker, lambda: broker.stats() if queue is None else [broker.stats(queue)])
 
         first = Reading(time.monotonic(), look(), untold=untold(broker, "-"))
-        is_screen = os.environ.get("TERM", "") not in ("", "dumb")  # one that goes where it is told
+        is_screen = os.environ.get("TERM", "") not in ("", "dumb")  # one whose cursor can be moved
         if is_screen and is_terminal(sys.stdout) and is_terminal(sys.stdin):
             _on_terminal(
                 look,
@@ -125,7 +125,7 @@ def watch(url: str, queue: str | None, *, every: float, times: int | None = None
 
 
 def read_again(look: Callable[[], Sequence[QueueStats]], before: Reading) -> Reading:
-    """Look again; of a store that is away, keep what was seen last and say so."""
+    """Look again; while the store is away, return the last reading with its error."""
     now = time.monotonic()
     try:
         queues = look()
@@ -148,7 +148,7 @@ def _in_lines(look: Callable[[], Sequence[QueueStats]], reading: Reading, every:
     while True:
         lines = [line(one, reading) for one in sorted_by(reading.queues, "age")]
         if reading.trouble:
-            note(printable(reading.trouble))  # what was seen before is not printed as if it were seen now
+            note(printable(reading.trouble))  # older figures are not printed again as if they were new
         else:
             print_lines([text.encode(errors="replace") for text in lines or ["no queue is declared"]])
         done += 1
@@ -180,13 +180,13 @@ def _on_terminal(
 
 
 def _draw(lines: Sequence[str]) -> None:
-    """Write over what was there, so that nothing flickers."""
+    """Overwrite the screen without clearing it first, so that nothing flickers."""
     os.write(1, b"\x1b[H" + b"\r\n".join(text.encode(errors="replace") + b"\x1b[K" for text in lines) + b"\x1b[J")
 
 
 @contextmanager
 def _other_screen() -> Generator[None]:
-    """Draw on the other screen, but not while it is stopped by Ctrl-Z; a new size is drawn in at once."""
+    """Use the other screen, and give the first one back while Ctrl-Z stops this process."""
     before = termios.tcgetattr(0)
 
     def take() -> None:
@@ -200,10 +200,10 @@ def _other_screen() -> Generator[None]:
     def stop(_number: int, _frame: object) -> None:
         give_back()
         os.kill(os.getpid(), signal.SIGSTOP)
-        take()  # somebody has it go on
+        take()  # the shell let it go on
 
     def resized(_number: int, _frame: object) -> None:
-        """Do nothing: that a signal came ends the wait for a key."""
+        """Do nothing but end the wait for a key, so that the new size is drawn at once."""
 
     handlers = {signal.SIGTSTP: stop, signal.SIGWINCH: resized}
     were = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -217,7 +217,7 @@ def _other_screen() -> Generator[None]:
 
 
 def _keys(signalled: int, seconds: float) -> list[str] | None:
-    """Return what the next keys mean, none at a signal; None when there was neither in time."""
+    """Return what the next keys mean: an empty list after a signal, None when neither came in time."""
     ready = select.select([0, signalled], [], [], seconds)[0]
     if signalled in ready:
         os.read(signalled, _READ_MAX)
@@ -231,7 +231,7 @@ def _keys(signalled: int, seconds: float) -> list[str] | None:
 
 
 def keys_of(pressed: bytes) -> list[str]:
-    """Return what each key means; several come at once from one that is held down, or over a slow line."""
+    """Return what each key means; several come at once when one is held down, or over a slow line."""
     return [_KEYS.get(one.replace(b"\x1bO", b"\x1b["), "other") for one in _PRESSED.findall(pressed)]
 
 
@@ -253,7 +253,7 @@ def moved(view: View, key: str, reading: Reading) -> View:
 
 
 def sorted_by(queues: Sequence[QueueStats], sort: str) -> list[QueueStats]:
-    """Return the queues with what needs a look first."""
+    """Return the queues, with those first that need attention."""
 
     def figure(one: QueueStats) -> float:
         match sort:
@@ -270,12 +270,12 @@ def sorted_by(queues: Sequence[QueueStats], sort: str) -> list[QueueStats]:
 
 
 def heading(columns: int = _COLUMNS) -> str:
-    """Return the words above the lines."""
+    """Return the names of the columns as a line."""
     return _laid_out("queue", {name: name for name in _FIGURES}, columns)
 
 
 def line(queue: QueueStats, reading: Reading, columns: int = _COLUMNS) -> str:
-    """Return a queue on a line; `later` are those delayed and blocked."""
+    """Return a queue as a line; `later` counts delayed and blocked messages."""
     name = printable(f"{queue.name} (paused)" if queue.paused else queue.name)
     rate_in, rate_out = (short(rate) for rate in reading.rates[queue.name]) if queue.name in reading.rates else "--"
     leased, later = short(queue.leased), short(queue.delayed + queue.blocked)
@@ -306,7 +306,7 @@ def _laid_out(name: str, figures: Mapping[str, str], columns: int) -> str:
 
 
 def screen(reading: Reading, view: View, title: str, *, columns: int, rows: int) -> list[str]:
-    """Return what fits on the terminal, the line of the cursor in reverse."""
+    """Return the lines that fit on the terminal, with the chosen queue in reverse."""
     queues = sorted_by(reading.queues, view.sort)
     inside = next((one for one in queues if one.name == view.chosen), None) if view.is_inside else None
     trouble, below = printable(reading.trouble), 2 if rows >= _ROWS else 0
@@ -332,7 +332,7 @@ def screen(reading: Reading, view: View, title: str, *, columns: int, rows: int)
 
 
 def _told(queue: QueueStats, reading: Reading, columns: int) -> list[str]:
-    """Return what there is to know of one queue."""
+    """Return all that is known of one queue."""
     if reading.untold:
         return [f"{'ready':<9}{queue.ready:>12,}", f"{'dead':<9}{queue.dead:>12,}", "", *wrap(reading.untold, columns)]
     lines = [

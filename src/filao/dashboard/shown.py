@@ -52,7 +52,7 @@ def json_text(body: Any) -> str:
 
 
 def hexadecimal(content: bytes) -> str:
-    """Return bytes in rows: the offset, the bytes, and those that are letters."""
+    """Return bytes in rows: the offset, the bytes in hexadecimal, and those that are characters."""
     rows: list[str] = []
     for first in range(0, len(content), HEX_ROW):
         row = content[first : first + HEX_ROW]
@@ -62,7 +62,7 @@ def hexadecimal(content: bytes) -> str:
 
 
 def lines(text: str) -> str:
-    """Return a text of several lines, each of which prints."""
+    """Return a text of several lines, each made safe to show."""
     return "\n".join(printable(line) for line in text.replace("\r\n", "\n").split("\n"))
 
 
@@ -73,7 +73,7 @@ def number(language: Language, value: float) -> str:
 
 
 def age(language: Language, seconds: float | None) -> str:
-    """Return an age as people say it, shortly."""
+    """Return an age in the largest unit it fills."""
     if seconds is None:
         return NOTHING
     for unit, size in (("j" if language == "fr" else "d", 86_400), ("h", 3_600), ("min", 60)):

@@ -28,7 +28,7 @@ _PARTS = re.compile(
 def check_statement(sql: str) -> str:
     """Return the first word of a statement, in capitals.
 
-    Raises `ConfigurationError` for what is no text, and for a statement that would end its transaction.
+    Raises `ConfigurationError` if it is not a text, or would end its transaction.
     """
     if not isinstance(sql, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
         raise ConfigurationError(f"a statement is {shown(sql)}; it must be a text. Nothing was done")

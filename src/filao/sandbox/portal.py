@@ -49,7 +49,7 @@ class Portal:
 
 
 async def main() -> None:
-    """Be the portal until the parent leaves."""
+    """Run the portal until the parent leaves."""
     post = msgspec.json.decode(sys.argv[1], type=Post)
     decode = msgspec.json.Decoder(Submission).decode
     journal = Journal(journal_of(Path(post.journals), PORTAL), PORTAL)

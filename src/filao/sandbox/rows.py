@@ -20,7 +20,7 @@ SHOWN = (
 )  # columns, in the order in which they are shown
 CONTENT_MAX = 120  # characters
 NUMBER_MAX = 15  # digits
-NONE = "\u2013"  # what stands for a number that says that there is none
+NONE = "\u2013"  # shown in place of a number that means "none"
 WAIT = 0.2  # seconds for a lock that another holds
 
 

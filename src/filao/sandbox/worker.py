@@ -240,7 +240,7 @@ def _end(task: "asyncio.Task[None] | None") -> None:
 
 
 async def main() -> None:
-    """Be a consumer until the parent leaves."""
+    """Run a consumer until the parent leaves."""
     post = msgspec.json.decode(sys.argv[1], type=Post)
     async with filao.connect(post.file) as broker:
         await ClaimsWorker(broker, post).work()

@@ -45,7 +45,7 @@ class Surroundings:
         return bool(self.on_loop or self.in_place)
 
     def add(self, middleware: Middleware) -> None:
-        """Add a middleware. Raises `ConfigurationError` for what is no generator function."""
+        """Add a middleware. Raises `ConfigurationError` if it is not a generator function."""
         is_async, enter = _entered(middleware, "middleware", "message")
         (self.on_loop if is_async else self.in_place).append(enter)
 
@@ -123,7 +123,7 @@ async def _until(told: asyncio.Event) -> AsyncGenerator[None]:
 
 
 def check_lifespan(lifespan: Lifespan) -> None:
-    """Raise `ConfigurationError` for what is no generator function."""
+    """Raise `ConfigurationError` unless a lifespan is a generator function."""
     _entered(lifespan, "lifespan", "")
 
 

@@ -191,7 +191,7 @@ class Folder:
 
 
 def _apart(fd: int) -> int:
-    """Return a descriptor that stands for none of the standard streams: what is printed must not end in the file."""
+    """Return a descriptor other than those of the standard streams, so that nothing is printed into the file."""
     if fd >= STANDARD or sys.platform == "win32":
         return fd
     try:

@@ -40,7 +40,7 @@ def has_turn(turnstile: Path) -> bool:
 def has_open(path: Path, turnstile: Path) -> bool:
     """Return whether this process, which has the file open, has the lock that belongs to it. Call this in a turn.
 
-    It is True where the system does not tell: there it does not tell of the turn either.
+    It is True where the system does not tell, because there it does not tell who has the turn either.
     """
     shm = path.with_name(path.name + "-shm")
     return os.getpid() in _holders("POSIX", shm, _OPEN, "READ") or not has_turn(turnstile)
