@@ -1,7 +1,8 @@
 -- What operators do.
 
 -- The numbers of the messages that an operator's command is about, eight bytes each: those in these states, or of these
--- ids, `most` at most. It is fixed when the command begins, for what is done to one may let another of its group through.
+-- ids, `most` at most. They are fixed when the command begins, because what is done to one message may let another of
+-- its group through.
 CREATE OR REPLACE FUNCTION filao.mark(q integer, states filao.state[], ids text[], most bigint) RETURNS bytea
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
