@@ -6,7 +6,7 @@ from importlib import resources
 from filao.engines.postgresql import schema
 
 DIGESTS = {10: "a5b3e1000befb00f"}
-"""Of the SQL of a version, the newest alone."""
+"""The digest of the SQL of the newest version."""
 
 
 def digest() -> str:
@@ -19,9 +19,8 @@ def digest() -> str:
 
 def test_a_change_of_the_sql_is_a_new_version_of_the_schema() -> None:
     assert {schema.VERSION: digest()} == DIGESTS, (
-        "the SQL has changed, and databases that were built before do not know: raise VERSION "
-        "in schema.py, with a step for "
-        f"what is stored, and write down {{{schema.VERSION}: {digest()!r}}} here"
+        "the SQL has changed, and databases that were built before do not know: raise VERSION in schema.py, with a step "
+        f"for what is stored, and write down {{{schema.VERSION}: {digest()!r}}} here"
     )
 
 

@@ -8,16 +8,7 @@ import msgspec
 
 from filao.engines.sqlite.books import LEASED, NO_TOKEN, READY, STATES
 
-SHOWN = (
-    "id",
-    "state",
-    "attempts",
-    "token",
-    "at",
-    "grp",
-    "reason",
-    "content",
-)  # columns, in the order in which they are shown
+SHOWN = ("id", "state", "attempts", "token", "at", "grp", "reason", "content")  # columns, in this order
 CONTENT_MAX = 120  # characters
 NUMBER_MAX = 15  # digits
 NONE = "\u2013"  # shown in place of a number that means "none"
