@@ -132,19 +132,13 @@ class Hold:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         self.name = db.execute("SELECT value FROM filao_meta WHERE name = 'file'").fetchone()[0]
         if self.path != files.MEMORY:
-            self._share()
+            if self._folder is not None:
+                _share_wal(self.path)
             self._ground = Ground(self.path, self._given, self._folder.path if self._folder is not None else None)
             self.turnstile.note(Noted(self._ground.cookie, self._ground.inode))
             self.watch_bell()
         if self._has_failed:
             files.check_whole(db, self.path)
-
-    def _share(self) -> None:
-        """Let the group of a shared file use its WAL: SQLite leaves it to the group of the process that makes it."""
-        if self._folder is not None:
-            about = self.path.stat()
-            for part in ("-wal", "-shm"):
-                share(self.path.with_name(self.path.name + part), about)
 
     def _set_clock(self, db: sqlite3.Connection) -> None:
         """Set the file's clock after a start of the machine; all leases are void then, because their holders ended."""
@@ -382,3 +376,10 @@ class Hold:
             is_busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             self.look()
         return not is_busy
+
+
+def _share_wal(path: Path) -> None:
+    """Let the group of a shared file use its WAL: SQLite leaves it to the group of the process that makes it."""
+    about = path.stat()
+    for part in ("-wal", "-shm"):
+        share(path.with_name(path.name + part), about)
