@@ -269,7 +269,7 @@ def test_a_port_of_the_health_check_that_is_in_use_is_told(folder) -> None:
         port = other.getsockname()[1]
         work = Work(folder, "app:worker", "--health", str(port))
         assert work.ends() == 2
-    assert f"--health: 127.0.0.1:{port} cannot be listened on" in work.said()
+    assert f"--health: 127.0.0.1:{port} cannot be listened on: Address already in use. Give" in work.said()
 
 
 def _get(address: str) -> tuple[int, Any]:

@@ -69,8 +69,9 @@ def listening_at(option: str, host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
+        why = str(error.strerror).partition(" (while")[0]  # Python repeats the address
         raise usage(
-            f"{option}: {host}:{port} cannot be listened on: {error.strerror}. Give another port; 0 is any that is free"
+            f"{option}: {host}:{port} cannot be listened on: {why}. Give another address; port 0 is any that is free"
         ) from error
 
 
