@@ -110,6 +110,16 @@ async def test_what_ends_a_transaction_before_its_commit_has_done_nothing(postgr
                 await tx.execute("SELECT pg_terminate_backend(pg_backend_pid())")
 
 
+def test_a_server_that_answers_in_another_language_is_not_said_to_be_away() -> None:
+    refused = psycopg.OperationalError(
+        'connection failed: connection to server at "h", port 5 failed: FATAL:  le r\u00f4le \u00ab x \u00bb n\'existe pas'
+    )
+    said = Server("postgresql://localhost/x", durable=True).engine_error(refused, begun=False)
+    assert "refused us" in str(said)
+    assert "away" not in str(said)
+    assert "Nothing was done" in str(said)
+
+
 async def test_a_server_that_was_never_reached_has_done_nothing() -> None:
     with pytest.raises(filao.EngineUnavailable, match="Nothing was done") as raised:
         await filao.connect("postgresql://u@127.0.0.1:1/x").open()

@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import logging
+import re
 import select
 import time
 import weakref
@@ -87,6 +88,10 @@ _REFUSALS = (
     "permission denied",
     "invalid ",
 )
+"""The driver drops the code of an error that it meets while it connects, so these are known by their words, in English.
+"""
+_ANSWERED = re.compile(r" failed: \S+:  ")
+"""What the server itself said to a connection: how severe it is, and why, in its language."""
 
 
 class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
@@ -348,7 +353,8 @@ class Server:
             if isinstance(error, kinds):
                 return EngineError(f"{self.name}: {text} It said: {said}")
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) and not _is_of_statement(error):
-            return EngineUnavailable(f"{self.name} is away: {said}. {_doubt(begun=begun)}")
+            what = "refused us" if _ANSWERED.search(said) else "is away"
+            return EngineUnavailable(f"{self.name} {what}: {said}. {_doubt(begun=begun)}")
         return EngineError(f"{self.name}: {said}. Nothing was done.")
 
     def _read_only(self, said: str) -> EngineError | ConfigurationError:
