@@ -29,7 +29,7 @@ from filao.observing import Ended
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 LINKS_MAX = 128  # links of one span: as many as an SDK keeps unless it is told otherwise
 TRACESTATE_MAX = 512  # characters: W3C asks to carry at least so many; a longer one is left out
-SENDERS_KEPT_MAX = 1_024  # contexts of messages that are being worked on: 300 KiB, or 8 MiB if all have many headers
+SENDERS_KEPT_MAX = 1_024  # contexts of messages that are being worked on: 434 KiB, or 8 MiB if all have many headers
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)  # seconds, by convention
 _FAILED = frozenset({"retried", "dead", "failed", "lost"})
 """The values of `Handled.how` of a run that did not do its work."""
