@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from textwrap import dedent
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -192,6 +194,28 @@ async def test_nothing_is_written_behind_what_others_have_lost(db, monkeypatch) 
         os.truncate(beside(db, "-wal"), size)
         with pytest.raises(filao.EngineError, match="had its WAL overwritten or cut off"):
             await one.send_to_queue(CLAIMS, "after")
+
+
+async def test_a_look_makes_five_system_calls(db, monkeypatch) -> None:
+    """It is made for each commit."""
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)  # or it may write the file, which is looked at then
+    made: list[str] = []
+
+    def note(_: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and function.__module__ == os.name:
+            made.append(function.__name__)
+
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_to_queue(CLAIMS, "something to look at")
+        look = engine_of(broker)._database.hold._ground.look
+        assert look() is None
+        sys.setprofile(note)
+        try:
+            assert look() is None
+        finally:
+            sys.setprofile(None)
+    assert sorted(made) == ["pread", "pread", "stat", "stat", "stat"]
 
 
 @pytest.mark.parametrize("what", ["_index", "_wal_identity"])
