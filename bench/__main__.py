@@ -91,7 +91,7 @@ def _options() -> argparse.Namespace:
 
 
 def _is_there(peer: str) -> bool:
-    """Return whether a peer can be measured, or say why not."""
+    """Return whether a peer can be measured; if not, print why."""
     program = PROGRAMS.get(peer)
     if program and not shutil.which(program, path="/usr/sbin:/usr/bin:/usr/local/bin:/usr/local/sbin"):
         print(f"{peer}: skipped, because {program} is not installed")

@@ -1,4 +1,4 @@
-"""Processes that play roles: started, let go at the same moment, and listened to."""
+"""Processes that play roles: they are started, begin at the same moment, and report."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def start(role: str, peer: str, place: str, number: int = 0) -> Process:
 
 
 def said(process: Process) -> str:
-    """Return the next line that a process says."""
+    """Return the next line that a process prints."""
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
@@ -36,7 +36,7 @@ def let_go(processes: Sequence[Process]) -> None:
 
 
 def result(process: Process) -> dict[str, Any]:
-    """Return what a process found out."""
+    """Return the result of a process."""
     found: dict[str, Any] = json.loads(said(process))
     process.wait(ENDED_WITHIN)
     return found

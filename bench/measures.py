@@ -24,11 +24,11 @@ SLOW = {"persist-queue": 0.1, "litequeue": 0.15, "huey": 0.25, "honker": 0.15, "
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """Where a run takes place."""
+    """The folder, servers and peers of a run."""
 
     folder: Path
     ports: dict[str, str]
-    """Of the servers that run."""
+    """The ports of the servers, by peer."""
     peers: tuple[str, ...]
     scale: float
     """1 for a full run; less for a quick one."""
@@ -323,5 +323,5 @@ MEASURES: dict[str, Callable[[Ground], dict[str, Any]]] = {
 
 
 def to_json(found: dict[str, Any]) -> str:
-    """Return what was found as it is kept."""
+    """Return the figures as JSON."""
     return json.dumps(found, indent=2, sort_keys=True)

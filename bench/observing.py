@@ -39,7 +39,7 @@ MESSAGES, SENDERS, ROUNDS = 10_000, 64, 7
 
 Watchers = Sequence[Observer | Tracer]
 Spent = tuple[float, float]
-"""Of send-one and of drain."""
+"""The seconds of send-one and of drain."""
 
 
 class Telling:
@@ -67,7 +67,7 @@ class Telling:
 
 
 class Nowhere(SpanExporter):
-    """Takes spans, and lets them go."""
+    """Exports spans to nowhere."""
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:  # noqa: ARG002
         return SpanExportResult.SUCCESS
@@ -95,7 +95,7 @@ def telemetry(sampler: Sampler) -> OpenTelemetry:
 
 
 async def spent(path: Path, messages: int, watchers: Watchers, each: Callable[[str, float], None]) -> None:
-    """Tell `each` the processor's seconds of send-one and of drain."""
+    """Report the processor's seconds of send-one and of drain to `each`."""
     async with filao.connect(path) as broker:
         await broker.declare(filao.Queue("claims"))
         for one in watchers:

@@ -34,11 +34,11 @@ BURST = 20_000  # messages that are then handled as fast as can be
 TASKS = 64
 
 Mark = Callable[[float], None]
-"""Told when a message that was sent is received: the time of its sending."""
+"""Called for each received message, with the time when it was sent."""
 
 
 class Peer(NamedTuple):
-    """How a peer sends messages, each of which holds the time, and handles them until it is cancelled."""
+    """A peer, which sends messages with the time in each, and handles them until it is cancelled."""
 
     send: Callable[[list[bytes]], Awaitable[object]]
     consume: Callable[[Mark], Awaitable[object]]
@@ -86,7 +86,7 @@ async def _measure(url: str, peer: Callable[[str], Any], seconds: float, rate: i
 
 @asynccontextmanager
 async def _old_transaction(url: str) -> AsyncGenerator[None]:
-    """Hold what an analyst or a dump holds."""
+    """Hold a transaction open, as an analyst or a dump does."""
     async with await psycopg.AsyncConnection.connect(url) as holder:
         await holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         await holder.execute("SELECT count(*) FROM pg_class")

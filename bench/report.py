@@ -1,4 +1,4 @@
-"""From what was found to a table, the bars and a plot."""
+"""Turns the figures into tables, bars and a plot."""
 
 import statistics
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from bench.peers import EMBEDDED, SERVERS
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What was wanted, and what was found."""
+    """A bar: what was wanted, and what was measured."""
 
     text: str
     found: float

@@ -41,7 +41,7 @@ def working(ground: Ground) -> dict[str, Any]:
 
 
 def is_there(name: str, ground: Ground) -> bool:
-    """Return whether a framework can be measured, or say why not."""
+    """Return whether a framework can be measured; if not, print why."""
     try:
         importlib.import_module(FRAMEWORKS[name])
     except ImportError as error:

@@ -1,1 +1,1 @@
-"""What tests stand on: servers, load, a model of the queue, a proxy and a learner."""
+"""What tests share: servers, load, a model of the queue, a proxy and a learner."""

@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry: it takes what programs export by OTLP over HTTP, and keeps it."""
+"""A collector of OpenTelemetry: it keeps all that programs export to it by OTLP over HTTP."""
 
 import gzip
 import threading
@@ -13,7 +13,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
 class Collected(NamedTuple):
-    """A span, and who exported it."""
+    """A span, and the program that exported it."""
 
     service: str
     schema_url: str
@@ -25,7 +25,7 @@ class Collected(NamedTuple):
 
 
 class Collector:
-    """What has come so far."""
+    """What was exported so far."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -33,7 +33,7 @@ class Collector:
         self.metrics: set[str] = set()
 
     def take(self, path: str, body: bytes) -> None:
-        """Read what was posted; what is no OTLP raises."""
+        """Read what was posted. Raises an error if it is not OTLP."""
         if path == "/v1/traces":
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 named = {one.key: one.value.string_value for one in resource.resource.attributes}
@@ -47,7 +47,7 @@ class Collector:
 
 @contextmanager
 def collecting() -> Generator[Collector]:
-    """Take what is exported to the collector's URL until the block ends."""
+    """Yield a collector that listens until the block ends."""
     collector = Collector()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Stop a call at any instruction of ours, to do there what may happen between any two."""
+"""Interrupt a call at any one of our instructions, because a signal may come between any two."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +12,7 @@ SOURCES = str(Path(filao.__file__).parent)
 
 
 def interrupted(call: Callable[[], object], at: int) -> bool:
-    """Raise KeyboardInterrupt at the instruction of ours that comes as number `at`; return whether there was one."""
+    """Raise KeyboardInterrupt at our instruction number `at`; return whether there are so many."""
 
     def interrupt() -> None:
         sys.settrace(None)
@@ -25,17 +25,17 @@ def interrupted(call: Callable[[], object], at: int) -> bool:
 
 
 def stopped_at(call: Callable[[], object], at: int, do: Callable[[], object]) -> bool:
-    """Do something at the instruction of ours that comes as number `at`; return whether there was one."""
+    """Do something at our instruction number `at`; return whether there are so many."""
     return _traced(call, lambda number: do() if number == at else None) >= at
 
 
 def instructions(call: Callable[[], object]) -> int:
-    """Return how many instructions of ours a call takes."""
+    """Return how many of our instructions a call takes."""
     return _traced(call, lambda _: None)
 
 
 def _traced(call: Callable[[], object], each: Callable[[int], object]) -> int:
-    """Make a call, with something done before each instruction of ours, and return how many there were."""
+    """Make a call, do something before each of our instructions, and return how many there were."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:

@@ -36,7 +36,7 @@ async def lap(opened: Browser, served: Sandbox, language: str) -> list[float]:
 
 
 async def main(count: int, speed: str, language: str) -> None:
-    """Let learners come, and print how they fared."""
+    """Let learners take the lesson, and print what came of it."""
     completed = 0
     with tempfile.TemporaryDirectory() as folder:
         with sandbox(Path(folder) / "files", "--speed", speed) as served:

@@ -48,12 +48,12 @@ QUIET = (  # without them a browser looks for its maker, which a test machine ca
 
 
 def chromium() -> str | None:
-    """Return where a browser is installed."""
+    """Return the path of an installed browser."""
     return next((path for path in CHROMIUM if Path(path).exists()), None)
 
 
 class Sandbox:
-    """A running `filao sandbox`, which keeps rooms for as long and has as many as a test asks for."""
+    """A running `filao sandbox`; a test says how many rooms it has, and how long it keeps them."""
 
     def __init__(self, folder: Path, *arguments: str, linger: float = LINGER, rooms: int = ROOMS_MAX) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class Sandbox:
         found = re.search(r"http://\S+", self.said())
         assert found, self.said()
         self.address = found[0]
-        """With the token."""
+        """Its URL, with the token."""
         self.url = found[0].partition("?")[0]
 
     def said(self) -> str:
@@ -106,7 +106,7 @@ class Sandbox:
 
 @contextmanager
 def sandbox(folder: Path, *arguments: str, linger: float = LINGER, rooms: int = ROOMS_MAX) -> Generator[Sandbox]:
-    """Run a sandbox whose temporary files lie in a folder, and end it."""
+    """Run a sandbox whose temporary files are in a folder, and end it."""
     running = Sandbox(folder, *arguments, linger=linger, rooms=rooms)
     try:
         yield running
@@ -118,7 +118,7 @@ def sandbox(folder: Path, *arguments: str, linger: float = LINGER, rooms: int = 
 
 
 class Learner:
-    """Somebody before the page."""
+    """A learner in front of the page."""
 
     def __init__(self, page: Page, sandbox: Sandbox, language: str) -> None:
         self.page = page
@@ -126,7 +126,7 @@ class Learner:
         self.language = language
         self._sandbox = sandbox
         self.complaints: list[str] = []
-        """What the browser's console had to say."""
+        """What the browser's console said."""
         page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
@@ -143,7 +143,7 @@ class Learner:
 
     @contextmanager
     def broker(self) -> Generator[filao.sync.Broker]:
-        """Open the room's queue, past the page."""
+        """Open the room's queue directly."""
         with filao.sync.connect(self.room) as broker:
             yield broker
 
@@ -180,11 +180,11 @@ class Learner:
         await self.page.fill("textarea.code", code)
 
     async def above_the_fold(self) -> None:
-        """See that the whole step, as it stands now, is to be seen without scrolling."""
+        """Check that the whole step, as it is now, can be seen without scrolling."""
         assert await self.page.evaluate(BELOW_THE_FOLD) < A_LINE, await self.page.inner_text(".lesson-body")
 
     async def presents(self) -> None:
-        """Go through the beats of the step as a teacher does, and see that the stage keeps clear of what is below."""
+        """Go through the beats of the step as a teacher does, and check that the stage covers nothing below it."""
         await self.press(".present")
         for beat in range(1, BEATS + 1):
             await self.page.wait_for_selector(f".beats li:nth-child({beat}).on")

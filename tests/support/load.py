@@ -36,7 +36,7 @@ class Load:
         self._queue = queue
 
     async def send(self, broker: filao.Broker, sender: str) -> None:
-        """Send one message after the other, each again and again until it is confirmed."""
+        """Send one message after another, each again and again until it is confirmed."""
         for number in count():
             key = f"{sender}.{number}"
             while True:
@@ -68,7 +68,7 @@ class Load:
             await asyncio.sleep(AGAIN)  # others send enough
 
     async def consume(self, broker: filao.Broker) -> None:
-        """Receive and acknowledge, for ever."""
+        """Receive and acknowledge until cancelled."""
         while True:
             try:
                 message = await broker.receive_from_queue(self._queue)
@@ -82,13 +82,11 @@ class Load:
                 self.errors["LeaseLost"] += 1
 
     async def resumes(self, within: float = RESUMES_WITHIN) -> None:
-        """Wait until it is seen that sending and consuming go on."""
+        """Wait until messages are being sent and consumed again."""
         sent, acked = len(self.confirmed) + PROGRESS, self.acked.total() + PROGRESS
         transacted = self.transacted + TRANSACTED if self._transacts else 0
         async with asyncio.timeout(within):
-            while (
-                len(self.confirmed) < sent or self.acked.total() < acked or self.transacted < transacted
-            ):  # what others count
+            while len(self.confirmed) < sent or self.acked.total() < acked or self.transacted < transacted:
                 await asyncio.sleep(0.01)
 
     async def finish(self, broker: filao.Broker) -> None:
@@ -114,7 +112,7 @@ class Load:
 
     @property
     def lost(self) -> set[str]:
-        """What was confirmed and never delivered."""
+        """The messages that were confirmed and never delivered."""
         return self.confirmed - self.handled.keys()
 
 

@@ -16,7 +16,7 @@ Settlement = Literal["ack", "nack", "reject", "release"]
 
 @dataclass
 class Held:
-    """A message of the model; its number is its place."""
+    """A message of the model; its number is its place in the order of sending."""
 
     number: int
     body: int
@@ -114,7 +114,7 @@ class Model:
         return True
 
     def extend(self, number: int, lease: int, milliseconds: int) -> bool:
-        """Return whether the lease was still the message's."""
+        """Return whether the lease was still the message's last."""
         held = self.messages.get(number)
         if held is None or held.lease != lease:
             return False
@@ -163,7 +163,7 @@ class Model:
         self.let_expire()
 
     def let_expire(self) -> None:
-        """End what outlived its ttl: from then on it counts for nothing."""
+        """End messages that outlived their ttl: they do not count any more."""
         for held in self._in("pending"):
             if held.expires_at is not None and held.expires_at <= self.now:
                 if self.queue.on_expiry == "drop":
@@ -208,7 +208,7 @@ class Model:
         return self.keys.get(held.dedup_key or "", (0, 0))[0] == held.number
 
     def _names(self, held: Held, message_id: str | None) -> list[str]:
-        """Return those of its keys that are its own."""
+        """Return those of a message's keys that are remembered as its own."""
         names = [name for name in (held.dedup_key, message_id and f"#{message_id}") if name is not None]
         return [name for name in names if self.keys.get(name, (0, 0))[0] == held.number]
 
@@ -231,7 +231,7 @@ class QuorumModel:
     def __init__(self, max_attempts: int) -> None:
         self.max_attempts = max_attempts
         self.returned: deque[tuple[int, int]] = deque()
-        """Bodies, and the attempts that they have used."""
+        """A message's body, and the attempts that it has used."""
         self.ready: deque[tuple[int, int]] = deque()
         self.held: dict[int, int] = {}
         self.dead: deque[tuple[int, str]] = deque()

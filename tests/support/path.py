@@ -1,4 +1,4 @@
-"""What a first-time learner does, who does only what the page says: one function for each step."""
+"""What a new learner does, following only the page: one function for each step."""
 
 from collections.abc import Awaitable, Callable
 

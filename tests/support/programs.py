@@ -1,4 +1,4 @@
-"""What tests share that run a program in a process of its own."""
+"""What tests share that run a program in its own process."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def say(*words): print(*words, flush=True)
 
 
 def run(url: str | Path, program: str, code: int = 0) -> list[str]:
-    """Run a program to its end, which must come, and return its lines."""
+    """Run a program, which must end in time, and return its lines."""
     text = PREAMBLE + textwrap.dedent(program)
     done = subprocess.run(
         [sys.executable, "-c", text, str(url)], capture_output=True, text=True, timeout=PATIENCE, check=False

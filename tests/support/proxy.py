@@ -19,7 +19,7 @@ class _Line:
     client: socket.socket
     server: socket.socket
     asked: threading.Event = field(default_factory=threading.Event)
-    """The client has sent what the proxy waits for, so the answer is to be swallowed."""
+    """Whether the client has sent what the proxy waits for, so that the answer must be swallowed."""
 
     def reset(self) -> None:
         for end in (self.client, self.server):
@@ -30,7 +30,7 @@ class _Line:
 
 
 class Proxy:
-    """Listens on a free port of its own, and passes on to `port` what comes, until told otherwise."""
+    """Listens on a free port, and passes everything on to `port` until told otherwise."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -52,7 +52,7 @@ class Proxy:
         self._flowing.clear()
 
     def go_on(self) -> None:
-        """Pass on what has come meanwhile, and whatever comes."""
+        """Pass on what has come meanwhile, and all that follows."""
         self._flowing.set()
 
     def lead_to(self, port: int) -> None:
@@ -61,7 +61,7 @@ class Proxy:
         self.reset()
 
     def reset(self) -> None:
-        """Reset all connections there are."""
+        """Reset all connections."""
         for line in list(self._lines):
             line.reset()
 
@@ -73,7 +73,7 @@ class Proxy:
         self._swallow = (question, answer)
 
     def close(self) -> None:
-        """End it all."""
+        """End the proxy and all connections."""
         self._flowing.set()
         self._listening.close()
         self.reset()

@@ -32,7 +32,7 @@ class Postgres:
         self._folder = folder
         self.port = port
         self.environment: dict[str, str] = {}
-        """What it is started with, besides ours."""
+        """Further arguments of the server."""
 
     def url(self, database: str = "postgres", port: int | None = None) -> str:
         """Return the URL of one of its databases; `port` is that of something in between."""
@@ -62,7 +62,7 @@ class Postgres:
             file.write(settings)
 
     def follow(self, primary: "Postgres") -> None:
-        """Make its data folder a copy of a primary that runs, as its standby."""
+        """Make its data folder a copy of a running primary, so that it is a standby of that."""
         self._folder.mkdir(parents=True)
         if os.geteuid() == 0:
             shutil.chown(self._folder, _UNPRIVILEGED)

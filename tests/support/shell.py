@@ -32,7 +32,7 @@ COLOURS_AND_MOVES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass
 class Ran:
-    """What a program left behind."""
+    """The result of a program: its exit code and its output."""
 
     code: int
     out: bytes
@@ -59,7 +59,7 @@ def run(*arguments: str | Path, given: bytes = b"", url: str = "", program: list
 
 @contextmanager
 def started(*arguments: str | Path, program: list[str] = FILAO, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program beside the test, and leave none behind."""
+    """Run a program beside the test, and end it with the block."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     command = [*program, *map(str, arguments)]
     opened: subprocess.Popen[bytes]
@@ -90,7 +90,7 @@ def on_terminal(*arguments: str | Path, types: bytes = b"", when: bytes = b"") -
 
 
 def sent_to_terminal(*arguments: str | Path, types: bytes = b"", when: bytes = b"") -> tuple[int, str]:
-    """Return all that a terminal gets."""
+    """Return all that is written to a terminal."""
     terminal, inside = pty.openpty()
     screen = b""
     program = [sys.executable, "-S", "-c", AS_SHELLS_DO, *FILAO]  # so that Ctrl-C reaches it
@@ -139,7 +139,7 @@ def declare(db: Path, name: str = "claims", **rules: Any) -> None:
 
 
 def put(db: Path, *bodies: object) -> list[str]:
-    """Send without the program, which saves its time."""
+    """Send without starting the program, which takes longer."""
     with filao.sync.connect(db) as broker:
         return [receipt.id for receipt in broker.send_many("claims", bodies)]
 

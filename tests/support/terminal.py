@@ -1,4 +1,4 @@
-"""Programs on a terminal of their own, as somebody sits before them."""
+"""Programs on a terminal of their own, as for a user."""
 
 import os
 import pty
@@ -13,7 +13,7 @@ PATIENCE = 120.0  # seconds, for a loaded machine
 
 @contextmanager
 def on_a_terminal(program: Sequence[str], **environment: str) -> Iterator[int]:
-    """Give the terminal of a program, which is told to end within the block, and ends without an error."""
+    """Yield the terminal of a program, which the block must tell to end, and which must end without an error."""
     child, terminal = pty.fork()
     if child == 0:
         os.environ |= {"TERM": "xterm-256color"} | environment
@@ -30,7 +30,7 @@ def on_a_terminal(program: Sequence[str], **environment: str) -> Iterator[int]:
 
 
 def seen_on(terminal: int, *wanted: str) -> str:
-    """Read what a terminal shows until all of it was there."""
+    """Read what a terminal shows until all of these texts have been there."""
     seen, until = "", time.monotonic() + PATIENCE
     while not all(one in seen for one in wanted):
         assert time.monotonic() < until, seen[-3000:]

@@ -1,4 +1,4 @@
-"""Somebody who visits a dashboard with a browser that runs nothing."""
+"""A visitor of a dashboard, whose browser runs no scripts."""
 
 import asyncio
 import re
@@ -20,7 +20,7 @@ HOST = "http://127.0.0.1:8748"
 
 
 class Visitor:
-    """Somebody with a browser that runs nothing."""
+    """A visitor whose browser runs no scripts."""
 
     def __init__(self, client: httpx.AsyncClient, dashboard: Dashboard) -> None:
         self.client = client
@@ -72,7 +72,7 @@ async def visiting(
 
 
 def rows(page: str) -> list[tuple[int, str]]:
-    """Return how many of each kind a page tells."""
+    """Return the counts of each kind that a page shows."""
     return [
         (int(count), kind)
         for count, kind in re.findall(r'num dead">(\d+)</td>.*?<th scope="row">(.*?)</th>', page, re.DOTALL)
