@@ -27,7 +27,6 @@ MOVES = 150  # moves in one scene at most
 CHARTED = 80  # samples of a chart
 DELIVERED = 0.7  # seconds for which a claim is shown as just delivered
 STAGES = {"sent": 1, "received": 3, "extended": 3, "halted": 3, "lost": 3, "paying": 4, "handled": 4, "acked": 5}
-BACK = ("nacked", "released", "killed", "refused", "dead", "failed")  # after them a claim lies in the queue, or is gone
 
 Json = dict[str, Any]
 
