@@ -60,7 +60,8 @@ BAD_FORMS = {
 }
 OUR_PAGE = re.compile(rf"/(?:{'|'.join(LANGUAGES)})/[a-z]+(?:\?.*)?", re.DOTALL)
 """What may be led to, once somebody has come in: nothing of another site."""
-FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+FORWARDED = ("forwarded", "x-forwarded-", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip", "via")
+"""What the names of headers begin with that proxies set, and browsers do not."""
 
 Admit = Callable[[Scope], str | None]
 """Returns the user's name for the log, or None for one that is not let in."""
@@ -273,7 +274,7 @@ def _client(scope: Scope) -> str:
 def _is_from_here(scope: Scope, headers: Headers) -> bool:
     """Return whether a request comes from this machine and our own user, and was not passed on by a proxy."""
     client, server = scope.get("client"), scope.get("server")
-    if not _is_loopback(_client(scope)) or any(name in headers for name in FORWARDED):
+    if not _is_loopback(_client(scope)) or any(name.startswith(FORWARDED) for name in headers):
         return False
     return not (client and server and server[1] and is_of_another_user(tuple(client), tuple(server)))
 
