@@ -18,7 +18,6 @@ import filao
 import filao.sync
 from filao.cli.top import Reading, View, _in_lines, heading, keys_of, line, moved, read_again, screen
 from filao.errors import EngineUnavailable
-from tests.support.learner import until
 from tests.support.terminal import on_a_terminal, seen_on
 
 PATIENCE = 60.0  # seconds after which a program that hangs is given up
@@ -171,7 +170,10 @@ def test_while_it_is_stopped_the_terminal_is_given_back_and_a_new_size_is_drawn_
         process = os.tcgetpgrp(terminal)
         os.write(terminal, b"\x1a")
         seen_on(terminal, "\x1b[?1049l")
-        until(lambda: os.waitid(os.P_PID, process, os.WSTOPPED | os.WNOHANG))
+        deadline = time.monotonic() + PATIENCE
+        while os.waitid(os.P_PID, process, os.WSTOPPED | os.WNOHANG) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         assert termios.tcgetattr(terminal)[3] & ~as_it_draws & termios.ECHO
         os.kill(process, signal.SIGCONT)
         seen_on(terminal, "\x1b[?1049h", "claims", "q quit")
