@@ -145,7 +145,7 @@ function top(scene, begins) {
   const isLesson = !begins && state.shown === "stage";
   return h("header", { class: "top" },
     h("p", { class: "brand" }, h("strong", {}, "Filao"), h("span", {}, say("subtitle"))),
-    begins ? null : numbers(scene.lesson, go),
+    begins ? null : numbers(scene.lesson, go, isLesson),
     h("div", { class: "actions" },
       isLesson && h("button", { class: "link present", "aria-pressed": String(state.presenting), onclick: present }, say(state.presenting ? "leave" : "present")),
       isLesson && !state.presenting && h("button", { class: "link hide", "aria-pressed": String(state.hidden), onclick: () => change({ hidden: !state.hidden }) }, say(state.hidden ? "show_lesson" : "hide_lesson")),

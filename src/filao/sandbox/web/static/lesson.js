@@ -89,10 +89,10 @@ function foot(told, state, go) {
   ];
 }
 
-export function numbers(told, go) {
+export function numbers(told, go, isLesson) {
   return h("nav", { class: "numbers", "aria-label": say("steps") }, h("ol", {}, steps.map((step, place) => {
     const done = told.done.includes(step.key);
-    const current = told.current === place;
+    const current = isLesson && told.current === place;
     return h("li", {}, h("button", {
       class: `${done ? "done" : ""}${current ? " current" : ""}`, "aria-current": current ? "step" : null, title: lesson[step.key].title,
       "aria-label": say(done ? "step_done" : "step_open", { n: place + 1, title: lesson[step.key].title }), onclick: () => go(place),
