@@ -233,7 +233,7 @@ class Pages:
     async def _live(self, request: Request, language: Language, page: str, look: Look) -> str:
         """Return the live part of a page; all who look at the same share one drawing."""
         key = (
-            request.url.path,
+            request.scope["path"],
             urlencode([(name, value) for name, value in request.query_params.items() if name != "live"]),
         )
         number, drawing = self._drawn.get(key, (-1, None))
