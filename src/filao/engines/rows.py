@@ -1,4 +1,4 @@
-"""What both SQL engines share when they read a message's row: to show it, or to move it to another engine."""
+"""What both SQL engines share when they read messages' rows: to count them, to show them, or to move them elsewhere."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
@@ -40,6 +40,11 @@ class RowPacking(Packing):
     async def held(self) -> int:
         """Count the leases that have not ended."""
         return (await self._operators.stats(self._queue))[0].leased
+
+
+def age(now: int, since: int | None) -> float | None:
+    """Return the seconds between two times in milliseconds since 1970; None if there is no earlier one."""
+    return None if since is None else max(0.0, (now - since) / 1000)
 
 
 COLUMNS = "kind, content, headers, attempts, priority, grp, dedup_key, sent_at, at, expires_at, reason"

@@ -256,11 +256,11 @@ def _counted(row: Sequence[Any], processes: Mapping[int, tuple[Any, ...]]) -> Qu
     return QueueStats(
         name=name,
         paused=paused,
-        oldest_ready_age=_age(now, ready),
-        oldest_delayed_age=_age(now, delayed),
-        oldest_leased_age=_age(now, leased),
-        oldest_blocked_age=_age(now, blocked),
-        oldest_dead_age=_age(now, dead),
+        oldest_ready_age=rows.age(now, ready),
+        oldest_delayed_age=rows.age(now, delayed),
+        oldest_leased_age=rows.age(now, leased),
+        oldest_blocked_age=rows.age(now, blocked),
+        oldest_dead_age=rows.age(now, dead),
         dead_by_reason=_by_reason("dead", counted),
         died_by_reason=_by_reason("died", counted),
         receivers=tuple(sorted((_receiver(held[one], processes[one]) for one in there), key=lambda one: one.name)),
@@ -270,16 +270,12 @@ def _counted(row: Sequence[Any], processes: Mapping[int, tuple[Any, ...]]) -> Qu
 
 def _receiver(held: int, process: Sequence[Any]) -> Receiver:
     name, started_at, state, reported_at, now = process
-    return Receiver(name, held, instant(started_at), state, _age(now, reported_at) if state else None)
+    return Receiver(name, held, instant(started_at), state, rows.age(now, reported_at) if state else None)
 
 
 def _by_reason(counter: str, counted: Mapping[str, int]) -> dict[str, int]:
     counts = sorted((name.partition(":"), count) for name, count in counted.items() if count)
     return {reason: count for (name, colon, reason), count in counts if name == counter and colon}
-
-
-def _age(now: int, since: int | None) -> float | None:
-    return None if since is None else max(0.0, (now - since) / 1000)
 
 
 async def peek(

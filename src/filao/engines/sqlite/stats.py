@@ -7,6 +7,7 @@ import sqlite3
 from collections import Counter
 
 from filao.engine import LEASES_LOOKED_AT, QueueStats, Receiver, instant
+from filao.engines.rows import age
 from filao.engines.sqlite.books import COUNTERS, TOKEN_MIN, TOKENS_PER_PROCESS, Books, oldest_ready
 
 RECEIVERS_MAX = 1_000  # waiting processes that are returned of one queue
@@ -53,7 +54,7 @@ def _counted(
         paused=paused,
         oldest_ready_age=_age_of(db, now, oldest_ready(db, number) if count["ready"] else None),
         oldest_delayed_age=_overdue(db, now, number) if count["delayed"] else None,
-        oldest_leased_age=_age(now, min((sent_at for sent_at, _ in leases), default=None)),
+        oldest_leased_age=age(now, min((sent_at for sent_at, _ in leases), default=None)),
         oldest_blocked_age=_age_of(db, now, _first(db, "blocked", number) if count["blocked"] else None),
         oldest_dead_age=_age_of(db, now, _first(db, "dead", number) if count["dead"] else None),
         dead_by_reason={reason: dead for reason, dead, _ in reasons if dead},
@@ -70,17 +71,13 @@ def _first(db: sqlite3.Connection, state: str, queue: int) -> int | None:
 
 def _overdue(db: sqlite3.Connection, now: int, queue: int) -> float | None:
     due: int | None = db.execute(_DUE, (queue,)).fetchone()[0]
-    return None if due is None or due > now else _age(now, due)
+    return None if due is None or due > now else age(now, due)
 
 
 def _age_of(db: sqlite3.Connection, now: int, number: int | None) -> float | None:
     if number is None:
         return None
-    return _age(now, db.execute("SELECT sent_at FROM filao_message WHERE id = ?", (number,)).fetchone()[0])
-
-
-def _age(now: int, since: int | None) -> float | None:
-    return None if since is None else max(0.0, (now - since) / 1000)
+    return age(now, db.execute("SELECT sent_at FROM filao_message WHERE id = ?", (number,)).fetchone()[0])
 
 
 def _receivers(db: sqlite3.Connection, now: int, queue: int, tokens: list[int]) -> tuple[Receiver, ...]:
@@ -92,6 +89,6 @@ def _receivers(db: sqlite3.Connection, now: int, queue: int, tokens: list[int]) 
         found = db.execute(_PROCESS, (process,)).fetchone()
         if found is not None:
             name, started_at, state, reported_at = found
-            ago = _age(now, reported_at) if state else None
+            ago = age(now, reported_at) if state else None
             receivers.append(Receiver(name, held[process], instant(started_at), state, ago))
     return tuple(sorted(receivers, key=lambda one: one.name))
