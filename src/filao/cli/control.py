@@ -52,7 +52,7 @@ def cancel(*, arguments: tuple[str, ...]) -> int:
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[URL] QUEUE")
 @click.option("--messages", is_flag=True, help="With all the messages that it holds, dead letters included.")
-@click.option("--yes", is_flag=True, help="Do not ask. A must where there is no terminal to ask on.")
+@click.option("--yes", is_flag=True, help="Do not ask; required where there is no terminal to ask on.")
 def delete(*, arguments: tuple[str, ...], messages: bool, yes: bool) -> int:
     """Delete a queue, with its rules and counters.
 

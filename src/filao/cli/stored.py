@@ -220,7 +220,7 @@ def redrive(
 @_ids_option
 @_reason_option
 @_kind_option
-@click.option("--yes", is_flag=True, help="Do not ask. A must where there is no terminal to ask on.")
+@click.option("--yes", is_flag=True, help="Do not ask; required where there is no terminal to ask on.")
 def discard(
     *, arguments: tuple[str, ...], ids: tuple[str, ...], reason: str | None, kind: str | None, yes: bool
 ) -> int:
@@ -281,7 +281,7 @@ def _said(name: str, ids: Sequence[str], count: int, limit: int | None) -> int:
 @click.option(
     "--state", type=_state, help="Only what is in this state. Default: all that waits (ready, delayed, blocked)."
 )
-@click.option("--yes", is_flag=True, help="Do not ask. A must where there is no terminal to ask on.")
+@click.option("--yes", is_flag=True, help="Do not ask; required where there is no terminal to ask on.")
 def purge(*, arguments: tuple[str, ...], state: str | None, yes: bool) -> int:
     """Delete the messages that wait, or those in one state.
 
