@@ -256,7 +256,8 @@ def test_a_worker_that_the_settings_do_not_name_is_told_in_one_line(project) -> 
     assert ended.stderr.splitlines()[0].startswith('CommandError: FILAO["WORKER"] names no worker')
 
 
-def test_djangos_tests_have_a_queue_of_their_own_and_undo_their_sends(project) -> None:
+@pytest.mark.parametrize("options", [(), ("--parallel", "2")])
+def test_djangos_tests_have_a_queue_of_their_own_and_undo_their_sends(project, options) -> None:
     (project / "shop" / "tests.py").write_text(
         """
 from django.test import TestCase
@@ -269,9 +270,12 @@ class Sends(TestCase):
 
     def test_second(self):
         self.assertEqual(broker().stats("documents").ready, 0)
+
+class Others(Sends):  # in another process, which has a copy of the database, if there are two
+    pass
 """
     )
-    assert "OK" in manage(project, "test", "shop")
+    assert "OK" in manage(project, "test", "shop", *options)
     with filao.sync.connect(project / "shop.sqlite3") as broker:
         assert broker.stats("documents").ready == 0
 

@@ -8,6 +8,7 @@ from typing import Any
 from django.apps import AppConfig
 from django.core.checks import Tags, register
 from django.core.signals import request_started
+from django.db import connections
 from django.db.models.signals import post_migrate
 from django.utils.module_loading import import_string
 
@@ -40,6 +41,10 @@ def _declare(*, using: str, **_: Any) -> None:
     queues = list(declared())
     if queues and using == database():
         broker().declare(*queues)
+        if connections[using].vendor == "sqlite":
+            with connections[using].cursor() as cursor:  # `test --parallel` copies the file without its WAL
+                cursor.execute("SELECT count(*) FROM sqlite_schema")  # or it may not know yet that there is one
+                cursor.execute("PRAGMA wal_checkpoint")
 
 
 def declared() -> Iterator[Queue[Any]]:
