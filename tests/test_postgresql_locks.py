@@ -3,6 +3,7 @@ time.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from itertools import count
 
@@ -235,3 +236,24 @@ async def test_what_a_transaction_has_locked_lets_those_who_wait_rest(url, broke
                 (False,)
             ]  # it has just gone on the waiting list, and looks once more
             assert other.execute(look).fetchall() == [(True,)]
+
+
+async def test_a_key_whose_message_another_session_is_just_letting_expire_is_free(url, broker) -> None:
+    await broker.send_to_queue("claims", "old", dedup_key="k", ttl=0.001)
+    with psycopg.connect(url) as other, psycopg.connect(url, autocommit=True) as operator, psycopg.connect(url) as user:
+        expired = "SELECT count(*) FROM filao.message WHERE expires_at < filao.clock()"
+        async with asyncio.timeout(10):
+            while operator.execute(expired).fetchone() != (1,):
+                await asyncio.sleep(0.001)
+        other.execute("SELECT filao.expire_all(NULL)")
+
+        def commit() -> None:
+            until = time.monotonic() + 10
+            while time.monotonic() < until:
+                if operator.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() != (0,):
+                    break
+            other.commit()
+
+        committing = asyncio.get_running_loop().run_in_executor(None, commit)
+        assert not (await broker.send_to_queue("claims", "new", dedup_key="k", within=user)).duplicate
+        await committing

@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "a5b3e1000befb00f"}
+DIGESTS = {10: "b6cef20eeccc6201"}
 """The digest of the SQL of the newest version."""
 
 

@@ -356,8 +356,11 @@ DECLARE
 BEGIN
   LOOP
     came_first := filao.remembered(q, dedup_key, message_id, now);
-    CONTINUE WHEN came_first IS NOT NULL AND filao.expire_named(q, came_first, now, later);
-    EXIT WHEN came_first IS NOT NULL;
+    IF came_first IS NOT NULL THEN
+      CONTINUE WHEN filao.expire_named(q, came_first, now, later);
+      EXIT WHEN came_first = filao.remembered(q, dedup_key, message_id, now);
+      CONTINUE;  -- somebody else has just let it expire
+    END IF;
     IF dedup_key IS NULL OR filao.remember(q, 'k', dedup_key, name, now) THEN
       EXIT WHEN message_id IS NULL OR filao.remember(q, 'm', message_id, name, now);
       PERFORM filao.forget_keys(q, dedup_key, NULL, name);
