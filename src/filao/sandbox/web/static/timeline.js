@@ -58,12 +58,12 @@ export function timeline(told, width, height, options) {
         lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.map((bar) => drawn(bar, x, now, y.get(lane.number), tall, { ...options, full })))))));
 }
 
-// The lanes of those that stand on the stage, and of the dead that held something last, as far as there is room; idle ones give way first.
+// The lanes in which something happened, first of all those of the living, who have taken over from the dead; then idle ones.
 function shown(all, most) {
   const lives = (lane) => !["gone", "killed", "crashed"].includes(lane.state);
   const busy = all.filter((lane) => lane.bars.length);
   const idle = all.filter((lane) => !lane.bars.length && lives(lane));
-  const kept = [...busy.filter(lives), ...idle, ...busy.filter((lane) => !lives(lane)).reverse()].slice(0, most);
+  const kept = [...busy.filter(lives), ...busy.filter((lane) => !lives(lane)).reverse(), ...idle].slice(0, most);
   return all.filter((lane) => kept.includes(lane));
 }
 
