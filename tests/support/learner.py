@@ -163,7 +163,9 @@ class Learner:
         await self.press(f".lesson .act[data-act={key}]:enabled" if key else ".lesson .act:enabled >> nth=0")
 
     async def predict(self, place: int) -> None:
+        """Choose an answer, and wait until that is noted: what stands below it may move then."""
         await self.press(f".predict .option:nth-of-type({place}) input")
+        await self.page.wait_for_selector(".predict .option.on")
 
     async def sees(self, *conditions: str) -> None:
         """Wait until conditions of the step are shown to hold."""
