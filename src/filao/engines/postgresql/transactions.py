@@ -56,9 +56,11 @@ class TransactionPool:
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[Connection]:
         """Give a connection for statements of ours that commit themselves; its errors become Filao's."""
-        with self._server.mapped():
+        with self._server.mapped(begun=False) as attempt:
             async with AsyncExitStack() as stack:
-                yield await self._taken(stack, begins=False)
+                connection = await self._taken(stack, begins=False)
+                attempt.begun = True
+                yield connection
 
     async def _taken(self, stack: AsyncExitStack, *, begins: bool) -> Connection:
         """Take a connection until the stack is left, on which a transaction `begins`; both have one time limit."""
