@@ -265,8 +265,7 @@ function lower(scene) {
 }
 
 function open(tab) {
-  const all = frames(state.moves);
-  change({ tab, at: tab === "slow" ? 0 : state.at, playing: false, shownFrames: all.length });
+  change({ tab, at: tab === "slow" ? 0 : state.at, playing: false });
 }
 
 function move(event, tab) {

@@ -4,13 +4,21 @@ const told = JSON.parse(document.getElementById("told").textContent);
 
 export const { language, words, lesson, steps, programs, glossary, further, python, may_run_code: mayRunCode, python_errors: pythonErrors } = told;
 
+// Formats are dear to make, and a drawing writes hundreds of numbers: each is made once.
+const formats = new Map();
+
+function format(key, options) {
+  if (!formats.has(key)) formats.set(key, new Intl.NumberFormat(words.locale, options));
+  return formats.get(key);
+}
+
 export function number(value, digits) {
   const options = digits === undefined ? { maximumFractionDigits: 2 } : { minimumFractionDigits: digits, maximumFractionDigits: digits };
-  return Number(value).toLocaleString(words.locale, options);
+  return format(digits, options).format(Number(value));
 }
 
 export const seconds = (value, digits = 1) => `${number(value, digits)}\u00a0s`;
-export const euros = (cents) => (cents / 100).toLocaleString(words.locale, { style: "currency", currency: "EUR", maximumFractionDigits: 0 });
+export const euros = (cents) => format("euros", { style: "currency", currency: "EUR", maximumFractionDigits: 0 }).format(cents / 100);
 
 const RAW = ["pid", "other", "line"]; // numbers that are names
 
