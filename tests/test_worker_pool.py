@@ -5,9 +5,11 @@ import asyncio
 import pytest
 
 import filao
+from filao.engine import Operation, Release, Result, Settle
 from filao.engines.sqlite import processes
 from filao.message import delivery_of
 from tests.conftest import engine_of
+from tests.support.memory import MemoryEngine, Store
 from tests.support.working import CLAIMS, broker, running, until, until_stats
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +57,38 @@ async def test_queues_that_share_a_worker_get_their_weights(url, broker) -> None
         await until_stats(broker, "light", acked=61)
         await broker.send_to_queue("heavy", 1)
         await until_stats(broker, "heavy", acked=61)
+
+
+class TakesNothingBack(MemoryEngine):
+    """Fails in the moment in which a message is released."""
+
+    def _result(self, operation: Operation) -> Result:
+        if isinstance(operation, Settle) and isinstance(operation.outcome, Release):
+            return filao.EngineUnavailable("the disk is away")
+        return super()._result(operation)
+
+
+async def test_a_message_too_many_that_cannot_be_given_back_ends_no_worker() -> None:
+    broker = filao.connect(lambda: TakesNothingBack(Store()))
+    worker, begun, go_on = filao.Worker(broker, concurrency=1), [], asyncio.Event()
+
+    @worker.consumer(filao.Queue("first"))
+    async def handle_first(message: filao.Message) -> None:
+        begun.append(message.queue)
+        await go_on.wait()
+
+    @worker.consumer(filao.Queue("second"))
+    async def handle_second(message: filao.Message) -> None:
+        begun.append(message.queue)
+
+    async with broker, running(worker):
+        lines = engine_of(broker).lines
+        await until(lambda: len([line for line in lines.values() if line.is_quiet()]) == 2)
+        await asyncio.gather(broker.send_to_queue("first", 1), broker.send_to_queue("second", 1))  # both come at once
+        await until(lambda: begun)
+        go_on.set()
+        await broker.send_to_queue("second", 2)
+        await until(lambda: begun == ["first", "second"])
 
 
 async def test_a_waiting_worker_with_several_queues_loses_nothing(url, broker) -> None:

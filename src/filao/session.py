@@ -338,7 +338,7 @@ class Session:
         await self.submit(Extend(delivery, seconds))
 
     def give_back(self, delivery: Delivery) -> None:
-        """Release a message without waiting."""
+        """Release a message without waiting; where that fails, its lease runs out."""
         if self.is_open:  # a closing engine gives back all that it holds
             self.submit(Settle(delivery, Release())).add_done_callback(look_away)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from filao.engine import OpenAgain, Release
+from filao.engine import OpenAgain
 from filao.errors import EngineUnavailable, QueueNotFound
 from filao.message import Message, delivery_of
 from filao.printable import some
@@ -207,7 +207,7 @@ class Shift:
                         self._start(pool, pool.consumers[name], message)
                         pool.turns.took(name, 1)
                     else:
-                        await self._shared.session.settle(delivery_of(message), Release())
+                        self._shared.session.give_back(delivery_of(message))
         for wait in waits.values():
             if not wait.cancelled():
                 wait.result()
@@ -252,7 +252,7 @@ class Shift:
             if receiving.cancelled() and not current().cancelling():
                 return []  # a suspect has come
             for message in _came(receiving):
-                await self._shared.session.settle(delivery_of(message), Release())
+                self._shared.session.give_back(delivery_of(message))
             raise
         finally:
             self._receiving.discard(receiving)
