@@ -114,7 +114,7 @@ def test_a_lease_that_ran_out_before_the_reader_came_is_told(db):
         message.ack()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_follow_waits_until_it_is_stopped_and_leaves_nothing_leased(db, number, code):
     with started("receive", db, "claims", "--follow") as process:
         put(db, 1)

@@ -212,6 +212,32 @@ def test_the_second_signal_gives_everything_back_at_once(folder, broker, process
     assert message.attempt == 1
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_hangup_stops_gracefully_and_never_at_once(folder, broker, processes) -> None:
+    with working(folder, "app:worker", "--processes", processes, processes=int(processes)) as work:
+        broker.send_to_queue("claims", {"kind": "wait"})
+        until(work.handled)
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):  # as a shell that ends, and systemd, send them
+            work.signal(number)
+        until(lambda: "stopping" in work.said())
+        (folder / "go").touch()
+        assert work.ends() == 0
+    stats = broker.stats("claims")
+    assert (stats.acked, stats.ready, stats.lost) == (1, 0, 0)
+
+
+def test_a_program_that_a_hangup_would_end_ends_by_it_once_its_worker_has_given_all_back(folder, broker) -> None:
+    program = "import asyncio, app; app.worker.grace = 0; asyncio.run(app.worker.run()); print('went on')"
+    ran = subprocess.Popen([sys.executable, "-c", program], cwd=folder, stdout=subprocess.PIPE)
+    broker.send_to_queue("claims", {"kind": "wait"})
+    until(lambda: broker.stats("claims").leased)
+    until((folder / "log").exists)
+    ran.send_signal(signal.SIGHUP)
+    assert (ran.communicate(timeout=PATIENCE)[0], ran.returncode) == (b"", -signal.SIGHUP)
+    stats = broker.stats("claims")
+    assert (stats.ready, stats.released, stats.lost) == (1, 1, 0)
+
+
 def test_when_the_supervisor_is_killed_its_processes_end_and_give_back_what_they_hold(folder, broker) -> None:
     with working(folder, "app:worker", "--processes", "2", processes=2) as work:
         broker.send_many("claims", [{"kind": "wait"}] * 6)

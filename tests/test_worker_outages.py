@@ -337,6 +337,24 @@ async def test_a_signal_handler_of_the_hosts_loop_is_called_too(url, broker) -> 
         loop.remove_signal_handler(signal.SIGTERM)
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("is_ignored", [True, False])
+async def test_a_hangup_that_would_not_end_the_program_stops_no_worker(url, broker, is_ignored) -> None:
+    told: list[int] = []
+    given = signal.SIG_IGN if is_ignored else lambda number, _: told.append(number)
+    before = signal.signal(signal.SIGHUP, given)  # as nohup ignores it, and a server reads its configuration again
+    try:
+        async with running(handling(url, CLAIMS)) as task:
+            os.kill(os.getpid(), signal.SIGHUP)
+            await broker.send_to_queue("claims", 1)
+            await until_stats(broker, acked=1)
+            assert not task.done()
+        assert signal.getsignal(signal.SIGHUP) == given
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert told == ([] if is_ignored else [signal.SIGHUP])
+
+
 def _how_signals_are(pipe: Any) -> None:
     woken = signal.set_wakeup_fd(-1)
     pipe.send((signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, woken, signal.pthread_sigmask(signal.SIG_BLOCK, [])))

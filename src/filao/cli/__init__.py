@@ -6,7 +6,6 @@ code, and an error that it raises becomes one here. click reads the arguments an
 rich is imported where it draws, because most commands draw nothing.
 """
 
-import signal
 import sys
 from importlib.util import find_spec
 
@@ -34,14 +33,14 @@ from filao.cli.trace import trace
 from filao.cli.verify import verify_command
 from filao.cli.work import work
 from filao.errors import EngineError, FilaoError
-from filao.worker.signals import terminate
+from filao.worker.signals import end_by_exception
 
 REFUSED, UNAVAILABLE, OUTPUT_CLOSED, INTERRUPTED = 3, 4, 141, 130
 
 
 def main() -> None:
     """Run the command line and exit with one of the codes that `filao --help` lists."""
-    signal.signal(signal.SIGTERM, terminate)
+    end_by_exception()
     sys.exit(_run())
 
 
@@ -88,6 +87,7 @@ def commands() -> None:
       3    Filao refused, and says why: no such queue, a body that is
            too large, a queue that is full ...
       4    the storage or the output is not available
+      129  ended by SIGHUP, as when its terminal is closed
       130  interrupted by Ctrl-C
       141  the reader of the output went away
       143  ended by SIGTERM

@@ -76,8 +76,9 @@ def work(
 ) -> int:
     """Run a filao.Worker: app:worker is `worker` in app.py.
 
-    It runs until SIGTERM or Ctrl-C. The first signal stops it gracefully: it receives no more, gives back what has not
-    begun, and finishes the rest within the worker's grace. The second stops it at once. Nothing is lost either way.
+    It runs until SIGTERM, Ctrl-C or the end of its terminal. The first signal stops it gracefully: it receives no more,
+    gives back what has not begun, and finishes the rest within the worker's grace. The second stops it at once. Nothing
+    is lost either way.
 
     With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends. While
     the storage is away it waits for it, for ever. Exit codes are those of `filao --help`; a stop by a signal is 0.

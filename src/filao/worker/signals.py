@@ -1,9 +1,12 @@
 """SIGTERM and SIGINT: each running worker hears them, and so do the handlers that were there before, which come back.
 
+SIGHUP is heard where it would end the program, as when its terminal is closed: not under `nohup`, and not where a
+server reads its configuration again. The program ends by it all the same, once its last worker has given all back.
+
 The handlers are Python's (`signal.signal`), not the event loop's: of those there is one for each signal, which a second
 worker, or the application around the worker, would replace. A child that is forked meanwhile, as by a message handler's
 `multiprocessing.Pool`, starts with Python's default handlers and without the descriptor that wakes the parent's loop.
-Both signals are blocked during the fork, because one that came too early would stop the parent.
+All these signals are blocked during the fork, because one that came too early would stop the parent.
 """
 
 import asyncio
@@ -16,8 +19,10 @@ from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
-TERMINATED = 143  # the exit code that a shell reports for a process that SIGTERM ended
+from filao.process import flush_output
+
+HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
+NUMBERS = (signal.SIGTERM, signal.SIGINT) if HANGUP is None else (signal.SIGTERM, signal.SIGINT, HANGUP)
 
 
 def terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -25,14 +30,26 @@ def terminate(number: int, frame: FrameType | None) -> NoReturn:
 
     It is the handler of our own programs; a worker that runs in one stops instead.
     """
-    raise SystemExit(TERMINATED)
+    if number == HANGUP:
+        signal.signal(number, signal.SIG_IGN)  # a shell that ends sends it twice
+    raise SystemExit(128 + number)  # what a shell reports for a process that the signal ended
+
+
+def end_by_exception() -> None:
+    """Let `terminate` end this program at SIGTERM, and at SIGHUP, unless that is ignored, as under `nohup`."""
+    signal.signal(signal.SIGTERM, terminate)
+    if HANGUP is not None and signal.getsignal(HANGUP) == signal.SIG_DFL:
+        signal.signal(HANGUP, terminate)
 
 
 class _Signals:
     """Tells all listeners of a signal. There is a single instance, as a process has a single handler of each signal."""
 
     def __init__(self) -> None:
-        self._listeners: list[Callable[[], object]] = []
+        self._listeners: dict[Callable[[], object], set[int]] = {}
+        """What each calls, with the signals that it was told."""
+        self._hung_up = False
+        """Whether the program is to end by SIGHUP once nobody listens any more."""
         self._before: dict[int, Any] = {}
         self._shifts = 0
         """How many workers run, whether or not they listen."""
@@ -43,12 +60,13 @@ class _Signals:
     def telling(self, tell: Callable[[], object]) -> Generator[None]:
         """Call `tell` at each signal; only in the main thread, because handlers can be set only there."""
         if not self._listeners:
-            self._before = {number: signal.signal(number, self._hear) for number in NUMBERS}
-        self._listeners.append(tell)
+            heard = [number for number in NUMBERS if number != HANGUP or _would_end(signal.getsignal(number))]
+            self._before = {number: signal.signal(number, self._hear) for number in heard}
+        self._listeners[tell] = set()
         try:
             yield
         finally:
-            self._listeners.remove(tell)
+            del self._listeners[tell]
             if not self._listeners:
                 self._restore()
 
@@ -62,10 +80,14 @@ class _Signals:
             self._shifts -= 1
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        for tell in list(self._listeners):
-            with suppress(RuntimeError):  # its loop was closed
-                tell()
+        for tell, told in list(self._listeners.items()):
+            # A shell that ends sends SIGHUP twice, and systemd may send it with SIGTERM: together they are one.
+            if (not told) if number == HANGUP else told != {HANGUP}:
+                with suppress(RuntimeError):  # its loop was closed
+                    tell()
+            told.add(number)
         before = self._before.get(number)
+        self._hung_up |= number == HANGUP and before == signal.SIG_DFL
         if callable(before) and not _ends_the_program(before):
             before(number, frame)
 
@@ -74,6 +96,9 @@ class _Signals:
             if signal.getsignal(number) == self._hear:  # otherwise the program has set another one meanwhile
                 signal.signal(number, signal.SIG_DFL if before is None else before)
         self._before = {}
+        if self._hung_up and HANGUP is not None and signal.getsignal(HANGUP) == signal.SIG_DFL:
+            flush_output()
+            signal.raise_signal(HANGUP)
 
     def before_fork(self) -> None:
         if self._shifts:
@@ -90,7 +115,7 @@ class _Signals:
             for number in NUMBERS:
                 if signal.getsignal(number) == self._hear or _is_loops(signal.getsignal(number)):
                     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            self._listeners, self._before, self._shifts = [], {}, 0
+            self._listeners, self._before, self._shifts, self._hung_up = {}, {}, 0, False
         self.after_fork()
 
 
@@ -98,6 +123,11 @@ def _ends_the_program(handler: Any) -> bool:
     """Return whether a handler is Python's or our own way to end a program; a worker stops instead."""
     owner = getattr(getattr(handler, "func", None), "__self__", None)
     return handler is signal.default_int_handler or handler is terminate or isinstance(owner, asyncio.Runner)
+
+
+def _would_end(handler: Any) -> bool:
+    """Return whether a handler of SIGHUP ends the program."""
+    return handler == signal.SIG_DFL or _ends_the_program(handler)
 
 
 def _is_loops(handler: Any) -> bool:
@@ -111,7 +141,10 @@ clean_forks = _signals.clean_forks
 
 @contextmanager
 def told_by_signals(stop: Callable[[], None]) -> Generator[None]:
-    """Call `stop` on the running loop at each SIGTERM and SIGINT; in threads other than the main one, do nothing."""
+    """Call `stop` on the running loop at each SIGTERM and SIGINT, and at a SIGHUP that is the first of them.
+
+    In threads other than the main one, do nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -96,7 +96,7 @@ class Supervisor:
         return {"ready": ready, "healthy": healthy, "processes": slots}
 
     async def run(self) -> int:
-        """Run them until SIGTERM or SIGINT (the first is graceful, the second at once), and return the exit code."""
+        """Run them until they are told to stop, by signals as a worker is, and return the exit code."""
         with told_by_signals(self._stop):
             return max(await asyncio.gather(*(self._keep(slot) for slot in self._slots)))
 

@@ -210,11 +210,12 @@ class Worker:
         ready: Callable[[], None] = lambda: None,
         signals: bool = True,
     ) -> None:
-        """Work until told to stop: by SIGTERM or SIGINT in the main thread, or by `stop`.
+        """Work until told to stop: by SIGTERM, SIGINT or SIGHUP in the main thread, or by `stop`.
 
         The first time, it finishes what it has begun, within `grace` seconds; the second time it stops at once. The
-        program's own handlers of these signals are called as well, and are back afterwards. With `signals=False` the
-        signals are left to the program, which calls `stop`.
+        program's own handlers of these signals are called as well, and are back afterwards. SIGHUP, as when a terminal
+        is closed, counts only as a first time; the program ends by it afterwards, and where it would not, SIGHUP stops
+        no worker. With `signals=False` the signals are left to the program, which calls `stop`.
 
         While its storage is away, full, locked or read-only, or a queue is deleted, it waits and tries again for as
         long as that takes. `ready` is called when it begins to receive. `until` is called after each message; when it
