@@ -112,6 +112,32 @@ async def test_a_read_only_transaction_of_the_users_is_refused_in_words(url, bro
     assert not engine_of(broker)._server.is_distrusted(engine_of(broker)._main._connection)
 
 
+async def test_a_connection_whose_prepared_statements_are_gone_behind_its_driver_is_told_what_to_do(
+    url, broker
+) -> None:
+    with psycopg.connect(url, prepare_threshold=0, autocommit=True) as connection:
+        with connection.transaction():
+            await broker.send_to_queue("claims", 7, within=connection)
+        connection.pgconn.exec_(b"DEALLOCATE ALL")  # as a pooler that gives each transaction another session does
+        with (
+            connection.transaction(),
+            pytest.raises(filao.EngineError, match=r"Nothing was done.*prepare_threshold=None"),
+        ):
+            await broker.send_to_queue("claims", 8, within=connection)
+    assert await until_found(broker) == 7
+
+
+async def test_of_a_send_whose_connection_was_closed_meanwhile_nothing_was_done_and_the_error_says_so(
+    url, broker
+) -> None:
+    with psycopg.connect(url) as connection, psycopg.connect(url, autocommit=True) as operator:
+        connection.execute("SELECT 1")
+        operator.execute("SELECT pg_terminate_backend(%s, 10000)", [connection.info.backend_pid])
+        with pytest.raises(filao.EngineUnavailable, match=r"Nothing was done\.$"):
+            await broker.send_to_queue("claims", 7, within=connection)
+    assert (await broker.stats("claims")).sent == 0
+
+
 async def test_what_sqlalchemy_raises_within_a_transaction_ends_in_our_errors(url, broker) -> None:
     library = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with library.connect() as failed, suppress(sqlalchemy.exc.DBAPIError):

@@ -70,6 +70,10 @@ _UNDONE: tuple[tuple[type[psycopg.Error] | UnionType, str], ...] = (
     ),
     (errors.QueryCanceled, "it took too long, or an operator ended it. Nothing was done."),
     (
+        errors.InvalidSqlStatementName | errors.DuplicatePreparedStatement,
+        "a pooler lost what its driver had prepared. Nothing was done; open it with prepare_threshold=None.",
+    ),
+    (
         errors.UndefinedFunction,
         "its schema filao is of another version than this process. Nothing was done; upgrade Filao here, and restart.",
     ),
@@ -332,7 +336,8 @@ class Server:
                 f"{self.name}: the transaction of the within= connection is read-only. Nothing was sent; give a "
                 f"connection whose transaction may write."
             )
-        return refused(error) if drivers is None else self.engine_error(drivers)
+        # A connection that is lost takes its transaction with it.
+        return refused(error) if drivers is None else self.engine_error(drivers, begun=False)
 
     def engine_error(self, error: psycopg.Error, *, begun: bool = True) -> EngineError | ConfigurationError:
         """Return what an error of the server means."""
