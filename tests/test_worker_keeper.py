@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import threading
 import time
 
 import pytest
@@ -70,3 +71,21 @@ async def test_in_memory_leases_are_kept_too() -> None:
         await broker.send_to_queue("claims", 1)
         assert [handled.how for handled in await worker.drain()] == ["acked"]
         assert (await broker.stats("claims")).late == 0
+
+
+@pytest.mark.parametrize("name", [":memory:", "claims.db"])
+async def test_a_worker_that_gets_no_thread_of_its_own_says_so(tmp_path, name) -> None:
+    """One thread extends leases, except those in memory; another watches the loop."""
+    async with filao.connect("sqlite://:memory:" if name == ":memory:" else tmp_path / name) as broker:
+        worker = filao.Worker(broker)
+
+        @worker.consumer(filao.Queue("claims"))
+        async def handle(message: filao.Message) -> None: ...
+
+        before = threading.stack_size(2**62)  # more than there is
+        try:
+            with pytest.raises(filao.EngineUnavailable, match="cannot start a thread"):
+                await worker.drain()
+        finally:
+            threading.stack_size(before)
+        assert await worker.drain() == []

@@ -16,7 +16,7 @@ from filao.broker import Broker, session_of
 from filao.calls import Caller, interpreter_ends, signals_left_to_others
 from filao.errors import EngineUnavailable, FilaoError
 from filao.outside import outside
-from filao.process import no_thread
+from filao.process import start
 from filao.session import CLOSES_WITHIN
 
 log: logging.Logger = logging.getLogger("filao")
@@ -40,11 +40,8 @@ class LoopThread:
     def start(self) -> None:
         """Open the broker in the thread, and wait until that is done."""
         _close_at_exit()
-        try:
-            with signals_left_to_others():
-                self._thread.start()
-        except RuntimeError as refused:
-            raise EngineUnavailable(no_thread(refused)) from refused
+        with signals_left_to_others():
+            start(self._thread)
         self._opened.wait()
         if self._error is not None:
             error, self._error = self._error, None

@@ -3,9 +3,11 @@
 import os
 import socket
 import sys
+import threading
 from contextlib import suppress
 
 from filao.engine import Finding
+from filao.errors import EngineUnavailable
 
 REPORT_STALE = 20.0  # seconds after which a worker's report is no longer believed
 HEALTHY = "ready and healthy"  # how the report of a healthy worker begins
@@ -35,9 +37,12 @@ def process_finding(name: str, held: int, state: str, reported_ago: float) -> Fi
     return Finding("processes", level, f"{holds}; its worker is {state}")
 
 
-def no_thread(error: RuntimeError) -> str:
-    """Return the text of an error for a thread that cannot be started; Python does not say why."""
-    return (
-        f"this process cannot start a thread ({error}): most likely it may have no more of them, or no more memory. "
-        f"Nothing was done; end some, or raise the limit (ulimit -u, or the container's pids)"
-    )
+def start(thread: threading.Thread) -> None:
+    """Start a thread. Raises `EngineUnavailable` when this process can have no more; Python does not say why."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise EngineUnavailable(
+            f"this process cannot start a thread ({error}): most likely it may have no more of them, or no more "
+            f"memory. Nothing was done; end some, or raise the limit (ulimit -u, or the container's pids)"
+        ) from error

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from filao.cli.shell import usage
+from filao.process import start
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
@@ -43,7 +44,7 @@ def served(option: str, host: str, port: int, answer: Answer, *, name: str) -> G
         stopped = asyncio.Event()
         serving = _Server(answer).serve(listening, stopped)
         thread = threading.Thread(target=_run, args=(loop, serving), name=name, daemon=True)
-        thread.start()
+        start(thread)
         try:
             yield listening.getsockname()[1]
         finally:

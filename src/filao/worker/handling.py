@@ -21,7 +21,6 @@ from filao.broker import Broker
 from filao.calls import Caller
 from filao.errors import EngineUnavailable
 from filao.message import Message, delivery_of
-from filao.process import no_thread
 from filao.session import Session
 from filao.worker.handlers import Consumer, Handler
 from filao.worker.keeper import Keeper
@@ -154,8 +153,8 @@ class Handling:
         """
         try:
             return self._shared.threads.start(function, *arguments)
-        except RuntimeError as error:
-            self._shared.outages.fails("starting handlers", EngineUnavailable(no_thread(error)))
+        except EngineUnavailable as error:
+            self._shared.outages.fails("starting handlers", error)
             raise Release(delay=NO_THREAD_FOR) from error
 
     # --- its end -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from filao.engine import Delivery
 from filao.errors import EngineUnavailable, FilaoError, LeaseLost
-from filao.process import no_thread
+from filao.process import start
 from filao.session import Session
 from filao.worker.outage import Outages, pauses
 
@@ -81,10 +81,10 @@ class Keeper:
             return
         ready: Future[None] = Future()
         try:
-            threading.Thread(target=self._run, args=(sibling, ready), name="filao keeper", daemon=True).start()
-        except RuntimeError as error:
+            start(threading.Thread(target=self._run, args=(sibling, ready), name="filao keeper", daemon=True))
+        except EngineUnavailable:
             self._end()
-            raise EngineUnavailable(no_thread(error)) from error
+            raise
         await asyncio.wait([asyncio.wrap_future(ready)], timeout=OPENS_WITHIN)
 
     async def stop(self) -> None:

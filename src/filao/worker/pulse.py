@@ -8,6 +8,8 @@ import time
 import traceback
 from contextlib import suppress
 
+from filao.process import start
+
 log: logging.Logger = logging.getLogger("filao.worker")
 
 TICK = 1.0  # seconds between two signs of life
@@ -15,7 +17,7 @@ BLOCKED_AFTER = 10.0  # seconds without one after which the loop counts as block
 
 
 class Pulse:
-    """Watches the loop that it is made on, until it is stopped."""
+    """Watches the loop that it is made on, until it is stopped. Raises `EngineUnavailable` without a thread for it."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -23,7 +25,7 @@ class Pulse:
         self._turned_at = time.monotonic()
         self._was_blocked = False
         self._stopped = threading.Event()
-        threading.Thread(target=self._watch, name="filao pulse", daemon=True).start()
+        start(threading.Thread(target=self._watch, name="filao pulse", daemon=True))
 
     def stop(self) -> None:
         """End the thread."""

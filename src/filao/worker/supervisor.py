@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from filao.process import start
 from filao.worker.shift import Status
 from filao.worker.signals import told_by_signals
 from filao.worker.worker import Worker
@@ -206,12 +207,13 @@ class Supervisor:
 def report(worker: Worker, grace: float, pipe: int, stop: Callable[[], None]) -> Callable[[], None]:
     """In a supervised process: report from a thread, and stop when the supervisor is gone.
 
-    Return a function that tells the supervisor that this worker can never start.
+    Return a function that tells the supervisor that this worker can never start. Raises `EngineUnavailable` when no
+    thread can be started.
     """
     stream = os.fdopen(pipe, "wb", buffering=0)
     loop = asyncio.get_running_loop()
-    threading.Thread(target=_report, args=(worker, grace, stream), name="filao reports", daemon=True).start()
-    threading.Thread(target=_await_end, args=(loop, stop), name="filao supervisor's end", daemon=True).start()
+    start(threading.Thread(target=_report, args=(worker, grace, stream), name="filao reports", daemon=True))
+    start(threading.Thread(target=_await_end, args=(loop, stop), name="filao supervisor's end", daemon=True))
 
     def refuse() -> None:
         with suppress(OSError):

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import Any, NoReturn
 
 from filao.calls import undo_held
-from filao.process import flush_output
+from filao.process import flush_output, start
 
 
 class InterruptedHandlerError(BaseException):
@@ -85,7 +85,7 @@ class Threads:
         self._idle: list[SimpleQueue[Call | None]] = []
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Call:
-        """Run a function in a thread, in a copy of the caller's context."""
+        """Run a function in a thread, in a copy of the caller's context. Raises `EngineUnavailable` without one."""
         context = contextvars.copy_context()
         call = Call(asyncio.get_running_loop(), lambda: context.run(function, *arguments))
         calls: SimpleQueue[Call | None]
@@ -93,7 +93,7 @@ class Threads:
             calls = self._idle.pop()
         else:
             calls = SimpleQueue()
-            threading.Thread(target=_work, args=(calls,), name=self._name, daemon=True).start()
+            start(threading.Thread(target=_work, args=(calls,), name=self._name, daemon=True))
         calls.put(call)
         call.future.add_done_callback(lambda _: self._reuse(calls, call))
         return call

@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self, TypeVar
 from filao.engines.sqlite.turnstile import LeftWaiting
 from filao.errors import EngineUnavailable
 from filao.forks import Storage, gate
-from filao.process import no_thread
+from filao.process import start
 
 R = TypeVar("R")
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
@@ -179,10 +179,7 @@ class DatabaseThread:
         self._busy = threading.RLock()
         """Held while the connection is used. It knows its owner, which may be interrupted before it knows itself."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError as error:
-            raise EngineUnavailable(no_thread(error)) from error
+        start(self._thread)
 
     def submit(self, job: Callable[[], R], future: "asyncio.Future[R] | None" = None) -> "asyncio.Future[R]":
         """Run `job` after those before it; the future is resolved on the loop, unless it was meanwhile.
