@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
@@ -210,6 +211,43 @@ async def test_a_relay_goes_on_when_its_databases_are_back(business, connection,
     assert [message.body for message in await received(broker, 1)] == [1]
     task.cancel()
     assert (away, fails) == ([0], [0])
+
+
+@pytest.mark.parametrize("at", ["connect", "commit"])
+async def test_a_relay_whose_database_hangs_ends_and_leaves_no_connection_open(
+    business, broker, monkeypatch, caplog, at
+) -> None:
+    monkeypatch.setattr("filao.relay.CLOSES_WITHIN", 0.01)
+    hangs, goes_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def hang(where: str) -> None:
+        if where == at:
+            hangs.set()
+            assert goes_on.wait(PATIENCE)
+
+    class Hanging(sqlite3.Connection):
+        def commit(self) -> None:
+            hang("commit")
+            super().commit()
+
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    def connect() -> sqlite3.Connection:
+        hang("connect")
+        return sqlite3.connect(business, factory=Hanging)
+
+    task = asyncio.create_task(Relay(Outbox(), connect, broker).run())
+    assert await asyncio.to_thread(hangs.wait, PATIENCE)
+    task.cancel()
+    try:
+        ended, _ = await asyncio.wait([task], timeout=PATIENCE)
+        assert ended
+    finally:
+        goes_on.set()
+    assert await asyncio.to_thread(closed.wait, PATIENCE)
+    assert "its database has not answered for 0.01 s" in caplog.text
 
 
 async def test_waking_a_relay_makes_it_look_at_once(business, connection, broker) -> None:

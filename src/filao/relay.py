@@ -20,6 +20,7 @@ from filao.codec import shown
 from filao.errors import ConfigurationError, EngineError, FilaoError, QueueFull, QueueNotFound
 from filao.outbox import Failed, Outbox, Recorded
 from filao.printable import printable
+from filao.session import CLOSES_WITHIN
 
 log: logging.Logger = logging.getLogger("filao.relay")
 
@@ -65,8 +66,6 @@ class Relay:
                 self._wakened.clear()
                 try:
                     sent = await self.step()
-                except asyncio.CancelledError:
-                    raise
                 except Exception as error:
                     log.warning(
                         "relay of %s: trying again: %s: %s",
@@ -74,7 +73,7 @@ class Relay:
                         type(error).__name__,
                         printable(str(error)),
                     )
-                    await self._drop_connection()
+                    await self._in_thread(self._disconnect)
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                     pause = min(2 * pause, PAUSE_MAX)
                     continue
@@ -113,11 +112,15 @@ class Relay:
         return len(sent) + len(failed)
 
     async def close(self) -> None:
-        """Close the connection; `run` does it."""
-        await self._drop_connection()
-        if self._thread is not None:
-            self._thread.shutdown(wait=False)
-            self._thread = None
+        """Close the connection, within 30 s; `run` does it. If its database hangs, it is closed when that is over."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        closed = asyncio.get_running_loop().run_in_executor(thread, self._disconnect)
+        thread.shutdown(wait=False)
+        await asyncio.wait([closed], timeout=CLOSES_WITHIN)
+        if not closed.done():
+            log.warning("relay of %s: its database has not answered for %g s", self._outbox.table, CLOSES_WITHIN)
 
     async def _send(self, recorded: list[Recorded], sent: list[int], failed: list[Failed]) -> None:
         """Send the messages of one queue in order, and add those that were sent, or never can be, to these lists.
@@ -180,16 +183,17 @@ class Relay:
                 extra=_fields(one.queue, one.id),
             )
 
+    def _disconnect(self) -> None:
+        """Close the connection, also one that was opened for a call that was cancelled meanwhile."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.close()
+
     async def _in_thread(self, job: Callable[[], R]) -> R:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="filao relay")
         return await asyncio.get_running_loop().run_in_executor(self._thread, job)
-
-    async def _drop_connection(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(Exception):
-                await self._in_thread(connection.close)
 
 
 def _fields(queue: str, message_id: str | None) -> dict[str, object]:
