@@ -115,7 +115,10 @@ def test_without_its_extra_it_says_what_to_install(tmp_path):
     bare = [sys.executable, "-S", "-c", f"import sys; sys.path.append({str(tmp_path)!r}); import filao.cli"]
     ran = run(program=bare)
     assert ran.code == 2
-    assert ran.err == "filao: the command line needs click and rich: pip install 'filao[cli]'\n"
+    assert ran.err == (
+        "filao: the command line needs what cannot be imported here: pip install 'filao[cli]' "
+        "(No module named 'click')\n"
+    )
 
 
 def test_an_undeclared_queue_is_refused_with_its_neighbours(db):

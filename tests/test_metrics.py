@@ -1,6 +1,5 @@
 """Metrics of a store as Prometheus reads them, and the alert rules that go with them."""
 
-import importlib
 import json
 import shutil
 import socket
@@ -23,7 +22,7 @@ import filao
 import filao.sync
 from filao.cli.shell import read_anew
 from filao.engines.sqlite.backup import restore
-from filao.errors import ConfigurationError, EngineUnavailable
+from filao.errors import EngineUnavailable
 from filao.prometheus.store import StoreCollector, Told, exposition
 from tests.conftest import missing
 
@@ -110,13 +109,6 @@ def test_a_file_that_was_put_in_the_place_of_another_is_read_instead(db) -> None
             restored.declare(filao.Queue("restored"))
         restore(backup, db)
         assert [one.name for one in read_anew(broker, broker.stats)] == ["restored"]
-
-
-def test_without_the_extra_it_says_what_to_install(monkeypatch) -> None:
-    module = importlib.import_module("filao.cli.metrics")
-    monkeypatch.setattr(module, "find_spec", lambda _: None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'filao\[prometheus\]'"):
-        module.check_extra()
 
 
 def test_a_port_in_use_is_told(db) -> None:

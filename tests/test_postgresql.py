@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -1273,9 +1272,3 @@ async def test_through_a_pooler_it_polls(pooled, url) -> None:
             await tx.send_to_queue("letters", 1)
         assert await until_found(broker, "letters") == 1
         assert "polling" in next(finding.text for finding in await broker.doctor() if finding.subject == "pooler")
-
-
-def test_the_module_is_an_extra_and_says_so(tmp_path: Path) -> None:
-    script = "import sys; sys.modules['psycopg'] = None; import filao; filao.connect('postgresql://x/y')"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    assert "pip install 'filao[postgresql]'" in run.stderr

@@ -18,6 +18,7 @@ MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent.name != "p
 ORDER = [  # what stands above; a module imports only from here upwards
     *(
         "errors",
+        "extras",
         "urls",
         "printable",
         "guarded",

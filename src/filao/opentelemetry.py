@@ -16,15 +16,18 @@ from functools import lru_cache
 from typing import Literal
 
 import msgspec
-from opentelemetry import metrics, trace
-from opentelemetry.context import Context, attach
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from filao.codec import decode_headers
 from filao.engine import Ack, Delivery, Draft, Nack, Reject, Release, Result, Send, Settle
 from filao.errors import FilaoError
+from filao.extras import Extra
 from filao.observing import Ended
+
+with Extra("filao[opentelemetry]", of="filao.opentelemetry"):
+    from opentelemetry import metrics, trace
+    from opentelemetry.context import Context, attach
+    from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 LINKS_MAX = 128  # links of one span: as many as an SDK keeps unless it is told otherwise

@@ -8,11 +8,13 @@ and awaits `worker.drain(broker)`.
 import asyncio
 from collections.abc import Generator
 
-import pytest
-
 from filao import sync
+from filao.extras import Extra
 from filao.worker.run import Handled
 from filao.worker.worker import DRAINED_MAX, Worker
+
+with Extra("pytest", of="filao.testing"):
+    import pytest
 
 __all__ = ["Clock", "drain", "filao_broker", "filao_clock"]
 

@@ -7,13 +7,18 @@ rich is imported where it draws, because most commands draw nothing.
 """
 
 import sys
-from importlib.util import find_spec
+from importlib import import_module
 
-if not (find_spec("click") and find_spec("rich")):
-    sys.stderr.write("filao: the command line needs click and rich: pip install 'filao[cli]'\n")
+from filao.extras import Extra, ExtraMissing
+
+try:
+    with Extra("filao[cli]", of="the command line"):
+        import click
+
+        import_module("rich")  # of many commands
+except ExtraMissing as error:
+    sys.stderr.write(f"filao: {error}\n")
     sys.exit(2)
-
-import click
 
 from filao.cli.backup import backup, restore
 from filao.cli.control import cancel, delete, pause, resume

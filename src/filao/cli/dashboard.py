@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 import webbrowser
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import click
 from filao.broker import Broker, connect
 from filao.cli.pages import address_of, listening_at, shown_address
 from filao.cli.shell import addressed, check_file, note, usage
-from filao.errors import ConfigurationError
+from filao.extras import Extra
 from filao.queue import Queue
 
 if TYPE_CHECKING:
@@ -63,8 +63,10 @@ def dashboard(
     stands in a log in the store, which `filao log` prints. It is also to be mounted in an application of yours: see
     filao.dashboard.app. It needs pip install 'filao[dashboard]'.
     """
-    if not (find_spec("starlette") and find_spec("uvicorn") and find_spec("jinja2")):
-        raise ConfigurationError("the dashboard needs starlette, uvicorn and jinja2: pip install 'filao[dashboard]'")
+    with Extra("filao[dashboard]", of="filao dashboard"):
+        import_module("uvicorn")  # of `_serve`
+    from filao.dashboard import app
+
     url, _ = addressed(arguments, least=0, most=0)
     check_file(url)
     host, port = address_of("--listen", listen)
@@ -76,6 +78,8 @@ def dashboard(
     if wrong := next((one for one in queues if not isinstance(one, Queue)), None):
         raise usage(f"--type: {wrong!r} is no filao.Queue")
     hosts = (names or None) if is_open else LOOPBACK
+    broker = connect(url)
+    served = app(broker, token=token, hosts=hosts, allow_actions=allow_actions, redact=shows, queues=queues)
     with listening_at("--listen", host, port) as listening:
         address = shown_address(host, listening.getsockname()[1])
         note(f"the dashboard is at {address}   (Ctrl-C ends it)")
@@ -84,10 +88,6 @@ def dashboard(
         sys.stderr.flush()
         if browser:
             webbrowser.open(address)
-        from filao.dashboard import app
-
-        broker = connect(url)
-        served = app(broker, token=token, hosts=hosts, allow_actions=allow_actions, redact=shows, queues=queues)
         asyncio.run(_serve(served, broker, listening))
     return 0
 

@@ -4,14 +4,12 @@ import asyncio
 import logging
 import threading
 from importlib import resources
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import click
 
 from filao.cli.pages import ANSWERS_WITHIN, Page, address_of, served, shown_address
 from filao.cli.shell import addressed, broker_at, file_of, note, print_lines, read_anew, safe
-from filao.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from filao.prometheus.store import StoreCollector
@@ -48,12 +46,11 @@ def metrics(
     by filao work --metrics.
     """
     if rules or grafana:
-        folder = resources.files("filao.prometheus")
+        folder = resources.files("filao") / "prometheus"  # to import filao.prometheus takes the extra
         names = [name for name, is_wanted in (("rules.yml", rules), ("grafana.json", grafana)) if is_wanted]
         print_lines(folder.joinpath(name).read_bytes().rstrip() for name in names)
         return 0
     url, _ = addressed(arguments, least=0, most=0)
-    check_extra()
     from filao.prometheus.store import StoreCollector, Told, exposition
 
     with broker_at(url) as broker:
@@ -70,12 +67,6 @@ def metrics(
             raise error
         print_lines([text.rstrip()])
     return 0
-
-
-def check_extra() -> None:
-    """Raise `ConfigurationError` when the extra `prometheus` is not installed."""
-    if not find_spec("prometheus_client"):
-        raise ConfigurationError("metrics need prometheus-client: pip install 'filao[prometheus]'")
 
 
 def _serve(collector: "StoreCollector", host: str, port: int) -> int:

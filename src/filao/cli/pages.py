@@ -55,7 +55,7 @@ def served(option: str, host: str, port: int, answer: Answer, *, name: str) -> G
 def address_of(option: str, given: str) -> tuple[str, int]:
     """Return the host and port of `[HOST:]PORT`; loopback if no host is given."""
     host, _, port = given.rpartition(":")
-    if not port.isdecimal() or int(port) > 65_535:
+    if not port.isdecimal() or len(port) > 5 or int(port) > 65_535:
         raise usage(f"{option} {given!r}: give a port, or HOST:PORT")
     return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 

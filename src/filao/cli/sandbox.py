@@ -6,7 +6,6 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -53,15 +52,13 @@ def sandbox_command(
         from filao.sandbox.terminal import play
 
         return play("fr" if language == "fr" else "en", speed)
-    if not (find_spec("starlette") and find_spec("uvicorn") and find_spec("websockets")):
-        raise usage("the sandbox needs the extra `web`: pip install 'filao[web]'. Or play it here, with --terminal")
+    from filao.sandbox.web.server import serve
+
     token = os.environ.get("FILAO_TOKEN", "").strip() or secrets.token_urlsafe(16)
     if len(token) < TOKEN_LEAST:
         raise usage(f"FILAO_TOKEN: a token that is shorter than {TOKEN_LEAST} characters is soon guessed")
     is_open = host not in LOOPBACK
     with _listening(host, port) as listening:
-        from filao.sandbox.web.server import serve
-
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listening.getsockname()[1]}/?token={token}"
         opened = _opened(address, browser=not no_browser)

@@ -18,7 +18,7 @@ import click
 
 from filao.cli import logs
 from filao.cli.health import health_check
-from filao.cli.metrics import TEXT, check_extra
+from filao.cli.metrics import TEXT
 from filao.cli.pages import Page, address_of, served, shown_address
 from filao.cli.shell import usage
 from filao.errors import FilaoError
@@ -85,6 +85,7 @@ def work(
     """
     logs.begin(log_level, log_form)
     address = None if health is None else address_of("--health", health)
+    measured_at = None if metrics is None else _measured_at(metrics)
     worker = _load(target)
     if queues:
         worker.only(queues)
@@ -96,7 +97,7 @@ def work(
         for name, value in limits:
             command += [f"--max-{name}", str(value)]
         return asyncio.run(_supervise(command, processes, address, reload=reload))
-    with _measured(worker, metrics, slot):
+    with _measured(worker, measured_at, slot):
         return asyncio.run(_work(worker, _is_used_up(worker, max_messages, max_memory), report_to, address))
 
 
@@ -170,16 +171,21 @@ def _has_ended(executor: ThreadPoolExecutor) -> bool:
     return not ending.is_alive()
 
 
+def _measured_at(metrics: str) -> tuple[str, int]:
+    """Return the address of --metrics, checked at once, since a supervisor would start a process that fails anew."""
+    importlib.import_module("filao.prometheus")  # or the error that says which extra it takes
+    return address_of("--metrics", metrics)
+
+
 @contextmanager
-def _measured(worker: Worker, metrics: str | None, slot: int) -> Generator[None]:
+def _measured(worker: Worker, address: tuple[str, int] | None, slot: int) -> Generator[None]:
     """Serve the metrics of a worker's process."""
-    if metrics is None:
+    if address is None:
         yield
         return
-    check_extra()
     from filao.prometheus.worker import WorkerMetrics
 
-    host, port = address_of("--metrics", metrics)
+    host, port = address
     port = min(port + slot - 1, 65_535) if port else 0
     measures = WorkerMetrics()
     worker.observers.append(measures)

@@ -5,9 +5,14 @@ it alone. It needs the extra `dashboard`. See `door.py` for whom it lets in, and
 """
 
 from collections.abc import Collection, Sequence
+from importlib import import_module
 from typing import Any, cast
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from filao.extras import Extra
+
+with Extra("filao[dashboard]", of="filao.dashboard"):
+    import_module("jinja2")  # of its pages
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 from filao.broker import Broker, session_of
 from filao.dashboard.acts import Doing

@@ -44,20 +44,14 @@ def located(url: str | Path) -> str | Path:
 
 
 def _postgresql(url: str, *, durable: bool, clock: Callable[[], float]) -> Movable:
-    try:
-        from filao.engines.postgresql import PostgresqlEngine  # an extra
-    except ImportError as error:
-        raise ConfigurationError(
-            f"a postgresql:// URL needs psycopg: pip install 'filao[postgresql]' ({error})"
-        ) from error
+    from filao.engines.postgresql import PostgresqlEngine  # an extra
+
     return PostgresqlEngine(url, durable=durable, clock=clock)
 
 
 def _rabbitmq(url: str, *, clock: Callable[[], float]) -> Movable:
-    try:
-        from filao.engines.rabbitmq import RabbitmqEngine  # an extra
-    except ImportError as error:
-        raise ConfigurationError(f"an amqp:// URL needs aio-pika: pip install 'filao[rabbitmq]' ({error})") from error
+    from filao.engines.rabbitmq import RabbitmqEngine  # an extra
+
     return RabbitmqEngine(url, clock=clock)
 
 

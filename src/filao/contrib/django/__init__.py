@@ -13,7 +13,13 @@ migrate` declares; `WORKER`, the "module:attribute" that `manage.py filao_worker
 `filao.connect`.
 """
 
+from importlib import import_module
 from typing import Any
+
+from filao.extras import Extra
+
+with Extra("django", of="filao.contrib.django"):
+    import_module("django")  # of all modules here
 
 from filao.contrib.django.joining import Broker, broker
 from filao.worker import Worker
