@@ -73,7 +73,7 @@ async def on_connection(broker: Any, method: str, *arguments: Any) -> None:
     Another thread would wait there for SQLite's lock and keep Python's, which the callback may be waiting for.
     """
     engine = engine_of(broker)
-    await engine._alone(lambda: getattr(engine._database.hold.db, method)(*arguments))
+    await engine._jobs.alone(lambda: getattr(engine._database.hold.db, method)(*arguments))
 
 
 def missing(what: str) -> NoReturn:

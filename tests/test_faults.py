@@ -325,7 +325,7 @@ def test_a_receive_that_a_full_disk_refuses_leaves_nothing_open_behind(small_dis
         async with filao.connect(db) as broker:
             await broker.declare(filao.Queue("claims"))
             await broker.send_to_queue("claims", "waiting")
-            await engine_of(broker)._alone(engine_of(broker)._database.write_back)  # a WAL without room of its own
+            await engine_of(broker)._jobs.alone(engine_of(broker)._database.write_back)  # a WAL without room of its own
             fill(small_disk / "ballast")
             before = open_files()
             for _ in range(20):

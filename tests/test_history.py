@@ -28,8 +28,8 @@ async def test_events_that_were_kept_long_enough_leave_the_file(tmp_path) -> Non
         clock.advance(61)
         engine = engine_of(broker)
         async with asyncio.timeout(PATIENCE):
-            while await engine._look_up(_events):
-                await engine._alone(lambda: engine._housekeeper.tidy_some(idle=False))
+            while await engine._jobs.look_up(_events):
+                await engine._jobs.alone(lambda: engine._housekeeper.tidy_some(idle=False))
 
 
 def _events(books) -> int:

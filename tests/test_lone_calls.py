@@ -60,10 +60,10 @@ def test_whatever_instruction_is_interrupted_nothing_is_left_of_a_lone_call(tmp_
             prepare()
             interrupted(do, at)
             engine = engine_of(broker)
-            assert engine._thread._busy.acquire(timeout=PATIENCE), at
+            assert engine._jobs.thread._busy.acquire(timeout=PATIENCE), at
             assert not engine._database.is_in_transaction, at
             assert not engine._database.hold.turnstile.is_held, at
-            engine._thread._busy.release()
+            engine._jobs.thread._busy.release()
         assert is_passable(path.with_name("lone.db-filao"), PATIENCE)
         other = threading.Thread(target=broker.send_to_queue, args=("q", "after"), daemon=True)
         other.start()
@@ -107,7 +107,7 @@ def test_an_interrupt_undoes_no_transaction_that_began_after_another_program_was
         with broker.transaction() as transaction:
             transaction.send_to_queue("q", "in it")
             with suppress(KeyboardInterrupt):
-                engine._thread.visit(interrupt)
+                engine._jobs.thread.visit(interrupt)
         assert broker.stats("q").sent == 2
 
 
@@ -116,7 +116,7 @@ def test_a_second_interrupt_while_the_first_is_mended_leaves_nothing_either(tmp_
         broker.declare(filao.Queue("q"))
         broker.send_to_queue("q", "known")
         engine = engine_of(broker)
-        lock: Any = engine._thread._busy
+        lock: Any = engine._jobs.thread._busy
         left = 0
 
         def begin_and_meet_ctrl_c() -> bool:
@@ -136,7 +136,7 @@ def test_a_second_interrupt_while_the_first_is_mended_leaves_nothing_either(tmp_
         for at in range(1, 40, 3):
             left = at
             with suppress(KeyboardInterrupt):
-                engine._thread.visit(begin_and_meet_ctrl_c)
+                engine._jobs.thread.visit(begin_and_meet_ctrl_c)
             sys.settrace(None)
             assert not lock._is_owned(), at
             assert not engine._database.hold.turnstile.is_held, at

@@ -126,8 +126,8 @@ async def test_a_long_look_ends_when_its_broker_is_closed(tmp_path) -> None:
     endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
     async with asyncio.timeout(20), filao.connect(tmp_path / "claims.db") as broker:
         engine = engine_of(broker)
-        looking = asyncio.create_task(engine._look_up(lambda books: books.db.execute(endless).fetchone()))
-        while not engine._looks:  # nothing tells
+        looking = asyncio.create_task(engine._jobs.look_up(lambda books: books.db.execute(endless).fetchone()))
+        while not engine._jobs.is_looking:  # nothing tells
             await asyncio.sleep(0.01)
     with pytest.raises(filao.EngineError, match="interrupted"):
         await looking

@@ -50,7 +50,7 @@ async def test_housekeeping_waits_for_a_transaction_of_the_users(tmp_path, monke
             await transaction.execute("CREATE TABLE mine (number INTEGER)")
             for number in range(300):
                 await transaction.execute("INSERT INTO mine VALUES (?)", (number,))
-                engine_of(broker)._housekeeper.is_wanted = number % 2 == 0
+                engine_of(broker)._database.has_written = number % 2 == 0
             await transaction.send_to_queue("claims", "sent with it")
         assert (await waiting).body == "sent with it"
         async with broker.transaction() as transaction:
@@ -204,7 +204,7 @@ async def test_a_queue_whose_rules_are_unreadable_stops_no_other(tmp_path, filao
         assert [letter.body for letter in await broker.dead_letters("claims")] == ["expires"]
         await broker.send_to_queue("claims", "expires", ttl=1)
         filao_clock.advance(2)
-        while await engine_of(broker)._alone(partial(engine_of(broker)._housekeeper.tidy_some, idle=True)):
+        while await engine_of(broker)._jobs.alone(partial(engine_of(broker)._housekeeper.tidy_some, idle=True)):
             pass
         with closing(sqlite3.connect(path)) as other:
             assert other.execute("SELECT dead FROM filao_queue WHERE name = 'claims'").fetchone() == (2,)
@@ -470,9 +470,9 @@ async def test_who_takes_long_but_waits_for_nobody_is_not_given_up(tmp_path, mon
             may_end.wait(30)
             return "examined"
 
-        looking = asyncio.ensure_future(engine._look_up(examine))
+        looking = asyncio.ensure_future(engine._jobs.look_up(examine))
         await begun.wait()
-        engine._tickets.give_up(time.monotonic() + 60)
+        engine._jobs._tickets.give_up(time.monotonic() + 60)
         may_end.set()
         assert await looking == "examined"
 
@@ -519,7 +519,7 @@ async def test_a_closed_broker_leaves_no_timer(tmp_path) -> None:
     async with filao.connect(tmp_path / "claims.db") as broker:
         engine = engine_of(broker)
         await broker.declare(filao.Queue("claims"))
-    timer = engine._tickets._timer
+    timer = engine._jobs._tickets._timer
     assert timer is not None
     assert timer.cancelled()
 
@@ -538,7 +538,7 @@ async def test_the_connection_is_replaced_after_the_disk_failed(tmp_path) -> Non
                 raise error
 
         with pytest.raises(filao.EngineUnavailable, match="disk"):
-            await engine_of(broker)._alone(fail)
+            await engine_of(broker)._jobs.alone(fail)
         await broker.send_to_queue("claims", 2)
         assert database.hold.db is not before
         assert (await broker.stats("claims")).ready == 2

@@ -227,7 +227,7 @@ async def test_a_drained_backlog_leaves_the_disk(tmp_path) -> None:
                     await transaction.ack(message)
         full = path.stat().st_size + (tmp_path / "claims.db-wal").stat().st_size
         engine = engine_of(broker)
-        thread, hold = engine._thread, engine._hold
+        thread, hold = engine._jobs.thread, engine._hold
         while await thread.submit(partial(engine._housekeeper.tidy_some, idle=True)):
             pass
         with closing(sqlite3.connect(path)) as reader:

@@ -84,7 +84,7 @@ async def test_a_bell_that_the_file_names_is_never_written_to_unless_it_is_a_bel
         await broker.send_to_queue(CLAIMS, 7)
         assert await body_of_next(broker) == 7
         engine = engine_of(broker)
-        await engine._alone(engine._look)
+        await engine._jobs.alone(engine._look)
     assert victim.read_bytes() == b"profile"
 
 
@@ -97,7 +97,7 @@ async def test_only_a_bell_is_taken_down(db) -> None:
         async with filao.connect(db) as broker:
             await broker.receive_from_queue(CLAIMS, wait=0)
             engine = engine_of(broker)
-            await engine._alone(engine._look)
+            await engine._jobs.alone(engine._look)
             findings = await broker.doctor()
     assert lies.exists()
     assert [finding for finding in findings if finding.subject == "processes"]  # our own: the false one was struck off

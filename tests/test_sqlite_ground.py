@@ -149,7 +149,7 @@ async def test_nothing_is_confirmed_once_the_file_is_not_what_was_opened(db, hap
     async with filao.connect(db) as broker:
         await broker.declare(CLAIMS)
         await broker.send_many(CLAIMS, ["before"] * 300)
-        await engine_of(broker)._alone(engine_of(broker)._database.write_back)
+        await engine_of(broker)._jobs.alone(engine_of(broker)._database.write_back)
         shutil.copyfile(db, db.parent / "early.db")
         await broker.send_to_queue(CLAIMS, "early")
         for end in ("-wal", "-shm"):
@@ -172,12 +172,12 @@ async def test_a_file_that_is_overwritten_after_a_checkpoint_is_noticed_though_i
         await broker.declare(CLAIMS)
         await broker.send_to_queue(CLAIMS, "first")
         engine = engine_of(broker)
-        await engine._alone(engine._database.write_back)
+        await engine._jobs.alone(engine._database.write_back)
         shutil.copyfile(db, db.parent / "early.db")
         message = await broker.receive_from_queue(CLAIMS)
         assert message is not None
         await message.ack()
-        await engine._alone(engine._database.write_back)
+        await engine._jobs.alone(engine._database.write_back)
         shutil.copyfile(db.parent / "early.db", db)
         with pytest.raises(filao.EngineError, match="was overwritten in place"):
             await broker.send_to_queue(CLAIMS, "after")

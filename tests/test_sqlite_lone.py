@@ -94,7 +94,7 @@ async def test_a_transaction_works_on_the_queues_that_it_is_about_however_many_a
                 books.row("q7")
                 return len(books.known.queues), list(books.names().values())
 
-        assert await engine_of(broker)._alone(look_at_one) == (40, ["q7"])
+        assert await engine_of(broker)._jobs.alone(look_at_one) == (40, ["q7"])
 
 
 async def test_what_comes_back_expires_though_nothing_that_waited_could(tmp_path, clock) -> None:

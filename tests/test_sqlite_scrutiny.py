@@ -225,7 +225,7 @@ async def test_the_doctor_may_take_longer_than_a_turn_may_be_waited_for(db, monk
     slept: list[float] = []
 
     def sleep_once_it_looks() -> None:
-        if engine_of(broker)._looks and not slept:
+        if engine_of(broker)._jobs.is_looking and not slept:
             slept.append(1.2)
             time.sleep(slept[0])
 

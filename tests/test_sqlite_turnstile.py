@@ -149,8 +149,8 @@ async def test_nobody_waits_inside_the_turnstile_while_a_file_is_opened(db) -> N
 async def test_a_call_behind_a_long_look_of_its_own_broker_is_told_so(db, monkeypatch) -> None:
     async with filao.connect(db) as broker:
         may_end = threading.Event()
-        looking = asyncio.create_task(engine_of(broker)._look_up(lambda _: may_end.wait(20)))
-        while not engine_of(broker)._looks:
+        looking = asyncio.create_task(engine_of(broker)._jobs.look_up(lambda _: may_end.wait(20)))
+        while not engine_of(broker)._jobs.is_looking:
             await asyncio.sleep(0.001)
         monkeypatch.setattr(files, "BUSY_TIMEOUT", 0.05)
         for call in (broker.send_to_queue(CLAIMS, 1), broker.stats(CLAIMS)):
@@ -323,7 +323,7 @@ async def test_a_look_does_not_wait_for_housekeeping_beside_a_foreign_transactio
     monkeypatch.setattr(housekeeping, "TIDY_EVERY", 0.01)
     async with filao.connect(alone) as broker, asyncio.timeout(20):
         with foreign_writer(alone):
-            engine_of(broker)._housekeeper.is_wanted = True
+            engine_of(broker)._database.has_written = True
             while engine_of(broker)._database.ticket is None:
                 await asyncio.sleep(0.001)
             monkeypatch.setattr(files, "BUSY_TIMEOUT", 1_000.0)

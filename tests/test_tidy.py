@@ -61,6 +61,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
                 "foreign",
                 "hold",
                 "database",
+                "jobs",
                 "housekeeping",
                 "presence",
                 "transactions",

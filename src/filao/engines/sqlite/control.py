@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Protocol, Self, TypeVar
+from typing import Self
 
 from filao.engine import Draft, Event, Finding, QueueStats, State, StoredMessage
 from filao.engines.sqlite import files, moves, operators, processes
@@ -15,13 +15,12 @@ from filao.engines.sqlite.books import Books, QueueRow
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.doctor import examine
 from filao.engines.sqlite.hold import Hold
+from filao.engines.sqlite.jobs import Jobs
 from filao.engines.sqlite.receive import NOBODY
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineUnavailable
 from filao.queue import Queue
 from filao.slices import Tally
-
-R = TypeVar("R")
 
 SLICE = 2_000  # messages that operators change in one transaction: some 20 ms of the write lock
 EXPIRED_SLICES_MAX = 20  # of 5,000 expired messages each, that a look ends first, in a second; the rest end later
@@ -29,22 +28,13 @@ EXPIRED_WITHIN = 5.0  # seconds that a look waits for that, if a transaction kee
 ALL = 2**62
 
 
-class Worked(Protocol):
-    """Does work on the file, in the database's thread."""
-
-    async def __call__(self, work: Callable[[Books], R], until: float | None = None) -> R:
-        """Return the work's result; it must begin before `until` (monotonic), which is in 30 s unless it is given."""
-        ...
-
-
 class SqliteOperators:
     """See `filao.engine.Operators`; it is also their `Pausing` and `Tracing`."""
 
-    def __init__(self, hold: Hold, beside: Database, change: Worked, look_up: Worked) -> None:
+    def __init__(self, hold: Hold, beside: Database, jobs: Jobs) -> None:
         self._hold = hold
         self._beside = beside
-        self._change = change
-        self._look_up = look_up
+        self._jobs = jobs
 
     @property
     def pausing(self) -> Self:
@@ -58,25 +48,27 @@ class SqliteOperators:
 
     async def trace(self, message_id: str) -> list[Event]:
         """Return what happened to the messages with this id."""
-        return await self._look_up(lambda books: operators.trace(books, message_id))
+        return await self._jobs.look_up(lambda books: operators.trace(books, message_id))
 
     async def queues(self) -> list[Queue]:
         """Return every declared queue with its rules, by name."""
-        return await self._look_up(lambda books: operators.queues(books.db))
+        return await self._jobs.look_up(lambda books: operators.queues(books.db))
 
     async def delete(self, queue: str) -> int:
         """Delete a queue that holds no message."""
-        return await self._change(lambda books: operators.delete(books, books.row(queue)))
+        return await self._jobs.change(lambda books: operators.delete(books, books.row(queue)))
 
     async def stats(self, queue: str | None = None) -> list[QueueStats]:
         """Read the counters of every queue, or of one."""
         until = await self._let_expire()
-        return await self._look_up(lambda books: stats(books, queue), until)
+        return await self._jobs.look_up(lambda books: stats(books, queue), until)
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
         until = await self._let_expire()
-        return await self._look_up(lambda books: operators.peek(books, books.row(queue), state, limit, after), until)
+        return await self._jobs.look_up(
+            lambda books: operators.peek(books, books.row(queue), state, limit, after), until
+        )
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Give dead letters back, each to its old place."""
@@ -95,22 +87,22 @@ class SqliteOperators:
 
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Stop or resume deliveries."""
-        await self._change(lambda books: operators.pause(books, books.row(queue), paused=paused))
+        await self._jobs.change(lambda books: operators.pause(books, books.row(queue), paused=paused))
 
     async def pause_group(self, queue: str, group: str, *, paused: bool) -> None:
         """Halt a group, or let it go on."""
         work = operators.halt_group if paused else operators.resume_group
-        await self._change(lambda books: work(books, books.row(queue), group))
+        await self._jobs.change(lambda books: work(books, books.row(queue), group))
 
     async def report(self, state: str) -> None:
         """Record how this process is doing, once it receives."""
         lessee = self._beside.lessee
         if lessee is not NOBODY:
-            await self._change(lambda books: processes.report(books, lessee.process, state))
+            await self._jobs.change(lambda books: processes.report(books, lessee.process, state))
 
     async def doctor(self) -> list[Finding]:
         """Examine the file and say what an operator should know."""
-        return await self._look_up(lambda books: examine(books, self._hold))
+        return await self._jobs.look_up(lambda books: examine(books, self._hold))
 
     async def _chosen(
         self, queue: str, states: Sequence[State], ids: Sequence[str] | None, limit: int | None
@@ -118,7 +110,9 @@ class SqliteOperators:
         """Return the numbers of the messages that a command will touch, fixed now so that the command ends."""
         until = await self._let_expire()
         most = ALL if limit is None else limit
-        return await self._look_up(lambda books: operators.chosen(books, books.row(queue), states, ids, most), until)
+        return await self._jobs.look_up(
+            lambda books: operators.chosen(books, books.row(queue), states, ids, most), until
+        )
 
     async def _in_slices(
         self, queue: str, numbers: Sequence[int], work: Callable[[Books, QueueRow, Sequence[int]], int]
@@ -126,7 +120,7 @@ class SqliteOperators:
         """Change many messages in transactions of a bounded size, so that others get their turns in between."""
         with Tally() as tally:
             for first in range(0, len(numbers), SLICE):
-                tally.done += await self._change(partial(_slice, queue, numbers[first : first + SLICE], work))
+                tally.done += await self._jobs.change(partial(_slice, queue, numbers[first : first + SLICE], work))
         return tally.done
 
     async def _let_expire(self) -> float:
@@ -138,8 +132,8 @@ class SqliteOperators:
         until, slices = now + files.BUSY_TIMEOUT, EXPIRED_SLICES_MAX
         soon = min(until, now + EXPIRED_WITHIN)
         with suppress(EngineUnavailable):
-            for queue in await self._look_up(operators.outlived, soon):
-                while slices and await self._change(partial(_expired, queue), soon):
+            for queue in await self._jobs.look_up(operators.outlived, soon):
+                while slices and await self._jobs.change(partial(_expired, queue), soon):
                     slices -= 1
         return until
 

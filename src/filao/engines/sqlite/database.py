@@ -36,7 +36,7 @@ class Database:
         self.lessee: Lessee = NOBODY
         """This process as one that receives, once it is entered: see `presence.py`."""
         self.ticket: Ticket | None = None
-        """The ticket of the running job: see `SqliteEngine._in_turn`."""
+        """The ticket of the running job: see `Jobs.in_turn`."""
         self.loop_thread: int = threading.get_ident()
         """See `filao.forks.Storage`."""
         self._wake = wake
@@ -46,6 +46,8 @@ class Database:
         """What the books of the last transaction knew, for the next, when all that it wrote went through them."""
         self._kept_at: tuple[sqlite3.Connection, int] | None = None
         """The connection of that transaction, and SQLite's count there of commits by others."""
+        self.has_written: bool = False
+        """Whether anything but receives was committed since the housekeeper last asked."""
         self._undone_because = ""
         """Why the last transaction that did not commit was undone."""
         self._is_visited = False
@@ -251,6 +253,7 @@ class Database:
             self.undo(error)
         self._books = None
         self._kept = books.known if books.keeps else None
+        self.has_written |= self.hold.confirms
         self.hold.turnstile.leave()
         self._is_visited = False
 

@@ -11,11 +11,11 @@ the WAL keeps the order of commits, so the next flush carries them along. All el
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filao.engine import Abandoned, Batch, Extend, Feature, Operation, Receive, Result, Send, Settle, Submit
 from filao.engines.sqlite import files, operators, verbs
@@ -23,23 +23,20 @@ from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.control import SqliteOperators
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.housekeeping import Housekeeper
+from filao.engines.sqlite.jobs import Jobs
 from filao.engines.sqlite.moving import SqliteMover
 from filao.engines.sqlite.overview import SqliteOverview
 from filao.engines.sqlite.presence import Presence
 from filao.engines.sqlite.receive import NOBODY, look
-from filao.engines.sqlite.thread import DatabaseThread, Direct, Tickets
+from filao.engines.sqlite.thread import Direct
 from filao.engines.sqlite.transactions import SqliteTransactions
 from filao.engines.waiters import Lines, Place
 from filao.errors import EngineUnavailable, FilaoError
-from filao.guarded import look_away
 from filao.process import process_name
 from filao.queue import Queue
 
-R = TypeVar("R")
-
 POLL_INTERVAL = 0.2  # seconds between looks for what rings no bell: deaths, and commits on the users' own connections
 SLEPT = 0.5  # seconds by which the steady clock got ahead of the event loop's between two looks: the machine slept
-INTERRUPTED_EVERY = 0.01  # seconds between interruptions of a look for which a close waits
 BEGINS_WITHIN = 0.5  # seconds, at least, for a batch to begin, even if the last took as long as a call may wait
 CLOSED_WITHIN = 1.0  # seconds kept for closing the file, however long giving back the leases takes
 
@@ -68,33 +65,25 @@ class SqliteEngine:
         self._sibling = (
             None if path == files.MEMORY else lambda: SqliteEngine(path, durable=durable, clock=clock, beside=database)
         )
-        self._gate = asyncio.Lock()
-        """Held by work that needs the thread for several jobs that belong together; single jobs only look at it."""
         self._lines: Lines = Lines()
         self._queue_names: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._housekeeper = Housekeeper(database, self._alone)
-        self._looks = False
-        """Whether a job that only looks is running."""
-        self.operators: SqliteOperators = SqliteOperators(self._hold, self._beside, self._change, self._look_up)
-        self.overview: SqliteOverview = SqliteOverview(self._change, self._look_up)
-        self.mover: SqliteMover = SqliteMover(path, self.operators, self._change, self._look_up)
-        self.transactions: SqliteTransactions = SqliteTransactions(
-            database, self._alone_in, self._in_turn, self._submit
-        )
+        self._jobs = jobs = Jobs(database)
+        self._housekeeper = Housekeeper(database, jobs)
+        self.operators: SqliteOperators = SqliteOperators(self._hold, self._beside, jobs)
+        self.overview: SqliteOverview = SqliteOverview(jobs)
+        self.mover: SqliteMover = SqliteMover(path, self.operators, jobs)
+        self.transactions: SqliteTransactions = SqliteTransactions(database, jobs)
 
     async def open(self) -> None:
         """Open the file, create or migrate its tables, and start the thread that writes."""
         self._loop = asyncio.get_running_loop()
         self._database.loop_thread = threading.get_ident()
-        self._thread = DatabaseThread(f"filao {self._hold.path.name}", self._database)
-        self._tickets = Tickets(self._refusal, self._relieve)
+        self._jobs.begin()
         try:
-            await self._in_turn(self._database.open)
+            await self._jobs.in_turn(self._database.open)
         except BaseException as error:
-            closed = self._thread.submit(self._close_unheard)
-            closed.add_done_callback(self._end)
-            self._thread.stop()
+            closed = self._jobs.end(self._close_unheard)
             if isinstance(error, FilaoError):  # a cancelled caller waits for nothing
                 await asyncio.wait([closed], timeout=CLOSED_WITHIN)
             raise
@@ -118,18 +107,16 @@ class SqliteEngine:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._relieve()
-            await self._stop_looking(until)
+            self._jobs.relieve()
+            await self._jobs.stop_looking(until)
             with suppress(FilaoError):  # what cannot be given back runs out
-                while await self._alone(self._presence.resign, until):
+                while await self._jobs.alone(self._presence.resign, until):
                     pass
         finally:
             if self._hold.belfry.own is not None:
                 self._loop.remove_reader(self._hold.belfry.own.reader)
-            self._relieve()
-            closed = self._thread.submit(self._database.close)
-            closed.add_done_callback(self._end)
-            self._thread.stop()
+            self._jobs.relieve()
+            closed = self._jobs.end(self._database.close)
         await asyncio.wait([closed], timeout=max(ends - time.monotonic(), CLOSED_WITHIN))
         if not closed.done():
             raise _not_closed_yet(self._hold.path)
@@ -139,17 +126,6 @@ class SqliteEngine:
         """Close the file after opening it failed; an error here is not raised, because that of opening is."""
         with suppress(FilaoError):
             self._database.close()
-
-    def _end(self, closed: "asyncio.Future[None]") -> None:
-        """Stop the timer, and take the error of a close that nobody waits for."""
-        self._tickets.close()
-        look_away(closed)
-
-    async def _stop_looking(self, until: float) -> None:
-        """Make a job that only looks fail, by interrupting its statements."""
-        while self._looks and time.monotonic() < until:
-            self._hold.interrupt()
-            await asyncio.sleep(INTERRUPTED_EVERY)
 
     def drop(self) -> None:
         """Close after the event loop has ended: the thread gives back the leases and closes the file."""
@@ -161,21 +137,20 @@ class SqliteEngine:
             self._database.close()
 
         self._hold.is_closing = True
-        self._thread.submit(end)
-        self._thread.stop()
+        self._jobs.end(end)
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
     def execute(self, batch: Batch) -> Awaitable[list[Result]]:
         """Do a batch as one transaction, with all that joins it until its turn comes."""
         until = max(batch.since + files.BUSY_TIMEOUT, time.monotonic() + BEGINS_WITHIN)
-        if self._gate.locked():
-            return self._alone(partial(self._execute, batch), until)
-        return self._in_turn(partial(self._execute, batch), until, Direct(self._loop))
+        if self._jobs.is_kept:
+            return self._jobs.alone(partial(self._execute, batch), until)
+        return self._jobs.in_turn(partial(self._execute, batch), until, Direct(self._loop))
 
     def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
         """Do a batch in the calling thread, if nobody is in the way."""
-        return self._thread.visit(partial(self._at_once, operations, results))
+        return self._jobs.thread.visit(partial(self._at_once, operations, results))
 
     def _at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
         kinds = set(map(type, operations))
@@ -187,7 +162,6 @@ class SqliteEngine:
         if books is None:
             return False
         _apply(self._database, books, lambda: operations, results, self._queue_names)
-        self._housekeeper.is_wanted |= writes
         return True
 
     def _is_behind(self, operation: Operation) -> bool:
@@ -204,64 +178,7 @@ class SqliteEngine:
         results: list[Result] = []
         take = partial(batch.take, lambda operation: takes[type(operation)])
         _apply(self._database, books, take, results, self._queue_names)
-        self._housekeeper.is_wanted |= batch.writes
         return results
-
-    def _submit(self, job: Callable[[], R]) -> "asyncio.Future[R]":
-        """Run a job of an open transaction, which has the thread and the turn."""
-        self._housekeeper.is_wanted = True
-        return self._thread.submit(job)
-
-    def _in_turn(
-        self, job: Callable[[], R], until: float | None = None, future: "asyncio.Future[R] | None" = None
-    ) -> "asyncio.Future[R]":
-        """Run a job that waits for a turn to write, but not for ever: another process may stand still in its own."""
-        future = self._loop.create_future() if future is None else future
-        ticket = self._tickets.hand_out(time.monotonic() + files.BUSY_TIMEOUT if until is None else until, future)
-
-        def with_ticket() -> R:
-            self._database.ticket = ticket
-            try:
-                return job()
-            finally:
-                if self._database.ticket is ticket:  # otherwise it was taken, or this thread was left waiting
-                    self._database.ticket = None
-
-        return self._thread.submit(with_ticket, future)
-
-    def _refusal(self) -> EngineUnavailable:
-        """Return the error of a call that has not begun in time; it names what is in the way."""
-        path, seconds = self._hold.path, f"{files.BUSY_TIMEOUT:g} seconds"
-        if self.transactions.is_open:
-            return EngineUnavailable(
-                f"{path}: a transaction of this broker has been open for {seconds}, and all else waits for it. Nothing "
-                f"was done; do what is slow before a transaction begins."
-            )
-        if self._looks or self._hold.turnstile.is_held:
-            return EngineUnavailable(
-                f"{path}: another call of this broker has been at work for {seconds}, and all else waits for it: a "
-                f"look at the whole file, as the doctor's, or its tables are being brought up to date. Nothing of this "
-                f"call was done; try again when that has ended."
-            )
-        return self._hold.refusal()
-
-    def _relieve(self) -> None:
-        """Go on in another thread if the present one waits in line for a job that was given up."""
-        with suppress(EngineUnavailable):  # no thread can be started: the present one goes on when its turn comes
-            self._thread = self._thread.relieved(self._database.leave_waiting)
-
-    @asynccontextmanager
-    async def _alone_in(self, until: float) -> AsyncGenerator[None]:
-        """Keep the thread to the caller, once no transaction of the user's has it."""
-        try:
-            async with asyncio.timeout(until - time.monotonic()):
-                await self._gate.acquire()
-        except TimeoutError:
-            raise self._refusal() from None
-        try:
-            yield
-        finally:
-            self._gate.release()
 
     # --- waking ------------------------------------------------------------------------------------------------------
 
@@ -274,7 +191,7 @@ class SqliteEngine:
             ticket = self._database.ticket
             self._presence.enter(process_name())
             if not self._database.offer(ticket):  # the batch itself follows, and may have to wait for another turn
-                raise self._refusal()
+                raise self._jobs.refusal()
             bell = self._hold.belfry.own
             if bell is not None:
                 self._loop.call_soon_threadsafe(self._loop.add_reader, bell.reader, self._hear)
@@ -297,7 +214,7 @@ class SqliteEngine:
     async def _pass_on(self, queue: str) -> None:
         """Let the next process be called, because nobody waits here any more."""
         with suppress(FilaoError):
-            await self._alone(partial(self._presence.pass_on, queue))
+            await self._jobs.alone(partial(self._presence.pass_on, queue))
 
     async def _watch(self) -> None:
         """Look for a lost file and, in a process that receives, for deaths and for commits that rang no bell."""
@@ -314,14 +231,14 @@ class SqliteEngine:
             with suppress(FilaoError):  # the callers of a storage that fails get its error
                 while self._presence.may_have_moved() or self._presence.dead():
                     quiet = [name for name, line in self._lines.items() if line.is_quiet()]
-                    for name, due_in in await self._alone(partial(self._look, quiet)):
+                    for name, due_in in await self._jobs.alone(partial(self._look, quiet)):
                         self._tell(name, due_in)
                     if not self._presence.dead():
                         break
 
     async def _is_lost(self) -> bool:
         try:
-            await self._alone(self._hold.look)
+            await self._jobs.alone(self._hold.look)
         except FilaoError:
             return True
         return False
@@ -344,42 +261,11 @@ class SqliteEngine:
 
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""
-        await self._change(lambda books: operators.declare(books, queue))
+        await self._jobs.change(lambda books: operators.declare(books, queue))
 
     async def find(self, queue: str) -> Queue:
         """Return a queue with its rules, from its row."""
-        return await self._look_up(lambda books: books.row(queue).rules)
-
-    async def _change(self, work: Callable[[Books], R], until: float | None = None) -> R:
-        """Do work that changes something, as a durable transaction."""
-
-        def job() -> R:
-            with self._database.write(durable=True) as books:
-                return work(books)
-
-        self._housekeeper.is_wanted = True
-        return await self._alone(job, until)
-
-    async def _look_up(self, work: Callable[[Books], R], until: float | None = None) -> R:
-        """Do work that changes nothing."""
-
-        def begun(books: Books) -> R:
-            self._looks = True
-            return work(books)
-
-        def job() -> R:
-            try:
-                return self._database.look_up(begun)
-            finally:
-                self._looks = False
-
-        return await self._alone(job, until)
-
-    async def _alone(self, job: Callable[[], R], until: float | None = None) -> R:
-        """Run a job in the thread, but never inside a transaction of the user's."""
-        until = time.monotonic() + files.BUSY_TIMEOUT if until is None else until
-        async with self._alone_in(until):
-            return await self._in_turn(job, until)
+        return await self._jobs.look_up(lambda books: books.row(queue).rules)
 
     def _start(self, work: Any) -> None:
         task = self._loop.create_task(work)

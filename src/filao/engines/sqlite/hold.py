@@ -54,7 +54,7 @@ class Hold:
         self._durable = durable
         self._flushes: bool | None = durable
         """Whether commits are flushed; None: unknown, because a visit was interrupted while it changed that."""
-        self._confirms = True
+        self.confirms: bool = True
         """Whether a caller will be told that the next commit is durable."""
         self._has_failed = False
         """Whether the disk failed, so that the file must be checked before it is used again."""
@@ -158,7 +158,7 @@ class Hold:
 
     def set_durable(self, *, durable: bool) -> None:
         """Choose whether the next commit is flushed to the disk."""
-        self._confirms, flushes = durable, durable and self._durable
+        self.confirms, flushes = durable, durable and self._durable
         if self.db is not None and self._flushes is not flushes:
             self._flushes = None
             try:
@@ -323,7 +323,7 @@ class Hold:
 
     def look_at_commit(self) -> None:
         """Look before a commit is confirmed; a commit that confirms nothing need not look each time."""
-        if self._confirms:
+        if self.confirms:
             self.look()
         else:
             self.look_if_due()

@@ -6,11 +6,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from filao.engines.sqlite import moves, operators, processes
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.database import Database
+from filao.engines.sqlite.jobs import Jobs
 from filao.errors import FilaoError
 
 R = TypeVar("R")
@@ -41,22 +42,12 @@ def tidy(books: Books, *, idle: bool) -> bool:
     return more
 
 
-class Alone(Protocol):
-    """Runs a job in the database's thread, but never inside a transaction of the user's."""
-
-    def __call__(self, job: Callable[[], R], until: float | None = None) -> Awaitable[R]:
-        """Return the job's result; it must begin before `until` (monotonic)."""
-        ...
-
-
 class Housekeeper:
     """Tidies up, from the event loop, while its file is open."""
 
-    def __init__(self, database: Database, alone: Alone) -> None:
-        self.is_wanted: bool = False
-        """Whether something was written since the last round."""
+    def __init__(self, database: Database, jobs: Jobs) -> None:
         self._database = database
-        self._alone = alone
+        self._jobs = jobs
         self._slices = TIDY_SLICES_BUSY
         """In one round under traffic: as many as keep up with what it leaves behind."""
 
@@ -65,7 +56,7 @@ class Housekeeper:
         is_behind = False
         while True:
             await asyncio.sleep(TIDY_EVERY)
-            idle, self.is_wanted = not self.is_wanted, False
+            idle, self._database.has_written = not self._database.has_written, False
             if not idle or is_behind:
                 is_behind = True
                 with suppress(FilaoError):
@@ -76,15 +67,15 @@ class Housekeeper:
         more = True
         for _ in range(TIDY_SLICES_MAX if idle else self._slices):
             more = await self._soon(partial(self.tidy_some, idle=idle))
-            if not more or (idle and self.is_wanted):
+            if not more or (idle and self._database.has_written):
                 break
         self._slices = min(2 * self._slices, TIDY_SLICES_MAX) if more else max(TIDY_SLICES_BUSY, self._slices // 2)
-        if not idle or more or self.is_wanted:
+        if not idle or more or self._database.has_written:
             return True
         return not await self._soon(self._database.write_back)
 
     def _soon(self, job: Callable[[], R]) -> Awaitable[R]:
-        return self._alone(job, time.monotonic() + TIDIES_WITHIN)
+        return self._jobs.alone(job, time.monotonic() + TIDIES_WITHIN)
 
     def tidy_some(self, *, idle: bool) -> bool:
         """Do a slice in a transaction of its own; return whether there is more to do."""

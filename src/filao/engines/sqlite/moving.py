@@ -7,8 +7,9 @@ from pathlib import Path
 from filao.engine import Draft
 from filao.engines import rows as carried
 from filao.engines.sqlite.books import DEAD, DEDUP_KEY, MESSAGE_ID, STATES, Books, QueueRow
-from filao.engines.sqlite.control import SqliteOperators, Worked
+from filao.engines.sqlite.control import SqliteOperators
 from filao.engines.sqlite.files import MEMORY
+from filao.engines.sqlite.jobs import Jobs
 from filao.engines.sqlite.moves import arrange
 from filao.engines.sqlite.operators import history
 from filao.engines.sqlite.receive import make_due
@@ -25,11 +26,10 @@ _NEXT = f"""
 class SqliteMover:
     """See `filao.moving.Mover`."""
 
-    def __init__(self, path: Path, operators: SqliteOperators, change: Worked, look_up: Worked) -> None:
+    def __init__(self, path: Path, operators: SqliteOperators, jobs: Jobs) -> None:
         self._path = path
         self._operators = operators
-        self._change = change
-        self._look_up = look_up
+        self._jobs = jobs
 
     async def identity(self) -> str:
         """Return the identity of the file, whatever path it was opened by."""
@@ -46,21 +46,21 @@ class SqliteMover:
         """Begin to move a queue's messages away."""
 
         async def read(after: int, limit: int) -> list[Parcel]:
-            return await self._change(lambda books: pack(books, books.row(queue), after, limit))
+            return await self._jobs.change(lambda books: pack(books, books.row(queue), after, limit))
 
         yield carried.RowPacking(queue, read, self._operators)
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages from another engine."""
-        await self._change(lambda books: unpack(books, books.row(queue), parcels))
+        await self._jobs.change(lambda books: unpack(books, books.row(queue), parcels))
 
     async def memory(self, queue: str) -> Memory:
         """Return the keys of messages that have ended, and the groups that are halted."""
-        return await self._look_up(lambda books: memory(books, books.row(queue)))
+        return await self._jobs.look_up(lambda books: memory(books, books.row(queue)))
 
     async def remember(self, queue: str, memory: Memory) -> None:
         """Remember what another engine remembered."""
-        await self._change(lambda books: remember(books, books.row(queue), memory))
+        await self._jobs.change(lambda books: remember(books, books.row(queue), memory))
 
 
 def pack(books: Books, row: QueueRow, after: int, limit: int) -> list[Parcel]:

@@ -12,7 +12,7 @@ from filao.codec import seen_headers
 from filao.engine import State, StoredMessage, instant
 from filao.engines.sqlite import operators
 from filao.engines.sqlite.books import BLOCKED, DELAYED, LEASED, READY, STATES, Books, QueueRow
-from filao.engines.sqlite.control import Worked
+from filao.engines.sqlite.jobs import Jobs
 from filao.engines.sqlite.moves import first, is_halted
 from filao.overview import (
     BLOCKED_LOOKED_AT,
@@ -45,45 +45,44 @@ class SqliteOverview:
     sees: tuple[State, ...] = tuple(State)
     glance_max: int = GLANCE_MAX
 
-    def __init__(self, change: Worked, look_up: Worked) -> None:
-        self._look_up = look_up
-        self.log: SqliteLog = SqliteLog(change, look_up)
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self.log: SqliteLog = SqliteLog(jobs)
 
     async def glance(
         self, queue: str, state: State, *, limit: int, after: str | None = None, group: str | None = None
     ) -> list[Glimpse]:
         """Return messages of one state, without their bodies."""
-        return await self._look_up(
+        return await self._jobs.look_up(
             lambda books: glance(books, books.row(queue), state, limit=limit, after=after, group=group)
         )
 
     async def find(self, queue: str, message_id: str) -> StoredMessage | None:
         """Return one message."""
-        return await self._look_up(lambda books: operators.find(books, books.row(queue), message_id))
+        return await self._jobs.look_up(lambda books: operators.find(books, books.row(queue), message_id))
 
     async def held_groups(self, queue: str) -> list[HeldGroup]:
         """Return groups that wait, and why."""
-        return await self._look_up(lambda books: held_groups(books, books.row(queue)))
+        return await self._jobs.look_up(lambda books: held_groups(books, books.row(queue)))
 
 
 class SqliteLog:
     """See `filao.overview.Log`."""
 
-    def __init__(self, change: Worked, look_up: Worked) -> None:
-        self._look_up = look_up
-        self._change = change
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
 
     async def begin(self, deed: Deed) -> int:
         """Write a deed into the log before it is done."""
-        return await self._change(lambda books: _begin(books, deed))
+        return await self._jobs.change(lambda books: _begin(books, deed))
 
     async def record(self, number: int, done: int, outcome: str = "") -> None:
         """Record how far a deed has come."""
-        await self._change(lambda books: _record(books, number, done, outcome))
+        await self._jobs.change(lambda books: _record(books, number, done, outcome))
 
     async def deeds(self, limit: int, before: int | None = None) -> Sequence[Deed]:
         """Return entries of the log, newest first."""
-        return await self._look_up(lambda books: _deeds(books.db, limit, before))
+        return await self._jobs.look_up(lambda books: _deeds(books.db, limit, before))
 
 
 def glance(

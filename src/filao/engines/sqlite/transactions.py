@@ -3,15 +3,16 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from filao.engine import Operation, Receipt, Result, Send
 from filao.engines.sqlite import files, verbs
 from filao.engines.sqlite.books import Books, check_stands
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.foreign import open_transaction
+from filao.engines.sqlite.jobs import Jobs
 from filao.engines.sqlite.send import send
 from filao.engines.statements import check_statement
 from filao.errors import FilaoError
@@ -25,64 +26,39 @@ obeys a pragma when it is parsed, so even one that is only explained.
 """
 
 
-class InTurn(Protocol):
-    """Runs a job in the database's thread that waits for a turn to write, but not for ever."""
-
-    def __call__(self, job: Callable[[], R], until: float | None = None) -> "asyncio.Future[R]":
-        """Return the job's future result."""
-        ...
-
-
-class Submit(Protocol):
-    """Runs a job in the database's thread while that has its turn."""
-
-    def __call__(self, job: Callable[[], R]) -> "asyncio.Future[R]":
-        """Return the job's future result."""
-        ...
-
-
 class SqliteTransactions:
     """See `filao.engine.Transactions`."""
 
-    def __init__(
-        self,
-        database: Database,
-        alone_in: Callable[[float], AbstractAsyncContextManager[None]],
-        in_turn: InTurn,
-        submit: Submit,
-    ) -> None:
+    def __init__(self, database: Database, jobs: Jobs) -> None:
         self._database = database
-        self._alone_in = alone_in
-        self._in_turn = in_turn
-        self._submit = submit
-        self.is_open: bool = False
-        """Whether one of the user's transactions is open: everything else waits for it."""
+        self._jobs = jobs
 
     @asynccontextmanager
     async def begin(self) -> AsyncGenerator["SqliteTransaction"]:
         """Hold the file for the user's own statements; every other writer waits until this ends."""
         until = time.monotonic() + files.BUSY_TIMEOUT
-        async with self._alone_in(until):
+        async with self._jobs.kept(until):
             transaction: SqliteTransaction | None = None
             try:
-                books = await self._in_turn(lambda: self._database.begin(durable=True), until)
-                transaction, self.is_open = SqliteTransaction(self._database, self._submit, books), True
+                books = await self._jobs.in_turn(lambda: self._database.begin(durable=True), until)
+                transaction = SqliteTransaction(self._database, self._jobs, books)
+                self._jobs.is_in_transaction = True
                 yield transaction
             except BaseException as error:
                 # The thread does jobs in order, so this one ends what has begun. A cancelled caller does not wait.
-                undone = self._submit(partial(self._end, transaction, partial(self._database.roll_back, error)))
+                undone = self._jobs.submit(partial(self._end, transaction, partial(self._database.roll_back, error)))
                 undone.add_done_callback(look_away)
                 if not isinstance(error, asyncio.CancelledError):
                     await asyncio.wait([undone])
                 raise
-            await self._submit(partial(self._end, transaction, partial(self._database.commit, books)))
+            await self._jobs.submit(partial(self._end, transaction, partial(self._database.commit, books)))
 
     def _end(self, transaction: "SqliteTransaction | None", end: Callable[[], None]) -> None:
         """End a transaction, and make sure that the next one finds nothing of its statements on the connection."""
         try:
             end()
         finally:
-            self.is_open = False
+            self._jobs.is_in_transaction = False
             if transaction is not None and transaction.leaves_traces:
                 self._database.hold.renew()
 
@@ -100,9 +76,9 @@ class SqliteTransactions:
 class SqliteTransaction:
     """See `filao.engine.EngineTransaction`."""
 
-    def __init__(self, database: Database, submit: Submit, books: Books) -> None:
+    def __init__(self, database: Database, jobs: Jobs, books: Books) -> None:
         self._database = database
-        self._submit = submit
+        self._jobs = jobs
         self._books = books
         self.leaves_traces: bool = False
         """Whether its connection must not be used again."""
@@ -126,4 +102,4 @@ class SqliteTransaction:
                 finally:
                     check_stands(self._books)  # otherwise what follows would be stored without what came before
 
-        return await self._submit(mapped)
+        return await self._jobs.submit(mapped)
