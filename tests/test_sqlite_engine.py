@@ -1,12 +1,14 @@
 """The side on the event loop: transactions of the user's are left alone, the dead are buried, nobody waits for ever."""
 
 import asyncio
+import errno
 import os
 import sqlite3
 import threading
 import time
 from contextlib import closing, suppress
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -15,25 +17,30 @@ from filao.broker import session_of
 from filao.engines.sqlite import control, files, housekeeping
 from filao.engines.sqlite import engine as sqlite_engine
 from filao.engines.sqlite import processes as processes_module
+from filao.engines.sqlite.presence import Presence
 from filao.engines.sqlite.thread import Tickets
 from tests.conftest import engine_of, on_connection
 
 pytestmark = pytest.mark.anyio
 
 
+CORPSE = "0123456789abcdef"  # the bell of a process that is dead
+
+
 def leave_a_corpse(path) -> None:
     """Enter a process that is dead: nobody has its bell."""
     db = sqlite3.connect(path)
     with db:
-        db.execute("INSERT INTO filao_process (bell, name, started_at) VALUES ('nobody', 'elsewhere:1', 0)")
+        db.execute(f"INSERT INTO filao_process (bell, name, started_at) VALUES ('{CORPSE}', 'elsewhere:1', 0)")
     db.close()
-    os.mkfifo(path.with_name(path.name + "-filao") / "nobody")
+    with suppress(FileExistsError):
+        os.mkfifo(path.with_name(path.name + "-filao") / CORPSE)
 
 
 def processes(path) -> int:
     count: int
     db = sqlite3.connect(path)
-    ((count,),) = db.execute("SELECT count(*) FROM filao_process WHERE bell = 'nobody'")
+    ((count,),) = db.execute(f"SELECT count(*) FROM filao_process WHERE bell = '{CORPSE}'")
     db.close()
     return count
 
@@ -80,6 +87,46 @@ async def test_a_busy_consumer_buries_the_dead_too(tmp_path, monkeypatch) -> Non
         async with asyncio.timeout(30):
             while await asyncio.to_thread(processes, path):
                 pass
+
+
+async def test_a_bell_that_may_not_be_removed_is_left_and_its_dead_owner_is_buried(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 0.001)
+    path, unlink = tmp_path / "claims.db", os.unlink
+
+    def denied(name: str, **options: Any) -> None:
+        if name == CORPSE:
+            raise PermissionError(errno.EPERM, "Operation not permitted", name)
+        unlink(name, **options)
+
+    monkeypatch.setattr(os, "unlink", denied)
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        assert await broker.receive_from_queue("claims", wait=0) is None
+        for _ in range(2):  # the watch goes on after the first
+            leave_a_corpse(path)
+            async with asyncio.timeout(30):
+                while await asyncio.to_thread(processes, path):
+                    pass
+
+
+@pytest.mark.parametrize("at", ["watch", "housekeeping"])
+async def test_no_unforeseen_error_ends_what_a_file_needs_in_the_background(tmp_path, monkeypatch, caplog, at) -> None:
+    monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 0.001)
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 0.001)
+    turns: list[str] = []
+
+    def unforeseen(*_: object, **__: object) -> bool:
+        turns.append(at)
+        raise MemoryError
+
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        assert await broker.receive_from_queue("claims", wait=0) is None
+        monkeypatch.setattr(*((Presence, "dead") if at == "watch" else (housekeeping, "tidy")), unforeseen)
+        async with asyncio.timeout(30):
+            while len(turns) < 3:
+                await broker.send_to_queue("claims", 1)
+    assert f"the {at} of a SQLite file failed and goes on: 'MemoryError: '" in caplog.text
 
 
 async def test_a_cancelled_transaction_is_undone_and_lets_others_write(tmp_path) -> None:

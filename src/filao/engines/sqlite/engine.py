@@ -32,6 +32,7 @@ from filao.engines.sqlite.thread import Direct
 from filao.engines.sqlite.transactions import SqliteTransactions
 from filao.engines.waiters import Lines, Place
 from filao.errors import EngineUnavailable, FilaoError
+from filao.guarded import for_ever
 from filao.process import process_name
 from filao.queue import Queue
 
@@ -87,8 +88,9 @@ class SqliteEngine:
             if isinstance(error, FilaoError):  # a cancelled caller waits for nothing
                 await asyncio.wait([closed], timeout=CLOSED_WITHIN)
             raise
-        self._start(self._housekeeper.keep())
-        self._start(self._watch())
+        self._ahead = self._hold.clock.steady() - self._loop.time()
+        self._start(for_ever("the housekeeping of a SQLite file", self._housekeeper.keep))
+        self._start(for_ever("the watch of a SQLite file", self._watch))
 
     def sibling(self) -> "SqliteEngine | None":
         """Return an engine on the same file; None when it is in memory."""
@@ -218,23 +220,20 @@ class SqliteEngine:
 
     async def _watch(self) -> None:
         """Look for a lost file and, in a process that receives, for deaths and for commits that rang no bell."""
-        steady = self._hold.clock.steady
-        ahead = steady() - self._loop.time()
-        while True:
-            await asyncio.sleep(POLL_INTERVAL)
-            was, ahead = ahead, steady() - self._loop.time()
-            has_slept = abs(ahead - was) > SLEPT  # the machine, and with it the loop's timers
-            if has_slept or (self._hold.may_be_lost() and await self._is_lost()):
-                self._lines.call()  # those that wait must learn of it
-            if self._database.lessee is NOBODY:
-                continue
-            with suppress(FilaoError):  # the callers of a storage that fails get its error
-                while self._presence.may_have_moved() or self._presence.dead():
-                    quiet = [name for name, line in self._lines.items() if line.is_quiet()]
-                    for name, due_in in await self._jobs.alone(partial(self._look, quiet)):
-                        self._tell(name, due_in)
-                    if not self._presence.dead():
-                        break
+        await asyncio.sleep(POLL_INTERVAL)
+        was, self._ahead = self._ahead, self._hold.clock.steady() - self._loop.time()
+        has_slept = abs(self._ahead - was) > SLEPT  # the machine, and with it the loop's timers
+        if has_slept or (self._hold.may_be_lost() and await self._is_lost()):
+            self._lines.call()  # those that wait must learn of it
+        if self._database.lessee is NOBODY:
+            return
+        with suppress(FilaoError):  # the callers of a storage that fails get its error
+            while self._presence.may_have_moved() or self._presence.dead():
+                quiet = [name for name, line in self._lines.items() if line.is_quiet()]
+                for name, due_in in await self._jobs.alone(partial(self._look, quiet)):
+                    self._tell(name, due_in)
+                if not self._presence.dead():
+                    break
 
     async def _is_lost(self) -> bool:
         try:

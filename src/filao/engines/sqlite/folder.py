@@ -160,10 +160,9 @@ class Folder:
         return fd
 
     def remove_bell(self, name: str) -> None:
-        """Remove a bell; anything else stays."""
-        about = self._bell_status(name)
-        if about is not None:
-            with suppress(FileNotFoundError):  # another process was faster
+        """Remove a bell; anything else stays, and so does one that we may not remove: it does no harm."""
+        with suppress(OSError):
+            if self._bell_status(name) is not None:
                 os.unlink(name, dir_fd=self._fd)
 
     def bells(self) -> Iterator[tuple[str, float]]:

@@ -50,17 +50,17 @@ class Housekeeper:
         self._jobs = jobs
         self._slices = TIDY_SLICES_BUSY
         """In one round under traffic: as many as keep up with what it leaves behind."""
+        self._is_behind = False
+        """Whether the last round left anything to do."""
 
     async def keep(self) -> None:
-        """Tidy up: a little each second under traffic, and the rest in the first second without."""
-        is_behind = False
-        while True:
-            await asyncio.sleep(TIDY_EVERY)
-            idle, self._database.has_written = not self._database.has_written, False
-            if not idle or is_behind:
-                is_behind = True
-                with suppress(FilaoError):
-                    is_behind = await self._round(idle=idle)
+        """Tidy up, in a round: a little each second under traffic, and the rest in the first second without."""
+        await asyncio.sleep(TIDY_EVERY)
+        idle, self._database.has_written = not self._database.has_written, False
+        if not idle or self._is_behind:
+            self._is_behind = True
+            with suppress(FilaoError):
+                self._is_behind = await self._round(idle=idle)
 
     async def _round(self, *, idle: bool) -> bool:
         """Return whether there is more to do in the next round."""
