@@ -298,6 +298,36 @@ def test_a_port_of_the_health_check_that_is_in_use_is_told(folder) -> None:
     assert f"--health: 127.0.0.1:{port} cannot be listened on: Address already in use. Give" in work.said()
 
 
+def test_until_idle_it_ends_when_all_is_done_and_leaves_what_is_delayed(folder, broker) -> None:
+    broker.send_many("claims", [{"kind": f"claim-{number}"} for number in range(9)])
+    broker.send_to_queue("claims", {"kind": "later"}, delay=3_600)
+    work = Work(folder, "app:worker", "--until-idle")
+    assert work.ends() == 0
+    assert len(work.handled()) == 9
+    assert (broker.stats("claims").ready, broker.stats("claims").delayed) == (0, 1)
+    assert f"process {work.process.pid} has nothing to do: it ends" in work.said()
+
+
+def test_until_idle_a_supervisor_replaces_only_processes_that_were_not(folder, broker) -> None:
+    broker.send_many("claims", [{"kind": f"claim-{number}"} for number in range(3)])
+    work = Work(folder, "app:worker", "--until-idle", "--processes", "2", "--max-messages", "1")
+    assert work.ends() == 0
+    assert sorted(kind for _, kind, _ in work.handled()) == ["claim-0", "claim-1", "claim-2"]
+    assert broker.stats("claims").ready == 0
+    assert work.said().count("nothing to do") == 2
+
+
+def test_until_idle_a_signal_still_ends_it(folder, broker) -> None:
+    broker.send_to_queue("claims", {"kind": "wait"})
+    work = Work(folder, "app:worker", "--until-idle")
+    until(work.handled)
+    work.signal(signal.SIGTERM)
+    until(lambda: "stopping" in work.said())
+    (folder / "go").touch()
+    assert work.ends() == 0
+    assert "nothing to do" not in work.said()
+
+
 def _get(address: str) -> tuple[int, Any]:
     try:
         with urllib.request.urlopen(address, timeout=PATIENCE) as answer:

@@ -53,7 +53,7 @@ def shift_of(worker: Worker) -> Shift:
 
 
 @asynccontextmanager
-async def running(worker: Worker) -> AsyncGenerator["asyncio.Task[None]"]:
+async def running(worker: Worker) -> AsyncGenerator["asyncio.Task[bool]"]:
     ready = asyncio.Event()
     task = asyncio.create_task(worker.run(ready=ready.set))
     waiting = asyncio.create_task(ready.wait())

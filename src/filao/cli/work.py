@@ -23,7 +23,7 @@ from filao.cli.pages import Page, address_of, served, shown_address
 from filao.cli.shell import usage
 from filao.errors import FilaoError
 from filao.process import flush_output
-from filao.worker.supervisor import Supervisor, report
+from filao.worker.supervisor import IDLE, Supervisor, report
 from filao.worker.worker import Worker
 
 LOOKED_EVERY = 0.5  # seconds between two looks at the source files
@@ -55,6 +55,7 @@ ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stoppe
     help="Lines for people, or an object for each, with queue, message_id and attempt.",
 )
 @click.option("--queue", "queues", multiple=True, metavar="QUEUE", help="Only this one of its queues. May be repeated.")
+@click.option("--until-idle", is_flag=True, help="End when nothing is ready and no handler runs; for cron.")
 @click.option("--reload", is_flag=True, help="Start anew when a .py file here changes; for development.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve measures to Prometheus; the nth process at PORT + n - 1.")
 @click.option("--report-to", type=int, hidden=True)
@@ -63,6 +64,7 @@ def work(
     *,
     target: str,
     queues: tuple[str, ...],
+    until_idle: bool,
     reload: bool,
     processes: int,
     max_messages: int | None,
@@ -80,8 +82,12 @@ def work(
     gives back what has not begun, and finishes the rest within the worker's grace. The second stops it at once. Nothing
     is lost either way.
 
-    With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends. While
-    the storage is away it waits for it, for ever. Exit codes are those of `filao --help`; a stop by a signal is 0.
+    With --until-idle it also ends once it finds nothing to receive and none of its handlers runs. What is delayed, what
+    comes again after a backoff and what other processes hold is left.
+
+    With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends, but
+    not one that was idle. While the storage is away it waits for it, for ever. Exit codes are those of `filao --help`;
+    it is 0 after a signal and when it was idle, whatever became of the messages.
     """
     logs.begin(log_level, log_form)
     address = None if health is None else address_of("--health", health)
@@ -94,11 +100,13 @@ def work(
         command = [sys.executable, "-m", "filao", "work", target, "--log-level", log_level, "--log", log_form]
         command += [part for queue in queues for part in ("--queue", queue)]
         command += ["--metrics", metrics] if metrics else []
+        command += ["--until-idle"] * until_idle
         for name, value in limits:
             command += [f"--max-{name}", str(value)]
         return asyncio.run(_supervise(command, processes, address, reload=reload))
     with _measured(worker, measured_at, slot):
-        return asyncio.run(_work(worker, _is_used_up(worker, max_messages, max_memory), report_to, address))
+        is_used_up = _is_used_up(worker, max_messages, max_memory)
+        return asyncio.run(_work(worker, is_used_up, report_to, address, until_idle=until_idle))
 
 
 async def _supervise(command: list[str], processes: int, address: tuple[str, int] | None, *, reload: bool) -> int:
@@ -139,7 +147,12 @@ def _sources(folder: Path) -> set[tuple[str, int]]:
 
 
 async def _work(
-    worker: Worker, is_used_up: Callable[[], bool], report_to: int | None, address: tuple[str, int] | None
+    worker: Worker,
+    is_used_up: Callable[[], bool],
+    report_to: int | None,
+    address: tuple[str, int] | None,
+    *,
+    until_idle: bool,
 ) -> int:
     executor = ThreadPoolExecutor(thread_name_prefix="filao to_thread")
     asyncio.get_running_loop().set_default_executor(executor)
@@ -152,14 +165,18 @@ async def _work(
 
     with _checked(address, lambda: dataclasses.asdict(worker.status())):
         try:
-            await worker.run(until=is_used_up, ready=ready)
+            was_idle = await worker.run(until=is_used_up, ready=ready, until_idle=until_idle)
         except FilaoError:
             if not started.is_set():
                 refuse()
             raise
+    if was_idle:
+        logs.say(f"process {os.getpid()} has nothing to do: it ends")
     if report_to is not None or worker.has_hung or not _has_ended(executor):
         flush_output()
-        os._exit(0)  # what handlers left running in threads must not keep the process
+        os._exit(
+            IDLE if was_idle and report_to is not None else 0
+        )  # what handlers left running in threads must not keep the process
     return 0
 
 

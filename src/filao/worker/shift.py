@@ -7,6 +7,7 @@ which must be opened anew, such as a restored file; then whatever supervises the
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ from filao.worker.run import Handled, Run
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
+LOOKS_EVERY = 0.5  # seconds between two looks while handlers run, of a worker that ends when there is nothing to do
 POLL = 5.0  # seconds after which a wait for messages begins anew, to see whether the queue can still be reached
 SILENT_AFTER = 30.0  # seconds without a successful look after which a pool with room is unhealthy
 HUNG_MAX = 10  # handlers that do not end; with more, the process is unhealthy
@@ -99,10 +101,11 @@ class Shift:
         self._later: dict[str, tuple[float, Iterator[float]]] = {}
         """Queues that failed, each with the monotonic time of its next look and the pauses to come."""
 
-    async def work(self, grace: float) -> None:
-        """Start messages until it is told to stop, and then finish."""
-        work = [asyncio.create_task(self._feed(pool)) for pool in self.pools]
-        work.append(asyncio.create_task(self._watch()))
+    async def work(self, grace: float, *, until_idle: bool) -> bool:
+        """Start messages until it is told to stop or has nothing to do, and then finish; return whether it was idle."""
+        clearing = [asyncio.create_task(self._clear(sys.maxsize))] if until_idle else []
+        work = clearing or [asyncio.create_task(self._feed(pool)) for pool in self.pools]
+        work = [*work, asyncio.create_task(self._watch())]
         told = asyncio.create_task(self._stop.told.wait())
         try:
             ends: list[asyncio.Future[Any]] = [told, self._failed, *work]
@@ -119,19 +122,11 @@ class Shift:
                 task.result()
         if self._failed.done():
             self._failed.result()
+        return any(not task.cancelled() for task in clearing)
 
     async def drain(self, limit: int) -> None:
         """Start what is ready, and what becomes ready meanwhile, at most `limit` messages, and finish."""
-        started = 0
-        while started < limit:
-            took = 0
-            for pool in self.pools:
-                took += await self._sweep(pool, limit - started - took)
-            started += took
-            if self._runs:
-                await self._next_move()
-            elif not took:
-                break
+        await self._clear(limit)
         while self._runs:
             await self._next_move()
         await self.finish(0.0)
@@ -174,6 +169,26 @@ class Shift:
                 self._start_all(pool, name, await self._receive(pool, name, pool.room(name), POLL))
             elif not await self._sweep(pool, pool.room()):
                 await self._first_of(pool)
+
+    async def _clear(self, limit: int) -> None:
+        """Start what is ready, and what becomes ready meanwhile, at most `limit` messages.
+
+        It ends when no queue had anything in one sweep before which nothing ran: what ran during it may have sent more.
+        """
+        started = 0
+        while started < limit:
+            at_rest, took = not self._runs, 0
+            for pool in self.pools:
+                took += await self._sweep(pool, limit - started - took)
+            started += took
+            if took:
+                continue
+            if self._runs or self._later:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOKS_EVERY):
+                        await self._next_move()
+            elif at_rest:
+                break
 
     async def _sweep(self, pool: Pool, limit: int) -> int:
         """Look into each queue in turn, without waiting, and return how many messages were started."""

@@ -34,6 +34,7 @@ SILENT_AFTER = 15.0  # seconds without a report after which a process is unhealt
 KILLED_AFTER = 15.0  # seconds beyond a worker's grace after which a process that was told to stop is killed
 LAST_WORDS_WITHIN = 1.0  # seconds for reading the pipe of a process that has ended to its end
 CANNOT_START = 71  # EX_OSERR: the code for a process that could not be started
+IDLE = 82  # the code of a process that ended because there was nothing to do, and that no other replaces
 SHORT = 0.5  # seconds of life so short that the next start waits, even though the process ended as it should
 
 
@@ -128,6 +129,8 @@ class Supervisor:
             began, renewed = time.monotonic(), self._renewed
             code = await self._run_once(slot)
             slot.is_refused = slot.report is not None and slot.report.refused
+            if code == IDLE:
+                return 0
             if self._stopping.is_set():
                 return code if slot.is_refused else 0
             if not self._has_run and all(one.is_refused for one in self._slots):

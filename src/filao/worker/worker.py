@@ -209,13 +209,17 @@ class Worker:
         until: Callable[[], bool] = lambda: False,
         ready: Callable[[], None] = lambda: None,
         signals: bool = True,
-    ) -> None:
+        until_idle: bool = False,
+    ) -> bool:
         """Work until told to stop: by SIGTERM, SIGINT or SIGHUP in the main thread, or by `stop`.
 
         The first time, it finishes what it has begun, within `grace` seconds; the second time it stops at once. The
         program's own handlers of these signals are called as well, and are back afterwards. SIGHUP, as when a terminal
         is closed, counts only as a first time; the program ends by it afterwards, and where it would not, SIGHUP stops
         no worker. With `signals=False` the signals are left to the program, which calls `stop`.
+
+        With `until_idle` it stops as well, and returns True, once it finds nothing to receive in any of its queues and
+        none of its handlers runs. What is delayed, comes again after a backoff, or is leased by others, is left.
 
         While its storage is away, full, locked or read-only, or a queue is deleted, it waits and tries again for as
         long as that takes. `ready` is called when it begins to receive. `until` is called after each message; when it
@@ -233,13 +237,13 @@ class Worker:
             async with _opened(self._source) as broker:
                 consumers = await _reached(partial(self._reach, broker), stop)
                 if consumers is None:
-                    return
+                    return False
                 async with lived(self._lifespans, stop.told) as values:
                     if values is None:
-                        return
+                        return False
                     async with self._on_shift(broker, _supplied(consumers, values), stop, on_handled) as shift:
                         ready()
-                        await shift.work(self.grace)
+                        return await shift.work(self.grace, until_idle=until_idle)
 
     def stop(self) -> None:
         """Stop gracefully, or at the second call at once. Call it on the worker's loop; harmless if it does not run."""

@@ -17,6 +17,7 @@ from filao.contrib.django.running import TARGET, named_worker
 from filao.process import flush_output
 
 _OPTIONS = ("processes", "max_messages", "max_memory", "health", "log_level", "log", "metrics")
+_FLAGS = ("reload", "until_idle")
 
 
 class Command(BaseCommand):  # type: ignore[misc]  # Django has no types
@@ -29,7 +30,8 @@ class Command(BaseCommand):  # type: ignore[misc]  # Django has no types
         for name in _OPTIONS:
             parser.add_argument(f"--{name.replace('_', '-')}", help="See `filao work --help`.")
         parser.add_argument("--queue", action="append", default=[], help="See `filao work --help`.")
-        parser.add_argument("--reload", action="store_true", help="See `filao work --help`.")
+        for name in _FLAGS:
+            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help="See `filao work --help`.")
 
     def handle(self, *_: Any, **options: Any) -> None:
         """Become `filao work`, so that it is the process that signals and supervisors know."""
@@ -42,7 +44,7 @@ class Command(BaseCommand):  # type: ignore[misc]  # Django has no types
         given = [(f"--{name.replace('_', '-')}", options[name]) for name in _OPTIONS if options[name] is not None]
         given += [("--queue", queue) for queue in options["queue"]]
         command = [sys.executable, "-m", "filao", "work", TARGET, *(part for pair in given for part in pair)]
-        command += ["--reload"] * options["reload"]
+        command += [f"--{name.replace('_', '-')}" for name in _FLAGS if options[name]]
         flush_output()
         os.execv(sys.executable, command)  # noqa: S606  # no shell: a list of arguments
 
