@@ -212,6 +212,18 @@ def test_the_second_signal_gives_everything_back_at_once(folder, broker, process
     assert message.attempt == 1
 
 
+def test_a_signal_to_the_supervisor_and_to_its_processes_stops_gracefully(folder, broker) -> None:
+    with working(folder, "app:worker", "--processes", "2", processes=2) as work:
+        broker.send_many("claims", [{"kind": "wait"}] * 6)
+        pids = until(lambda: {pid for pid, *_ in work.handled()} if len(work.handled()) == 6 else None)
+        for pid in (work.process.pid, *pids):  # as systemd does, to all processes of a service
+            os.kill(pid, signal.SIGTERM)
+        until(lambda: work.said().count("stopping") == len(pids))
+        (folder / "go").touch()
+        assert work.ends() == 0
+    assert (broker.stats("claims").acked, broker.stats("claims").released) == (6, 0)
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_hangup_stops_gracefully_and_never_at_once(folder, broker, processes) -> None:
     with working(folder, "app:worker", "--processes", processes, processes=int(processes)) as work:

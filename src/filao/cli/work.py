@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -23,7 +23,8 @@ from filao.cli.pages import Page, address_of, served, shown_address
 from filao.cli.shell import usage
 from filao.errors import FilaoError
 from filao.process import flush_output
-from filao.worker.supervisor import IDLE, Supervisor, report
+from filao.worker.signals import told_by_signals
+from filao.worker.supervisor import IDLE, Orders, Supervisor, report
 from filao.worker.worker import Worker
 
 LOOKED_EVERY = 0.5  # seconds between two looks at the source files
@@ -156,27 +157,28 @@ async def _work(
 ) -> int:
     executor = ThreadPoolExecutor(thread_name_prefix="filao to_thread")
     asyncio.get_running_loop().set_default_executor(executor)
-    refuse = report(worker, worker.grace, report_to, worker.stop) if report_to is not None else lambda: None
+    orders, is_alone = Orders(worker.stop), report_to is None
+    refuse = report(worker, worker.grace, report_to, orders) if report_to is not None else lambda: None
     started = asyncio.Event()
 
     def ready() -> None:
         started.set()
         logs.say(f"process {os.getpid()} receives from {', '.join(worker.queues)}")
 
-    with _checked(address, lambda: dataclasses.asdict(worker.status())):
+    signals = nullcontext() if is_alone else told_by_signals(orders.stop)
+    with _checked(address, lambda: dataclasses.asdict(worker.status())), signals:
         try:
-            was_idle = await worker.run(until=is_used_up, ready=ready, until_idle=until_idle)
+            was_idle = await worker.run(until=is_used_up, ready=ready, signals=is_alone, until_idle=until_idle)
         except FilaoError:
             if not started.is_set():
                 refuse()
             raise
     if was_idle:
         logs.say(f"process {os.getpid()} has nothing to do: it ends")
-    if report_to is not None or worker.has_hung or not _has_ended(executor):
+    if not is_alone or worker.has_hung or not _has_ended(executor):
         flush_output()
-        os._exit(
-            IDLE if was_idle and report_to is not None else 0
-        )  # what handlers left running in threads must not keep the process
+        code = IDLE if was_idle and not is_alone else 0
+        os._exit(code)  # what handlers left running in threads must not keep the process
     return 0
 
 

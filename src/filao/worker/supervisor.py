@@ -1,8 +1,10 @@
 """The supervisor: several worker processes, each started again when it dies, all stopped together.
 
-A process is started, never forked, with a pipe on its stdin to which nobody writes: when the supervisor dies, even by
-SIGKILL, the pipe ends and the process stops gracefully. On another pipe it reports once a second how its worker is
-doing, from a thread, so that it does so even while its event loop is blocked.
+A process is started, never forked, with a pipe on its stdin: when the supervisor dies, even by SIGKILL, the pipe ends
+and the process stops gracefully. So it does at a signal, however often it comes, because systemd sends SIGTERM to all
+processes of a service, and the supervisor passes on its own. To stop it at once, the supervisor writes into that pipe.
+On another pipe it reports once a second how its worker is doing, from a thread, so that it does so even while its event
+loop is blocked.
 """
 
 import asyncio
@@ -59,6 +61,11 @@ class Slot:
     is_refused: bool = False
     """Whether the last process reported that it can never start."""
 
+    def stop_at_once(self) -> None:
+        """Tell the process, which was told to stop, to do so at once."""
+        if self.process is not None and self.process.stdin is not None and not self.process.stdin.is_closing():
+            self.process.stdin.write(b"\n")
+
     def state(self) -> dict[str, object]:
         """Return how it is doing, for the health check."""
         alive = self.process is not None and self.process.returncode is None
@@ -114,7 +121,10 @@ class Supervisor:
         self._stops += 1
         self._stopping.set()
         for slot in self._slots:
-            _signal(slot.process, signal.SIGTERM if self._stops <= 2 else signal.SIGKILL)
+            if self._stops == 2:
+                slot.stop_at_once()
+            else:
+                _signal(slot.process, signal.SIGTERM if self._stops == 1 else signal.SIGKILL)
             if self._stops == 1:
                 grace = slot.report.grace if slot.report else 0.0
                 asyncio.get_running_loop().call_later(grace + KILLED_AFTER, _signal, slot.process, signal.SIGKILL)
@@ -207,8 +217,28 @@ class Supervisor:
             transport.close()
 
 
-def report(worker: Worker, grace: float, pipe: int, stop: Callable[[], None]) -> Callable[[], None]:
-    """In a supervised process: report from a thread, and stop when the supervisor is gone.
+class Orders:
+    """What a supervised process is told: to stop gracefully, any number of times, or at once."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+        """Is called once to stop gracefully, and a second time to stop at once."""
+        self._is_told = False
+
+    def stop(self) -> None:
+        """Stop gracefully."""
+        if not self._is_told:
+            self._is_told = True
+            self._stop()
+
+    def stop_at_once(self) -> None:
+        """Stop at once."""
+        self.stop()
+        self._stop()
+
+
+def report(worker: Worker, grace: float, pipe: int, orders: Orders) -> Callable[[], None]:
+    """In a supervised process: report from a thread, and stop when the supervisor says so or is gone.
 
     Return a function that tells the supervisor that this worker can never start. Raises `EngineUnavailable` when no
     thread can be started.
@@ -216,7 +246,7 @@ def report(worker: Worker, grace: float, pipe: int, stop: Callable[[], None]) ->
     stream = os.fdopen(pipe, "wb", buffering=0)
     loop = asyncio.get_running_loop()
     start(threading.Thread(target=_report, args=(worker, grace, stream), name="filao reports", daemon=True))
-    start(threading.Thread(target=_await_end, args=(loop, stop), name="filao supervisor's end", daemon=True))
+    start(threading.Thread(target=_await_end, args=(loop, orders), name="filao supervisor's end", daemon=True))
 
     def refuse() -> None:
         with suppress(OSError):
@@ -233,11 +263,11 @@ def _report(worker: Worker, grace: float, stream: BinaryIO) -> None:
             time.sleep(REPORT_EVERY)
 
 
-def _await_end(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
-    while os.read(0, 1024):  # past Python's buffer, whose lock a thread must not hold when the process ends
-        pass
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(stop)
+def _await_end(loop: asyncio.AbstractEventLoop, orders: Orders) -> None:
+    with suppress(RuntimeError):  # the loop is closed
+        while os.read(0, 1024):  # past Python's buffer, whose lock a thread must not hold when the process ends
+            loop.call_soon_threadsafe(orders.stop_at_once)
+        loop.call_soon_threadsafe(orders.stop)
 
 
 def _signal(process: asyncio.subprocess.Process | None, number: int) -> None:
