@@ -16,6 +16,7 @@ from aiormq.exceptions import ChannelLockedResource
 
 from filao.engine import Draft, Finding, QueueStats, State, StoredMessage
 from filao.engines.rabbitmq import doctor, envelope, register, topology
+from filao.engines.rabbitmq.consumer import PREFETCH_MAX
 from filao.engines.rabbitmq.errands import Errand, Errands
 from filao.engines.rabbitmq.refusals import refused
 from filao.engines.rabbitmq.register import Apart, Declared
@@ -29,8 +30,10 @@ TAKEN = "#taken"  # follows a queue's name; no queue of ours can have such a nam
 TAKEN_WITHIN = ANSWERS_WITHIN  # seconds until another program has put the dead letters back: thousands take seconds
 LAST_TRY = 0.5  # seconds of a call's time that are kept for the last try
 LOOK_AGAIN = 0.05  # seconds
-TOGETHER = 32  # messages given back at once: RabbitMQ 3.10 keeps the order of so many, and shuffles more
-BACK_WITHIN = 1.0  # seconds that we wait to see them back before the next: only their order depends on it
+REDRIVEN_AT_ONCE = 32  # dead letters; of the largest some 8 MB
+PUSHED_FIRST = 64  # dead letters that the server pushes at first; then twice as many, and so on
+PUSHED_WITHIN = 1.0  # seconds for the next to come, after which we ask whether another program has taken it
+BACK_WITHIN = 1.0  # seconds that we wait to see them back, for whoever looks next
 
 T = TypeVar("T")
 Taken = dict[str, int]
@@ -207,27 +210,47 @@ async def peek(look: "_Look", queue: str, keep: Callable[[StoredMessage], T], li
 async def redrive(
     look: "_Look", queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None, *, tally: Tally
 ) -> None:
-    """Publish dead letters to their queue, and delete each once that is confirmed."""
+    """Publish dead letters to their queue, some at once, and delete each that was confirmed."""
     wanted = None if ids is None else set(ids)
     most = len(wanted) if wanted is not None else limit
     back: set[str] = set()
+    some: list[DeliveredMessage] = []
     async for message in look.each():
-        properties = message.header.properties
-        name = envelope.name_of(properties)
+        name = envelope.name_of(message.header.properties)
         if name in back:
             break  # it was redriven before and has died again
         if wanted is not None and name not in wanted:
             continue
-        content = message.body if edited is None else edited.content
-        new = envelope.redriven(properties, edited)
-        await look.channel.basic_publish(
-            content, routing_key=queue, properties=new, mandatory=True, timeout=ANSWERS_WITHIN
-        )
-        await look.delete(message)
-        tally.done += 1
+        some.append(message)
         back |= {name} - {""}
-        if tally.done == most:
+        if tally.done + len(some) == most:
             break
+        if len(some) == REDRIVEN_AT_ONCE:
+            await _redrive(look, queue, some, edited, tally)
+            some.clear()
+    await _redrive(look, queue, some, edited, tally)
+
+
+async def _redrive(
+    look: "_Look", queue: str, messages: Sequence[DeliveredMessage], edited: Draft | None, tally: Tally
+) -> None:
+    async def publish(message: DeliveredMessage) -> None:
+        properties = envelope.redriven(message.header.properties, edited)
+        content = message.body if edited is None else edited.content
+        await look.channel.basic_publish(
+            content, routing_key=queue, properties=properties, mandatory=True, timeout=ANSWERS_WITHIN
+        )
+
+    failed: BaseException | None = None
+    for message, error in zip(
+        messages, await asyncio.gather(*map(publish, messages), return_exceptions=True), strict=True
+    ):
+        if error is None:
+            await look.delete(message)
+            tally.done += 1
+        failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 async def discard(look: "_Look", ids: Sequence[str], tally: Tally) -> None:
@@ -240,16 +263,28 @@ async def discard(look: "_Look", ids: Sequence[str], tally: Tally) -> None:
 
 
 class _Look:
-    """A look at the dead letters that there were when it began, in order; meanwhile this process has them."""
+    """A look at the dead letters that there were when it began, in order; meanwhile this process has them.
+
+    Invariant: one consumer at most has room, and all before it have got what lay before what it gets. When the channel
+    ends, the server puts back what each was pushed, in order, consumer by consumer; and these by their tags, as long
+    as there are no more than 32. Each asks for twice as many as the last, so there never are. What is put back lines up
+    behind the unseen: so these are taken, too, unless the process dies.
+    """
 
     def __init__(self, channel: Channel, queue: str, most: int, taken: Taken, errand: Errand) -> None:
         self.channel = channel
+        self.held = 0
+        """How many the server has pushed that were not deleted."""
         self._queue = queue
         self._unseen = most
         self._taken = taken
         self._errand = errand
-        self._held: dict[int, None] = {}
-        """The delivery tags of those that must go back, in order."""
+        self._pushed: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
+        self._consumers = 0
+        self._tag = ""
+        """The consumer that has room, if any has."""
+        self._room = 0
+        """How many more the server may push to it."""
 
     async def each(self) -> AsyncGenerator[DeliveredMessage]:
         """Take the dead letters one after the other, while somebody wants them."""
@@ -258,50 +293,64 @@ class _Look:
         if self._errand.is_left:
             raise EngineUnavailable("the broker was closed meanwhile")
 
+    async def delete(self, message: DeliveredMessage) -> None:
+        """Delete one, so that it does not go back."""
+        await self.channel.basic_ack(message.delivery_tag or 0)
+        self._room += message.consumer_tag == self._tag
+        self.held -= 1
+        self._taken[self._queue] -= 1
+
+    async def see_the_rest(self) -> None:
+        """Take the unseen as well, so that all goes back in order."""
+        while await self._next() is not None:
+            pass
+
     async def _next(self) -> DeliveredMessage | None:
         """Take the next one, but no more than there were at the beginning: more may die meanwhile, without end."""
         if not self._unseen:
             return None
-        self._unseen -= 1
-        message = await self.channel.basic_get(dead_name(self._queue), timeout=ANSWERS_WITHIN)
-        if message.delivery_tag is None:
-            self._unseen = 0
-            return None
-        self._held[message.delivery_tag] = None
+        if self._pushed.empty() and not self._room:
+            await self._ask_for(min(self._unseen, PUSHED_FIRST << self._consumers, PREFETCH_MAX))
+        message = await self._arrived()
+        self._unseen = self._unseen - 1 if message else 0
         return message
 
-    async def delete(self, message: DeliveredMessage) -> None:
-        """Delete one, so that it does not go back."""
-        tag = message.delivery_tag or 0
-        await self.channel.basic_ack(tag)
-        del self._held[tag]
-        self._taken[self._queue] -= 1
+    async def _ask_for(self, number: int) -> None:
+        """Let the server push so many to another consumer; what is deleted makes no room in the last one any more."""
+        if self._tag:
+            await self.channel.basic_cancel(self._tag, timeout=ANSWERS_WITHIN)
+        self._tag, self._room = f"{self._consumers:02}", number
+        self._consumers += 1
+        await self.channel.basic_qos(prefetch_count=number, timeout=ANSWERS_WITHIN)
+        await self.channel.basic_consume(
+            dead_name(self._queue), self._push, consumer_tag=self._tag, timeout=ANSWERS_WITHIN
+        )
 
-    async def give_back(self) -> None:
-        """Put all others back in order, the unseen as well, because what goes back lines up at the end."""
-        while await self._next() is not None:
-            pass
-        tags = list(self._held)
-        for first in range(0, len(tags), TOGETHER):
-            some = tags[first : first + TOGETHER]
-            wanted = await self._depth() + len(some)
-            await self.channel.basic_nack(some[-1], multiple=True, requeue=True)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(BACK_WITHIN):
-                    while await self._depth() < wanted:  # noqa: ASYNC110 - nothing tells of it
-                        await asyncio.sleep(0)
+    async def _push(self, message: DeliveredMessage) -> None:
+        self._room -= 1
+        self.held += 1
+        self._pushed.put_nowait(message)
 
-    async def _depth(self) -> int:
-        found = await self.channel.queue_declare(dead_name(self._queue), passive=True, timeout=ANSWERS_WITHIN)
-        return found.message_count or 0
+    async def _arrived(self) -> DeliveredMessage | None:
+        """Wait for the next one; None when there is no more, because another program has taken or deleted it."""
+        now = asyncio.get_running_loop().time
+        until = now() + ANSWERS_WITHIN
+        while self._pushed.empty():
+            try:
+                async with asyncio.timeout(PUSHED_WITHIN):
+                    return await self._pushed.get()
+            except TimeoutError:
+                found = await self.channel.queue_declare(dead_name(self._queue), passive=True, timeout=ANSWERS_WITHIN)
+                if self._pushed.empty() and not found.message_count:
+                    return None
+                if now() > until:
+                    raise
+        return self._pushed.get_nowait()
 
 
 @asynccontextmanager
 async def _dead(call: Apart, queue: str, taken: Taken, errand: Errand) -> AsyncGenerator[_Look]:
-    """Look at the present dead letters; when the block ends, those that were not deleted go back in order.
-
-    If the process dies, they go back in any order.
-    """
+    """Look at the present dead letters; when the block ends, those that were not deleted go back in order."""
     await _take(call, queue)
     errand.has_taken = True
     call.goes_on()
@@ -313,11 +362,21 @@ async def _dead(call: Apart, queue: str, taken: Taken, errand: Errand) -> AsyncG
                 yield look
             except Exception:
                 with suppress(*AWAY):
-                    await look.give_back()
+                    await look.see_the_rest()
                 raise
-            await look.give_back()
+            await look.see_the_rest()
+            others = await call.session.depth(dead_name(queue)) or 0
+        await _wait_until_back(call.session, dead_name(queue), others + look.held)
     finally:
         del taken[queue]
+
+
+async def _wait_until_back(session: Session, name: str, wanted: int) -> None:
+    """Wait until as many are ready as there should be, so that the next look finds all."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(BACK_WITHIN):
+            while (await session.depth(name) or 0) < wanted:
+                pass
 
 
 async def _take(call: Apart, queue: str) -> None:

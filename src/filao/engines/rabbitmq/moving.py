@@ -11,7 +11,7 @@ from aiormq.abc import DeliveredMessage
 
 from filao.engine import Draft
 from filao.engines.rabbitmq import envelope
-from filao.engines.rabbitmq.control import TOGETHER, on_the_ladder
+from filao.engines.rabbitmq.control import on_the_ladder
 from filao.engines.rabbitmq.publisher import Limited, Publisher
 from filao.engines.rabbitmq.refusals import check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
@@ -19,6 +19,8 @@ from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server
 from filao.engines.rabbitmq.topology import dead_name
 from filao.moving import Memory, Packing, Parcel
 from filao.queue import Queue
+
+TOGETHER = 32  # messages given back at once: RabbitMQ 3.10 keeps the order of so many, and shuffles more
 
 
 class RabbitmqMover:
