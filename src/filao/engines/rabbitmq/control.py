@@ -31,7 +31,8 @@ TAKEN_WITHIN = ANSWERS_WITHIN  # seconds until another program has put the dead 
 LAST_TRY = 0.5  # seconds of a call's time that are kept for the last try
 LOOK_AGAIN = 0.05  # seconds
 REDRIVEN_AT_ONCE = 32  # dead letters; of the largest some 8 MB
-PUSHED_FIRST = 64  # dead letters that the server pushes at first; then twice as many, and so on
+CONSUMERS_MAX = 32  # of one look: RabbitMQ 3.10 puts back in order what so many were pushed, and shuffles more
+PUSHED_LEAST = 64  # dead letters that one of them is pushed; more only where there would be too many of them
 PUSHED_WITHIN = 1.0  # seconds for the next to come, after which we ask whether another program has taken it
 BACK_WITHIN = 1.0  # seconds that we wait to see them back, for whoever looks next
 
@@ -266,9 +267,9 @@ class _Look:
     """A look at the dead letters that there were when it began, in order; meanwhile this process has them.
 
     Invariant: one consumer at most has room, and all before it have got what lay before what it gets. When the channel
-    ends, the server puts back what each was pushed, in order, consumer by consumer; and these by their tags, as long
-    as there are no more than 32. Each asks for twice as many as the last, so there never are. What is put back lines up
-    behind the unseen: so these are taken, too, unless the process dies.
+    ends, the server puts back what each was pushed, in order, consumer by consumer, and these by their tags. What goes
+    back lines up behind the unseen: so these are taken, too, unless the process dies. No more bodies are held at a time
+    than one consumer asks for.
     """
 
     def __init__(self, channel: Channel, queue: str, most: int, taken: Taken, errand: Errand) -> None:
@@ -277,6 +278,8 @@ class _Look:
         """How many the server has pushed that were not deleted."""
         self._queue = queue
         self._unseen = most
+        self._share = min(max(PUSHED_LEAST, -(-most // CONSUMERS_MAX)), PREFETCH_MAX)
+        """How many a consumer asks for."""
         self._taken = taken
         self._errand = errand
         self._pushed: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
@@ -310,7 +313,7 @@ class _Look:
         if not self._unseen:
             return None
         if self._pushed.empty() and not self._room:
-            await self._ask_for(min(self._unseen, PUSHED_FIRST << self._consumers, PREFETCH_MAX))
+            await self._ask_for(min(self._unseen, self._share))
         message = await self._arrived()
         self._unseen = self._unseen - 1 if message else 0
         return message
