@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import filao
+from filao.engine import OpenAgain
 from filao.engines.sqlite import files, ground, hold, housekeeping
 from tests.conftest import engine_of
 from tests.torture import disk
@@ -350,6 +351,23 @@ async def test_a_receive_that_waits_hears_of_it(db, happens: Callable[[Path], No
             await asyncio.wait_for(waits, PATIENCE)
         with pytest.raises(filao.EngineError):
             await broker.send_to_queue(CLAIMS, "after")
+
+
+async def test_a_process_that_a_backup_restored_through_sqlite_does_not_know_stops(db) -> None:
+    async with filao.connect(db) as broker:
+        await broker.declare(CLAIMS)
+        sqlite_backup(db, db.parent / "early.db")
+        waits = asyncio.create_task(broker.receive_from_queue(CLAIMS))
+        while not await broker_waits(db):
+            await asyncio.sleep(0.01)
+        sqlite_backup(db.parent / "early.db", db)  # as .restore of SQLite's shell does
+        with pytest.raises(OpenAgain, match=r"restored from a backup through SQLite"):
+            await asyncio.wait_for(waits, PATIENCE)
+        with pytest.raises(filao.EngineError, match=r"restored.*start them again"):
+            await broker.send_to_queue(CLAIMS, "after")
+    async with filao.connect(db) as broker:
+        await broker.send_to_queue(CLAIMS, "anew")
+        assert (await broker.receive_from_queue(CLAIMS)).body == "anew"
 
 
 async def broker_waits(db: Path) -> bool:

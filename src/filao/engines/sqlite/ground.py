@@ -56,6 +56,11 @@ _CUT = Loss(
     "put a backup in its place with filao restore, because some of what was confirmed before is missing from what lies "
     "there now",
 )
+RESTORED = Loss(
+    "was restored from a backup through SQLite while it was open, as .restore of its shell does it: this process is no "
+    "longer entered there",
+    "start them again: they work with what lies there now",
+)
 _IN_PLACE = (_OVERWRITTEN, _CUT)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from filao.engines.sqlite import files, processes, waitlist
+from filao.engines.sqlite import files, ground, processes, waitlist
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.receive import NOBODY, Lessee
 
@@ -25,6 +25,8 @@ class Presence:
         self._hold = database.hold
         self._others: Sequence[tuple[int, str]] = []
         """The processes, and their bells, that this one watches."""
+        self._entered: tuple[int, str, str] = (0, "", "")
+        """How this process was entered: its number, its bell and its name."""
         self._seen: tuple[sqlite3.Connection, int] | None = None
         """A connection, and the count of commits by others there, at the last look."""
         self._wal_changed = -1.0
@@ -38,7 +40,8 @@ class Presence:
             bell = belfry.make()
         try:
             with database.write(durable=False) as books:
-                process = processes.enter(books, bell.name if bell is not None else "", name)
+                rung_by = bell.name if bell is not None else ""
+                process = processes.enter(books, rung_by, name)
                 known = {row[0] for row in books.db.execute("SELECT bell FROM filao_process")}
         except BaseException:
             if bell is not None:
@@ -47,7 +50,7 @@ class Presence:
         belfry.own = bell
         with files.mapped(self._hold.path):
             self._hold.watch_bell()
-        database.lessee = Lessee(process, name)
+        database.lessee, self._entered = Lessee(process, name), (process, rung_by, name)
         with suppress(OSError):  # the next process that enters looks again
             for forgotten in belfry.forgotten(known):
                 belfry.take_down(forgotten)
@@ -104,5 +107,12 @@ class Presence:
         return True
 
     def _learn_others(self) -> None:
+        """Learn whom to watch. A process whose own entry is gone may share its number, and so its leases, with another
+        that was entered since.
+        """
         if self._database.lessee is not NOBODY:
-            self._others = processes.watched(self._database.read(), self._database.lessee.process)
+            books = self._database.read()
+            if not processes.is_entered(books, *self._entered):
+                self._hold.lost = self._hold.lost or ground.RESTORED
+                self._hold.check_lost()
+            self._others = processes.watched(books, self._database.lessee.process)

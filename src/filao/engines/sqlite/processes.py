@@ -20,6 +20,12 @@ def enter(books: Books, bell: str, name: str) -> int:
     return int(entered[0])
 
 
+def is_entered(books: Books, process: int, bell: str, name: str) -> bool:
+    """Return whether a process is still entered as it was."""
+    found = books.db.execute("SELECT bell, name FROM filao_process WHERE id = ?", (process,))
+    return found.fetchall() == [(bell, name)]
+
+
 def watched(books: Books, process: int) -> list[tuple[int, str]]:
     """Return the processes, with their bells, that this one watches; if it dies, its own watcher takes them over."""
     found: list[tuple[int, str]] = []
