@@ -16,6 +16,7 @@ from filao import session as session_module
 from filao.engine import Batch, Receive, Result
 from filao.engines.sqlite import files
 from filao.session import Session
+from tests.conftest import engine_of
 from tests.support.memory import MemoryEngine, Store
 from tests.support.programs import CLAIMS, PATIENCE, attempts, db
 
@@ -53,6 +54,27 @@ async def test_a_file_that_gets_no_thread_says_so(db) -> None:
             await filao.connect(db).open()
     finally:
         threading.stack_size(before)
+
+
+def test_what_a_broker_held_is_given_back_though_its_loop_ended_in_the_midst_of_a_job(tmp_path) -> None:
+    broker, job_ends = filao.connect(tmp_path / "claims.db"), threading.Event()
+
+    async def leave_open() -> threading.Thread:
+        await broker.open()
+        await broker.declare(filao.Queue("claims", lease=3600))
+        await broker.send_to_queue("claims", 1)
+        assert await broker.receive_from_queue("claims") is not None
+        engine_of(broker)._jobs.submit(lambda: job_ends.wait(PATIENCE))
+        thread: threading.Thread = engine_of(broker)._jobs.thread._thread
+        return thread
+
+    thread = asyncio.run(leave_open())
+    job_ends.set()
+    asyncio.run(broker.close())
+    thread.join(PATIENCE)
+    with filao.sync.connect(tmp_path / "claims.db") as other:
+        stats = other.stats("claims")
+        assert (stats.leased, stats.ready, stats.released) == (0, 1, 1)
 
 
 def test_a_broker_can_be_closed_and_opened_again(db) -> None:

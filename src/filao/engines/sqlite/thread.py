@@ -264,10 +264,8 @@ class DatabaseThread:
             if isinstance(error, LeftWaiting) and self._has_been_relieved():
                 return
             self._done += 1
-            try:
+            with suppress(RuntimeError):  # the loop has ended: nobody is left to tell
                 self._loop.call_soon_threadsafe(_resolve, future, result, error)
-            except RuntimeError:
-                return  # the loop was closed meanwhile: nobody is left to tell
             del item, job, future, result, error  # otherwise this frame would keep them alive while it waits
 
     def _has_been_relieved(self) -> bool:
