@@ -29,6 +29,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import filao
+from filao import door
 from filao.cli import commands
 from filao.dashboard import app, pages, views
 from filao.dashboard import jobs as module_of_jobs
@@ -161,6 +162,28 @@ async def test_a_token_is_asked_for_by_a_form_and_kept_in_a_strict_cookie(broker
         await somebody.sees("/en/queues")
         await somebody.client.post("/leave")
         await somebody.sees("/en/queues", 401)
+
+
+@pytest.mark.parametrize(
+    ("stranger", "operator"), [("10.0.0.7", "10.0.0.8"), ("2001:db8::7", "2001:db8:0:1::7"), ("::ffff:10.0.0.7", "::1")]
+)
+async def test_guesses_of_a_stranger_keep_out_nobody_from_elsewhere(broker, monkeypatch, stranger, operator) -> None:
+    monkeypatch.setattr(door, "GUESS_COSTS", 60.0)  # seconds, so that all of them wait at once
+    async with visiting(broker, token=TOKEN, hosts=None) as somebody:
+
+        async def entering(client: str, token: str) -> int:
+            transport = httpx.ASGITransport(somebody.dashboard, client=(client, 40_000))
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as visitor:
+                return (await visitor.post("/enter", data={"token": token})).status_code
+
+        guessing = [asyncio.create_task(entering(stranger, f"wrong-horse-{number}")) for number in range(17)]
+        refused, _ = await asyncio.wait(guessing, return_when=asyncio.FIRST_COMPLETED)
+        assert [one.result() for one in refused] == [429]
+        assert await entering(operator, TOKEN) == 303
+        for one in guessing:
+            one.cancel()
+        await asyncio.wait(guessing)
+        assert await entering(stranger, TOKEN) == 303
 
 
 async def test_nothing_that_is_to_be_had_without_the_token_lets_anybody_in_or_tells_of_a_queue(broker) -> None:

@@ -2,20 +2,24 @@
 
 A request is refused if its `Host` or `Origin` is another site's, or if the browser says that another site caused it. So
 no page on the web can reach our server through its visitor's browser, and none can show ours in a frame. A token is
-compared in constant time, and guesses wait for each other.
+compared in constant time, and guesses of one address wait for each other.
 """
 
 import asyncio
 import hmac
+import ipaddress
 from collections.abc import Collection, Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import Message, Send
+from starlette.types import Message, Scope, Send
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-GUESS_COSTS = 0.5  # seconds that a wrong token costs; guesses wait for each other
-GUESSES_MAX = 16  # guesses that may wait at a time
+GUESS_COSTS = 0.5  # seconds that a wrong token costs; guesses of one address wait for each other
+GUESSES_MAX = 16  # guesses of one address that may wait at a time
+ADDRESSES_MAX = 1_024  # addresses whose guesses may wait at a time: as many as a process usually has descriptors
+
+TOO_MANY = "Too many guesses at a time. Try again in a few seconds.\n"
 
 SAFE = {
     "x-frame-options": "DENY",
@@ -79,26 +83,62 @@ def safely(send: Send, safe: Mapping[str, str]) -> Send:
     return sending
 
 
+class TooManyGuessesError(Exception):
+    """As many guesses from one address wait as may."""
+
+
+class _Line:
+    """The guesses of one address."""
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.waiting = 0
+
+
 class Guesses:
-    """Compares tokens, one after the other; a wrong one delays the next."""
+    """Compares tokens, for each address one after the other; a wrong one delays the next, but no other address's."""
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
-        self._guessing = asyncio.Lock()
-        self._waiting = 0
+        self._lines: dict[str, _Line] = {}
+        """Of the addresses that wait."""
 
-    def are_too_many(self) -> bool:
-        """Return whether so many wait that no more may."""
-        return self._waiting >= GUESSES_MAX
+    async def is_right(self, client: str, given: str) -> bool:
+        """Return whether this is the token, in a time that does not show how much of it is right.
 
-    async def is_right(self, given: str) -> bool:
-        """Return whether this is the token, in a time that does not show how much of it is right."""
-        self._waiting += 1
+        Raises `TooManyGuessesError` when too many of the client's address, or of other addresses, wait already.
+        """
+        address = _address(client)
+        if address not in self._lines and len(self._lines) >= ADDRESSES_MAX:
+            raise TooManyGuessesError
+        line = self._lines.setdefault(address, _Line())
+        if line.waiting >= GUESSES_MAX:
+            raise TooManyGuessesError
+        line.waiting += 1
         try:
-            async with self._guessing:
+            async with line.turn:
                 if hmac.compare_digest(given.encode(errors="replace"), self._token):
                     return True
                 await asyncio.sleep(GUESS_COSTS)
                 return False
         finally:
-            self._waiting -= 1
+            line.waiting -= 1
+            if not line.waiting:
+                del self._lines[address]
+
+
+def client_of(scope: Scope) -> str:
+    """Return the host of the one who asks; empty where a request comes through a Unix socket."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+def _address(client: str) -> str:
+    """Return what one client has to itself: an IPv4 address, or an IPv6 network of 64 bits."""
+    try:
+        address = ipaddress.ip_address(client)
+    except ValueError:
+        return client
+    if isinstance(address, ipaddress.IPv4Address):
+        return client
+    return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address), 64), strict=False))

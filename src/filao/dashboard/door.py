@@ -25,7 +25,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from filao import door
 from filao.dashboard.neighbours import is_of_another_user
-from filao.door import LOOPBACK, Guesses, cookie_of, is_of_host, is_of_other_site, safely
+from filao.door import (
+    LOOPBACK,
+    TOO_MANY,
+    Guesses,
+    TooManyGuessesError,
+    client_of,
+    cookie_of,
+    is_of_host,
+    is_of_other_site,
+    safely,
+)
 from filao.languages import LANGUAGES
 from filao.printable import printable
 
@@ -141,7 +151,7 @@ class Door:
         session = self._session(cookie_of(headers, self._cookie))
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         is_post = scope["method"] == "POST"
-        who = _named(session, _client(scope))
+        who = _named(session, client_of(scope))
         if self._admit is not None:
             admitted = self._admit(scope)
             if admitted is None:
@@ -167,13 +177,14 @@ class Door:
         return send if session is None else safely(send, {"set-cookie": self._kept(scope, session)})
 
     async def _try(self, scope: Scope, receive: Receive, guesses: Guesses) -> Response:
-        if guesses.are_too_many():
-            return PlainTextResponse("Too many guesses at a time.\n", 429)
         try:
             form = await read_form(receive, ENTER_MAX)
+            is_right = await guesses.is_right(client_of(scope), form.get("token", "").strip())
         except FormError as error:
             return PlainTextResponse(error.text, error.status)
-        if not await guesses.is_right(form.get("token", "").strip()):
+        except TooManyGuessesError:
+            return PlainTextResponse(TOO_MANY, 429)
+        if not is_right:
             return self._enter(scope, True)
         kept = self._kept(scope, _new_session(form.get("name", "")))
         query = QueryParams(scope["query_string"])
@@ -266,15 +277,10 @@ def _user() -> str:
         return f"user {os.getuid()}"
 
 
-def _client(scope: Scope) -> str:
-    client = scope.get("client")
-    return str(client[0]) if client else ""
-
-
 def _is_from_here(scope: Scope, headers: Headers) -> bool:
     """Return whether a request comes from this machine and our own user, and was not passed on by a proxy."""
     client, server = scope.get("client"), scope.get("server")
-    if not _is_loopback(_client(scope)) or any(name.startswith(FORWARDED) for name in headers):
+    if not _is_loopback(client_of(scope)) or any(name.startswith(FORWARDED) for name in headers):
         return False
     return not (client and server and server[1] and is_of_another_user(tuple(client), tuple(server)))
 

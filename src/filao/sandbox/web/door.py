@@ -9,7 +9,17 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from filao import door
-from filao.door import LOOPBACK, Guesses, cookie_of, is_of_host, is_of_other_site, safely
+from filao.door import (
+    LOOPBACK,
+    TOO_MANY,
+    Guesses,
+    TooManyGuessesError,
+    client_of,
+    cookie_of,
+    is_of_host,
+    is_of_other_site,
+    safely,
+)
 
 SESSION = "filao_session"  # the cookie's name
 SESSIONS_MAX = 1_000  # remembered sessions; after that the oldest is forgotten
@@ -72,9 +82,13 @@ class Door:
         given = query.get("token", [""])[0]
         if not given:
             await PlainTextResponse(NO_TOKEN, 403, SAFE)(scope, receive, send)
-        elif self._guesses.are_too_many():
-            await PlainTextResponse("Too many guesses at a time.", 429, SAFE)(scope, receive, send)
-        elif not await self._guesses.is_right(given):
+            return
+        try:
+            is_right = await self._guesses.is_right(client_of(scope), given)
+        except TooManyGuessesError:
+            await PlainTextResponse(TOO_MANY, 429, SAFE)(scope, receive, send)
+            return
+        if not is_right:
             await PlainTextResponse(WRONG_TOKEN, 403, SAFE)(scope, receive, send)
         else:
             session = secrets.token_urlsafe(24)
