@@ -181,9 +181,9 @@ class Broker:
             ttl=ttl,
             message_id=message_id,
         )
-        known, since = self._session.known_already(queue, within), None
+        known, since = self._session.known(queue, within), None
         if known is None:
-            known, since = await self._session.known_since(queue)
+            known, since = await self._session.learned(queue)
         try:
             sent = draft(known, outgoing)
         except MessageTooLarge as error:
@@ -207,7 +207,7 @@ class Broker:
 
         All have the same terms, except those that bring their own, as `filao.Outgoing`.
         """
-        known, since = await self._session.known_since(queue, within)
+        known, since = await self._session.learned(queue, within)
         terms = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
         bodies = listed(bodies)
         try:
@@ -261,9 +261,9 @@ class Broker:
 
         Their leases run from now, so take no more than you can start soon. See `receive_from_queue`.
         """
-        known, since = self._session.known_already(queue), None
+        known, since = self._session.known(queue), None
         if known is None:
-            known, since = await self._session.known_since(queue)
+            known, since = await self._session.learned(queue)
         receive = _asked(known.name, limit, wait, lease, guarantee)
         if wait == 0:
             return (await self._receiving.look(known, receive, guarantee, since))[0]
@@ -350,7 +350,7 @@ class Broker:
             check_limit(name, limit, 2**53)
         chosen = None if ids is None else check_ids(name, ids)
         new = _edited(name, chosen, body, headers)
-        edited = None if new is None else draft(await self._session.known(queue), new)
+        edited = None if new is None else draft((await self._session.learned(queue))[0], new)
         return await operators.redrive(name, chosen, limit, edited)
 
     async def purge(self, queue: str | Queue[Any], *, state: State | str | None = None) -> int:
@@ -478,7 +478,7 @@ async def received_at_once(
     broker: Broker, queue: str | Queue[T], limit: int, *, wait: float | None, lease: float | None, guarantee: Guarantee
 ) -> list[Message[T]] | None:
     """Return what `receive_many` would, if the calling thread can get it without waiting; otherwise None."""
-    known = session_of(broker).known_already(queue)
+    known = session_of(broker).known(queue)
     if known is None or guarantee != "at-least-once":
         return None
     return await receiving_of(broker).at_once(known, _asked(known.name, limit, wait, lease, guarantee))

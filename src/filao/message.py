@@ -188,7 +188,7 @@ class Transaction:
         message_id: str | None = None,
     ) -> Receipt:
         """Send as `Broker.send_to_queue` does; the message appears when the transaction commits."""
-        known = self._inside.session.known_within(queue)
+        known = self._inside.session.unasked(queue)
         outgoing = Outgoing(
             body,
             headers=headers,
@@ -213,7 +213,7 @@ class Transaction:
         ttl: float | None = None,
     ) -> list[Receipt]:
         """Send as `Broker.send_many` does; the messages appear when the transaction commits."""
-        known = self._inside.session.known_within(queue)
+        known = self._inside.session.unasked(queue)
         terms = Outgoing(None, headers=headers, delay=delay, priority=priority, group=group, ttl=ttl)
         return await self._send(Send(known.name, drafts(known, bodies, terms)))
 

@@ -132,7 +132,7 @@ class Relay:
         while done < len(recorded):
             some = recorded[done : done + size]
             try:
-                await self._session.known(queue)
+                await self._session.learned(queue)
                 await self._session.send(queue, [one.draft for one in some])
             except EngineError:
                 raise

@@ -232,31 +232,31 @@ class Session:
 
     # --- queues ------------------------------------------------------------------------------------------------------
 
-    async def known(self, queue: str | Queue[T], within: object = None) -> Queue[T]:
-        """Return a queue with its rules; ask the engine for unknown ones, but not `within` a user's transaction."""
-        return (await self.known_since(queue, within))[0]
+    def known(self, queue: str | Queue[T], within: object = None) -> Queue[T] | None:
+        """Return a queue with its rules, or None when the engine must be asked for them: see `learned`.
 
-    async def known_since(self, queue: str | Queue[T], within: object = None) -> tuple[Queue[T], float | None]:
-        """Return a queue as `known` does and, if the engine had to be asked, since when.
-
-        The time limit of the call counts from then, so that one limit holds for all that it waits for.
+        Nobody asks it `within` a user's transaction.
         """
-        known = self.known_already(queue, within)
-        if known is not None:
-            return known, None
-        since = time.monotonic()
-        return await self._learn(name_of(queue)), since
-
-    def known_already(self, queue: str | Queue[T], within: object = None) -> Queue[T] | None:
-        """Return a queue for which `known` need not ask, without the price of a coroutine; otherwise None."""
         self.check_usable(anywhere=within is not None)
         if isinstance(queue, Queue):
             return queue
         if not isinstance(queue, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
             check_name(queue)  # type: ignore[unreachable]
-        return self._queues.get(queue) or (None if within is None else self.known_within(queue))
+        return self._queues.get(queue) or (None if within is None else self.unasked(queue))
 
-    def known_within(self, queue: str | Queue[T]) -> Queue[T]:
+    async def learned(self, queue: str | Queue[T], within: object = None) -> tuple[Queue[T], float | None]:
+        """Return a queue with its rules and, if the engine had to be asked, since when (`time.monotonic`).
+
+        The time limit of the call counts from then, so that one limit holds for all that it waits for.
+        """
+        known = self.known(queue, within)
+        if known is not None:
+            return known, None
+        since, name = time.monotonic(), name_of(queue)
+        asked = self._queues[name] = await self.find(name)
+        return asked, since
+
+    def unasked(self, queue: str | Queue[T]) -> Queue[T]:
         """Return a queue without asking the engine, because a transaction holds its file.
 
         One that is unknown here gets the widest limit; the engine then checks against the stored rules.
@@ -265,10 +265,6 @@ class Session:
             return queue
         check_name(queue)
         return self._queues.get(queue) or Queue(queue, body_max=BODY_MAX_EVER)
-
-    async def _learn(self, queue: str) -> Queue:
-        known = self._queues[queue] = await self.find(queue)
-        return known
 
     async def declare(self, queue: Queue[Any]) -> None:
         """Create a queue or give it these rules, and remember them."""

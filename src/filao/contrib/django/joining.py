@@ -127,7 +127,7 @@ class Broker(sync.Broker):
     def _send_on_commit(self, connection: Any, name: str, messages: list[Draft]) -> None:
         async def send() -> list[Receipt]:
             session = session_of(door_of(self))
-            await session.known(name)
+            await session.learned(name)
             return await session.send(name, messages)
 
         connection.on_commit(partial(call_on, self, send))
