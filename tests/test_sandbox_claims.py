@@ -4,7 +4,7 @@ remedy.
 
 import pytest
 
-from filao.sandbox.claims import BadClaimsError, from_csv, from_text, made_up
+from filao.sandbox.claims import BadClaimsError, from_csv, from_text
 
 
 def test_a_list_is_read_with_its_bom_other_columns_and_quotes(tmp_path) -> None:
@@ -48,7 +48,3 @@ def test_what_a_browser_could_not_decode_is_told_by_its_line() -> None:
     with pytest.raises(BadClaimsError, match="line 2"):
         from_text("claims.csv", "IDpol,ClaimAmount\n1,\N{REPLACEMENT CHARACTER}\n", 10)
     assert len(from_text("claims.csv", "IDpol,ClaimAmount\n1,2\n", 10)) == 1
-
-
-def test_a_seed_makes_the_same_claims() -> None:
-    assert made_up(7, 50) == made_up(7, 50) != made_up(8, 50)

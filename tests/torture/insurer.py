@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 
 import filao.sync
-from filao.sandbox.claims import from_csv, made_up
+from filao.sandbox.claims import from_csv
 
 ROOT = Path(__file__).parents[2]
 CLAIMS = ROOT.parent / "shared" / "data" / "freMTPL2sev.csv"
@@ -231,8 +231,18 @@ def _complaints(guarantee: str, lost: Sequence[str], doubled: Sequence[str]) -> 
 
 def real_claims(limit: int | None) -> list[Submitted]:
     """Return the claims of the file, where there is one; else made-up ones."""
-    found = from_csv(CLAIMS, limit) if CLAIMS.exists() else made_up(7, limit or 26_639)
-    return [Submitted(f"c{number}", claim.policy, claim.amount) for number, claim in enumerate(found[:limit])]
+    if not CLAIMS.exists():
+        return made_up(limit or 26_639)
+    return [Submitted(f"c{number}", claim.policy, claim.amount) for number, claim in enumerate(from_csv(CLAIMS, limit))]
+
+
+def made_up(count: int) -> list[Submitted]:
+    """Make up claims, always the same ones: half of them are above 1,400 euros, a few far above."""
+    chance = Random(7)
+    return [
+        Submitted(f"c{number}", chance.randrange(1_000_000, 10_000_000), round(140_000 * chance.lognormvariate(0, 0.8)))
+        for number in range(count)
+    ]
 
 
 def prove(folder: Path, guarantee: str, claims: Sequence[Submitted], kills: int, seed: int) -> bool:
