@@ -45,6 +45,14 @@ def test_doctor_prints_json_lines_in_a_pipe_or_a_table_on_a_terminal(db):
     assert "permissions" in screen
 
 
+def test_doctor_tells_of_a_server_that_cannot_be_reached():
+    ran = run("doctor", "amqp://guest:guest@127.0.0.1:1/")
+    assert ran.code == 1
+    (finding,) = ran.lines
+    assert (finding["level"], finding["subject"]) == ("error", "opening")
+    assert "127.0.0.1:1" in finding["text"]
+
+
 def test_doctor_fails_on_a_damaged_file(db):
     put(db, *("x" * 1_000 for _ in range(100)))
     pages = bytearray(db.read_bytes())

@@ -22,7 +22,17 @@ from filao.conformance import Verdict, checks, verify
 from filao.dashboard import pages
 from filao.dashboard.acts import Act
 from filao.engine import Ack, Batch, Feature, Operation, Receive, Settle
-from filao.engines.rabbitmq import RabbitmqEngine, consumer, control, engine, errands, register, server, topology
+from filao.engines.rabbitmq import (
+    RabbitmqEngine,
+    consumer,
+    control,
+    doctor,
+    engine,
+    errands,
+    register,
+    server,
+    topology,
+)
 from filao.engines.rabbitmq.publisher import LARGE_AT_ONCE
 from filao.message import delivery_of
 from tests.conftest import engine_of
@@ -945,6 +955,16 @@ async def test_a_server_that_blocks_senders_lets_consumers_finish_and_costs_no_l
             bodies.append(message.body)
             await message.ack()
     assert 2 in bodies
+
+
+async def test_the_doctor_tells_that_the_server_blocks_those_who_send(frail, queue, monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "BLOCKED_AFTER", 0.5)
+    async with filao.connect(frail.url()) as broker:
+        await broker.declare(queue)
+        with without_memory(frail):
+            findings = [finding for finding in await broker.doctor() if finding.level == "error"]
+    assert [finding.subject for finding in findings] == ["server"]
+    assert "blocks those who send" in findings[0].text
 
 
 async def test_what_is_moved_to_a_server_without_memory_is_refused_in_time(frail, queue, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import struct
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -17,7 +17,7 @@ import pika.data
 import pytest
 
 import filao
-from filao.engines.rabbitmq import topology
+from filao.engines.rabbitmq import register, topology
 from tests.conftest import engine_of
 from tests.support.proxy import Proxy
 from tests.support.servers import Rabbitmq, rabbitmq_server
@@ -310,6 +310,71 @@ async def test_a_strange_register_is_passed_over_and_the_doctor_says_so(
     finally:
         foreign.queue_purge(topology.REGISTER)
         foreign.exchange_delete(topology.REGISTER)
+
+
+def _no_register(foreign: Any) -> None:
+    foreign.queue_delete(topology.REGISTER)
+
+
+def _another_register(**arguments: str) -> Callable[[Any], None]:
+    def make(foreign: Any) -> None:
+        foreign.queue_delete(topology.REGISTER)
+        foreign.queue_declare(topology.REGISTER, durable=True, arguments=arguments)
+
+    return make
+
+
+@pytest.mark.parametrize("spoil", [_no_register, _another_register(), _another_register(**{"x-queue-type": "stream"})])
+async def test_a_register_that_was_deleted_or_made_anew_is_named_and_can_be_mended(
+    rabbitmq, broker, foreign, queue, spoil
+) -> None:
+    await broker.send_to_queue(queue, 7)
+    spoil(foreign)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(register, "HELD_MAX", 0.1)
+            with pytest.raises(
+                filao.EngineUnavailable, match=r"register.*'filao\.queues'.*delete the queue and the exch"
+            ):
+                await filao.connect(rabbitmq.url()).open()
+            findings = {finding.subject: finding for finding in await broker.doctor()}
+        assert findings["register"].level == "error"
+        assert "delete the queue and the exchange 'filao.queues'" in findings["register"].text
+        assert findings[f"queue {queue.name}"].text == "1 ready, 0 dead letters"
+    finally:
+        foreign.queue_delete(topology.REGISTER)
+        foreign.exchange_delete(topology.REGISTER)
+    await broker.declare(queue)
+    async with filao.connect(rabbitmq.url()) as other:
+        message = await other.receive_from_queue(queue, wait=10)
+        assert message is not None
+        assert message.body == 7
+
+
+async def test_the_doctor_finds_a_queue_that_was_made_anew_as_another(broker, foreign, queue) -> None:
+    foreign.queue_delete(queue.name)
+    foreign.queue_declare(queue.name, durable=True)
+    findings = {finding.subject: finding for finding in await broker.doctor()}
+    assert findings[f"queue {queue.name}"].level == "error"
+    assert "with other arguments" in findings[f"queue {queue.name}"].text
+
+
+@pytest.mark.parametrize("part", ["exchange", "queue"])
+async def test_a_broken_ladder_is_named_and_is_mended_by_a_declaration(broker, foreign, queue, part) -> None:
+    queue = filao.Queue(f"{queue.name}.delayed", emulate=("delay",))
+    await broker.declare(queue)
+    step = f"{topology.DELAY}.01"  # where a delay of 0.2 s begins
+    getattr(foreign, f"{part}_delete")(step)
+    with pytest.raises(filao.EngineUnavailable, match=r"ladder of delays.*Nothing was sent\. Declare the queue"):
+        await broker.send_to_queue(queue, 7, delay=0.2)
+    findings = {finding.subject: finding for finding in await broker.doctor()}
+    assert findings["delays"].level == "error"
+    assert step in findings["delays"].text
+    await broker.declare(queue)
+    await broker.send_to_queue(queue, 7, delay=0.2)
+    message = await broker.receive_from_queue(queue, wait=10)
+    assert message is not None
+    assert "delays" not in {finding.subject for finding in await broker.doctor()}
 
 
 async def test_the_permissions_of_the_docs_keep_a_producer_away_from_the_register(

@@ -92,15 +92,13 @@ def doctor(*, arguments: tuple[str, ...], wants_json: bool) -> int:
 
 
 def _examined(url: str) -> list[Finding]:
-    """Examine the storage; if a file cannot even be opened, that is the finding."""
+    """Examine the storage; if it cannot even be opened, that is the finding."""
     file = file_of(url)
     was_there = file is not None and file.exists()
     try:
         with broker_at(url) as broker:
             return broker.doctor()
-    except EngineUnavailable:
-        raise
     except (EngineError, ConfigurationError) as error:
-        if not was_there:
+        if file is not None and (not was_there or isinstance(error, EngineUnavailable)):
             raise
         return [Finding("opening", "error", str(error))]

@@ -22,7 +22,7 @@ from filao.engines.rabbitmq.refusals import refused
 from filao.engines.rabbitmq.register import Apart, Declared
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server, Session
 from filao.engines.rabbitmq.topology import UNDELIVERED, dead_name, ladder
-from filao.errors import ConfigurationError, EngineUnavailable
+from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.queue import Queue
 from filao.slices import Tally
 
@@ -143,10 +143,14 @@ class RabbitmqOperators:
 
     async def doctor(self) -> list[Finding]:
         """Examine the server and its queues and say what an operator should know."""
+        broken: list[Finding] = []
+        try:
+            await self._declared.learn()
+        except (EngineError, ConfigurationError) as error:  # what was known before is examined nevertheless
+            broken.append(Finding("register", "error", str(error)))
         async with self._declared.apart() as call:
-            queues = await self._declared.read(call.session)
             call.goes_on()
-            return await doctor.examine(call.session, self._server, queues, self._declared.strange)
+            return broken + await doctor.examine(call.session, self._server, self._declared)
 
 
 async def on_the_ladder(session: Session) -> int:

@@ -9,14 +9,14 @@ from typing import Any
 
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
-from aiormq.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
+from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed, DeliveryError, PublishError
 
 from filao.engine import Delivery, Draft
 from filao.engines.rabbitmq import envelope
 from filao.engines.rabbitmq.refusals import check_draft
 from filao.engines.rabbitmq.server import Link, Session
-from filao.engines.rabbitmq.topology import DEAD, dead_name, route
-from filao.errors import MessageTooLarge, QueueNotFound
+from filao.engines.rabbitmq.topology import DEAD, DELAY, dead_name, route
+from filao.errors import EngineUnavailable, MessageTooLarge, QueueNotFound
 from filao.moving import Parcel
 from filao.queue import Queue
 
@@ -103,8 +103,12 @@ async def _publish(channel: Channel, queue: str, content: bytes, properties: env
         await channel.basic_publish(
             content, exchange=exchange, routing_key=key, properties=properties, mandatory=True, wait=False
         )
-    except PublishError:
-        raise deleted(queue) from None
+    except PublishError as error:
+        raise broken(queue, error) if exchange else deleted(queue) from None
+    except ChannelNotFoundEntity as error:
+        if not exchange or f"'{exchange}'" not in str(error):
+            raise  # another send's exchange, and its channel was ours, too
+        raise broken(queue, error) from None
     except ChannelPreconditionFailed as error:
         if "message size" not in str(error):
             raise
@@ -112,6 +116,14 @@ async def _publish(channel: Channel, queue: str, content: bytes, properties: env
             f"queue {queue!r}: the body takes {len(content):,} bytes, and the server takes no more than its "
             f"max_message_size ({error.args[-1]}). Nothing was sent. Send a reference to the content instead."
         ) from None
+
+
+def broken(queue: str, error: Exception) -> EngineUnavailable:
+    """Return the error for a delayed message that found no way down the ladder, where somebody has deleted a step."""
+    return EngineUnavailable(
+        f"queue {queue!r}: a part of the ladder of delays, {DELAY!r}, was deleted on the server, or unbound: "
+        f"{error.args[0]}. Nothing was sent. Declare the queue again, which mends the ladder."
+    )
 
 
 def deleted(queue: str) -> QueueNotFound:

@@ -11,15 +11,20 @@ register is left where it is, an impossible rule gets its default, and both are 
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
-from aiormq.exceptions import ChannelNotFoundEntity
+from aiormq.exceptions import (
+    ChannelLockedResource,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+    ConnectionNotImplemented,
+)
 from pamqp.commands import Basic
 
 from filao.checks import check_name
@@ -205,17 +210,39 @@ async def strike_out(session: Session, server: Server, queue: str, last: Callabl
 @asynccontextmanager
 async def _held(session: Session, server: Server) -> AsyncGenerator[_Hold]:
     """Hold the register; it goes back by itself when the channel ends, even because the process died."""
-    await _create(session)
+    with _told(server):
+        await _create(session)
     async with session.aside(confirms=True) as channel:
-        until = asyncio.get_running_loop().time() + HELD_MAX
-        while not (hold := await _take(channel)).messages:
-            if asyncio.get_running_loop().time() > until:
-                raise EngineUnavailable(_missing(server, hold))
-            await channel.basic_nack(0, multiple=True, requeue=True, wait=False)
-            await asyncio.sleep(LOOK_AGAIN)
+        with _told(server):
+            hold = await _taken(channel, server)
         if len(hold.messages) > 1:
             await _replace(hold)
         yield hold
+
+
+@contextmanager
+def _told(server: Server) -> Generator[None]:
+    """Say what is wrong with the register's queue, and how it is mended."""
+    try:
+        yield
+    except (ChannelNotFoundEntity, ChannelLockedResource, ChannelPreconditionFailed, ConnectionNotImplemented) as error:
+        if isinstance(error, ChannelPreconditionFailed) and "inequivalent" not in str(error):
+            raise  # a limit, say
+        raise EngineUnavailable(
+            f"{server.name}: the register, the queue {REGISTER!r}, was deleted, or made anew by another program: "
+            f"{error.args[-1]}. Nothing was done. To mend it, {_MEND}"
+        ) from error
+
+
+async def _taken(channel: Channel, server: Server) -> _Hold:
+    """Take the register, as soon as nobody else holds it."""
+    until = asyncio.get_running_loop().time() + HELD_MAX
+    while not (hold := await _take(channel)).messages:
+        if asyncio.get_running_loop().time() > until:
+            raise EngineUnavailable(_missing(server, hold))
+        await channel.basic_nack(0, multiple=True, requeue=True, wait=False)
+        await asyncio.sleep(LOOK_AGAIN)
+    return hold
 
 
 def _missing(server: Server, hold: _Hold) -> str:
@@ -223,9 +250,13 @@ def _missing(server: Server, hold: _Hold) -> str:
     return (
         f"{server.name}: the register, the one message of the queue {REGISTER!r}, has not been there for {HELD_MAX:g} "
         f"s. Nothing was done.{others} Either another process holds it: end one that is paused, or try again in a "
-        f"minute. Or somebody, or a policy, has purged that queue, or somebody has filled it: then purge it, delete "
-        f"the exchange {REGISTER!r}, and declare your queues again; their messages are not touched."
+        f"minute. Or somebody, or a policy, has emptied that queue, filled it, or made it anew: then {_MEND}"
     )
+
+
+_MEND = (
+    f"delete the queue and the exchange {REGISTER!r}, and declare your queues again; their messages are not touched."
+)
 
 
 async def _create(session: Session) -> None:

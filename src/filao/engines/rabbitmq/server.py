@@ -24,6 +24,7 @@ from aiormq.exceptions import (
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
     ConnectionNotAllowed,
+    ConnectionNotImplemented,
     DeliveryError,
     InvalidFrameError,
     ProbableAuthenticationError,
@@ -152,6 +153,11 @@ class Server:
                 )
             case ChannelPreconditionFailed():
                 return ConfigurationError(f"{self.name}: {said}")
+            case ConnectionNotImplemented():
+                return ConfigurationError(
+                    f"{self.name}: {said}. Another program has made this queue anew as one of another type. Move what "
+                    f"is in it elsewhere, delete it, and declare it again."
+                )
             case DeliveryError():
                 return EngineUnavailable(f"{self.name} did not store the message: {said}. Send it again.")
             case TimeoutError() if not begun:

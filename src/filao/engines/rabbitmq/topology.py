@@ -76,6 +76,14 @@ async def declare_ladder(channel: Channel) -> None:
         await channel.exchange_bind(below, name, routing_key=f"{higher}0.#")
 
 
+async def look_for_ladder(channel: Channel) -> None:
+    """Ask for each part of the ladder; the channel ends at the first that is missing. Bindings cannot be asked for."""
+    for name in [*ladder(), UNDELIVERED]:
+        await channel.queue_declare(name, passive=True)
+        await channel.exchange_declare(name, passive=True)
+    await channel.exchange_declare(DELAY, passive=True)
+
+
 def ladder() -> list[str]:
     """Return the names of the ladder's queues."""
     return [_step(step) for step in range(STEPS)]
