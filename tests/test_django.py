@@ -140,6 +140,24 @@ assert broker().receive_from_queue("documents").id == receipt.id
     )
 
 
+def test_a_transaction_of_any_alias_of_the_queues_own_database_counts(project) -> None:
+    with (project / "settings.py").open("a") as settings:
+        settings.write('\nDATABASES["reports"] = DATABASES["default"]\n')
+    program(
+        project,
+        """
+with transaction.atomic(using="reports"):
+    broker().send_to_queue("documents", {"policy": 7})
+    transaction.set_rollback(True, using="reports")
+assert waiting() == 0
+with transaction.atomic(using="reports"):
+    broker().send_to_queue("documents", {"policy": 7})
+    assert waiting() == 0
+assert waiting() == 1
+""",
+    )
+
+
 def test_a_send_outside_any_transaction_is_sent_at_once(project) -> None:
     program(project, "subscribe()\nassert waiting() == 1\nassert len(broker().send_many('documents', [1, 2])) == 2\n")
 

@@ -12,7 +12,7 @@ from django.db import connections
 from django.utils.module_loading import import_string
 
 from filao.broker import connect
-from filao.contrib.django.configuration import KEYS, alias_at, configured, queue_url
+from filao.contrib.django.configuration import KEYS, aliases_at, configured, queue_url
 from filao.errors import FilaoError
 
 
@@ -30,7 +30,7 @@ def _problems() -> Iterator[Any]:
         yield Error(f"FILAO has no {key!r}.", hint=f"It may hold {', '.join(KEYS)}.", id="filao.E001")
     try:
         connect(queue_url())  # opens nothing
-        alias = alias_at(queue_url())
+        aliases = aliases_at(queue_url())
     except (ImproperlyConfigured, FilaoError, KeyError) as error:
         yield Error(str(error), id="filao.E002")
         return
@@ -39,13 +39,12 @@ def _problems() -> Iterator[Any]:
             import_string(named.replace(":", "."))
         except (ImportError, ImproperlyConfigured) as error:
             yield Error(f"FILAO names {named!r}, which cannot be imported: {error}", id="filao.E003")
-    if alias is None or connections[alias].vendor != "sqlite":
-        return
-    mode = connections[alias].settings_dict["OPTIONS"].get("transaction_mode") or ""
-    if str(mode).upper() not in ("IMMEDIATE", "EXCLUSIVE"):
-        yield Warning(
-            f"The database {alias!r} holds Filao's queue too, and its transactions begin as reads: one that sends "
-            "after it has read fails when another process has written meanwhile.",
-            hint='Set DATABASES[…]["OPTIONS"]["transaction_mode"] = "IMMEDIATE" (Django 5.1 and newer).',
-            id="filao.W001",
-        )
+    for alias in aliases:
+        mode = connections[alias].settings_dict["OPTIONS"].get("transaction_mode") or ""
+        if connections[alias].vendor == "sqlite" and str(mode).upper() not in ("IMMEDIATE", "EXCLUSIVE"):
+            yield Warning(
+                f"The database {alias!r} holds Filao's queue too, and its transactions begin as reads: one that sends "
+                "after it has read fails when another process has written meanwhile.",
+                hint='Set DATABASES[…]["OPTIONS"]["transaction_mode"] = "IMMEDIATE" (Django 5.1 and newer).',
+                id="filao.W001",
+            )

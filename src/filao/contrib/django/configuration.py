@@ -63,12 +63,13 @@ def url_of(alias: str) -> "str | Path":
     )
 
 
-def alias_at(url: "str | Path") -> str | None:
-    """Return the alias of the database that holds the queue; None when Django knows none."""
-    for alias in connections:
-        if _is_same(connections[alias], url):
-            return str(alias)
-    return None
+def aliases_at(url: "str | Path") -> list[str]:
+    """Return the aliases of the database that holds the queue, FILAO["DATABASE"] first.
+
+    There may be several, for different options of its connections, say.
+    """
+    found = [str(alias) for alias in connections if _is_same(connections[alias], url)]
+    return sorted(found, key=lambda alias: alias != database())
 
 
 def _is_same(connection: Any, url: "str | Path") -> bool:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from filao import sync
 from filao.broker import connect, session_of
-from filao.contrib.django.configuration import alias_at, configured, database, queue_url
+from filao.contrib.django.configuration import aliases_at, configured, database, queue_url
 from filao.draft import Outgoing, drafts
 from filao.engine import Draft, Receipt
 from filao.errors import MessageTooLarge
@@ -49,7 +49,7 @@ class Broker(sync.Broker):
 
     def __init__(self, url: Any) -> None:
         super().__init__(connect(url, durability=configured("DURABILITY", "full")))
-        self._alias = alias_at(url)
+        self._aliases = aliases_at(url)
         self._rules: dict[str, Queue[Any]] = {}
 
     def send_to_queue(  # type: ignore[misc]  # final for all heirs but this one
@@ -104,8 +104,9 @@ class Broker(sync.Broker):
 
     def _transaction(self) -> tuple[Any, bool]:
         """Return the connection whose transaction a send belongs to, if any, and whether that is the queue's own."""
-        if self._alias is not None and connections[self._alias].in_atomic_block:
-            return connections[self._alias], True
+        for alias in self._aliases:
+            if connections[alias].in_atomic_block:
+                return connections[alias], True
         other = connections[database()]
         return (other if other.in_atomic_block else None), False
 
