@@ -278,6 +278,18 @@ async def test_a_limit_of_the_server_is_named_and_not_taken_for_something_else(r
     assert "other arguments" not in str(raised.value)
 
 
+async def test_a_virtual_host_that_is_down_counts_as_away_and_not_as_a_mistake_of_ours(rabbitmq) -> None:
+    """A worker that comes back meanwhile waits for it, where it ended for good."""
+    for command in (
+        ["add_vhost", "fallen"],
+        ["set_permissions", "-p", "fallen", "guest", ".*", ".*", ".*"],
+        ["eval", 'rabbit_vhost_sup_sup:delete_on_all_nodes(<<"fallen">>).'],
+    ):
+        await asyncio.to_thread(rabbitmq.command, *command)
+    with pytest.raises(filao.EngineUnavailable, match=r"'fallen' is away: .*is down\. Nothing was done\.$"):
+        await filao.connect(rabbitmq.url(vhost="fallen")).open()
+
+
 async def test_a_server_that_is_too_old_is_refused(url, monkeypatch) -> None:
     monkeypatch.setattr(server, "VERSION_MIN", (99, 0))
     with pytest.raises(filao.ConfigurationError, match=r"version 3.*Filao needs 99.0 or newer"):

@@ -7,15 +7,24 @@ import random
 import re
 import socket
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Sized
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sized
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aio_pika
 import aiormq
+from aio_pika.abc import UnderlayConnection
 from aiormq import Channel
-from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
+from aiormq.abc import AbstractConnection
+from aiormq.connection import (
+    FrameReceiver,
+    ReceivedFrame,
+    TCPTransportFactory,
+    TLSTransportFactory,
+    TransportFactory,
+    exception_by_code,
+)
 from aiormq.exceptions import (
     AMQPError,
     AuthenticationError,
@@ -26,9 +35,11 @@ from aiormq.exceptions import (
     ConnectionNotAllowed,
     ConnectionNotImplemented,
     DeliveryError,
-    InvalidFrameError,
     ProbableAuthenticationError,
 )
+from pamqp.base import Frame
+from pamqp.commands import Connection as Methods
+from pamqp.frame import FrameTypes
 from yarl import URL
 
 from filao.engines.rabbitmq import wire
@@ -50,6 +61,7 @@ VERSION_MIN = (3, 10)  # where quorum queues got message TTLs, and dead letters 
 CONNECTED_WITHIN = 10.0  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for a reply or a confirm; a server that takes longer counts as away
 FAREWELL_WITHIN = 0.5  # seconds to close the connection to a server that has not answered in time
+REFUSED_LOGIN = 403  # AMQP's code, when it comes in place of a welcome
 STEADY_AFTER = 10.0  # seconds after which a session no longer counts as short
 LOST_OFTEN = 5  # short sessions in a row after which a warning is logged
 PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between short sessions
@@ -140,8 +152,7 @@ class Server:
                 return ConfigurationError(
                     f"{self.name} refused us: {said}. Mend the user name or the password in the URL."
                 )
-            case ConnectionNotAllowed() | ChannelAccessRefused() | InvalidFrameError():  # the last: closed at once
-                said = said.rpartition(", got ")[2]
+            case ConnectionNotAllowed() | ChannelAccessRefused():
                 if "limit" in said:
                     return EngineUnavailable(
                         f"{self.name} refused us: {said}. Nothing was done. Close connections, or raise the limit: "
@@ -222,8 +233,54 @@ class _Transport(TransportFactory):
             self._writer.transport.abort()
 
 
+class _Welcome:
+    """The frames that greet us; a farewell in their place becomes the error that it tells of."""
+
+    def __init__(self, frames: FrameReceiver) -> None:
+        self._frames = frames
+
+    async def get_frame(self) -> ReceivedFrame:
+        """Return the next frame."""
+        weight, channel, frame = await self._frames.get_frame()
+        if isinstance(frame, Methods.Close) and frame.reply_code != REFUSED_LOGIN:  # which the client knows
+            raise exception_by_code(frame)
+        return weight, channel, frame
+
+
+class _Wire(aiormq.Connection):
+    """The client's lower layer, which takes a farewell in place of a welcome for a broken frame."""
+
+    @staticmethod
+    async def _rpc(
+        request: Frame, writer: asyncio.StreamWriter, frame_receiver: FrameReceiver, *how: Any, **named: Any
+    ) -> FrameTypes | None:
+        welcome = cast("FrameReceiver", _Welcome(frame_receiver))
+        return await aiormq.Connection._rpc(request, writer, welcome, *how, **named)  # noqa: SLF001 - our own base's
+
+
+_Ended = Callable[..., Awaitable[Any]]
+
+
+class _Underlay(UnderlayConnection):
+    """Opens a connection of the lower layer."""
+
+    @classmethod
+    async def make_connection(cls, url: URL, timeout: float | None = None, **options: Any) -> AbstractConnection:
+        """Open one, and wait until it is welcomed."""
+        connection = _Wire(url, **options)
+        connect = cast("Callable[[], Awaitable[bool]]", connection.connect)  # pyright: ignore[reportUnknownMemberType]
+        await asyncio.wait_for(connect(), timeout)
+        return connection
+
+
 class _Connection(aio_pika.Connection):
     """A connection that needs no closing when it is collected: a `Session` or the server has closed it before."""
+
+    async def connect(self, timeout: float | None = None) -> None:
+        """Open it, with a lower layer of ours."""
+        ended = cast("_Ended", self._on_connection_close)  # pyright: ignore[reportUnknownMemberType]  # untyped there
+        self.transport = await _Underlay.connect(self.url, ended, timeout=timeout, **self.kwargs)
+        await self._on_connected()
 
     def __del__(self) -> None:
         """Do nothing, where the client's own would try to close it, perhaps without an event loop."""

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pamqp.decode
 import pamqp.encode
-from pamqp.commands import Basic, Connection
+from pamqp.commands import Basic
 
 DEPTH_MAX = 32  # tables within tables that we read and write again: a record of deaths has 3
 HEADERS_MAX = 64 * 1024  # bytes of headers that we write again: a frame holds 128 KiB, a dead letter's error takes 8
@@ -179,15 +179,6 @@ def _value(content: bytes, depth: int) -> tuple[int, Any]:
 
 
 def install() -> None:
-    """Replace the library's decoders, which it looks up in these two tables.
-
-    And let a server's farewell be shown by its words: the library's error has its `repr` when it comes in place of a
-    welcome.
-    """
+    """Replace the library's decoders, which it looks up in these two tables."""
     pamqp.decode.METHODS |= {"timestamp": read_timestamp, "shortstr": read_short_text, "table": read_table}
     pamqp.decode.TABLE_MAPPING[b"T"] = read_timestamp
-    Connection.Close.__repr__ = _words  # type: ignore[assignment, method-assign]
-
-
-def _words(farewell: Connection.Close) -> str:
-    return farewell.reply_text
