@@ -23,7 +23,7 @@ import filao.sync
 from filao.cli.shell import read_anew
 from filao.engines.sqlite.backup import restore
 from filao.errors import EngineUnavailable
-from filao.prometheus.store import StoreCollector, Told, exposition
+from filao.prometheus.store import Figures, StoreCollector, exposition
 from tests.conftest import missing
 
 PATIENCE = 60.0  # seconds after which a program that hangs is given up
@@ -81,8 +81,8 @@ def test_queues_are_chosen_by_name_and_what_is_beyond_the_bound_is_counted(db) -
 
 def test_what_an_engine_does_not_know_is_not_told_as_nought(db) -> None:
     with filao.sync.connect(db) as broker:
-        told = Told(broker.stats(), frozenset())
-    text, error = exposition(StoreCollector(lambda: told))
+        figures = Figures(broker.stats(), frozenset())
+    text, error = exposition(StoreCollector(lambda: figures))
     assert error is None
     found = samples(text.decode())
     assert {state for name, queue, state in (key for key in found if len(key) == 3) if queue == "claims"} == {
@@ -93,7 +93,7 @@ def test_what_an_engine_does_not_know_is_not_told_as_nought(db) -> None:
 
 
 def test_a_store_that_cannot_be_read_is_not_up() -> None:
-    def fail() -> Told:
+    def fail() -> Figures:
         raise EngineUnavailable("away")
 
     text, error = exposition(StoreCollector(fail))

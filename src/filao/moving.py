@@ -142,7 +142,7 @@ async def plan(source: Movable, target: Movable, names: Sequence[str]) -> list[M
 
 
 async def move(
-    source: Movable, target: Movable, names: Sequence[str], told: Callable[[Moved], None] = lambda _: None
+    source: Movable, target: Movable, names: Sequence[str], on_moved: Callable[[Moved], None] = lambda _: None
 ) -> list[Moved]:
     """Move queues (none named: all), and tell how far each has come.
 
@@ -155,7 +155,7 @@ async def move(
     for queue in queues:
         if queue.name not in there:
             await target.declare(queue)
-    return [await _move(source, target, queue.name, told) for queue in queues]
+    return [await _move(source, target, queue.name, on_moved) for queue in queues]
 
 
 async def _chosen(source: Movable, names: Sequence[str]) -> list[Queue]:
@@ -178,7 +178,7 @@ async def _planned(source: Movable, target: Movable, queue: Queue, stats: QueueS
         return Moved(stats.name, waiting, stats.dead, len(memory.keys), await packing.held())
 
 
-async def _move(source: Movable, target: Movable, queue: str, told: Callable[[Moved], None]) -> Moved:
+async def _move(source: Movable, target: Movable, queue: str, on_moved: Callable[[Moved], None]) -> Moved:
     for pausing in (source.operators.pausing, target.operators.pausing):
         if pausing is not None:
             await pausing.pause(queue, paused=True)
@@ -189,7 +189,7 @@ async def _move(source: Movable, target: Movable, queue: str, told: Callable[[Mo
             await packing.delivered(parcels)
             dead = sum(parcel.reason is not None for parcel in parcels)
             moved = Moved(queue, moved.waiting + len(parcels) - dead, moved.dead + dead)
-            told(moved)
+            on_moved(moved)
         held = await packing.held()
     memory = await source.mover.memory(queue)
     await target.mover.remember(queue, memory)
@@ -197,5 +197,5 @@ async def _move(source: Movable, target: Movable, queue: str, told: Callable[[Mo
         await target.operators.pausing.pause(queue, paused=False)
     keys = len(memory.keys) if Feature.DEDUPLICATION in target.features else 0
     moved = msgspec.structs.replace(moved, keys=keys, held=held)
-    told(moved)
+    on_moved(moved)
     return moved

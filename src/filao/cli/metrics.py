@@ -51,13 +51,13 @@ def metrics(
         print_lines(folder.joinpath(name).read_bytes().rstrip() for name in names)
         return 0
     url, _ = addressed(arguments, least=0, most=0)
-    from filao.prometheus.store import StoreCollector, Told, exposition
+    from filao.prometheus.store import Figures, StoreCollector, exposition
 
     with broker_at(url) as broker:
         file, features = file_of(url), broker.features
 
-        def read() -> Told:
-            return Told(read_anew(broker, broker.stats), features, file)
+        def read() -> Figures:
+            return Figures(read_anew(broker, broker.stats), features, file)
 
         collector = StoreCollector(read, only=only, most=queues_max)
         if listen is not None:

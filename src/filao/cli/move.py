@@ -70,7 +70,7 @@ async def _watched(here: Movable, there: Movable, queues: tuple[str, ...], plann
             for queue in planned
         }
 
-        def told(moved: Moved) -> None:
+        def on_moved(moved: Moved) -> None:
             progress.update(tasks[moved.queue], completed=moved.waiting + moved.dead)
 
-        return await move(here, there, queues, told)
+        return await move(here, there, queues, on_moved)

@@ -32,10 +32,10 @@ def verify_command(*, arguments: tuple[str, ...], wants_json: bool) -> int:
     with Progress(console=Console(stderr=True), transient=True, disable=not is_terminal(sys.stderr)) as progress:
         task = progress.add_task("checking", total=None)
 
-        def told(verdict: Verdict) -> None:
+        def on_verdict(verdict: Verdict) -> None:
             progress.update(task, advance=1, description=verdict.check[:60])
 
-        verdicts = asyncio.run(verify(lambda: connect(url), told))
+        verdicts = asyncio.run(verify(lambda: connect(url), on_verdict))
     failed = [verdict for verdict in verdicts if verdict.error]
     if wants_json or not is_terminal(sys.stdout):
         print_lines(as_json(verdict) for verdict in verdicts)

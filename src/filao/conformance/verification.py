@@ -30,7 +30,7 @@ class Verdict(msgspec.Struct, frozen=True):
     """Empty when it passed."""
 
 
-async def verify(connect: Connect, told: Callable[[Verdict], None] = lambda _: None) -> list[Verdict]:
+async def verify(connect: Connect, on_verdict: Callable[[Verdict], None] = lambda _: None) -> list[Verdict]:
     """Run every check that the engine must pass, tell each verdict as it comes, and return them all.
 
     The queues are named `filao-verify-…` and are deleted at the end, however it ends. The clock is the server's, so it
@@ -44,7 +44,7 @@ async def verify(connect: Connect, told: Callable[[Verdict], None] = lambda _: N
     async def judge(number: int, check: Check) -> Verdict:
         async with places:
             verdict = await _judge(connect, f"{run}.{number}", check)
-        told(verdict)
+        on_verdict(verdict)
         return verdict
 
     return await asyncio.gather(*(judge(number, check) for number, check in enumerate(checks(features))))

@@ -53,10 +53,10 @@ NAVIGATION = ("queues", "dead", "processes", "log")
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Sheet:
     """A page to be drawn: its name, and the values of its template."""
 
-    page: str
+    name: str
     values: dict[str, Any]
     status: int = 200
 
@@ -131,7 +131,7 @@ class Pages:
         to = request.query_params.get("to", "") if is_wrong else asked
         is_over = is_form and not is_wrong  # a form of a session that has ended
         values = {"is_wrong": is_wrong, "is_over": is_over, "to": to}
-        return self._drawn_whole(request, language, Look(), Told("enter", values, 401))
+        return self._drawn_whole(request, language, Look(), Sheet("enter", values, 401))
 
     # --- pages -------------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class Pages:
 
     async def _no_page(self, request: Request) -> Response:
         look = await self._watch.latest()
-        return self._drawn_whole(request, self._language(request), look, Told("trouble", {"what": "no_page"}, 404))
+        return self._drawn_whole(request, self._language(request), look, Sheet("trouble", {"what": "no_page"}, 404))
 
     async def _file(self, request: Request) -> Response:
         return self._file_named(request.path_params["name"])
@@ -176,27 +176,27 @@ class Pages:
             look = await self._watch.anew()
         if live is not None:
             return HTMLResponse(await self._live(request, language, page, look))
-        return self._drawn_whole(request, language, look, await self._told(request, page, look))
+        return self._drawn_whole(request, language, look, await self._sheet(request, page, look))
 
-    async def _told(self, request: Request, page: str, look: Look) -> Told:
+    async def _sheet(self, request: Request, page: str, look: Look) -> Sheet:
         """Return what a page shows, or the page that says why it cannot."""
         within = READ_WITHIN if Feature.PEEK in self._watch.broker.features else RECEIVED_WITHIN
         try:
             async with asyncio.timeout(within):
-                told = await self._view[page](Asked(look, _storable(request.query_params)))
+                values = await self._view[page](Asked(look, _storable(request.query_params)))
                 number = whole(request.query_params.get("job", ""))
                 job = await self._jobs.told(number)
-                return Told(page, told | {"job": job, "is_job_unknown": number > 0 and job is None})
+                return Sheet(page, values | {"job": job, "is_job_unknown": number > 0 and job is None})
         except (QueueNotFound, NoMessageError) as error:
             if look.seen_at is None:  # no look has succeeded yet: the queue may be there
-                return Told("trouble", {"what": "unseen"}, AWAY)
-            return Told("trouble", {"what": "not_there", "why": str(error)}, 404)
+                return Sheet("trouble", {"what": "unseen"}, AWAY)
+            return Sheet("trouble", {"what": "not_there", "why": str(error)}, 404)
         except ConfigurationError as error:  # the message behind which a list should go on has gone
-            return Told("trouble", {"what": "gone", "why": str(error)}, 410)
+            return Sheet("trouble", {"what": "gone", "why": str(error)}, 410)
         except TimeoutError:
-            return Told("trouble", {"what": "slow", "seconds": within}, AWAY)
+            return Sheet("trouble", {"what": "slow", "seconds": within}, AWAY)
         except FilaoError as error:
-            return Told("trouble", {"what": "away", "why": str(error)}, AWAY)
+            return Sheet("trouble", {"what": "away", "why": str(error)}, AWAY)
 
     def _language(self, request: Request) -> Language:
         """Return the language of the page, or of the form's page, or of the browser."""
@@ -245,24 +245,24 @@ class Pages:
         return await asyncio.shield(drawing)
 
     async def _draw(self, request: Request, language: Language, page: str, look: Look) -> str:
-        told = await self._told(request, page, look)
-        name = "live/trouble.html" if told.page == "trouble" else f"live/{page}.html"
-        return self._render(name, request, language, look, told)
+        sheet = await self._sheet(request, page, look)
+        name = "live/trouble.html" if sheet.name == "trouble" else f"live/{page}.html"
+        return self._render(name, request, language, look, sheet)
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
-    def _drawn_whole(self, request: Request, language: Language, look: Look, told: Told) -> Response:
-        headers = {"refresh": f"{COMES_AGAIN}"} if told.status == AWAY else None
-        return HTMLResponse(self._render(f"{told.page}.html", request, language, look, told), told.status, headers)
+    def _drawn_whole(self, request: Request, language: Language, look: Look, sheet: Sheet) -> Response:
+        headers = {"refresh": f"{COMES_AGAIN}"} if sheet.status == AWAY else None
+        return HTMLResponse(self._render(f"{sheet.name}.html", request, language, look, sheet), sheet.status, headers)
 
-    def _render(self, template: str, request: Request, language: Language, look: Look, told: Told) -> str:
+    def _render(self, template: str, request: Request, language: Language, look: Look, sheet: Sheet) -> str:
         root = f"{request.scope.get('root_path', '')}"
         visitor: Visitor | None = request.scope.get("filao_visitor")
-        told_texts, features = texts(language), self._watch.broker.features
+        said, features = texts(language), self._watch.broker.features
         counts = Feature.COUNTERS in features
 
         def t(key: str, **values: object) -> str:
-            return fill(language, told_texts[key], values)
+            return fill(language, said[key], values)
 
         def href(page: str, **query: object) -> str:
             given = {name: value for name, value in query.items() if value not in (None, "")}
@@ -273,9 +273,9 @@ class Pages:
         live = urlencode([*asked, ("live", "stream")])
         path = request.scope["path"].removeprefix(root).lstrip("/").partition("/")[2] or "queues"
         return self._templates.get_template(template).render(
-            **{"why": "", "what": "", "seconds": 0, "is_job_unknown": False, **told.values},
+            **{"why": "", "what": "", "seconds": 0, "is_job_unknown": False, **sheet.values},
             t=t,
-            has_text=told_texts.__contains__,
+            has_text=said.__contains__,
             about=partial(_about, language),
             href=href,
             n=partial(shown.number, language),
@@ -288,7 +288,7 @@ class Pages:
             spark=partial(self._spark, t),
             chart=partial(self._chart, t, partial(shown.number, language)),
             pack=_packed,
-            page=told.page,
+            page=sheet.name,
             navigation=NAVIGATION,
             root=root,
             language=language,
@@ -303,7 +303,7 @@ class Pages:
             engine=session_of(self._watch.broker).engine.name,
             may_pause=Feature.PAUSE in features,
             has_groups=Feature.GROUPS in features,
-            jobs=self._shown_jobs(request, told.values.get("job")),
+            jobs=self._shown_jobs(request, sheet.values.get("job")),
         )
 
     def _shown_jobs(self, request: Request, asked_for: Job | None) -> list[Job]:
@@ -337,18 +337,18 @@ class Pages:
         try:
             form = await read_form(request.receive)
         except FormError as error:
-            return draw(Told("trouble", {"what": error.what}, error.status))
+            return draw(Sheet("trouble", {"what": error.what}, error.status))
         if not self._allow_actions:
-            return draw(Told("trouble", {"what": "read_only"}, 403))
+            return draw(Sheet("trouble", {"what": "read_only"}, 403))
         is_proven = _is_same(form.get("proof", ""), visitor.proof)
         if not is_proven and "stop" in form:  # a job of an earlier run has ended with that run
-            return draw(Told("trouble", {"what": "forged"}, 403))
+            return draw(Sheet("trouble", {"what": "forged"}, 403))
         if stopped := whole(form.get("stop", "")):
             self._jobs.stop(stopped)
             return RedirectResponse(f"{request.scope.get('root_path', '')}/{language}/dead?job={stopped}", 303)
         act = unpacked(form.get("do", ""))
         if act is None:
-            return draw(Told("trouble", {"what": "no_act"}, 400))
+            return draw(Sheet("trouble", {"what": "no_act"}, 400))
         how_many = self._wanted(act, look)
         values = {
             "act": act,
@@ -361,16 +361,16 @@ class Pages:
             "rate": form.get("rate", ""),
         }
         if not is_proven:  # perhaps drawn before a restart of the dashboard: ask again, and keep what was typed
-            return draw(Told("confirm", values | {"wrong": texts(language)["confirm_anew"]}, 403))
+            return draw(Sheet("confirm", values | {"wrong": texts(language)["confirm_anew"]}, 403))
         if form.get("confirmed") != "yes":
-            return draw(Told("confirm", values))
+            return draw(Sheet("confirm", values))
         try:
             deed = self._doing.deed(act, visitor.who, how_many)
             return await self._done(request, language, act, form, deed)
         except TooMuchError:
-            return draw(Told("trouble", {"what": "too_much"}, 429))
+            return draw(Sheet("trouble", {"what": "too_much"}, 429))
         except FilaoError as error:
-            return draw(Told("confirm", values | {"wrong": str(error)}, 400))
+            return draw(Sheet("confirm", values | {"wrong": str(error)}, 400))
 
     async def _done(self, request: Request, language: Language, act: Act, form: dict[str, str], deed: Deed) -> Response:
         """Begin an act, wait a moment for its end, and redirect to a page that shows how far it is."""
@@ -402,9 +402,9 @@ class Pages:
 
 def _about(language: Language, deed: Deed) -> str:
     """Return in words which part of its queue a deed was about; the log has the reason of a kind by its name."""
-    told, (reason, is_kind, error) = texts(language), deed.about.partition(": ")
-    says = told.get(f"reason_{reason}") if is_kind else None
-    return deed.about if says is None else fill(language, told["about_kind"], {"reason": says, "error": error})
+    said, (reason, is_kind, error) = texts(language), deed.about.partition(": ")
+    says = said.get(f"reason_{reason}") if is_kind else None
+    return deed.about if says is None else fill(language, said["about_kind"], {"reason": says, "error": error})
 
 
 def _storable(query: Mapping[str, str]) -> dict[str, str]:

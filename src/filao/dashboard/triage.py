@@ -36,7 +36,7 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Triaged:
     """What is known of a queue's dead letters."""
 
     counted: tuple[int, ...]
@@ -54,10 +54,10 @@ class Triage:
 
     def __init__(self, overview: Callable[[], Overview]) -> None:
         self._overview = overview
-        self._told: dict[str, Told] = {}
+        self._triaged: dict[str, Triaged] = {}
         self._task: asyncio.Task[None] | None = None
 
-    async def kinds(self, queues: Mapping[str, QueueStats], within: float) -> tuple[list[Told], bool]:
+    async def kinds(self, queues: Mapping[str, QueueStats], within: float) -> tuple[list[Triaged], bool]:
         """Return what is known of each queue with dead letters, those with most first, and whether it is up to date.
 
         After `within` seconds it returns what was known before, and the look goes on.
@@ -68,19 +68,21 @@ class Triage:
             self._task = asyncio.create_task(self._look(stale))
         if stale and self._task is not None:
             await asyncio.wait([self._task], timeout=within)
-        told = sorted((one for name, one in self._told.items() if name in with_dead), key=lambda one: -one.counted[0])
-        return told, not any(self._is_stale(one) for one in with_dead.values())
+        triaged = sorted(
+            (one for name, one in self._triaged.items() if name in with_dead), key=lambda one: -one.counted[0]
+        )
+        return triaged, not any(self._is_stale(one) for one in with_dead.values())
 
     def count(self, queue: str, reason: str, error: str) -> int:
         """Return how many dead letters of a kind were found at the last look."""
-        told = self._told.get(queue)
-        kinds = () if told is None else told.kinds
+        triaged = self._triaged.get(queue)
+        kinds = () if triaged is None else triaged.kinds
         return sum(kind.count for kind in kinds if (kind.reason, kind.error) == (reason, error))
 
     def forget(self, queue: str) -> None:
         """Look at a queue again, because something was done there; until then what is known of it is outdated."""
-        if (told := self._told.get(queue)) is not None:
-            self._told[queue] = replace(told, is_outdated=True)
+        if (triaged := self._triaged.get(queue)) is not None:
+            self._triaged[queue] = replace(triaged, is_outdated=True)
 
     async def close(self) -> None:
         """Stop looking."""
@@ -89,10 +91,10 @@ class Triage:
             await asyncio.wait([self._task])
 
     def _is_stale(self, queue: QueueStats) -> bool:
-        told = self._told.get(queue.name)
-        if told is None or told.is_outdated:
+        triaged = self._triaged.get(queue.name)
+        if triaged is None or triaged.is_outdated:
             return True
-        return told.counted != _counted(queue) and time.monotonic() > told.at + SHARE * told.took
+        return triaged.counted != _counted(queue) and time.monotonic() > triaged.at + SHARE * triaged.took
 
     async def _look(self, queues: list[QueueStats]) -> None:
         for queue in queues:
@@ -111,10 +113,10 @@ class Triage:
             kinds = tuple(
                 Kind(queue.name, *key, count, latest[key].id, latest[key].at) for key, count in counts.most_common()
             )
-            while len(self._told) >= QUEUES_MAX:
-                del self._told[next(iter(self._told))]
+            while len(self._triaged) >= QUEUES_MAX:
+                del self._triaged[next(iter(self._triaged))]
             now = time.monotonic()
-            self._told[queue.name] = Told(_counted(queue), kinds, counts.total(), now, now - began)
+            self._triaged[queue.name] = Triaged(_counted(queue), kinds, counts.total(), now, now - began)
 
 
 async def dead_letters(overview: Overview, queue: str, most: int) -> AsyncGenerator[Glimpse]:

@@ -34,7 +34,7 @@ SORTS = ("age", "ready", "dead", "name")
 
 Redact = Callable[[StoredMessage], StoredMessage]
 """Returns a message as it may be shown, for example `msgspec.structs.replace(message, body=…)`."""
-Told = dict[str, Any]
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Views:
 
     # --- queues ------------------------------------------------------------------------------------------------------
 
-    async def queues(self, asked: Asked) -> Told:
+    async def queues(self, asked: Asked) -> Values:
         """Return a page of queues, in the order that was asked for: by oldest age, unless another is given."""
         sorts = SORTS if Feature.COUNTERS in self._broker.features else SORTS[1:]
         sort = asked.query.get("sort", "")
@@ -79,7 +79,7 @@ class Views:
             "previous": max(0, first - QUEUES_SHOWN) if first else None,
         }
 
-    async def queue(self, asked: Asked) -> Told:
+    async def queue(self, asked: Asked) -> Values:
         """Return all about one queue: counters, rules, groups that wait, and messages of one state."""
         queue = stats_of(asked)
         name, overview = queue.name, self._overview()
@@ -87,7 +87,7 @@ class Views:
         if state not in overview.sees:
             state = next((one for one in overview.sees if getattr(queue, one)), overview.sees[0])
         groups = await overview.held_groups(name) if queue.blocked else []
-        told: Told = {
+        values: Values = {
             "queue": queue,
             "groups": groups[:GROUPS_SHOWN],
             "groups_hidden": max(0, len(groups) - GROUPS_SHOWN),
@@ -96,13 +96,13 @@ class Views:
         }
         is_live = "live" in asked.query
         rules = await session_of(self._broker).engine.find(name) if groups or not is_live else None
-        told["may_halt"] = rules is not None and rules.group_dead == "halt"
+        values["may_halt"] = rules is not None and rules.group_dead == "halt"
         if is_live or rules is None:
-            return told
-        told["rules"] = _rules(rules)
-        return told | await self._listed(asked, name, State(state))
+            return values
+        values["rules"] = _rules(rules)
+        return values | await self._listed(asked, name, State(state))
 
-    async def _listed(self, asked: Asked, name: str, state: State) -> Told:
+    async def _listed(self, asked: Asked, name: str, state: State) -> Values:
         """Return a page of messages of one state behind `after`; with a filter, those that fit of the next thousand."""
         group = (asked.query.get("group") or None) if Feature.GROUPS in self._broker.features else None
         header = asked.query.get("header", "").strip()
@@ -127,26 +127,26 @@ class Views:
 
     # --- one message -------------------------------------------------------------------------------------------------
 
-    async def message(self, asked: Asked) -> Told:
+    async def message(self, asked: Asked) -> Values:
         """Return all about one message."""
         name, message_id = asked.query.get("queue", ""), asked.query.get("id", "")
         found = await self._overview().find(name, message_id) if message_id else None
         events = await self._events(name, message_id) if message_id else []
         if found is None and not events:
             raise NoMessageError(name, message_id)
-        told: Told = {"message": found, "trouble_of_redaction": "", "body": None, "editable": "", "events": events}
+        values: Values = {"message": found, "trouble_of_redaction": "", "body": None, "editable": "", "events": events}
         if found is None:  # it is gone, and its queue remembers what became of it
-            return told | {"name": name, "id": message_id, "is_redacted": self._redact is not None}
+            return values | {"name": name, "id": message_id, "is_redacted": self._redact is not None}
         try:
             found = found if self._redact is None else self._redact(found)
             body = body_of(found.body, whole="whole" in asked.query)
         except Exception as error:  # the user's own function failed: nothing of the message is shown
             blank = msgspec.structs.replace(found, body=None, headers={}, history=())
-            return told | {"message": blank, "trouble_of_redaction": type(error).__name__, "is_redacted": True}
+            return values | {"message": blank, "trouble_of_redaction": type(error).__name__, "is_redacted": True}
         is_editable = found.state is State.DEAD and self._redact is None and not isinstance(found.body, bytes)
         editable = printable_json(json_text(found.body).encode()).decode() if is_editable else ""
-        told |= {"message": found, "body": body, "editable": editable, "timeline": _timeline(found)}
-        return told | {"is_redacted": self._redact is not None}
+        values |= {"message": found, "body": body, "editable": editable, "timeline": _timeline(found)}
+        return values | {"is_redacted": self._redact is not None}
 
     async def _events(self, queue: str, message_id: str) -> list[Event]:
         """Return what happened to a message, as far as its queue remembers."""
@@ -156,7 +156,7 @@ class Views:
 
     # --- processes ---------------------------------------------------------------------------------------------------
 
-    async def processes(self, asked: Asked) -> Told:
+    async def processes(self, asked: Asked) -> Values:
         """Return the processes that receive, and what each holds."""
         processes: dict[str, Process] = {}
         for queue in asked.look.queues.values():
@@ -174,13 +174,13 @@ class Views:
 
     # --- dead letters ------------------------------------------------------------------------------------------------
 
-    async def dead(self, asked: Asked) -> Told:
+    async def dead(self, asked: Asked) -> Values:
         """Return the dead letters by kind."""
         only = asked.query.get("queue", "")
         queues = {name: one for name, one in asked.look.queues.items() if not only or name == only}
-        told, is_latest = await self.triage.kinds(queues, 0.0 if "live" in asked.query else KINDS_WITHIN)
-        kinds = [kind for one in told for kind in one.kinds]
-        cut = [one for one in told if one.counted[0] > one.looked_at >= LOOKED_AT_MAX]
+        triaged, is_latest = await self.triage.kinds(queues, 0.0 if "live" in asked.query else KINDS_WITHIN)
+        kinds = [kind for one in triaged for kind in one.kinds]
+        cut = [one for one in triaged if one.counted[0] > one.looked_at >= LOOKED_AT_MAX]
         return {
             "kinds": kinds[:KINDS_SHOWN],
             "kinds_hidden": max(0, len(kinds) - KINDS_SHOWN),
@@ -192,7 +192,7 @@ class Views:
 
     # --- the log -----------------------------------------------------------------------------------------------------
 
-    async def log(self, asked: Asked) -> Told:
+    async def log(self, asked: Asked) -> Values:
         """Return a page of the log: who did what."""
         kept = self._overview().log
         if kept is None:

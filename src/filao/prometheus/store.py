@@ -32,7 +32,7 @@ _TOTALS = {
 }
 
 
-class Told(NamedTuple):
+class Figures(NamedTuple):
     """What was read of a store."""
 
     queues: Sequence[QueueStats]
@@ -44,7 +44,7 @@ class Told(NamedTuple):
 class StoreCollector:
     """Reads a store at each scrape; `filao_store_up` shows whether it could be read."""
 
-    def __init__(self, read: Callable[[], Told], *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> None:
+    def __init__(self, read: Callable[[], Figures], *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> None:
         self._read = read
         self._only = only
         """Names or patterns of the queues to export; none: all."""
@@ -56,14 +56,14 @@ class StoreCollector:
         up = GaugeMetricFamily("filao_store_up", "Whether the store could be read.")
         try:
             with self._reading:  # other scrapes wait meanwhile, so that a slow store is read once at a time
-                told = self._read()
+                figures = self._read()
         except Exception:
             up.add_metric([], 0)
             yield up
             raise
         up.add_metric([], 1)
         yield up
-        yield from metrics(told, only=self._only, most=self._most)
+        yield from metrics(figures, only=self._only, most=self._most)
 
 
 def exposition(collector: StoreCollector) -> tuple[bytes, Exception | None]:
@@ -90,18 +90,18 @@ class _Collected:
         return self._metrics
 
 
-def metrics(told: Told, *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> Iterator[Metric]:
+def metrics(figures: Figures, *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> Iterator[Metric]:
     """Yield the metrics of the chosen queues, the first `most` by name, and how many others are hidden."""
-    chosen = [one for one in told.queues if not only or any(fnmatchcase(one.name, pattern) for pattern in only)]
+    chosen = [one for one in figures.queues if not only or any(fnmatchcase(one.name, pattern) for pattern in only)]
     queues = chosen[:most]
     hidden = GaugeMetricFamily("filao_queues_hidden", f"Queues beyond the first {most} by name, which are not shown.")
     hidden.add_metric([], len(chosen) - len(queues))
     yield hidden
-    has_counters = Feature.COUNTERS in told.features
+    has_counters = Feature.COUNTERS in figures.features
     yield _messages(queues, tuple(State) if has_counters else (State.READY, State.DEAD))
     if has_counters:
         yield from _counted(queues)
-    yield from _sizes(told.file)
+    yield from _sizes(figures.file)
 
 
 def _messages(queues: Sequence[QueueStats], states: Sequence[State]) -> Metric:
