@@ -108,7 +108,7 @@ async def test_a_read_only_transaction_of_the_users_is_refused_in_words(url, bro
         connection.execute("SET TRANSACTION READ ONLY")
         with pytest.raises(filao.ConfigurationError, match=r"transaction of the within= connection is read-only"):
             await broker.send_to_queue("claims", 7, within=connection)
-    assert not engine_of(broker)._server.is_distrusted(engine_of(broker)._main._connection)
+    assert not engine_of(broker)._server.is_distrusted(engine_of(broker)._main.link._connection)
 
 
 async def test_a_connection_whose_prepared_statements_are_gone_behind_its_driver_is_told_what_to_do(
@@ -593,10 +593,10 @@ async def test_more_connections_than_select_can_watch_are_no_matter(url) -> None
             stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         async with filao.connect(url) as broker:
             await broker.declare(filao.Queue("claims"))
-            connection = engine_of(broker)._main._connection
+            connection = engine_of(broker)._main.link._connection
             assert connection.fileno() > 1024
             await broker.send_to_queue("claims", 1)
-            assert engine_of(broker)._main._connection is connection
+            assert engine_of(broker)._main.link._connection is connection
 
 
 async def test_a_user_who_owns_the_schema_needs_no_right_to_create_one(url) -> None:
@@ -810,7 +810,7 @@ async def test_a_process_that_was_struck_off_though_it_lives_registers_anew_and_
             operator.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_locks "
                 "WHERE locktype = 'advisory' AND objid = %s AND pid <> %s",
-                (before, engine._main._connection.info.backend_pid),
+                (before, engine._main.link._connection.info.backend_pid),
             )
         await broker.send_to_queue("claims", number)
         async with asyncio.timeout(20):

@@ -112,7 +112,7 @@ async def test_a_server_that_became_read_only_is_left_for_the_one_behind_the_sam
     database = url.rpartition("/")[2]
     async with filao.connect(url) as broker:
         await broker.declare(filao.Queue("claims"))
-        await engine_of(broker)._main._connection.execute("SET default_transaction_read_only = on")
+        await engine_of(broker)._main.link._connection.execute("SET default_transaction_read_only = on")
         with pytest.raises(filao.EngineUnavailable, match=rf"{database}.*read-only.*Nothing was done"):
             await broker.send_to_queue("claims", 1)
         await broker.send_to_queue("claims", 2)

@@ -218,7 +218,7 @@ async def test_operators_that_somebody_else_made_are_never_used(url, postgres) -
         await broker.redrive("more")
         await broker.doctor()
         await engine_of(broker)._watch._look_after_all()
-        await engine_of(broker)._row("SELECT filao.tidy(NULL)")
+        await engine_of(broker)._main.row("SELECT filao.tidy(NULL)")
         await engine_of(broker)._watch.vacuum()
         await broker.pause("more")
         await broker.resume("more")

@@ -81,6 +81,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "server",
             "schema",
             "clock",
+            "main",
             "verbs",
             "apart",
             "transactions",

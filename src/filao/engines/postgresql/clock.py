@@ -7,8 +7,6 @@ there had been none, and calls again. See `filao.now` and docs/decisions/clock.m
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
 
 from psycopg import errors
 
@@ -20,10 +18,6 @@ JUMP = 1_000  # milliseconds between the clocks that are taken for a jump; filao
 DRIFT = 0.001  # of the time since they were compared, by which two clocks may drift apart without a jump
 JUMPS_MAX = 3  # jumps that are noted in a row; after that the clock is taken as it is
 DIFFER = "FL001"  # the SQLSTATE of a call that met a clock which may have jumped
-MOMENT: Final = object()
-"""Stands, among the parameters of a statement, for the time that the call expects."""
-Row = Callable[..., Awaitable[tuple[Any, ...]]]
-"""Runs a statement with its parameters, `MOMENT` among them, as a transaction, and returns its first row."""
 _CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 
 

@@ -15,16 +15,15 @@ from typing import Any, Self
 from filao.engine import EVENTS_MAX, Draft, Event, Finding, QueueStats, Receiver, State, StoredMessage, instant
 from filao.engines import rows
 from filao.engines.postgresql import verbs
-from filao.engines.postgresql.clock import MOMENT, Row
 from filao.engines.postgresql.doctor import examine
 from filao.engines.postgresql.listener import Listener
-from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server
+from filao.engines.postgresql.main import MOMENT, UNLOCKED_POLL, Main
+from filao.engines.postgresql.server import LOCKED_FOR, Connection
 from filao.errors import ConfigurationError, EngineError
 from filao.queue import Queue, check_halts, not_found, rules_from_json
 from filao.slices import Tally
 
 SLICE = 2_000  # messages that operators change in one transaction
-UNLOCKED_POLL = 0.05  # seconds between looks whether a lock is free, such as that of a queue's senders
 
 _STATS = """
     SELECT q.name, q.paused, counters.counted, ages.*
@@ -62,19 +61,14 @@ class PostgresqlOperators:
 
     def __init__(
         self,
-        server: Server,
-        link: Link,
+        main: Main,
         listener: Listener,
-        row: Row,
-        moment: Callable[[], int | None],
         *,
         forget: Callable[[], None],
     ) -> None:
-        self._server = server
-        self._link = link
+        self._main = main
+        self._server = main.server
         self._listener = listener
-        self._row = row
-        self._moment = moment
         self._forget = forget
         """Forgets the numbers of queues."""
 
@@ -90,13 +84,13 @@ class PostgresqlOperators:
 
     async def trace(self, message_id: str) -> list[Event]:
         """Return what happened to the messages with this id."""
-        async with self._link.use() as connection:
-            found = await connection.execute(_EVENTS, (message_id, self._moment(), EVENTS_MAX))
+        async with self._main.use() as connection:
+            found = await connection.execute(_EVENTS, (message_id, self._main.moment(), EVENTS_MAX))
             return [Event(queue, instant(at), *event) for queue, at, *event in await found.fetchall()]
 
     async def queues(self) -> list[Queue]:
         """Return every declared queue with its rules, by name."""
-        async with self._link.use() as connection:
+        async with self._main.use() as connection:
             return [rules for _, rules in (await queues(connection)).values()]
 
     async def delete(self, queue: str) -> int:
@@ -105,7 +99,7 @@ class PostgresqlOperators:
             number = await self.number(queue)
             until = time.monotonic() + LOCKED_FOR
             while time.monotonic() < until:
-                (held,) = await self._row("SELECT filao.delete(%s)", number)
+                (held,) = await self._main.row("SELECT filao.delete(%s)", number)
                 if held is not None:
                     self._forget()
                     return int(held)
@@ -118,16 +112,16 @@ class PostgresqlOperators:
     async def stats(self, queue: str | None = None) -> list[QueueStats]:
         """Read the counters of every queue, or of one."""
         async with self._server.one_call():
-            await self._row("SELECT filao.expire_all(%s)", MOMENT)
-            async with self._link.use() as connection:
-                return await stats(connection, self._moment(), queue)
+            await self._main.row("SELECT filao.expire_all(%s)", MOMENT)
+            async with self._main.use() as connection:
+                return await stats(connection, self._main.moment(), queue)
 
     async def peek(self, queue: str, state: State, *, limit: int, after: str | None) -> list[StoredMessage]:
         """Return messages of one state in its order."""
         async with self._server.one_call():
             number = await self.number(queue)
-            await self._row("SELECT filao.expire_all(%s)", MOMENT)
-            async with self._link.use() as connection:
+            await self._main.row("SELECT filao.expire_all(%s)", MOMENT)
+            async with self._main.use() as connection:
                 return await peek(connection, (number, queue), state, limit=limit, after=after)
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
@@ -150,7 +144,7 @@ class PostgresqlOperators:
     ) -> "array[int]":
         """Return the numbers of the messages that a command is about: fixed when it begins, or it might never end."""
         sql = "SELECT filao.mark(%s, %s::filao.state[], %s::text[], %s)"
-        (found,) = await self._row(sql, number, list(map(str, states)), None if ids is None else list(ids), limit)
+        (found,) = await self._main.row(sql, number, list(map(str, states)), None if ids is None else list(ids), limit)
         marked = array("q", found)
         if sys.byteorder == "little":
             marked.byteswap()
@@ -165,7 +159,7 @@ class PostgresqlOperators:
         """
         with Tally() as tally:
             for first in range(0, len(marked), SLICE):
-                (done,) = await self._row(*change(marked[first : first + SLICE].tolist()))
+                (done,) = await self._main.row(*change(marked[first : first + SLICE].tolist()))
                 tally.done += done
                 await self._wake(number, done)
         return tally.done
@@ -174,7 +168,7 @@ class PostgresqlOperators:
         """Stop or resume deliveries."""
         async with self._server.one_call():
             number = await self.number(queue)
-            await self._row("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
+            await self._main.row("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
             await self._wake(number, 0 if paused else SLICE)
 
     async def pause_group(self, queue: str, group: str, *, paused: bool) -> None:
@@ -182,27 +176,27 @@ class PostgresqlOperators:
         async with self._server.one_call():
             number = await self.number(queue)
             if not paused:
-                await self._row("SELECT filao.resume_group(%s, %s, %s)", number, MOMENT, group)
+                await self._main.row("SELECT filao.resume_group(%s, %s, %s)", number, MOMENT, group)
                 await self._wake(number, 1)
                 return
-            async with self._link.use() as connection:
+            async with self._main.use() as connection:
                 check_halts(await find(connection, queue), group)
-            await self._row("SELECT filao.halt_group(%s, %s, %s)", number, MOMENT, group)
+            await self._main.row("SELECT filao.halt_group(%s, %s, %s)", number, MOMENT, group)
 
     async def report(self, state: str) -> None:
         """Record how this process is doing."""
         sql = "UPDATE filao.process SET state = %s, reported_at = filao.clock() WHERE name = %s"
-        async with self._link.use() as connection:
+        async with self._main.use() as connection:
             await connection.execute(sql, (self._server.charset.fitted(state), self._listener.name))
 
     async def doctor(self) -> list[Finding]:
         """Examine the database and say what an operator should know."""
-        async with self._link.use() as connection:
-            return await examine(connection, self._server, await stats(connection, self._moment()))
+        async with self._main.use() as connection:
+            return await examine(connection, self._server, await stats(connection, self._main.moment()))
 
     async def number(self, queue: str) -> int:
         """Look up a queue's number; a known one may be that of a deleted queue."""
-        async with self._link.use() as connection:
+        async with self._main.use() as connection:
             found = await connection.execute("SELECT id FROM filao.queue WHERE name = %s", (queue,))
             row = await found.fetchone()
             if row is None:
@@ -211,7 +205,7 @@ class PostgresqlOperators:
 
     async def _wake(self, number: int, count: int) -> None:
         if count:
-            await self._row(verbs.CALL, [number], [count])
+            await self._main.row(verbs.CALL, [number], [count])
 
 
 async def queues(connection: Connection, wanted: Iterable[str] | None = None) -> dict[str, tuple[int, Queue]]:

@@ -15,18 +15,17 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.errors import LockNotAvailable, NoDataFound
 
-from filao.checks import is_system_clock
 from filao.engine import Abandoned, Batch, Feature, Operation, Receive, Result, Send, Submit
 from filao.engines.postgresql import control, verbs
 from filao.engines.postgresql.apart import Apart
-from filao.engines.postgresql.clock import MOMENT, ServerClock
-from filao.engines.postgresql.control import SLICE, UNLOCKED_POLL, PostgresqlOperators
+from filao.engines.postgresql.control import SLICE, PostgresqlOperators
 from filao.engines.postgresql.listener import Listener
+from filao.engines.postgresql.main import MOMENT, Main
 from filao.engines.postgresql.moving import PostgresqlMover
 from filao.engines.postgresql.overview import PostgresqlOverview
 from filao.engines.postgresql.schema import migrate
-from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server
-from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransactions, TransactionPool, retried
+from filao.engines.postgresql.server import Connection, Server
+from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransactions, TransactionPool
 from filao.engines.postgresql.watch import Watch
 from filao.engines.waiters import Lines, Place
 from filao.errors import EngineUnavailable, FilaoError
@@ -50,17 +49,15 @@ class PostgresqlEngine:
         self._durable = durable
         self._clock = clock
         self._listener = Listener(self._server, self._heard)
-        self._time = ServerClock(self._server.name)
-        self._main = Link(self._server, LOCKED_BRIEFLY, self._listener.greet)
+        self._main = main = Main(self._server, clock, self._listener.greet)
         self._apart = Apart(self._server, self._batch)
         self._transactions = TransactionPool(self._server)
-        strike_off = partial(self._strike_off, died=True)
         self._watch = Watch(
+            main,
             self._listener,
             self._heard,
-            row=self._row,
             connection=self._transactions.connection,
-            strike_off=strike_off,
+            strike_off=partial(self._strike_off, died=True),
         )
         self._lines: Lines = Lines()
         self._numbers: dict[str, int] = {}
@@ -70,26 +67,13 @@ class PostgresqlEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_listening = False
         self._is_closing = False
-        self.operators: PostgresqlOperators = PostgresqlOperators(
-            self._server, self._main, self._listener, self._row, self._moment, forget=self._numbers.clear
-        )
-        self.overview: PostgresqlOverview = PostgresqlOverview(
-            self._server, self._main, self.operators.number, self._row
-        )
+        self.operators: PostgresqlOperators = PostgresqlOperators(main, self._listener, forget=self._numbers.clear)
+        self.overview: PostgresqlOverview = PostgresqlOverview(main, self.operators.number)
         self.mover: PostgresqlMover = PostgresqlMover(
-            self._server,
-            self._main,
-            self._transactions,
-            apply=self._apply_within,
-            operators=self.operators,
-            moment=self._moment,
+            main, self._transactions, apply=self._apply_within, operators=self.operators
         )
         self.transactions: PostgresqlTransactions = PostgresqlTransactions(
-            self._server,
-            self._transactions,
-            apply=self._apply_within,
-            committed=self._committed,
-            moment=self._moment,
+            main, self._transactions, apply=self._apply_within, committed=self._committed
         )
 
     # --- opening and closing -----------------------------------------------------------------------------------------
@@ -99,9 +83,9 @@ class PostgresqlEngine:
         try:
             async with self._main.use() as connection:
                 self._server.database = await migrate(connection, self._server)
-                await self._time.compare(connection)
+                await self._main.time.compare(connection)
         except BaseException:
-            await self._main.close()
+            await self._main.link.close()
             raise
         self._server.has_served = True
         self._start(for_ever("the watch over PostgreSQL's queues", self._watch.look))
@@ -125,7 +109,7 @@ class PostgresqlEngine:
                         await self._strike_off(self._listener.process, died=False)
             await self._apart.close()
             await self._listener.close()
-            await self._main.close()
+            await self._main.link.close()
             await self._transactions.close()
         finally:
             self._server.drop()
@@ -138,14 +122,6 @@ class PostgresqlEngine:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _moment(self) -> int | None:
-        """Return the time of a test's clock; None: the server's own clock decides, jumped or not."""
-        return None if is_system_clock(self._clock) else round(self._clock() * 1000)
-
-    def _expected(self) -> int | None:
-        """Return the time that a call expects which can be made again: see `ServerClock`."""
-        return self._time.moment() if is_system_clock(self._clock) else self._moment()
 
     # --- the data plane ----------------------------------------------------------------------------------------------
 
@@ -191,7 +167,7 @@ class PostgresqlEngine:
         """Do operations as one transaction, and again if it lost against another."""
         if not operations:
             return []
-        done = await retried(connection, lambda: self._do(connection, operations), self._time, self._numbers.clear)
+        done = await self._main.retried(connection, lambda: self._do(connection, operations), self._numbers.clear)
         results = await self._results(connection, done.operations, done.calls, done.rows)
         if not done.unknown:
             return results
@@ -216,7 +192,7 @@ class PostgresqlEngine:
     def _setting(self, *, later: bool) -> verbs.Setting:
         listener = self._listener
         about = (listener.process, listener.name, listener.next_token)
-        moment = self._moment() if later else self._expected()
+        moment = self._main.moment() if later else self._main.expected()
         return verbs.Setting(
             self._rules, self._numbers, self._server.database, *about, moment, later, self._server.charset.fitted
         )
@@ -288,7 +264,7 @@ class PostgresqlEngine:
             with suppress(FilaoError, TimeoutError):  # it is committed, and those that wait also poll
                 async with asyncio.timeout(CALLED_WITHIN):  # a deleted queue has made this process forget all numbers
                     known = [self._numbers.get(queue) or await self.operators.number(queue) for queue in fresh]
-                    await self._value(verbs.CALL, known, list(fresh.values()))
+                    await self._main.value(verbs.CALL, known, list(fresh.values()))
 
     async def _apply_within(self, connection: Connection, operations: Sequence[Operation]) -> list[Result]:
         """Do operations in a transaction that is open on a connection."""
@@ -320,20 +296,24 @@ class PostgresqlEngine:
     async def _keep_house(self) -> None:
         await self._watch.keep_house()
         async with self._main.use() as connection:
-            await self._time.compare(connection)
+            await self._main.time.compare(connection)
         await self._transactions.close(UNUSED_MAX)
 
     async def _strike_off(self, process: int, *, died: bool) -> None:
         about = (process, MOMENT, died, SLICE)
-        while int(await self._value("SELECT filao.strike_off(%s, %s, %s, %s)", *about)) == SLICE:
+        while int(await self._main.value("SELECT filao.strike_off(%s, %s, %s, %s)", *about)) == SLICE:
             pass
 
     # --- queues ------------------------------------------------------------------------------------------------------
 
     async def declare(self, queue: Queue) -> None:
         """Create the queue or give it these rules."""
-        number = await self._value("SELECT filao.declare(%s, %s::jsonb, %s)", queue.name, rules_to_json(queue), MOMENT)
-        while await self._value("SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", number, self._moment()):
+        number = await self._main.value(
+            "SELECT filao.declare(%s, %s::jsonb, %s)", queue.name, rules_to_json(queue), MOMENT
+        )
+        while await self._main.value(
+            "SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", number, self._main.moment()
+        ):
             pass  # in transactions of a bounded size; the next receive arranges what others hold
         self._numbers[queue.name], self._rules[queue.name] = number, queue
 
@@ -341,30 +321,6 @@ class PostgresqlEngine:
         """Return a queue with its rules, from its row."""
         async with self._main.use() as connection:
             return await control.find(connection, queue)
-
-    async def _value(self, sql: str, *parameters: Any) -> Any:
-        """Run a statement that is a transaction, and return its first value."""
-        return (await self._row(sql, *parameters))[0]
-
-    async def _row(self, sql: str, *parameters: Any) -> tuple[Any, ...]:
-        """See `filao.engines.postgresql.clock.Row`.
-
-        It waits for a lock only briefly, again and again, because batches share the connection.
-        """
-        now = asyncio.get_running_loop().time
-        since = now()
-        while now() < since + LOCKED_FOR:
-            async with self._main.use(since) as connection:
-
-                async def run() -> tuple[Any, ...]:
-                    given = [self._expected() if value is MOMENT else value for value in parameters]
-                    row: tuple[Any, ...] | None = await (await connection.execute(sql.encode(), given)).fetchone()
-                    return (None,) if row is None else row
-
-                with suppress(LockNotAvailable):
-                    return await retried(connection, run, self._time)
-            await asyncio.sleep(UNLOCKED_POLL)
-        raise self._server.engine_error(LockNotAvailable("a lock was not free in time"))
 
 
 class _Done(NamedTuple):

@@ -1,12 +1,13 @@
 """Moving a queue: its messages are read for another engine, or come from one and are stored."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 from filao.engine import Draft
 from filao.engines import rows as carried
 from filao.engines.postgresql.control import HISTORY, PostgresqlOperators
-from filao.engines.postgresql.server import Connection, Link, Server
+from filao.engines.postgresql.main import Main
+from filao.engines.postgresql.server import Connection
 from filao.engines.postgresql.transactions import Apply, TransactionPool
 from filao.moving import Key, Memory, Packing, Parcel
 from filao.queue import Queue
@@ -38,24 +39,21 @@ class PostgresqlMover:
 
     def __init__(
         self,
-        server: Server,
-        link: Link,
+        main: Main,
         transactions: TransactionPool,
         *,
         apply: Apply,
         operators: PostgresqlOperators,
-        moment: Callable[[], int | None],
     ) -> None:
-        self._server = server
-        self._link = link
+        self._main = main
+        self._server = main.server
         self._transactions = transactions
         self._apply = apply
         self._operators = operators
-        self._moment = moment
 
     async def identity(self) -> str:
         """Return the schema's random name, its database, and the server's start: a copy differs in one of them."""
-        async with self._link.use() as connection:
+        async with self._main.use() as connection:
             found = await (await connection.execute(_IDENTITY)).fetchone()
         assert found is not None
         return str(found[0])
@@ -71,8 +69,8 @@ class PostgresqlMover:
         number = await self._operators.number(queue)
 
         async def read(after: int, limit: int) -> list[Parcel]:
-            async with self._link.use() as connection:
-                return await pack(connection, number, self._moment(), after, limit)
+            async with self._main.use() as connection:
+                return await pack(connection, number, self._main.moment(), after, limit)
 
         yield carried.RowPacking(queue, read, self._operators)
 
@@ -87,21 +85,21 @@ class PostgresqlMover:
                         again = carried.sends(queue, [carried.without_key(parcel)])
                         (results[place],) = await self._apply(connection, again)
                 new = [parcel for parcel, result in zip(parcels, results, strict=True) if carried.is_new(result)]
-                await amend(connection, number, self._moment(), new)
+                await amend(connection, number, self._main.moment(), new)
 
     async def memory(self, queue: str) -> Memory:
         """Return the keys of messages that have ended, and the groups that are halted."""
         async with self._server.one_call():
             number = await self._operators.number(queue)
-            async with self._link.use() as connection:
-                return await memory(connection, number, self._moment())
+            async with self._main.use() as connection:
+                return await memory(connection, number, self._main.moment())
 
     async def remember(self, queue: str, memory: Memory) -> None:
         """Remember what another engine remembered."""
         async with self._server.one_call():
             number = await self._operators.number(queue)
             async with self._transactions.begin() as connection:
-                await remember(connection, number, self._moment(), memory)
+                await remember(connection, number, self._main.moment(), memory)
 
 
 async def pack(connection: Connection, queue: int, moment: int | None, after: int, limit: int) -> list[Parcel]:

@@ -9,8 +9,7 @@ from typing import Any
 from filao.codec import seen_headers
 from filao.engine import State, StoredMessage, instant
 from filao.engines.postgresql import control
-from filao.engines.postgresql.clock import MOMENT, Row
-from filao.engines.postgresql.server import Link, Server
+from filao.engines.postgresql.main import MOMENT, Main
 from filao.overview import (
     BLOCKED_LOOKED_AT,
     DEED,
@@ -48,11 +47,11 @@ class PostgresqlOverview:
     sees: tuple[State, ...] = tuple(State)
     glance_max: int = GLANCE_MAX
 
-    def __init__(self, server: Server, link: Link, number: Callable[[str], Awaitable[int]], row: Row) -> None:
-        self._server = server
-        self._link = link
+    def __init__(self, main: Main, number: Callable[[str], Awaitable[int]]) -> None:
+        self._main = main
+        self._server = main.server
         self._number = number
-        self.log: PostgresqlLog = PostgresqlLog(link, row)
+        self.log: PostgresqlLog = PostgresqlLog(main)
 
     async def glance(
         self, queue: str, state: State, *, limit: int, after: str | None = None, group: str | None = None
@@ -60,7 +59,7 @@ class PostgresqlOverview:
         """Return messages of one state, without their bodies."""
         async with self._server.one_call():
             number = await self._number(queue)
-            async with self._link.use() as connection:
+            async with self._main.use() as connection:
                 by_id = group is not None or state is State.BLOCKED
                 behind, last = await control.behind(connection, number, queue, state, after, by_id=by_id)
                 given: tuple[Any, ...] = (number,)
@@ -82,14 +81,14 @@ class PostgresqlOverview:
         """Return one message."""
         async with self._server.one_call():
             number = await self._number(queue)
-            async with self._link.use() as connection:
+            async with self._main.use() as connection:
                 return await control.find_message(connection, (number, queue), message_id)
 
     async def held_groups(self, queue: str) -> list[HeldGroup]:
         """Return groups that wait, and why."""
         async with self._server.one_call():
             number = await self._number(queue)
-            async with self._link.use() as connection:
+            async with self._main.use() as connection:
                 found = await connection.execute(_HELD, {"queue": number, "most": BLOCKED_LOOKED_AT})
                 return [HeldGroup(group, why, waiting) for group, waiting, why in await found.fetchall()]
 
@@ -97,23 +96,24 @@ class PostgresqlOverview:
 class PostgresqlLog:
     """See `filao.overview.Log`."""
 
-    def __init__(self, link: Link, row: Row) -> None:
-        self._link = link
-        self._row = row
+    def __init__(self, main: Main) -> None:
+        self._main = main
 
     async def begin(self, deed: Deed) -> int:
         """Write a deed into the log before it is done."""
         about = (deed.who, deed.what, deed.queue, deed.about, deed.wanted)
-        (number,) = await self._row("SELECT filao.begin_deed(%s, %s, %s, %s, %s, %s, %s)", MOMENT, *about, DEEDS_KEPT)
+        (number,) = await self._main.row(
+            "SELECT filao.begin_deed(%s, %s, %s, %s, %s, %s, %s)", MOMENT, *about, DEEDS_KEPT
+        )
         return int(number)
 
     async def record(self, number: int, done: int, outcome: str = "") -> None:
         """Record how far a deed has come."""
-        await self._row("SELECT filao.record_deed(%s, %s, %s, %s)", MOMENT, number, done, outcome)
+        await self._main.row("SELECT filao.record_deed(%s, %s, %s, %s)", MOMENT, number, done, outcome)
 
     async def deeds(self, limit: int, before: int | None = None) -> Sequence[Deed]:
         """Return entries of the log, newest first."""
-        async with self._link.use() as connection:
+        async with self._main.use() as connection:
             found = await connection.execute(_DEEDS.encode(), (2**62 if before is None else before, limit))
             return [deed_of(row) for row in await found.fetchall()]
 

@@ -1,32 +1,28 @@
-"""The user's transactions, each on a connection from a pool or on the user's own, and how ours are tried again."""
+"""The user's transactions, each on a connection from a pool or on the user's own."""
 
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-from psycopg import DatabaseError, pq
-from psycopg.errors import DeadlockDetected, LockNotAvailable, NoDataFound, SerializationFailure, UniqueViolation
+from psycopg import pq
 
 from filao.codec import shown
 from filao.connections import connection_of
 from filao.engine import Operation, Receipt, Result, Send, Settle
 from filao.engines.postgresql import verbs
-from filao.engines.postgresql.clock import DIFFER, ServerClock
+from filao.engines.postgresql.main import Main
 from filao.engines.postgresql.server import Connection, Pool, PoolExhausted, Server, in_time
 from filao.engines.statements import check_statement, first_words, for_psycopg
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
 from filao.queue import not_found, rules_from_json
 
-R = TypeVar("R")
 Apply = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
 """Does operations in a transaction that is open on a connection."""
 
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever the database's default is
 CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
-TRIES = 5  # of a transaction that lost against another, so that nothing of it was done
-_LOST = (DeadlockDetected, SerializationFailure, UniqueViolation, NoDataFound)
 _PREPARES = re.compile(r"(PREPARE|DEALLOCATE|DISCARD)\b", re.IGNORECASE)
 
 
@@ -93,18 +89,17 @@ class PostgresqlTransactions:
 
     def __init__(
         self,
-        server: Server,
+        main: Main,
         pool: TransactionPool,
         *,
         apply: Apply,
         committed: Callable[[Sequence[Operation]], Awaitable[None]],
-        moment: Callable[[], int | None],
     ) -> None:
-        self._server = server
+        self._main = main
+        self._server = main.server
         self._pool = pool
         self._apply = apply
         self._committed = committed
-        self._moment = moment
 
     @asynccontextmanager
     async def begin(self) -> AsyncGenerator["PostgresqlTransaction"]:
@@ -143,7 +138,7 @@ class PostgresqlTransactions:
             if number is None:
                 return not_found(operation.queue, [name for (name,) in _texts(given.execute(verbs.NAMES).fetchall())])
             salt = verbs.new_salt()
-            parameters = verbs.send_parameters([operation], number, self._moment(), salt, later=True)
+            parameters = verbs.send_parameters([operation], number, self._main.moment(), salt, later=True)
             rows = _texts(given.execute(verbs.SEND.replace("%s", "?"), parameters).fetchall())
         return verbs.receipts(rows, [operation], rules_from_json(operation.queue, rules), salt)[0]
 
@@ -209,33 +204,6 @@ class PostgresqlTransaction:
         return results
 
 
-async def retried(
-    connection: Connection,
-    work: Callable[[], Awaitable[R]],
-    clock: ServerClock,
-    forget: Callable[[], None] = lambda: None,
-) -> R:
-    """Do the work of a transaction, again if it lost against another, if a queue was deleted, or if the clock differed.
-
-    A unique violation means that a number which was drawn at random is taken.
-    """
-    for _ in range(TRIES - 1):
-        try:
-            return await work()
-        except LockNotAvailable:
-            await _roll_back(connection)
-            raise
-        except DatabaseError as error:
-            if not isinstance(error, _LOST) and error.sqlstate != DIFFER:
-                raise
-            await _roll_back(connection)
-            if isinstance(error, NoDataFound):
-                forget()
-            if error.sqlstate == DIFFER:
-                await clock.compare(connection, for_call=True)
-    return await work()
-
-
 def _texts(rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
     """Return rows with text in place of bytes, which a connection with the client_encoding SQL_ASCII returns."""
     return [tuple(value.decode() if isinstance(value, bytes) else value for value in row) for row in rows]
@@ -247,8 +215,3 @@ _ABOUT = """
     FROM filao.meta m LEFT JOIN filao.queue q ON q.name = ?
     WHERE m.name = 'database'
 """
-
-
-async def _roll_back(connection: Connection) -> None:
-    if connection.info.transaction_status != pq.TransactionStatus.IDLE:
-        await connection.rollback()

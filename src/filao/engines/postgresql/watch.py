@@ -9,8 +9,8 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 
-from filao.engines.postgresql.clock import MOMENT, Row
 from filao.engines.postgresql.listener import ALIVE, Listener
+from filao.engines.postgresql.main import MOMENT, Main
 from filao.engines.postgresql.server import Connection, in_time
 from filao.errors import FilaoError
 
@@ -30,16 +30,16 @@ class Watch:
 
     def __init__(
         self,
+        main: Main,
         listener: Listener,
         call: Callable[[int], None],
         *,
-        row: Row,
         connection: Callable[[], AbstractAsyncContextManager[Connection]],
         strike_off: Callable[[int], Awaitable[None]],
     ) -> None:
+        self._main = main
         self._listener = listener
         self._call = call
-        self._row = row
         self._connection = connection
         self._strike_off = strike_off
         self._missed: dict[int, float] = {}
@@ -85,7 +85,7 @@ class Watch:
         end the leases of those that are still on their way.
         """
         began = time.monotonic()
-        found = await self._row("SELECT * FROM filao.watch(%s, %s, %s)", self._listener.process, MOMENT, ALIVE)
+        found = await self._main.row("SELECT * FROM filao.watch(%s, %s, %s)", self._listener.process, MOMENT, ALIVE)
         self._living, missing = found
         now = time.monotonic()
         self._look_took = now - began
@@ -101,7 +101,7 @@ class Watch:
             self._tidied = time.monotonic()
             upto = 0
             while upto is not None:
-                (upto,) = await self._row("SELECT filao.tidy(%s, %s)", MOMENT, upto)
+                (upto,) = await self._main.row("SELECT filao.tidy(%s, %s)", MOMENT, upto)
         await self.vacuum()
 
     async def vacuum(self) -> None:
@@ -109,7 +109,7 @@ class Watch:
 
         While an old transaction keeps all that died since the last vacuum, another one would be in vain.
         """
-        dead, horizon = await self._row(_DEAD_ROWS)
+        dead, horizon = await self._main.row(_DEAD_ROWS)
         before = self._dead_rows
         self._dead_rows = dead
         if horizon > self._vacuumed_to and (dead > VACUUM_AFTER or (dead == before and dead > VACUUM_AT_REST)):
