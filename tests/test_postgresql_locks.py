@@ -11,7 +11,9 @@ import psycopg
 import pytest
 
 import filao
+from filao.engine import Result
 from filao.engines.postgresql import apart, control, main, server
+from tests.conftest import engine_of
 from tests.support.servers import Postgres
 
 pytestmark = pytest.mark.anyio
@@ -101,6 +103,24 @@ async def test_a_broker_that_is_closed_leaves_nobody_waiting_for_a_lock(url, bro
             assert not waiting.done()
         with pytest.raises(filao.EngineError):
             await waiting
+
+
+async def test_an_unforeseen_error_reaches_who_waits_for_a_lock(url, broker, monkeypatch) -> None:
+    with psycopg.connect(url) as holder:
+        await broker.send_to_queue("claims", 1, within=holder, dedup_key="k")
+        waits_apart, goes_on = asyncio.Event(), asyncio.Event()
+
+        async def unforeseen(*_: object) -> list[Result]:
+            waits_apart.set()
+            await goes_on.wait()
+            raise MemoryError
+
+        monkeypatch.setattr(engine_of(broker)._apart, "_do", unforeseen)
+        sends = [asyncio.create_task(broker.send_to_queue("claims", number, dedup_key="k")) for number in range(2)]
+        async with asyncio.timeout(30):
+            await waits_apart.wait()
+            goes_on.set()
+            assert [type(error) for error in await asyncio.gather(*sends, return_exceptions=True)] == [MemoryError] * 2
 
 
 async def test_deleting_a_queue_stops_no_other_while_a_transaction_is_open(url, broker) -> None:

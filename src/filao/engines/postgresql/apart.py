@@ -14,7 +14,7 @@ from psycopg.errors import LockNotAvailable
 
 from filao.engine import Operation, Result
 from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server, end_of_call
-from filao.errors import EngineUnavailable, FilaoError
+from filao.errors import EngineUnavailable
 
 LOCKED_APART = 0.05  # seconds that a try waits for a lock
 TRIES_MAX = 32  # in one round, which so takes 1.6 s at most; what came meanwhile has its turn in the next
@@ -105,7 +105,7 @@ class Apart:
     async def _try(self, part: Sequence[_Waiting]) -> bool:
         """Do operations in one transaction; return False when a lock is missing, and nothing was done."""
         operations = [waiting.operation for waiting in part]
-        results: Sequence[Result]
+        results: Sequence[Result | Exception]
         self._is_answered = True
         try:
             async with self._link.use(min(waiting.since for waiting in part)) as connection:
@@ -113,7 +113,7 @@ class Apart:
                     results = await self._do(connection, operations)
                 except LockNotAvailable:
                     return False
-        except FilaoError as error:
+        except Exception as error:  # also an unforeseen one: those who wait must learn of it
             self._is_answered = not isinstance(error, EngineUnavailable)
             if len(part) > 1 and not isinstance(error, EngineUnavailable):
                 return False  # one of them is at fault, and must fail alone
@@ -122,7 +122,11 @@ class Apart:
             self._settle(waiting, result)
         return True
 
-    def _settle(self, waiting: _Waiting, result: Result) -> None:
+    def _settle(self, waiting: _Waiting, result: Result | Exception) -> None:
         self._queues[waiting.operation.queue] -= 1
-        if not waiting.result.done():
+        if waiting.result.done():
+            return
+        if isinstance(result, Exception):
+            waiting.result.set_exception(result)
+        else:
             waiting.result.set_result(result)
