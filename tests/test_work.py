@@ -250,6 +250,36 @@ def test_a_program_that_a_hangup_would_end_ends_by_it_once_its_worker_has_given_
     assert (stats.ready, stats.released, stats.lost) == (1, 1, 0)
 
 
+WITHOUT_A_THREAD = """
+import asyncio, sys, threading
+from filao.worker.supervisor import Supervisor
+
+async def main():
+    before = threading.stack_size(2**62)  # more than there is
+    supervisor = Supervisor([sys.executable, "-c", "import sys; sys.stdin.read()"], 1)
+    running = asyncio.create_task(supervisor.run())
+
+    async def until(condition):
+        while not running.done() and not condition(supervisor.state()["processes"][0]):
+            await asyncio.sleep(0.01)
+
+    await until(lambda one: one["restarts"] or one["pid"])
+    threading.stack_size(before)
+    await until(lambda one: one["pid"])
+    supervisor._stop()
+    print(await running)
+
+asyncio.run(main())
+"""
+
+
+def test_a_supervisor_that_gets_no_thread_to_wait_for_a_process_starts_it_again() -> None:
+    """Before Python 3.12, asyncio takes a thread for each."""
+    command = [sys.executable, "-c", WITHOUT_A_THREAD]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ran.stdout == "0\n", ran.stderr
+
+
 def test_when_the_supervisor_is_killed_its_processes_end_and_give_back_what_they_hold(folder, broker) -> None:
     with working(folder, "app:worker", "--processes", "2", processes=2) as work:
         broker.send_many("claims", [{"kind": "wait"}] * 6)

@@ -172,7 +172,7 @@ class Supervisor:
     async def _run_once(self, slot: Slot) -> int:
         try:
             return await self._start(slot)
-        except OSError:  # no descriptors, no memory, no processes left
+        except (OSError, RuntimeError):  # no descriptors, no memory, no processes left; no thread, before Python 3.12
             log.exception("worker process %d cannot be started", slot.number)
             return CANNOT_START
 
