@@ -387,7 +387,7 @@ async def test_nobody_counts_as_dead_because_the_folder_is_gone(db) -> None:
         with pytest.raises(filao.EngineError):
             await asyncio.wait_for(waits, PATIENCE)
     with closing(sqlite3.connect(db)) as connection:
-        assert connection.execute("SELECT attempts FROM filao_message").fetchall() == [(1,)]
+        assert connection.execute("SELECT lost FROM filao_queue").fetchall() == [(0,)]
 
 
 async def test_checkpoints_of_other_programs_are_no_loss(db) -> None:
