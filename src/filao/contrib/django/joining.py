@@ -3,7 +3,6 @@
 # Django has no types of its own.
 
 import secrets
-import threading
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -21,16 +20,12 @@ from filao.queue import Queue, T, name_of, not_found
 from filao.sync import call_on, door_of
 
 _brokers: "dict[str, Broker]" = {}
-_opening = threading.Lock()
 
 
 def broker() -> "Broker":
     """Return the open broker of the setting FILAO, one for each process. It closes itself when the process ends."""
     url = queue_url()
-    with _opening:
-        found = _brokers.get(str(url))
-        if found is None:
-            found = _brokers[str(url)] = Broker(url)
+    found = _brokers.get(str(url)) or _brokers.setdefault(str(url), Broker(url))  # no lock, for a fork could copy it
     found.open()
     return found
 
