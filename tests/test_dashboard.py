@@ -44,6 +44,7 @@ from filao.engines.sqlite.backup import restore
 from filao.overview import Deed, Overview, error_kind
 from filao.slices import Tally
 from tests.conftest import engine_of, on_connection
+from tests.support.memory import MemoryEngine, Store
 from tests.support.proxy import Proxy
 from tests.support.servers import Postgres
 from tests.support.visitor import HOST, Visitor, rows, visiting
@@ -97,6 +98,15 @@ FOUR_KINDS: dict[str, Exception | str] = {
     "f": "claim 6 is a duplicate",
     "g": RuntimeError("no answer"),
 }
+
+
+async def test_of_an_engine_of_somebodys_own_it_shows_the_queues_and_says_what_it_cannot_show() -> None:
+    async with filao.connect(lambda: MemoryEngine(Store())) as broker:
+        await broker.declare(filao.Queue("claims"))
+        async with visiting(broker) as visitor:
+            assert "claims" in await visitor.sees("/en/queues")
+            for path in ("/en/queue?name=claims", "/en/message?queue=claims&id=1", "/en/processes", "/en/log"):
+                assert "a dictionary shows nothing to the dashboard" in await visitor.sees(path, 404)
 
 
 # --- the door --------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from filao.engines import Durability, engine_for, located
 from filao.errors import ConfigurationError, MessageTooLarge, UnsupportedFeature
 from filao.message import Guarantee, Message, Transaction, entered
 from filao.observing import Observers
+from filao.overview import Overview, Seen
 from filao.printable import some
 from filao.queue import LEASE_MAX, Queue, T, name_of
 from filao.receiving import Receiving
@@ -492,6 +493,14 @@ def session_of(broker: Broker) -> Session:
 def receiving_of(broker: Broker) -> Receiving:
     """Return the object by which a broker receives; for the blocking twin."""
     return broker._receiving  # noqa: SLF001
+
+
+def overview_of(broker: Broker) -> Overview:
+    """Return what the dashboard sees of a broker's engine. Raises `UnsupportedFeature` where that hands out nothing."""
+    engine = session_of(broker).engine
+    if not isinstance(engine, Seen):
+        raise UnsupportedFeature(f"{engine.name} shows nothing to the dashboard: it has no overview")
+    return engine.overview
 
 
 def _state(state: State | str) -> State:

@@ -6,7 +6,7 @@ Every look is bounded, whatever the queue holds: lists carry no bodies, and noth
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -173,6 +173,7 @@ class Log(Protocol):
         ...
 
 
+@runtime_checkable
 class Seen(Protocol):
     """An engine that hands out its overview; all of ours do."""
 

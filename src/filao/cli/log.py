@@ -2,15 +2,14 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import cast
 
 import click
 import msgspec
 
-from filao.broker import connect, session_of
+from filao.broker import connect, overview_of
 from filao.cli.shell import addressed, as_json, broker_at, note, print_lines
 from filao.errors import UnsupportedFeature
-from filao.overview import DEEDS_KEPT, Deed, Seen
+from filao.overview import DEEDS_KEPT, Deed
 
 
 @click.command()
@@ -36,7 +35,7 @@ def log(*, arguments: tuple[str, ...], limit: int) -> int:
 
 async def _deeds(url: str, limit: int) -> Sequence[Deed]:
     async with connect(url) as broker:
-        kept = cast("Seen", session_of(broker).engine).overview.log
+        kept = overview_of(broker).log
         if kept is None:
             raise UnsupportedFeature(
                 "RabbitMQ has no place for a log of what was done: the dashboard writes it into its own process's log. "

@@ -5,12 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import cast
 
 import click
 import msgspec
 
-from filao.broker import session_of
+from filao.broker import overview_of
 from filao.checks import PEEK_MAX
 from filao.cli.lines import json_text
 from filao.cli.shell import (
@@ -27,7 +26,7 @@ from filao.cli.shell import (
 )
 from filao.cli.tables import draw_stored, tell
 from filao.engine import REASONS, QueueStats, State, StoredMessage
-from filao.overview import Seen, error_kind
+from filao.overview import error_kind
 from filao.printable import some
 from filao.slices import Tally
 from filao.sync import Broker, call_on, door_of
@@ -122,7 +121,7 @@ def dead(
 
 def _of_id(broker: Broker, name: str, message_id: str, state: str | None) -> list[StoredMessage]:
     """Return one message, in whatever state unless one is given; raise where the engine cannot look at those."""
-    overview = cast("Seen", session_of(door_of(broker)).engine).overview
+    overview = overview_of(door_of(broker))
     found = call_on(broker, overview.find, name, message_id)
     if found is None and State(state or State.READY) not in overview.sees:
         broker.peek(name, state=state or State.READY)  # it says what cannot be seen

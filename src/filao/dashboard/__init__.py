@@ -5,8 +5,9 @@ it alone. It needs the extra `dashboard`. See `door.py` for whom it lets in, and
 """
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 from filao.extras import Extra
 
@@ -14,7 +15,7 @@ with Extra("filao[dashboard]", of="filao.dashboard"):
     import_module("jinja2")  # of its pages
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-from filao.broker import Broker, session_of
+from filao.broker import Broker, overview_of
 from filao.dashboard.acts import Doing
 from filao.dashboard.door import TOKEN_LEAST, Admit, Door, is_loopback_only
 from filao.dashboard.jobs import Jobs
@@ -23,7 +24,6 @@ from filao.dashboard.views import Redact, Views
 from filao.dashboard.watch import Watch
 from filao.door import LOOPBACK
 from filao.errors import ConfigurationError
-from filao.overview import Overview, Seen
 from filao.queue import Queue
 
 __all__ = ["Dashboard", "app"]
@@ -77,9 +77,7 @@ def app(
             "hosts names others than this machine, so the dashboard must know who asks: give token=, or admit="
         )
 
-    def overview() -> Overview:
-        return cast("Seen", session_of(broker).engine).overview
-
+    overview = partial(overview_of, broker)
     watch, jobs, views = Watch(broker), Jobs(overview), Views(broker, overview, redact)
     pages = Pages(watch, views, jobs, Doing(broker, overview, queues), allow_actions=allow_actions)
     door = Door(pages.application(), pages.enter, token=token, admit=admit, hosts=hosts)

@@ -33,7 +33,7 @@ from filao.dashboard.triage import CHOSEN_MAX, LOOKED_AT_MAX
 from filao.dashboard.views import Asked, NoMessageError, Views, oldest_age, whole
 from filao.dashboard.watch import Course, Look, Watch
 from filao.engine import Feature, State
-from filao.errors import ConfigurationError, FilaoError, QueueNotFound
+from filao.errors import ConfigurationError, FilaoError, QueueNotFound, UnsupportedFeature
 from filao.languages import LANGUAGES, Language, fill
 from filao.languages import wanted as wanted_language
 from filao.overview import Deed
@@ -190,6 +190,8 @@ class Pages:
         except (QueueNotFound, NoMessageError) as error:
             if look.seen_at is None:  # no look has succeeded yet: the queue may be there
                 return Sheet("trouble", {"what": "unseen"}, AWAY)
+            return Sheet("trouble", {"what": "not_there", "why": str(error)}, 404)
+        except UnsupportedFeature as error:  # an engine of somebody's own, which shows no messages
             return Sheet("trouble", {"what": "not_there", "why": str(error)}, 404)
         except ConfigurationError as error:  # the message behind which a list should go on has gone
             return Sheet("trouble", {"what": "gone", "why": str(error)}, 410)
