@@ -7,7 +7,8 @@ import pytest
 from psycopg import errors
 
 import filao
-from filao.engines.postgresql.server import Charset, Server
+from filao.engines.postgresql.charset import Charset
+from filao.engines.postgresql.server import Server
 from tests.conftest import engine_of, let_pass, missing
 from tests.support.servers import Postgres, has_pgbouncer, pgbouncer
 

@@ -78,7 +78,9 @@ ORDER = [  # what stands above; a module imports only from here upwards
     *(
         f"engines.postgresql.{name}"
         for name in (
+            "charset",
             "server",
+            "links",
             "schema",
             "clock",
             "main",

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from psycopg.errors import LockNotAvailable
 
 from filao.engine import Operation, Result
-from filao.engines.postgresql.server import LOCKED_FOR, Connection, Link, Server, end_of_call
+from filao.engines.postgresql.links import Link
+from filao.engines.postgresql.server import LOCKED_FOR, Connection, Server, end_of_call
 from filao.errors import EngineUnavailable
 
 LOCKED_APART = 0.05  # seconds that a try waits for a lock

@@ -14,7 +14,8 @@ from psycopg.errors import DeadlockDetected, LockNotAvailable, NoDataFound, Seri
 
 from filao.checks import is_system_clock
 from filao.engines.postgresql.clock import DIFFER, ServerClock
-from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Link, Server
+from filao.engines.postgresql.links import Link
+from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Server
 
 R = TypeVar("R")
 

@@ -11,8 +11,9 @@ from filao.codec import shown
 from filao.connections import connection_of
 from filao.engine import Operation, Receipt, Result, Send, Settle
 from filao.engines.postgresql import verbs
+from filao.engines.postgresql.links import Pool, PoolExhausted
 from filao.engines.postgresql.main import Main
-from filao.engines.postgresql.server import Connection, Pool, PoolExhausted, Server, in_time
+from filao.engines.postgresql.server import Connection, Server, in_time
 from filao.engines.statements import check_statement, first_words, for_psycopg
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
 from filao.queue import not_found, rules_from_json

@@ -29,7 +29,7 @@ from filao.engine import (
     Send,
     Settle,
 )
-from filao.engines.postgresql.server import Charset
+from filao.engines.postgresql.charset import Charset
 from filao.engines.waiters import deal
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost, QueueFull
 from filao.queue import Queue
