@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from filao.engine import Abandoned, Batch, Engine, Operation, Receive, Received, Result
 from filao.errors import EngineUnavailable, FilaoError
+from filao.guarded import failure_of
 from filao.observing import Observers, Results
 
 BATCH_MAX = 1_000  # operations in one transaction: some 20 ms of the write lock, and a bound on what a failure repeats
@@ -148,7 +149,7 @@ class Batcher:
         """Give each caller its result, and begin the next batch."""
         self._doing.discard(done)
         self._had_company = len(entries) > 1
-        error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
+        error = failure_of(done)
         if error is None:
             results = self._timed(done.result(), began) if self._observers.tracers else done.result()
             for (operation, future), result in zip(entries, results, strict=True):
@@ -176,7 +177,7 @@ class Batcher:
     def _finish_late(self, entry: _Entry, began: float, late: "asyncio.Future[Result]") -> None:
         """Give a caller its result, which came after those of its batch."""
         self._late.discard(late)
-        error = EngineUnavailable("the broker was closed meanwhile") if late.cancelled() else late.exception()
+        error = failure_of(late)
         if error is not None and not isinstance(error, FilaoError):  # an unforeseen one
             if not entry[1].done():
                 entry[1].set_exception(error)

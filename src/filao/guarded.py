@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from filao.errors import FilaoError
+from filao.errors import EngineUnavailable, FilaoError
 
 log: logging.Logger = logging.getLogger("filao")
 
@@ -50,6 +50,11 @@ def look_away(future: "asyncio.Future[Any]") -> None:
     """Take the error of a future that nobody waits for, so that asyncio does not report it as forgotten."""
     if not future.cancelled():
         future.exception()
+
+
+def failure_of(ended: "asyncio.Future[Any]") -> BaseException | None:
+    """Return the error of a future that has ended, if it ended in one; only a broker that is closed cancels it."""
+    return EngineUnavailable("the broker was closed meanwhile") if ended.cancelled() else ended.exception()
 
 
 def check_cancelled() -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import cast
 
 from filao.engine import Abandoned, Delivery, Receive, Received, Result, Submit
-from filao.errors import EngineUnavailable
+from filao.guarded import failure_of
 
 
 class Line:
@@ -87,7 +87,7 @@ class Line:
             future.set_result(Received([]))
 
     def _last_look(self, future: "asyncio.Future[Received]", done: "asyncio.Future[Result]") -> None:
-        error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
+        error = failure_of(done)
         if future.done():
             if error is None:
                 self._abandoned(cast("Received", done.result()))
@@ -117,7 +117,7 @@ class Line:
         """Hand out what the look found; then look for those that were called meanwhile, or want another lease."""
         looking = {future: receive for future, receive in self._looking.items() if not future.done()}
         self._looking = {}
-        error = EngineUnavailable("the broker was closed meanwhile") if done.cancelled() else done.exception()
+        error = failure_of(done)
         if error is not None:
             for future in looking:
                 future.set_exception(error)

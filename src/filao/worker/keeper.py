@@ -63,7 +63,7 @@ class Keeper:
         self._kept: dict[int, Kept] = {}
         self._outages = Outages()
         self._stopped = threading.Event()
-        self._stop: Callable[[], None] = self._stopped.set
+        self._stop: Callable[[], object] = self._stopped.set
         self._ended: asyncio.Future[None] = self._worker_loop.create_future()
 
     # --- on the worker's loop ----------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class Keeper:
         if sibling is None:
             keeping = asyncio.create_task(self._keep_and_report(self._session))
             keeping.add_done_callback(lambda _: self._end())
-            self._stop = keeping.cancel  # type: ignore[assignment]  # its result is not used
+            self._stop = keeping.cancel
             return
         ready: Future[None] = Future()
         try:

@@ -17,6 +17,7 @@ import msgspec
 
 from filao import engine
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, LeaseLost
+from filao.guarded import failure_of
 from filao.message import AT_MOST_ONCE, Message, deferred_transaction_for, delivery_of, error_text, mark_settled
 from filao.queue import retry_delay
 from filao.worker.handlers import Consumer
@@ -298,8 +299,7 @@ class Run:
 
     @_whatever_happens
     def _answered(self, outcome: engine.Outcome, answer: "asyncio.Future[Any]") -> None:
-        if answer.cancelled() or answer.exception() is not None:
-            error = EngineUnavailable("cancelled") if answer.cancelled() else answer.exception()
+        if (error := failure_of(answer)) is not None:
             self._beside(self._settle_again(outcome, error), lambda ended: self._end(*ended))
         else:
             mark_settled(self._message, "settled by its worker")

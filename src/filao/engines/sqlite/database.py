@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -91,13 +91,10 @@ class Database:
 
     # --- transactions ------------------------------------------------------------------------------------------------
 
-    def write(self, *, durable: bool, keeps: bool = False) -> AbstractContextManager[Books]:
-        """Open a transaction, as `begin` does, and commit it on leaving; an exception undoes it."""
-        return self.ending(self.begin(durable=durable, keeps=keeps))
-
     @contextmanager
-    def ending(self, books: Books) -> Generator[Books]:
-        """Commit a transaction on leaving, and call the processes that must look again; an exception undoes it."""
+    def write(self, *, durable: bool, keeps: bool = False) -> Generator[Books]:
+        """Open a transaction, as `begin` does, and commit it on leaving; an exception undoes it."""
+        books = self.begin(durable=durable, keeps=keeps)
         try:
             yield books
         except BaseException as error:
@@ -241,7 +238,7 @@ class Database:
         return books
 
     def commit(self, books: Books) -> None:
-        """Commit, durably if the transaction was begun so."""
+        """Commit, durably if the transaction was begun so, and call the processes that must look again."""
         self.check_open(books)
         try:
             check_stands(books)
