@@ -75,7 +75,7 @@ async def _measure(url: str, peer: Callable[[str], Any], seconds: float, rate: i
         try:
             await _paced(send, 2, rate)  # to warm up
             before = await _phase(send, waits, seconds / 4, rate)
-            async with _old_transaction(url):
+            async with old_transaction(url):
                 during = await _phase(send, waits, seconds, rate)
         finally:
             consuming.cancel()
@@ -85,7 +85,7 @@ async def _measure(url: str, peer: Callable[[str], Any], seconds: float, rate: i
 
 
 @asynccontextmanager
-async def _old_transaction(url: str) -> AsyncGenerator[None]:
+async def old_transaction(url: str) -> AsyncGenerator[None]:
     """Hold a transaction open, as an analyst or a dump does."""
     async with await psycopg.AsyncConnection.connect(url) as holder:
         await holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")

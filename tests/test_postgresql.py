@@ -660,6 +660,105 @@ async def test_under_an_old_transaction_a_claim_does_not_walk_over_what_was_hand
     assert cost < 100  # pages; of the first claim of a session, which begins at the bottom, some thousands
 
 
+async def test_under_an_old_transaction_leases_that_ended_are_not_walked_over_one_after_the_other(url, broker) -> None:
+    receive = "SELECT r.id FROM filao.queue q, filao.receive(q.id, %s, 0, 60000, %s, %s, 0) r WHERE q.name = 'claims'"
+    settle = """
+        SELECT filao.settle(id, %s, false, '', %s::bigint[], array_fill(%s::bigint, ARRAY[100]),
+                            array_fill('ack'::text, ARRAY[100]), NULL, NULL)
+        FROM filao.queue WHERE name = 'claims'
+    """
+    with old_transaction(url), psycopg.connect(url, autocommit=True) as session:
+        await broker.send_many("claims", [b"x" * 500] * 2_000)
+        ((now,),) = session.execute("SELECT filao.clock()").fetchall()
+        for second in range(20):  # a consumer that is never idle
+            moment = now + 1_000 * second
+            ids = [number for (number,) in session.execute(receive, (moment, second + 1, 100)).fetchall()]
+            session.execute(settle, (moment, ids, second + 1))
+        await broker.send_to_queue("claims", 7)
+        moment = now + 60_500  # when the first of those leases would have ended, and the others not yet
+        ((about,),) = session.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {receive}", (moment, 99, 1)).fetchall()
+    assert about[0]["Plan"]["Shared Hit Blocks"] + about[0]["Plan"]["Shared Read Blocks"] < 100  # pages
+
+
+async def test_a_message_is_looked_up_once_to_be_claimed_and_once_to_be_acked(url, broker) -> None:
+    receive = "SELECT r.id FROM filao.queue q, filao.receive(q.id, NULL, 0, 60000, 1, %s, 0) r WHERE q.name = 'claims'"
+    settle = """
+        SELECT filao.settle(id, NULL, false, '', %s::bigint[], array_fill(1::bigint, ARRAY[50]),
+                            array_fill('ack'::text, ARRAY[50]), NULL, NULL)
+        FROM filao.queue WHERE name = 'claims'
+    """
+    await broker.send_many("claims", range(51))
+    with psycopg.connect(url) as session:
+
+        def looked_up() -> int:
+            read = "SELECT idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relid = 'filao.message'::regclass"
+            ((rows,),) = session.execute(read).fetchall()
+            return int(rows)
+
+        session.execute(receive, (1,))  # sees what is new
+        before = looked_up()
+        ids = [number for (number,) in session.execute(receive, (50,)).fetchall()]
+        claimed = looked_up()
+        session.execute(settle, (ids,))
+        acked = looked_up()
+        session.rollback()
+    assert claimed - before <= len(ids) + 1  # the first of them also to see where to begin
+    assert acked - claimed == len(ids)
+
+
+async def test_under_an_old_transaction_the_watch_does_not_walk_over_those_who_were_called(url, broker) -> None:
+    watch = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT filao.watch(0, NULL, 0)"
+    wait = """
+        INSERT INTO filao.waiting (queue, since, process, wants)
+        SELECT id, nextval('filao.place'), 1, 1 FROM filao.queue, generate_series(1, %s) WHERE name = 'claims'
+    """
+    with old_transaction(url), psycopg.connect(url, autocommit=True) as session:
+        for _ in range(3):
+            session.execute(wait, (10_000,))
+            session.execute("DELETE FROM filao.waiting")  # as who calls them does, in other sessions
+            session.execute(wait, (1,))
+            session.execute(watch)
+            session.execute("DELETE FROM filao.waiting")
+            session.execute(watch)  # when nobody waits
+        ((about,),) = session.execute(watch).fetchall()
+    assert about[0]["Plan"]["Shared Hit Blocks"] + about[0]["Plan"]["Shared Read Blocks"] < 100  # pages
+
+
+async def test_a_key_that_is_known_is_looked_up_without_a_walk_over_what_expired(url, broker) -> None:
+    send = """
+        EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON)
+        SELECT filao.send(id, filao.clock() + 3600000, false, 1, '{0}', '{0}', '{7}', NULL, NULL, NULL, NULL, '{k}', NULL,
+                          NULL)
+        FROM filao.queue WHERE name = 'claims'
+    """
+    await broker.send_to_queue("claims", 7, dedup_key="k")
+    await broker.send_many("claims", range(3_000), ttl=60)
+    with psycopg.connect(url, autocommit=True) as session:
+        for _ in range(8):  # some plans are made after five calls
+            ((about,),) = session.execute(send).fetchall()
+    assert about[0]["Plan"]["Shared Hit Blocks"] + about[0]["Plan"]["Shared Read Blocks"] < 500  # pages
+    assert (await broker.stats("claims")).duplicates == 8
+
+
+async def test_an_ack_with_the_token_of_an_earlier_lease_is_lost_beside_one_of_the_lease_that_followed(
+    url, broker
+) -> None:
+    receive = "SELECT r.id FROM filao.queue q, filao.receive(q.id, NULL, 0, 60000, %s, %s, 0) r WHERE q.name = 'claims'"
+    settle = """
+        SELECT filao.settle(id, NULL, false, '', %s::bigint[], %s::bigint[], %s::text[], NULL, NULL)
+        FROM filao.queue WHERE name = 'claims'
+    """
+    await broker.send_many("claims", [1, 2])
+    with psycopg.connect(url, autocommit=True) as session:
+        ((first,),) = session.execute(receive, (101, 1)).fetchall()
+        session.execute(settle, ([first], [101], ["release"]))
+        assert session.execute(receive, (102, 2)).fetchall() == [(first,), (first + 1,)]
+        asked = ([first + 1, first, first], [102, 101, 102], ["ack"] * 3)
+        assert session.execute(settle, ([first + 1, first], [102, 101], ["ack", "ack"])).fetchall() == [(2,)]
+        assert session.execute(settle, asked).fetchall() == [(1,), (2,)]
+    assert (await broker.stats("claims")).acked == 2
+
+
 async def test_the_doctor_names_who_holds_an_old_transaction(url, broker, monkeypatch) -> None:
     monkeypatch.setattr(doctor, "TRANSACTION_LONG", 0)
     with old_transaction(url) as pid:

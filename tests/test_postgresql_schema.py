@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "b6cef20eeccc6201"}
+DIGESTS = {10: "82f209c6a05acd83"}
 """The digest of the SQL of the newest version."""
 
 

@@ -12,7 +12,9 @@
 --     the next receive.
 
 -- A function that is called from outside sets what its plans rest on. They are made once, when a table may be empty,
--- and must serve when it holds millions: so a sequential scan is never right, and no plan is worth compiling.
+-- and must serve when it holds millions: so a sequential scan is never right, and no plan is worth compiling. The verbs
+-- of every message force such plans: PostgreSQL would think them dearer than plans for the very values, and make these
+-- anew at each call, which took longer than the call's own work.
 
 -- The server's wall clock, in milliseconds since 1970.
 CREATE OR REPLACE FUNCTION filao.wall() RETURNS bigint LANGUAGE sql VOLATILE AS $$
@@ -561,7 +563,7 @@ $$;
 -- Expire so many messages at most, from a time on, and return how many there were. What somebody else has locked is
 -- left to them.
 CREATE OR REPLACE FUNCTION filao.expire_some(q integer, most bigint, now bigint, later boolean, since bigint = 0)
-RETURNS bigint LANGUAGE plpgsql AS $$
+RETURNS bigint LANGUAGE plpgsql SET enable_sort = off AS $$  -- see filao.pick
 DECLARE
   chosen bigint[];
 BEGIN
@@ -598,10 +600,10 @@ $$;
 CREATE OR REPLACE FUNCTION filao.expire_named(q integer, name text, now bigint, later boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
-  old bigint;
+  old bigint := filao.number_of(q, name);
 BEGIN
   SELECT id INTO old FROM filao.message
-  WHERE id = filao.number_of(q, name) AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked') FOR UPDATE;
+  WHERE id = old AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked') FOR UPDATE;
   IF NOT FOUND THEN
     RETURN false;
   END IF;

@@ -75,7 +75,7 @@ BEGIN
   living := cardinality(lively);
   missing := ARRAY(SELECT id FROM filao.process WHERE has_session AND id <> p AND id <> ALL (lively));
   FOR q IN SELECT id FROM filao.queue WHERE NOT paused LOOP
-    IF filao.somebody_waits(q) AND filao.has_work(q, now) THEN
+    IF filao.first_waiting(q) IS NOT NULL AND filao.has_work(q, now) THEN
       PERFORM filao.call(ARRAY[q], ARRAY[100]);
     END IF;
   END LOOP;

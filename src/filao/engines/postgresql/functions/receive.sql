@@ -44,6 +44,24 @@ BEGIN
 END
 $$;
 
+-- Lock the first ready messages of a priority that nobody else has locked, and their groups, and return where they are
+-- stored. What an index has in order is not sorted: the limit is not known when the plan is made.
+CREATE OR REPLACE FUNCTION filao.pick(q integer, p integer, floor bigint, now bigint, most bigint) RETURNS tid[]
+LANGUAGE plpgsql SET enable_sort = off AS $$
+BEGIN
+  RETURN ARRAY(
+    SELECT picked.spot
+    FROM (
+      SELECT m.ctid AS spot, m.grp FROM filao.message m
+      WHERE m.queue = q AND m.state = 'ready' AND -m.priority <= -p AND (-m.priority, m.id) >= (-p, floor)
+        AND (m.expires_at IS NULL OR m.expires_at > now)  -- `make_due` leaves some when there are very many
+      ORDER BY -m.priority, m.id LIMIT most FOR UPDATE SKIP LOCKED
+    ) AS picked
+    WHERE picked.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, picked.grp))
+  );
+END
+$$;
+
 -- Lease messages. `waiting` is how many callers are about to wait: when there are fewer messages, their process goes on
 -- the waiting list, and a last row without an id says when something is due, in milliseconds: at once for a process
 -- that was not on the list when it looked, for what was sent meanwhile called nobody.
@@ -55,7 +73,7 @@ CREATE OR REPLACE FUNCTION filao.receive(
   id bigint, priority integer, attempts integer, grp text, dedup_key text, message_id text, headers text, kind smallint,
   content bytea, sent_at bigint, failures integer, crashed boolean, salt bigint, due_in bigint
 )
-LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
 DECLARE
   now    bigint := filao.now(moment);
@@ -63,6 +81,7 @@ DECLARE
   seen   filao.seen;
   found  bigint := 0;
   got    bigint;
+  spots  tid[];
   i      integer := 1;
 BEGIN
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
@@ -82,21 +101,13 @@ BEGIN
         seen.floors := seen.floors[:i - 1] || seen.floors[i + 1:];
         CONTINUE;
       END IF;
+      spots := filao.pick(q, seen.priorities[i], seen.floors[i], now, most - found);
       RETURN QUERY
-        WITH picked AS MATERIALIZED (
-          SELECT m.id, m.grp FROM filao.message m
-          WHERE m.queue = q AND m.state = 'ready' AND -m.priority <= -seen.priorities[i]
-            AND (-m.priority, m.id) >= (-seen.priorities[i], seen.floors[i])
-            AND (m.expires_at IS NULL OR m.expires_at > now)  -- `make_due` leaves some when there are very many
-          ORDER BY -m.priority, m.id LIMIT most - found FOR UPDATE SKIP LOCKED
-        ), mine AS MATERIALIZED (
-          SELECT picked.id FROM picked
-          WHERE picked.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, picked.grp))
-        ), leased AS (
+        WITH leased AS (
           UPDATE filao.message AS m
           SET state = 'leased', at = now + coalesce(lease, rules.lease), token = receive.token,
               moved_in = filao.news_of(coalesce(lease, rules.lease)), attempts = m.attempts + 1
-          WHERE m.id = ANY (ARRAY(SELECT mine.id FROM mine))
+          WHERE m.ctid = ANY (spots)
           RETURNING m.*
         )
         SELECT l.id, l.priority, l.attempts, l.grp, l.dedup_key, l.message_id, l.headers, l.kind, l.content, l.sent_at,
@@ -170,51 +181,48 @@ BEGIN
 END
 $$;
 
--- Where the list of a queue begins, as far as this session remembers.
-CREATE OR REPLACE FUNCTION filao.list_from(q integer) RETURNS bigint LANGUAGE plpgsql AS $$
+-- The first place on the waiting list of a queue; NULL when nobody waits.
+--
+-- Who was called is not looked at again: the session remembers where the list began, less a margin for places that were
+-- taken before and are listed after. Who is overlooked so finds what there is by polling.
+CREATE OR REPLACE FUNCTION filao.first_waiting(q integer) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+  margin  CONSTANT integer := 200;  -- places
+  setting text   := filao.setting('called', q, 'filao.waiting');
+  floor   bigint := coalesce(nullif(current_setting(setting, true), '')::bigint, 0);
+  last    bigint := pg_sequence_last_value('filao.place');  -- before the look: who comes later is listed behind it
+  first   bigint := (SELECT since FROM filao.waiting WHERE queue = q AND since >= floor ORDER BY queue, since LIMIT 1);
+  begins  bigint := coalesce(first, CASE WHEN floor > 0 THEN last END);  -- most queues never had a list
 BEGIN
-  RETURN coalesce(nullif(current_setting(filao.setting('called', q, 'filao.waiting'), true), '')::bigint, 0);
-END
-$$;
-
-CREATE OR REPLACE FUNCTION filao.somebody_waits(q integer) RETURNS boolean LANGUAGE plpgsql AS $$
-BEGIN
-  RETURN EXISTS (SELECT FROM filao.waiting WHERE queue = q AND since >= filao.list_from(q));
+  IF begins > floor + 2 * margin THEN
+    PERFORM set_config(setting, (begins - margin)::text, false);
+  END IF;
+  RETURN first;
 END
 $$;
 
 -- Call those who have waited longest: enough of them for so many messages, each on a channel of its own, so that nobody
 -- wakes up in vain. Not in the transaction that sent: a NOTIFY is a lock that all commits wait for.
---
--- Whom others called is not looked at again: the session remembers where the list began, less a margin for places that
--- were taken before and are listed after. Who is overlooked so finds what there is by polling.
 CREATE OR REPLACE FUNCTION filao.call(queues integer[], amounts integer[]) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  margin CONSTANT integer := 200;  -- places
   q      integer;
   wanted bigint;
-  floor  bigint;
   first  bigint;
   w      record;
 BEGIN
   FOR q, wanted IN SELECT * FROM unnest(queues, amounts) LOOP
-    floor := filao.list_from(q);
-    CONTINUE WHEN NOT EXISTS (SELECT FROM filao.waiting t WHERE t.queue = q AND t.since >= floor);  -- as mostly
-    first := NULL;
+    first := filao.first_waiting(q);
+    CONTINUE WHEN first IS NULL;  -- as mostly
     FOR w IN
       SELECT t.ctid, t.* FROM filao.waiting t
-      WHERE t.queue = q AND t.since >= floor ORDER BY t.queue, t.since LIMIT 100 FOR UPDATE SKIP LOCKED
+      WHERE t.queue = q AND t.since >= first ORDER BY t.queue, t.since LIMIT 100 FOR UPDATE SKIP LOCKED
     LOOP  -- those who are being called by another are called by them
-      first := coalesce(first, w.since);
       EXIT WHEN wanted <= 0;
       DELETE FROM filao.waiting t WHERE t.ctid = w.ctid;
       PERFORM pg_notify('filao_' || w.process, q::text);
       wanted := wanted - w.wants;
     END LOOP;
-    IF first > floor + 2 * margin THEN
-      PERFORM set_config(filao.setting('called', q, 'filao.waiting'), (first - margin)::text, false);
-    END IF;
   END LOOP;
 END
 $$;

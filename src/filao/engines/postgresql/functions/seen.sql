@@ -151,9 +151,11 @@ DECLARE
 BEGIN
   IF lapsed IS NOT NULL THEN
     seen.leased := lapsed;
-  ELSIF ahead OR seen.leased <= now THEN
+  ELSIF ahead THEN
     seen.leased := (SELECT at FROM filao.message
                     WHERE queue = q AND state = 'leased' AND at >= seen.leased AND at > now ORDER BY at LIMIT 1);
+  ELSIF seen.leased <= now THEN  -- nobody asks for the first: what ended between here and there would be walked over
+    seen.leased := now + 1;
   END IF;
   IF ahead OR seen.delayed <= now THEN
     seen.delayed := (SELECT at FROM filao.message

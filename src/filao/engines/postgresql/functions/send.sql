@@ -88,7 +88,7 @@ BEGIN
 END
 $$;
 
--- Claim the keys of some sends' drafts, in order, and return the places of those that are duplicates.
+-- Claim the keys of some sends' drafts (`chosen` NULL: of all), in order, and return the places of duplicates.
 CREATE OR REPLACE FUNCTION filao.claim(
   q integer, now bigint, later boolean, salt bigint, numbers bigint[], chosen integer[], ops integer[],
   dedup_keys text[],
@@ -111,7 +111,7 @@ BEGIN
 END
 $$;
 
--- Store the drafts of some sends, but for duplicates.
+-- Store the drafts of some sends (`chosen` NULL: of all), but for duplicates.
 CREATE OR REPLACE FUNCTION filao.store(
   rules filao.queue, now bigint, later boolean, salt bigint, numbers bigint[], chosen integer[], twice integer[],
   ops integer[], kinds smallint[], contents bytea[], headers text[], delays bigint[], priorities integer[],
@@ -131,7 +131,7 @@ BEGIN
            kinds[n], coalesce(priorities[n], 0), now + coalesce(delays[n], 0), now, now + coalesce(ttls[n], rules.ttl),
            groups[n], dedup_keys[n], message_ids[n], headers[n], content, store.salt
     FROM unnest(contents) WITH ORDINALITY AS given (content, n)
-    WHERE ops[n] = ANY (chosen) AND n <> ALL (twice)
+    WHERE (chosen IS NULL OR ops[n] = ANY (chosen)) AND n <> ALL (twice)
     ORDER BY n
     RETURNING state
   )
@@ -144,13 +144,13 @@ BEGIN
     SELECT rules.name, coalesce(message_ids[n], filao.prefix(store.salt) || numbers[n]::text), store.now,
            store.now + rules.kept_for, 'sent', 0, filao.caller(), ''
     FROM generate_series(1, cardinality(contents)) AS n
-    WHERE ops[n] = ANY (chosen) AND n <> ALL (twice)
+    WHERE (chosen IS NULL OR ops[n] = ANY (chosen)) AND n <> ALL (twice)
     ORDER BY n;
   END IF;
   IF groups IS NOT NULL THEN
     PERFORM filao.arrange_all(rules.id, ARRAY(
       SELECT DISTINCT given.g FROM unnest(groups, ops) AS given (g, op)
-      WHERE given.g IS NOT NULL AND given.op = ANY (chosen)
+      WHERE given.g IS NOT NULL AND (chosen IS NULL OR given.op = ANY (chosen))
     ), now, later);
   END IF;
 END
@@ -170,15 +170,15 @@ CREATE OR REPLACE FUNCTION filao.send(
   headers text[],
   delays bigint[], priorities integer[], groups text[], dedup_keys text[], ttls bigint[], message_ids text[]
 ) RETURNS TABLE (place integer, op integer, number bigint, came_first text, problem text, detail bigint)
-LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
 DECLARE
   now      bigint := filao.now(moment);
   isolated boolean := current_setting('transaction_isolation') <> 'read committed';
   numbers  bigint[] := ARRAY(SELECT nextval('filao.number') FROM generate_series(1, cardinality(contents)));
   rules    filao.queue;
-  chosen   integer[];
-  parts    integer[];  -- the sends that are stored together
+  chosen   integer[];  -- the sends that are not too large; NULL: all
+  parts    integer[];  -- those that are stored together
   twice    integer[];
   new      bigint;  -- how many messages, for a queue that has a limit
   i        integer;
@@ -192,16 +192,18 @@ BEGIN
   IF isolated THEN  -- its snapshot may be older than a deletion, which this then finds
     PERFORM FROM filao.queue WHERE id = q FOR KEY SHARE;
   END IF;
-  chosen := ARRAY(
-    SELECT ops[n] FROM unnest(contents) WITH ORDINALITY AS given (content, n)
-    GROUP BY 1 HAVING max(length(content)) <= rules.body_max ORDER BY 1
-  );
-  IF NOT ops <@ chosen THEN
+  IF (SELECT max(length(content)) FROM unnest(contents) AS given (content)) > rules.body_max THEN
+    chosen := ARRAY(
+      SELECT ops[n] FROM unnest(contents) WITH ORDINALITY AS given (content, n)
+      GROUP BY 1 HAVING max(length(content)) <= rules.body_max ORDER BY 1
+    );
     RETURN QUERY
       SELECT 0, ops[n], NULL::bigint, NULL::text, 'too large', max(length(content))::bigint
       FROM unnest(contents) WITH ORDINALITY AS given (content, n)
       WHERE length(content) > rules.body_max
       GROUP BY 2;
+  ELSIF rules.max_length IS NOT NULL THEN
+    chosen := ARRAY(SELECT DISTINCT this FROM unnest(ops) AS this ORDER BY this);
   END IF;
   IF rules.max_length IS NOT NULL AND isolated THEN  -- it does not see what others have sent since it began
     RETURN QUERY SELECT 0, this, NULL::bigint, NULL::text, 'isolated', NULL::bigint FROM unnest(chosen) AS this;
@@ -230,7 +232,8 @@ BEGIN
       );
       RETURN QUERY
         SELECT n, ops[n], numbers[n], NULL::text, NULL::text, NULL::bigint
-        FROM generate_series(1, cardinality(contents)) AS n WHERE ops[n] = ANY (parts) AND n <> ALL (twice);
+        FROM generate_series(1, cardinality(contents)) AS n
+        WHERE (parts IS NULL OR ops[n] = ANY (parts)) AND n <> ALL (twice);
     ELSE
       FOREACH i IN ARRAY array_positions(ops, parts[1]) LOOP
         CONTINUE WHEN i = ANY (twice);

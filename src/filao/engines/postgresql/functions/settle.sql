@@ -13,40 +13,45 @@ $$;
 -- End leases, each as its outcome says: ack, nack, reject, malformed or release. Returns the places of those that were
 -- lost.
 --
--- Invariant: `done` are the places that are settled. A row is changed after it was locked by its id and its token
--- together, so that nobody else has received it; of two outcomes for one lease the first is done.
+-- Invariant: `done` are the places that are settled. A row is deleted by its id and its token together, or changed
+-- after it was locked by both, so that nobody else has received it; of two outcomes for one lease the first is done.
 CREATE OR REPLACE FUNCTION filao.settle(
   q integer, moment bigint, later boolean, consumer text, ids bigint[], tokens bigint[], outcomes text[], errors text[],
   delays bigint[]
 ) RETURNS SETOF integer
-LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
-  now   bigint := filao.now(moment);
-  rules filao.queue;
-  done  bigint[];  -- places
+  now    bigint := filao.now(moment);
+  rules  filao.queue;
+  acked  bigint[];  -- ids, in order, for `width_bucket` to find; their tokens and places
+  proofs bigint[];
+  places bigint[];
+  done   bigint[] := '{}';  -- places
   groups text[];
-  held  bigint := 0;
-  fate  record;
+  held   bigint := 0;
+  fate   record;
 BEGIN
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
-  WITH mine AS MATERIALIZED (
-    SELECT held.id, asked.place
-    FROM (  -- of two that end one lease the first
-      SELECT DISTINCT ON (id, token) *
-      FROM unnest(ids, tokens, outcomes) WITH ORDINALITY AS given (id, token, outcome, place) ORDER BY id, token, place
-    ) AS asked, LATERAL (
-      SELECT t.id FROM filao.message t
-      WHERE t.id = asked.id AND t.token = asked.token AND t.state IS NOT DISTINCT FROM 'leased' AND t.at > now
+  IF rules.kept_for IS NULL THEN  -- else each is noted down, below
+    SELECT array_agg(id ORDER BY id), array_agg(token ORDER BY id), array_agg(place ORDER BY id)
+    INTO acked, proofs, places
+    FROM (  -- of two for one message the first
+      SELECT DISTINCT ON (id) *
+      FROM unnest(ids, tokens, outcomes) WITH ORDINALITY AS given (id, token, outcome, place) ORDER BY id, place
+    ) AS asked
+    WHERE outcome = 'ack';
+    WITH gone AS (  -- most acks, in one statement
+      DELETE FROM filao.message t
+      WHERE t.id = ANY (acked) AND t.token = proofs[width_bucket(t.id, acked)]
+        AND t.state IS NOT DISTINCT FROM 'leased' AND t.at > now
         AND t.dedup_key IS NULL AND t.message_id IS NULL AND t.failures = 0
-      FOR UPDATE
-    ) AS held
-    WHERE asked.outcome = 'ack' AND rules.kept_for IS NULL  -- else each is noted down, below
-  ), gone AS (
-    DELETE FROM filao.message t WHERE t.id = ANY (ARRAY(SELECT mine.id FROM mine)) RETURNING t.grp
-  )
-  SELECT ARRAY(SELECT mine.place FROM mine), count(*), array_agg(DISTINCT gone.grp) FILTER (WHERE gone.grp IS NOT NULL)
-  INTO done, held, groups
-  FROM gone;  -- most acks, in one statement
+      RETURNING t.id, t.grp
+    )
+    SELECT coalesce(array_agg(places[width_bucket(gone.id, acked)]), '{}'), count(*),
+           array_agg(DISTINCT gone.grp) FILTER (WHERE gone.grp IS NOT NULL)
+    INTO done, held, groups
+    FROM gone;
+  END IF;
   PERFORM filao.count(q, ARRAY['leased', 'acked'], ARRAY[-held, held]) WHERE held > 0;
   IF groups IS NOT NULL THEN
     PERFORM filao.arrange_all(q, groups, now, later);

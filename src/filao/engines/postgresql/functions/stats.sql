@@ -12,8 +12,7 @@ CREATE OR REPLACE FUNCTION filao.ages(
 DECLARE
   most  CONSTANT integer := 1000;  -- leases and places on the waiting list: a millisecond
   seen  filao.seen;
-  first bigint;
-  floor bigint := filao.list_from(q);
+  first bigint := filao.first_waiting(q);
 BEGIN
   now := filao.now(moment);
   seen := filao.look_at_times(q, filao.look(q, filao.seen(q)), now, ahead => true);
@@ -46,11 +45,8 @@ BEGIN
           WHERE queue = q AND state = 'leased' AND at >= least(seen.leased, now) ORDER BY at LIMIT most) AS l;
   END IF;
   PERFORM filao.remember_seen(q, seen);
-  SELECT array_agg(DISTINCT w.process), min(w.since) INTO waiting, first
-  FROM (SELECT process, since FROM filao.waiting
-        WHERE queue = q AND since >= floor ORDER BY queue, since LIMIT most) AS w;
-  IF first > floor + 400 THEN  -- the margin of filao.call, twice
-    PERFORM set_config(filao.setting('called', q, 'filao.waiting'), (first - 200)::text, false);
-  END IF;
+  SELECT array_agg(DISTINCT w.process) INTO waiting
+  FROM (SELECT process FROM filao.waiting
+        WHERE queue = q AND since >= first ORDER BY queue, since LIMIT most) AS w;
 END
 $$;
