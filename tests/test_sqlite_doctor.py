@@ -2,16 +2,21 @@
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 
 import pytest
 
 import filao
+from filao.engines.sqlite import housekeeping, own
 from filao.engines.sqlite.doctor import wal_reset_fixed
 from filao.overview import Deed
 from tests.conftest import engine_of
 
 pytestmark = pytest.mark.anyio
+
+PATIENCE = 60.0  # seconds after which a test that hangs fails
 
 
 async def found(broker: filao.Broker) -> dict[str, tuple[str, str]]:
@@ -66,6 +71,27 @@ async def test_a_file_that_others_may_read_is_told(tmp_path) -> None:
         (tmp_path / "claims.db").chmod(0o644)
         level, text = (await found(broker))["permissions"]
     assert (level, text.startswith("0644")) == ("warning", True)
+
+
+async def test_a_wal_that_a_long_read_keeps_is_told_with_its_reader(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(own, "WAL_NOTABLE", 1_000_000)
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY", 0.02)
+    program = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None); db.execute('BEGIN'); "
+    program += "db.execute('SELECT * FROM filao_meta').fetchone(); print(flush=True); input()"
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        command = [sys.executable, "-c", program, str(tmp_path / "claims.db")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+            assert reader.stdout is not None
+            reader.stdout.readline()
+            await broker.send_many("claims", ["x" * 100_000] * 20)
+            async with asyncio.timeout(PATIENCE):
+                while not any("and it grows" in record.message for record in caplog.records):
+                    await asyncio.sleep(0.01)
+            level, told = (await found(broker))["WAL"]
+            reader.communicate(b"\n", PATIENCE)
+    assert level == "warning"
+    assert f"process {reader.pid} (" in told
 
 
 async def test_a_damaged_file_is_told(tmp_path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filao.engine import Finding
-from filao.engines.sqlite import files, scrutiny
+from filao.engines.sqlite import files, own, scrutiny
 from filao.engines.sqlite.books import STATES, Books, read_rules, tokens
 from filao.engines.sqlite.clock import JUMP
 from filao.engines.sqlite.hold import Hold
@@ -33,7 +33,6 @@ _MISCOUNTED_REASONS = """
     JOIN filao_queue ON filao_queue.id = filao_reason.queue
     WHERE filao_reason.dead <> there
 """
-WAL_NOTABLE = 64 * 1024 * 1024  # bytes
 
 
 def examine(books: Books, hold: Hold) -> list[Finding]:
@@ -82,12 +81,9 @@ def _files(path: Path) -> Iterator[Finding]:
         yield Finding("permissions", "warning", f"{mode:04o}: others may read the messages; chmod 600 {path}")
     else:
         yield Finding("permissions", "ok", f"{mode:04o}")
-    wal = path.with_name(path.name + "-wal")
+    wal, large = path.with_name(path.name + "-wal"), own.large_wal(path)
     size = wal.stat().st_size if wal.exists() else 0
-    if size > WAL_NOTABLE:
-        yield Finding("WAL", "warning", f"{size:,} bytes: some reader holds an old snapshot; find and end it")
-    else:
-        yield Finding("WAL", "ok", f"{size:,} bytes")
+    yield Finding("WAL", "warning" if large else "ok", large or f"{size:,} bytes")
 
 
 def _modes(db: sqlite3.Connection) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """Work that nobody waits for: to end, forget and give back what is over, in slices that cost others little."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -8,11 +9,13 @@ from functools import partial
 from itertools import islice
 from typing import TypeVar
 
-from filao.engines.sqlite import moves, operators, processes
+from filao.engines.sqlite import moves, operators, own, processes
 from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.jobs import Jobs
 from filao.errors import FilaoError
+
+log: logging.Logger = logging.getLogger("filao.sqlite")
 
 R = TypeVar("R")
 
@@ -52,10 +55,13 @@ class Housekeeper:
         """In one round under traffic: as many as keep up with what it leaves behind."""
         self._is_behind = False
         """Whether the last round left anything to do."""
+        self._is_wal_told = False
+        """Whether the log says that the WAL is too large."""
 
     async def keep(self) -> None:
         """Tidy up, in a round: a little each second under traffic, and the rest in the first second without."""
         await asyncio.sleep(TIDY_EVERY)
+        self._tell_of_wal()
         idle, self._database.has_written = not self._database.has_written, False
         if not idle or self._is_behind:
             self._is_behind = True
@@ -73,6 +79,13 @@ class Housekeeper:
         if not idle or more or self._database.has_written:
             return True
         return not await self._soon(self._database.write_back)
+
+    def _tell_of_wal(self) -> None:
+        """Log once that the WAL has grown too large, before it fills the disk."""
+        large = own.large_wal(self._database.hold.path)
+        if large is not None and not self._is_wal_told:
+            log.warning("the WAL of %s has %s", self._database.hold.path, large)
+        self._is_wal_told = large is not None
 
     def _soon(self, job: Callable[[], R]) -> Awaitable[R]:
         return self._jobs.alone(job, time.monotonic() + TIDIES_WITHIN)

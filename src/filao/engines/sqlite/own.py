@@ -14,9 +14,11 @@ from pathlib import Path
 from filao.printable import printable
 
 _LOCKS = Path("/proc/locks")
+_READING = range(123, 128)  # the bytes of the -shm, one of which each reader keeps locked in WAL mode (as below)
 _WRITING = 120  # the byte of the -shm that a writer locks in WAL mode (https://www.sqlite.org/walformat.html#locks)
 _OPEN = 128  # the byte of the -shm that is locked by all who have it open, so that nobody truncates it
 _EXCLUSIVE = 2**30  # the byte of the file that is locked in exclusive mode (https://www.sqlite.org/fileformat.html)
+WAL_NOTABLE = 64 * 1024 * 1024  # bytes of a WAL that is not written back as it should be
 ALONE_WAITS = 0.2  # seconds, where no other thread could end the transaction; a task of the same loop still may
 OTHERS_WAIT = 5.0  # seconds, where another thread may hold it; none should keep a file's only write lock for so long
 
@@ -51,7 +53,23 @@ def in_the_way(path: Path, turnstile: Path | None = None) -> str:
     found = _holders("POSIX", path.with_name(path.name + "-shm"), _WRITING) | _holders("POSIX", path, _EXCLUSIVE)
     if turnstile is not None:
         found |= _holders("FLOCK", turnstile, 0)
-    return " and ".join(f"process {pid} ({_name(pid)})" for pid in sorted(found)) or "another process"
+    return _named(found) or "another process"
+
+
+def large_wal(path: Path) -> str | None:
+    """Return in words how large the WAL is and why; None while it is no larger than it should be."""
+    try:
+        size = path.with_name(path.name + "-wal").stat().st_size
+    except OSError:
+        return None
+    if size <= WAL_NOTABLE:
+        return None
+    shm = path.with_name(path.name + "-shm")
+    readers = {pid for byte in _READING for pid in _holders("POSIX", shm, byte, "READ")}
+    return (
+        f"{size:,} bytes, and it grows: most likely somebody reads in one transaction for long, until whose end it "
+        f"cannot be written back. Those that read at this moment: {_named(readers) or 'the system does not tell'}"
+    )
 
 
 def _holders(kind: str, file: Path, byte: int, purpose: str = "WRITE") -> set[int]:
@@ -76,6 +94,10 @@ def _holders(kind: str, file: Path, byte: int, purpose: str = "WRITE") -> set[in
         and int(first) <= byte
         and (last == "EOF" or byte <= int(last))
     }
+
+
+def _named(processes: set[int]) -> str:
+    return " and ".join(f"process {pid} ({_name(pid)})" for pid in sorted(processes))
 
 
 def _name(pid: int) -> str:
