@@ -12,6 +12,7 @@ import pytest
 
 import filao
 import filao.sync
+from filao import loop_thread
 from filao import session as session_module
 from filao.engine import Batch, Receive, Result
 from filao.engines.sqlite import files
@@ -44,6 +45,21 @@ def test_a_broker_that_gets_no_thread_says_so_and_keeps_no_other_from_its_end(db
     assert (ran.stdout, ran.stderr) == ("True\n", "")
     with filao.sync.connect(db) as broker:
         assert broker.stats("q").leased == 0
+
+
+@pytest.mark.anyio
+async def test_threads_that_became_greenlets_after_the_import_are_refused(db, monkeypatch) -> None:
+    monkeypatch.setattr(threading, "get_ident", threading.get_native_id)  # as gevent's monkey.patch_all() does
+    for open_it in (filao.sync.connect(db).open, filao.connect(db).open):
+        with pytest.raises(filao.ConfigurationError, match=r"Nothing was done; patch first and import filao then"):
+            await (open_it() or asyncio.sleep(0))
+
+
+@pytest.mark.anyio
+async def test_a_second_event_loop_among_greenlets_is_refused(db, monkeypatch) -> None:
+    monkeypatch.setattr(loop_thread, "start", lambda thread: thread.run())  # as a greenlet: in the caller's thread
+    with pytest.raises(filao.ConfigurationError, match=r"greenlets, .*Nothing was done; use one blocking broker"):
+        filao.sync.connect(db).open()
 
 
 @pytest.mark.anyio

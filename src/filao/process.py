@@ -7,7 +7,7 @@ import threading
 from contextlib import suppress
 
 from filao.engine import Finding
-from filao.errors import EngineUnavailable
+from filao.errors import ConfigurationError, EngineUnavailable
 
 REPORT_STALE = 20.0  # seconds after which a worker's report is no longer believed
 HEALTHY = "ready and healthy"  # how the report of a healthy worker begins
@@ -37,8 +37,22 @@ def process_finding(name: str, held: int, state: str, reported_ago: float) -> Fi
     return Finding("processes", level, f"{holds}; its worker is {state}")
 
 
+_GET_IDENT = threading.get_ident
+"""Which thread calls; gevent and eventlet put another function in its place, as in all of `threading`."""
+
+
 def start(thread: threading.Thread) -> None:
-    """Start a thread. Raises `EngineUnavailable` when this process can have no more; Python does not say why."""
+    """Start a thread. Raises `EngineUnavailable` when this process can have no more; Python does not say why.
+
+    Raises `ConfigurationError` when threads became greenlets after Filao was imported: with locks of both kinds, one
+    that waits would hold up the whole process, for ever.
+    """
+    if threading.get_ident is not _GET_IDENT:
+        raise ConfigurationError(
+            "the threads of this process were replaced, as gevent's monkey.patch_all() does, after filao was imported, "
+            "which would wait for ever. Nothing was done; patch first and import filao then. gunicorn's gevent workers "
+            "do so without --preload; gthread workers need no patch"
+        )
     try:
         thread.start()
     except RuntimeError as error:
