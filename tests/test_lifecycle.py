@@ -7,6 +7,7 @@ import textwrap
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -49,7 +50,9 @@ def test_a_broker_that_gets_no_thread_says_so_and_keeps_no_other_from_its_end(db
 
 @pytest.mark.anyio
 async def test_threads_that_became_greenlets_after_the_import_are_refused(db, monkeypatch) -> None:
-    monkeypatch.setattr(threading, "get_ident", threading.get_native_id)  # as gevent's monkey.patch_all() does
+    monkeypatch.setattr(
+        threading, "get_ident", partial(threading.get_ident)
+    )  # another function, as gevent's monkey.patch_all() does
     for open_it in (filao.sync.connect(db).open, filao.connect(db).open):
         with pytest.raises(filao.ConfigurationError, match=r"Nothing was done; patch first and import filao then"):
             await (open_it() or asyncio.sleep(0))
