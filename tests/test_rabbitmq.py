@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -17,6 +18,7 @@ import pytest
 from aiormq import Channel
 
 import filao
+import filao.sync
 from filao import session
 from filao.conformance import Verdict, checks, verify
 from filao.dashboard import pages
@@ -40,6 +42,7 @@ from tests.support.load import loaded
 from tests.support.proxy import Proxy
 from tests.support.servers import Rabbitmq, rabbitmq_cluster, rabbitmq_server
 from tests.support.visitor import rows, visiting
+from tests.support.working import running, until
 
 pytestmark = pytest.mark.anyio
 
@@ -700,6 +703,25 @@ async def test_a_worker_works_here(url, queue) -> None:
         assert await broker.receive_from_queue(queue, wait=0) is None
     assert sorted(handled) == [("fails once", 1), ("fails once", 2), ("fine", 1), ("unknown", 1)]
     assert (dead.body, dead.reason) == ("unknown", "rejected")
+
+
+async def test_a_handler_for_which_no_thread_can_be_started_uses_no_attempt(url, broker, queue, caplog) -> None:
+    """A release would use it: so the message is kept until a thread can be had."""
+    worker, attempts = filao.Worker(url), []
+
+    @worker.consumer(queue)
+    def handle(message: filao.sync.Message) -> None:
+        attempts.append(message.attempt)
+
+    async with running(worker):
+        before = threading.stack_size(2**62)  # more than there is
+        try:
+            await broker.send_to_queue(queue, 7)
+            await until(lambda: "cannot start a thread" in caplog.text)
+        finally:
+            threading.stack_size(before)
+        await until(lambda: attempts)
+    assert attempts == [1]
 
 
 async def test_a_move_that_is_cut_off_leaves_the_messages_in_order(broker, queue) -> None:

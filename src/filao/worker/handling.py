@@ -19,6 +19,7 @@ from typing import Any, Literal
 from filao import sync
 from filao.broker import Broker
 from filao.calls import Caller
+from filao.engine import Feature
 from filao.errors import EngineUnavailable
 from filao.message import Message, delivery_of
 from filao.session import Session
@@ -34,7 +35,7 @@ Why = Literal["itself", "timeout", "lost", "stopped"]
 """What ended a handler."""
 
 ENDS_WITHIN = 5.0  # seconds that a cancelled handler may take to end before its message is settled without it
-NO_THREAD_FOR = 1.0  # seconds after which a message comes again for whose handler no thread could be started
+NO_THREAD_FOR = 1.0  # seconds until the next try for a message for whose handler no thread could be started
 ANSWERED_WITHIN = 0.1  # seconds in which a settle by the handler itself is answered after the lease has ended with it
 
 
@@ -143,19 +144,24 @@ class Handling:
         calling = function if around is None else partial(around.call_plain, function)
         caller = self._shared.caller
         blocking = [sync.Transaction(caller, one) for one in transaction]
-        call = self._in_thread(calling, sync.Message(caller, self._shared.outside, self._message), *blocking)
+        call = await self._in_thread(calling, sync.Message(caller, self._shared.outside, self._message), *blocking)
         self._cancel, self._undo = call.interrupt, call.give_up
         return _result(handler, await call.future)
 
-    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Call:
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Call:
         """Start a plain function; where no thread can be had, the handler has not failed, and its message comes
         again.
+
+        Where a release would use the attempt, it is kept and the start tried again, until the handler is told to end.
         """
-        try:
-            return self._shared.threads.start(function, *arguments)
-        except EngineUnavailable as error:
-            self._shared.outages.fails("starting handlers", error)
-            raise Release(delay=NO_THREAD_FOR) from error
+        while True:
+            try:
+                return self._shared.threads.start(function, *arguments)
+            except EngineUnavailable as error:
+                self._shared.outages.fails("starting handlers", error)
+                if Feature.RELEASE in self._shared.broker.features:
+                    raise Release(delay=NO_THREAD_FOR) from error
+            await asyncio.sleep(NO_THREAD_FOR)
 
     # --- its end -----------------------------------------------------------------------------------------------------
 
