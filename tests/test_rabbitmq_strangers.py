@@ -274,6 +274,26 @@ async def test_a_redrive_ends_though_dead_letters_go_on_arriving(rabbitmq, broke
         publishing.join()
 
 
+# --- policies ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_policy_that_limits_the_length_of_all_queues_costs_no_dead_letter(rabbitmq, broker, queue) -> None:
+    for body in range(6):
+        await broker.send_to_queue(queue, body)
+    messages = await broker.receive_many(queue, 6, wait=10)
+    limit = ["short", f"^{re.escape(queue.name)}", '{"max-length": 1}']
+    await asyncio.to_thread(rabbitmq.command, "set_policy", "--apply-to", "queues", *limit)
+    refused: list[filao.Message] = []
+    for message in messages:
+        try:
+            await message.reject("no")
+        except filao.EngineUnavailable:
+            refused.append(message)
+    await asyncio.to_thread(rabbitmq.command, "clear_policy", "short")
+    dead = [letter.body for letter in await broker.dead_letters(queue)]
+    assert sorted([*dead, *(message.body for message in refused)]) == list(range(6))
+
+
 # --- the register ----------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,8 @@ REGISTER = "filao.queues"
 PROBE = "filao.probe."  # begins the names of queues by which the doctor tests whether expired messages are passed on
 
 QUORUM: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": RETURNS_MAX}
-SAFE_DEATH = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+FULL = {"x-overflow": "reject-publish"}  # where a policy limits its length, and does not ask for another overflow
+SAFE_DEATH = FULL | {"x-dead-letter-strategy": "at-least-once"}
 
 
 def dead_name(queue: str) -> str:
@@ -47,7 +48,7 @@ def route(queue: str, delay: float) -> tuple[str, str]:
 async def declare_queue(channel: Channel, queue: Queue[Any]) -> None:
     """Create a queue and that of its dead letters. Raises `ConfigurationError` if they exist with other arguments."""
     death = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead_name(queue.name)}
-    for name, arguments in ((queue.name, QUORUM | SAFE_DEATH | death), (dead_name(queue.name), QUORUM)):
+    for name, arguments in ((queue.name, QUORUM | SAFE_DEATH | death), (dead_name(queue.name), QUORUM | FULL)):
         try:
             await channel.queue_declare(name, durable=True, arguments=dict(arguments))
         except ChannelPreconditionFailed as error:
