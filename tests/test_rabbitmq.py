@@ -549,6 +549,20 @@ async def test_what_was_pushed_to_a_caller_who_left_goes_to_another(url, broker,
         assert (await received(broker, queue)).body == 1
 
 
+async def test_what_comes_after_a_receive_that_waited_in_vain_uses_no_attempt(url, broker, queue, monkeypatch) -> None:
+    """It was pushed to nobody, and given back a second later: with a single attempt, that was its death."""
+    monkeypatch.setattr(consumer, "LINGER", 0.0)
+    once = filao.Queue(f"{queue.name}.once", max_attempts=1, backoff=AT_ONCE)
+    await broker.declare(once)
+    async with filao.connect(url) as other:
+        assert await other.receive_from_queue(once, wait=0.05) is None
+        await broker.send_to_queue(once, 1)
+        assert (await broker.stats(once)).ready == 1
+        message = await received(broker, once)
+        assert (message.body, message.attempt) == (1, 1)
+        await message.ack()
+
+
 async def test_a_first_receive_ends_whenever_it_is_cancelled(url, queue, broker) -> None:
     async with filao.connect(url) as fresh:
         receiving = [asyncio.create_task(fresh.receive_from_queue(queue.name)) for _ in range(40)]

@@ -51,10 +51,17 @@ class Consumer:
         """Whether the channel, and so every lease on it, lasts."""
         return not self.channel.is_closed
 
-    async def take(self, limit: int, waiting: int) -> list[DeliveredMessage]:
-        """Return up to `limit` messages; let the server push when there are callers `waiting` for more."""
+    async def take(self, limit: int, waiting: int, *, is_last: bool = False) -> list[DeliveredMessage]:
+        """Return up to `limit` messages; let the server push when there are callers `waiting` for more.
+
+        After the last of them (`is_last`), it pushes no more: what would be given back unseen would use an attempt.
+        """
         self._used_at = asyncio.get_running_loop().time()
         self._busiest = max(self._busiest, len(self.held) + max(limit, waiting))
+        if is_last and any(self._room.values()):
+            async with self._asking:
+                await self._stop_pushing()
+            self._called()  # those that begin to wait just now ask again
         taken = self._from_buffer(limit)
         try:
             if not waiting:

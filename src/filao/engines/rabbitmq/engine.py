@@ -222,10 +222,11 @@ class RabbitmqEngine:
     async def _look(self, queue: Queue, receive: Receive, session: Session) -> "_Look":
         """Take messages once, and begin to bury those that must not be handed over."""
         line = self._lines.get(queue.name)
-        waiting = max(receive.limit, line.wanted() if line else 0) if receive.waiting else 0
+        wanted = line.wanted() if line else 0
+        waiting = max(receive.limit, wanted) if receive.waiting else 0
         try:
             consumer = await self._consumer(queue.name, session)
-            messages = await consumer.take(receive.limit, waiting)
+            messages = await consumer.take(receive.limit, waiting, is_last=not waiting and not wanted)
         except ChannelNotFoundEntity:
             self._declared.rules.pop(queue.name, None)
             raise deleted(queue.name) from None
