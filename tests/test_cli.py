@@ -129,6 +129,14 @@ def test_an_undeclared_queue_is_refused_with_its_neighbours(db):
         assert "Traceback" not in ran.err
 
 
+def test_a_queue_that_cannot_be_is_not_advised_to_be_declared(db, tmp_path):
+    commands = [(verb, db, "two words") for verb in ("send", "receive", "peek", "stats")]
+    for ran in run_each([*commands, ("move", db, tmp_path / "other.db", "--queue", "two words")]):
+        assert ran.code == 3
+        assert "'two words'" in ran.err
+        assert "declare" not in ran.err
+
+
 def test_a_folder_is_no_queue(tmp_path):
     ran = run("stats", tmp_path)
     assert ran.code == 3

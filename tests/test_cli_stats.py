@@ -1,8 +1,10 @@
 """The command line counts, and examines."""
 
+import re
+
 import filao
 import filao.sync
-from tests.support.shell import compiled, db, declare, on_terminal, put, run, run_each
+from tests.support.shell import ENVIRONMENT, compiled, db, declare, on_terminal, put, run, run_each
 
 __all__ = ["compiled", "db"]
 
@@ -32,6 +34,17 @@ def test_stats_are_a_table_on_a_terminal(db):
     assert "1,234" in screen
     _, screen = on_terminal("stats", db, "claims")
     assert "redriven" in screen
+
+
+def test_no_figure_is_cut_on_a_narrow_terminal(db, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "COLUMNS", "40")
+    declare(db, "claims.with.a.rather.long.name")
+    with filao.sync.connect(db) as broker:
+        broker.send_many("claims.with.a.rather.long.name", [1] * 9_999)
+    _, screen = on_terminal("stats", db)
+    assert re.search(r"claims\S+ +9,999 +0 +0 +0 +0 +9,999 +0", screen)
+    _, screen = on_terminal("peek", db, "claims.with.a.rather.long.name")
+    assert len(re.findall(r"[0-9a-f]{16}-\d+ ", screen)) == 10
 
 
 def test_doctor_prints_json_lines_in_a_pipe_or_a_table_on_a_terminal(db):

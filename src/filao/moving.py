@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from filao.checks import check_name
 from filao.engine import Draft, Engine, Failure, Feature, QueueStats
 from filao.errors import ConfigurationError
 from filao.queue import Queue, not_found
@@ -161,6 +162,7 @@ async def move(
 async def _chosen(source: Movable, names: Sequence[str]) -> list[Queue]:
     known = {queue.name: queue for queue in await source.operators.queues()}
     for name in names:
+        check_name(name)
         if name not in known:
             raise not_found(name, known)
     if not known:

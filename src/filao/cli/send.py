@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import click
 
+from filao.checks import check_name
 from filao.cli.lines import Reader, reader, slices
 from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines, standard_input, usage
 from filao.draft import Outgoing
@@ -97,6 +98,7 @@ def _declared(broker: Broker, name: str) -> Queue[Any]:
     """Return a queue with its stored rules, so that messages can be checked before they are sent."""
     queues = {queue.name: queue for queue in broker.queues()}
     if name not in queues:
+        check_name(name)
         raise not_found(name, queues)
     return queues[name]
 

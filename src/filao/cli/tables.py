@@ -10,6 +10,8 @@ from filao.engine import State, StoredMessage
 from filao.printable import printable
 
 SHOWN_MAX = 200  # characters of a body or an error in a table
+FOLDED_LEAST = 8  # columns of a text that may be broken, on a narrow terminal
+_EDGES, _GAP = 2, 2  # columns left and right of a table, and between two of its own
 
 
 def draw(
@@ -23,29 +25,29 @@ def draw(
     """Draw a table on the terminal.
 
     `figures`: all columns but the first hold numbers, which are aligned to the right and never broken. Nor are the
-    first `keeps` columns.
+    first `keeps` columns. Where they do not fit, the terminal breaks the lines: half a figure would be another figure.
 
     `styles` are those of words in the first column. Text from others is never read as markup.
     """
-    import rich
     from rich.box import SIMPLE
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for number, name in enumerate(head):
+    table, least = Table(box=SIMPLE, pad_edge=False, collapse_padding=True), _EDGES
+    texts = [[Text(printable(cell)) for cell in row] for row in (head, *rows)]
+    for number, column in enumerate(zip(*texts, strict=True)):
         figure = figures and number > 0
-        table.add_column(
-            Text(printable(name)),
-            justify="right" if figure else "left",
-            no_wrap=figure or number < keeps,
-            overflow="fold",
-        )
-    for row in rows:
-        cells = [Text(printable(cell)) for cell in row]
-        cells[0].stylize((styles or {}).get(row[0], "none"))
+        whole = figure or number < keeps
+        table.add_column(column[0], justify="right" if figure else "left", no_wrap=whole, overflow="fold")
+        width = max(text.cell_len for text in column)
+        least += _GAP + (width if whole else min(width, FOLDED_LEAST))
+    for cells in texts[1:]:
+        cells[0].stylize((styles or {}).get(cells[0].plain, "none"))
         table.add_row(*cells)
-    rich.print(table)
+    console = Console()
+    console.width = max(console.width, least)
+    console.print(table)
 
 
 def draw_stored(messages: Sequence[StoredMessage], state: State) -> None:
