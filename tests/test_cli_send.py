@@ -40,6 +40,12 @@ def test_a_body_that_is_not_json_is_refused(db):
     assert waiting(db) == []
 
 
+def test_a_json_text_that_is_nested_too_deeply_is_not_said_to_be_none(db):
+    ran = run("send", db, "claims", given=b"1\n" + b"[" * 3_000 + b"]" * 3_000)
+    assert (ran.code, waiting(db)) == (3, [1])
+    assert ran.err.endswith("line 2: the JSON text is nested more than 200 deep\n")
+
+
 def test_a_bad_line_stops_behind_all_that_stand_before_it(db):
     given = b"".join(b"%d\n" % number for number in range(1, 1_501)) + b"{bad\n" + b"0\n" * 100
     ran = run("send", db, "claims", given=given)

@@ -283,9 +283,9 @@ def filao_sandbox(*arguments: str, **environment: str) -> "subprocess.CompletedP
 def test_a_port_that_is_in_use_is_told(served) -> None:
     port = served.url.rstrip("/").rpartition(":")[2]
     ran = filao_sandbox("--port", port)
-    assert ran.returncode == 4
-    assert f"port {port} of 127.0.0.1: cannot listen" in ran.stderr
-    assert "--port 0 finds a free one" in ran.stderr
+    assert ran.returncode == 2
+    assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in ran.stderr
+    assert "port 0 is any that is free" in ran.stderr
 
 
 def test_wrong_usage_is_told() -> None:

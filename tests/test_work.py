@@ -388,6 +388,7 @@ def _get(address: str) -> tuple[int, Any]:
         (["app:worker", "--health", "http"], 2, "--health 'http': give a port, or HOST:PORT"),
         (["app:worker", "--processes", "2", "--metrics", "http"], 2, "--metrics 'http': give a port, or HOST:PORT"),
         (["app:worker", "--metrics", "9" * 5_000], 2, "': give a port, or HOST:PORT"),
+        (["app:worker", "--health", "é..no:0"], 2, "--health: é..no:0 cannot be listened on: "),
         (["app:worker", "--processes", "0"], 2, "--processes"),
         (["unknown:worker"], 3, "queue 'claimz' is not declared"),
         (["unknown:worker", "--processes", "2"], 3, "queue 'claimz' is not declared"),

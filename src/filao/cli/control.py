@@ -45,7 +45,7 @@ def cancel(*, arguments: tuple[str, ...]) -> int:
         was_cancelled = broker.cancel(name, message_id)
     print_lines([as_json({"cancelled": was_cancelled})])
     if not was_cancelled:
-        note(f"no message {message_id!r} waits in queue {name!r}: it is being worked on, dead or gone")
+        note(f"no message {message_id!r} waits in queue {name!r}: it is worked on, dead or gone, or never was there")
     return 0 if was_cancelled else 1
 
 

@@ -10,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from filao.cli.shell import signals
+from filao.codec import DEPTH_MAX
 from filao.draft import Outgoing, draft
 from filao.errors import FilaoError, MessageNotEncodable, MessageTooLarge
 from filao.queue import BODY_MAX_EVER, Queue
@@ -88,7 +89,9 @@ def json_text(line: bytes) -> msgspec.Raw:
     text = line.strip()
     try:
         msgspec.json.decode(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise MessageNotEncodable(f"the JSON text is nested more than {DEPTH_MAX} deep") from error
+    except ValueError as error:
         shown = text[:60].decode(errors="replace")
         raise MessageNotEncodable(
             f"{shown!r} is not JSON: {error}. A text stands in double quotes, as in '\"text\"'."

@@ -69,8 +69,8 @@ def listening_at(option: str, host: str, port: int) -> socket.socket:
     """Return a socket that listens at the address of an option, or raise the error that says why none can."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        why = str(error.strerror).partition(" (while")[0]  # Python repeats the address
+    except (OSError, TypeError) as error:  # the latter of what can be no host's name
+        why = str(getattr(error, "strerror", error)).partition(" (while")[0]  # Python repeats the address
         raise usage(
             f"{option}: {host}:{port} cannot be listened on: {why}. Give another address; port 0 is any that is free"
         ) from error

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import socket
 import sys
 import webbrowser
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from filao.cli.pages import listening_at, shown_address
 from filao.cli.shell import Number, note, usage
 
 PORT = 8747
@@ -58,9 +58,8 @@ def sandbox_command(
     if len(token) < TOKEN_LEAST:
         raise usage(f"FILAO_TOKEN: a token that is shorter than {TOKEN_LEAST} characters is soon guessed")
     is_open = host not in LOOPBACK
-    with _listening(host, port) as listening:
-        name = f"[{host}]" if ":" in host else host
-        address = f"http://{name}:{listening.getsockname()[1]}/?token={token}"
+    with listening_at("--host and --port", host, port) as listening:
+        address = f"{shown_address(host, listening.getsockname()[1])}?token={token}"
         opened = _opened(address, browser=not no_browser)
         may_run_code = allow_code or not is_open
         try:
@@ -68,20 +67,6 @@ def sandbox_command(
         finally:
             note("ended: all processes of the sandbox are gone, and its files are removed")
     return 0
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        hint = "Another sandbox may run there. Take another: --port 0 finds a free one."
-        raise OSError(error.errno, f"cannot listen ({error.strerror}). {hint}", f"port {port} of {host}") from error
-    listening.listen()
-    return listening
 
 
 def _opened(address: str, *, browser: bool) -> Callable[[str], None]:
