@@ -393,6 +393,8 @@ def _get(address: str) -> tuple[int, Any]:
         (["unknown:worker"], 3, "queue 'claimz' is not declared"),
         (["unknown:worker", "--processes", "2"], 3, "queue 'claimz' is not declared"),
         (["nofile:worker"], 3, "does not exist"),
+        (["away:worker", "--until-idle"], 4, "PostgreSQL at 127.0.0.1:1, database claims is away"),
+        (["away:worker", "--until-idle", "--processes", "2"], 4, "PostgreSQL at 127.0.0.1:1, database claims is away"),
     ],
 )
 def test_what_cannot_run_says_why(folder, broker, arguments, code, text) -> None:
@@ -403,6 +405,7 @@ def test_what_cannot_run_says_why(folder, broker, arguments, code, text) -> None
         async def handle(message): ...
     """)
     (folder / "unknown.py").write_text(wrong.format("claims.db"))
+    (folder / "away.py").write_text(wrong.format("postgresql://127.0.0.1:1/claims"))
     (folder / "nofile.py").write_text(wrong.format("no/such/folder/claims.db"))
     work = Work(folder, *arguments)
     assert work.ends() == code

@@ -84,7 +84,8 @@ def work(
     is lost either way.
 
     With --until-idle it also ends once it finds nothing to receive and none of its handlers runs. What is delayed, what
-    comes again after a backoff and what other processes hold is left.
+    comes again after a backoff and what other processes hold is left. It does not wait for a storage that is away at
+    its start.
 
     With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends, but
     not one that was idle. While the storage is away it waits for it, for ever. Exit codes are those of `filao --help`;

@@ -219,7 +219,8 @@ class Worker:
         no worker. With `signals=False` the signals are left to the program, which calls `stop`.
 
         With `until_idle` it stops as well, and returns True, once it finds nothing to receive in any of its queues and
-        none of its handlers runs. What is delayed, comes again after a backoff, or is leased by others, is left.
+        none of its handlers runs. What is delayed, comes again after a backoff, or is leased by others, is left. If
+        its storage is away at its start, it raises `EngineError`.
 
         While its storage is away, full, locked or read-only, or a queue is deleted, it waits and tries again for as
         long as that takes. `ready` is called when it begins to receive. `until` is called after each message; when it
@@ -235,7 +236,7 @@ class Worker:
 
         with self._once() as stop, told_by_signals(stop.tell) if signals else nullcontext():
             async with _opened(self._source) as broker:
-                consumers = await _reached(partial(self._reach, broker), stop)
+                consumers = await _reached(partial(self._reach, broker), stop, patient=not until_idle)
                 if consumers is None:
                     return False
                 async with lived(self._lifespans, stop.told) as values:
@@ -373,8 +374,10 @@ async def _opened(source: str | Path | Broker) -> AsyncGenerator[Broker]:
             log.warning("the worker has ended, but what it held may have to wait for its leases to end: %s", error)
 
 
-async def _reached(reach: Callable[[], Awaitable[dict[str, Consumer]]], stop: Stop) -> dict[str, Consumer] | None:
-    """Call `reach`, again and again while the engine fails; return None once the worker is told to stop."""
+async def _reached(
+    reach: Callable[[], Awaitable[dict[str, Consumer]]], stop: Stop, *, patient: bool
+) -> dict[str, Consumer] | None:
+    """Call `reach`, again and again while the engine fails and we are `patient`; return None once told to stop."""
     outages = Outages()
     told = asyncio.create_task(stop.told.wait())
     try:
@@ -388,6 +391,8 @@ async def _reached(reach: Callable[[], Awaitable[dict[str, Consumer]]], stop: St
             except OpenAgain:
                 raise
             except EngineError as error:
+                if not patient:
+                    raise
                 outages.fails("reaching the engine", error)
             else:
                 outages.is_over("reaching the engine")
