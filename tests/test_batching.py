@@ -236,6 +236,18 @@ async def test_the_result_of_a_call_cancelled_meanwhile_is_handed_back() -> None
     assert commits.abandoned == [None]
 
 
+async def test_a_call_that_the_closing_of_its_broker_ended_says_that_it_is_open_what_was_done() -> None:
+    commits = Commits()
+    commits.open.clear()
+    batcher = commits.batcher()
+    call = batcher.submit(ask("a"))
+    await commits.begun.wait()
+    for doing in batcher._doing:
+        doing.cancel()
+    with pytest.raises(EngineUnavailable, match=r"closed before the engine had answered.*open whether the message was"):
+        await call
+
+
 async def test_the_batcher_goes_on_after_a_failure() -> None:
     commits = Commits(failing="bad", error=QueueFull("no"))
     batcher = commits.batcher()

@@ -15,6 +15,11 @@ from filao.errors import EngineUnavailable, FilaoError
 
 log: logging.Logger = logging.getLogger("filao")
 
+_CLOSED = (
+    "the broker was closed before the engine had answered. If this was a send, it is open whether the message was "
+    "stored: send it again with the same message_id."
+)
+
 PAUSE_MIN = 0.1  # seconds after a first turn that failed
 PAUSE_MAX = 5.0  # seconds at most after one of many that failed in a row
 
@@ -54,7 +59,7 @@ def look_away(future: "asyncio.Future[Any]") -> None:
 
 def failure_of(ended: "asyncio.Future[Any]") -> BaseException | None:
     """Return the error of a future that has ended, if it ended in one; only a broker that is closed cancels it."""
-    return EngineUnavailable("the broker was closed meanwhile") if ended.cancelled() else ended.exception()
+    return EngineUnavailable(_CLOSED) if ended.cancelled() else ended.exception()
 
 
 def check_cancelled() -> None:
