@@ -519,7 +519,7 @@ async def test_who_takes_long_but_waits_for_nobody_is_not_given_up(tmp_path, mon
 
         looking = asyncio.ensure_future(engine._jobs.look_up(examine))
         await begun.wait()
-        engine._jobs._tickets.give_up(time.monotonic() + 60)
+        engine._jobs.tickets.give_up(time.monotonic() + 60)
         may_end.set()
         assert await looking == "examined"
 
@@ -566,7 +566,7 @@ async def test_a_closed_broker_leaves_no_timer(tmp_path) -> None:
     async with filao.connect(tmp_path / "claims.db") as broker:
         engine = engine_of(broker)
         await broker.declare(filao.Queue("claims"))
-    timer = engine._jobs._tickets._timer
+    timer = engine._jobs.tickets._timer
     assert timer is not None
     assert timer.cancelled()
 

@@ -36,7 +36,7 @@ class Database:
         self.lessee: Lessee = NOBODY
         """This process as one that receives, once it is entered: see `presence.py`."""
         self.ticket: Ticket | None = None
-        """The ticket of the running job: see `Jobs.in_turn`."""
+        """See `filao.engines.sqlite.thread.Visited`."""
         self.loop_thread: int = threading.get_ident()
         """See `filao.forks.Storage`."""
         self._wake = wake

@@ -146,9 +146,12 @@ class SqliteEngine:
     def execute(self, batch: Batch) -> Awaitable[list[Result]]:
         """Do a batch as one transaction, with all that joins it until its turn comes."""
         until = max(batch.since + files.BUSY_TIMEOUT, time.monotonic() + BEGINS_WITHIN)
-        if self._jobs.is_kept:
+        if self._jobs.gate.locked():
             return self._jobs.alone(partial(self._execute, batch), until)
-        return self._jobs.in_turn(partial(self._execute, batch), until, Direct(self._loop))
+        future: Direct[list[Result]] = Direct(self._loop)
+        return self._jobs.thread.submit(
+            partial(self._execute, batch), future, self._jobs.tickets.hand_out(until, future)
+        )
 
     def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
         """Do a batch in the calling thread, if nobody is in the way."""

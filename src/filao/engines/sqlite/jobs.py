@@ -35,14 +35,14 @@ class Jobs:
         """Whether a job that only looks is running."""
         self._database = database
         self._hold = database.hold
-        self._gate = asyncio.Lock()
-        """Held by work that needs the thread for several jobs that belong together; single jobs only look at it."""
+        self.gate: asyncio.Lock = asyncio.Lock()
+        """Held by work that keeps the thread for several jobs that belong together."""
 
     def begin(self) -> None:
         """Start the thread. Raises `EngineUnavailable` when none can be had."""
         self._loop = asyncio.get_running_loop()
         self.thread: DatabaseThread = DatabaseThread(f"filao {self._hold.path.name}", self._database)
-        self._tickets = Tickets(self.refusal, self.relieve)
+        self.tickets: Tickets = Tickets(self.refusal, self.relieve)
 
     def end(self, last: Callable[[], None]) -> "asyncio.Future[None]":
         """Run the last job behind all others, in no turn and without a limit, and end the thread."""
@@ -53,7 +53,7 @@ class Jobs:
 
     def _ended(self, last: "asyncio.Future[None]") -> None:
         """Stop the timer, and take the error of a last job for which nobody waits."""
-        self._tickets.close()
+        self.tickets.close()
         look_away(last)
 
     # --- single jobs -------------------------------------------------------------------------------------------------
@@ -62,25 +62,14 @@ class Jobs:
         """Run a job of an open transaction, which has the turn, for whoever keeps the thread."""
         return self.thread.submit(job)
 
-    def in_turn(
-        self, job: Callable[[], R], until: float | None = None, future: "asyncio.Future[R] | None" = None
-    ) -> "asyncio.Future[R]":
+    def in_turn(self, job: Callable[[], R], until: float | None = None) -> "asyncio.Future[R]":
         """Run a job that waits for a turn to write, until (monotonic) it must have begun: in 30 s unless it is given.
 
-        Its result goes into `future`, if that is given.
+        A batch does the same without this call (`SqliteEngine.execute`).
         """
-        future = self._loop.create_future() if future is None else future
-        ticket = self._tickets.hand_out(time.monotonic() + files.BUSY_TIMEOUT if until is None else until, future)
-
-        def with_ticket() -> R:
-            self._database.ticket = ticket
-            try:
-                return job()
-            finally:
-                if self._database.ticket is ticket:  # otherwise it was taken, or this thread was left waiting
-                    self._database.ticket = None
-
-        return self.thread.submit(with_ticket, future)
+        future: asyncio.Future[R] = self._loop.create_future()
+        until = time.monotonic() + files.BUSY_TIMEOUT if until is None else until
+        return self.thread.submit(job, future, self.tickets.hand_out(until, future))
 
     async def alone(self, job: Callable[[], R], until: float | None = None) -> R:
         """Run a job in its turn, but never inside a transaction of the user's."""
@@ -114,23 +103,18 @@ class Jobs:
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether somebody keeps the thread."""
-        return self._gate.locked()
-
     @asynccontextmanager
     async def kept(self, until: float) -> AsyncGenerator[None]:
         """Keep the thread to the caller, once nobody else does, which must be before `until`."""
         try:
             async with asyncio.timeout(until - time.monotonic()):
-                await self._gate.acquire()
+                await self.gate.acquire()
         except TimeoutError:
             raise self.refusal() from None
         try:
             yield
         finally:
-            self._gate.release()
+            self.gate.release()
 
     async def stop_looking(self, until: float) -> None:
         """Make a job that only looks fail, by interrupting its statements."""

@@ -22,7 +22,7 @@ from filao.forks import Storage, gate
 from filao.process import start
 
 R = TypeVar("R")
-_Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
+_Job = tuple[Callable[[], Any], "asyncio.Future[Any]", "Ticket | None"]
 
 _handler_of: Callable[[int], object] = import_module("_signal").getsignal  # what `signal` wraps, at 30 times its cost
 _SIGNALS = tuple(map(int, signal.valid_signals()))
@@ -156,6 +156,9 @@ class Tickets:
 class Visited(Storage, Protocol):
     """What jobs and visits work on."""
 
+    ticket: Ticket | None
+    """The ticket of the running job, until the job takes it."""
+
     def mend(self) -> None:
         """Undo what is left of a visit that an exception has ended between any two of its instructions."""
 
@@ -181,7 +184,9 @@ class DatabaseThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         start(self._thread)
 
-    def submit(self, job: Callable[[], R], future: "asyncio.Future[R] | None" = None) -> "asyncio.Future[R]":
+    def submit(
+        self, job: Callable[[], R], future: "asyncio.Future[R] | None" = None, ticket: Ticket | None = None
+    ) -> "asyncio.Future[R]":
         """Run `job` after those before it; the future is resolved on the loop, unless it was meanwhile.
 
         A lone caller should do nothing after it: the thread that wakes up needs Python's lock, which the loop gives up
@@ -192,7 +197,7 @@ class DatabaseThread:
             future.set_exception(EngineUnavailable("the broker was closed meanwhile. Nothing of this was done."))
         else:
             self._given += 1
-            self._jobs.put((job, future))
+            self._jobs.put((job, future, ticket))
         return future
 
     def visit(self, job: Callable[[], bool]) -> bool:
@@ -252,21 +257,24 @@ class DatabaseThread:
 
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
-            job, future = item
+            job, future, ticket = item
             with self._busy:
                 gate.enter(self._storage)
+                self._storage.ticket = ticket
                 try:
                     result, error = job(), None
                 except BaseException as raised:
                     result, error = None, raised
                 finally:
+                    if self._storage.ticket is ticket:  # otherwise it was taken, or this thread was left waiting
+                        self._storage.ticket = None
                     gate.leave()
             if isinstance(error, LeftWaiting) and self._has_been_relieved():
                 return
             self._done += 1
             with suppress(RuntimeError):  # the loop has ended: nobody is left to tell
                 self._loop.call_soon_threadsafe(_resolve, future, result, error)
-            del item, job, future, result, error  # otherwise this frame would keep them alive while it waits
+            del item, job, future, ticket, result, error  # otherwise this frame would keep them alive while it waits
 
     def _has_been_relieved(self) -> bool:
         with self._relieving:
