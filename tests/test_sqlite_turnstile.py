@@ -330,7 +330,7 @@ async def test_a_look_does_not_wait_for_housekeeping_beside_a_foreign_transactio
             assert (await broker.stats(CLAIMS)).ready == 3
 
 
-EXCLUSIVE = WRITES.replace("alone.execute(", "alone.execute('PRAGMA locking_mode = EXCLUSIVE'); alone.execute(")
+EXCLUSIVE = WRITES.replace("db.execute(", "db.execute('PRAGMA locking_mode = EXCLUSIVE'); db.execute(")
 
 
 @pytest.mark.anyio
