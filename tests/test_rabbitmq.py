@@ -293,6 +293,15 @@ async def test_a_virtual_host_that_is_down_counts_as_away_and_not_as_a_mistake_o
         await filao.connect(rabbitmq.url(vhost="fallen")).open()
 
 
+def test_a_connection_that_was_closed_is_called_so_and_not_by_its_place_in_memory() -> None:
+    away = server.Server("amqp://127.0.0.1/")
+    for closed, name in (
+        ('<_Wire: "amqp://guest:******@h/?heartbeat=30" at 0x7f1>', "connection"),
+        ('<Channel: "1" at 0x7f1>', "channel"),
+    ):
+        assert f"is away: its {name} closed." in str(away.engine_error(ConnectionResetError(f"{closed} closed")))
+
+
 async def test_a_server_that_is_too_old_is_refused(url, monkeypatch) -> None:
     monkeypatch.setattr(server, "VERSION_MIN", (99, 0))
     with pytest.raises(filao.ConfigurationError, match=r"version 3.*Filao needs 99.0 or newer"):

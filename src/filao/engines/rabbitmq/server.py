@@ -451,6 +451,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _said(error: BaseException) -> str:
-    """Return the server's words, which are among the arguments of the client's exceptions."""
+    """Return the words of the server or the client, which are among the arguments of the client's exceptions."""
     words = [str(part) for part in error.args if isinstance(part, str | bytes) and part]
-    return (words[-1] if words else str(error) or type(error).__name__).strip().rstrip(".")
+    said = (words[-1] if words else str(error) or type(error).__name__).strip().rstrip(".")
+    return _OBJECT.sub(lambda found: "its channel" if found[1] == "Channel" else "its connection", said)
+
+
+_OBJECT = re.compile(r'<(\w+): "[^"]*" at 0x[0-9a-f]+>')  # as the client calls what has been closed
