@@ -70,8 +70,8 @@ class History:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def write(self, *records: Record) -> None:
-        """Append lines, all or none."""
-        os.write(self._file, b"".join(msgspec.json.encode(record) + b"\n" for record in records))
+        """Append a line with all of them; a process that is killed meanwhile may leave the beginning of one."""
+        os.write(self._file, b"\n" + msgspec.json.encode(records))
 
     def close(self) -> None:
         """Let go of the file."""
@@ -79,6 +79,14 @@ class History:
 
 
 def read(path: Path) -> list[Record]:
-    """Read what was written, in the order of writing."""
-    decoder = msgspec.json.Decoder(Record)
-    return [decoder.decode(line) for line in path.read_bytes().splitlines()]
+    """Read what was written, in the order of writing; what was cut off by a kill was not written."""
+    decoder = msgspec.json.Decoder(list[Record])
+    found: list[Record] = []
+    for line in path.read_bytes().splitlines():
+        try:
+            found += decoder.decode(line)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            continue
+    return found

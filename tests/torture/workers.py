@@ -36,7 +36,11 @@ def play(scene: Scene) -> None:
             verdict = await worked(pen, message, extends=False)  # in its transaction it may not
             if verdict is None:
                 pen.begin("commit", **lease_of(message))
-                await transaction.execute(EFFECT, (message.id,))
+                try:
+                    await transaction.execute(EFFECT, (message.id,))
+                except BaseException:  # its time is over, or the storage failed: failed or given back
+                    ended_by_worker(pen, message)
+                    raise
             return verdict
 
     else:
