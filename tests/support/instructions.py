@@ -48,6 +48,7 @@ def _traced(call: Callable[[], object], each: Callable[[int], object]) -> int:
             each(count)
         return trace
 
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 counts opcodes only if some frame wanted it at `settrace`
     sys.settrace(trace)
     try:
         call()
