@@ -1183,7 +1183,7 @@ async def test_pages_touch_no_more_rows_of_postgresql_than_they_show(broker) -> 
     with psycopg.connect(engine_of(broker)._server.url, autocommit=True) as database:
 
         async def touched() -> int:
-            await engine_of(broker).operators._row("SELECT pg_stat_force_next_flush()")
+            await engine_of(broker)._main.row("SELECT pg_stat_force_next_flush()")
             return int(database.execute(_TOUCHED).fetchall()[0][1])
 
         async with visiting(broker) as somebody:

@@ -4,13 +4,11 @@ import asyncio
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
 import filao
 import filao.sync
-from filao.broker import session_of
 from filao.testing import Clock
 from tests.conftest import engine_of
 
@@ -40,11 +38,11 @@ async def test_events_that_were_kept_long_enough_leave_the_database(postgres) ->
     async with filao.connect(postgres.create("history_tidy")) as broker:
         await broker.declare(filao.Queue("claims", history=True, history_window=0.001))
         await broker.send_many("claims", range(1_500))
-        operators: Any = session_of(broker).engine.operators
+        main = engine_of(broker)._main
         upto: int | None = 0
         while upto is not None:
-            (upto,) = await operators._row("SELECT filao.tidy(NULL, %s)", upto)
-        assert await operators._row("SELECT count(*) FROM filao.event") == (0,)
+            (upto,) = await main.row("SELECT filao.tidy(NULL, %s)", upto)
+        assert await main.row("SELECT count(*) FROM filao.event") == (0,)
 
 
 async def test_a_user_s_own_transaction_is_named_as_its_connection_is(postgres) -> None:
