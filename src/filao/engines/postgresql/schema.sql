@@ -146,13 +146,13 @@ CREATE INDEX unarranged_queue ON filao.unarranged (queue);
 ALTER TABLE filao.unarranged REPLICA IDENTITY FULL;  -- or a publication of all tables would refuse its deletes
 
 -- What a queue counts, in rows of its own for each backend that counts it, so that nobody waits for anybody, and for
--- each slot of some eight seconds: a row that is updated for ever is, under an old transaction, a chain of dead
+-- each slot of some two seconds: a row that is updated for ever is, under an old transaction, a chain of dead
 -- versions without end. Their sum is what is true; old slots, and the rows of backends that are gone, are folded into
 -- those of backend 0.
 CREATE TABLE filao.counter (
   queue   integer NOT NULL,
   backend integer NOT NULL,
-  slot    bigint  NOT NULL,    -- of 8,192 milliseconds
+  slot    bigint  NOT NULL,    -- of 2,048 milliseconds
   name    text    NOT NULL,    -- a field of filao.engine.QueueStats; of the dead also with why: dead:expired
   value   bigint  NOT NULL,
   PRIMARY KEY (queue, backend, slot, name)

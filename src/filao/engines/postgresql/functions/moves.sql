@@ -94,7 +94,7 @@ $$;
 CREATE OR REPLACE FUNCTION filao.count(q integer, names text[], amounts bigint[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
   INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
-  SELECT q, pg_backend_pid(), floor(extract(epoch FROM clock_timestamp()) / 8.192)::bigint, given.name,
+  SELECT q, pg_backend_pid(), floor(extract(epoch FROM clock_timestamp()) / 2.048)::bigint, given.name,
          sum(given.amount)
   FROM unnest(names, amounts) AS given (name, amount)
   GROUP BY given.name HAVING sum(given.amount) <> 0

@@ -114,7 +114,7 @@ BEGIN
     );
     WITH old AS MATERIALIZED ( -- a user's transaction may still be counting in one
       SELECT c.queue, c.backend, c.slot, c.name FROM filao.counter c
-      WHERE c.backend <> 0 AND (c.slot < (filao.wall() >> 13) - 1
+      WHERE c.backend <> 0 AND (c.slot < (filao.wall() >> 11) - 4
                                 OR NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = c.backend))
       FOR UPDATE SKIP LOCKED
     ), gone AS (
