@@ -27,7 +27,7 @@ LIMITS = [
 ]
 """What a number in the SQL is called in Python."""
 OWN = {
-    *(13, 16, 20, 32, 64),  # bits of numbers and tokens, digits of an id, a twentieth of the time, powers of a factor
+    *(11, 16, 20, 32, 64),  # bits of numbers and tokens, digits of an id, a twentieth of the time, powers of a factor
     *(100, 200, 500, 512, 1_000, 20_000, 30_000),  # rows in one go, and what a session keeps in mind
     *(2_047, 86_400_000, 1_718_184_290, 2_147_483_647, 1_181_314_145_000_000),  # keys of locks, a day, no priority
 }
