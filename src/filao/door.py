@@ -19,8 +19,6 @@ GUESS_COSTS = 0.5  # seconds that a wrong token costs; guesses of one address wa
 GUESSES_MAX = 16  # guesses of one address that may wait at a time
 ADDRESSES_MAX = 1_024  # addresses whose guesses may wait at a time: as many as a process usually has descriptors
 
-TOO_MANY = "Too many guesses at a time. Try again in a few seconds.\n"
-
 SAFE = {
     "x-frame-options": "DENY",
     "x-content-type-options": "nosniff",
@@ -83,8 +81,11 @@ def safely(send: Send, safe: Mapping[str, str]) -> Send:
     return sending
 
 
-class TooManyGuessesError(Exception):
+class TooOftenError(Exception):
     """As many guesses from one address wait as may."""
+
+    def __init__(self) -> None:
+        super().__init__("Too many guesses at a time. Try again in a few seconds.\n")
 
 
 class _Line:
@@ -106,14 +107,14 @@ class Guesses:
     async def is_right(self, client: str, given: str) -> bool:
         """Return whether this is the token, in a time that does not show how much of it is right.
 
-        Raises `TooManyGuessesError` when too many of the client's address, or of other addresses, wait already.
+        Raises `TooOftenError` when too many of the client's address, or of other addresses, wait already.
         """
         address = _address(client)
         if address not in self._lines and len(self._lines) >= ADDRESSES_MAX:
-            raise TooManyGuessesError
+            raise TooOftenError
         line = self._lines.setdefault(address, _Line())
         if line.waiting >= GUESSES_MAX:
-            raise TooManyGuessesError
+            raise TooOftenError
         line.waiting += 1
         try:
             async with line.turn:

@@ -25,17 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from filao import door
 from filao.dashboard.neighbours import is_of_another_user
-from filao.door import (
-    LOOPBACK,
-    TOO_MANY,
-    Guesses,
-    TooManyGuessesError,
-    client_of,
-    cookie_of,
-    is_of_host,
-    is_of_other_site,
-    safely,
-)
+from filao.door import LOOPBACK, Guesses, TooOftenError, client_of, cookie_of, is_of_host, is_of_other_site, safely
 from filao.languages import LANGUAGES
 from filao.printable import printable
 
@@ -182,8 +172,8 @@ class Door:
             is_right = await guesses.is_right(client_of(scope), form.get("token", "").strip())
         except FormError as error:
             return PlainTextResponse(error.text, error.status)
-        except TooManyGuessesError:
-            return PlainTextResponse(TOO_MANY, 429)
+        except TooOftenError as error:
+            return PlainTextResponse(str(error), 429)
         if not is_right:
             return self._enter(scope, True)
         kept = self._kept(scope, _new_session(form.get("name", "")))

@@ -81,9 +81,11 @@ def _files(path: Path) -> Iterator[Finding]:
         yield Finding("permissions", "warning", f"{mode:04o}: others may read the messages; chmod 600 {path}")
     else:
         yield Finding("permissions", "ok", f"{mode:04o}")
-    wal, large = path.with_name(path.name + "-wal"), own.large_wal(path)
-    size = wal.stat().st_size if wal.exists() else 0
-    yield Finding("WAL", "warning" if large else "ok", large or f"{size:,} bytes")
+    size = own.wal_size(path)
+    if size > own.WAL_NOTABLE:
+        yield Finding("WAL", "warning", own.why_wal_grows(path))
+    else:
+        yield Finding("WAL", "ok", f"{size:,} bytes")
 
 
 def _modes(db: sqlite3.Connection) -> Iterator[Finding]:

@@ -82,10 +82,11 @@ class Housekeeper:
 
     def _tell_of_wal(self) -> None:
         """Log once that the WAL has grown too large, before it fills the disk."""
-        large = own.large_wal(self._database.hold.path)
-        if large is not None and not self._is_wal_told:
-            log.warning("the WAL of %s has %s", self._database.hold.path, large)
-        self._is_wal_told = large is not None
+        path = self._database.hold.path
+        is_large = own.wal_size(path) > own.WAL_NOTABLE
+        if is_large and not self._is_wal_told:
+            log.warning("the WAL of %s has %s", path, own.why_wal_grows(path))
+        self._is_wal_told = is_large
 
     def _soon(self, job: Callable[[], R]) -> Awaitable[R]:
         return self._jobs.alone(job, time.monotonic() + TIDIES_WITHIN)

@@ -56,19 +56,22 @@ def in_the_way(path: Path, turnstile: Path | None = None) -> str:
     return _named(found) or "another process"
 
 
-def large_wal(path: Path) -> str | None:
-    """Return in words how large the WAL is and why; None while it is no larger than it should be."""
+def wal_size(path: Path) -> int:
+    """Return how many bytes the WAL of a file has."""
     try:
-        size = path.with_name(path.name + "-wal").stat().st_size
+        return path.with_name(path.name + "-wal").stat().st_size
     except OSError:
-        return None
-    if size <= WAL_NOTABLE:
-        return None
+        return 0
+
+
+def why_wal_grows(path: Path) -> str:
+    """Return in words why a WAL is larger than it should be."""
     shm = path.with_name(path.name + "-shm")
     readers = {pid for byte in _READING for pid in _holders("POSIX", shm, byte, "READ")}
     return (
-        f"{size:,} bytes, and it grows: most likely somebody reads in one transaction for long, until whose end it "
-        f"cannot be written back. Those that read at this moment: {_named(readers) or 'the system does not tell'}"
+        f"{wal_size(path):,} bytes, and it grows: most likely somebody reads in one transaction for long, until "
+        f"whose end it cannot be written back. Those that read at this moment: "
+        f"{_named(readers) or 'the system does not tell'}"
     )
 
 

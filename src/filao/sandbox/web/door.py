@@ -9,17 +9,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from filao import door
-from filao.door import (
-    LOOPBACK,
-    TOO_MANY,
-    Guesses,
-    TooManyGuessesError,
-    client_of,
-    cookie_of,
-    is_of_host,
-    is_of_other_site,
-    safely,
-)
+from filao.door import LOOPBACK, Guesses, TooOftenError, client_of, cookie_of, is_of_host, is_of_other_site, safely
 
 SESSION = "filao_session"  # the cookie's name
 SESSIONS_MAX = 1_000  # remembered sessions; after that the oldest is forgotten
@@ -85,8 +75,8 @@ class Door:
             return
         try:
             is_right = await self._guesses.is_right(client_of(scope), given)
-        except TooManyGuessesError:
-            await PlainTextResponse(TOO_MANY, 429, SAFE)(scope, receive, send)
+        except TooOftenError as error:
+            await PlainTextResponse(str(error), 429, SAFE)(scope, receive, send)
             return
         if not is_right:
             await PlainTextResponse(WRONG_TOKEN, 403, SAFE)(scope, receive, send)
