@@ -347,6 +347,64 @@ async def test_a_lane_in_which_something_happened_is_not_left_out_for_an_idle_on
     assert shown == [1, 2, 3, 4, 5, 6, 7]
 
 
+async def test_the_timeline_keeps_its_drawing_while_time_goes_on_and_begins_at_the_oldest_bar_that_it_knows(
+    learner,
+) -> None:
+    told = await learner.page.evaluate(
+        """async () => {
+            const [{ timeline }, { draw }] = [await import("/static/timeline.js"), await import("/static/dom.js")];
+            const bar = (claim) => ({
+                claim, id: `m-${claim}`, attempt: 1, from: claim, to: claim + 0.9, how: "acked", paid: null,
+                lease_end: null, extended: [],
+            });
+            const place = document.createElement("div");
+            const shown = (now, claims, bars) => {
+                const lanes = [{ number: 1, state: "waiting", bars: claims.map(bar) }];
+                draw(place, timeline({ now, lanes }, 900, 170, { scale: 1, claim: 0, bars, follow: () => {} }));
+                return {
+                    size: place.querySelector("svg").getAttribute("viewBox"), first: place.querySelector(".tick").textContent,
+                    extent: parseFloat(place.querySelector(".extent").style.width),
+                    bars: [...place.querySelectorAll(".bar")].map((one) => Number(one.dataset.claim)),
+                };
+            };
+            return [shown(60, [8, 59]), shown(90, [8, 59, 89]), shown(90, [58, 59, 89]), shown(90, [58, 59, 89], 2)];
+        }"""
+    )
+    early, late, cut, few = told
+    assert early["size"] == late["size"] == cut["size"]
+    assert early["extent"] < late["extent"]
+    assert (late["first"], cut["first"]) == ("0\u00a0s", "50\u00a0s")
+    assert cut["extent"] < late["extent"]
+    assert (cut["bars"], few["bars"]) == ([58, 59, 89], [59, 89])
+
+
+async def test_the_link_of_a_claim_into_the_timeline_brings_its_bar_into_sight(chrome, served) -> None:
+    async with learning(chrome, served, viewport={"width": 390, "height": 844}) as learner:
+        await learner.act("create")
+        await learner.slide(work="0.1", consumers="1")
+        await learner.press(".controls button:enabled >> nth=1")
+        await until_soon(lambda: learner.stats().acked == 20)
+        await learner.tab("timeline")
+        await learner.page.wait_for_selector(".bar[data-claim='20'][data-how=acked]")
+        await learner.page.eval_on_selector(".timeline", "view => { view.scrollLeft = 0; }")
+        await learner.page.wait_for_selector(".timeline-box:not(.more)", state="attached")
+        assert not await in_sight(learner, 20)
+        await learner.press(".chip.done[data-claim='20']")
+        await learner.press(".story .link")
+        await learner.page.wait_for_selector(".bar.hero[data-claim='20']")
+        await learner.until(f"({IN_SIGHT})(20)")
+
+
+IN_SIGHT = """claim => {
+    const [bar, view] = [document.querySelector(`.bar[data-claim='${claim}'] rect`), document.querySelector(".timeline")];
+    return bar.getBoundingClientRect().right <= view.getBoundingClientRect().right;
+}"""
+
+
+async def in_sight(learner, claim: int) -> bool:
+    return bool(await learner.page.evaluate(IN_SIGHT, claim))
+
+
 # --- what the learner does -------------------------------------------------------------------------------------------
 
 

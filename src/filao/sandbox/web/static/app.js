@@ -20,15 +20,16 @@ const BESIDE = 1100; // pixels of the page's width from which the stage stands b
 const BELOW_HEIGHT = 330; // pixels of the stage that stands below it
 const PLAY_EVERY = 1300; // milliseconds for a frame of slow motion
 const TOLD_FOR = 9000; // milliseconds that a note stays
+const BARS_AT_ONCE = 10; // of a lane that a frame adds to a timeline that has just appeared
 
 const root = document.getElementById("page");
 const state = {
-  scene: null, moves: [], tab: "timeline", at: 0, playing: false, claim: 0, note: "", beat: 0, presenting: false, hidden: false,
-  shown: "stage", code: kept(), leaves: false, lost: false, rule: "filao", pinned: true, proofs: {}, theme: localStorage.getItem("filao-theme"),
+  scene: null, moves: [], tab: "timeline", at: 0, playing: false, claim: 0, sought: 0, note: "", beat: 0, presenting: false, hidden: false,
+  shown: "stage", code: kept(), leaves: false, lost: false, rule: "filao", pinned: true, bars: BARS_AT_ONCE, proofs: {}, theme: localStorage.getItem("filao-theme"),
   view: (name) => change({ shown: name }),
   tell,
   write: (code, anew) => { keep(code); change({ code, leaves: false }); if (anew) document.querySelector("textarea.code").value = code; },
-  toTimeline: (claim) => change({ tab: "timeline", claim }),
+  toTimeline: (claim) => change({ tab: "timeline", claim, sought: claim }),
   choose: (rule) => change({ rule }),
 };
 
@@ -63,7 +64,7 @@ function ask(what) {
 
 function arrive(scene) {
   const isNew = state.scene?.since !== scene.since || state.scene?.lesson.current !== scene.lesson.current;
-  if (isNew) Object.assign(state, { moves: [], at: 0, beat: state.scene?.lesson.current === scene.lesson.current ? state.beat : 0, pinned: true });
+  if (isNew) Object.assign(state, { moves: [], at: 0, beat: state.scene?.lesson.current === scene.lesson.current ? state.beat : 0, pinned: true, sought: 0 });
   if (isNew && state.scene && state.claim) { // the claim that was followed belongs to what went before
     state.claim = 0;
     ask({ do: "story", claim: 0 });
@@ -136,8 +137,16 @@ function render() {
     state.justDone = false;
     document.querySelector(".why")?.scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   }
+  unfold(scene);
+  seek();
   pin();
   align();
+}
+
+// A timeline that appears draws its last bars first, and older ones in the frames that follow: none of them waits for all bars.
+function unfold(scene) {
+  if (!document.querySelector(".timeline")) state.bars = BARS_AT_ONCE;
+  else if (scene.timeline.lanes.some((lane) => lane.bars.length > state.bars)) change({ bars: state.bars + BARS_AT_ONCE });
 }
 
 function top(scene, begins) {
@@ -280,7 +289,7 @@ function content(scene) {
   const panel = document.querySelector(".panel");
   const width = Math.max(300, (panel?.clientWidth ?? 860) - 2);
   switch (state.tab) {
-    case "timeline": return timeline(scene.timeline, width / enlarged(), Math.max(110, panel?.clientHeight ?? 150) / enlarged(), { scale: enlarged(), claim: state.claim, follow, onscroll: scrolled });
+    case "timeline": return timeline(scene.timeline, width / enlarged(), Math.max(110, panel?.clientHeight ?? 150) / enlarged(), { scale: enlarged(), bars: state.bars, claim: state.claim, follow, onscroll: scrolled });
     case "slow": { const all = frames(state.moves); return slowPanel(all, Math.min(state.at, all.length - 1), state, step); }
     case "story": return storyPanel(scene, state, ask, showStory);
     case "load": return loadPanel(scene.load, ask);
@@ -296,7 +305,15 @@ const enlarged = () => (innerWidth >= 1500 ? 1.3 : 1);
 function scrolled(event) {
   const view = event.target;
   state.pinned = view.scrollLeft + view.clientWidth >= view.scrollWidth - 24;
-  view.classList.toggle("more", view.scrollLeft > 4);
+  view.parentNode.classList.toggle("more", view.scrollLeft > 4);
+}
+
+// Bring a claim's last bar into sight, as soon as it is drawn.
+function seek() {
+  const bar = state.sought && [...document.querySelectorAll(`.bar[data-claim="${state.sought}"]`)].at(-1);
+  if (!bar) return;
+  bar.scrollIntoView({ block: "nearest", inline: "center" });
+  Object.assign(state, { sought: 0, pinned: false });
 }
 
 function pin() {

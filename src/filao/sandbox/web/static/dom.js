@@ -3,13 +3,14 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-export function h(tag, props, ...children) {
-  const found = children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
-  return { tag, props: props ?? {}, children: found };
-}
+const flat = (children) => children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
 
-export function draw(parent, ...wanted) {
-  const found = wanted.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+export const h = (tag, props, ...children) => ({ tag, props: props ?? {}, children: flat(children) });
+
+export const draw = (parent, ...wanted) => bring(parent, flat(wanted));
+
+function bring(parent, found) {
+  if (!found.length && !parent.firstChild) return;
   const keys = new Set(found.map((child) => child.props?.key).filter((key) => key !== undefined));
   const keyed = new Map();
   for (const node of [...parent.childNodes]) {
@@ -45,7 +46,7 @@ function element(parent, wanted, at, keyed) {
   if (isNew) node = create(parent, wanted.tag);
   node.drawnKey = key;
   update(node, wanted.props, isNew);
-  if (wanted.props.html === undefined) draw(node, wanted.children);
+  bring(node, wanted.children);
   return node;
 }
 

@@ -7,8 +7,15 @@ const STAGES = { sent: [0, 1], received: [2, 3], paying: [3], handled: [3], acke
 const STAGES_ONCE = { ...STAGES, killed: [5], acked: [5] }; // received at most once, a claim is acknowledged and gone before the work
 const TOLD_ONCE = ["received", "handled", "killed", "acked"];
 
-// Each frame is one stage of one move.
+const made = new WeakMap();
+
+// Each frame is one stage of one move. A drawing asks for them several times: they are made once.
 export function frames(moves) {
+  if (!made.has(moves)) made.set(moves, framesOf(moves));
+  return made.get(moves);
+}
+
+function framesOf(moves) {
   const rows = new Map();
   const once = new Set();
   const found = [];

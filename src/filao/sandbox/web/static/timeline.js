@@ -12,6 +12,7 @@ const LANE_LEAST = 20; // pixels of a lane's height
 const AXIS = 26; // pixels above and below the lanes
 const LOW = 26; // pixels of a lane, below which its numbers are smaller
 const LEAST = 5; // seconds that are drawn
+const CUT = 10; // seconds that are cut off at once before the oldest bar
 const RESTS = 2; // seconds that are drawn after the last bar, at most: while nothing happens, the time of the step stands still
 const REST = 0.25; // of the room is what they take at most, so that the last bars are in sight on a phone
 const GLYPHS = {
@@ -26,10 +27,13 @@ const GLYPHS = {
 };
 export const PAID = "M0,-6 L6,0 L0,6 L-6,0 Z";
 
+// The drawing keeps its size while time goes on, and stands out of it to the right: a new size would lay out every bar anew.
+// `options.bars` is how many bars of a lane are drawn, its last.
 export function timeline(told, width, height, options) {
   const lanes = shown(told.lanes, Math.min(LANES_MAX, Math.floor((height - AXIS) / LANE_LEAST)));
   if (!lanes.length) return h("p", { class: "soft pad" }, say("timeline_none"));
   const bars = lanes.flatMap((lane) => lane.bars.map((bar) => ({ ...bar, lane: lane.number })));
+  const begin = bars.length ? Math.floor(Math.min(...bars.map((bar) => bar.from)) / CUT) * CUT : 0;
   const isAtRest = bars.length && bars.every((bar) => bar.to !== null);
   const last = isAtRest ? Math.max(...bars.map((bar) => bar.to)) : Infinity;
   const drawnTo = Math.max(0.1, Math.min(told.now, last + RESTS));
@@ -37,11 +41,11 @@ export function timeline(told, width, height, options) {
   const wanted = lengths.length ? BAR_LEAST / Math.min(...lengths) : 0;
   const [label, named] = width < 500 ? [92, "consumer_short"] : [172, "consumer_n"];
   const room = width - label - 20;
-  const scale = Math.max(room / Math.max(LEAST, drawnTo * 1.04), Math.min(wanted, 144));
+  const scale = Math.max(room / Math.max(LEAST, (drawnTo - begin) * 1.04), Math.min(wanted, 144));
   const now = Math.min(drawnTo, last + (REST * room) / scale);
-  const end = Math.max(now * 1.04, room / scale);
-  const full = Math.max(room + 20, 20 + end * scale);
-  const x = (at) => 4 + at * scale;
+  const end = begin + Math.max((now - begin) * 1.04, room / scale);
+  const full = Math.max(room, (end - begin) * scale) + 20;
+  const x = (at) => 4 + (at - begin) * scale;
   const tall = Math.max(LANE_LEAST, Math.min(46, (height - AXIS) / Math.max(1, lanes.length)));
   const y = new Map(lanes.map((lane, at) => [lane.number, 6 + at * tall]));
   const bottom = 6 + lanes.length * tall;
@@ -50,12 +54,13 @@ export function timeline(told, width, height, options) {
     h("div", { class: "lane-names", style: `width:${grown(label)}` }, lanes.map((lane) => h("span", { style: `top:${grown(y.get(lane.number) + tall / 2)}` },
       lane.guest ? say("guest") : say(named, { n: lane.number })))),
     h("div", { class: "timeline", tabindex: 0, role: "group", "aria-label": say("timeline"), style: `left:${grown(label)}`, onscroll: options.onscroll },
-      h("svg", { width: full * options.scale, height: (bottom + 24) * options.scale, viewBox: `0 0 ${full} ${bottom + 24}` },
-        ticks(end, scale).map((at) => h("g", { key: `t${at}`, class: "tick" },
-          h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: at ? "mid" : "start" }, `${number(at)}\u00a0s`))),
+      h("div", { class: "extent", style: `width:${grown(full)}` }),
+      h("svg", { width: room * options.scale, height: (bottom + 24) * options.scale, viewBox: `0 0 ${room} ${bottom + 24}` },
+        ticks(begin, end, scale).map((at) => h("g", { key: `t${at}`, class: "tick" },
+          h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: at > begin ? "mid" : "start" }, `${number(at)}\u00a0s`))),
         h("line", { key: "now", class: "now", x1: x(now), x2: x(now), y1: 0, y2: bottom }),
         joins(bars).map(([one, next]) => join(one, next, x, y, tall, options)),
-        lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.map((bar) => drawn(bar, x, now, y.get(lane.number), tall, { ...options, full })))))));
+        lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.slice(-options.bars).map((bar) => drawn(bar, x, now, y.get(lane.number), tall, { ...options, full })))))));
 }
 
 // The lanes in which something happened, first of all those of the living, who have taken over from the dead; then idle ones.
@@ -67,9 +72,10 @@ function shown(all, most) {
   return all.filter((lane) => kept.includes(lane));
 }
 
-function ticks(end, scale) {
+function ticks(begin, end, scale) {
   const step = [1, 2, 5, 10, 20, 30, 60, 120, 300].find((each) => each * scale >= 90) ?? 600;
-  return Array.from({ length: Math.floor(end / step) + 1 }, (_, at) => at * step);
+  const first = Math.ceil(begin / step);
+  return Array.from({ length: Math.floor(end / step) - first + 1 }, (_, at) => (first + at) * step);
 }
 
 function drawn(bar, x, now, y, tall, options) {
