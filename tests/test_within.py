@@ -92,6 +92,18 @@ async def test_sqlalchemy_holds_the_transaction(broker, tmp_path, kind) -> None:
     assert (await broker.receive_from_queue("claims", wait=0)).body == 2
 
 
+async def test_what_is_sent_before_any_statement_is_committed_by_sqlalchemys_connection(broker, tmp_path) -> None:
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path / 'claims.db'}")
+    with engine.connect() as connection:
+        await broker.send_to_queue("claims", 1, within=connection)
+        connection.commit()
+    with engine.connect() as connection:
+        await broker.send_to_queue("claims", 2, within=connection)
+        connection.rollback()
+    engine.dispose()
+    assert [stored.body for stored in await broker.peek("claims")] == [1]
+
+
 async def test_what_sqlalchemy_says_instead_of_joining_ends_in_our_error(broker, tmp_path) -> None:
     engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path / 'claims.db'}")
     closed = engine.connect()

@@ -39,7 +39,7 @@ def connection_of(given: Any, *, needs_transaction: bool) -> Connection:
         given = given.connection()
     if hasattr(given, "exec_driver_sql"):  # SQLAlchemy's Connection
         if needs_transaction:
-            _begin_on_sqlalchemy(given)
+            begin_on_sqlalchemy(given)
         dialect = given.dialect
         return Connection(dialect.name, dialect.paramstyle, given.exec_driver_sql)
     if hasattr(given, "vendor") and hasattr(given, "in_atomic_block"):  # Django's
@@ -89,10 +89,10 @@ def holds_transaction(driver: Any) -> bool:
     return getattr(driver, "autocommit", False) is not True
 
 
-def _begin_on_sqlalchemy(given: Any) -> None:
+def begin_on_sqlalchemy(given: Any) -> None:
     """Begin on a connection of SQLAlchemy, as its first statement would, and check that its driver's connection does.
 
-    At the isolation level AUTOCOMMIT it does not.
+    Otherwise its `commit` would commit nothing. At the isolation level AUTOCOMMIT the driver's does not begin.
     """
     if not given.in_transaction():
         given.begin()

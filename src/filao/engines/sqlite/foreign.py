@@ -7,7 +7,7 @@ attributes that these libraries document, so that neither has to be installed.
 import sqlite3
 from pathlib import Path
 
-from filao.connections import driver_error, holds_transaction, refuse_asynchronous, refused
+from filao.connections import begin_on_sqlalchemy, driver_error, holds_transaction, refuse_asynchronous, refused
 from filao.engines.sqlite.files import engine_error
 from filao.errors import ConfigurationError, FilaoError
 
@@ -41,6 +41,8 @@ def _unwrap(connection: object) -> sqlite3.Connection:
     for _ in range(_DEPTH_MAX):
         if isinstance(inner, sqlite3.Connection):
             return inner
+        if hasattr(inner, "exec_driver_sql"):  # SQLAlchemy's Connection
+            begin_on_sqlalchemy(inner)
         for name in _WRAPPERS:
             value = getattr(inner, name, None)
             if value is not None:
