@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 import filao
 from filao.broker import session_of
 from filao.engine import Batch, Draft, Operation, Send
-from filao.engines.postgresql import control, doctor, schema, server, transactions, watch
+from filao.engines.postgresql import control, doctor, main, schema, server, transactions, watch
 from filao.engines.postgresql import engine as engine_module
 from filao.message import delivery_of
 from filao.overview import Deed
@@ -1371,3 +1371,19 @@ async def test_through_a_pooler_it_polls(pooled, url) -> None:
             await tx.send_to_queue("letters", 1)
         assert await until_found(broker, "letters") == 1
         assert "polling" in next(finding.text for finding in await broker.doctor() if finding.subject == "pooler")
+
+
+async def test_through_a_pooler_an_operator_who_meets_a_lock_stops_no_other(pooled, url, monkeypatch) -> None:
+    monkeypatch.setattr(main, "LOCKED_FOR", 3600.0)  # so that the time of the call ends it
+    async with filao.connect(pooled) as broker:
+        await broker.declare(filao.Queue("claims"), filao.Queue("letters"))
+        with psycopg.connect(url) as holder:
+            holder.execute("SELECT FROM filao.queue WHERE name = 'claims' FOR UPDATE")
+            pausing = asyncio.create_task(broker.pause("claims"))
+            for number in range(5):
+                await broker.send_to_queue("letters", number)
+                assert await until_found(broker, "letters") == number
+            assert not pausing.done()
+            holder.rollback()
+            await pausing
+        assert (await broker.stats("claims")).paused

@@ -24,8 +24,8 @@ from filao.engines.postgresql.main import MOMENT, Main
 from filao.engines.postgresql.moving import PostgresqlMover
 from filao.engines.postgresql.overview import PostgresqlOverview
 from filao.engines.postgresql.schema import migrate
-from filao.engines.postgresql.server import Connection, Server
-from filao.engines.postgresql.transactions import BEGIN, PostgresqlTransactions, TransactionPool
+from filao.engines.postgresql.server import BEGIN, Connection, Server
+from filao.engines.postgresql.transactions import PostgresqlTransactions, TransactionPool
 from filao.engines.postgresql.watch import Watch
 from filao.engines.waiters import Lines, Place
 from filao.errors import EngineUnavailable, FilaoError

@@ -5,17 +5,17 @@ waits for a lock only briefly, again and again, because batches share the connec
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Final, TypeVar
 
-from psycopg import DatabaseError, pq
+from psycopg import AsyncCursor, DatabaseError, pq
 from psycopg.errors import DeadlockDetected, LockNotAvailable, NoDataFound, SerializationFailure, UniqueViolation
 
 from filao.checks import is_system_clock
 from filao.engines.postgresql.clock import DIFFER, ServerClock
 from filao.engines.postgresql.links import Link
-from filao.engines.postgresql.server import LOCKED_BRIEFLY, LOCKED_FOR, Connection, Server
+from filao.engines.postgresql.server import BEGIN, LOCKED_BRIEFLY, LOCKED_FOR, Connection, Server
 
 R = TypeVar("R")
 
@@ -63,13 +63,25 @@ class Main:
 
                 async def run() -> tuple[Any, ...]:
                     given = [self.expected() if value is MOMENT else value for value in parameters]
-                    row: tuple[Any, ...] | None = await (await connection.execute(sql.encode(), given)).fetchone()
+                    row: tuple[Any, ...] | None = await (await self._run(connection, sql, given)).fetchone()
                     return (None,) if row is None else row
 
                 with suppress(LockNotAvailable):
                     return await self.retried(connection, run)
             await asyncio.sleep(UNLOCKED_POLL)
         raise self.server.engine_error(LockNotAvailable("a lock was not free in time"))
+
+    async def _run(self, connection: Connection, sql: str, given: Sequence[Any]) -> AsyncCursor[tuple[Any, ...]]:
+        """Run a statement as a transaction of its own, with our settings also behind a pooler, which keeps none."""
+        local = self.server.local_settings()
+        if local is None:
+            return await connection.execute(sql.encode(), given)
+        async with connection.pipeline():
+            await connection.execute(BEGIN)
+            await connection.execute(local.encode())
+            found = await connection.execute(sql.encode(), given)
+            await connection.execute("COMMIT")
+        return found
 
     async def retried(
         self, connection: Connection, work: Callable[[], Awaitable[R]], forget: Callable[[], None] = lambda: None

@@ -31,6 +31,7 @@ CONNECTED_WITHIN = 10  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for all that a call asks of the server and waits for
 UNDONE_WITHIN = 1.0  # seconds for a rollback, or to cancel a statement; after that, closing the connection does it
 LOCKED_FOR = 10.0  # seconds that an operation waits for a row that another transaction holds
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever the database's default is
 LOCKED_BRIEFLY = 0.2  # seconds that a batch waits for one; then what needs it waits elsewhere: see `apart.py`
 
 _CONFIGURATION: tuple[tuple[type[psycopg.Error], str], ...] = (

@@ -13,7 +13,7 @@ from filao.engine import Operation, Receipt, Result, Send, Settle
 from filao.engines.postgresql import verbs
 from filao.engines.postgresql.links import Pool, PoolExhausted
 from filao.engines.postgresql.main import Main
-from filao.engines.postgresql.server import Connection, Server, in_time
+from filao.engines.postgresql.server import BEGIN, Connection, Server, in_time
 from filao.engines.statements import check_statement, first_words, for_psycopg
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, FilaoError
 from filao.queue import not_found, rules_from_json
@@ -21,7 +21,6 @@ from filao.queue import not_found, rules_from_json
 Apply = Callable[[Connection, Sequence[Operation]], Awaitable[list[Result]]]
 """Does operations in a transaction that is open on a connection."""
 
-BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # whatever the database's default is
 CONNECTIONS_MAX = 10  # for transactions, in one process
 POOL_WAIT = 10.0  # seconds that a transaction waits for one of them
 _PREPARES = re.compile(r"(PREPARE|DEALLOCATE|DISCARD)\b", re.IGNORECASE)
