@@ -75,6 +75,27 @@ async def test_a_full_queue_that_a_transaction_sends_to_stops_only_those_who_sen
     assert (await broker.stats("few")).ready == 5
 
 
+async def test_what_is_free_is_done_though_very_many_wait_for_what_is_held(url, broker, monkeypatch) -> None:
+    """They come in one batch, of which nothing is done at first."""
+    monkeypatch.setattr(apart, "LOCKED_FOR", 3600.0)
+    await broker.send_many("letters", range(200))
+    letters = await broker.receive_many("letters", 200)
+    with psycopg.connect(url) as holder:
+        await broker.send_to_queue("few", 0, within=holder)
+        await broker.send_to_queue("claims", 0, within=holder, dedup_key="k")
+        sends = [asyncio.create_task(broker.send_to_queue("few", number)) for number in range(200)]
+        sends += [asyncio.create_task(broker.send_to_queue("claims", 1, dedup_key="k")) for _ in range(200)]
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(letter.ack() for letter in letters))
+            await asyncio.gather(*(broker.send_to_queue("claims", 2, dedup_key=f"{n}") for n in range(100)))
+        assert not any(send.done() for send in sends)
+        holder.commit()
+        async with asyncio.timeout(30):
+            results = await asyncio.gather(*sends, return_exceptions=True)
+    assert [isinstance(result, filao.QueueFull) for result in results].count(True) == 196
+    assert [isinstance(result, filao.Receipt) and result.duplicate for result in results].count(True) == 200
+
+
 async def test_a_lock_that_is_never_free_is_given_up_in_words(url, broker, monkeypatch) -> None:
     monkeypatch.setattr(apart, "LOCKED_FOR", 0.5)
     with psycopg.connect(url) as holder:

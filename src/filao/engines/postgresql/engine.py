@@ -147,8 +147,7 @@ class PostgresqlEngine:
         here = {
             place: operation
             for place, operation in enumerate(operations)
-            if place not in results
-            and not (self._apart.has(operation.queue) and verbs.may_wait(operation, self._rules))
+            if place not in results and not (self._apart.has(operation.queue) and verbs.lock_of(operation, self._rules))
         }
         for _ in range(2):  # of all, and of those that need no row's lock; if a table is locked, all wait elsewhere
             try:
@@ -156,10 +155,12 @@ class PostgresqlEngine:
                 break
             except LockNotAvailable:
                 here = {
-                    place: operation for place, operation in here.items() if not verbs.may_wait(operation, self._rules)
+                    place: operation for place, operation in here.items() if not verbs.lock_of(operation, self._rules)
                 }
         return [
-            results[place] if place in results else self._apart.add(operation, since)
+            results[place]
+            if place in results
+            else self._apart.add(operation, verbs.lock_of(operation, self._rules) or (operation.queue, None), since)
             for place, operation in enumerate(operations)
         ]
 

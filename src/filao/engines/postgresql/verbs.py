@@ -36,6 +36,8 @@ from filao.queue import Queue
 
 Rows = Sequence[tuple[Any, ...]]
 V = TypeVar("V")
+Lock = tuple[str, Hashable]
+"""A queue, and what may be locked there."""
 O = TypeVar("O", bound=Operation)  # noqa: E741  # an operation
 
 SEND = """
@@ -107,15 +109,20 @@ def fresh(operations: Iterable[Operation]) -> dict[str, int]:
     return {queue: count for queue, count in found.items() if count}
 
 
-def may_wait(operation: Operation, queues: Mapping[str, Queue]) -> bool:
-    """Return whether an operation may need a row or a group that another transaction has locked."""
-    if isinstance(operation, Send):
-        rules = queues.get(operation.queue)
-        return (rules is not None and rules.max_length is not None) or any(
-            draft.group is not None or draft.dedup_key is not None or draft.message_id is not None
-            for draft in operation.drafts
-        )
-    return not isinstance(operation, Receive)
+def lock_of(operation: Operation, queues: Mapping[str, Queue]) -> Lock | None:
+    """Return what an operation may need that another transaction has locked; None: nothing.
+
+    That is the row of its queue, keys and groups, or a message. Operations that may need the same have the same.
+    """
+    if isinstance(operation, Receive):
+        return None
+    if not isinstance(operation, Send):
+        return operation.queue, operation.delivery.group or operation.delivery.handle
+    rules = queues.get(operation.queue)
+    if rules is not None and rules.max_length is not None:
+        return operation.queue, None
+    needs = tuple((draft.dedup_key, draft.message_id, draft.group) for draft in operation.drafts)
+    return None if all(value is None for need in needs for value in need) else (operation.queue, needs)
 
 
 def deleted(operation: Operation) -> FilaoError:
