@@ -99,6 +99,21 @@ def test_headers_may_be_any_mapping(broker, headers: Any) -> None:
     assert message.headers == {"tenant": "a"}
 
 
+def test_a_message_tells_which_keys_its_body_has_and_is_no_list(broker) -> None:
+    broker.send_to_queue("claims", {"claim_id": 7}, priority=9)
+    message = broker.receive_from_queue("claims")
+    message.ack()
+    assert "claim_id" in message
+    assert "amount" not in message
+    with pytest.raises(TypeError, match="not iterable"):
+        list(message)
+
+
+def test_a_list_of_queues_is_told_how_it_is_declared(broker) -> None:
+    with pytest.raises(filao.ConfigurationError, match=r"or several, as in declare\(\*queues\)"):
+        broker.declare([filao.Queue("claims")])
+
+
 def test_a_weight_without_bound_is_refused() -> None:
     for weight in (float("inf"), float("nan"), 0.0, -1.0):
         with pytest.raises(filao.ConfigurationError, match="weight"):

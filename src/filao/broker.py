@@ -416,8 +416,13 @@ class Broker:
 
 def _check_queue(queue: Queue[Any]) -> None:
     if not isinstance(queue, Queue):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
-        raise ConfigurationError(f"declare was given {shown(queue)}; give a queue, such as filao.Queue({shown(queue)})")
+        raise _no_queue(queue)
     codec_for(queue.body)
+
+
+def _no_queue(given: object) -> ConfigurationError:
+    one = f"a queue, such as filao.Queue({shown(given)})" if isinstance(given, str) else "a filao.Queue"
+    return ConfigurationError(f"declare was given {shown(given)}; give {one}, or several, as in declare(*queues)")
 
 
 def _check_after(queue: str, after: str | None) -> None:

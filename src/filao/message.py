@@ -99,6 +99,12 @@ class Message(Generic[T]):
         """Read a key of the body, as `message["claim_id"]`."""
         return self.body[key]  # type: ignore[index]  # whether the body has keys is its sender's choice
 
+    def __contains__(self, key: object) -> bool:
+        """Return whether the body has a key, as `"claim_id" in message`."""
+        return key in self.body  # type: ignore[operator]
+
+    __iter__ = None  # Python would take `message[0]`, `message[1]` … for its items
+
     def __repr__(self) -> str:
         return f"<Message {self.id} of {self.queue!r}, attempt {self.attempt}{self._ended and ', ' + self._ended}>"
 

@@ -353,6 +353,11 @@ class Message(Generic[T]):
     def __getitem__(self, key: Any) -> Any:
         return self._inner[key]
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._inner
+
+    __iter__ = None
+
     def __repr__(self) -> str:
         return repr(self._inner)
 
