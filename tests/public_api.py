@@ -43,9 +43,10 @@ def _described(path: str, value: Any) -> Iterator[str]:
         return
     yield path
     own = {name for kind in value.__mro__ if kind.__module__.startswith("filao") for name in vars(kind)}
+    own |= {*getattr(value, "__dataclass_fields__", {})}
     for name in sorted(own):
         if not name.startswith("_"):
-            member = inspect.getattr_static(value, name)
+            member = inspect.getattr_static(value, name, None)
             yield f"{path}.{name}" + (_parameters(getattr(value, name)) if inspect.isroutine(member) else "")
 
 

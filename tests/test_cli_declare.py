@@ -41,8 +41,8 @@ def test_declare_keeps_the_rules_that_are_not_given(db):
 
 def test_every_rule_has_an_option():
     shown = run("declare", "--help").out.decode()
-    for rule in filao.Queue.__slots__:
-        if rule not in ("name", "body", "backoff"):
+    for rule in filao.Queue.__dataclass_fields__:
+        if rule not in ("name", "body", "_", "backoff"):
             assert f"--{rule.replace('_', '-')} " in shown
     for part in filao.Backoff.__slots__:
         assert f"--backoff-{part} " in shown

@@ -86,3 +86,7 @@ class Changeable:
 @pytest.mark.parametrize("body", [dict, list, Changeable, dict[str, int], Any, Changeable | None])
 def test_a_type_may_be_one_whose_instances_cannot_be_hashed(body: Any) -> None:
     assert Queue("claims", body=body).body == body
+
+
+def test_a_queue_is_made_by_its_generic_form_too() -> None:
+    assert Queue[int]("claims", int) == Queue("claims", int)

@@ -58,7 +58,7 @@ class Backoff:
         return whole * (1.0 - self.jitter * chance)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, or Queue[Claim](…) would fail before Python 3.13
 class Queue(Generic[T]):
     """A queue's name, the type of its bodies, and its rules: declared once, shared by producers and consumers.
 
