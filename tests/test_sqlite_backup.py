@@ -103,6 +103,13 @@ async def test_a_backup_may_have_a_name_that_is_no_text(db, tmp_path) -> None:
     assert await waiting(db) == ["kept"]
 
 
+async def test_a_backup_goes_through_no_pipe(db, tmp_path) -> None:
+    for given in ("backup", "restore"):
+        refused = command(given, db, "-")
+        assert (refused.returncode, "goes through no pipe" in refused.stderr) == (2, True)
+    assert not (tmp_path / "-").exists()
+
+
 async def test_a_backup_overwrites_nothing(db, copy) -> None:
     await filled(db, "kept")
     copy.write_text("precious")

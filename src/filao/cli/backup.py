@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from filao.cli.shell import addressed, as_json, file_of, note, print_lines
+from filao.cli.shell import addressed, as_json, file_of, note, print_lines, usage
 from filao.engines.sqlite import backup as copies
 from filao.errors import ConfigurationError, UnsupportedFeature
 
@@ -18,6 +18,7 @@ def backup(*, arguments: tuple[str, ...]) -> int:
     made by cp is not. FILE must not exist. Prints {"backup": FILE, "bytes": N}.
     """
     url, (copy,) = addressed(arguments, least=1, most=1)
+    _check_copy(copy)
     path = _sqlite_file(url)
     print_lines([as_json({"backup": copy, "bytes": copies.back_up(path, Path(copy))})])
     return 0
@@ -33,6 +34,7 @@ def restore(*, arguments: tuple[str, ...], replace: bool) -> int:
     again. Prints {"restored": PATH, "replaced": PATH or null}.
     """
     url, (copy,) = addressed(arguments, least=1, most=1)
+    _check_copy(copy)
     path = _sqlite_file(url)
     if path.exists() and not replace:
         raise ConfigurationError(
@@ -45,6 +47,11 @@ def restore(*, arguments: tuple[str, ...], replace: bool) -> int:
             f"the file that was replaced is {kept}; remove it, and what lies beside it, when it is not needed any more"
         )
     return 0
+
+
+def _check_copy(copy: str) -> None:
+    if copy == "-":
+        raise usage("a copy is a file, and goes through no pipe: give its path (of a file of this name: ./-)")
 
 
 def _sqlite_file(url: str) -> Path:
