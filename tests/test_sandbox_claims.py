@@ -2,17 +2,18 @@
 remedy.
 """
 
+from io import BytesIO
+
 import pytest
 
-from filao.sandbox.claims import BadClaimsError, from_csv, from_text
+from filao.sandbox.claims import BadClaimsError, claims_of, from_text
 
 
-def test_a_list_is_read_with_its_bom_other_columns_and_quotes(tmp_path) -> None:
-    path = tmp_path / "claims.csv"
-    path.write_bytes(b'\xef\xbb\xbfname, ClaimAmount ,IDpol\r\n"Durand, A.",12.345,7\r\n\r\nB,0,8.0\r\n')
-    claims = from_csv(path, None)
+def test_a_list_is_read_with_its_bom_other_columns_and_quotes() -> None:
+    content = b'\xef\xbb\xbfname, ClaimAmount ,IDpol\r\n"Durand, A.",12.345,7\r\n\r\nB,0,8.0\r\n'
+    claims = claims_of("claims.csv", BytesIO(content), None)
     assert [(claim.number, claim.policy, claim.amount) for claim in claims] == [(1, 7, 1234), (3, 8, 0)]
-    assert len(from_csv(path, 1)) == 1
+    assert len(claims_of("claims.csv", BytesIO(content), 1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -30,18 +31,11 @@ def test_a_list_is_read_with_its_bom_other_columns_and_quotes(tmp_path) -> None:
         (b"IDpol,ClaimAmount\n" + b"1" * 70_000, "long_line", "is longer than"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_told(tmp_path, content, key, text) -> None:
-    path = tmp_path / "claims.csv"
-    path.write_bytes(content)
+def test_a_list_that_cannot_be_used_is_told(content, key, text) -> None:
     with pytest.raises(BadClaimsError, match=text.replace("(", r"\(")) as raised:
-        from_csv(path, None)
+        claims_of("claims.csv", BytesIO(content), None)
     assert raised.value.key == key
-    assert str(path) in str(raised.value)
-
-
-def test_a_list_that_is_not_there_is_told(tmp_path) -> None:
-    with pytest.raises(BadClaimsError, match="No such file"):
-        from_csv(tmp_path / "none.csv", None)
+    assert "claims.csv" in str(raised.value)
 
 
 def test_what_a_browser_could_not_decode_is_told_by_its_line() -> None:

@@ -104,7 +104,7 @@ def url(content: bytes) -> None:
 def file_of_claims(content: bytes) -> None:
     """Read a CSV file that a visitor of the sandbox chose, from a disk and from a browser."""
     for read in (
-        lambda: claims._claims("claims.csv", BytesIO(content), 1_000),
+        lambda: claims.claims_of("claims.csv", BytesIO(content), 1_000),
         lambda: claims.from_text("claims.csv", content.decode(errors="replace"), 1_000),
     ):
         with suppress(claims.BadClaimsError):

@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 
 import filao.sync
-from filao.sandbox.claims import from_csv
+from filao.sandbox.claims import claims_of
 
 ROOT = Path(__file__).parents[2]
 CLAIMS = ROOT.parent / "shared" / "data" / "freMTPL2sev.csv"
@@ -233,7 +233,9 @@ def real_claims(limit: int | None) -> list[Submitted]:
     """Return the claims of the file, where there is one; else made-up ones."""
     if not CLAIMS.exists():
         return made_up(limit or 26_639)
-    return [Submitted(f"c{number}", claim.policy, claim.amount) for number, claim in enumerate(from_csv(CLAIMS, limit))]
+    with CLAIMS.open("rb") as file:
+        claims = claims_of(str(CLAIMS), file, limit)
+    return [Submitted(f"c{number}", claim.policy, claim.amount) for number, claim in enumerate(claims)]
 
 
 def made_up(count: int) -> list[Submitted]:

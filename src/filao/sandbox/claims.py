@@ -8,7 +8,6 @@ import csv
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from io import BytesIO
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 CLAIMS_MAX = 60_000  # claims of one run: a process sends and two handle some 3,000 in a second on a small machine
@@ -28,7 +27,6 @@ class Claim(NamedTuple):
 
 
 TEXTS = {  # by key; the sandbox's page says the same in its own languages
-    "unreadable": "{file}: {why}. Give a CSV file with {columns}.",
     "no_claims": "{file}: has its columns, but no claim below them",
     "too_many": "{file}: has more than {most} claims, and no more are handled in one run: add --limit {most}",
     "not_csv": "{file}, line {line}: {why}. Is it a CSV file, with commas?",
@@ -54,24 +52,16 @@ class BadClaimsError(Exception):
         self.values = values
 
 
-def from_csv(path: Path, limit: int | None) -> list[Claim]:
-    """Read the first `limit` claims of a file with the columns IDpol and ClaimAmount; None: all of them."""
-    try:
-        with path.open("rb") as file:
-            return _claims(str(path), file, limit)
-    except OSError as error:
-        raise BadClaimsError("unreadable", file=str(path), why=str(error.strerror), columns=WANTED) from error
-
-
 def from_text(name: str, text: str, limit: int) -> list[Claim]:
     """Read claims from a text that a browser has read from a file; U+FFFD stands for what was not UTF-8."""
     for number, line in enumerate(text.splitlines(), 1):
         if "\ufffd" in line:
             raise BadClaimsError("encoding", file=name, line=number, byte="??")
-    return _claims(name, BytesIO(text.encode(errors="replace")), limit)
+    return claims_of(name, BytesIO(text.encode(errors="replace")), limit)
 
 
-def _claims(name: str, file: BinaryIO, limit: int | None) -> list[Claim]:
+def claims_of(name: str, file: BinaryIO, limit: int | None) -> list[Claim]:
+    """Read the first `limit` claims of a file with the columns IDpol and ClaimAmount; None: all of them."""
     claims = _read(name, file, limit)
     if not claims:
         raise BadClaimsError("no_claims", file=name)
