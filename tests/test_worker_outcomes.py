@@ -98,6 +98,8 @@ async def test_a_message_is_put_off_with_no_attempt_used(url, broker, caplog) ->
     assert "again in 3600 s, the attempt not counted" in caplog.text
     with pytest.raises(filao.ConfigurationError, match="delay is -1"):
         filao.Release(delay=-1)
+    with pytest.raises(filao.ConfigurationError, match=r"given 30; a delay has its name: Release\(delay="):
+        filao.Release(30)
 
 
 async def test_exceptions_are_mapped_to_outcomes_the_most_specific_first(url, broker) -> None:
@@ -113,6 +115,48 @@ async def test_exceptions_are_mapped_to_outcomes_the_most_specific_first(url, br
     assert [handled.how for handled in await worker.drain()] == ["retried", "dead", "retried"]
     (dead,) = await broker.dead_letters("claims")
     assert "IndexError: b" in dead.error
+
+
+def together(*errors: Exception) -> ExceptionGroup[Exception]:
+    return ExceptionGroup("in a TaskGroup", errors)
+
+
+TOGETHER = [
+    (together(filao.Reject("never"), filao.Reject("no")), "dead", "never"),
+    (together(filao.Release(delay=60), together(filao.Retry("later", delay=60))), "retried", "later"),
+    (together(filao.Release(delay=60)), "released", ""),
+    (together(filao.Retry("later"), KeyError("policy"), filao.Release()), "dead", "KeyError: 'policy'"),
+    (together(filao.Reject("never"), ValueError("fails")), "retried", "ValueError: fails"),
+]
+
+
+@pytest.mark.parametrize(("raised", "how", "why"), TOGETHER)
+async def test_a_group_of_decisions_is_the_most_final_of_them(url, broker, raised, how, why) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(CLAIMS, outcomes={KeyError: filao.Reject})
+    async def handle(message: filao.Message) -> None:
+        raise raised
+
+    await broker.send_to_queue("claims", 1)
+    (handled,) = await worker.drain()
+    assert (handled.how, handled.error.strip().rpartition("\n")[2]) == (how, why)
+
+
+@pytest.mark.parametrize("steer", [filao.Reject, filao.Retry(delay=60)], ids=["reject", "retry"])
+async def test_a_decision_without_a_reason_keeps_the_error_for_which_it_was_raised(url, broker, steer) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None:
+        try:
+            raise KeyError("policy-12")
+        except KeyError:
+            raise steer  # noqa: B904  # as many write it
+
+    await broker.send_to_queue("claims", 1)
+    (handled,) = await worker.drain()
+    assert handled.error.endswith("KeyError: 'policy-12'\n")
 
 
 async def test_a_retry_with_a_negative_delay_is_the_handlers_error(url, broker) -> None:

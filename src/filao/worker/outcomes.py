@@ -6,6 +6,8 @@ Retry(delay=30)             nack: again after 30 seconds
 Reject("no such policy")    a dead letter now
 Release()                   back to its place at once, the attempt not counted
 Release(delay=30)           back to its place after 30 seconds, the attempt not counted
+
+A group of exceptions in which all are such decisions, as a `TaskGroup` raises, is the most final of them.
 """
 
 from collections.abc import Mapping
@@ -48,6 +50,8 @@ class Release(Exception):
 
     def __init__(self, *arguments: object, delay: float = 0.0) -> None:
         super().__init__(*arguments)
+        if len(arguments) == 1 and isinstance(arguments[0], (int, float)):  # it would come again at once, for ever
+            raise ConfigurationError(f"Release was given {arguments[0]!r}; a delay has its name: Release(delay=…)")
         check_duration("Release", "delay", delay)
         self.delay = delay
 
@@ -64,8 +68,8 @@ def of_value(value: object) -> engine.Outcome:
 
 def of_error(error: BaseException, mapped: Outcomes) -> engine.Outcome:
     """Return the outcome of a handler that raised: its own decision, its consumer's for such an error, or a nack."""
-    steer = _meant(error, mapped)
-    return engine.Nack(error=error_text(error)) if steer is None else _outcome(steer, error)
+    meant = _meant(error, mapped)
+    return engine.Nack(error=error_text(error)) if meant is None else _outcome(*meant)
 
 
 def is_decision(error: BaseException, mapped: Outcomes) -> bool:
@@ -95,12 +99,28 @@ def check_outcomes(outcomes: Outcomes | None) -> Outcomes:
     return mapped
 
 
-def _meant(error: BaseException, mapped: Outcomes) -> Steer | None:
+def _meant(error: BaseException, mapped: Outcomes) -> tuple[Steer, BaseException] | None:
+    """Return the decision that an error is, or is mapped to, with the error; of a group the most final one.
+
+    A group of which one exception is no decision is none.
+    """
     steer = _steer(error)
     if steer is None:
         nearest = next((kind for kind in type(error).__mro__ if kind in mapped), None)
         steer = _steer(mapped[nearest]) if nearest is not None else None
-    return steer
+    if steer is not None:
+        return steer, error
+    if not isinstance(error, BaseExceptionGroup):
+        return None
+    group = cast("BaseExceptionGroup[BaseException]", error)
+    meant = [_meant(one, mapped) for one in group.exceptions]
+    decided = [one for one in meant if one is not None]
+    return min(decided, key=_finality) if len(decided) == len(meant) else None  # of equals the first
+
+
+def _finality(meant: tuple[Steer, BaseException]) -> int:
+    steer, _ = meant
+    return 0 if isinstance(steer, Reject) else 1 if isinstance(steer, Retry) else 2
 
 
 def _steer(value: object) -> Steer | None:
@@ -110,11 +130,21 @@ def _steer(value: object) -> Steer | None:
 
 
 def _outcome(steer: Steer, error: BaseException) -> engine.Outcome:
-    """Return the outcome of a decision; if it gives no reason, the `error` that was mapped to it is kept."""
+    """Return the outcome of a decision; if it gives no reason, the error behind it is kept."""
     if isinstance(steer, Release):
         return engine.Release(steer.delay)
     says_nothing = isinstance(steer.reason, str) and not steer.reason
-    told = steer.reason if not says_nothing or error is steer else error
+    behind = _behind(steer, error) if says_nothing else None
+    told = steer.reason if behind is None else behind
     if isinstance(steer, Reject):
         return engine.Reject(error_text(told))
     return engine.Nack(steer.delay, error_text(told))
+
+
+def _behind(steer: Steer, error: BaseException) -> BaseException | None:
+    """Return the error that was mapped to a decision or, if it was raised itself, the one that it was raised for."""
+    if error is not steer:
+        return error
+    if steer.__cause__ is not None or steer.__suppress_context__:
+        return steer.__cause__
+    return steer.__context__
