@@ -12,7 +12,7 @@ import pytest
 import filao
 import filao.sync
 
-DOOR = {  # what a user may call, as docs/recipes.md and the reference say it: the same on both faces
+DOOR = {  # what a user may call, as the reference says it: the same on both faces
     "Broker": {
         *("open", "close", "observers", "features", "emulated"),
         *("declare", "queues", "delete_queue"),

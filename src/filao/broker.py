@@ -169,8 +169,8 @@ class Broker:
         `sqlite3` or psycopg connection (or SQLAlchemy's or Django's) on the same storage, and is used in the calling
         thread: the message appears if and when the transaction on it commits.
 
-        Raises `QueueNotFound`, `MessageTooLarge`, `MessageNotEncodable`, `MessageError`, `QueueFull`, `EngineError`;
-        then nothing was stored.
+        Raises `QueueNotFound`, `MessageTooLarge`, `MessageNotEncodable`, `MessageError`, `QueueFull`, `EngineError`.
+        Then nothing was stored, unless the error says that this is open.
         """
         outgoing = Outgoing(
             body,
