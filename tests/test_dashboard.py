@@ -322,6 +322,26 @@ async def test_an_application_admits_whom_it_likes(broker) -> None:
         assert "<td>ada</td>" in await somebody.sees("/en/log")
 
 
+async def test_who_is_admitted_by_a_coroutine_is_waited_for(broker) -> None:
+    async def admit(scope: Any) -> str | None:
+        await asyncio.sleep(0)
+        return dict(scope["headers"]).get(b"x-user", b"").decode() or None
+
+    async with visiting(broker, admit=admit, hosts=None, client="10.0.0.7") as somebody:
+        await somebody.sees("/en/queues", 403)
+        somebody.client.headers["x-user"] = "ada"
+        await somebody.sees("/en/queues")
+
+
+@pytest.mark.parametrize(("answer", "complaints"), [(False, 0), (None, 0), ("", 0), (" ", 0), (True, 1), (b"ada", 1)])
+async def test_what_is_no_name_lets_nobody_in(broker, caplog, answer, complaints) -> None:
+    """`user.is_staff` for one who is not was taken for a name: it is not None."""
+    async with visiting(broker, admit=lambda _: answer, hosts=None, client="10.0.0.7") as stranger:
+        for _ in range(2):
+            await stranger.sees("/en/queues", 403)
+    assert len([record for record in caplog.records if "admit returned" in record.getMessage()]) == complaints
+
+
 async def test_a_forged_request_does_nothing(broker) -> None:
     async with visiting(broker, allow_actions=True) as somebody:
         proof, do = await somebody.proof(), Act("pause", "claims").packed()

@@ -62,10 +62,11 @@ def app(
     """Return the dashboard of a broker, which it opens at the first request; give it a broker of its own.
 
     Without `token` and `admit` it answers only its own machine. With `token` it asks for that. `admit` gets the ASGI
-    scope and returns the name of the user, or None for one that is not let in. `hosts` are the host names that it
-    answers to; None: any. With `allow_actions` it can also redrive, discard, purge and pause; each such deed is written
-    into a log in the store. `redact` returns a message as it may be shown. `queues` have the types that edited bodies
-    must fit. Raises `ConfigurationError` when other machines could use it without a token or `admit`.
+    scope and returns the name of the user, or None for one that is not let in; it may be a coroutine function. `hosts`
+    are the names of hosts that it answers to, without a port; None: any. With `allow_actions` it can also redrive,
+    discard, purge and pause; each such deed is written into a log in the store. `redact` returns a message as it may be
+    shown. `queues` have the types that edited bodies must fit. Raises `ConfigurationError` for an argument that is
+    none, and when other machines could use it without a token or `admit`.
     """
     token = None if token is None else token.strip()  # a file of secrets may end in a line end, which nobody types
     if token is not None and len(token) < TOKEN_LEAST:

@@ -10,13 +10,15 @@ import getpass
 import hashlib
 import hmac
 import ipaddress
+import logging
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from functools import cache
+from inspect import isawaitable
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, QueryParams
@@ -24,10 +26,13 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from filao import door
+from filao.codec import shown
 from filao.dashboard.neighbours import is_of_another_user
 from filao.door import LOOPBACK, Guesses, TooOftenError, client_of, cookie_of, is_of_host, is_of_other_site, safely
 from filao.languages import LANGUAGES
 from filao.printable import printable
+
+log: logging.Logger = logging.getLogger("filao.dashboard")
 
 TOKEN_LEAST = 12  # characters: a shorter token could be guessed from a cookie
 SESSION_LASTS = 12 * 3_600  # seconds
@@ -35,7 +40,8 @@ NAME_MAX = 64  # characters of the name that a user gives with the token
 FORM_MAX = 2 * 1024 * 1024  # bytes: an edited body, and the other fields ...
 ENTER_MAX = 16 * 1024  # ... and a token and a name: what strangers send is held in memory while it comes
 FORM_DRAINED = 16 * 1024 * 1024  # bytes read of a form that is too large: browsers read no answer while they send
-FORM_WITHIN = 30.0  # seconds for a form to come: the bound of every wait
+FORM_WITHIN = 30.0  # seconds for a form to come: the bound of every wait ...
+ADMITTED_WITHIN = 30.0  # ... and for the application to say whether it admits somebody
 
 SAFE = door.SAFE | {
     "referrer-policy": "same-origin",  # under no-referrer, browsers send forms with the origin `null`
@@ -63,8 +69,8 @@ OUR_PAGE = re.compile(rf"/(?:{'|'.join(LANGUAGES)})/[a-z]+(?:\?.*)?", re.DOTALL)
 FORWARDED = ("forwarded", "x-forwarded-", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip", "via")
 """What the names of headers begin with that proxies set, and browsers do not."""
 
-Admit = Callable[[Scope], str | None]
-"""Returns the user's name for the log, or None for one that is not let in."""
+Admit = Callable[[Scope], str | Awaitable[str | None] | None]
+"""Returns the user's name for the log, or None for one that is not let in; it may be a coroutine function."""
 
 
 class FormError(Exception):
@@ -107,6 +113,8 @@ class Door:
         self._guesses = None if token is None else Guesses(token)
         self._key = secrets.token_bytes(32) if token is None else hashlib.sha256(f"filao {token}".encode()).digest()
         self._admit = admit
+        self._has_complained = False
+        """Whether it was logged that `admit` returns what is no name."""
         self._hosts = None if hosts is None else [host.lower() for host in hosts]
         self._cookie = f"filao_{hashlib.sha256(self._key).hexdigest()[:8]}"  # ports share cookies
 
@@ -143,7 +151,7 @@ class Door:
         is_post = scope["method"] == "POST"
         who = _named(session, client_of(scope))
         if self._admit is not None:
-            admitted = self._admit(scope)
+            admitted = await self._admitted(self._admit, scope)
             if admitted is None:
                 return PlainTextResponse(NOT_ADMITTED, 403)
             who = admitted
@@ -159,6 +167,23 @@ class Door:
         if not session:
             session = scope["filao_session"] = _new_session("")
         scope["filao_visitor"] = Visitor(who, self._sign(f"proof {session}"), self._guesses is not None)
+        return None
+
+    async def _admitted(self, admit: Admit, scope: Scope) -> str | None:
+        """Return the name of the user whom the application admits.
+
+        Only a text that is not empty is a name: `False` of a user who is no administrator lets nobody in, nor does the
+        empty name of one who has not logged in.
+        """
+        found: object = admit(scope)
+        if isawaitable(found):
+            async with asyncio.timeout(ADMITTED_WITHIN):
+                found = await found
+        if isinstance(found, str):
+            return printable(found.strip()) or None
+        if found is not None and found is not False and not self._has_complained:
+            self._has_complained = True
+            log.error("admit returned %s, so nobody is let in: it must return the user's name, or None", shown(found))
         return None
 
     def _keeping(self, scope: Scope, send: Send) -> Send:
