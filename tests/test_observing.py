@@ -138,6 +138,35 @@ async def test_a_tracer_that_fails_is_complained_of_once_and_fails_no_message(ur
     assert len([record for record in caplog.records if record.name == "filao.observing"]) == 1
 
 
+class Leaving:
+    """An observer that raises what is no `Exception`, wherever it is told."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def operated(self, *_: object) -> None:
+        raise self._error
+
+    began = ended = operated
+
+
+@pytest.mark.parametrize("error", [SystemExit("no ink"), asyncio.CancelledError("no ink"), GeneratorExit("no ink")])
+async def test_an_observer_that_would_end_the_program_fails_no_message_either(tmp_path, caplog, error) -> None:
+    worker = filao.Worker(tmp_path / "claims.db")
+    worker.observers.append(Leaving(error))
+
+    @worker.consumer(filao.Queue("claims"))
+    async def handle(message: filao.Message[int]) -> None: ...
+
+    async with filao.connect(tmp_path / "claims.db") as broker, asyncio.timeout(60):
+        await broker.declare(filao.Queue("claims"))
+        broker.observers.add(worker.observers[0])
+        await asyncio.gather(*(broker.send_to_queue("claims", number) for number in range(3)))
+        assert [handled.how for handled in await worker.drain(broker)] == ["acked"] * 3
+        assert (await broker.stats("claims")).leased == 0
+    assert len([record for record in caplog.records if record.name == "filao.observing"]) == 1
+
+
 async def test_an_observer_is_told_how_each_run_began_and_ended(tmp_path) -> None:
     notebook = Notebook()
     worker = filao.Worker(tmp_path / "claims.db")

@@ -1,7 +1,8 @@
 """The seam for monitoring: observers learn of operations and of a worker's runs; tracers follow each message.
 
 A broker that nobody watches pays one look at an empty list for each batch, and for each send and settle. What an
-observer raises is logged once and never reaches a message.
+observer raises is logged once and never reaches a message, even what is no `Exception`, such as `SystemExit` or an
+`asyncio.CancelledError` of its own. Only a `KeyboardInterrupt` passes: it comes from outside, in the midst of anything.
 """
 
 import asyncio
@@ -139,7 +140,7 @@ class Observers:
             try:
                 operation, ended = tracer.asked(self.engine, operation)
                 told.append((tracer, ended))
-            except Exception as error:
+            except BaseException as error:
                 self.complain(tracer, error)
         return Asked(self, operation, told)
 
@@ -151,11 +152,13 @@ class Observers:
         for watcher in list(watchers):
             try:
                 call(watcher)
-            except Exception as error:
+            except BaseException as error:
                 self.complain(watcher, error)
 
-    def complain(self, watcher: object, error: Exception) -> None:
+    def complain(self, watcher: object, error: BaseException) -> None:
         """Log that an observer has failed, once for each."""
+        if isinstance(error, KeyboardInterrupt):
+            raise error
         if id(watcher) not in self._failed:
             self._failed.add(id(watcher))
             said = "the observer %r failed; it goes on, and is not complained of again"
@@ -193,7 +196,7 @@ class Asked:
         for tracer, ended in self._told:
             try:
                 ended(result)
-            except Exception as error:
+            except BaseException as error:
                 self._observers.complain(tracer, error)
 
 
