@@ -61,6 +61,27 @@ def test_a_record_whose_arguments_do_not_fit_is_json_all_the_same() -> None:
     assert "%d claims ('x',)" in json.loads(JsonFormatter().format(record))["text"]
 
 
+class Mute:
+    """A value of a program's own that cannot be printed."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(("said", "arguments"), [("%s", (Mute(),)), ("%(a)s", ({"a": Mute()},)), (Mute(), None)])
+def test_a_record_is_json_whatever_its_arguments_raise(said, arguments) -> None:
+    record = logging.LogRecord("app", logging.WARNING, "", 0, said, arguments, None)
+    assert "whose repr raised RuntimeError" in json.loads(JsonFormatter().format(record))["text"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), Mute(), {("a", 1): 2}, ["\ud800"], b"claims"])
+def test_a_field_of_a_record_is_json_whatever_a_program_puts_there(value) -> None:
+    record = logging.makeLogRecord({"msg": "paid", "queue": value, "attempt": 1, "stack_info": "Stack\n  File"})
+    written = json.loads(JsonFormatter().format(record), parse_constant=pytest.fail)
+    assert (type(written["queue"]), written["attempt"]) == (str, 1)
+    assert written["stack"] == "Stack\n  File"
+
+
 def test_nothing_in_a_text_for_people_acts_on_a_terminal_or_passes_for_a_record() -> None:
     forged = "2026-01-01 00:00:00,000 1 INFO message 7 of 'claims': acked"
     try:

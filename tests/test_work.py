@@ -523,6 +523,40 @@ def test_each_line_of_a_log_for_machines_is_json(folder, broker) -> None:
     )
 
 
+LOUD = """
+import threading, warnings
+import filao
+
+warnings.warn("old rules")
+worker = filao.Worker(PATH)
+
+class Odd:
+    def __del__(self):
+        raise ValueError("no end")
+
+@worker.consumer(filao.Queue("claims"))
+async def handle(message: filao.Message[int]) -> None:
+    Odd()
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+"""
+
+
+def test_what_python_prints_by_itself_is_json_in_a_log_for_machines(folder, broker) -> None:
+    broker.send_to_queue("claims", 1)
+    for path, code, told in (
+        ("claims.db", 0, ("UserWarning: old rules", "no end", "ZeroDivisionError", "nothing to do")),
+        ("nowhere/claims.db", 3, ("UserWarning: old rules", "nowhere")),
+    ):
+        (folder / "loud.py").write_text(LOUD.replace("PATH", repr(path)))
+        work = Work(folder, "loud:worker", "--log", "json", "--until-idle")
+        assert work.ends() == code
+        records = [json.loads(line) for line in work.said().splitlines()]
+        said = "\n".join(f"{record['text']} {record.get('error')}" for record in records)
+        assert [one for one in told if one not in said] == []
+
+
 def test_the_doctor_tells_who_receives(folder, broker) -> None:
     with working(folder, "app:worker") as work:
         broker.send_to_queue("claims", {"kind": "wait"})

@@ -6,6 +6,7 @@ code, and an error that it raises becomes one here. click reads the arguments an
 rich is imported where it draws, because most commands draw nothing.
 """
 
+import logging
 import sys
 from importlib import import_module
 
@@ -25,12 +26,13 @@ from filao.cli.control import cancel, delete, pause, resume
 from filao.cli.dashboard import dashboard
 from filao.cli.declare import declare
 from filao.cli.log import log
+from filao.cli.logs import say
 from filao.cli.metrics import metrics
 from filao.cli.move import move_command
 from filao.cli.receive import receive
 from filao.cli.sandbox import sandbox_command
 from filao.cli.send import send
-from filao.cli.shell import OutputClosedError, note, safe
+from filao.cli.shell import OutputClosedError, safe
 from filao.cli.stats import doctor, stats
 from filao.cli.stored import dead, discard, peek, purge, redrive
 from filao.cli.top import top
@@ -61,10 +63,10 @@ def _run() -> int:
         click.UsageError(safe(error.format_message()), getattr(error, "ctx", None)).show()
         return error.exit_code
     except FilaoError as error:
-        note(str(error))
+        say(str(error), logging.ERROR)
         return UNAVAILABLE if isinstance(error, EngineError) else REFUSED
     except OSError as error:
-        note(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        say(f"{error.filename}: {error.strerror}" if error.filename else str(error), logging.ERROR)
         return UNAVAILABLE
     return code if isinstance(code, int) else 0
 

@@ -3,10 +3,14 @@
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 
-from filao.cli.shell import note
+from filao.cli.shell import note, safe
+from filao.codec import said, shown
 from filao.printable import printable
+
+log: logging.Logger = logging.getLogger("filao.worker")
 
 _LINE = "%(asctime)s %(process)d %(levelname)s %(message)s"
 FIELDS = ("queue", "message_id", "attempt")
@@ -36,24 +40,32 @@ class JsonFormatter(logging.Formatter):
             "process": record.process,
             "text": _text(record),
         }
-        written |= {field: getattr(record, field) for field in FIELDS if hasattr(record, field)}
+        written |= {field: _plain(getattr(record, field)) for field in FIELDS if hasattr(record, field)}
         if record.exc_info:
             written["error"] = self.formatException(record.exc_info)
-        return json.dumps(written, default=str)  # in ASCII, so that it stays on one line whatever it holds
+        if record.stack_info:
+            written["stack"] = self.formatStack(record.stack_info)
+        return json.dumps(written)  # in ASCII, so that it stays on one line whatever it holds
+
+
+def _plain(value: object) -> str | int:
+    """Return a field as JSON holds it, whatever a program's own record has there: `nan` would be no JSON."""
+    return value if isinstance(value, str | int) else shown(value)
 
 
 def _text(record: logging.LogRecord) -> str:
     """Return what a record says, also where its arguments do not fit: a traceback of `logging` would be no JSON."""
     try:
         return record.getMessage()
-    except (TypeError, ValueError, KeyError) as error:
-        return f"{record.msg} {record.args!r} ({error})"
+    except Exception as error:  # whatever the text of an argument raises
+        text = record.msg if isinstance(record.msg, str) else shown(record.msg)
+        return f"{text} {shown(record.args)} ({type(error).__name__}: {said(error)})"
 
 
-def say(text: str) -> None:
+def say(text: str, level: int = logging.INFO) -> None:
     """Say something to the person who runs this, or to the program that reads the log."""
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
-        logging.getLogger("filao.worker").info("%s", text)
+        log.log(level, "%s", safe(text))
     else:
         note(text)
 
@@ -63,3 +75,25 @@ def begin(level: str, form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    if form == "json":
+        _log_what_python_prints()
+
+
+def _log_what_python_prints() -> None:
+    """Have warnings and errors that nobody caught logged, which Python prints by itself in lines that are no JSON."""
+    logging.captureWarnings(True)
+
+    def of_thread(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_type is not SystemExit:
+            error = failed.exc_value or failed.exc_type()
+            log.error("a thread failed that nobody waits for", exc_info=error.with_traceback(failed.exc_traceback))
+
+    def of_nobody(failed: "sys.UnraisableHookArgs") -> None:
+        error = failed.exc_value or failed.exc_type()
+        said = failed.err_msg or "an error was ignored, as nobody could get it, in"
+        log.error("%s: %s", said, shown(failed.object), exc_info=error.with_traceback(failed.exc_traceback))
+
+    def of_program(_kind: type[BaseException], error: BaseException, _trace: object) -> None:
+        log.critical("the program failed", exc_info=error)
+
+    threading.excepthook, sys.unraisablehook, sys.excepthook = of_thread, of_nobody, of_program
