@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import unescape
-from itertools import count, product
+from itertools import count, dropwhile, product, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -669,6 +669,17 @@ async def test_processes_tell_what_they_hold_and_for_how_long(broker, visitor) -
     page = await visitor.sees("/en/processes")
     assert held[0].id in page
     assert "ends in" in page
+
+
+async def test_a_live_page_is_whole_whatever_ends_a_line_in_an_id(broker, visitor, monkeypatch) -> None:
+    """A stream of events ends a line at a carriage return too: what stood behind it was lost."""
+    monkeypatch.setattr(pages, "LIVE_FOR", 0.1)
+    await broker.send_to_queue("claims", 1, message_id="a\rb\r\nc\nd\N{LINE SEPARATOR}e")
+    await broker.receive_from_queue("claims")
+    lines = re.split("\r\n|\r|\n", (await visitor.client.get("/en/processes?live=stream")).text)
+    event = list(takewhile(bool, dropwhile(lambda line: not line.startswith("data: "), lines)))
+    assert "data: </section>" in event
+    assert [line for line in event if not line.startswith("data: ")] == []
 
 
 async def test_the_page_stays_up_while_the_store_is_away(tmp_path) -> None:

@@ -6,6 +6,7 @@ drawn once for all who look at the same.
 
 import asyncio
 import hmac
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
@@ -49,6 +50,7 @@ COMES_AGAIN = 2  # seconds after which a browser then asks again
 ACT_WITHIN = 2.0  # seconds that an answer waits for a deed to end
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 _NAMED: dict[str, Language] = {language: language for language in LANGUAGES}
+LINE_ENDS = re.compile("\r\n|\r|\n")  # in a stream of events; an id may hold any of them
 NAVIGATION = ("queues", "dead", "processes", "log")
 
 
@@ -228,7 +230,7 @@ class Pages:
         while not self._watch.is_closed and (left := until - time.monotonic()) > 0:
             now = await self._live(request, language, page, look)
             if now != drawn:
-                yield "".join(f"data: {line}\n" for line in now.split("\n")) + "\n"
+                yield "".join(f"data: {line}\n" for line in LINE_ENDS.split(now)) + "\n"
             drawn = now
             look = await self._watch.after(look.number, left)
 
