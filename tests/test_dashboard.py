@@ -18,7 +18,7 @@ from itertools import count, dropwhile, product, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import click
 import httpx
@@ -744,6 +744,27 @@ async def test_it_is_mounted_under_a_prefix(broker) -> None:
         for link in set(links):
             if "/act" not in link:
                 assert (await somebody.client.get(link)).status_code == 200, link
+
+
+@pytest.mark.parametrize("prefix", ["/отчёты/queues", "/a b;c", '/50%/"<q>', "/why?/#1"])
+async def test_a_prefix_of_any_characters_leads_to_the_pages_and_keeps_the_session(broker, prefix) -> None:
+    """The cookie's path is compared with the address as browsers write it; a header of Cyrillic could not be sent."""
+
+    def mounted(dashboard: Any) -> Any:
+        return Starlette(routes=[Mount(prefix, dashboard)])
+
+    written = quote(prefix)
+    async with visiting(broker, token=TOKEN, allow_actions=True, wrap=mounted) as somebody:
+        entered = await somebody.client.post(f"{written}/enter", data={"token": TOKEN})
+        assert f"Path={written};" in f"{entered.headers['set-cookie']};"
+        assert entered.headers["location"] == f"{written}/"
+        page = await somebody.sees(f"{written}/en/queues")
+        links = re.findall(r'(?:href|action|src)="([^"#]+)"', page)
+        assert [link for link in links if not link.startswith(f"{written}/")] == []
+        for link in {link for link in links if not link.endswith(("/act", "/leave"))}:
+            assert (await somebody.client.get(link)).status_code == 200, link
+        left = await somebody.client.post(f"{written}/leave")
+        assert f"Path={written};" in f"{left.headers['set-cookie']};"
 
 
 async def test_an_address_leads_to_the_page_that_was_meant_whatever_scheme_a_proxy_speaks(broker) -> None:

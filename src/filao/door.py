@@ -9,7 +9,7 @@ import asyncio
 import hmac
 import ipaddress
 from collections.abc import Collection, Mapping
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Scope, Send
@@ -132,6 +132,17 @@ def client_of(scope: Scope) -> str:
     """Return the host of the one who asks; empty where a request comes through a Unix socket."""
     client = scope.get("client")
     return str(client[0]) if client else ""
+
+
+def prefix_of(scope: Scope) -> str:
+    """Return where an application is mounted, as addresses and the path of a cookie write it."""
+    return quote(scope.get("root_path", ""))
+
+
+def path_of(scope: Scope) -> str:
+    """Return the path of a request within its application."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _address(client: str) -> str:

@@ -28,7 +28,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from filao import door
 from filao.codec import shown
 from filao.dashboard.neighbours import is_of_another_user
-from filao.door import LOOPBACK, Guesses, TooOftenError, client_of, cookie_of, is_of_host, is_of_other_site, safely
+from filao.door import (
+    LOOPBACK,
+    Guesses,
+    TooOftenError,
+    client_of,
+    cookie_of,
+    is_of_host,
+    is_of_other_site,
+    path_of,
+    prefix_of,
+    safely,
+)
 from filao.languages import LANGUAGES
 from filao.printable import printable
 
@@ -147,7 +158,7 @@ class Door:
     async def _let_in(self, scope: Scope, receive: Receive, headers: Headers) -> Response | None:
         """Return the answer to those who do not come in; None lets them through."""
         session = self._session(cookie_of(headers, self._cookie))
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path_of(scope)
         is_post = scope["method"] == "POST"
         who = _named(session, client_of(scope))
         if self._admit is not None:
@@ -206,7 +217,7 @@ class Door:
         language, to = query.get("language"), query.get("to", "")
         if not OUR_PAGE.fullmatch(to):
             to = f"/{language}/queues" if language in LANGUAGES else "/"
-        return RedirectResponse(f"{scope.get('root_path', '')}{to}", 303, {"set-cookie": kept})
+        return RedirectResponse(f"{prefix_of(scope)}{to}", 303, {"set-cookie": kept})
 
     def _kept(self, scope: Scope, session: str) -> str:
         """Return the header that has a browser keep a session."""
@@ -216,7 +227,7 @@ class Door:
             self._cookie,
             f"{session}.{self._sign(session)}",
             max_age=SESSION_LASTS,
-            path=scope.get("root_path", "") or "/",
+            path=prefix_of(scope) or "/",
             httponly=True,
             samesite="strict",
             secure=speaks_tls,
@@ -224,7 +235,7 @@ class Door:
         return response.headers["set-cookie"]
 
     def _left(self, scope: Scope) -> Response:
-        root = scope.get("root_path", "")
+        root = prefix_of(scope)
         response = RedirectResponse(f"{root}/", 303)
         response.delete_cookie(self._cookie, path=root or "/", httponly=True, samesite="strict")
         return response

@@ -33,6 +33,7 @@ from filao.dashboard.texts import texts
 from filao.dashboard.triage import CHOSEN_MAX, LOOKED_AT_MAX
 from filao.dashboard.views import Asked, NoMessageError, Views, oldest_age, whole
 from filao.dashboard.watch import Course, Look, Watch
+from filao.door import path_of, prefix_of
 from filao.engine import Feature, State
 from filao.errors import ConfigurationError, FilaoError, QueueNotFound, UnsupportedFeature
 from filao.languages import LANGUAGES, Language, fill
@@ -122,7 +123,7 @@ class Pages:
 
     def enter(self, scope: Scope, is_wrong: bool) -> Response:  # noqa: FBT001  # the door's callback
         """Return the page that asks for the token, or a file that it is drawn with."""
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path_of(scope)
         if path.startswith("/static/"):
             return self._file_named(path.removeprefix("/static/"))
         request = Request(scope)
@@ -138,17 +139,17 @@ class Pages:
     # --- pages -------------------------------------------------------------------------------------------------------
 
     async def _arrive(self, request: Request) -> Response:
-        return RedirectResponse(f"{request.scope.get('root_path', '')}/{self._language(request)}/queues", 303)
+        return RedirectResponse(f"{prefix_of(request.scope)}/{self._language(request)}/queues", 303)
 
     async def _elsewhere(self, request: Request, _error: Exception) -> Response:
         """Answer for a path without a page: redirect to the one that was meant, or say that there is none."""
-        root = f"{request.scope.get('root_path', '')}"
-        match request.scope["path"].removeprefix(root).strip("/").split("/"):
+        match path_of(request.scope).strip("/").split("/"):
             case [word] if word in LANGUAGES or word in ("enter", "leave"):
                 return await self._arrive(request)
             case [language, page] if language in LANGUAGES and page in self._view:
                 query = request.url.query
-                return RedirectResponse(f"{root}/{language}/{page}" + (f"?{query}" if query else ""), 303)
+                to = f"{prefix_of(request.scope)}/{language}/{page}"
+                return RedirectResponse(to + (f"?{query}" if query else ""), 303)
             case _:
                 return await self._no_page(request)
 
@@ -204,8 +205,7 @@ class Pages:
 
     def _language(self, request: Request) -> Language:
         """Return the language of the page, or of the form's page, or of the browser."""
-        root = f"{request.scope.get('root_path', '')}"
-        page = request.scope["path"].removeprefix(root).lstrip("/").partition("/")[0]
+        page = path_of(request.scope).lstrip("/").partition("/")[0]
         said = _NAMED.get(page) or _NAMED.get(request.query_params.get("language", ""))
         return said or wanted_language(request.headers.get("accept-language", ""))
 
@@ -260,7 +260,7 @@ class Pages:
         return HTMLResponse(self._render(f"{sheet.name}.html", request, language, look, sheet), sheet.status, headers)
 
     def _render(self, template: str, request: Request, language: Language, look: Look, sheet: Sheet) -> str:
-        root = f"{request.scope.get('root_path', '')}"
+        root = prefix_of(request.scope)
         visitor: Visitor | None = request.scope.get("filao_visitor")
         said, features = texts(language), self._watch.broker.features
         counts = Feature.COUNTERS in features
@@ -275,7 +275,7 @@ class Pages:
         other: Language = "fr" if language == "en" else "en"
         asked = [(name, value) for name, value in request.query_params.items() if name != "live"]
         live = urlencode([*asked, ("live", "stream")])
-        path = request.scope["path"].removeprefix(root).lstrip("/").partition("/")[2] or "queues"
+        path = path_of(request.scope).lstrip("/").partition("/")[2] or "queues"
         return self._templates.get_template(template).render(
             **{"why": "", "what": "", "seconds": 0, "is_job_unknown": False, **sheet.values},
             t=t,
@@ -349,7 +349,7 @@ class Pages:
             return draw(Sheet("trouble", {"what": "forged"}, 403))
         if stopped := whole(form.get("stop", "")):
             self._jobs.stop(stopped)
-            return RedirectResponse(f"{request.scope.get('root_path', '')}/{language}/dead?job={stopped}", 303)
+            return RedirectResponse(f"{prefix_of(request.scope)}/{language}/dead?job={stopped}", 303)
         act = unpacked(form.get("do", ""))
         if act is None:
             return draw(Sheet("trouble", {"what": "no_act"}, 400))
@@ -397,7 +397,7 @@ class Pages:
         await self._watch.anew()
         page = "dead" if act.what in ("redrive", "discard", "edit") else "queue"
         query = urlencode({"job": job.number} if page == "dead" else {"name": act.queue, "job": job.number})
-        return RedirectResponse(f"{request.scope.get('root_path', '')}/{language}/{page}?{query}", 303)
+        return RedirectResponse(f"{prefix_of(request.scope)}/{language}/{page}?{query}", 303)
 
     def _wanted(self, act: Act, look: Look) -> int:
         kind = self._views.triage.count(act.queue, act.reason or "", act.error or "")
