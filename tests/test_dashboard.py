@@ -384,7 +384,7 @@ async def test_what_a_form_asked_for_after_its_session_is_said_not_to_be_done(br
 async def test_it_is_read_only_unless_told_otherwise(broker) -> None:
     async with visiting(broker) as somebody:
         page = await somebody.client.get("/en/queue?name=claims")
-        assert 'form="act"' not in page.text
+        assert not re.search('form="(act|ask)"', page.text)
         cookie_bearer = re.search(r"proof", page.text)
         assert cookie_bearer is None
         form = {"proof": "", "do": Act("pause", "claims").packed(), "confirmed": "yes"}
@@ -714,6 +714,43 @@ async def test_who_does_not_confirm_is_led_back(broker, visitor) -> None:
     ):
         asked = await visitor.sends(act, confirmed="")
         assert f'href="{led}">No</a>' in unescape(asked.text)
+
+
+@pytest.mark.parametrize(
+    "act", [Act("redrive", "claims"), Act("pause", "claims"), Act("purge", "claims"), Act("discard", "claims", id="7&")]
+)
+async def test_what_is_to_be_confirmed_has_an_address_in_both_languages(broker, visitor, act) -> None:
+    """The page that answered a form could be neither gone back to nor read in the other language."""
+    asked = f"/en/act?{urlencode({'do': act.packed()})}"
+    page = await visitor.sees(asked)
+    (other,) = re.findall(r'<a href="([^"]*)" hreflang="fr"', page)
+    assert 'name="confirmed" value="yes"' in await visitor.sees(other)
+    answered = await visitor.sends(act, confirmed="")
+    assert f'action="{asked}"' in unescape(answered.text)
+
+
+async def test_no_other_site_leads_to_what_is_to_be_confirmed(broker, visitor) -> None:
+    """A key that is held down while the page opens would confirm it."""
+    asked = f"/en/act?{urlencode({'do': Act('pause', 'claims').packed()})}"
+    for site, status in (("cross-site", 303), ("same-site", 303), ("same-origin", 200), ("none", 200)):
+        headers = {"sec-fetch-site": site, "sec-fetch-mode": "navigate"}
+        assert (await visitor.client.get(asked, headers=headers)).status_code == status, site
+    async with visiting(broker, token=TOKEN, allow_actions=True) as somebody:
+        entered = await somebody.client.post(f"/enter?{urlencode({'to': asked})}", data={"token": TOKEN})
+        assert entered.headers["location"] == "/"
+
+
+async def test_what_cannot_be_asked_at_an_address_leads_to_a_page_that_can(broker, visitor) -> None:
+    edit = urlencode({"do": Act("edit", "claims", id="7").packed()})
+    for asked, led in (
+        ("/en/act", "/en/queues"),
+        ("/fr/act?do=what%3Ddrop", "/fr/queues"),
+        (f"/en/act?{edit}", "/en/message?queue=claims&id=7"),
+    ):
+        assert (await visitor.client.get(asked)).headers["location"] == led
+    await visitor.sees(f"/de/act?{edit}", 404)
+    async with visiting(broker) as reader:
+        await reader.sees(f"/en/act?{edit}", 403)
 
 
 async def test_a_file_that_was_put_in_the_place_of_another_is_shown_instead(

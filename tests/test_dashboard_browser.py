@@ -229,6 +229,24 @@ async def test_more_tabs_than_a_browser_has_connections_all_live(context, dashbo
         await page.wait_for_selector("text=just.declared", timeout=PATIENCE * 1000)
 
 
+async def test_a_browser_goes_back_to_what_was_to_be_confirmed_and_loads_it_anew(context, dashboard) -> None:
+    operator = Operator(await context.new_page())
+    page, confirm = operator.page, "input[name=confirmed]"
+    await operator.arrive(dashboard.url)
+    async with filao.connect(dashboard.file) as broker:
+        await broker.declare(filao.Queue("paused.here"))
+        await page.goto(f"{dashboard.url}en/queue?name=paused.here")
+        await operator.press("button[name=do][value*=pause]", confirm)
+        await page.reload()
+        await operator.press("a[hreflang=fr]", f"html[lang=fr] {confirm}")
+        await operator.press("button.strong", ".job")
+        assert (await broker.stats("paused.here")).paused
+        await page.go_back()
+        await page.wait_for_selector(f"html[lang=fr] {confirm}", state="attached")
+        await broker.delete_queue("paused.here")
+    assert operator.complaints == []
+
+
 async def test_a_page_that_gets_no_stream_lives_all_the_same(context, dashboard) -> None:
     operator = Operator(await context.new_page())
     await operator.arrive(dashboard.url)

@@ -75,8 +75,8 @@ BAD_FORMS = {
     "form_too_large": (413, "This form has at most {most:,} bytes.\n"),
     "form_unreadable": (400, "The form did not come whole, or cannot be read.\n"),
 }
-OUR_PAGE = re.compile(rf"/(?:{'|'.join(LANGUAGES)})/[a-z]+(?:\?.*)?", re.DOTALL)
-"""What may be led to, once somebody has come in: nothing of another site."""
+OUR_PAGE = re.compile(rf"/(?:{'|'.join(LANGUAGES)})/(?!act\b)[a-z]+(?:\?.*)?", re.DOTALL)
+"""What may be led to, once somebody has come in: nothing of another site, and nothing that Enter would confirm."""
 FORWARDED = ("forwarded", "x-forwarded-", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip", "via")
 """What the names of headers begin with that proxies set, and browsers do not."""
 

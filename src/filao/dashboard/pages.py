@@ -33,7 +33,7 @@ from filao.dashboard.texts import texts
 from filao.dashboard.triage import CHOSEN_MAX, LOOKED_AT_MAX
 from filao.dashboard.views import Asked, NoMessageError, Views, oldest_age, whole
 from filao.dashboard.watch import Course, Look, Watch
-from filao.door import path_of, prefix_of
+from filao.door import is_of_other_site, path_of, prefix_of
 from filao.engine import Feature, State
 from filao.errors import ConfigurationError, FilaoError, QueueNotFound, UnsupportedFeature
 from filao.languages import LANGUAGES, Language, fill
@@ -114,6 +114,7 @@ class Pages:
         routes = [
             Route("/", self._arrive),
             Route("/static/{name}", self._file),
+            Route("/{language}/act", self._ask),
             Route("/{language}/act", self._act, methods=["POST"]),
             Route("/{language}/{page}", self._page),
         ]
@@ -332,8 +333,26 @@ class Pages:
 
     # --- what forms ask for ------------------------------------------------------------------------------------------
 
+    async def _ask(self, request: Request) -> Response:
+        """Ask for a confirmation, at an address: a browser goes back to it, loads it anew, and changes its language.
+
+        No page of another site leads there, because a key that is held down meanwhile would confirm it.
+        """
+        language, look = self._language(request), await self._watch.latest()
+        if request.path_params["language"] not in LANGUAGES:
+            return await self._no_page(request)
+        if not self._allow_actions:
+            return self._drawn_whole(request, language, look, Sheet("trouble", {"what": "read_only"}, 403))
+        act = unpacked(request.query_params.get("do", ""))
+        if act is None or is_of_other_site(request.headers, is_visit=False):
+            return await self._arrive(request)
+        if act.what == "edit":  # what was typed is in no address: it is typed anew
+            about = urlencode({"queue": act.queue, "id": act.id or ""})
+            return RedirectResponse(f"{prefix_of(request.scope)}/{language}/message?{about}", 303)
+        return self._drawn_whole(request, language, look, Sheet("confirm", self._asked(act, look, {})))
+
     async def _act(self, request: Request) -> Response:
-        """Ask for a confirmation, or do what was confirmed."""
+        """Do what was confirmed, or ask for it."""
         language = self._language(request)
         look = await self._watch.latest()
         draw = partial(self._drawn_whole, request, language, look)
@@ -353,23 +372,13 @@ class Pages:
         act = unpacked(form.get("do", ""))
         if act is None:
             return draw(Sheet("trouble", {"what": "no_act"}, 400))
-        how_many = self._wanted(act, look)
-        values = {
-            "act": act,
-            "bounds": bounds(act, look.queues.get(act.queue)),
-            "looked_at_max": LOOKED_AT_MAX,
-            "chosen_max": CHOSEN_MAX,
-            "how_many": how_many,
-            "wrong": "",
-            "body": form.get("body", ""),
-            "rate": form.get("rate", ""),
-        }
+        values = self._asked(act, look, form)
         if not is_proven:  # perhaps drawn before a restart of the dashboard: ask again, and keep what was typed
             return draw(Sheet("confirm", values | {"wrong": texts(language)["confirm_anew"]}, 403))
         if form.get("confirmed") != "yes":
             return draw(Sheet("confirm", values))
         try:
-            deed = self._doing.deed(act, visitor.who, how_many)
+            deed = self._doing.deed(act, visitor.who, values["how_many"])
             return await self._done(request, language, act, form, deed)
         except TooMuchError:
             return draw(Sheet("trouble", {"what": "too_much"}, 429))
@@ -399,9 +408,20 @@ class Pages:
         query = urlencode({"job": job.number} if page == "dead" else {"name": act.queue, "job": job.number})
         return RedirectResponse(f"{prefix_of(request.scope)}/{language}/{page}?{query}", 303)
 
-    def _wanted(self, act: Act, look: Look) -> int:
+    def _asked(self, act: Act, look: Look, form: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the page shows that asks for a confirmation, with what was typed there before."""
+        queue = look.queues.get(act.queue)
         kind = self._views.triage.count(act.queue, act.reason or "", act.error or "")
-        return wanted(act, look.queues.get(act.queue), kind)
+        return {
+            "act": act,
+            "bounds": bounds(act, queue),
+            "looked_at_max": LOOKED_AT_MAX,
+            "chosen_max": CHOSEN_MAX,
+            "how_many": wanted(act, queue, kind),
+            "wrong": "",
+            "body": form.get("body", ""),
+            "rate": form.get("rate", ""),
+        }
 
 
 def _about(language: Language, deed: Deed) -> str:
