@@ -553,6 +553,9 @@ async def test_a_nul_in_an_address_names_nothing(broker, visitor) -> None:
         Act("pause", "letters", group="\0"),
     ):
         await visitor.does(act)
+    for do in ("what=cancel&queue=claims&id=\0", "what=redrive&queue=claims&reason=\0&error=\0"):
+        form = {"proof": await visitor.proof(), "do": do, "confirmed": "yes"}
+        assert (await visitor.client.post("/en/act", data=form)).status_code == 303
 
 
 @on_both
@@ -1060,6 +1063,8 @@ async def test_what_no_button_does_is_refused(broker, visitor) -> None:
         "what=pause&queue=letters&id=1",
         "what=redrive&queue=claims&id=1&reason=rejected&error=",
         "x" * 99,
+        f"what=cancel&queue=claims&id={'x' * 100_000}",  # the log would keep ten thousand of these
+        f"what=pause&queue=letters&group={'x' * 100_000}",
     ):
         form = {"proof": await visitor.proof(), "do": do, "confirmed": "yes"}
         assert (await visitor.client.post("/en/act", data=form)).status_code == 400

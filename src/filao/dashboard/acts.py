@@ -4,7 +4,7 @@ Each act has a command that does the same, which the page shows that asks for a 
 """
 
 import shlex
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -33,6 +33,7 @@ WHATS: dict[str, tuple[set[str], ...]] = {
 }
 """What can be done, and the sets of fields that may choose a part of the queue; the log can describe no others."""
 ABOUT_MAX = 400  # characters of what the log says that a deed was about
+FIELD_MAX = 2_000  # characters of one field of an act: as many as a page has of an error, whose kind is the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,12 @@ class Act:
     def about(self) -> str:
         """Which part of the queue, for the log."""
         if self.id is not None:
-            return f"id {self.id}"
-        if self.group is not None:
-            return f"group {self.group}"
-        return "" if self.reason is None else f"{self.reason}: {self.error or ''}"[:ABOUT_MAX]
+            said = f"id {self.id}"
+        elif self.group is not None:
+            said = f"group {self.group}"
+        else:
+            said = "" if self.reason is None else f"{self.reason}: {self.error or ''}"
+        return said[:ABOUT_MAX]
 
     def twin(self) -> str:
         """Return the command that does the same, for a shell where FILAO_URL is set."""
@@ -86,13 +89,19 @@ class Act:
 def unpacked(text: str) -> Act | None:
     """Return the act in a button's value; None for a value that no button of ours has."""
     try:
-        fields = dict(parse_qsl(text.replace("%00", "%E2%90%80"), keep_blank_values=True, max_num_fields=10))
+        fields = storable(dict(parse_qsl(text, keep_blank_values=True, max_num_fields=10)))
         act = Act(**fields)
         check_name(act.queue)
         about = fields.keys() - {"what", "queue"}
     except (TypeError, ValueError, FilaoError):
         return None
-    return act if about in WHATS.get(act.what, ()) else None
+    is_ours = about in WHATS.get(act.what, ()) and all(len(value) <= FIELD_MAX for value in fields.values())
+    return act if is_ours else None
+
+
+def storable(query: Mapping[str, str]) -> dict[str, str]:
+    """Return fields with a symbol in place of NUL, which no name, id or key contains and SQL refuses."""
+    return {name: value.replace("\0", "\N{SYMBOL FOR NULL}") for name, value in query.items()}
 
 
 def rate_of(text: str) -> float | None:

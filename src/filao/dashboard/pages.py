@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from filao.broker import session_of
 from filao.dashboard import charts, shown
-from filao.dashboard.acts import Act, Doing, bounds, rate_of, unpacked, wanted
+from filao.dashboard.acts import Act, Doing, bounds, rate_of, storable, unpacked, wanted
 from filao.dashboard.door import FormError, Visitor, read_form
 from filao.dashboard.jobs import Job, Jobs, TooMuchError
 from filao.dashboard.texts import texts
@@ -187,7 +187,7 @@ class Pages:
         within = READ_WITHIN if Feature.PEEK in self._watch.broker.features else RECEIVED_WITHIN
         try:
             async with asyncio.timeout(within):
-                values = await self._view[page](Asked(look, _storable(request.query_params)))
+                values = await self._view[page](Asked(look, storable(request.query_params)))
                 number = whole(request.query_params.get("job", ""))
                 job = await self._jobs.told(number)
                 return Sheet(page, values | {"job": job, "is_job_unknown": number > 0 and job is None})
@@ -429,11 +429,6 @@ def _about(language: Language, deed: Deed) -> str:
     said, (reason, is_kind, error) = texts(language), deed.about.partition(": ")
     says = said.get(f"reason_{reason}") if is_kind else None
     return deed.about if says is None else fill(language, said["about_kind"], {"reason": says, "error": error})
-
-
-def _storable(query: Mapping[str, str]) -> dict[str, str]:
-    """Return a query with a symbol in place of NUL, which no name, id or key contains and SQL refuses."""
-    return {name: value.replace("\0", "\N{SYMBOL FOR NULL}") for name, value in query.items()}
 
 
 def _packed(what: str, queue: str, **about: str) -> str:
