@@ -29,6 +29,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import filao
+import filao.sync
 from filao import door
 from filao.cli import commands
 from filao.dashboard import app, pages, views
@@ -156,6 +157,41 @@ async def test_who_could_come_in_from_elsewhere_unasked_is_a_mistake() -> None:
     ):
         with pytest.raises(filao.ConfigurationError):
             app(broker, **how)
+
+
+async def test_a_host_that_no_request_is_sent_to_is_a_mistake() -> None:
+    """All were turned away, and told the very name that they had asked for."""
+    broker = filao.connect("sqlite://:memory:")
+    odd = (
+        "ops.example:8748",
+        "https://ops.example",
+        "ops.example/queues",
+        "[::1]",
+        "ada@ops.example",
+        "",
+        "h\u00e9.example",
+    )
+    for hosts in ("ops.example", *([one] for one in odd)):
+        with pytest.raises(filao.ConfigurationError, match="hosts"):
+            app(broker, token=TOKEN, hosts=hosts)
+    app(
+        broker,
+        token=TOKEN,
+        queues=(filao.Queue("claims"),),
+        hosts=["Ops.Example", "10.0.0.7", "::1", "2001:DB8::7", "ops.example."],
+    )
+
+
+def test_what_the_first_request_would_fail_for_is_refused_when_it_is_given(tmp_path) -> None:
+    broker = filao.connect("sqlite://:memory:")
+    others: list[Any] = [filao.sync.connect(tmp_path / "claims.db"), str(tmp_path / "claims.db")]
+    for given in others:
+        with pytest.raises(filao.ConfigurationError, match=r"filao\.connect"):
+            app(given)
+    some: list[Any] = [["claims"], "claims", [None]]
+    for queues in some:
+        with pytest.raises(filao.ConfigurationError, match=r"a list of filao\.Queue"):
+            app(broker, queues=queues)
 
 
 async def test_a_token_is_asked_for_by_a_form_and_kept_in_a_strict_cookie(broker) -> None:

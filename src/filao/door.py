@@ -38,6 +38,23 @@ def is_of_host(headers: Headers, hosts: Collection[str]) -> bool:
         return False
 
 
+def odd_host(hosts: Collection[str]) -> str | None:
+    """Return the first of these that is no host's name alone, as requests have it; None: there is none.
+
+    With a scheme or a port it equals no name that a request is compared with, and browsers send names in ASCII.
+    """
+    return next((host for host in hosts if not _is_name(host)), None)
+
+
+def _is_name(host: str) -> bool:
+    try:
+        if ":" in host:
+            return bool(ipaddress.IPv6Address(host))
+        return host.isascii() and urlsplit(f"//{host}").hostname == host.lower()
+    except ValueError:
+        return False
+
+
 def is_of_other_site(headers: Headers, *, is_visit: bool) -> bool:
     """Return whether a page of another site caused a request; `is_visit`: following a link to a page is allowed."""
     origin = headers.get("origin")

@@ -15,6 +15,7 @@ with Extra("filao[dashboard]", of="filao.dashboard"):
     import_module("jinja2")  # of its pages
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+from filao import codec
 from filao.broker import Broker, overview_of
 from filao.dashboard.acts import Doing
 from filao.dashboard.door import TOKEN_LEAST, Admit, Door, is_loopback_only
@@ -22,7 +23,7 @@ from filao.dashboard.jobs import Jobs
 from filao.dashboard.pages import Pages
 from filao.dashboard.views import Redact, Views
 from filao.dashboard.watch import Watch
-from filao.door import LOOPBACK
+from filao.door import LOOPBACK, odd_host
 from filao.errors import ConfigurationError
 from filao.queue import Queue
 
@@ -68,6 +69,8 @@ def app(
     shown. `queues` have the types that edited bodies must fit. Raises `ConfigurationError` for an argument that is
     none, and when other machines could use it without a token or `admit`.
     """
+    queues = tuple(queues)
+    _check(broker, hosts, queues)
     token = None if token is None else token.strip()  # a file of secrets may end in a line end, which nobody types
     if token is not None and len(token) < TOKEN_LEAST:
         raise ConfigurationError(f"token has {len(token)} characters; fewer than {TOKEN_LEAST} are soon guessed")
@@ -83,3 +86,20 @@ def app(
     pages = Pages(watch, views, jobs, Doing(broker, overview, queues), allow_actions=allow_actions)
     door = Door(pages.application(), pages.enter, token=token, admit=admit, hosts=hosts)
     return Dashboard(door, (jobs, views.triage, watch))
+
+
+def _check(broker: object, hosts: Collection[str] | None, queues: Sequence[object]) -> None:
+    """Raise `ConfigurationError` for what would fail, or turn everybody away, no sooner than at the first request."""
+    if not isinstance(broker, Broker):
+        raise ConfigurationError(f"broker is {codec.shown(broker)}; give one of filao.connect, of the dashboard's own")
+    if isinstance(hosts, str):
+        raise ConfigurationError(f"hosts is the text {hosts!r}, which would be read letter by letter; give [{hosts!r}]")
+    if (odd := odd_host(hosts or ())) is not None:
+        raise ConfigurationError(
+            f"hosts has {odd!r}, and no request names that: give a host's name alone, such as 'ops.example.com', in "
+            "ASCII, without a scheme, a port, brackets or a path"
+        )
+    if others := [one for one in queues if not isinstance(one, Queue)]:
+        raise ConfigurationError(
+            f"queues has {codec.shown(others[0])}; give a list of filao.Queue, whose types are checked"
+        )
