@@ -600,6 +600,7 @@ async def test_what_is_not_there_is_not_found_and_names_what_looks_like_it(broke
     assert "claims" in await visitor.sees("/en/queue?name=claim", 404)
     await visitor.sees(f"/en/message?queue=claims&id={receipt.id}", 404)
     await visitor.sees("/en/message?queue=%00&id=%ff", 404)
+    assert "claims" in await visitor.sees("/en/dead?queue=claim", 404)
     await visitor.sees("/en/nothing", 404)
     await visitor.sees("/de/queues", 404)
 
@@ -708,6 +709,24 @@ async def test_processes_tell_what_they_hold_and_for_how_long(broker, visitor) -
     page = await visitor.sees("/en/processes")
     assert held[0].id in page
     assert "ends in" in page
+
+
+async def test_of_more_than_is_listed_the_number_is_told(broker, visitor, monkeypatch) -> None:
+    """A process that held 300 messages was said to have a hundred leases."""
+    monkeypatch.setattr(views, "HELD_SHOWN", 2)
+    monkeypatch.setattr(views, "HELD_QUEUES", 1)
+    await broker.send_many("claims", range(5))
+    await broker.send_many("letters", range(3))
+    held = [await broker.receive_many("claims", 5), await broker.receive_many("letters", 3)]
+    page = await visitor.sees("/en/processes")
+    assert ("<summary>8 leases</summary>" in page, page.count("ends in"), "and 6 more" in page) == (True, 2, True)
+    for message in held.pop():
+        await message.ack()
+    monkeypatch.setattr(views, "HELD_SHOWN", 6)
+    monkeypatch.setattr(views, "PROCESSES_SHOWN", 0)
+    await visitor.dashboard._closing[-1].anew()
+    page = await visitor.sees("/en/processes")
+    assert ("lease" in page, "and 1 more" in page) == (False, True)
 
 
 async def test_a_live_page_is_whole_whatever_ends_a_line_in_an_id(broker, visitor, monkeypatch) -> None:

@@ -4,7 +4,7 @@ A view returns the values of its template; nothing here knows how they are drawn
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -28,6 +28,7 @@ GROUPS_SHOWN = 50
 KINDS_SHOWN = 200  # kinds of dead letters of one page
 HELD_SHOWN = 100  # leases of one queue on the page of the processes
 HELD_QUEUES = 20  # queues whose leases that page shows
+PROCESSES_SHOWN = 100  # on that page
 DEEDS_SHOWN = 100  # entries of one page of the log
 KINDS_WITHIN = 1.5  # seconds that a page waits for dead letters to be told apart
 SORTS = ("age", "ready", "dead", "name")
@@ -163,20 +164,28 @@ class Views:
             for one in queue.receivers:
                 processes.setdefault(one.name, Process(one, {}, [])).held[queue.name] = one.held
         overview = self._overview()
+        cut: set[str] = set()
         if State.LEASED in overview.sees:
-            held = [queue for queue in asked.look.queues.values() if queue.leased]
-            for queue in sorted(held, key=lambda one: -one.leased)[:HELD_QUEUES]:
-                for message in await overview.glance(queue.name, State.LEASED, limit=HELD_SHOWN):
+            held = sorted((one for one in asked.look.queues.values() if one.leased), key=lambda one: -one.leased)
+            cut = {queue.name for queue in held}
+            for queue in held[:HELD_QUEUES]:
+                found = await overview.glance(queue.name, State.LEASED, limit=HELD_SHOWN)
+                for message in found:
                     if message.consumer in processes:
                         processes[message.consumer].leases.append((queue.name, message))
+                if len(found) < HELD_SHOWN:
+                    cut.remove(queue.name)
         ranked = sorted(processes.values(), key=lambda one: (not one.is_stale, one.receiver.name))
-        return {"processes": ranked, "now": datetime.now(UTC), "held_shown": HELD_SHOWN}
+        hidden = max(0, len(ranked) - PROCESSES_SHOWN)
+        return {"processes": ranked[:PROCESSES_SHOWN], "hidden": hidden, "cut": cut, "now": datetime.now(UTC)}
 
     # --- dead letters ------------------------------------------------------------------------------------------------
 
     async def dead(self, asked: Asked) -> Values:
         """Return the dead letters by kind."""
         only = asked.query.get("queue", "")
+        if only and only not in asked.look.queues:
+            raise not_found(only[:200], asked.look.queues)
         queues = {name: one for name, one in asked.look.queues.items() if not only or name == only}
         triaged, is_latest = await self.triage.kinds(queues, 0.0 if "live" in asked.query else KINDS_WITHIN)
         kinds = [kind for one in triaged for kind in one.kinds]
@@ -222,6 +231,11 @@ class Process:
     held: dict[str, int]
     """How many messages of each queue it holds."""
     leases: list[tuple[str, Glimpse]]
+
+    def hidden(self, cut: Collection[str]) -> int:
+        """Return how many of its leases are not listed, because those of these queues are not all listed."""
+        held = sum(count for name, count in self.held.items() if name in cut)
+        return max(0, held - sum(name in cut for name, _ in self.leases))
 
     @property
     def is_stale(self) -> bool:
