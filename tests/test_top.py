@@ -115,6 +115,12 @@ def test_rates_are_what_was_sent_since_the_last_look() -> None:
     assert 5 < rate <= 10
 
 
+def test_a_queue_that_was_declared_anew_has_no_rate_below_nought() -> None:
+    was = Reading(time.monotonic() - 1.0, [stats("a", sent=2_000_000)])
+    again = read_again(lambda: [stats("a", sent=1)], was)
+    assert again.rates == {"a": (0.0, 0.0)}
+
+
 def test_what_an_engine_does_not_tell_is_no_nought_and_is_named() -> None:
     reading = Reading(0.0, [stats("a", ready=9)], {"a": (0.0, 0.0)}, untold="RabbitMQ does not tell what is leased")
     assert line(reading.queues[0], reading).split() == ["a", "9", "-", "-", "0", "-", "-", "-"]

@@ -132,8 +132,8 @@ def read_again(look: Callable[[], Sequence[QueueStats]], before: Reading) -> Rea
     except EngineError as error:
         return replace(before, trouble=str(error))
     was, past = {one.name: one for one in before.queues}, max(now - before.at, 0.001)
-    rates = {
-        one.name: ((one.sent - was[one.name].sent) / past, (one.acked - was[one.name].acked) / past)
+    rates = {  # totals begin anew where a queue was deleted and declared again: that is no rate
+        one.name: (max(0.0, (one.sent - was[one.name].sent) / past), max(0.0, (one.acked - was[one.name].acked) / past))
         for one in queues
         if one.name in was
     }
