@@ -5,6 +5,7 @@ import re
 
 import filao
 import filao.sync
+from filao.cli import stored
 from tests.support.shell import (
     bury,
     compiled,
@@ -143,6 +144,21 @@ def test_redrive_and_discard_choose_a_kind_and_keep_to_a_rate(db):
     assert (asked.code, by_id.code) == (2, 2)
     assert run("discard", db, "claims", "--id", ids[2], "--yes").lines == [{"discarded": 1}]
     assert (counted(db).dead, counted(db).cancelled) == (1, 1)
+
+
+def test_what_another_discards_meanwhile_ends_no_search_through_the_others(db, monkeypatch):
+    """Of an id that its sender gave, nothing told any more where the next page begins."""
+    monkeypatch.setattr(stored, "_SEARCHED_AT_ONCE", 2)
+    with filao.sync.connect(db) as broker:
+        for number in range(6):
+            broker.send_to_queue("claims", number, message_id=f"claim-{number}")
+            broker.receive_from_queue("claims").reject("no")
+        found = []
+        for letter in stored._search(broker, "claims", filao.State.DEAD, lambda _: True, after=None, limit=100):
+            found.append(letter.id)
+            if letter.id in ("claim-1", "claim-3"):
+                broker.discard("claims", ids=[letter.id])
+    assert found == [f"claim-{number}" for number in range(6)]
 
 
 def test_purge_asks_and_refuses_where_it_cannot(db):

@@ -40,6 +40,7 @@ from filao.dashboard.door import FormError, read_form
 from filao.dashboard.jobs import REMEMBERED_MAX, RUNNING_MAX, Job, Jobs, TooMuchError, in_slices
 from filao.dashboard.neighbours import is_of_another_user
 from filao.dashboard.texts import FOLDER, texts
+from filao.dashboard.triage import dead_letters
 from filao.engine import StoredMessage
 from filao.engines.sqlite.backup import restore
 from filao.overview import Deed, Overview, error_kind
@@ -1008,6 +1009,22 @@ async def test_a_long_error_is_of_the_same_kind_on_the_page_and_on_the_command_l
     found = {kind for _, kind in rows(await visitor.sees("/en/dead"))}
     assert found == {error_kind(letter.error) for letter in await broker.dead_letters("claims")}
     assert "RuntimeError" in found
+
+
+@on_both
+async def test_what_another_discards_meanwhile_ends_no_walk_through_the_others(broker, monkeypatch) -> None:
+    """The id that a sender gave names no place any more: a job on 2,000 of these had ended before it began."""
+    overview = engine_of(broker).overview
+    monkeypatch.setattr(type(overview), "glance_max", 2)
+    for number in range(6):
+        await broker.send_to_queue("claims", number, message_id=f"claim-{number}")
+        await (await broker.receive_from_queue("claims")).reject("no")
+    found: list[str] = []
+    async for letter in dead_letters(overview, "claims", 100):
+        found.append(letter.id)
+        if letter.id in ("claim-1", "claim-3"):
+            await broker.discard("claims", ids=[letter.id])
+    assert found == [f"claim-{number}" for number in range(6)]
 
 
 @on_both

@@ -26,6 +26,7 @@ from filao.cli.shell import (
 )
 from filao.cli.tables import draw_stored, tell
 from filao.engine import REASONS, QueueStats, State, StoredMessage
+from filao.errors import ConfigurationError
 from filao.overview import error_kind
 from filao.printable import some
 from filao.slices import Tally
@@ -33,6 +34,7 @@ from filao.sync import Broker, call_on, door_of
 
 SEARCHED_MAX = 1_000_000  # messages that one search looks at: some minutes
 _SEARCHED_AT_ONCE = 1_000  # messages of one page: with bodies of 256 KiB, what memory holds
+_BEGUN_AGAIN_MAX = 20  # times that a search begins again, because the message behind which it was to go on has left
 
 _Choice = Callable[[StoredMessage], bool]
 _json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
@@ -131,16 +133,28 @@ def _of_id(broker: Broker, name: str, message_id: str, state: str | None) -> lis
 def _search(
     broker: Broker, name: str, state: State, fits: _Choice, *, after: str | None, limit: int
 ) -> Iterator[StoredMessage]:
-    """Yield up to `limit` messages that fit, page by page."""
+    """Yield up to `limit` messages that fit, page by page, each once.
+
+    An id that its sender has given names no place once its message has left: the search begins again then.
+    """
+    behind, seen, begun_again = after, set[str](), 0
     for _ in range(SEARCHED_MAX // _SEARCHED_AT_ONCE):
-        page = broker.peek(name, state=state, limit=_SEARCHED_AT_ONCE, after=after)
-        fitting = [message for message in page if fits(message)][:limit]
+        try:
+            page = broker.peek(name, state=state, limit=_SEARCHED_AT_ONCE, after=behind)
+        except ConfigurationError:
+            begun_again += 1
+            if behind == after or begun_again > _BEGUN_AGAIN_MAX:
+                raise
+            behind = after
+            continue
+        fitting = [message for message in page if message.id not in seen and fits(message)][:limit]
+        seen |= {message.id for message in fitting} - {""}
         yield from fitting
         limit -= len(fitting)
         if limit <= 0 or len(page) < _SEARCHED_AT_ONCE:
             return
-        after = page[-1].id
-    note(f"no more than {SEARCHED_MAX:,} messages were searched; go on with --after {after}")
+        behind = page[-1].id
+    note(f"no more than {SEARCHED_MAX:,} messages were searched; go on with --after {behind}")
 
 
 def _shown(

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from filao.engine import QueueStats, State
-from filao.errors import FilaoError
+from filao.errors import ConfigurationError, FilaoError
 from filao.guarded import check_cancelled
 from filao.overview import Glimpse, Overview, error_kind
 
 LOOKED_AT_MAX = 10_000  # dead letters of one queue that are looked at: a second at most
 QUEUES_MAX = 2_000  # queues whose kinds of dead letters are remembered
 CHOSEN_MAX = 100_000  # ids that one job takes, some 10 MB
+BEGUN_AGAIN_MAX = 20  # times that a walk begins again, because the message behind which it was to go on has left
 SHARE = 20  # a queue is not looked at again within so many times the time that the look took, which matters on RabbitMQ
 
 
@@ -120,15 +121,32 @@ class Triage:
 
 
 async def dead_letters(overview: Overview, queue: str, most: int) -> AsyncGenerator[Glimpse]:
-    """Yield a queue's dead letters in the order of sending, at most `most` of them, in slices."""
+    """Yield a queue's dead letters in the order of sending, each once, at most `most` of them, in slices.
+
+    An id that its sender has given names no place once its message has left, as when another dashboard discards it; the
+    walk begins again then, past what was seen.
+    """
     after: str | None = None
-    for first in range(0, most, overview.glance_max):
-        limit = min(overview.glance_max, most - first)
-        page = await overview.glance(queue, State.DEAD, limit=limit, after=after)
+    seen: set[str] = set()
+    looked = begun_again = 0
+    while looked < most:
+        limit = min(overview.glance_max, most - looked)
+        try:
+            page = await overview.glance(queue, State.DEAD, limit=limit, after=after)
+        except ConfigurationError:
+            begun_again += 1
+            if after is None or begun_again > BEGUN_AGAIN_MAX:
+                raise
+            after, looked = None, 0
+            continue
         for letter in page:
-            yield letter
+            if letter.id not in seen:
+                yield letter
+            if letter.id:  # of what strangers sent to RabbitMQ, many have none
+                seen.add(letter.id)
         if len(page) < limit:
             return
+        looked += len(page)
         after = page[-1].id
 
 
