@@ -45,6 +45,7 @@ from filao.engine import StoredMessage
 from filao.engines.sqlite.backup import restore
 from filao.overview import Deed, Overview, error_kind
 from filao.slices import Tally
+from filao.testing import Clock
 from tests.conftest import engine_of, on_connection
 from tests.support.memory import MemoryEngine, Store
 from tests.support.proxy import Proxy
@@ -710,6 +711,20 @@ async def test_processes_tell_what_they_hold_and_for_how_long(broker, visitor) -
     page = await visitor.sees("/en/processes")
     assert held[0].id in page
     assert "ends in" in page
+
+
+async def test_ages_are_told_by_the_clock_of_the_store(url) -> None:
+    """It goes evenly where ours is set, and a server's may be another: leases were said to have run out."""
+    async with filao.connect(url, clock=Clock()) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        held = await broker.receive_from_queue("claims", lease=600)
+        async with visiting(broker) as somebody:
+            assert re.search("ends in \\d+\N{NO-BREAK SPACE}(min|s)<", await somebody.sees("/en/processes"))
+            page = await somebody.sees(f"/en/message?queue=claims&id={held.id}")
+            assert re.search("\\(\\d+\N{NO-BREAK SPACE}(min|s)\\)", page)
+            page = await somebody.sees("/en/queue?name=claims&state=leased&older=1800")
+            assert "/en/message?queue=claims&id=" not in page
 
 
 async def test_of_more_than_is_listed_the_number_is_told(broker, visitor, monkeypatch) -> None:

@@ -136,6 +136,10 @@ class Overview(Protocol):
         """The states whose messages can be seen."""
         ...
 
+    async def now(self) -> datetime:
+        """Return the store's time, by which all times of its messages are; ours may be another after a jump."""
+        ...
+
     async def glance(
         self, queue: str, state: State, *, limit: int, after: str | None = None, group: str | None = None
     ) -> list[Glimpse]:

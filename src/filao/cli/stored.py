@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 
 import click
 import msgspec
@@ -70,7 +70,9 @@ def peek(
         else:
             found = _of_id(broker, name, wanted, state)
             none = f"no {state + ' ' if state else ''}message {wanted!r}"
-    return _shown(found, State(state or State.READY), name, none, wants_json=wants_json, whole=wanted is not None)
+        now = _now(broker)
+    shown_state = State(state or State.READY)
+    return _shown(found, shown_state, name, none, now=now, wants_json=wants_json, whole=wanted is not None)
 
 
 @click.command()
@@ -100,7 +102,6 @@ def dead(
     A table on a terminal, and JSON lines elsewhere. The exit code is 1 when there is none.
     """
     url, (name,) = addressed(arguments, least=1, most=1)
-    now = datetime.now(UTC)
     given: list[tuple[object, _Choice]] = [
         (reason, lambda one: one.reason == reason),
         (error, lambda one: (error or "").casefold() in one.error.casefold()),
@@ -110,6 +111,7 @@ def dead(
     choices = [choice for value, choice in given if value is not None]
     fits: _Choice = lambda one: all(choice(one) for choice in choices)  # noqa: E731  # short
     with broker_at(url, name) as broker:
+        now = _now(broker)
         if wanted is not None:
             found = [one for one in _of_id(broker, name, wanted, State.DEAD) if fits(one)]
         elif choices:
@@ -118,7 +120,12 @@ def dead(
             found = broker.dead_letters(name, limit=limit, after=after)
     such = "such " if choices else ""
     none = f"no {such}dead letters" if wanted is None else f"no {such}dead letter {wanted!r}"
-    return _shown(found, State.DEAD, name, none, wants_json=wants_json, whole=wanted is not None)
+    return _shown(found, State.DEAD, name, none, now=now, wants_json=wants_json, whole=wanted is not None)
+
+
+def _now(broker: Broker) -> datetime:
+    """Return the store's time, by which messages are old."""
+    return call_on(broker, overview_of(door_of(broker)).now)
 
 
 def _of_id(broker: Broker, name: str, message_id: str, state: str | None) -> list[StoredMessage]:
@@ -163,6 +170,7 @@ def _shown(
     name: str,
     none: str,
     *,
+    now: datetime,
     wants_json: bool,
     whole: bool,
 ) -> int:
@@ -176,9 +184,9 @@ def _shown(
             for message in messages
         )
     elif whole:
-        tell(messages[0])
+        tell(messages[0], now)
     else:
-        draw_stored(messages, state)
+        draw_stored(messages, state, now)
     return 0
 
 

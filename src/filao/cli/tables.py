@@ -1,7 +1,7 @@
 """Tables, ages and whole messages on a terminal; text from others is never read as markup."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 
 import click
 import msgspec
@@ -50,9 +50,8 @@ def draw(
     console.print(table)
 
 
-def draw_stored(messages: Sequence[StoredMessage], state: State) -> None:
-    """Draw messages of one state, one to a row."""
-    now = datetime.now(UTC)
+def draw_stored(messages: Sequence[StoredMessage], state: State, now: datetime) -> None:
+    """Draw messages of one state, one to a row; `now` is the store's time."""
     if state is State.DEAD:
         draw(
             ("id", "dead for", "attempts", "reason", "last error"),
@@ -79,14 +78,13 @@ def draw_stored(messages: Sequence[StoredMessage], state: State) -> None:
     )
 
 
-def tell(message: StoredMessage) -> None:
-    """Print everything that is known of one message."""
-    for line in _story(message):
+def tell(message: StoredMessage, now: datetime) -> None:
+    """Print everything that is known of one message; `now` is the store's time."""
+    for line in _story(message, now):
         click.echo(line)
 
 
-def _story(message: StoredMessage) -> Iterator[str]:
-    now = datetime.now(UTC)
+def _story(message: StoredMessage, now: datetime) -> Iterator[str]:
     facts = {
         "id": message.id,
         "queue": f"{message.queue} ({message.state.value})",

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -285,7 +286,8 @@ class Pages:
             href=href,
             n=partial(shown.number, language),
             age=partial(shown.age, language),
-            ago=partial(shown.since, language),
+            ago=partial(shown.since, language, look.now()),
+            ago_here=partial(shown.since, language, datetime.now(UTC)),
             at=shown.instant,
             text=shown.lines,
             oldest_age=oldest_age,

@@ -6,7 +6,7 @@ reading round, and what is long is cut.
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -82,9 +82,9 @@ def age(language: Language, seconds: float | None) -> str:
     return f"{max(seconds, 0.0):.0f}{NO_BREAK}s"
 
 
-def since(language: Language, moment: datetime | None) -> str:
+def since(language: Language, now: datetime, moment: datetime | None) -> str:
     """Return how long ago a moment was."""
-    return NOTHING if moment is None else age(language, (datetime.now(UTC) - moment).total_seconds())
+    return NOTHING if moment is None else age(language, (now - moment).total_seconds())
 
 
 def instant(moment: datetime | None) -> str:

@@ -6,7 +6,7 @@ A view returns the values of its template; nothing here knows how they are drawn
 import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -112,7 +112,8 @@ class Views:
         limit = GLANCE_MAX if is_filtered else MESSAGES_SHOWN + 1
         after = asked.query.get("after") or None
         found = await self._overview().glance(name, state, limit=limit, after=after, group=group)
-        fitting = [one for one in found if _fits(one, header, older)]
+        now = asked.look.now()
+        fitting = [one for one in found if _fits(one, header, now, older)]
         shown = fitting[:MESSAGES_SHOWN]
         last = shown if len(fitting) > MESSAGES_SHOWN else found if len(found) == limit else []
         return {
@@ -177,7 +178,7 @@ class Views:
                     cut.remove(queue.name)
         ranked = sorted(processes.values(), key=lambda one: (not one.is_stale, one.receiver.name))
         hidden = max(0, len(ranked) - PROCESSES_SHOWN)
-        return {"processes": ranked[:PROCESSES_SHOWN], "hidden": hidden, "cut": cut, "now": datetime.now(UTC)}
+        return {"processes": ranked[:PROCESSES_SHOWN], "hidden": hidden, "cut": cut, "now": asked.look.now()}
 
     # --- dead letters ------------------------------------------------------------------------------------------------
 
@@ -291,8 +292,8 @@ def _rules(queue: Queue[Any]) -> Sequence[tuple[str, object]]:
     ]
 
 
-def _fits(message: Glimpse, header: str, older: float | None) -> bool:
-    if older is not None and (datetime.now(UTC) - message.sent_at).total_seconds() < older:
+def _fits(message: Glimpse, header: str, now: datetime, older: float | None) -> bool:
+    if older is not None and (now - message.sent_at).total_seconds() < older:
         return False
     if not header:
         return True

@@ -8,12 +8,13 @@ import asyncio
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 
-from filao.broker import Broker
+from filao.broker import Broker, overview_of
 from filao.engine import OpenAgain, QueueStats
-from filao.errors import FilaoError
+from filao.errors import FilaoError, UnsupportedFeature
 from filao.guarded import check_cancelled, for_ever
 
 LOOKS_EVERY = 2.0  # seconds between two looks, while a page is open
@@ -62,6 +63,12 @@ class Look:
     """Why it has not answered since; empty when it has."""
     began: float = 0.0
     """When this look began, by the monotonic clock."""
+    ahead: timedelta = timedelta()
+    """By how much the store's clock is ahead of ours, which another machine or a jump may have set otherwise."""
+
+    def now(self) -> datetime:
+        """Return the store's time, by which the ages of what it holds are told."""
+        return datetime.now(UTC) + self.ahead
 
 
 class Watch:
@@ -137,16 +144,16 @@ class Watch:
         """Look, tell those that wait for it, and rest."""
         self._hurry.clear()
         self._looked_at = began = time.monotonic()
-        seen, trouble = await self._read()
+        seen, ahead, trouble = await self._read()
         check_cancelled()
         self._took = time.monotonic() - began
         number = self._look.number + 1
         if trouble:
-            self._look = Look(number, self._look.queues, self._look.seen_at, trouble, began)
+            self._look = replace(self._look, number=number, trouble=trouble, began=began)
         else:
             queues = {one.name: one for one in seen}
             self._remember(queues, began)
-            self._look = Look(number, queues, datetime.now(UTC), began=began)
+            self._look = Look(number, queues, datetime.now(UTC), began=began, ahead=ahead)
         self._tell()
         is_quiet = time.monotonic() - self._asked_at > QUIET_AFTER
         if trouble:
@@ -158,20 +165,26 @@ class Watch:
         finally:
             waiting.cancel()
 
-    async def _read(self) -> tuple[Sequence[QueueStats], str]:
+    async def _read(self) -> tuple[Sequence[QueueStats], timedelta, str]:
+        """Return what the store tells, by how much its clock is ahead of ours, and what went wrong."""
         try:
             async with asyncio.timeout(ANSWERS_WITHIN):
                 await self.broker.open()
                 try:
-                    return await self.broker.stats(), ""
+                    return await self.broker.stats(), await self._ahead(), ""
                 except OpenAgain:  # there is another file now, or this one again
                     await self.broker.close()
                     await self.broker.open()
-                    return await self.broker.stats(), ""
+                    return await self.broker.stats(), await self._ahead(), ""
         except TimeoutError:
-            return (), f"the store has not answered for {ANSWERS_WITHIN:g} s"
+            return (), timedelta(), f"the store has not answered for {ANSWERS_WITHIN:g} s"
         except FilaoError as error:
-            return (), str(error)
+            return (), timedelta(), str(error)
+
+    async def _ahead(self) -> timedelta:
+        with suppress(UnsupportedFeature):  # an engine of somebody's own may tell no time
+            return await overview_of(self.broker).now() - datetime.now(UTC)
+        return timedelta()
 
     def _remember(self, queues: Mapping[str, QueueStats], now: float) -> None:
         before, past = self._look.queues, max(now - self._remembered_at, 0.001)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 from filao.codec import seen_headers
@@ -52,6 +53,10 @@ class PostgresqlOverview:
         self._server = main.server
         self._number = number
         self.log: PostgresqlLog = PostgresqlLog(main)
+
+    async def now(self) -> datetime:
+        """Return the queues' time."""
+        return instant(await self._main.value("SELECT coalesce(%s, filao.clock())", self._main.moment()))
 
     async def glance(
         self, queue: str, state: State, *, limit: int, after: str | None = None, group: str | None = None

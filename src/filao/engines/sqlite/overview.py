@@ -6,6 +6,7 @@
 import sqlite3
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from filao.codec import seen_headers
@@ -48,6 +49,10 @@ class SqliteOverview:
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
         self.log: SqliteLog = SqliteLog(jobs)
+
+    async def now(self) -> datetime:
+        """Return the file's time."""
+        return await self._jobs.look_up(lambda books: instant(books.now))
 
     async def glance(
         self, queue: str, state: State, *, limit: int, after: str | None = None, group: str | None = None
