@@ -196,6 +196,35 @@ def test_what_the_first_request_would_fail_for_is_refused_when_it_is_given(tmp_p
             app(broker, queues=queues)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--redact", "broken:redact"), r"'broken' cannot be imported: NameError: .*nothing"),
+        (("--redact", "nowhere.at.all:redact"), "no module 'nowhere.at.all' here"),
+        (("--redact", "whole:text"), "is no function that returns a message at once"),
+        (("--redact", "whole:later"), "is no function that returns a message at once"),
+        (("--redact", "whole:none"), "there is no 'none' in 'whole'"),
+        (("--type", "whole:nothing"), r"None is no filao\.Queue"),
+    ],
+)
+def test_a_module_that_cannot_be_used_is_told_in_one_line_behind_its_own_traceback(
+    tmp_path, monkeypatch, capsys, options, said
+) -> None:
+    """As with `filao work`: ours told where the command line is, which mends nothing."""
+    (tmp_path / "broken.py").write_text("nothing.at(all)\n")
+    (tmp_path / "whole.py").write_text("text, nothing = 'x', None\n\n\nasync def later(message): ...\n")
+    with filao.sync.connect(tmp_path / "claims.db") as broker:
+        broker.declare(filao.Queue("claims"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for module in ("broken", "whole"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(click.UsageError, match=said):
+        commands.main(["dashboard", "claims.db", *options], prog_name="filao", standalone_mode=False)
+    trace = capsys.readouterr().err
+    assert trace.count('File "') == (1 if "broken" in options[1] else 0)
+
+
 async def test_a_token_is_asked_for_by_a_form_and_kept_in_a_strict_cookie(broker) -> None:
     async with visiting(broker, token=TOKEN, client="10.0.0.7", hosts=None) as somebody:
         assert "Token" in await somebody.sees("/en/queues", 401)

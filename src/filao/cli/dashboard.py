@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import importlib
 import os
 import secrets
 import socket
 import sys
 import webbrowser
 from importlib import import_module
-from pathlib import Path
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +16,8 @@ import click
 from filao.broker import Broker, connect
 from filao.cli.pages import address_of, listening_at, shown_address
 from filao.cli.shell import addressed, check_file, note, usage
+from filao.cli.target import NOTHING, found_in, imported
+from filao.codec import shown
 from filao.extras import Extra
 from filao.queue import Queue
 
@@ -73,10 +74,10 @@ def dashboard(
     is_open = host not in LOOPBACK
     given = os.environ.get("FILAO_TOKEN", "").strip()
     token = (given or secrets.token_urlsafe(18)) if is_open or wants_token else None
-    shows = None if redact is None else _loaded("--redact", redact)
+    shows = None if redact is None else _redaction(redact)
     queues = [_loaded("--type", one) for one in typed]
-    if wrong := next((one for one in queues if not isinstance(one, Queue)), None):
-        raise usage(f"--type: {wrong!r} is no filao.Queue")
+    if wrong := [one for one in queues if not isinstance(one, Queue)]:
+        raise usage(f"--type: {shown(wrong[0])} is no filao.Queue")
     hosts = (names or None) if is_open else LOOPBACK
     broker = connect(url)
     served = app(broker, token=token, hosts=hosts, allow_actions=allow_actions, redact=shows, queues=queues)
@@ -120,13 +121,19 @@ async def _serve(served: "Dashboard", broker: Broker, listening: socket.socket) 
         await broker.close()
 
 
+def _redaction(target: str) -> Any:
+    found = _loaded("--redact", target)
+    if not callable(found) or iscoroutinefunction(found):
+        raise usage(f"--redact: {shown(found)} is no function that returns a message at once")
+    return found
+
+
 def _loaded(option: str, target: str) -> Any:
     """Return the object that MODULE:NAME names."""
     module, _, name = target.partition(":")
     if not module or not name:
         raise usage(f"{option} {target!r}: give MODULE:NAME")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise usage(f"{option} {target!r} cannot be loaded: {error}") from error
+    found = found_in(imported(module), name)
+    if found is NOTHING:
+        raise usage(f"{option} {target!r}: there is no {name!r} in {module!r}")
+    return found

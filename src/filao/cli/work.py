@@ -7,12 +7,10 @@ import os
 import resource
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
 
 import click
 
@@ -21,6 +19,7 @@ from filao.cli.health import health_check
 from filao.cli.metrics import TEXT
 from filao.cli.pages import Page, address_of, served, shown_address
 from filao.cli.shell import usage
+from filao.cli.target import NOTHING, found_in, imported
 from filao.errors import FilaoError
 from filao.process import flush_output
 from filao.worker.signals import told_by_signals
@@ -30,8 +29,6 @@ from filao.worker.worker import Worker
 LOOKED_EVERY = 0.5  # seconds between two looks at the source files
 SOURCES_MAX = 10_000  # source files that are watched: some 50 ms for each look
 NOT_WATCHED = ("__pycache__", "node_modules", "venv", "site-packages")
-_NOTHING = object()
-_IMPORTING = (__file__, importlib.__file__, "<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
 ENDS_WITHIN = 1.0  # seconds for threads of handlers, when the worker has stopped
 
 
@@ -233,37 +230,17 @@ def _load(target: str) -> Worker:
     name, _, attribute = target.partition(":")
     if not name or not attribute:
         raise usage(f"{target!r} names no worker: give MODULE:WORKER, such as app:worker for `worker` in app.py")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name
-        if missing and (name == missing or name.startswith(f"{missing}.")):
-            raise usage(f"there is no module {name!r} here ({Path.cwd()}) or among what is installed") from error
-        with suppress(OSError):
-            traceback.print_exception(error.with_traceback(_within_module(error.__traceback__)))
-        if isinstance(error, FilaoError):
-            raise
-        raise usage(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    found: object = module
-    for part in attribute.split("."):
-        found = getattr(found, part, _NOTHING)
+    module = imported(name)
+    found = found_in(module, attribute)
     if isinstance(found, Worker):
         return found
     problem = (
         f"there is no {attribute!r} in {name!r}"
-        if found is _NOTHING
+        if found is NOTHING
         else f"{attribute!r} in {name!r} is {found!r}; it must be a filao.Worker"
     )
     there = [f"{name}:{one}" for one, value in vars(module).items() if isinstance(value, Worker)]
     raise usage(f"{problem}. The module has {', '.join(there)}" if there else problem)
-
-
-def _within_module(frames: TracebackType | None) -> TracebackType | None:
-    """Return the frames of a module that cannot be imported, without ours and those of the import that lead to it."""
-    while frames is not None and frames.tb_frame.f_code.co_filename in _IMPORTING:
-        frames = frames.tb_next
-    return frames
 
 
 def _is_used_up(worker: Worker, max_messages: int | None, max_memory: int | None) -> Callable[[], bool]:
