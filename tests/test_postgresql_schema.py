@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "d08d31fdb566c3d4"}
+DIGESTS = {10: "be2b1348af73ef3c"}
 """The digest of the SQL of the newest version."""
 
 

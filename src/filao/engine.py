@@ -237,6 +237,10 @@ class Failure(msgspec.Struct, frozen=True):
     """The host and process that held the lease."""
 
 
+EDITED = "edited"
+"""The detail of a redrive with another body."""
+
+
 class Event(msgspec.Struct, frozen=True):
     """Something that happened to a message of a queue with `history=True`."""
 
@@ -250,7 +254,9 @@ class Event(msgspec.Struct, frozen=True):
     `application_name` or role. Empty when time did it.
     """
     detail: str = ""
-    """Of a failure, what the consumer said; of a death, the reason; of an extension, its seconds."""
+    """Of a failure, what the consumer said; of a death, the reason; of an extension, its seconds; of a redrive with
+    another body, `edited`.
+    """
 
 
 class StoredMessage(msgspec.Struct, Generic[T], frozen=True):

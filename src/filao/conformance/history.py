@@ -80,6 +80,18 @@ async def check_what_is_done_together_and_by_operators_is_remembered_of_each_mes
     equal([what for what, *_ in await _told(stage, names[4])], ["sent", "purged"])
 
 
+@needs(Feature.TRACE, Feature.DEAD_LETTERS)
+async def check_a_history_tells_that_a_message_came_back_with_another_body(stage: Stage) -> None:
+    queue = await stage.queue(history=True, max_attempts=1)
+    (name,) = await stage.send(queue, 1)
+    await (await stage.next(queue)).reject("no")
+    await stage.broker.redrive(queue, ids=[name])
+    equal((await _told(stage, name))[-1], ("redriven", 0, ""))
+    await (await stage.next(queue)).reject("no")
+    await stage.broker.redrive(queue, ids=[name], body=2)
+    equal((await _told(stage, name))[-1], ("redriven", 0, "edited"))
+
+
 @needs(Feature.TRACE, Feature.TRANSACTIONS)
 async def check_what_is_undone_has_no_history(stage: Stage) -> None:
     queue = await stage.queue(history=True)

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from filao.engine import EVENTS_MAX, Draft, Event, Failure, State, StoredMessage, instant
+from filao.engine import EDITED, EVENTS_MAX, Draft, Event, Failure, State, StoredMessage, instant
 from filao.engines import rows
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import STATES, Books, Entry, QueueRow, read_rules
@@ -246,7 +246,7 @@ def redrive(books: Books, row: QueueRow, numbers: Sequence[int], edited: Draft |
         if entry.dedup_key is not None:
             moves.remember_again(books, row, entry.dedup_key, entry.name)
         moves.give_back(books, row, entry)
-        books.note(row, entry.name, "redriven", 0, by=by)
+        books.note(row, entry.name, "redriven", 0, by=by, detail="" if edited is None else EDITED)
     row.count["redriven"] += len(entries)
     return len(entries)
 

@@ -61,7 +61,8 @@ BEGIN
   SET attempts = 0, reason = NULL, expires_at = NULL, kind = coalesce(new_kind, kind),
       content = coalesce(new_content, content), headers = coalesce(new_headers, headers)
   WHERE id = ANY (chosen);
-  PERFORM filao.note(q, chosen, 'redriven', filao.caller(), NULL, now);
+  PERFORM filao.note(q, chosen, 'redriven', filao.caller(),
+                     CASE WHEN new_content IS NOT NULL THEN array_fill('edited'::text, ARRAY[done]) END, now);
   PERFORM filao.count(q, ARRAY['redriven'], ARRAY[done]);
 END
 $$;
