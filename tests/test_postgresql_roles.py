@@ -12,6 +12,7 @@ from filao.engines.postgresql import engine, schema
 from filao.overview import Deed
 from tests.conftest import engine_of
 from tests.support.servers import Postgres
+from tests.support.visitor import visiting
 
 pytestmark = pytest.mark.anyio
 
@@ -89,6 +90,36 @@ async def test_a_receiver_may_receive_and_settle_and_nothing_else(url) -> None:
         for sql in ("SELECT content FROM filao.message", "DELETE FROM filao.message"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute(sql.encode())
+
+
+async def test_a_viewer_may_see_everything_and_do_nothing(url) -> None:
+    async with filao.connect(url) as owner:
+        await owner.declare(filao.Queue("letters", history=True, group_dead="halt"))
+        receipt = await owner.send_to_queue("letters", 1, group="g", ttl=3_600)
+        await owner.send_to_queue("letters", 2, group="g")
+        await (await owner.receive_from_queue("claims")).reject("no")
+        async with filao.connect(as_role(url, "viewer")) as viewer, visiting(viewer) as somebody:
+            assert [one.dead for one in await viewer.stats()] == [1, 0]
+            assert len(await viewer.dead_letters("claims")) == 1
+            assert [event.what for event in await viewer.trace(receipt.id)] == ["sent"]
+            assert not [finding for finding in await viewer.doctor() if finding.level == "error"]
+            for path in ("queues", "dead", "processes", "log", f"message?queue=letters&id={receipt.id}"):
+                await somebody.sees(f"/en/{path}")
+            for state in filao.State:
+                await somebody.sees(f"/en/queue?name=letters&state={state}")
+                await somebody.sees(f"/en/queue?name=letters&state={state}&group=g")
+            log = engine_of(viewer).overview.log
+            for call in (
+                viewer.send_to_queue("claims", 1),
+                viewer.receive_from_queue("claims", wait=0),
+                viewer.redrive("claims"),
+                viewer.purge("claims", state="dead"),
+                viewer.pause("claims"),
+                viewer.declare(filao.Queue("claims", lease=7)),
+                log.begin(Deed("ada", "purge", "claims")),
+            ):
+                with pytest.raises(filao.ConfigurationError, match="permission denied"):
+                    await call
 
 
 async def test_an_operator_may_see_and_move_everything(url) -> None:
