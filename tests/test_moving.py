@@ -24,6 +24,7 @@ pytestmark = pytest.mark.anyio
 _names = count()
 AT_ONCE = filao.Backoff(first=0)
 MANY = 1_000
+SQL_WAYS = ["sqlite sqlite", "sqlite postgresql", "postgresql sqlite", "postgresql postgresql"]
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ async def everything(url: str, name: str) -> list[Any]:
         ]
 
 
-@pytest.mark.parametrize("way", ["sqlite sqlite", "sqlite postgresql", "postgresql sqlite", "postgresql postgresql"])
+@pytest.mark.parametrize("way", SQL_WAYS)
 async def test_everything_arrives_as_it_was(place, name, way) -> None:
     source, target = map(place, way.split())
     queue = filao.Queue(name, group_dead="halt", max_attempts=3)
@@ -118,6 +119,77 @@ async def test_two_messages_with_one_key_are_both_kept(place, name) -> None:
     await moved(source, target)
     async with filao.connect(target) as broker:
         assert sorted(message.body for message in await broker.receive_many(name, 5, wait=0)) == [False, True]
+
+
+async def sent_in_each_way(url: str, queue: filao.Queue) -> list[Any]:
+    """Send a message without a key, and one with each kind; return what is there."""
+    async with filao.connect(url) as broker:
+        await broker.declare(queue)
+        await broker.send_to_queue(queue, "without a key")
+        await broker.send_to_queue(queue, "their id", message_id="their-own")
+        await broker.send_to_queue(queue, "their key", dedup_key="k", group="policy-12")
+        await broker.send_to_queue(queue, "dead", message_id="dead", dedup_key="of the dead", priority=9)
+        await (await broker.receive_from_queue(queue)).reject("no such policy")
+    return await everything(url, queue.name)
+
+
+@pytest.mark.parametrize("way", SQL_WAYS)
+async def test_a_queue_that_is_moved_back_and_moved_again_loses_nothing(place, name, way) -> None:
+    source, target = map(place, way.split())
+    before = await sent_in_each_way(source, filao.Queue(name))
+    for here, there in ((source, target), (target, source), (source, target)):
+        await moved(here, there, name)
+        assert await everything(there, name) == before
+        assert await everything(here, name) == []
+    async with filao.connect(target) as broker:
+        assert (await broker.send_to_queue(name, "again", message_id="their-own")).duplicate
+        assert (await broker.send_to_queue(name, "again", dedup_key="k")).duplicate
+
+
+@pytest.mark.parametrize("way", SQL_WAYS)
+async def test_a_group_that_was_resumed_elsewhere_is_not_halted_when_it_comes_back(place, name, way) -> None:
+    source, target = map(place, way.split())
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name, group_dead="halt"))
+        await broker.send_many(name, ["poison", "behind it"], group="policy-12")
+        await (await broker.receive_from_queue(name)).reject("no such policy")
+    await moved(source, target, name)
+    async with filao.connect(target) as broker:
+        assert await broker.receive_from_queue(name, wait=0) is None
+        await broker.resume(name, group="policy-12")
+    await moved(target, source, name)
+    async with filao.connect(source) as broker:
+        assert (await broker.receive_from_queue(name)).body == "behind it"
+
+
+@pytest.mark.parametrize("way", SQL_WAYS)
+async def test_a_move_that_was_killed_can_be_taken_back(place, name, way) -> None:
+    source, target = map(place, way.split())
+    before = await sent_in_each_way(source, filao.Queue(name))
+    here, there = engine_for(source), engine_for(target)
+    await here.open()
+    await there.open()
+    try:
+        await there.declare(filao.Queue(name))
+        async with here.mover.packing(name) as packing:  # a kill comes when they are stored, and not yet removed
+            await there.mover.unpack(name, await packing.take(10))
+        await move(there, here, [name])
+    finally:
+        await here.close()
+        await there.close()
+    assert await everything(source, name) == before
+    assert await everything(target, name) == []
+
+
+async def test_a_queue_comes_back_from_rabbitmq_with_its_ids(place, name) -> None:
+    source, target = place("sqlite"), place("rabbitmq")
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+        await broker.send_to_queue(name, 1, message_id="their-own")
+    await moved(source, target, name)
+    await moved(target, source, name)
+    async with filao.connect(source) as broker:
+        assert [message.id for message in await broker.peek(name)] == ["their-own"]
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,9 @@ async def _move(source: Movable, target: Movable, queue: str, on_moved: Callable
         held = await packing.held()
     memory = await source.mover.memory(queue)
     await target.mover.remember(queue, memory)
+    for group in memory.halted:  # it halts with its messages, and not here if they come back
+        if source.operators.pausing is not None:
+            await source.operators.pausing.pause_group(queue, group, paused=False)
     if target.operators.pausing is not None:
         await target.operators.pausing.pause(queue, paused=False)
     keys = len(memory.keys) if Feature.DEDUPLICATION in target.features else 0

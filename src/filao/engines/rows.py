@@ -16,9 +16,16 @@ LEAVING = (State.READY, State.DELAYED, State.BLOCKED, State.DEAD)
 class RowPacking(Packing):
     """Takes messages by their numbers, which are their places in the order of sending."""
 
-    def __init__(self, queue: str, read: Callable[[int, int], Awaitable[list[Parcel]]], operators: Operators) -> None:
+    def __init__(
+        self,
+        queue: str,
+        read: Callable[[int, int], Awaitable[list[Parcel]]],
+        remove: Callable[[Sequence[str]], Awaitable[None]],
+        operators: Operators,
+    ) -> None:
         self._queue = queue
         self._read = read
+        self._remove = remove
         self._operators = operators
         self._last = 0
         self._has_delivered = False
@@ -34,7 +41,7 @@ class RowPacking(Packing):
 
     async def delivered(self, parcels: Sequence[Parcel]) -> None:
         """Remove rows."""
-        await self._operators.remove(self._queue, LEAVING, [parcel.id for parcel in parcels])
+        await self._remove([parcel.id for parcel in parcels])
         self._has_delivered = True
 
     async def held(self) -> int:

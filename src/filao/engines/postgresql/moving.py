@@ -32,6 +32,29 @@ _KEYS = """
 _REMEMBER = """
     INSERT INTO filao.dedup (queue, kind, key, message, until) VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
 """
+_REMOVE = """
+    SELECT filao.remove(%s, %s, %s::filao.state[], false, ARRAY(
+      SELECT filao.number_of(%s, name) FROM unnest(%s::text[]) AS name
+    ))
+"""
+_FORGET_IDS = """
+    DELETE FROM filao.dedup d WHERE d.queue = %s AND d.kind = 'm' AND d.key = ANY (%s) AND d.message = d.key
+    AND NOT EXISTS (SELECT FROM filao.message m WHERE m.queue = d.queue AND m.message_id = d.key)
+"""
+_HAVE_COME = """
+    SELECT given.name
+    FROM (SELECT name, filao.number_of(%s, name) AS number FROM unnest(%s::text[]) AS name OFFSET 0) AS given
+    WHERE EXISTS (SELECT FROM filao.message m WHERE m.id = given.number AND m.queue = %s)
+       OR EXISTS (
+         SELECT FROM filao.dedup d
+         WHERE d.queue = %s AND d.kind = 'm' AND d.key = given.name
+           AND coalesce(d.until > coalesce(%s, filao.clock()), true)
+       )
+"""
+_FORGET_KEYS = """
+    DELETE FROM filao.dedup d USING unnest(%s::text[], %s::text[]) AS given (name, key)
+    WHERE d.queue = %s AND d.kind = 'k' AND d.key = given.key AND d.message = given.name
+"""
 
 
 class PostgresqlMover:
@@ -72,13 +95,18 @@ class PostgresqlMover:
             async with self._main.use() as connection:
                 return await pack(connection, number, self._main.moment(), after, limit)
 
-        yield carried.RowPacking(queue, read, self._operators)
+        async def remove_all(names: Sequence[str]) -> None:
+            async with self._server.one_call(), self._transactions.begin() as connection:
+                await remove(connection, number, self._main.moment(), names)
+
+        yield carried.RowPacking(queue, read, remove_all, self._operators)
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages from another engine."""
         async with self._server.one_call():
             number = await self._operators.number(queue)
             async with self._transactions.begin() as connection:
+                parcels = await coming(connection, number, self._main.moment(), parcels)
                 results = await self._apply(connection, carried.sends(queue, parcels))
                 for place, parcel in enumerate(parcels):
                     if carried.has_rival(parcel, results[place]):
@@ -107,6 +135,26 @@ async def pack(connection: Connection, queue: int, moment: int | None, after: in
     await connection.execute("SELECT filao.make_all_due(%s, %s)", (queue, moment))
     rows = await (await connection.execute(_NEXT, (moment, after, queue, limit))).fetchall()
     return [carried.parcel(fields, name, carried.failures(failures), now) for now, name, failures, *fields in rows]
+
+
+async def remove(connection: Connection, queue: int, moment: int | None, names: Sequence[str]) -> None:
+    """Delete messages that are stored elsewhere, and forget their ids: those that come back are no duplicates."""
+    await connection.execute(_REMOVE, (queue, moment, list(carried.LEAVING), queue, list(names)))
+    await connection.execute(_FORGET_IDS, (queue, list(names)))
+
+
+async def coming(connection: Connection, queue: int, moment: int | None, parcels: Sequence[Parcel]) -> list[Parcel]:
+    """Return the messages that were not stored here before: they are not here, and did not end here.
+
+    Of a message that was here and was moved away, the key is still known. It is forgotten.
+    """
+    names = [parcel.id for parcel in parcels]
+    found = await connection.execute(_HAVE_COME, (queue, names, queue, queue, moment))
+    have_come = {name for (name,) in await found.fetchall()}
+    left = [parcel for parcel in parcels if parcel.id not in have_come]
+    keys = [parcel.draft.dedup_key for parcel in left]
+    await connection.execute(_FORGET_KEYS, ([parcel.id for parcel in left], keys, queue))
+    return left
 
 
 async def amend(connection: Connection, queue: int, moment: int | None, parcels: Sequence[Parcel]) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from filao.engine import Draft
 from filao.engines import rows as carried
+from filao.engines.sqlite import moves, operators
 from filao.engines.sqlite.books import DEAD, DEDUP_KEY, MESSAGE_ID, STATES, Books, QueueRow
 from filao.engines.sqlite.control import SqliteOperators
 from filao.engines.sqlite.files import MEMORY
 from filao.engines.sqlite.jobs import Jobs
-from filao.engines.sqlite.moves import arrange
-from filao.engines.sqlite.operators import history
 from filao.engines.sqlite.receive import make_due
 from filao.engines.sqlite.send import send
 from filao.moving import Key, Memory, Packing, Parcel
@@ -48,7 +47,10 @@ class SqliteMover:
         async def read(after: int, limit: int) -> list[Parcel]:
             return await self._jobs.change(lambda books: pack(books, books.row(queue), after, limit))
 
-        yield carried.RowPacking(queue, read, self._operators)
+        async def remove_all(names: Sequence[str]) -> None:
+            await self._jobs.change(lambda books: remove(books, books.row(queue), names))
+
+        yield carried.RowPacking(queue, read, remove_all, self._operators)
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages from another engine."""
@@ -70,13 +72,37 @@ def pack(books: Books, row: QueueRow, after: int, limit: int) -> list[Parcel]:
     packed: list[Parcel] = []
     for message_id, salt, number, state, *fields in books.db.execute(_NEXT, (after, row.id, limit)).fetchall():
         name = books.name_of(number, message_id, salt)
-        packed.append(carried.parcel((number, STATES[state], *fields), name, history(books.db, number), books.now))
+        failed = operators.history(books.db, number)
+        packed.append(carried.parcel((number, STATES[state], *fields), name, failed, books.now))
     return packed
+
+
+def remove(books: Books, row: QueueRow, names: Sequence[str]) -> None:
+    """Delete messages that are stored elsewhere, and forget their ids: those that come back are no duplicates."""
+    numbers = operators.chosen(books, row, (), names, len(names))
+    operators.remove(books, row, numbers, carried.LEAVING, purges=False)
+    for name in names:
+        if not _is_here(books, row, name):  # otherwise its consumer has extended its lease meanwhile
+            moves.unlearn(books, row, moves.keys(None, name), name)
+
+
+def _is_here(books: Books, row: QueueRow, name: str) -> bool:
+    number = books.number_of(row, name)
+    found = books.db.execute("SELECT 1 FROM filao_message WHERE id = ? AND queue = ?", (number, row.id)).fetchone()
+    return found is not None
+
+
+def _has_come(books: Books, row: QueueRow, name: str) -> bool:
+    """Return whether a message was stored here before: it is here, or ended here."""
+    return _is_here(books, row, name) or moves.remembered(books, row, MESSAGE_ID, name) is not None
 
 
 def unpack(books: Books, row: QueueRow, parcels: Sequence[Parcel]) -> None:
     """Store messages in this order, except those that were stored before."""
     queue = row.rules.name
+    parcels = [parcel for parcel in parcels if not _has_come(books, row, parcel.id)]
+    for parcel in parcels:  # of a message that was here and was moved away, the key is still known
+        moves.unlearn(books, row, moves.keys(parcel.draft.dedup_key, None), parcel.id)
     results = [send(books, one) for one in carried.sends(queue, parcels)]
     for place, parcel in enumerate(parcels):
         if carried.has_rival(parcel, results[place]):
@@ -107,7 +133,7 @@ def _amend(books: Books, row: QueueRow, parcel: Parcel) -> None:
         books.count_move(row, entry.state, DEAD)
         row.reasons.append((parcel.reason, 1, 0))
         if entry.group is not None:
-            arrange(books, row, entry.group)
+            moves.arrange(books, row, entry.group)
 
 
 def memory(books: Books, row: QueueRow) -> Memory:
@@ -130,4 +156,4 @@ def remember(books: Books, row: QueueRow, memory: Memory) -> None:
     )
     for group in memory.halted:
         books.db.execute("INSERT OR IGNORE INTO filao_halted (queue, grp) VALUES (?, ?)", (row.id, group))
-        arrange(books, row, group)
+        moves.arrange(books, row, group)
