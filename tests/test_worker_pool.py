@@ -135,3 +135,29 @@ async def test_what_may_have_killed_its_process_is_handled_alone(url, broker) ->
         await until_stats(broker, acked=13)
         await until_stats(broker, "other", acked=10)
     assert held == [1, 1, 1]
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # it looks inside
+async def test_what_comes_together_with_a_suspect_is_not_handled_beside_it(url, broker) -> None:
+    worker, at_work, beside, is_over = filao.Worker(url), set(), [], asyncio.Event()
+
+    @worker.consumer(CLAIMS, concurrency=4)
+    async def handle(message: filao.Message) -> None:
+        at_work.add(message.body)
+        if message.body == "suspect":
+            for _ in range(100):  # turns of the loop, in which the others would begin
+                await asyncio.sleep(0)
+            beside.append(at_work - {"suspect"})
+            is_over.set()
+        await is_over.wait()
+
+    await broker.send_many("claims", ["suspect", 1, 2, 3])
+    async with filao.connect(url) as dying:
+        assert (await dying.receive_from_queue("claims")).body == "suspect"
+        database = engine_of(dying)._database
+        with database.write(durable=True) as books:  # as another process does when this one is dead
+            processes.bury(books, database.lessee.process)
+    async with running(worker):
+        stats = await until_stats(broker, acked=4)
+    assert beside == [set()]
+    assert stats.received - stats.released == 5

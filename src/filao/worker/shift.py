@@ -293,10 +293,10 @@ class Shift:
         run = Run(self._shared, consumer, message, self._make_room, self._ended)
         pool.began(run.queue)
         self._runs[run] = pool
-        if not delivery_of(message).crashed:
+        if self._suspects and (delivery_of(message).crashed or self._is_at_suspect()):
+            run.release()  # one suspect at a time, and nothing beside it; another process may have room for this one
+        elif not delivery_of(message).crashed:
             run.begin()
-        elif self._suspects:
-            run.release()  # one suspect at a time; another process may have room for this one
         else:
             self._suspects.add(run)
             for receiving in self._receiving:
@@ -304,6 +304,10 @@ class Shift:
             about = run.about()
             run.log.warning("%s: its last consumer's process died; it is handled alone, in case it dies of it", about)
             self._try_suspect()
+
+    def _is_at_suspect(self) -> bool:
+        """Return whether a suspect is being handled."""
+        return any(run.has_begun for run in self._suspects)
 
     def _try_suspect(self) -> None:
         """Begin a suspect, which may kill the process, once there is no other message in it or on its way."""
