@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "be2b1348af73ef3c"}
+DIGESTS = {10: "95243f7861436388"}
 """The digest of the SQL of the newest version."""
 
 

@@ -49,6 +49,19 @@ async def check_a_key_is_remembered_while_pending_and_for_its_window_after(stage
     equal((await stage.broker.send_to_queue(queue, 2, dedup_key="k")).duplicate, False)
 
 
+@needs(Feature.DEDUPLICATION, Feature.DEAD_LETTERS)
+async def check_the_key_of_a_dead_letter_is_not_remembered_anew_when_that_is_discarded(stage: Stage) -> None:
+    queue = await stage.queue(dedup_window=5)
+    dead = await stage.broker.send_to_queue(queue, 1, dedup_key="k", message_id="claim-7")
+    await (await stage.next(queue)).reject("no such policy")
+    await stage.advance(4.9 - stage.slack)
+    equal(await stage.broker.discard(queue, ids=[dead.id]), 1)
+    equal((await stage.broker.send_to_queue(queue, 2, dedup_key="k")).duplicate, True)
+    await stage.advance(0.1 + 2 * stage.slack)
+    equal((await stage.broker.send_to_queue(queue, 2, dedup_key="k")).duplicate, False)
+    equal((await stage.broker.send_to_queue(queue, 2, message_id="claim-7")).duplicate, True)  # it was its name
+
+
 @needs(Feature.DEDUPLICATION)
 async def check_a_send_repeated_with_its_message_id_is_stored_once(stage: Stage) -> None:
     queue = await stage.queue()

@@ -238,7 +238,8 @@ def forget(books: Books, row: QueueRow, entry: Entry, *, had_failed: bool) -> No
     if had_failed:
         books.db.execute("DELETE FROM filao_failure WHERE message = ?", (entry.number,))
     if entry.dedup_key is not None or entry.message_id is not None:
-        start_window(books, row, keys(entry.dedup_key, entry.message_id), entry.name)
+        dedup_key = None if entry.state == DEAD else entry.dedup_key  # whose window began when it died
+        start_window(books, row, keys(dedup_key, entry.message_id), entry.name)
     if entry.group is not None:
         arrange(books, row, entry.group)
 

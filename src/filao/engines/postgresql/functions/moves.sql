@@ -513,9 +513,9 @@ BEGIN
     PERFORM filao.note(q, ids, counter, CASE counter WHEN 'dropped' THEN '' ELSE filao.caller() END, NULL, now);
   END IF;
   SELECT * INTO was FROM filao.tally(ids, -1);
-  FOR m IN
-    SELECT t.dedup_key, t.message_id, filao.name_of(t) AS name FROM filao.message t
-    WHERE t.id = ANY (ids) AND (t.dedup_key IS NOT NULL OR t.message_id IS NOT NULL)
+  FOR m IN  -- the window of a dead letter's key began when it died
+    SELECT CASE WHEN t.state <> 'dead' THEN t.dedup_key END AS dedup_key, t.message_id, filao.name_of(t) AS name
+    FROM filao.message t WHERE t.id = ANY (ids) AND (t.dedup_key IS NOT NULL OR t.message_id IS NOT NULL)
   LOOP
     PERFORM filao.start_window(q, m.dedup_key, m.message_id, m.name, now);
   END LOOP;
