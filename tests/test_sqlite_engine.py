@@ -64,6 +64,17 @@ async def test_housekeeping_waits_for_a_transaction_of_the_users(tmp_path, monke
             assert await transaction.execute("SELECT count(*) FROM mine") == [(300,)]
 
 
+async def test_a_group_with_thousands_of_delayed_messages_can_be_declared_anew(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_many("claims", range(1500), group="policy-12", delay=3600)
+        stats = await broker.stats("claims")
+        assert (stats.delayed, stats.blocked) == (1, 1499)
+        await broker.declare(filao.Queue("claims", group_failure="skip"))
+        stats = await broker.stats("claims")
+        assert (stats.delayed, stats.blocked) == (1500, 0)
+
+
 async def test_a_waiting_consumer_buries_the_dead(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sqlite_engine, "POLL_INTERVAL", 0.001)
     path = tmp_path / "claims.db"

@@ -76,10 +76,17 @@ def arrange(books: Books, row: QueueRow, group: str) -> None:
     """
     books.flush()
     books.occupied.discard((row.id, group))
+    while _arrange_once(books, row, group):
+        pass
+
+
+def _arrange_once(books: Books, row: QueueRow, group: str) -> bool:
+    """Do what `arrange` does; return whether the head has stepped aside, because it is not due, for another one."""
+    skips = row.rules.group_failure == "skip"
     leased, ready, delayed, blocked = (first(books, row, group, s) for s in (LEASED, READY, DELAYED, BLOCKED))
     if leased is not None:
-        return
-    if row.rules.group_failure == "skip":
+        return False
+    if skips:
         delayed = None  # a failed or delayed message is overtaken, not waited for
     head = min((n for n in (ready, delayed, blocked) if n is not None), default=None)
     if is_halted(books, row, group):
@@ -88,11 +95,11 @@ def arrange(books: Books, row: QueueRow, group: str) -> None:
         _set_state(books, row, ready, READY, BLOCKED)
     if delayed is not None and delayed != head and head is not None:
         _set_state(books, row, delayed, DELAYED, BLOCKED)
-    if head is not None and head == blocked:
-        due = _at(books, head) <= books.now
-        _set_state(books, row, head, BLOCKED, READY if due else DELAYED)
-        if not due and row.rules.group_failure == "skip":
-            arrange(books, row, group)
+    if head is None or head != blocked:
+        return False
+    due = _at(books, head) <= books.now
+    _set_state(books, row, head, BLOCKED, READY if due else DELAYED)
+    return skips and not due
 
 
 # --- deduplication ----------------------------------------------------------------------------------------------------
