@@ -5,12 +5,17 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
 
 import pytest
 
 import filao
 import filao.sync
 from filao.worker import handling as handling_module
+from filao.worker.threads import Call, InterruptedHandlerError, _work
+from tests.conftest import untraced
+from tests.support.instructions import stopped_at
 from tests.support.working import CLAIMS, PATIENCE, SHORT, broker, running, until, until_stats
 
 pytestmark = pytest.mark.anyio
@@ -45,6 +50,28 @@ async def test_a_hung_thread_is_interrupted_at_its_timeout_and_has_failed(url, b
     await broker.send_to_queue("claims", 1)
     (handled,) = await worker.drain()
     assert (handled.how, interrupted) == ("retried", [handled.id])
+
+
+@untraced
+async def test_a_plain_handler_that_is_interrupted_between_any_two_instructions_has_ended() -> None:
+    loop, at, goes_on = asyncio.get_running_loop(), 0, True
+
+    def interrupt(call: Call) -> None:
+        if not call._lock.locked():  # otherwise another thread would wait
+            call.interrupt()
+
+    while goes_on:
+        at += 1
+        call = Call(loop, lambda: "done")
+        calls: SimpleQueue[Call | None] = SimpleQueue()
+        calls.put(call)
+        calls.put(None)
+        goes_on = stopped_at(partial(_work, calls), at, partial(interrupt, call))
+        await asyncio.wait([call.future], timeout=PATIENCE)
+        assert call.future.done(), at
+        error = call.future.exception()
+        assert isinstance(error, InterruptedHandlerError) if error is not None else call.future.result() == "done"
+    assert at > 50
 
 
 async def test_a_handler_for_which_no_thread_can_be_started_has_not_failed(url, broker, caplog) -> None:

@@ -37,16 +37,23 @@ class Call:
         self.was_interrupted: bool = False
 
     def run(self) -> None:
-        """Run the function in the calling thread."""
+        """Run the function in the calling thread.
+
+        Raises `InterruptedHandlerError` if it was interrupted before that, or just after it.
+        """
         with self._lock:
             if self.was_interrupted:
-                return
+                raise InterruptedHandlerError
             self._thread = threading.get_ident()
         try:
             with children_end():
                 result, error = self.job(), None
         except BaseException as raised:
             result, error = None, raised
+        self.end(result, error)
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """Answer with what the function returned or raised; only the first answer counts."""
         with self._lock:
             self._thread = 0
         with suppress(RuntimeError):  # the loop was closed, and nobody waits for the result
@@ -141,9 +148,10 @@ def _end_child(error: BaseException | None) -> NoReturn:
 
 
 def _work(calls: "SimpleQueue[Call | None]") -> None:
-    try:
-        while (call := calls.get()) is not None:
+    while (call := calls.get()) is not None:
+        try:
             call.run()
-            del call
-    except InterruptedHandlerError:
-        pass  # the exception came after the handler had ended
+        except InterruptedHandlerError as late:
+            call.end(None, late)
+            break
+        del call
