@@ -1025,6 +1025,30 @@ async def test_a_process_that_lost_one_session_and_gets_no_other_keeps_its_lease
             await held.ack()
 
 
+async def test_a_process_whose_main_connection_is_lost_while_it_is_entered_is_called_from_then_on(url, broker) -> None:
+    engine = engine_of(broker)
+    async with engine._main.use() as main:
+        lost = main.info.backend_pid
+    with psycopg.connect(url, autocommit=True) as operator:
+        operator.execute(
+            f"""
+            CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+              PERFORM pg_terminate_backend({lost}, 10000);
+              RETURN NULL;
+            END $$;
+            CREATE TRIGGER losing AFTER INSERT ON filao.process FOR EACH ROW EXECUTE FUNCTION lose();
+            """.encode()
+        )
+        with pytest.raises(filao.EngineUnavailable):
+            await broker.receive_from_queue("claims", wait=0)
+        operator.execute("DROP TRIGGER losing ON filao.process")
+    assert await broker.receive_from_queue("claims", wait=0) is None
+    assert engine._is_listening
+    await broker.send_to_queue("claims", 1)
+    assert await until_found(broker) == 1
+
+
 @asynccontextmanager
 async def holder_of_another(url: str, broker: filao.Broker) -> AsyncGenerator["subprocess.Popen[str]"]:
     """Run a process that holds a message which is sent now."""

@@ -1,13 +1,20 @@
 """The bell wakes its owner, and a dead owner's bell cannot be rung."""
 
+import asyncio
 import os
 import select
+import threading
 import time
 
 import pytest
 
+import filao
+from filao.engines.sqlite import files
 from filao.engines.sqlite.bell import MISSED_FOR, Belfry, Bell
 from filao.engines.sqlite.folder import Folder
+from tests.conftest import engine_of
+
+PATIENCE = 30.0
 
 
 @pytest.fixture
@@ -73,3 +80,37 @@ def test_a_bell_that_is_gone_for_a_while_belongs_to_the_dead(folder, belfry, mon
     assert belfry.is_alive(bell.name)  # its owner may be closing, or about to notice
     monkeypatch.setattr("filao.engines.sqlite.bell.time.monotonic", lambda: time.monotonic_ns() / 1e9 + MISSED_FOR)
     assert not belfry.is_alive(bell.name)
+
+
+class SlowClock:
+    """A clock that can make a transaction last: it is read when one begins."""
+
+    steady = staticmethod(time.monotonic)
+
+    def __init__(self) -> None:
+        self.goes = threading.Event()
+        self.goes.set()
+
+    def __call__(self) -> float:
+        self.goes.wait(PATIENCE)
+        return time.time()
+
+
+@pytest.mark.anyio
+async def test_a_process_that_was_entered_too_late_for_its_call_hears_its_bell(tmp_path, monkeypatch) -> None:
+    clock = SlowClock()
+    async with filao.connect(tmp_path / "claims.db", clock=clock) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "BUSY_TIMEOUT", 0.1)
+            clock.goes.clear()
+            receiving = asyncio.create_task(broker.receive_from_queue("claims", wait=0))
+            async with asyncio.timeout(PATIENCE):
+                while not any(ticket.is_over for ticket in engine_of(broker)._jobs.tickets._held.values()):
+                    await asyncio.sleep(0.01)
+            clock.goes.set()
+            with pytest.raises(filao.EngineUnavailable):
+                await receiving
+        assert await broker.receive_from_queue("claims", wait=0) is None
+        bell = engine_of(broker)._hold.belfry.own
+        assert asyncio.get_running_loop().remove_reader(bell.reader)

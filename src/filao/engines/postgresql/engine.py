@@ -132,9 +132,9 @@ class PostgresqlEngine:
                 raise EngineUnavailable("the broker was closed meanwhile")
             if batch.receives and not self._listener.process:
                 await self._listener.register(connection)
-                if not self._server.is_pooled and not self._is_listening:
-                    self._is_listening = True
-                    self._start(self._listener.run())
+            if self._listener.process and not (self._is_listening or self._server.is_pooled):
+                self._is_listening = True
+                self._start(self._listener.run())
             may_receive = self._listener.process != 0
             operations = batch.take(lambda operation: may_receive or not isinstance(operation, Receive))
             return await self._together(connection, operations, batch.since)

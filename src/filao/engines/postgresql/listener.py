@@ -59,7 +59,8 @@ class Listener:
         return (self.process << 32) + self._tokens
 
     async def register(self, connection: Connection) -> None:
-        """Enter this process among those that receive."""
+        """Enter this process among those that receive. If the main connection is lost meanwhile, it may be entered."""
+        self._tokens = secrets.randbits(31)
         if self._server.is_pooled:
             self.process = await self._enter(connection, has_session=False)
         else:
@@ -68,15 +69,13 @@ class Listener:
                 with self._server.mapped():
                     process = await self._enter(session, has_session=True)
                     await session.execute(f"LISTEN filao_{process}".encode())
+                await self._hang_up()
             except BaseException:
                 await session.close()
                 raise
-            self.process = process
-            await self._hang_up()
-            self._connection, self.since = session, time.monotonic()
-            await self.greet(connection)
-        self._tokens = secrets.randbits(31)
+            self.process, self._connection, self.since = process, session, time.monotonic()
         self._registered.set()
+        await self.greet(connection)
 
     async def _enter(self, connection: Connection, *, has_session: bool) -> int:
         """Enter this process; with a session, it shows its sign of life before others can see the entry."""

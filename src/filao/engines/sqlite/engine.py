@@ -197,11 +197,11 @@ class SqliteEngine:
         if self._database.lessee is NOBODY:
             ticket = self._database.ticket
             self._presence.enter(process_name())
-            if not self._database.offer(ticket):  # the batch itself follows, and may have to wait for another turn
-                raise self._jobs.refusal()
             bell = self._hold.belfry.own
             if bell is not None:
                 self._loop.call_soon_threadsafe(self._loop.add_reader, bell.reader, self._hear)
+            if not self._database.offer(ticket):  # the batch itself follows, and may have to wait for another turn
+                raise self._jobs.refusal()
 
     def _hear(self) -> None:
         bell = self._hold.belfry.own
