@@ -250,6 +250,35 @@ async def test_a_relay_whose_database_hangs_ends_and_leaves_no_connection_open(
     assert "its database has not answered for 0.01 s" in caplog.text
 
 
+async def test_a_relay_goes_on_when_it_gets_a_thread_at_last(business, connection, broker, caplog) -> None:
+    with connection:
+        Outbox().send_to_queue(connection, "claims", 1)
+    before = threading.stack_size(2**62)  # more than there is
+    try:
+        async with relaying(business, broker):
+            async with asyncio.timeout(PATIENCE):
+                while caplog.text.count("cannot start a thread") < 2:
+                    await asyncio.sleep(0.01)
+            threading.stack_size(before)
+            assert [message.body for message in await received(broker, 1)] == [1]
+    finally:
+        threading.stack_size(before)
+
+
+async def test_a_relay_without_a_thread_can_be_stopped(business, broker, caplog) -> None:
+    before = threading.stack_size(2**62)
+    try:
+        relay = asyncio.create_task(Relay(Outbox(), lambda: sqlite3.connect(business), broker).run())
+        async with asyncio.timeout(PATIENCE):
+            while "cannot start a thread" not in caplog.text:
+                await asyncio.sleep(0.01)
+            relay.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await relay
+    finally:
+        threading.stack_size(before)
+
+
 async def test_waking_a_relay_makes_it_look_at_once(business, connection, broker) -> None:
     outbox = Outbox()
     relay = Relay(outbox, lambda: sqlite3.connect(business), broker, poll=3600)

@@ -56,7 +56,12 @@ def start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        raise EngineUnavailable(
-            f"this process cannot start a thread ({error}): most likely it may have no more of them, or no more "
-            f"memory. Nothing was done; end some, or raise the limit (ulimit -u, or the container's pids)"
-        ) from error
+        raise no_thread(error) from error
+
+
+def no_thread(error: RuntimeError) -> EngineUnavailable:
+    """Return the error for a thread that cannot be started."""
+    return EngineUnavailable(
+        f"this process cannot start a thread ({error}): most likely it may have no more of them, or no more "
+        f"memory. Nothing was done; end some, or raise the limit (ulimit -u, or the container's pids)"
+    )

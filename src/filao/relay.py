@@ -20,6 +20,7 @@ from filao.codec import shown
 from filao.errors import ConfigurationError, EngineError, FilaoError, QueueFull, QueueNotFound
 from filao.outbox import Failed, Outbox, Recorded
 from filao.printable import printable
+from filao.process import no_thread
 from filao.session import CLOSES_WITHIN
 
 log: logging.Logger = logging.getLogger("filao.relay")
@@ -73,7 +74,8 @@ class Relay:
                         type(error).__name__,
                         printable(str(error)),
                     )
-                    await self._in_thread(self._disconnect)
+                    if self._thread is not None:
+                        await self._in_thread(self._disconnect)
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                     pause = min(2 * pause, PAUSE_MAX)
                     continue
@@ -191,9 +193,15 @@ class Relay:
                 connection.close()
 
     async def _in_thread(self, job: Callable[[], R]) -> R:
+        """Do a job in the thread. Raises `EngineUnavailable` when it cannot be started; the next job tries again."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="filao relay")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, job)
+        try:
+            done = asyncio.get_running_loop().run_in_executor(self._thread, job)
+        except RuntimeError as error:
+            self._thread = None
+            raise no_thread(error) from error
+        return await done
 
 
 def _fields(queue: str, message_id: str | None) -> dict[str, object]:
