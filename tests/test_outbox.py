@@ -347,14 +347,17 @@ async def test_a_send_that_can_never_be_sent_is_set_aside_and_those_behind_it_go
         "kind = 7",
         "kind = 1, content = '!'",
         "content = x'ff'",
+        "content = CAST(x'ff' AS TEXT)",
         "delay = 'soon'",
         "delay = -1",
         "ttl = 0",
         "priority = 1e300",
         "priority = 'high'",
         "grp = ''",
+        "grp = 'a' || char(0)",
         "queue = 'no queue!'",
         "id = ''",
+        "id = '0123456789abcdef-1'",
         "recorded_at = 'today'",
     ],
 )
@@ -732,7 +735,12 @@ def test_a_table_that_is_no_name_is_refused(table) -> None:
 
 @pytest.mark.parametrize(
     ("body", "options", "text"),
-    [(object(), {}, "cannot be written as JSON"), (b"x" * 300_000, {}, "300,000"), (1, {"delay": -1}, "delay is -1")],
+    [
+        (object(), {}, "cannot be written as JSON"),
+        (b"x" * 300_000, {}, "300,000"),
+        (1, {"delay": -1}, "delay is -1"),
+        (1, {"message_id": ""}, "message_id is ''"),
+    ],
 )
 def test_what_could_not_be_sent_is_refused_when_it_is_recorded(connection, body, options, text) -> None:
     with pytest.raises(filao.FilaoError, match=text):

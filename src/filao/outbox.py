@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 
-from filao.checks import DURATION_MAX, KEY_MAX, PRIORITY_MAX, check_name
+from filao.checks import DURATION_MAX, PRIORITY_MAX, check_key, check_name, check_own_id
 from filao.codec import BYTES, decode_headers
 from filao.connections import connection_of
 from filao.draft import Outgoing, draft
@@ -111,7 +111,7 @@ class Outbox:
             group=group,
             dedup_key=dedup_key,
             ttl=ttl,
-            message_id=message_id or uuid.uuid4().hex,
+            message_id=uuid.uuid4().hex if message_id is None else message_id,
         )
         sent = draft(known, outgoing)
         on = connection_of(connection, needs_transaction=True)
@@ -250,15 +250,15 @@ class _Row(msgspec.Struct):
     """What a row of the outbox must be."""
 
     number: int
-    id: Annotated[str, msgspec.Meta(min_length=1, max_length=KEY_MAX)]
+    id: str
     queue: str
     kind: Literal[0, 1]
     content: str
     headers: str | None
     delay: Annotated[float, msgspec.Meta(ge=0, le=DURATION_MAX)]
     priority: Annotated[int, msgspec.Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
-    group: Annotated[str, msgspec.Meta(min_length=1, max_length=KEY_MAX)] | None
-    dedup_key: Annotated[str, msgspec.Meta(min_length=1, max_length=KEY_MAX)] | None
+    group: str | None
+    dedup_key: str | None
     ttl: Annotated[float, msgspec.Meta(gt=0, le=DURATION_MAX)] | None
     recorded_at: float
 
@@ -268,6 +268,10 @@ def _read(row: Sequence[Any]) -> Recorded | Failed:
     try:
         read = msgspec.convert(dict(zip(_Row.__struct_fields__, row, strict=True)), _Row)
         check_name(read.queue)
+        for what, key in (("message_id", read.id), ("group", read.group), ("dedup_key", read.dedup_key)):
+            if key is not None:
+                check_key(read.queue, what, key)
+        check_own_id(read.queue, read.id)
         decode_headers(read.headers)
         content = b64decode(read.content, validate=True) if read.kind == BYTES else read.content.encode()
     except (ValueError, FilaoError) as error:

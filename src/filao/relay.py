@@ -8,6 +8,7 @@ deduplication, let the receiver use an inbox. Several relays may serve one outbo
 import asyncio
 import logging
 import random
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -166,6 +167,8 @@ class Relay:
     def _read(self) -> list[Recorded | Failed]:
         if self._connection is None:
             self._connection = self._connect()
+            if isinstance(self._connection, sqlite3.Connection):
+                self._connection.text_factory = _whatever_it_holds
             self._outbox.update(self._connection)
             self._connection.commit()
         recorded = self._outbox.recorded(self._connection, BATCH, without=self._refused)
@@ -202,6 +205,11 @@ class Relay:
             self._thread = None
             raise no_thread(error) from error
         return await done
+
+
+def _whatever_it_holds(text: bytes) -> str:
+    """Return a text of SQLite's that may be no UTF-8, so that it stops no other row: such a row is set aside."""
+    return text.decode(errors="surrogateescape")
 
 
 def _fields(queue: str, message_id: str | None) -> dict[str, object]:
