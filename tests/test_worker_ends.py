@@ -343,6 +343,20 @@ async def test_an_error_of_until_is_the_error_of_the_run(url, broker) -> None:
     assert (await broker.stats("claims")).acked == 1
 
 
+async def test_an_until_that_has_no_more_to_say_ends_its_run(url, broker) -> None:
+    worker, answers = filao.Worker(url), iter([False])
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None:
+        pass
+
+    await broker.send_many("claims", [1, 2])
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        async with asyncio.timeout(PATIENCE):
+            await worker.run(until=lambda: next(answers))
+    assert (await broker.stats("claims")).acked == 2
+
+
 async def test_a_worker_that_is_cancelled_gives_back_what_it_holds(url, broker) -> None:
     worker, began = filao.Worker(url, grace=0), asyncio.Event()
 

@@ -96,8 +96,8 @@ class Shift:
         """Watches whether the event loop turns."""
         self._moved = asyncio.Event()
         self._is_ending = False
-        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Has what `on_handled` raised."""
+        self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        """Has what `on_handled` raised, as a result: a future bears not every exception."""
         self._later: dict[str, tuple[float, Iterator[float]]] = {}
         """Queues that failed, each with the monotonic time of its next look and the pauses to come."""
 
@@ -121,7 +121,7 @@ class Shift:
             if not task.cancelled():
                 task.result()
         if self._failed.done():
-            self._failed.result()
+            raise self._failed.result()
         return any(not task.cancelled() for task in clearing)
 
     async def drain(self, limit: int) -> None:
@@ -131,7 +131,7 @@ class Shift:
             await self._next_move()
         await self.finish(0.0)
         if self._failed.done():
-            self._failed.result()
+            raise self._failed.result()
 
     def status(self, handled: int) -> Status:
         """Return how it is doing. May be called from any thread."""
@@ -332,9 +332,9 @@ class Shift:
         self._move()
         try:
             self._on_handled(handled)
-        except Exception as raised:
+        except BaseException as raised:
             if not self._failed.done():
-                self._failed.set_exception(raised)
+                self._failed.set_result(raised)
 
     # --- stopping ----------------------------------------------------------------------------------------------------
 
