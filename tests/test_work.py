@@ -1,5 +1,6 @@
 """`filao work` as its users run it: real processes, killed, signalled, and asked how they are."""
 
+import asyncio
 import json
 import os
 import re
@@ -16,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import filao
 import filao.sync
+from filao.worker.shift import Status
+from filao.worker.supervisor import Report, Slot, Supervisor
 
 PATIENCE = 60.0
 APP = """
@@ -271,6 +275,19 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+@pytest.mark.anyio
+async def test_a_supervisor_reads_the_report_of_a_worker_with_thousands_of_queues() -> None:
+    slot, (reading, writing) = Slot(1), os.pipe()
+    running = {f"{number:0128}": 0 for number in range(5_000)}
+    told = Report(Status(ready=True, healthy=True, running=running, handled=0, problems=[]), grace=30.0)
+    reports = asyncio.create_task(Supervisor([], 0)._read_reports(slot, reading))
+    with os.fdopen(writing, "wb") as pipe:
+        await asyncio.to_thread(pipe.write, msgspec.json.encode(told) + b"\n")
+        await asyncio.to_thread(pipe.flush)
+    await reports
+    assert slot.report == told
 
 
 def test_a_supervisor_that_gets_no_thread_to_wait_for_a_process_starts_it_again() -> None:

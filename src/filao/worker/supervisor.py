@@ -32,6 +32,7 @@ PAUSE_FIRST = 0.1  # seconds before a process that died is started again; double
 PAUSE_MAX = 30.0
 STEADY_AFTER = 60.0  # seconds of life after which the next pause is the first again
 REPORT_EVERY = 1.0  # seconds
+REPORT_MAX = 4 * 1024 * 1024  # bytes, of a worker with some ten thousand queues
 SILENT_AFTER = 15.0  # seconds without a report after which a process is unhealthy
 KILLED_AFTER = 15.0  # seconds beyond a worker's grace after which a process that was told to stop is killed
 LAST_WORDS_WITHIN = 1.0  # seconds for reading the pipe of a process that has ended to its end
@@ -204,7 +205,7 @@ class Supervisor:
 
     async def _read_reports(self, slot: Slot, reading: int) -> None:
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader()
+        reader = asyncio.StreamReader(limit=REPORT_MAX)
         transport, _ = await loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", buffering=0)
         )
