@@ -326,6 +326,28 @@ async def test_decisions_are_told_in_one_line_and_failures_with_the_handlers_tra
     assert trace.tb_frame.f_code.co_name == "handle"
 
 
+async def test_a_filter_of_the_log_that_fails_keeps_no_message(url, broker, capsys) -> None:
+    worker, log = filao.Worker(url), logging.getLogger("filao.worker")
+
+    @worker.consumer(CLAIMS, timeout=None)
+    async def handle(message: filao.Message) -> None:
+        if message.body == "fails":
+            raise ValueError("a real failure")
+        raise filao.Reject("no such policy")
+
+    def fail(record: logging.LogRecord) -> bool:
+        raise RuntimeError("the filter fails")
+
+    await broker.send_many("claims", ["fails", "rejected"])
+    log.addFilter(fail)
+    try:
+        async with running(worker):
+            await until_stats(broker, delayed=1, dead=1)
+    finally:
+        log.removeFilter(fail)
+    assert "the filter fails" in capsys.readouterr().err
+
+
 async def test_an_error_of_until_is_the_error_of_the_run(url, broker) -> None:
     worker = filao.Worker(url)
 

@@ -1,19 +1,36 @@
 """Background tasks that no input can kill: an error ends one turn, and the next turn begins.
 
 If a notification, a datagram or a row that nobody expected could end such a task, consumers would be woken late or not
-at all, and nobody would learn why.
+at all, and nobody would learn why. Nor can the log: a filter of the program's that fails ends nothing of ours.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Generator
+import traceback
+from collections.abc import Awaitable, Callable, Generator, MutableMapping
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from filao.errors import EngineUnavailable, FilaoError
 
-log: logging.Logger = logging.getLogger("filao")
+
+class Log(logging.LoggerAdapter[logging.Logger]):
+    """A log for what must go on: `logging` bears what fails in a handler, but not what fails in a filter."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log, or print what a filter raised."""
+        try:
+            super().log(level, msg, *args, stacklevel=2, **kwargs)  # as called by whoever called the method before
+        except Exception:
+            traceback.print_exc()
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Add the fields of this log; without any, a record keeps its own."""
+        return (msg, kwargs) if self.extra is None else super().process(msg, kwargs)
+
+
+log: Log = Log(logging.getLogger("filao"))
 
 _CLOSED = (
     "the broker was closed before the engine had answered. If this was a send, it is open whether the message was "

@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
 from filao.engine import Delivery, Extend, Operation, Receive, Received, Result, Send, Settle
+from filao.guarded import Log
 
-log = logging.getLogger("filao.observing")
+log: Log = Log(logging.getLogger("filao.observing"))
 
 Verb = Literal["send", "receive", "settle", "extend"]
 _VERBS: Mapping[type, Verb] = {Send: "send", Receive: "receive", Settle: "settle", Extend: "extend"}

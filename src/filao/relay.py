@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 from filao.broker import Broker, session_of
 from filao.codec import shown
 from filao.errors import ConfigurationError, EngineError, FilaoError, QueueFull, QueueNotFound
+from filao.guarded import Log
 from filao.outbox import Failed, Outbox, Recorded
 from filao.printable import printable
 from filao.process import no_thread
 from filao.session import CLOSES_WITHIN
 
-log: logging.Logger = logging.getLogger("filao.relay")
+log: Log = Log(logging.getLogger("filao.relay"))
 
 R = TypeVar("R")
 

@@ -5,7 +5,9 @@ import random
 import time
 from collections.abc import Iterator
 
-log: logging.Logger = logging.getLogger("filao.worker")
+from filao.guarded import Log
+
+log: Log = Log(logging.getLogger("filao.worker"))
 
 RETRY_FIRST, RETRY_MAX = 0.1, 5.0  # seconds between tries while something fails
 SAID_EVERY = 60.0  # seconds after which it is logged again that something still fails

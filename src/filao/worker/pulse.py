@@ -8,9 +8,10 @@ import time
 import traceback
 from contextlib import suppress
 
+from filao.guarded import Log
 from filao.process import start
 
-log: logging.Logger = logging.getLogger("filao.worker")
+log: Log = Log(logging.getLogger("filao.worker"))
 
 TICK = 1.0  # seconds between two signs of life
 BLOCKED_AFTER = 10.0  # seconds without one after which the loop counts as blocked, and its stack is logged

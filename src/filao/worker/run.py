@@ -17,7 +17,7 @@ import msgspec
 
 from filao import engine
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable, LeaseLost
-from filao.guarded import failure_of
+from filao.guarded import Log, failure_of
 from filao.message import AT_MOST_ONCE, Message, deferred_transaction_for, delivery_of, error_text, mark_settled
 from filao.queue import retry_delay
 from filao.worker.handlers import Consumer
@@ -135,11 +135,11 @@ class Run:
         return self._began > 0.0
 
     @property
-    def log(self) -> "logging.LoggerAdapter[logging.Logger]":
+    def log(self) -> Log:
         """A log whose records have the queue, the message's id and the attempt as fields."""
         delivery = self.delivery
         fields = {"queue": delivery.queue, "message_id": delivery.id, "attempt": delivery.attempt}
-        return logging.LoggerAdapter(log, fields)
+        return Log(log, fields)
 
     def about(self) -> str:
         """Return the words for this run in the log."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from filao.engine import OpenAgain
 from filao.errors import EngineUnavailable, QueueNotFound
+from filao.guarded import Log
 from filao.message import Message, delivery_of
 from filao.printable import some
 from filao.process import HEALTHY
@@ -27,7 +28,7 @@ from filao.worker.pool import Pool
 from filao.worker.pulse import BLOCKED_AFTER, Pulse
 from filao.worker.run import Handled, Run
 
-log: logging.Logger = logging.getLogger("filao.worker")
+log: Log = Log(logging.getLogger("filao.worker"))
 
 LOOKS_EVERY = 0.5  # seconds between two looks while handlers run, of a worker that ends when there is nothing to do
 POLL = 5.0  # seconds after which a wait for messages begins anew, to see whether the queue can still be reached

@@ -21,12 +21,13 @@ from typing import BinaryIO
 
 import msgspec
 
+from filao.guarded import Log
 from filao.process import start
 from filao.worker.shift import Status
 from filao.worker.signals import told_by_signals
 from filao.worker.worker import Worker
 
-log: logging.Logger = logging.getLogger("filao.worker")
+log: Log = Log(logging.getLogger("filao.worker"))
 
 PAUSE_FIRST = 0.1  # seconds before a process that died is started again; doubled each time
 PAUSE_MAX = 30.0
