@@ -28,23 +28,17 @@ class Strays:
 
     @contextmanager
     def seen(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:
-        """See the tasks that are started on this loop in the block."""
+        """See the tasks that are started on this loop in the block, in which other workers may come there and go."""
         outer = loop.get_task_factory()
-
-        def start(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
-            children = _children.get()
-            inner = coroutine if children is None or _is_ours(coroutine) else _contained(coroutine)
-            task = asyncio.Task(inner, loop=loop, **options) if outer is None else outer(loop, inner, **options)
-            if children is not None and isinstance(task, asyncio.Task):
-                children[task] = coroutine
-                task.add_done_callback(lambda task: children.pop(task, None))
-            return task
-
-        loop.set_task_factory(start)
+        factory = outer if isinstance(outer, _Seeing) else _Seeing(outer)
+        loop.set_task_factory(factory)
+        factory.workers += 1
         try:
             yield
         finally:
-            loop.set_task_factory(outer)
+            factory.workers -= 1
+            if not factory.workers and loop.get_task_factory() is factory:  # otherwise the program has set another one
+                loop.set_task_factory(factory.outer)
 
     def context(self, children: "Children") -> Context:
         """Return a context for a handler, in which all tasks that it starts become its children."""
@@ -67,6 +61,27 @@ class Strays:
                     "what it does: await it, or use asyncio.TaskGroup",
                     *(handler, name),
                 )
+
+
+class _Seeing:
+    """A task factory, for all workers of a loop, that notes which tasks their handlers start."""
+
+    def __init__(self, outer: Any) -> None:
+        self.outer = outer
+        """The factory that makes the tasks; None: asyncio does."""
+        self.workers = 0
+        """How many need it."""
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
+        children = _children.get()
+        inner = coroutine if children is None or _is_ours(coroutine) else _contained(coroutine)
+        task: asyncio.Future[Any] = (
+            asyncio.Task(inner, loop=loop, **options) if self.outer is None else self.outer(loop, inner, **options)
+        )
+        if children is not None and isinstance(task, asyncio.Task):
+            children[task] = coroutine
+            task.add_done_callback(lambda task: children.pop(task, None))
+        return task
 
 
 async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
