@@ -1,6 +1,8 @@
 """The blocking twin: the same names, many threads, and its own thread for connections of the user's."""
 
+import asyncio
 import inspect
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ import pytest
 
 import filao
 import filao.sync
+from tests.support.memory import MemoryEngine, Store
 
 DOOR = {  # what a user may call, as the reference says it: the same on both faces
     "Broker": {
@@ -174,3 +177,22 @@ def test_consume_ends_when_nothing_came_for_a_while(tmp_path) -> None:
             message.ack()
         assert seen == [1, 2, 3]
         assert list(broker.consume("claims", wait=0)) == []
+
+
+class EndsSlowly(MemoryEngine):
+    """Meets Ctrl-C while it looks for a queue, and takes some turns of the loop to end, as a server's client does."""
+
+    async def find(self, queue: str) -> filao.Queue:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(10):
+                await asyncio.sleep(0)
+        return filao.Queue(queue)
+
+
+def test_ctrl_c_in_a_loop_over_messages_is_no_other_error() -> None:
+    with filao.sync.connect(lambda: EndsSlowly(Store())) as broker, pytest.raises(KeyboardInterrupt):
+        for _ in broker.consume("claims"):
+            pass

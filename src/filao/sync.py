@@ -11,6 +11,7 @@ A program without a place for `with` may open it anywhere, even in a module: `br
 broker.open()`. It closes itself when the interpreter ends, and opens itself again in a child process that uses it.
 """
 
+import asyncio
 import os
 import threading
 import time
@@ -248,14 +249,24 @@ class Broker:
         outside = session_of(self._here)
         caller = self._caller
         messages = self._inner.consume(queue, prefetch=prefetch, wait=wait, lease=lease, guarantee=guarantee)
+        turn = asyncio.Lock()  # a call that was taken back may still be ending
+
+        async def take() -> AsyncMessage[T]:
+            async with turn:
+                return await anext(messages)
+
+        async def end() -> None:
+            async with turn:
+                await messages.aclose()
+
         try:
             while True:
-                yield Message(caller, outside, caller.take(messages.__anext__, receiving_of(self._inner).give_back))
+                yield Message(caller, outside, caller.take(take, receiving_of(self._inner).give_back))
         except StopAsyncIteration:
             return
         finally:
             with suppress(ConfigurationError):  # it was closed, and gave back what it held
-                caller.call(messages.aclose)
+                caller.call(end)
 
     def transaction(self) -> "AbstractContextManager[Transaction]":
         return _transaction(self._caller, self._inner.transaction)
