@@ -140,3 +140,25 @@ async def test_an_exactly_once_handler_is_told_at_once_that_its_programs_broker_
         assert (handled.how, "use the transaction's own methods" in handled.error) == ("dead", True)
         assert (await broker.stats("claims")).delayed == 1
     await asyncio.to_thread(blocking.close)
+
+
+async def test_a_coroutine_that_is_closed_in_its_transaction_lets_others_go_on(tmp_path) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        begun = asyncio.Event()
+
+        async def send() -> None:
+            async with broker.transaction() as tx:
+                await tx.send_to_queue("claims", 1)
+                begun.set()
+                await asyncio.get_running_loop().create_future()
+
+        sending = send()
+        task = asyncio.create_task(sending)
+        async with asyncio.timeout(30):
+            await begun.wait()
+            sending.close()  # as a frame is that nobody holds any more: it can wait for nothing
+            assert (await broker.stats("claims")).ready == 0
+        task.cancel()
+        await asyncio.wait([task])
+        assert isinstance(task.exception(), RuntimeError)  # it had nothing left to run

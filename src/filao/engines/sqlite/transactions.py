@@ -45,10 +45,11 @@ class SqliteTransactions:
                 self._jobs.is_in_transaction = True
                 yield transaction
             except BaseException as error:
-                # The thread does jobs in order, so this one ends what has begun. A cancelled caller does not wait.
+                # The thread does jobs in order, so this one ends what has begun. A cancelled caller does not wait, and
+                # one that is closed cannot.
                 undone = self._jobs.submit(partial(self._end, transaction, partial(self._database.roll_back, error)))
                 undone.add_done_callback(look_away)
-                if not isinstance(error, asyncio.CancelledError):
+                if not isinstance(error, asyncio.CancelledError | GeneratorExit):
                     await asyncio.wait([undone])
                 raise
             await self._jobs.submit(partial(self._end, transaction, partial(self._database.commit, books)))
