@@ -123,6 +123,25 @@ async def test_a_worker_can_be_stopped_while_its_lifespan_opens(broker) -> None:
         await running
 
 
+async def test_a_worker_that_is_told_to_stop_when_its_lifespan_has_just_opened_ends(broker, caplog) -> None:
+    worker, closed = filao.Worker(broker), []
+
+    @worker.lifespan
+    async def stops():
+        worker.stop()
+        await asyncio.sleep(0)  # so that it is heard in the very turn in which this is open
+        yield
+        closed.append(True)
+
+    @worker.consumer("claims")
+    async def handle(message: filao.Message) -> None: ...
+
+    async with asyncio.timeout(30):
+        await worker.run()
+    assert closed
+    assert "Exception in callback" not in caplog.text
+
+
 async def test_middleware_is_around_each_handler_the_first_outermost(broker) -> None:
     worker, seen = Worker(broker), []
 

@@ -16,6 +16,7 @@ from contextlib import (
     ExitStack,
     asynccontextmanager,
     contextmanager,
+    suppress,
 )
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -114,8 +115,14 @@ async def _close(stack: AsyncExitStack) -> None:
 async def _until(told: asyncio.Event) -> AsyncGenerator[None]:
     """Raise `TimeoutError` in the block as soon as the event is set."""
     async with asyncio.timeout(None) as limit:
+
+        def end(told: asyncio.Task[bool]) -> None:
+            if not told.cancelled():
+                with suppress(RuntimeError):  # the block was left in the same moment
+                    limit.reschedule(0.0)
+
         telling = asyncio.ensure_future(told.wait())
-        telling.add_done_callback(lambda done: None if done.cancelled() else limit.reschedule(0.0))
+        telling.add_done_callback(end)
         try:
             yield
         finally:
