@@ -318,6 +318,36 @@ async def test_the_first_sends_keep_their_order(url, queue) -> None:
 # --- shared with others ----------------------------------------------------------------------------------------------
 
 
+async def test_of_messages_with_one_id_each_that_finds_no_queue_is_told(broker, foreign, queue) -> None:
+    """The server returns what it cannot deliver by its id alone: one that was lost counted as confirmed."""
+    other = filao.Queue(f"{queue.name}.other", backoff=AT_ONCE)
+    await broker.declare(other)
+    foreign.queue_delete(queue.name)
+    sends = (broker.send_to_queue(to, 1, message_id="claim-7") for to in (queue, other, queue))
+    first, stored, last = await asyncio.gather(*sends, return_exceptions=True)
+    assert isinstance(first, filao.QueueNotFound)
+    assert isinstance(last, filao.QueueNotFound)
+    assert stored == filao.Receipt("claim-7")
+    assert (await received(broker, other)).id == "claim-7"
+
+
+async def test_a_queue_that_refuses_more_fails_no_send_to_another(broker, foreign, queue) -> None:
+    """The channel on which it refused was closed, and with it ended what others had published there."""
+    other = filao.Queue(f"{queue.name}.other", backoff=AT_ONCE)
+    await broker.declare(other)
+    foreign.queue_delete(queue.name)
+    full = {"x-queue-type": "quorum", "x-max-length": 1, "x-overflow": "reject-publish"}
+    foreign.queue_declare(queue.name, durable=True, arguments=full)
+    refused = 0
+    async with asyncio.timeout(60):
+        while refused < 40:  # the server learns some messages later that the queue is full
+            sends = (broker.send_to_queue(to, 1) for to in (queue, other) * 20)
+            results = await asyncio.gather(*sends, return_exceptions=True)
+            assert {type(one) for one in results[1::2]} == {filao.Receipt}
+            assert {type(one) for one in results} <= {filao.Receipt, filao.EngineUnavailable}
+            refused += sum(isinstance(one, filao.EngineUnavailable) for one in results)
+
+
 async def test_messages_of_foreign_producers_are_received(broker, foreign, queue) -> None:
     def publish(body: bytes, **properties: Any) -> None:
         foreign.basic_publish("", queue.name, body, pika.BasicProperties(**properties))
@@ -1212,6 +1242,34 @@ async def test_a_look_at_many_dead_letters_takes_few_calls(broker, queue, foreig
     assert len(await broker.dead_letters(queue, limit=100)) == 100
     assert calls.count("Basic.Consume") == 2
     assert "Basic.Get" not in calls
+
+
+async def _letters(broker: filao.Broker, queue: filao.Queue, foreign: Any, *ids: str) -> None:
+    """Let dead letters with these ids be there."""
+    for one in ids:
+        properties = pika.BasicProperties(message_id=one, headers={"x-filao-reason": "rejected"})
+        foreign.basic_publish("", topology.dead_name(queue.name), b"1", properties)
+    async with asyncio.timeout(60):
+        while (await broker.stats(queue)).dead < len(ids):
+            await asyncio.sleep(0.05)
+
+
+async def test_letters_with_one_id_are_redriven_like_others(broker, queue, foreign) -> None:
+    """What was sent twice dies twice: the second of them ended the redrive of all that lay behind."""
+    await _letters(broker, queue, foreign, *"AABC")
+    assert await broker.redrive(queue, ids=["A", "B"]) == 3
+    assert [letter.id for letter in await broker.dead_letters(queue)] == ["C"]
+    await _letters(broker, queue, foreign, *"AABC")
+    assert await broker.redrive(queue) == 5
+    assert (await broker.stats(queue)).ready == 8
+
+
+async def test_a_redrive_to_a_queue_that_was_deleted_keeps_all_letters(broker, queue, foreign) -> None:
+    await _letters(broker, queue, foreign, *"AAB")
+    foreign.queue_delete(queue.name)
+    with pytest.raises(filao.QueueNotFound, match=f"^queue '{queue.name}' was deleted on the server"):
+        await broker.redrive(queue)
+    assert [letter.id for letter in await broker.dead_letters(queue)] == ["A", "A", "B"]
 
 
 async def test_a_queue_whose_dead_letters_somebody_keeps_loses_nothing_to_a_delete(

@@ -100,6 +100,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         f"engines.rabbitmq.{name}"
         for name in (
             "wire",
+            "outlet",
             "server",
             "topology",
             "refusals",

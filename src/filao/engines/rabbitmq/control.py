@@ -5,7 +5,7 @@ a time takes the dead letters of a queue. Otherwise each would see a part of the
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
@@ -18,6 +18,7 @@ from filao.engine import Draft, Finding, QueueStats, State, StoredMessage
 from filao.engines.rabbitmq import doctor, envelope, register, topology
 from filao.engines.rabbitmq.consumer import PREFETCH_MAX
 from filao.engines.rabbitmq.errands import Errand, Errands
+from filao.engines.rabbitmq.publisher import Limited, Publisher
 from filao.engines.rabbitmq.refusals import refused
 from filao.engines.rabbitmq.register import Apart, Declared
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server, Session
@@ -37,6 +38,7 @@ PUSHED_WITHIN = 1.0  # seconds for the next to come, after which we ask whether 
 BACK_WITHIN = 1.0  # seconds that we wait to see them back, for whoever looks next
 
 T = TypeVar("T")
+Publish = Callable[[DeliveredMessage], Awaitable[None]]
 Taken = dict[str, int]
 """How many dead letters each queue has whose dead letters this process has taken out."""
 
@@ -47,9 +49,18 @@ class RabbitmqOperators:
     pausing: None = None
     tracing: None = None
 
-    def __init__(self, server: Server, declared: Declared, held: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(
+        self,
+        server: Server,
+        declared: Declared,
+        publisher: Publisher,
+        limited: Limited,
+        held: Callable[[], Mapping[str, int]],
+    ) -> None:
         self._server = server
         self._declared = declared
+        self._publisher = publisher
+        self._limited = limited
         self._held = held
         self._taken: Taken = {}
         self._errands = Errands()
@@ -100,16 +111,19 @@ class RabbitmqOperators:
         return await self._errands.run(see)
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
-        """Publish dead letters behind what is ready."""
-        return await self._errands.run(lambda errand: self._redrive(errand, queue, ids, limit, edited))
+        """Publish dead letters behind what is ready; of several with one id, all."""
 
-    async def _redrive(
-        self, errand: Errand, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None
-    ) -> int:
-        with Tally() as tally:
-            async with self._declared.apart(queue) as call, _dead(call, queue, self._taken, errand) as look:
-                await redrive(look, queue, ids, limit, edited, tally=tally)
-        return tally.done
+        async def publish(message: DeliveredMessage) -> None:
+            async with self._limited():
+                await self._publisher.redrive(queue, message, edited)
+
+        async def send_back(errand: Errand) -> int:
+            with Tally() as tally:
+                async with self._declared.apart(queue) as call, _dead(call, queue, self._taken, errand) as look:
+                    await redrive(look, publish, ids, limit, tally)
+            return tally.done
+
+        return await self._errands.run(send_back)
 
     async def remove(self, queue: str, states: Sequence[State], ids: Sequence[str] | None) -> int:
         """Delete what is ready, or the dead letters."""
@@ -212,40 +226,23 @@ async def peek(look: "_Look", queue: str, keep: Callable[[StoredMessage], T], li
     return found
 
 
-async def redrive(
-    look: "_Look", queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None, *, tally: Tally
-) -> None:
+async def redrive(look: "_Look", publish: Publish, ids: Sequence[str] | None, limit: int | None, tally: Tally) -> None:
     """Publish dead letters to their queue, some at once, and delete each that was confirmed."""
     wanted = None if ids is None else set(ids)
-    most = len(wanted) if wanted is not None else limit
-    back: set[str] = set()
     some: list[DeliveredMessage] = []
     async for message in look.each():
-        name = envelope.name_of(message.header.properties)
-        if name in back:
-            break  # it was redriven before and has died again
-        if wanted is not None and name not in wanted:
+        if wanted is not None and envelope.name_of(message.header.properties) not in wanted:
             continue
         some.append(message)
-        back |= {name} - {""}
-        if tally.done + len(some) == most:
+        if tally.done + len(some) == limit:
             break
         if len(some) == REDRIVEN_AT_ONCE:
-            await _redrive(look, queue, some, edited, tally)
+            await _redrive(look, publish, some, tally)
             some.clear()
-    await _redrive(look, queue, some, edited, tally)
+    await _redrive(look, publish, some, tally)
 
 
-async def _redrive(
-    look: "_Look", queue: str, messages: Sequence[DeliveredMessage], edited: Draft | None, tally: Tally
-) -> None:
-    async def publish(message: DeliveredMessage) -> None:
-        properties = envelope.redriven(message.header.properties, edited)
-        content = message.body if edited is None else edited.content
-        await look.channel.basic_publish(
-            content, routing_key=queue, properties=properties, mandatory=True, timeout=ANSWERS_WITHIN
-        )
-
+async def _redrive(look: "_Look", publish: Publish, messages: Sequence[DeliveredMessage], tally: Tally) -> None:
     failed: BaseException | None = None
     for message, error in zip(
         messages, await asyncio.gather(*map(publish, messages), return_exceptions=True), strict=True

@@ -85,7 +85,9 @@ class RabbitmqEngine:
         self._tokens = count(1)
         self._lines: Lines = Lines(are_pushed_to=True)
         self._is_closing = False
-        self.operators: RabbitmqOperators = RabbitmqOperators(self._server, self._declared, self._held)
+        self.operators: RabbitmqOperators = RabbitmqOperators(
+            self._server, self._declared, self._publisher, limited, self._held
+        )
         self.overview: RabbitmqOverview = RabbitmqOverview(self.operators.seen)
         self.mover: RabbitmqMover = RabbitmqMover(self._server, self._declared, self._publisher, limited)
         self.transactions: None = None

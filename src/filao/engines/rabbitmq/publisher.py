@@ -7,14 +7,14 @@ from contextlib import AbstractAsyncContextManager
 from itertools import count
 from typing import Any
 
-from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed, DeliveryError, PublishError
 
 from filao.engine import Delivery, Draft
 from filao.engines.rabbitmq import envelope
+from filao.engines.rabbitmq.outlet import Outlet
 from filao.engines.rabbitmq.refusals import check_draft
-from filao.engines.rabbitmq.server import Link, Session
+from filao.engines.rabbitmq.server import Link
 from filao.engines.rabbitmq.topology import DEAD, DELAY, dead_name, route
 from filao.errors import EngineUnavailable, MessageTooLarge, QueueNotFound
 from filao.moving import Parcel
@@ -50,59 +50,62 @@ class Publisher:
             names.append(draft.message_id or self.name())
             properties = envelope.written(queue.name, draft, names[-1], draft.ttl or queue.ttl, moment)
             ready.append((draft.content, properties, draft.delay))
-        if any(len(content) > LARGE for content, _, _ in ready):
-            async with self._large, (await self._link.session()).aside(confirms=True) as channel:
-                await _publish_all(channel, queue.name, ready)
-        else:
-            await self._publish_all(await self._link.session(), queue.name, ready)
+        await self._publish_all(queue.name, ready)
         return names
 
     async def store(self, queue: str, parcel: Parcel) -> None:
         """Publish a message from another engine."""
         place, properties = envelope.of_parcel(queue, parcel)
-        delay = 0.0 if parcel.reason else parcel.draft.delay
-        await self._publish_all(await self._link.session(), place, [(parcel.draft.content, properties, delay)])
+        await self._repeat(place, parcel.draft.content, properties, 0.0 if parcel.reason else parcel.draft.delay)
 
     async def again(self, queue: str, message: DeliveredMessage, delay: float, used: int) -> None:
         """Send a message again, to come back after `delay` seconds, with `used` attempts."""
-        await self._repeat(queue, message, envelope.again(message.header.properties, used), delay)
+        await self._repeat(queue, message.body, envelope.again(message.header.properties, used), delay)
 
     async def bury(self, delivery: Delivery, message: DeliveredMessage, used: int, reason: str, error: str) -> None:
         """Send a message to the dead letters of its queue, with `used` attempts."""
         properties = envelope.dead(message.header.properties, used, reason, error, envelope.now())
-        await self._repeat(dead_name(delivery.queue), message, properties, 0)
+        await self._repeat(dead_name(delivery.queue), message.body, properties, 0)
 
-    async def _repeat(
-        self, queue: str, message: DeliveredMessage, properties: envelope.Properties, delay: float
-    ) -> None:
-        await self._publish_all(await self._link.session(), queue, [(message.body, properties, delay)])
+    async def redrive(self, queue: str, message: DeliveredMessage, edited: Draft | None) -> None:
+        """Send a dead letter to its queue, perhaps `edited`."""
+        properties = envelope.redriven(message.header.properties, edited)
+        await self._repeat(queue, message.body if edited is None else edited.content, properties, 0)
 
-    async def _publish_all(self, session: Session, queue: str, messages: Sequence[_Ready]) -> None:
+    async def _repeat(self, queue: str, content: bytes, properties: envelope.Properties, delay: float) -> None:
+        await self._publish_all(queue, [(content, properties, delay)])
+
+    async def _publish_all(self, queue: str, messages: Sequence[_Ready]) -> None:
+        if any(len(content) > LARGE for content, _, _ in messages):
+            async with self._large, (await self._link.session()).aside(confirms=True) as channel:
+                await _publish_all(Outlet(channel), queue, messages)
+            return
+        outlet = await (await self._link.session()).publishing()
         try:
-            await _publish_all(await session.publishing(), queue, messages)
-        except DeliveryError:
-            await session.renew_publishing()
+            await _publish_all(outlet, queue, messages)
+        except (DeliveryError, asyncio.CancelledError):
+            outlet.retire()
             raise
+        finally:
+            await outlet.leave()
 
 
-async def _publish_all(channel: Channel, queue: str, messages: Sequence[_Ready]) -> None:
+async def _publish_all(outlet: Outlet, queue: str, messages: Sequence[_Ready]) -> None:
     if len(messages) == 1:
-        await _publish(channel, queue, *messages[0])
+        await _publish(outlet, queue, *messages[0])
         return
     confirmed = await asyncio.gather(
-        *(_publish(channel, queue, *message) for message in messages), return_exceptions=True
+        *(_publish(outlet, queue, *message) for message in messages), return_exceptions=True
     )
     for error in confirmed:
         if isinstance(error, BaseException):
             raise error
 
 
-async def _publish(channel: Channel, queue: str, content: bytes, properties: envelope.Properties, delay: float) -> None:
+async def _publish(outlet: Outlet, queue: str, content: bytes, properties: envelope.Properties, delay: float) -> None:
     exchange, key = route(queue, delay)
     try:
-        await channel.basic_publish(
-            content, exchange=exchange, routing_key=key, properties=properties, mandatory=True, wait=False
-        )
+        await outlet.publish(content, properties, exchange=exchange, key=key)
     except PublishError as error:
         raise broken(queue, error) if exchange else deleted(queue) from None
     except ChannelNotFoundEntity as error:

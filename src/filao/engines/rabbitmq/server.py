@@ -43,6 +43,7 @@ from pamqp.frame import FrameTypes
 from yarl import URL
 
 from filao.engines.rabbitmq import wire
+from filao.engines.rabbitmq.outlet import Outlet
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.forks import cut_off, gate, keep
 from filao.printable import printable
@@ -294,7 +295,7 @@ class Session:
         self._abort = abort
         self._ended = asyncio.get_running_loop().create_future()
         self._connection.close_callbacks.add(self._end)
-        self._publishing: Channel | None = None
+        self._outlet: Outlet | None = None
         self._opening = asyncio.Lock()
         inner = cast("aiormq.Connection | None", connection.transport and connection.transport.connection)
         self._channels: Sized = () if inner is None else inner.channels
@@ -350,19 +351,13 @@ class Session:
             raise ConnectionResetError(str(error)) from error
         return cast("Channel", await channel.get_underlay_channel())
 
-    async def publishing(self) -> Channel:
-        """Return the channel on which messages are published and confirmed."""
-        async with self._opening:  # all publish on one channel, and nobody overtakes those that wait for it to open
-            if self._publishing is None or self._publishing.is_closed:
-                self._publishing = await self.channel(confirms=True)
-            return self._publishing
-
-    async def renew_publishing(self) -> None:
-        """Publish on another channel from now on: on 3.10, one that met a queue without a leader never works again."""
-        channel, self._publishing = self._publishing, None
-        if channel is not None and not channel.is_closed:
-            async with asyncio.timeout(CONNECTED_WITHIN):
-                await channel.close()
+    async def publishing(self) -> Outlet:
+        """Enter the outlet that all who publish share; the caller leaves it."""
+        async with self._opening:  # nobody overtakes those that wait for it to open
+            if self._outlet is None or not self._outlet.is_open:
+                self._outlet = Outlet(await self.channel(confirms=True))
+            self._outlet.enter()
+            return self._outlet
 
     @asynccontextmanager
     async def aside(self, *, confirms: bool = False) -> AsyncGenerator[Channel]:
