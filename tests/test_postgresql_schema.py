@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "95243f7861436388"}
+DIGESTS = {10: "1fe96a570319f2be"}
 """The digest of the SQL of the newest version."""
 
 

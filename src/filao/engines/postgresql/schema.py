@@ -83,7 +83,19 @@ STEPS: dict[int, str] = {
         );
         CREATE INDEX event_message ON filao.event (message, id);
         CREATE INDEX event_until   ON filao.event (until);
-        ALTER TABLE filao.unarranged REPLICA IDENTITY FULL;
+        ALTER TABLE filao.unarranged REPLICA IDENTITY FULL,
+          ADD COLUMN noted_in xid8 NOT NULL DEFAULT pg_current_xact_id(), ADD COLUMN lowest bigint;
+        DROP INDEX filao.unarranged_queue;
+        CREATE INDEX unarranged_noted ON filao.unarranged (queue, noted_in);
+        ALTER TYPE filao.seen ADD ATTRIBUTE noted xid8;
+        CREATE TABLE filao.floor (
+          queue  integer NOT NULL,
+          grp    text    NOT NULL,
+          lowest bigint  NOT NULL,
+          file   oid     NOT NULL,
+          at     bigint  NOT NULL,
+          PRIMARY KEY (queue, grp, lowest)
+        );
         DO $$
         DECLARE
           role regrole;

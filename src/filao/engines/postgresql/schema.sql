@@ -92,7 +92,8 @@ CREATE TYPE filao.seen AS ( -- what a session has seen of a queue: see seen.sql
   leased     bigint,     -- the lowest `at` of a lease that was seen; NULL: there was none
   expiring   bigint,     -- the lowest `expires_at` of one that waits; NULL: there is none
   looked_at  bigint,     -- when
-  blocked    bigint      -- the lowest id that may be blocked; NULL: there is none
+  blocked    bigint,     -- the lowest id that may be blocked; NULL: there is none
+  noted      xid8        -- the lowest `noted_in` of a group to be arranged; NULL: there is none
 );
 
 CREATE TABLE filao.failure (
@@ -139,11 +140,24 @@ CREATE TABLE filao.halted (    -- groups that wait for an operator
 
 -- Groups in which a transaction of a user's changed something: the next receive sees to them.
 CREATE TABLE filao.unarranged (
-  queue integer NOT NULL,
-  grp   text    NOT NULL
+  queue    integer NOT NULL,
+  grp      text    NOT NULL,
+  noted_in xid8    NOT NULL DEFAULT pg_current_xact_id(), -- the transaction; see seen.sql
+  lowest   bigint                -- the lowest id that was sent to it there; NULL: none was
 );
-CREATE INDEX unarranged_queue ON filao.unarranged (queue);
+CREATE INDEX unarranged_noted ON filao.unarranged (queue, noted_in);
 ALTER TABLE filao.unarranged REPLICA IDENTITY FULL;  -- or a publication of all tables would refuse its deletes
+
+-- Where a group begins: of its messages that wait or are leased none has a lower id than the highest `lowest`. It is
+-- written when a look for a group's head walked over much that is dead, as under an old transaction.
+CREATE TABLE filao.floor (
+  queue  integer NOT NULL,
+  grp    text    NOT NULL,
+  lowest bigint  NOT NULL,
+  file   oid     NOT NULL,     -- of the table of messages for which this holds
+  at     bigint  NOT NULL,     -- when it was seen
+  PRIMARY KEY (queue, grp, lowest)
+);
 
 -- What a queue counts, in rows of its own for each backend that counts it, so that nobody waits for anybody, and for
 -- each slot of some two seconds: a row that is updated for ever is, under an old transaction, a chain of dead

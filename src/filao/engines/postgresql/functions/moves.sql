@@ -197,17 +197,69 @@ BEGIN
 END
 $$;
 
+-- Take the locks of the groups of a queue, in one order for all. `born` is the lowest id that is sent or sent back to
+-- one of them; NULL: none is. Nothing else comes below their floors.
+CREATE OR REPLACE FUNCTION filao.hold_groups(q integer, groups text[], born bigint) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pg_advisory_xact_lock(wanted.lock)
+  FROM (SELECT DISTINCT filao.group_key(q, g) AS lock FROM unnest(groups) AS g ORDER BY 1) AS wanted;
+  IF born IS NOT NULL THEN
+    DELETE FROM filao.floor f WHERE f.queue = q AND f.grp = ANY (groups) AND f.lowest > born;
+  END IF;
+END
+$$;
+
+-- The lowest id that a message of a group may have.
+CREATE OR REPLACE FUNCTION filao.floor_of(q integer, g text, file oid) RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN coalesce((
+    SELECT f.lowest FROM filao.floor f WHERE f.queue = q AND f.grp = g AND f.file = floor_of.file
+    ORDER BY f.queue DESC, f.grp DESC, f.lowest DESC LIMIT 1
+  ), 0);
+END
+$$;
+
+-- Note down where groups begin, whose locks the caller holds: what a batch sends to an empty one has a number that is
+-- not drawn yet.
+CREATE OR REPLACE FUNCTION filao.raise_floors(q integer, groups text[], file oid, now bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+  next bigint := coalesce(pg_sequence_last_value('filao.number'), 0) + 1;
+BEGIN
+  INSERT INTO filao.floor (queue, grp, lowest, file, at)
+  SELECT q, given.g, coalesce(min(first.id), next), raise_floors.file, now
+  FROM (SELECT DISTINCT g, filao.floor_of(q, g, raise_floors.file) AS from_id FROM unnest(groups) AS g) AS given
+  LEFT JOIN LATERAL (
+    SELECT m.id
+    FROM unnest('{ready,delayed,leased,blocked}'::filao.state[]) AS s, LATERAL (
+      SELECT m.id FROM filao.message m
+      WHERE m.queue = q AND (m.grp, m.state, m.id) >= (given.g, s, given.from_id)
+        AND (m.grp, m.state) <= (given.g, s) AND m.grp IS NOT NULL
+      ORDER BY m.grp, m.state, m.id LIMIT 1
+    ) AS m
+  ) AS first ON true
+  GROUP BY given.g
+  ON CONFLICT DO NOTHING;
+END
+$$;
+
 -- Let the first message of each of some groups through and hold back the others; nobody moves while one is leased.
 --
 -- Invariant, for who holds a group's lock: at most one of its messages is ready or leased, and it is the first; what
 -- stands behind that is blocked. Where failed messages are skipped, the delayed ones do not count.
 --
 -- All groups at once: of each the first message in each state is looked up by the index of groups, which is the only
--- one that can serve a comparison of (grp, state), whatever the tables hold. Where failed messages are skipped, a head
--- that is not due yet steps aside, and its group is looked at again.
-CREATE OR REPLACE FUNCTION filao.arrange_all(q integer, groups text[], now bigint, later boolean) RETURNS void
-LANGUAGE plpgsql AS $$
+-- one that can serve a comparison of (grp, state, id), whatever the tables hold. Where failed messages are skipped, a
+-- head that is not due yet steps aside, and its group is looked at again.
+--
+CREATE OR REPLACE FUNCTION filao.arrange_all(
+  q integer, groups text[], now bigint, later boolean, born bigint = NULL
+) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
+  much    CONSTANT integer := 500;  -- entries of the index, which take some 0.2 ms
+  file    oid := pg_relation_filenode('filao.message');
+  looked  text[] := groups;
+  walked  bigint;
   skips   boolean;
   halts   boolean;
   through bigint[];  -- heads that were blocked and are due
@@ -218,12 +270,12 @@ DECLARE
   moved   bigint[] := '{0,0,0,0}';
 BEGIN
   IF later THEN
-    INSERT INTO filao.unarranged (queue, grp) SELECT DISTINCT q, given.g FROM unnest(groups) AS given (g);
+    INSERT INTO filao.unarranged (queue, grp, lowest) SELECT DISTINCT q, given.g, born FROM unnest(groups) AS given (g);
     RETURN;
   END IF;
   SELECT skips_failed, halts_dead INTO STRICT skips, halts FROM filao.queue WHERE id = q;
-  PERFORM pg_advisory_xact_lock(wanted.lock)
-  FROM (SELECT DISTINCT filao.group_key(q, g) AS lock FROM unnest(groups) AS g ORDER BY 1) AS wanted;
+  PERFORM filao.hold_groups(q, groups, born);
+  walked := pg_stat_get_xact_tuples_returned('filao.message_grouped'::regclass);
   WHILE cardinality(groups) > 0 LOOP
     SELECT array_agg(f.blocked) FILTER (WHERE f.head = f.blocked AND f.at <= now),
            array_agg(f.blocked) FILTER (WHERE f.head = f.blocked AND f.at > now),
@@ -236,28 +288,29 @@ BEGIN
              CASE WHEN NOT halts OR NOT EXISTS (SELECT FROM filao.halted h WHERE h.queue = q AND h.grp = given.g)
                THEN least(r.id, d.id, b.id) END AS head
       FROM (SELECT DISTINCT g FROM unnest(groups) AS g) AS given
+      CROSS JOIN LATERAL filao.floor_of(q, given.g, file) AS from_id
       LEFT JOIN LATERAL (
         SELECT m.id FROM filao.message m
-        WHERE m.queue = q AND (m.grp, m.state) >= (given.g, 'leased') AND (m.grp, m.state) <= (given.g, 'leased')
-          AND m.grp IS NOT NULL
+        WHERE m.queue = q AND (m.grp, m.state, m.id) >= (given.g, 'leased', from_id)
+          AND (m.grp, m.state) <= (given.g, 'leased') AND m.grp IS NOT NULL
         ORDER BY m.grp, m.state, m.id LIMIT 1
       ) AS l ON true
       LEFT JOIN LATERAL (
         SELECT m.id FROM filao.message m
-        WHERE m.queue = q AND (m.grp, m.state) >= (given.g, 'ready') AND (m.grp, m.state) <= (given.g, 'ready')
-          AND m.grp IS NOT NULL
+        WHERE m.queue = q AND (m.grp, m.state, m.id) >= (given.g, 'ready', from_id)
+          AND (m.grp, m.state) <= (given.g, 'ready') AND m.grp IS NOT NULL
         ORDER BY m.grp, m.state, m.id LIMIT 1
       ) AS r ON l.id IS NULL
       LEFT JOIN LATERAL (  -- where failed messages are skipped it is overtaken, not waited for
         SELECT m.id FROM filao.message m
-        WHERE NOT skips AND m.queue = q AND (m.grp, m.state) >= (given.g, 'delayed')
+        WHERE NOT skips AND m.queue = q AND (m.grp, m.state, m.id) >= (given.g, 'delayed', from_id)
           AND (m.grp, m.state) <= (given.g, 'delayed') AND m.grp IS NOT NULL
         ORDER BY m.grp, m.state, m.id LIMIT 1
       ) AS d ON l.id IS NULL
       LEFT JOIN LATERAL (
         SELECT m.id, m.at FROM filao.message m
-        WHERE m.queue = q AND (m.grp, m.state) >= (given.g, 'blocked') AND (m.grp, m.state) <= (given.g, 'blocked')
-          AND m.grp IS NOT NULL
+        WHERE m.queue = q AND (m.grp, m.state, m.id) >= (given.g, 'blocked', from_id)
+          AND (m.grp, m.state) <= (given.g, 'blocked') AND m.grp IS NOT NULL
         ORDER BY m.grp, m.state, m.id LIMIT 1
       ) AS b ON l.id IS NULL
       WHERE l.id IS NULL
@@ -269,6 +322,10 @@ BEGIN
     ];
     groups := again;
   END LOOP;
+  walked := pg_stat_get_xact_tuples_returned('filao.message_grouped'::regclass) - walked;
+  IF walked > greatest(much, 20 * cardinality(looked)) THEN
+    PERFORM filao.raise_floors(q, looked, file, now);
+  END IF;
   PERFORM filao.count(
     q, ARRAY['ready', 'delayed', 'blocked'],
     ARRAY[moved[1] - moved[3], moved[2] - moved[4], moved[3] + moved[4] - moved[1] - moved[2]]
@@ -286,22 +343,25 @@ BEGIN
 END
 $$;
 
--- See to groups that were noted down, as far as nobody else has their locks; return how many notes are done with.
-CREATE OR REPLACE FUNCTION filao.arrange_noted(q integer, now bigint) RETURNS integer
+-- See to groups that were noted down, from a transaction on, as far as nobody else has their locks; return how many
+-- notes are done with.
+CREATE OR REPLACE FUNCTION filao.arrange_noted(q integer, now bigint, since xid8 = '0') RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
   most   CONSTANT integer := 500;  -- notes in one transaction
   notes  tid[];
   groups text[];
+  lowest bigint;
 BEGIN
-  SELECT array_agg(n.note), array_agg(DISTINCT n.grp) INTO notes, groups
-  FROM (SELECT ctid AS note, grp FROM filao.unarranged WHERE queue = q LIMIT most FOR UPDATE SKIP LOCKED) AS n
+  SELECT array_agg(n.note), array_agg(DISTINCT n.grp), min(n.lowest) INTO notes, groups, lowest
+  FROM (SELECT ctid AS note, grp, u.lowest FROM filao.unarranged u
+        WHERE queue = q AND noted_in >= since ORDER BY noted_in LIMIT most FOR UPDATE SKIP LOCKED) AS n
   WHERE pg_try_advisory_xact_lock(filao.group_key(q, n.grp));
   IF notes IS NULL THEN
     RETURN 0;
   END IF;
   DELETE FROM filao.unarranged WHERE ctid = ANY (notes);
-  PERFORM filao.arrange_all(q, groups, now, false);
+  PERFORM filao.arrange_all(q, groups, now, false, lowest);
   RETURN cardinality(notes);
 END
 $$;
@@ -586,11 +646,13 @@ $$;
 CREATE OR REPLACE FUNCTION filao.expire_all(moment bigint) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-  now bigint := filao.now(moment);
-  q   integer;
+  now  bigint := filao.now(moment);
+  q    integer;
+  seen filao.seen;
 BEGIN
   FOR q IN SELECT id FROM filao.queue ORDER BY id LOOP
-    PERFORM filao.expire_some(q, 5000, now, false);
+    seen := filao.look(q, filao.seen(q));
+    PERFORM filao.expire_some(q, 5000, now, false, seen.expiring);
   END LOOP;
 END
 $$;

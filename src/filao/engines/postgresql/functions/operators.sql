@@ -56,6 +56,7 @@ BEGIN
   LOOP
     PERFORM filao.remember_again(q, m.dedup_key, m.name, now);
   END LOOP;
+  PERFORM filao.hold_groups(q, filao.groups_of(chosen), (SELECT min(id) FROM unnest(chosen) AS id));
   PERFORM filao.give_back(q, chosen, NULL, false, 0, 0, now, false);
   UPDATE filao.message
   SET attempts = 0, reason = NULL, expires_at = NULL, kind = coalesce(new_kind, kind),
@@ -151,6 +152,7 @@ BEGIN
     DELETE FROM filao.dedup WHERE queue = q;
     DELETE FROM filao.halted WHERE queue = q;
     DELETE FROM filao.unarranged WHERE queue = q;
+    DELETE FROM filao.floor WHERE queue = q;
     DELETE FROM filao.waiting WHERE queue = q;
     DELETE FROM filao.counter WHERE queue = q;
     DELETE FROM filao.queue WHERE id = q;

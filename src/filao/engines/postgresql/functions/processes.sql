@@ -51,8 +51,7 @@ BEGIN
   END LOOP;
   ready := cardinality(seen.priorities) > 0 OR seen.below IS NOT NULL;
   PERFORM filao.remember_seen(q, seen);
-  RETURN ready OR coalesce(least(seen.delayed, seen.leased, seen.expiring) <= now, false)
-         OR EXISTS (SELECT FROM filao.unarranged WHERE queue = q);
+  RETURN ready OR seen.noted IS NOT NULL OR coalesce(least(seen.delayed, seen.leased, seen.expiring) <= now, false);
 END
 $$;
 
@@ -82,50 +81,63 @@ BEGIN
 END
 $$;
 
--- Forget old events and old deduplication keys, those from a time on, and fold the counters of old slots and of
--- backends that are gone. Returns up to which time keys were forgotten; NULL when that was all of both.
-CREATE OR REPLACE FUNCTION filao.tidy(moment bigint, since bigint = 0) RETURNS bigint
-LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+-- Fold some counters of old slots and of backends that are gone; return how many there were.
+CREATE OR REPLACE FUNCTION filao.fold(most integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
-  now   bigint := filao.now(moment);
-  most  CONSTANT integer := 1000;  -- keys in one transaction, which takes some 10 ms
-  slice tid[];
-  upto  bigint;
-  gone  integer;
+  folded integer;
 BEGIN
-  SELECT array_agg(old.ctid), max(old.until) INTO slice, upto
-  FROM (
-    SELECT ctid, until FROM filao.dedup
-    WHERE until >= since AND until <= now ORDER BY until LIMIT most FOR UPDATE SKIP LOCKED
-  ) AS old;
-  DELETE FROM filao.dedup WHERE ctid = ANY (slice);
-  DELETE FROM filao.event WHERE ctid = ANY (ARRAY(
-    SELECT e.ctid FROM filao.event e WHERE e.until <= now ORDER BY e.until LIMIT most FOR UPDATE SKIP LOCKED
-  ));
-  GET DIAGNOSTICS gone = ROW_COUNT;
-  upto := CASE WHEN cardinality(slice) = most OR gone = most THEN greatest(upto, since, 1) END;
-  IF since > 0 THEN
-    RETURN upto;
-  END IF;
-  IF pg_try_advisory_xact_lock(filao.group_key(0, 'tidy')) THEN
+  WITH old AS MATERIALIZED ( -- a user's transaction may still be counting in one
+    SELECT c.ctid AS spot FROM filao.counter c
+    WHERE c.backend <> 0 AND (c.slot < (filao.wall() >> 11) - 4
+                              OR NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = c.backend))
+    LIMIT most FOR UPDATE SKIP LOCKED
+  ), gone AS (
+    DELETE FROM filao.counter c WHERE c.ctid = ANY (ARRAY(SELECT old.spot FROM old)) RETURNING c.queue, c.name, c.value
+  ), sums AS (
+    INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
+    SELECT gone.queue, 0, 0, gone.name, sum(gone.value) FROM gone GROUP BY 1, 4
+    ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value
+  )
+  SELECT count(*) INTO folded FROM gone;
+  RETURN folded;
+END
+$$;
+
+-- Forget old events and old deduplication keys, those from a time on, and fold old counters, which come first. Returns
+-- up to which time keys and events were forgotten, 0 while there are counters; NULL when that was all.
+--
+-- Invariant: a slice of each at a time. The next begins where this one ended: what it removed may lie there as dead.
+CREATE OR REPLACE FUNCTION filao.tidy(moment bigint, since bigint = 0) RETURNS bigint
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_sort = off SET jit = off AS $$  -- see filao.pick
+DECLARE
+  now    bigint := filao.now(moment);
+  most   CONSTANT integer := 1000;  -- rows in one transaction, which takes some 10 ms
+  spots  tid[];
+  keys   bigint;  -- up to which time they were forgotten
+  events bigint;
+BEGIN
+  IF since = 0 AND pg_try_advisory_xact_lock(filao.group_key(0, 'tidy')) THEN
+    IF filao.fold(most) = most THEN
+      RETURN 0;
+    END IF;
+    DELETE FROM filao.floor f WHERE f.at < now - 600000;  -- as a copied row may lie below one
     DELETE FROM filao.process p -- behind a pooler nobody sees a process die
     WHERE NOT p.has_session AND p.started_at < now - 86400000 AND NOT EXISTS (
       SELECT FROM filao.message m WHERE m.state = 'leased' AND m.token >> 32 = p.id
     );
-    WITH old AS MATERIALIZED ( -- a user's transaction may still be counting in one
-      SELECT c.queue, c.backend, c.slot, c.name FROM filao.counter c
-      WHERE c.backend <> 0 AND (c.slot < (filao.wall() >> 11) - 4
-                                OR NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = c.backend))
-      FOR UPDATE SKIP LOCKED
-    ), gone AS (
-      DELETE FROM filao.counter c USING old
-      WHERE (c.queue, c.backend, c.slot, c.name) = (old.queue, old.backend, old.slot, old.name)
-      RETURNING c.queue, c.name, c.value
-    )
-    INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
-    SELECT gone.queue, 0, 0, gone.name, sum(gone.value) FROM gone GROUP BY 1, 4
-    ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value;
   END IF;
-  RETURN upto;
+  SELECT array_agg(old.ctid), CASE WHEN count(*) = most THEN max(old.until) END INTO spots, keys
+  FROM (
+    SELECT ctid, until FROM filao.dedup
+    WHERE until >= since AND until <= now ORDER BY until LIMIT most FOR UPDATE SKIP LOCKED
+  ) AS old;
+  DELETE FROM filao.dedup WHERE ctid = ANY (spots);
+  SELECT array_agg(old.ctid), CASE WHEN count(*) = most THEN max(old.until) END INTO spots, events
+  FROM (
+    SELECT ctid, until FROM filao.event
+    WHERE until >= since AND until <= now ORDER BY until LIMIT most FOR UPDATE SKIP LOCKED
+  ) AS old;
+  DELETE FROM filao.event WHERE ctid = ANY (spots);
+  RETURN least(keys, events);
 END
 $$;

@@ -36,9 +36,9 @@ BEGIN
     acted := true;
     PERFORM filao.expire_some(q, 1000, now, false, seen.expiring);
   END IF;
-  IF EXISTS (SELECT FROM filao.unarranged WHERE queue = q) THEN
+  IF seen.noted IS NOT NULL THEN
     acted := true;
-    PERFORM filao.arrange_noted(q, now);
+    PERFORM filao.arrange_noted(q, now, seen.noted);
   END IF;
   RETURN acted;
 END

@@ -23,13 +23,13 @@ $$;
 -- Nothing: the floors are the bottom.
 CREATE OR REPLACE FUNCTION filao.nothing_seen() RETURNS filao.seen LANGUAGE sql VOLATILE AS $$
   SELECT ROW (
-    pg_current_snapshot(), pg_current_xact_id_if_assigned(), '{}', '{}', 2147483647, 0, 0, 0, 0, 0
+    pg_current_snapshot(), pg_current_xact_id_if_assigned(), '{}', '{}', 2147483647, 0, 0, 0, 0, 0, '0'
   )::filao.seen
 $$;
 
 -- What this session has seen of a queue.
 CREATE OR REPLACE FUNCTION filao.seen(q integer) RETURNS filao.seen LANGUAGE sql VOLATILE AS $$
-  SELECT coalesce(nullif(current_setting(filao.setting('saw', q, 'filao.message'), true), '')::filao.seen,
+  SELECT coalesce(nullif(current_setting(filao.setting('seen', q, 'filao.message'), true), '')::filao.seen,
                   filao.nothing_seen())
 $$;
 
@@ -90,6 +90,18 @@ BEGIN
   IF found = most THEN
     RETURN fresh;
   END IF;
+  seen.noted := least(seen.noted, (
+    SELECT n.noted_in
+    FROM (
+      (SELECT noted_in FROM filao.unarranged
+       WHERE queue = q AND noted_in >= since AND noted_in <= upto ORDER BY noted_in LIMIT 1)
+      UNION ALL
+      SELECT late.* FROM unnest(running) AS ran (number), LATERAL (
+        SELECT noted_in FROM filao.unarranged WHERE queue = q AND noted_in = ran.number LIMIT 1
+      ) AS late
+    ) AS n
+    ORDER BY 1 LIMIT 1
+  ));
   IF cardinality(seen.priorities) > 64 THEN  -- the lower ones are learned again when their turn comes
     seen.below := seen.priorities[32];
     seen.priorities := seen.priorities[:32];
@@ -137,8 +149,26 @@ BEGIN
 END
 $$;
 
--- Raise the floors in time to the first that is seen: where that may be due, or always with `ahead`. Leases that others
--- took since end later than the last look, or are news. Where the clock was set back since, they may end at any time.
+-- Raise the floors of all priorities, or of some, to the first message of each that is seen.
+CREATE OR REPLACE FUNCTION filao.look_at_ready(q integer, seen filao.seen, most integer = 2147483647)
+RETURNS filao.seen LANGUAGE plpgsql AS $$
+BEGIN
+  WHILE seen.below IS NOT NULL AND cardinality(seen.priorities) < most LOOP
+    seen := filao.learn(q, seen);
+  END LOOP;
+  SELECT coalesce(array_agg(s.priority ORDER BY s.priority DESC), '{}'),
+         coalesce(array_agg(s.place ORDER BY s.priority DESC), '{}')
+  INTO seen.priorities, seen.floors
+  FROM (SELECT p.priority, filao.first_ready(q, p.priority, p.floor) AS place
+        FROM unnest(seen.priorities, seen.floors) AS p (priority, floor)) AS s
+  WHERE s.place IS NOT NULL;
+  RETURN seen;
+END
+$$;
+
+-- Raise the floors in time to the first that is seen: where that may be due, or always with `ahead`; and that of noted
+-- groups. Leases that others took since end later than the last look, or are news. Where the clock was set back since,
+-- they may end at any time.
 CREATE OR REPLACE FUNCTION filao.look_at_times(q integer, seen filao.seen, now bigint, ahead boolean = false)
 RETURNS filao.seen LANGUAGE plpgsql AS $$
 DECLARE
@@ -168,6 +198,10 @@ BEGIN
       ORDER BY expires_at LIMIT 1
     );
   END IF;
+  IF seen.noted IS NOT NULL THEN
+    seen.noted := (SELECT noted_in FROM filao.unarranged
+                   WHERE queue = q AND noted_in >= seen.noted ORDER BY noted_in LIMIT 1);
+  END IF;
   seen.looked_at := now;
   RETURN seen;
 END
@@ -176,6 +210,6 @@ $$;
 -- Remember what was seen.
 CREATE OR REPLACE FUNCTION filao.remember_seen(q integer, seen filao.seen) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-  PERFORM set_config(filao.setting('saw', q, 'filao.message'), seen::text, false);
+  PERFORM set_config(filao.setting('seen', q, 'filao.message'), seen::text, false);
 END
 $$;

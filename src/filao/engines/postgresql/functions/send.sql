@@ -17,28 +17,24 @@ $$;
 CREATE OR REPLACE FUNCTION filao.drop_oldest(q integer, now bigint, later boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
+  seen   filao.seen := CASE WHEN later THEN filao.nothing_seen() ELSE filao.look(q, filao.seen(q)) END;
   oldest bigint;
   now_is filao.state;
 BEGIN
   LOOP
-    WITH RECURSIVE heads AS (  -- the first of each priority: one look-up for each that is in use
-      (SELECT id, priority FROM filao.message WHERE queue = q AND state = 'ready' ORDER BY -priority, id LIMIT 1)
-      UNION ALL
-      SELECT below.* FROM heads, LATERAL (
-        SELECT id, priority FROM filao.message
-        WHERE queue = q AND state = 'ready' AND -priority > -heads.priority ORDER BY -priority, id LIMIT 1
-      ) AS below
-    )
-    SELECT coalesce(
-      (SELECT min(id) FROM heads),
-      (SELECT id FROM filao.message WHERE queue = q AND state = 'delayed' ORDER BY at LIMIT 1)
-    ) INTO oldest;
+    seen := filao.look_at_ready(q, seen);
+    oldest := coalesce((SELECT min(place) FROM unnest(seen.floors) AS place), (
+      SELECT id FROM filao.message WHERE queue = q AND state = 'delayed' AND at >= seen.delayed ORDER BY at LIMIT 1
+    ));
     IF oldest IS NULL THEN
       RETURN false;
     END IF;
     SELECT state INTO now_is FROM filao.message WHERE id = oldest FOR UPDATE;
     EXIT WHEN now_is IN ('ready', 'delayed');
   END LOOP;
+  IF NOT later THEN  -- a user's transaction may be prepared, and undone when the session has gone on
+    PERFORM filao.remember_seen(q, seen);
+  END IF;
   PERFORM filao.record(
     q, ARRAY[oldest], 'overflow', ARRAY['the queue was full and its rule is to drop the oldest'], NULL, now
   );
@@ -68,11 +64,17 @@ CREATE OR REPLACE FUNCTION filao.has_room(rules filao.queue, new bigint, now big
 LANGUAGE plpgsql AS $$
 DECLARE
   surplus bigint := filao.pending(rules.id) + new - rules.max_length;
+  seen    filao.seen;
 BEGIN
   IF new = 0 OR surplus <= 0 THEN
     RETURN true;
   END IF;
-  surplus := surplus - filao.expire_some(rules.id, surplus, now, later);
+  seen := filao.nothing_seen();
+  IF NOT later THEN  -- see drop_oldest
+    seen := filao.look_at_times(rules.id, filao.look(rules.id, filao.seen(rules.id)), now);
+    PERFORM filao.remember_seen(rules.id, seen);
+  END IF;
+  surplus := surplus - filao.expire_some(rules.id, surplus, now, later, seen.expiring);
   IF surplus <= 0 THEN
     RETURN true;
   ELSIF NOT rules.drops_oldest OR new > rules.max_length OR surplus > filao.waiting(rules.id) THEN
@@ -151,7 +153,7 @@ BEGIN
     PERFORM filao.arrange_all(rules.id, ARRAY(
       SELECT DISTINCT given.g FROM unnest(groups, ops) AS given (g, op)
       WHERE given.g IS NOT NULL AND (chosen IS NULL OR given.op = ANY (chosen))
-    ), now, later);
+    ), now, later, (SELECT min(number) FROM unnest(numbers) AS number));
   END IF;
 END
 $$;

@@ -17,15 +17,7 @@ BEGIN
   now := filao.now(moment);
   seen := filao.look_at_times(q, filao.look(q, filao.seen(q)), now, ahead => true);
   IF (counted ->> 'ready')::bigint > 0 THEN
-    WHILE seen.below IS NOT NULL AND cardinality(seen.priorities) < 512 LOOP
-      seen := filao.learn(q, seen);
-    END LOOP;
-    SELECT coalesce(array_agg(s.priority ORDER BY s.priority DESC), '{}'),
-           coalesce(array_agg(s.place ORDER BY s.priority DESC), '{}')
-    INTO seen.priorities, seen.floors
-    FROM (SELECT p.priority, filao.first_ready(q, p.priority, p.floor) AS place
-          FROM unnest(seen.priorities, seen.floors) AS p (priority, floor)) AS s
-    WHERE s.place IS NOT NULL;
+    seen := filao.look_at_ready(q, seen, 512);
     SELECT sent_at INTO since_ready FROM filao.message WHERE id = (SELECT min(place) FROM unnest(seen.floors) AS place);
   END IF;
   IF seen.delayed <= now AND (counted ->> 'delayed')::bigint > 0 THEN
