@@ -3,16 +3,19 @@
 import asyncio
 import threading
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import pytest
 
 import filao
 import filao.sync
+from filao.worker import surroundings
 from filao.worker.worker import Worker
 
 pytestmark = pytest.mark.anyio
 
+T = TypeVar("T")
 QUEUE = filao.Queue("claims", max_attempts=3, backoff=filao.Backoff(first=60, jitter=0))
 
 
@@ -224,6 +227,181 @@ async def test_middleware_that_swallows_an_error_lets_the_message_be_acknowledge
 
     await broker.send_to_queue(QUEUE, 7)
     assert [handled.how for handled in await worker.drain()] == ["acked"]
+
+
+@pytest.mark.parametrize("ended_by", ["its timeout", "the worker's stop"])
+@pytest.mark.parametrize("of", ["a coroutine", "a thread"])
+@pytest.mark.parametrize("middleware", ["asynchronous", "plain"])
+async def test_middleware_that_swallows_everything_makes_no_work_done_that_was_cut_off(
+    broker, middleware, of, ended_by
+) -> None:
+    worker, began = Worker(broker, grace=0), asyncio.Event()
+
+    def swallow(message):
+        with suppress(BaseException):
+            yield
+
+    async def swallow_on_loop(message):
+        with suppress(BaseException):
+            yield
+
+    worker.middleware(swallow if middleware == "plain" else swallow_on_loop)
+    loop = asyncio.get_running_loop()
+
+    async def endless(message: filao.Message) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    def endless_in_a_thread(message: filao.sync.Message) -> None:
+        loop.call_soon_threadsafe(began.set)
+        while True:
+            pass
+
+    handler = endless if of == "a coroutine" else endless_in_a_thread
+    worker.consumer(QUEUE, timeout=0.05 if ended_by == "its timeout" else None)(handler)
+    await broker.send_to_queue(QUEUE, 7)
+    running = asyncio.create_task(worker.run(until=lambda: True, signals=False))
+    await began.wait()
+    if ended_by == "the worker's stop":
+        worker.stop()
+    async with asyncio.timeout(30):
+        await running
+    stats = await broker.stats(QUEUE)
+    failed = ended_by == "its timeout"
+    assert (stats.acked, stats.delayed, stats.ready) == (0, int(failed), int(not failed))
+
+
+async def test_middleware_on_the_loop_that_hangs_after_a_plain_handler_ends_with_the_timeout(broker) -> None:
+    worker = Worker(broker)
+
+    @worker.middleware
+    async def hangs(message: filao.Message):
+        yield
+        await asyncio.Event().wait()
+
+    @worker.consumer(QUEUE, timeout=0.05)
+    def pay(message: filao.sync.Message) -> None: ...
+
+    await broker.send_to_queue(QUEUE, 7)
+    assert [handled.how for handled in await worker.drain()] == ["retried"]
+    assert not worker.has_hung
+
+
+@pytest.mark.parametrize("where", ["before it yields", "after it has yielded"])
+async def test_a_lifespan_that_swallows_its_cancellation_is_left_behind(broker, monkeypatch, where) -> None:
+    monkeypatch.setattr(surroundings, "ENDS_WITHIN", 0.05)
+    monkeypatch.setattr(surroundings, "GIVEN_UP_AFTER", 0.05)
+    worker, at_work, end = Worker(broker), asyncio.Event(), asyncio.Event()
+
+    async def go_on() -> None:
+        at_work.set()
+        while not end.is_set():
+            with suppress(asyncio.CancelledError):
+                await end.wait()
+
+    @worker.lifespan
+    async def stubborn():
+        if where == "before it yields":
+            await go_on()
+        yield
+        if where == "after it has yielded":
+            await go_on()
+
+    @worker.consumer(QUEUE)
+    async def pay(message: filao.Message) -> None: ...
+
+    running = asyncio.create_task(worker.run(signals=False, ready=worker.stop))
+    await at_work.wait()
+    worker.stop()
+    try:
+        async with asyncio.timeout(30):
+            await running
+        assert worker.has_hung
+    finally:
+        end.set()
+
+
+async def test_what_fails_in_a_lifespans_task_group_stops_the_worker_and_is_raised(broker) -> None:
+    worker, fail = Worker(broker), asyncio.Event()
+
+    @worker.lifespan
+    async def group():
+        async def fails() -> None:
+            await fail.wait()
+            raise OSError("the bank is closed")
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fails())
+            yield tasks
+
+    @worker.consumer(QUEUE)
+    async def pay(message: filao.Message, tasks: asyncio.TaskGroup) -> None: ...
+
+    with pytest.raises(ExceptionGroup) as raised:
+        async with asyncio.timeout(30):
+            await worker.run(signals=False, ready=fail.set)
+    assert [str(error) for error in raised.value.exceptions] == ["the bank is closed"]
+
+
+async def test_handlers_see_what_a_lifespan_sets_in_its_context_and_others_do_not(broker) -> None:
+    worker, seen = Worker(broker), []
+    tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+
+    @worker.lifespan
+    async def of_a_tenant():
+        token = tenant.set("insurer")
+        yield
+        tenant.reset(token)
+
+    @worker.consumer(QUEUE)
+    async def pay(message: filao.Message) -> None:
+        seen.append(tenant.get())
+
+    await broker.send_to_queue(QUEUE, 7)
+    await worker.drain()
+    assert (seen, tenant.get()) == (["insurer"], "nobody")
+
+
+class Pool(Generic[T]):
+    """Generic, as psycopg's pool of connections is."""
+
+
+class Pays(Protocol):
+    def pay(self) -> None: ...
+
+
+async def test_a_handler_may_ask_for_a_generic_class_but_for_none_that_cannot_be_told(broker) -> None:
+    worker, seen, pool = Worker(broker), [], Pool[int]()
+
+    @worker.lifespan
+    async def open_pool():
+        yield pool
+
+    @worker.consumer(QUEUE)
+    async def pay(message: filao.Message, pool: Pool[int]) -> None:
+        seen.append(pool)
+
+    await broker.send_to_queue(QUEUE, 7)
+    await worker.drain()
+    assert seen == [pool]
+
+    async def pay_by(message: filao.Message, bank: Pays) -> None: ...
+
+    with pytest.raises(filao.ConfigurationError, match=r"pay_by asks for bank: Pays.*runtime_checkable"):
+        Worker(broker).consumer(QUEUE)(pay_by)
+
+
+async def test_a_worker_can_be_stopped_from_another_thread(broker) -> None:
+    worker = Worker(broker)
+
+    @worker.consumer(QUEUE)
+    async def pay(message: filao.Message) -> None:
+        threading.Thread(target=worker.stop).start()
+
+    await broker.send_to_queue(QUEUE, 7)
+    asyncio.get_running_loop().set_debug(True)  # it refuses what only looks as if it worked
+    async with asyncio.timeout(30):
+        await worker.run(signals=False)
 
 
 @pytest.mark.parametrize("wrong", [len, 7, print])

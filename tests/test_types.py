@@ -11,6 +11,7 @@ import pytest
 import filao
 
 PRELUDE = """
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import assert_type
 import filao
@@ -36,6 +37,28 @@ async def by_name(message: filao.Message[Claim], transaction: filao.Transaction)
 
 @worker.consumer(filao.Queue("untyped"))
 async def untyped(message: filao.Message) -> None: ...
+
+class Bank: ...
+
+@worker.lifespan
+async def bank() -> AsyncIterator[Bank]:
+    yield Bank()
+
+@worker.lifespan
+def number() -> Iterator[int]:
+    yield 7
+
+@worker.lifespan
+async def text() -> AsyncGenerator[str]:
+    yield ""
+
+@worker.middleware
+async def around(message: filao.Message) -> AsyncIterator[None]:
+    yield
+
+@worker.middleware
+def in_place(message: filao.sync.Message) -> Iterator[None]:
+    yield
 
 def in_a_script(broker: filao.sync.Broker) -> None:
     broker.send_to_queue(claims, Claim(1), delay=2.5, group="a")

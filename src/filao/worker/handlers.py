@@ -8,6 +8,7 @@ get what the worker's lifespans yield, by their types.
 import functools
 import inspect
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -88,9 +89,23 @@ def _wanted(function: Callable[..., Any], known: tuple[str, ...]) -> dict[str, t
             kind = _read(parameter, _annotated(function))
         except (NameError, TypeError, AttributeError, SyntaxError):
             continue
+        kind = kind if isinstance(kind, types.UnionType) else get_origin(kind) or kind  # a pool, of Pool[Connection]
         if isinstance(kind, type) and kind not in (Transaction, sync.Transaction):
+            _check_can_tell(kind, parameter, function)
             wants[parameter.name] = kind
     return wants
+
+
+def _check_can_tell(kind: type[Any], parameter: inspect.Parameter, function: Callable[..., Any]) -> None:
+    """Raise `ConfigurationError` for a class whose instances cannot be told, such as a Protocol."""
+    try:
+        isinstance(None, kind)
+    except TypeError as error:
+        name = getattr(function, "__qualname__", None) or shown(function)
+        raise ConfigurationError(
+            f"the handler {name} asks for {parameter.name}: {kind.__qualname__}, and what a lifespan gives cannot be "
+            f"told by it ({error}): name a class, or a Protocol with @typing.runtime_checkable"
+        ) from error
 
 
 def _first_parameter(
@@ -160,5 +175,5 @@ def _read(parameter: inspect.Parameter, bearer: Callable[..., Any]) -> Any:
 
     only.__annotations__ = {parameter.name: parameter.annotation}
     names = getattr(inspect.unwrap(bearer), "__globals__", {})
-    types = {kind.__name__: kind for kind in getattr(bearer, "__type_params__", ())}
-    return typing.get_type_hints(only, names, types)[parameter.name]
+    of_its_own = {kind.__name__: kind for kind in getattr(bearer, "__type_params__", ())}
+    return typing.get_type_hints(only, names, of_its_own)[parameter.name]

@@ -28,7 +28,7 @@ from filao.worker.keeper import Keeper
 from filao.worker.outage import Outages
 from filao.worker.outcomes import Release
 from filao.worker.strays import Children, Strays
-from filao.worker.surroundings import Surroundings
+from filao.worker.surroundings import SUPPRESSED, Surroundings
 from filao.worker.threads import Call, Threads, children_end
 
 Why = Literal["itself", "timeout", "lost", "stopped"]
@@ -122,16 +122,21 @@ class Handling:
     # --- the call ----------------------------------------------------------------------------------------------------
 
     async def _invoke(self, *transaction: Any) -> object:
-        """Return what the handler returned, or what it raised."""
-        around = self._shared.surroundings
+        """Return what the handler returned, or what it raised.
+
+        Middleware may suppress what the handler raised, but not that it was told to end: its work is not done.
+        """
+        around, came = self._shared.surroundings, SUPPRESSED
         try:
             if not around:
                 return await self._invoke_in(None, *transaction)
             async with around.around(self._message):
-                return await self._invoke_in(around, *transaction)
+                came = await self._invoke_in(around, *transaction)
         except BaseException as raised:
             return Raised(raised)
-        return None  # type: ignore[unreachable]  # middleware may suppress what the handler raised
+        if came is not SUPPRESSED:
+            return came
+        return None if self.why == "itself" else Raised(asyncio.CancelledError())
 
     async def _invoke_in(self, around: Surroundings | None, *transaction: Any) -> object:
         handler = self._consumer.handler
@@ -146,7 +151,10 @@ class Handling:
         blocking = [sync.Transaction(caller, one) for one in transaction]
         call = await self._in_thread(calling, sync.Message(caller, self._shared.outside, self._message), *blocking)
         self._cancel, self._undo = call.interrupt, call.give_up
-        return _result(handler, await call.future)
+        try:
+            return _result(handler, await call.future)
+        finally:
+            self._cancel, self._undo = self._cancel_task, _nothing  # middleware on the loop may follow
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Call:
         """Start a plain function; where no thread can be had, the handler has not failed, and its message comes

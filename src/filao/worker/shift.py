@@ -64,15 +64,21 @@ def at_rest(handled: int) -> Status:
 
 
 class Stop:
-    """What a worker was told: nothing, to stop gracefully, or to stop at once. Only for its own loop."""
+    """What a worker was told: nothing, to stop gracefully, or to stop at once. It is made on the worker's loop."""
 
     def __init__(self) -> None:
         self.told: asyncio.Event = asyncio.Event()
         self.at_once: asyncio.Event = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
 
     def tell(self) -> None:
-        """Tell it to stop gracefully, or at the second call at once."""
+        """Tell it to stop gracefully, or at the second call at once. Called on its loop."""
         (self.at_once if self.told.is_set() else self.told).set()
+
+    def tell_from_any_thread(self) -> None:
+        """Tell it from wherever."""
+        with suppress(RuntimeError):  # its loop has ended, and it with that
+            self._loop.call_soon_threadsafe(self.tell)
 
 
 class Shift:

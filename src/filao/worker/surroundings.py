@@ -8,7 +8,7 @@ which for a plain handler is its thread.
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -16,8 +16,8 @@ from contextlib import (
     ExitStack,
     asynccontextmanager,
     contextmanager,
-    suppress,
 )
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -29,10 +29,14 @@ from filao.worker.handlers import Handler
 log: logging.Logger = logging.getLogger("filao.worker")
 
 ENDS_WITHIN = 30.0  # seconds for all that lifespans do when the worker has stopped
+GIVEN_UP_AFTER = 1.0  # seconds after their cancellation in which they may still end
+_NOTHING = object()
+SUPPRESSED = object()
+"""In place of a handler's result: middleware has suppressed what it raised."""
 
 _Entered = AbstractAsyncContextManager[Any] | AbstractContextManager[Any]  # made by `contextlib` of such a function
-Lifespan = Callable[[], AsyncGenerator[Any] | Generator[Any] | _Entered]
-Middleware = Callable[[Any], AsyncGenerator[None] | Generator[None] | _Entered]
+Lifespan = Callable[[], AsyncIterator[Any] | Iterator[Any] | _Entered]  # generators, as `contextlib` annotates them
+Middleware = Callable[[Any], AsyncIterator[None] | Iterator[None] | _Entered]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +63,16 @@ class Surroundings:
             yield
 
     async def call(self, function: Callable[..., Any], message: Any, *more: Any) -> Any:
-        """Call a coroutine function, wrapped in the plain middleware."""
+        """Call a coroutine function, wrapped in the plain middleware; return `SUPPRESSED` if that hides its error."""
         with self._in_place(message):
             return await function(message, *more)
+        return SUPPRESSED  # type: ignore[unreachable]
 
     def call_plain(self, function: Callable[..., Any], message: Any, *more: Any) -> Any:
-        """Call a plain function in its thread, wrapped in the plain middleware."""
+        """Call a plain function in its thread as `call` does a coroutine function."""
         with self._in_place(message):
             return function(message, *more)
+        return SUPPRESSED  # type: ignore[unreachable]
 
     @contextmanager
     def _in_place(self, message: Any) -> Generator[None]:
@@ -77,56 +83,83 @@ class Surroundings:
 
 
 @asynccontextmanager
-async def lived(lifespans: Sequence[Lifespan], told: asyncio.Event) -> AsyncGenerator[list[Any] | None]:
+async def lived(
+    lifespans: Sequence[Lifespan], told: asyncio.Event, hangs: Callable[[], object]
+) -> AsyncGenerator[list[Any] | None]:
     """Enter the lifespans in order, and yield their values; None if the worker is `told` to stop meanwhile.
 
-    They end in reverse order, each in the task in which it began, because task groups want that.
+    They end in reverse order. All that is theirs happens in one task, because task groups want that, and in a task of
+    their own, so that none that swallows its cancellation holds the worker up: it is left behind, and `hangs` called.
+    If that task ends by itself, as by an error in a task group, the worker is told to stop.
     """
+    if not lifespans:
+        yield []
+        return
+    entered: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+    leave, context = asyncio.Event(), copy_context()
+    living = asyncio.get_running_loop().create_task(_live(lifespans, entered, leave), context=context)
+    living.add_done_callback(lambda _: told.set())
+    telling = asyncio.create_task(told.wait())
+    try:
+        first: list[asyncio.Future[Any]] = [entered, telling]
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if not living.done():  # otherwise `_end` raises why
+            with _adopted(context):
+                yield entered.result() if entered.done() else None
+    finally:
+        telling.cancel()
+        leave.set()
+        await _end(living, ENDS_WITHIN if entered.done() else 0.0, hangs)
+
+
+async def _live(
+    lifespans: Sequence[Lifespan], entered: "asyncio.Future[list[Any]]", leave: asyncio.Event
+) -> BaseException | None:
+    """Enter the lifespans, leave them when told to, and return what error ended them; raised, it might end the loop."""
     stack = AsyncExitStack()
     values: list[Any] = []
     try:
         try:
-            async with _until(told):
-                for lifespan in lifespans:
-                    is_async, enter = _entered(lifespan, "lifespan", "")
-                    values.append(
-                        await stack.enter_async_context(enter()) if is_async else stack.enter_context(enter())
-                    )
-        except TimeoutError:
-            if not told.is_set():
-                raise
-        yield values if len(values) == len(lifespans) else None
-    finally:
-        await _close(stack)
-
-
-async def _close(stack: AsyncExitStack) -> None:
-    limit = asyncio.timeout(ENDS_WITHIN)
-    try:
-        async with limit:
-            await stack.aclose()
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        log.warning("a lifespan has not ended within %g s; the worker ends without it", ENDS_WITHIN)
-
-
-@asynccontextmanager
-async def _until(told: asyncio.Event) -> AsyncGenerator[None]:
-    """Raise `TimeoutError` in the block as soon as the event is set."""
-    async with asyncio.timeout(None) as limit:
-
-        def end(told: asyncio.Task[bool]) -> None:
-            if not told.cancelled():
-                with suppress(RuntimeError):  # the block was left in the same moment
-                    limit.reschedule(0.0)
-
-        telling = asyncio.ensure_future(told.wait())
-        telling.add_done_callback(end)
-        try:
-            yield
+            for lifespan in lifespans:
+                is_async, enter = _entered(lifespan, "lifespan", "")
+                values.append(await stack.enter_async_context(enter()) if is_async else stack.enter_context(enter()))
+            entered.set_result(values)
+            await leave.wait()
         finally:
-            telling.cancel()
+            await stack.aclose()
+    except BaseException as error:
+        return error
+    return None
+
+
+async def _end(living: "asyncio.Task[BaseException | None]", within: float, hangs: Callable[[], object]) -> None:
+    """Wait until the lifespans have ended, cancel them when the time is up, and raise what else has ended them."""
+    was_cancelled = False
+    for limit in (within, ENDS_WITHIN - within + GIVEN_UP_AFTER):
+        try:
+            await asyncio.wait([living], timeout=limit)
+        finally:
+            was_cancelled = living.cancel() or was_cancelled  # no effect once it has ended
+    if not living.done():
+        log.warning("a lifespan has not ended within %g s; the worker ends without it", ENDS_WITHIN)
+        hangs()
+    elif (error := living.result()) is not None and not (was_cancelled and isinstance(error, asyncio.CancelledError)):
+        raise error
+
+
+@contextmanager
+def _adopted(context: Context) -> Generator[None]:
+    """Let the context variables that lifespans have set be seen in the block, as if they had been set here."""
+    tokens = [(variable, variable.set(value)) for variable, value in context.items() if _differs(variable, value)]
+    try:
+        yield
+    finally:
+        for variable, token in tokens:
+            variable.reset(token)
+
+
+def _differs(variable: "ContextVar[Any]", value: object) -> bool:
+    return variable.get(_NOTHING) is not value
 
 
 def check_lifespan(lifespan: Lifespan) -> None:

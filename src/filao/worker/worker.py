@@ -103,7 +103,9 @@ class Worker:
         self.handled = 0
         """How many attempts have ended."""
         self.has_hung: bool = False
-        """Whether the last run left handlers behind that did not end when told to; the process can end without them."""
+        """Whether the last run left handlers or a lifespan behind that did not end when told to; the process can end
+        without them.
+        """
 
     # --- consumers ---------------------------------------------------------------------------------------------------
 
@@ -163,8 +165,8 @@ class Worker:
         """Let the decorated generator function open what a process needs once, such as a pool of connections.
 
         It runs on the event loop: up to its `yield` before messages are received, and on from there when the worker has
-        stopped and handlers have ended. A handler gets the value that it yields by a parameter of that type, after the
-        message (and the transaction). An error that it raises ends the worker.
+        stopped and handlers have ended, within 30 s. A handler gets the value that it yields by a parameter of that
+        type, after the message (and the transaction). An error that it raises ends the worker.
         """
         check_lifespan(function)
         self._lifespans.append(function)
@@ -174,9 +176,9 @@ class Worker:
         """Let the decorated generator function wrap each handler, for error reports, timing or a tenant, say.
 
         It gets the message, and yields once while the handler runs. It sees the handler's exception; one that it lets
-        through decides what becomes of the message. An `async def` runs on the event loop; a plain function runs inside
-        those, where the handler does: for a plain handler, in its thread. The first is outermost. The timeout counts
-        for all of them.
+        through decides what becomes of the message, and one that it suppresses makes the message done, unless the
+        handler was told to end. An `async def` runs on the event loop; a plain function runs inside those, where the
+        handler does: for a plain handler, in its thread. The first is outermost. The timeout counts for all of them.
         """
         self._surroundings.add(function)
         return function
@@ -239,7 +241,7 @@ class Worker:
                 consumers = await _reached(partial(self._reach, broker), stop, patient=not until_idle)
                 if consumers is None:
                     return False
-                async with lived(self._lifespans, stop.told) as values:
+                async with lived(self._lifespans, stop.told, self._hangs) as values:
                     if values is None:
                         return False
                     async with self._on_shift(broker, _supplied(consumers, values), stop, on_handled) as shift:
@@ -247,7 +249,7 @@ class Worker:
                         return await shift.work(self.grace, until_idle=until_idle)
 
     def stop(self) -> None:
-        """Stop gracefully, or at the second call at once. Call it on the worker's loop; harmless if it does not run."""
+        """Stop gracefully, or at the second call at once. From any thread; harmless if it does not run."""
         self._tell()
 
     async def drain(self, broker: Broker | None = None, *, limit: int = DRAINED_MAX) -> list[Handled]:
@@ -260,7 +262,7 @@ class Worker:
         with self._once() as stop:
             async with _opened(self._source if broker is None else broker) as reached:
                 consumers = await self._reach(reached)
-                async with lived(self._lifespans, stop.told) as values:
+                async with lived(self._lifespans, stop.told, self._hangs) as values:
                     consumers = _supplied(consumers, values or [])
                     async with self._on_shift(reached, consumers, stop, handled.append, patient=False) as shift:
                         await shift.drain(limit)
@@ -280,7 +282,7 @@ class Worker:
         if self._tell is not _nobody:
             raise ConfigurationError("this worker runs already")
         stop = Stop()
-        self._tell = stop.tell
+        self._tell = stop.tell_from_any_thread
         try:
             with clean_forks():
                 yield stop
@@ -356,6 +358,9 @@ class Worker:
         if self._concurrency is not None:
             return [Pool(consumers.values(), self._concurrency)]
         return [Pool([consumer], consumer.concurrency) for consumer in consumers.values()]
+
+    def _hangs(self) -> None:
+        self.has_hung = True
 
 
 @asynccontextmanager
