@@ -1,5 +1,9 @@
 """`filao.testing`: what programs test themselves with. (The fixtures are known from `conftest.py`.)"""
 
+import asyncio
+
+import pytest
+
 import filao
 import filao.sync
 from filao.testing import drain
@@ -57,3 +61,19 @@ def test_a_worker_is_drained_on_its_own_storage(tmp_path) -> None:
         broker.send_to_queue(LETTERS, 7)
     assert [handled.how for handled in drain(worker)] == ["acked"]
     assert seen == [7]
+
+
+def test_a_wrong_use_of_drain_is_told_what_to_write(filao_broker) -> None:
+    worker = failing(coroutine=True)
+
+    async def on_a_loop() -> None:
+        drain(worker)
+
+    with pytest.raises(filao.ConfigurationError, match=r"runs on an event loop: await worker\.drain"):
+        asyncio.run(on_a_loop())
+    with pytest.raises(filao.ConfigurationError, match=r"give a filao\.sync\.Broker, or await worker\.drain"):
+        drain(worker, filao.connect("sqlite://:memory:"))  # type: ignore[arg-type]
+    with pytest.raises(filao.ConfigurationError, match=r"filao\.testing\.drain\(worker, broker\)"):
+        asyncio.run(worker.drain(filao_broker))
+    with pytest.raises(filao.ConfigurationError, match=r"cannot share a filao\.sync\.Broker"):
+        filao.Worker(filao_broker)

@@ -1,15 +1,23 @@
 """The worker as a program declares and runs it, and what a wrong use of it says."""
 
 import logging
+from dataclasses import dataclass
 
 import pytest
 
 import filao
-from tests.support.working import CLAIMS, broker, plain, refused, running
+from tests.support.working import CLAIMS, Claim, broker, plain, refused, running
 
 pytestmark = pytest.mark.anyio
 
 __all__ = ["broker"]
+
+
+@dataclass
+class Letter:
+    """Nothing tells it apart from a claim in JSON."""
+
+    text: str
 
 
 @pytest.mark.parametrize(
@@ -52,6 +60,34 @@ async def test_an_unknown_queue_is_said_at_the_start_with_its_neighbours(url, br
     worker.consumer("claimz")(plain)
     with pytest.raises(filao.QueueNotFound, match="'claimz' is not declared"):
         await worker.run()
+
+
+async def test_a_handlers_type_that_nothing_can_read_is_refused_at_the_start(url, broker) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer("claims")
+    async def handle(message: filao.Message[Claim | Letter]) -> None: ...
+
+    for working in (worker.run(signals=False), worker.drain()):
+        with pytest.raises(filao.ConfigurationError, match=r"Claim \| .*Letter cannot be the type of a queue's bodies"):
+            await working
+
+
+async def test_a_worker_opens_a_broker_that_is_not_open_and_closes_it_again(url, broker) -> None:
+    shared = filao.connect(url)
+    worker = filao.Worker(shared)
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None:
+        if message.body == 1:
+            await shared.send_to_queue(CLAIMS, 2)
+
+    await broker.send_to_queue(CLAIMS, 1)
+    for until_idle in (True, False):
+        await (worker.run(until_idle=True, signals=False) if until_idle else worker.drain())
+        with pytest.raises(filao.ConfigurationError, match="is closed"):
+            await shared.stats()
+    assert (await broker.stats(CLAIMS)).acked == 2
 
 
 async def test_a_worker_without_consumers_is_refused(url) -> None:

@@ -7,8 +7,11 @@ and awaits `worker.drain(broker)`.
 
 import asyncio
 from collections.abc import Generator
+from contextlib import suppress
 
 from filao import sync
+from filao.codec import shown
+from filao.errors import ConfigurationError
 from filao.extras import Extra
 from filao.worker.run import Handled
 from filao.worker.worker import DRAINED_MAX, Worker
@@ -17,6 +20,8 @@ with Extra("pytest", of="filao.testing"):
     import pytest
 
 __all__ = ["Clock", "drain", "filao_broker", "filao_clock"]
+
+_ASYNCHRONOUS = "worker.drain(broker), with a filao.Broker"
 
 
 class Clock:
@@ -58,6 +63,16 @@ def drain(worker: Worker, broker: sync.Broker | None = None, *, limit: int = DRA
     the thread of its event loop.
     """
     if broker is None:
+        _check_no_loop()
         return asyncio.run(worker.drain(limit=limit))
+    if not isinstance(broker, sync.Broker):  # pyright: ignore[reportUnnecessaryIsInstance]  # users are not all typed
+        raise ConfigurationError(f"drain was given {shown(broker)}; give a filao.sync.Broker, or await {_ASYNCHRONOUS}")
     inner = sync.door_of(broker)
     return sync.call_on(broker, lambda: worker.drain(inner, limit=limit))
+
+
+def _check_no_loop() -> None:
+    """Raise `ConfigurationError` in a thread that runs an event loop, in which nothing may block."""
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise ConfigurationError(f"drain blocks, and this test runs on an event loop: await {_ASYNCHRONOUS}")

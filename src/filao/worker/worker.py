@@ -21,7 +21,7 @@ from filao import sync
 from filao.broker import Broker, connect, session_of
 from filao.calls import Caller
 from filao.checks import check_count, check_duration, check_name, check_number
-from filao.codec import shown
+from filao.codec import codec_for, shown
 from filao.engine import Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.message import Message
@@ -70,7 +70,7 @@ class Registering(Protocol[T]):
 class Worker:
     """Handlers for the queues of one broker.
 
-    `broker` is a URL or a path, which the worker opens when it runs, or an open `Broker` that it shares. `concurrency`
+    `broker` is a URL or a path, or a `Broker` that it shares; while it runs, it opens what is not open. `concurrency`
     bounds how many messages all consumers together handle at once, shared by their weights; without it, each has only
     its own bound. `grace` is how many seconds a stopping worker waits for what it runs.
 
@@ -86,6 +86,7 @@ class Worker:
         if concurrency is not None:
             check_count("worker", "concurrency", concurrency, most=CONCURRENCY_MAX)
         check_duration("worker", "grace", grace)
+        _check_broker(broker)
         self._source = broker
         self._concurrency = concurrency
         self.grace = grace
@@ -238,7 +239,8 @@ class Worker:
 
         with self._once() as stop, told_by_signals(stop.tell) if signals else nullcontext():
             async with _opened(self._source) as broker:
-                consumers = await _reached(partial(self._reach, broker), stop, patient=not until_idle)
+                reach = partial(self._reach, broker, opens=not session_of(broker).is_open)
+                consumers = await _reached(reach, stop, patient=not until_idle)
                 if consumers is None:
                     return False
                 async with lived(self._lifespans, stop.told, self._hangs) as values:
@@ -255,13 +257,14 @@ class Worker:
     async def drain(self, broker: Broker | None = None, *, limit: int = DRAINED_MAX) -> list[Handled]:
         """Handle everything that is ready, and what becomes ready meanwhile, and return what happened; for tests.
 
-        `broker` is an open broker to use in place of the worker's own, such as `filao.connect("sqlite://:memory:")`.
+        `broker` is a broker to use in place of the worker's own, such as an open `filao.connect("sqlite://:memory:")`.
         What is delayed, or comes again after a backoff, is left. It ends after `limit` attempts in any case.
         """
         handled: list[Handled] = []
+        _check_broker(broker)
         with self._once() as stop:
             async with _opened(self._source if broker is None else broker) as reached:
-                consumers = await self._reach(reached)
+                consumers = await self._reach(reached, opens=not session_of(reached).is_open)
                 async with lived(self._lifespans, stop.told, self._hangs) as values:
                     consumers = _supplied(consumers, values or [])
                     async with self._on_shift(reached, consumers, stop, handled.append, patient=False) as shift:
@@ -289,9 +292,9 @@ class Worker:
         finally:
             self._tell = _nobody
 
-    async def _reach(self, broker: Broker) -> dict[str, Consumer]:
-        """Open the broker, and return the consumers with the rules of their queues."""
-        if broker is not self._source:
+    async def _reach(self, broker: Broker, *, opens: bool) -> dict[str, Consumer]:
+        """Open the broker, if the worker `opens` it, and return the consumers with the rules of their queues."""
+        if opens:
             await broker.open()
         await broker.declare(*self._declared)
         # A queue of ours that is deleted before the look is waited for, as it is later.
@@ -306,6 +309,7 @@ class Worker:
                     f"have. Use filao.Inbox with the default guarantee."
                 )
             body = consumer.queue.body if consumer.handler.body is None else consumer.handler.body
+            codec_for(body)  # it raises now what each receive would raise
             consumers[name] = replace(consumer, queue=replace(stored[name], body=body))
         return consumers
 
@@ -354,22 +358,22 @@ class Worker:
         beyond, around = outside(session, caller), self._surroundings
         return Shared(broker, session, caller, beyond, keeper, threads, strays, Outages(), around)
 
+    def _hangs(self) -> None:
+        self.has_hung = True
+
     def _pools(self, consumers: Mapping[str, Consumer]) -> list[Pool]:
         if self._concurrency is not None:
             return [Pool(consumers.values(), self._concurrency)]
         return [Pool([consumer], consumer.concurrency) for consumer in consumers.values()]
 
-    def _hangs(self) -> None:
-        self.has_hung = True
-
 
 @asynccontextmanager
 async def _opened(source: str | Path | Broker) -> AsyncGenerator[Broker]:
-    """Give the program's own broker, or make one, which is closed on leaving; the caller opens it."""
-    if isinstance(source, Broker):
+    """Give the program's own broker, or make one; the caller opens what is not open, and on leaving it is closed."""
+    if isinstance(source, Broker) and session_of(source).is_open:
         yield source
         return
-    broker = connect(source)
+    broker = source if isinstance(source, Broker) else connect(source)
     try:
         yield broker
     finally:
@@ -417,6 +421,15 @@ def _supplied(consumers: Mapping[str, Consumer], values: Sequence[Any]) -> dict[
 
 def _nobody() -> None:
     """Do nothing: no run can be told to stop."""
+
+
+def _check_broker(broker: object) -> None:
+    """Raise `ConfigurationError` for a blocking broker, which has an event loop of its own."""
+    if isinstance(broker, sync.Broker):
+        raise ConfigurationError(
+            "a worker cannot share a filao.sync.Broker, which has an event loop of its own: give the URL, or a "
+            "filao.Broker; in tests, filao.testing.drain(worker, broker)"
+        )
 
 
 def _check_terms(name: str, concurrency: int, timeout: float | None, guarantee: str, weight: float) -> None:
