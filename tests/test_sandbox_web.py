@@ -362,7 +362,8 @@ async def test_the_timeline_keeps_its_drawing_while_time_goes_on_and_begins_at_t
                 const lanes = [{ number: 1, state: "waiting", bars: claims.map(bar) }];
                 draw(place, timeline({ now, lanes }, 900, 170, { scale: 1, claim: 0, bars, follow: () => {} }));
                 return {
-                    size: place.querySelector("svg").getAttribute("viewBox"), first: place.querySelector(".tick").textContent,
+                    size: place.querySelector("svg").getAttribute("viewBox"),
+                    first: place.querySelector(".tick").textContent,
                     extent: parseFloat(place.querySelector(".extent").style.width),
                     bars: [...place.querySelectorAll(".bar")].map((one) => Number(one.dataset.claim)),
                 };
@@ -396,8 +397,8 @@ async def test_the_link_of_a_claim_into_the_timeline_brings_its_bar_into_sight(c
 
 
 IN_SIGHT = """claim => {
-    const [bar, view] = [document.querySelector(`.bar[data-claim='${claim}'] rect`), document.querySelector(".timeline")];
-    return bar.getBoundingClientRect().right <= view.getBoundingClientRect().right;
+    const right = (one) => document.querySelector(one).getBoundingClientRect().right;
+    return right(`.bar[data-claim='${claim}'] rect`) <= right(".timeline");
 }"""
 
 
