@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "1fe96a570319f2be"}
+DIGESTS = {10: "c5ea314f75b6801c"}
 """The digest of the SQL of the newest version."""
 
 

@@ -203,7 +203,7 @@ CREATE OR REPLACE FUNCTION filao.hold_groups(q integer, groups text[], born bigi
 BEGIN
   PERFORM pg_advisory_xact_lock(wanted.lock)
   FROM (SELECT DISTINCT filao.group_key(q, g) AS lock FROM unnest(groups) AS g ORDER BY 1) AS wanted;
-  IF born IS NOT NULL THEN
+  IF born IS NOT NULL AND EXISTS (SELECT FROM filao.floor f WHERE f.queue = q) THEN
     DELETE FROM filao.floor f WHERE f.queue = q AND f.grp = ANY (groups) AND f.lowest > born;
   END IF;
 END
@@ -251,7 +251,6 @@ $$;
 -- All groups at once: of each the first message in each state is looked up by the index of groups, which is the only
 -- one that can serve a comparison of (grp, state, id), whatever the tables hold. Where failed messages are skipped, a
 -- head that is not due yet steps aside, and its group is looked at again.
---
 CREATE OR REPLACE FUNCTION filao.arrange_all(
   q integer, groups text[], now bigint, later boolean, born bigint = NULL
 ) RETURNS void LANGUAGE plpgsql AS $$
@@ -259,6 +258,7 @@ DECLARE
   much    CONSTANT integer := 500;  -- entries of the index, which take some 0.2 ms
   file    oid := pg_relation_filenode('filao.message');
   looked  text[] := groups;
+  floors  boolean;  -- whether there are any
   walked  bigint;
   skips   boolean;
   halts   boolean;
@@ -275,6 +275,7 @@ BEGIN
   END IF;
   SELECT skips_failed, halts_dead INTO STRICT skips, halts FROM filao.queue WHERE id = q;
   PERFORM filao.hold_groups(q, groups, born);
+  floors := EXISTS (SELECT FROM filao.floor f WHERE f.queue = q);  -- mostly there are none
   walked := pg_stat_get_xact_tuples_returned('filao.message_grouped'::regclass);
   WHILE cardinality(groups) > 0 LOOP
     SELECT array_agg(f.blocked) FILTER (WHERE f.head = f.blocked AND f.at <= now),
@@ -288,7 +289,9 @@ BEGIN
              CASE WHEN NOT halts OR NOT EXISTS (SELECT FROM filao.halted h WHERE h.queue = q AND h.grp = given.g)
                THEN least(r.id, d.id, b.id) END AS head
       FROM (SELECT DISTINCT g FROM unnest(groups) AS g) AS given
-      CROSS JOIN LATERAL filao.floor_of(q, given.g, file) AS from_id
+      CROSS JOIN LATERAL (
+        SELECT CASE WHEN floors THEN filao.floor_of(q, given.g, file) ELSE 0 END AS from_id
+      ) AS begins
       LEFT JOIN LATERAL (
         SELECT m.id FROM filao.message m
         WHERE m.queue = q AND (m.grp, m.state, m.id) >= (given.g, 'leased', from_id)
