@@ -74,11 +74,13 @@ async def test_a_plain_handler_that_is_interrupted_between_any_two_instructions_
     assert at > 50
 
 
-async def test_a_handler_for_which_no_thread_can_be_started_has_not_failed(url, broker, caplog) -> None:
-    worker = filao.Worker(url)
+@pytest.mark.parametrize("guarantee", ["at-least-once", "at-most-once"])
+async def test_a_handler_for_which_no_thread_can_be_started_has_not_failed(url, broker, caplog, guarantee) -> None:
+    worker, handled = filao.Worker(url), []
 
-    @worker.consumer(CLAIMS)
-    def handle(message: filao.sync.Message) -> None: ...
+    @worker.consumer(CLAIMS, guarantee=guarantee)
+    def handle(message: filao.sync.Message) -> None:
+        handled.append(message.body)
 
     async with running(worker):
         before = threading.stack_size(2**62)  # more than there is
@@ -87,6 +89,7 @@ async def test_a_handler_for_which_no_thread_can_be_started_has_not_failed(url, 
             await until(lambda: "cannot start a thread" in caplog.text)
         finally:
             threading.stack_size(before)
+        await until(lambda: handled)
         await until_stats(broker, acked=1)
     stats = await broker.stats("claims")
     assert (stats.nacked, stats.received - stats.released) == (0, 1)

@@ -160,14 +160,16 @@ class Handling:
         """Start a plain function; where no thread can be had, the handler has not failed, and its message comes
         again.
 
-        Where a release would use the attempt, it is kept and the start tried again, until the handler is told to end.
+        Where a release would use the attempt, or the message is deleted already, it is kept and the start tried again,
+        until the handler is told to end.
         """
+        can_release = Feature.RELEASE in self._shared.broker.features and not self._message.settled
         while True:
             try:
                 return self._shared.threads.start(function, *arguments)
             except EngineUnavailable as error:
                 self._shared.outages.fails("starting handlers", error)
-                if Feature.RELEASE in self._shared.broker.features:
+                if can_release:
                     raise Release(delay=NO_THREAD_FOR) from error
             await asyncio.sleep(NO_THREAD_FOR)
 
