@@ -60,6 +60,9 @@ os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
 sys.path.insert(0, os.getcwd())
 import django
 django.setup()
+import filao
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.db import connection, transaction
 from filao.contrib.django import broker
@@ -203,6 +206,31 @@ for queue, body, error in [("document", 1, filao.QueueNotFound), ("documents", o
         continue
     raise AssertionError(queue)
 assert waiting() == 0
+""",
+    )
+
+
+def test_a_page_that_uses_no_queue_is_answered_while_the_queue_is_away(project) -> None:
+    with (project / "settings.py").open("a") as settings:
+        settings.write('\nFILAO["URL"] = "postgresql://nobody@127.0.0.1:1/none"\nROOT_URLCONF = "web"\n')
+    (project / "web.py").write_text(
+        "import django.http, django.urls\n"
+        "urlpatterns = [django.urls.path('', lambda request: django.http.HttpResponse(b'done'))]\n"
+    )
+    program(
+        project,
+        """
+from django.test import Client
+for url in ("postgresql://nobody@127.0.0.1:1/none", None):
+    settings.FILAO["URL"] = url
+    if url is None:
+        connection.settings_dict["NAME"] = ":memory:"  # as in tests of programs
+    assert Client(SERVER_NAME="localhost").get("/").content == b"done"
+    try:
+        broker()
+    except (filao.FilaoError, ImproperlyConfigured):
+        continue
+    raise AssertionError(url)
 """,
     )
 

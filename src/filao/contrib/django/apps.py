@@ -14,7 +14,7 @@ from django.utils.module_loading import import_string
 
 from filao.contrib.django.checks import check
 from filao.contrib.django.configuration import configured, database
-from filao.contrib.django.joining import broker
+from filao.contrib.django.joining import broker, open_before_views
 from filao.queue import Queue
 
 
@@ -29,12 +29,7 @@ class FilaoConfig(AppConfig):  # type: ignore[misc]  # Django has no types
         """Connect the check and the signals."""
         register(check, Tags.database)
         post_migrate.connect(_declare, sender=self)
-        request_started.connect(_open, dispatch_uid="filao")
-
-
-def _open(**_: Any) -> None:
-    """Open the broker before a view's transaction begins: the first opening may have to write."""
-    broker()
+        request_started.connect(open_before_views, dispatch_uid="filao")
 
 
 def _declare(*, using: str, **_: Any) -> None:

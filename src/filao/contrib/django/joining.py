@@ -4,9 +4,11 @@
 
 import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from msgspec.structs import replace
 
@@ -15,7 +17,7 @@ from filao.broker import connect, session_of
 from filao.contrib.django.configuration import aliases_at, configured, database, queue_url
 from filao.draft import Outgoing, drafts
 from filao.engine import Draft, Receipt
-from filao.errors import MessageTooLarge
+from filao.errors import FilaoError, MessageTooLarge
 from filao.queue import Queue, T, name_of, not_found
 from filao.sync import call_on, door_of
 
@@ -24,10 +26,25 @@ _brokers: "dict[str, Broker]" = {}
 
 def broker() -> "Broker":
     """Return the open broker of the setting FILAO, one for each process. It closes itself when the process ends."""
-    url = queue_url()
-    found = _brokers.get(str(url)) or _brokers.setdefault(str(url), Broker(url))  # no lock, for a fork could copy it
+    found = _made()
     found.open()
     return found
+
+
+def open_before_views(**_: Any) -> None:
+    """Open the broker before a view's transaction begins, where both are in one database: it may have to write.
+
+    What prevents that is told to the views that use the queue, and to no others.
+    """
+    with suppress(FilaoError, ImproperlyConfigured):
+        found = _made()
+        if found.has_alias:
+            found.open()
+
+
+def _made() -> "Broker":
+    url = queue_url()
+    return _brokers.get(str(url)) or _brokers.setdefault(str(url), Broker(url))  # no lock, for a fork could copy it
 
 
 class Broker(sync.Broker):
@@ -45,6 +62,8 @@ class Broker(sync.Broker):
     def __init__(self, url: Any) -> None:
         super().__init__(connect(url, durability=configured("DURABILITY", "full")))
         self._aliases = aliases_at(url)
+        self.has_alias: bool = bool(self._aliases)
+        """Whether the queue lies in one of Django's databases."""
         self._rules: dict[str, Queue[Any]] = {}
 
     def send_to_queue(  # type: ignore[misc]  # final for all heirs but this one
