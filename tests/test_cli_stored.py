@@ -7,6 +7,7 @@ import filao
 import filao.sync
 from filao.cli import stored
 from tests.support.shell import (
+    ENVIRONMENT,
     bury,
     compiled,
     counted,
@@ -94,6 +95,13 @@ def test_what_others_wrote_does_nothing_in_a_table_or_a_story(db):
         assert code == 0
         assert "\x1b[2J" not in screen
         assert "[red]" in screen
+
+
+def test_what_a_terminal_has_no_sign_for_is_escaped_in_a_table(db, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "ascii")
+    put(db, "é 日本")
+    code, screen = on_terminal("peek", db, "claims")
+    assert (code, "\\xe9 \\u65e5" in screen) == (0, True)
 
 
 def test_an_empty_result_says_so(db):

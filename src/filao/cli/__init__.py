@@ -9,6 +9,7 @@ rich is imported where it draws, because most commands draw nothing.
 import logging
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 from filao.extras import Extra, ExtraMissing
 
@@ -48,6 +49,9 @@ REFUSED, UNAVAILABLE, OUTPUT_CLOSED, INTERRUPTED = 3, 4, 141, 130
 def main() -> None:
     """Run the command line and exit with one of the codes that `filao --help` lists."""
     end_by_exception()
+    stdout: object = sys.stdout
+    if isinstance(stdout, TextIOWrapper):
+        stdout.reconfigure(errors="backslashreplace")  # as stderr's: a terminal may lack a sign of a table's texts
     sys.exit(_run())
 
 
