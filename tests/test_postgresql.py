@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -16,6 +17,7 @@ import psycopg
 import pytest
 import sqlalchemy
 from psycopg.rows import dict_row
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 import filao
@@ -24,6 +26,7 @@ from filao.engine import Batch, Draft, Operation, Send
 from filao.engines.postgresql import control, doctor, main, schema, server, transactions, watch
 from filao.engines.postgresql import engine as engine_module
 from filao.message import delivery_of
+from filao.outbox import Recorded
 from filao.overview import Deed
 from filao.queue import rules_from_json
 from filao.session import Session as FilaoSession
@@ -213,6 +216,21 @@ async def test_groups_keep_their_order_through_a_users_transaction(url, broker) 
         (message,) = await broker.receive_many("claims", 5, wait=5)
         assert message.body == body
         await message.ack()
+
+
+async def test_over_asyncpg_an_outbox_holds_a_send_and_within_is_refused_with_that(url, broker) -> None:
+    pytest.importorskip("asyncpg")
+    outbox, engine = filao.Outbox(), create_async_engine(url.replace("postgresql:", "postgresql+asyncpg:"))
+    async with engine.begin() as connection:
+        await connection.run_sync(outbox.create)
+        await connection.run_sync(outbox.send_to_queue, "claims", {"claim_id": 7}, delay=0.5, headers={"a": "b"})
+        (recorded,) = await connection.run_sync(outbox.recorded, 9)
+        assert isinstance(recorded, Recorded)
+        assert recorded.draft.content == b'{"claim_id":7}'
+        joined = partial(session_of(broker).transactions("").send_within, operation=Send("claims", ()))
+        with pytest.raises(filao.ConfigurationError, match=r"asyncpg.*Nothing was sent; use a filao\.Outbox"):
+            await connection.run_sync(joined)
+    await engine.dispose()
 
 
 @pytest.mark.parametrize("kind", ["connection", "session"])

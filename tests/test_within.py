@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
+import aiosqlite
 import pytest
 import sqlalchemy
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -14,6 +16,8 @@ from sqlalchemy.orm import Session
 
 import filao
 import filao.sync
+from filao.broker import session_of
+from filao.engine import Send
 from filao.engines.sqlite import own
 
 pytestmark = pytest.mark.anyio
@@ -124,6 +128,18 @@ async def test_an_asynchronous_connection_is_refused_with_the_right_form(broker,
         with pytest.raises(filao.ConfigurationError, match=r"AsyncConnection is asynchronous.*run_sync"):
             await broker.send_to_queue("claims", 1, within=connection)
     await engine.dispose()
+
+
+async def test_aiosqlites_connection_is_refused_with_what_to_use(broker, tmp_path) -> None:
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'claims.db'}")
+    joined = partial(session_of(broker).transactions("").send_within, operation=Send("claims", ()))
+    with pytest.raises(filao.ConfigurationError, match=r"aiosqlite keeps its.*use a filao\.Outbox"):
+        async with engine.connect() as connection:
+            await connection.run_sync(joined)
+    await engine.dispose()
+    async with aiosqlite.connect(tmp_path / "claims.db") as alone:
+        with pytest.raises(filao.ConfigurationError, match=r"aiosqlite keeps its.*use a filao\.Outbox"):
+            await broker.send_to_queue("claims", 1, within=alone)
 
 
 async def test_the_rules_hold_within_a_transaction_too(broker, tmp_path) -> None:

@@ -154,9 +154,9 @@ def _rewritten(sql: str, parameters: Sequence[Any], paramstyle: str) -> tuple[st
         return sql, tuple(parameters)
     if paramstyle in ("format", "pyformat"):
         return sql.replace("?", "%s"), tuple(parameters)
+    mark = {"numeric": ":", "numeric_dollar": "$"}.get(paramstyle, ":p")
     parts = sql.split("?")
-    numbered = "".join(f"{part}:{number}" for number, part in enumerate(parts[:-1], 1)) + parts[-1]
-    if paramstyle.startswith("numeric"):
-        return numbered.replace(":", "$") if paramstyle == "numeric_dollar" else numbered, tuple(parameters)
-    named = "".join(f"{part}:p{number}" for number, part in enumerate(parts[:-1], 1)) + parts[-1]
-    return named, {f"p{number}": value for number, value in enumerate(parameters, 1)}
+    numbered = "".join(f"{part}{mark}{number}" for number, part in enumerate(parts[:-1], 1)) + parts[-1]
+    if mark != ":p":
+        return numbered, tuple(parameters)
+    return numbered, {f"p{number}": value for number, value in enumerate(parameters, 1)}

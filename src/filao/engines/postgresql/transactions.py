@@ -128,6 +128,11 @@ class PostgresqlTransactions:
             return error
         with self._server.mapped_within():
             given = connection_of(connection, needs_transaction=True)
+            if given.paramstyle == "numeric_dollar":  # asyncpg's, which takes no array as text
+                raise ConfigurationError(
+                    "within= was given a connection of asyncpg, by which a send cannot join a transaction. Nothing was "
+                    "sent; use a filao.Outbox, or psycopg"
+                )
             is_ours = given.dialect == "postgresql" and given.execute(_IS_HERE).fetchone()[0]
             (about,) = _texts(given.execute(_ABOUT, (operation.queue,)).fetchall()) if is_ours else (None,)
             if about is None or about[2] != self._server.database:

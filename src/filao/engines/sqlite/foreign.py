@@ -50,6 +50,11 @@ def _unwrap(connection: object) -> sqlite3.Connection:
                 break
         else:
             break
+    if type(inner).__module__.partition(".")[0] == "aiosqlite":
+        raise ConfigurationError(
+            "within=: aiosqlite keeps its sqlite3 connection to a thread of its own, so no send can join its "
+            "transaction. Nothing was sent; use a filao.Outbox, or a sqlite3 connection."
+        )
     raise ConfigurationError(
         f"within=: a {type(connection).__qualname__} holds no sqlite3 connection. Give the sqlite3 connection, a "
         f"SQLAlchemy connection or session, or a Django connection on the queue's file."
