@@ -303,11 +303,18 @@ def test_a_worker_that_the_settings_do_not_name_is_told_in_one_line(project) -> 
 
 
 @pytest.mark.parametrize("options", [(), ("--parallel", "2")])
-def test_djangos_tests_have_a_queue_of_their_own_and_undo_their_sends(project, options) -> None:
+def test_djangos_tests_have_a_queue_of_their_own_work_on_it_and_undo_their_sends(project, options) -> None:
     (project / "shop" / "tests.py").write_text(
         """
-from django.test import TestCase
+import asyncio
+from django.test import TestCase, TransactionTestCase
 from filao.contrib.django import broker
+from shop.queues import worker  # before the test's database has its name
+
+class Works(TransactionTestCase):
+    def test_it(self):
+        broker().send_to_queue("documents", {"policy": 7})
+        self.assertEqual([handled.how for handled in asyncio.run(worker.drain())], ["acked"])
 
 class Sends(TestCase):
     def test_first(self):
@@ -321,9 +328,10 @@ class Others(Sends):  # in another process, which has a copy of the database, if
     pass
 """
     )
-    assert "OK" in manage(project, "test", "shop", *options)
     with filao.sync.connect(project / "shop.sqlite3") as broker:
-        assert broker.stats("documents").ready == 0
+        broker.send_to_queue("documents", {"policy": 1})
+        assert "OK" in manage(project, "test", "shop", *options)
+        assert broker.stats("documents").ready == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

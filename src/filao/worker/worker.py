@@ -22,7 +22,7 @@ from filao.broker import Broker, connect, session_of
 from filao.calls import Caller
 from filao.checks import check_count, check_duration, check_name, check_number
 from filao.codec import codec_for, shown
-from filao.engine import Feature, OpenAgain
+from filao.engine import Engine, Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
 from filao.message import Message
 from filao.observing import Observer, Tracer
@@ -70,9 +70,9 @@ class Registering(Protocol[T]):
 class Worker:
     """Handlers for the queues of one broker.
 
-    `broker` is a URL or a path, or a `Broker` that it shares; while it runs, it opens what is not open. `concurrency`
-    bounds how many messages all consumers together handle at once, shared by their weights; without it, each has only
-    its own bound. `grace` is how many seconds a stopping worker waits for what it runs.
+    `broker` is what `filao.connect` takes, or a `Broker` that it shares; while it runs, it opens what is not open.
+    `concurrency` bounds how many messages all consumers together handle at once, shared by their weights; without it,
+    each has only its own bound. `grace` is how many seconds a stopping worker waits for what it runs.
 
         worker = filao.Worker("claims.db")
 
@@ -82,7 +82,13 @@ class Worker:
         asyncio.run(worker.run())  # or, in a shell: filao work app:worker --processes 3
     """
 
-    def __init__(self, broker: str | Path | Broker, *, concurrency: int | None = None, grace: float = 30.0) -> None:
+    def __init__(
+        self,
+        broker: str | Path | Callable[[], Engine] | Broker,
+        *,
+        concurrency: int | None = None,
+        grace: float = 30.0,
+    ) -> None:
         if concurrency is not None:
             check_count("worker", "concurrency", concurrency, most=CONCURRENCY_MAX)
         check_duration("worker", "grace", grace)
@@ -368,7 +374,7 @@ class Worker:
 
 
 @asynccontextmanager
-async def _opened(source: str | Path | Broker) -> AsyncGenerator[Broker]:
+async def _opened(source: str | Path | Callable[[], Engine] | Broker) -> AsyncGenerator[Broker]:
     """Give the program's own broker, or make one; the caller opens what is not open, and on leaving it is closed."""
     if isinstance(source, Broker) and session_of(source).is_open:
         yield source

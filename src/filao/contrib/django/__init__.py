@@ -30,13 +30,15 @@ __all__ = ["Broker", "broker", "worker"]
 def worker(**options: Any) -> Worker:
     """Return a worker on the queue of the settings, with the options of `filao.Worker`.
 
+    Where the queue is, is looked up when it runs: in Django's tests that is the test's database.
+
     Before and after each message it closes Django's connections that are too old or broken, as Django does around a
     request: those of the handler's thread or, for a coroutine function, of the thread of Django's async calls.
     """
-    from filao.contrib.django.configuration import queue_url
+    from filao.contrib.django.configuration import queue_engine
     from filao.contrib.django.connections import around_coroutine, around_function
 
-    made = Worker(queue_url(), **options)
+    made = Worker(queue_engine, **options)
     made.middleware(around_coroutine)
     made.middleware(around_function)
     return made

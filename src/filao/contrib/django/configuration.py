@@ -10,7 +10,8 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
-from filao.engines import sqlite_path
+from filao.engine import Engine
+from filao.engines import engine_for, located, sqlite_path
 from filao.urls import has_scheme
 
 KEYS = ("URL", "DATABASE", "QUEUES", "WORKER", "DURABILITY")
@@ -32,6 +33,11 @@ def queue_url() -> "str | Path":
     """Return the URL of the queue: that of the settings, or that of the database itself."""
     url: str | Path | None = configured("URL")
     return url_of(database()) if url is None else url
+
+
+def queue_engine() -> Engine:
+    """Return an engine on the queue, not yet open."""
+    return engine_for(located(queue_url()), durability=configured("DURABILITY", "full"))
 
 
 def url_of(alias: str) -> "str | Path":
