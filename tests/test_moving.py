@@ -362,7 +362,7 @@ async def test_the_command_says_what_it_would_do_and_does_it(place, name) -> Non
         held = await broker.receive_from_queue(name)
         dry = await asyncio.to_thread(run, source, target, "--dry-run")
         assert json.loads(dry.stdout) == {"queue": name, "waiting": 4, "dead": 0, "keys": 0, "held": 1}
-        assert (dry.returncode, (await broker.stats(name)).ready) == (1, 4)
+        assert (dry.returncode, (await broker.stats(name)).ready, Path(target).exists()) == (1, 4, False)
         done = await asyncio.to_thread(run, source, target)
         assert (done.returncode, json.loads(done.stdout)["waiting"]) == (1, 4)
         assert "1 message left at" in done.stderr

@@ -55,8 +55,8 @@ def _or_none(text: str, number: Callable[[str], R]) -> R | str:
 def declare(*, arguments: tuple[str, ...], **given: object) -> None:
     """Create a queue, or change the rules of one.
 
-    This alone creates the file. Rules that are not given stay as they are, or have their defaults in a new queue. The
-    rules are printed.
+    It creates the file, too, as no other command does but restore and move. Rules that are not given stay as they are,
+    or have their defaults in a new queue. The rules are printed.
     """
     # The options are named as the rules are: naming them a third time here would be one place more to forget.
     url, (name,) = addressed(arguments, least=1, most=1)

@@ -6,7 +6,7 @@ import sys
 import click
 import msgspec
 
-from filao.cli.shell import as_json, check_file, is_terminal, note, print_lines
+from filao.cli.shell import as_json, check_file, file_of, is_terminal, note, print_lines
 from filao.cli.tables import draw
 from filao.engines import engine_for
 from filao.moving import Movable, Moved, move, plan
@@ -14,6 +14,8 @@ from filao.printable import printable, some
 from filao.urls import shown_url
 
 _FIELDS = msgspec.structs.fields(Moved)
+_STAND_IN = "sqlite://:memory:"
+"""What a dry run looks at in place of a file that is not there: it makes none."""
 
 
 @click.command(name="move")
@@ -45,7 +47,9 @@ def move_command(*, source: str, target: str, queues: tuple[str, ...], dry_run: 
 
 
 async def _run(source: str, target: str, queues: tuple[str, ...], *, dry_run: bool) -> list[Moved]:
-    here, there = engine_for(source), engine_for(target)
+    file = file_of(target)
+    is_new = file is not None and not file.exists()
+    here, there = engine_for(source), engine_for(_STAND_IN if dry_run and is_new else target)
     await here.open()
     try:
         await there.open()

@@ -75,7 +75,7 @@ def _every_counter(queue: QueueStats) -> list[tuple[str, str]]:
 def doctor(*, arguments: tuple[str, ...], wants_json: bool) -> int:
     """Examine the storage and say what an operator should know.
 
-    It reads the whole file. The exit code is 1 when there is an error; notes and warnings are 0.
+    Of a SQLite file it reads all. The exit code is 1 when there is an error; with notes and warnings it is 0.
     """
     url, _ = addressed(arguments, least=0, most=0)
     findings = _examined(url)
