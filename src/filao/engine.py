@@ -26,6 +26,7 @@ INSTANT_MAX = 253_402_300_799_000  # milliseconds: the end of the year 9999, the
 REASONS = ("max_attempts", "rejected", "expired", "malformed", "overflow")  # why a message is a dead letter
 FAILURES = ("nacked", "rejected", "malformed", "crashed", "lease_expired", "expired", "overflow")
 """How an attempt failed."""
+EDITED = "edited"  # the detail of a redrive with another body
 
 
 class Feature(StrEnum):
@@ -237,10 +238,6 @@ class Failure(msgspec.Struct, frozen=True):
     """The host and process that held the lease."""
 
 
-EDITED = "edited"
-"""The detail of a redrive with another body."""
-
-
 class Event(msgspec.Struct, frozen=True):
     """Something that happened to a message of a queue with `history=True`."""
 
@@ -254,9 +251,7 @@ class Event(msgspec.Struct, frozen=True):
     `application_name` or role. Empty when time did it.
     """
     detail: str = ""
-    """Of a failure, what the consumer said; of a death, the reason; of an extension, its seconds; of a redrive with
-    another body, `edited`.
-    """
+    """What a consumer said of a failure; a death's reason; an extension's seconds; edited: redriven with a new body."""
 
 
 class StoredMessage(msgspec.Struct, Generic[T], frozen=True):
