@@ -808,6 +808,20 @@ async def test_nothing_is_vacuumed_in_vain_while_an_old_transaction_is_open(url,
         assert await vacuumed() == first + 1
 
 
+async def test_a_vacuum_may_take_longer_than_a_call(broker) -> None:
+    """One that is ended after 30 s has done nothing for the indexes, and the next begins anew."""
+    pool = engine_of(broker)._transactions
+
+    async def longest(within: float) -> str:
+        async with pool.connection(within) as connection:
+            ((found,),) = await (await connection.execute("SHOW statement_timeout")).fetchall()
+            return str(found)
+
+    assert await longest(watch.VACUUM_WITHIN) == "10min"
+    async with broker.transaction() as tx:
+        assert await tx.execute("SHOW statement_timeout", ()) == [("30s",)]
+
+
 # --- waking ----------------------------------------------------------------------------------------------------------
 
 

@@ -229,6 +229,13 @@ class Server:
         self._settings[connection] = f"SELECT {', '.join(calls)}"
         await connection.execute(self._settings[connection].encode())
 
+    async def allow(self, connection: Connection, seconds: float) -> None:
+        """Let each statement on a connection take so long, until it is cleaned; behind a pooler none has a limit."""
+        if connection in self._settings:
+            await connection.execute(
+                f"SELECT pg_catalog.set_config('statement_timeout', '{seconds:g}s', false)".encode()
+            )
+
     async def clean(self, connection: Connection) -> None:
         """Clear away what a user's statements may have left on a connection; behind a pooler, the pooler does that.
 

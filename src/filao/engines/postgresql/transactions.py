@@ -50,11 +50,16 @@ class TransactionPool:
                 )
 
     @asynccontextmanager
-    async def connection(self) -> AsyncGenerator[Connection]:
-        """Give a connection for statements of ours that commit themselves; its errors become Filao's."""
+    async def connection(self, within: float) -> AsyncGenerator[Connection]:
+        """Give a connection for statements of ours that commit themselves, each `within` so many seconds.
+
+        Their errors become Filao's.
+        """
         with self._server.mapped(begun=False) as attempt:
             async with AsyncExitStack() as stack:
                 connection = await self._taken(stack, begins=False)
+                self.soil(connection)
+                await self._server.allow(connection, within)
                 attempt.begun = True
                 yield connection
 

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 
 from filao.engines.postgresql.listener import ALIVE, Listener
 from filao.engines.postgresql.main import MOMENT, Main
-from filao.engines.postgresql.server import Connection, in_time
+from filao.engines.postgresql.server import Connection
 from filao.errors import FilaoError
 
 POLL_INTERVAL = 0.5  # seconds between looks for what calls nobody: sends in users' transactions, and lost calls
@@ -22,6 +22,7 @@ LOOKING_MAX = 0.02  # of the time of all processes together, which matters where
 TIDY_INTERVAL = 30.0  # seconds between rounds of housekeeping
 VACUUM_INTERVAL = 3.0  # seconds between looks at dead rows; autovacuum looks once a minute, and a queue writes fast
 VACUUM_AFTER = 50_000  # dead rows: some 20 MiB
+VACUUM_WITHIN = 600.0  # seconds for a vacuum: what an hour of somebody's old transaction has left takes minutes
 VACUUM_AT_REST = 1_000  # dead rows in a table at rest, whose end can then be cut off
 
 
@@ -34,7 +35,7 @@ class Watch:
         listener: Listener,
         call: Callable[[int], None],
         *,
-        connection: Callable[[], AbstractAsyncContextManager[Connection]],
+        connection: Callable[[float], AbstractAsyncContextManager[Connection]],
         strike_off: Callable[[int], Awaitable[None]],
     ) -> None:
         self._main = main
@@ -114,7 +115,7 @@ class Watch:
         self._dead_rows = dead
         if horizon > self._vacuumed_to and (dead > VACUUM_AFTER or (dead == before and dead > VACUUM_AT_REST)):
             self._vacuumed_to = horizon
-            async with self._connection() as connection, in_time():
+            async with self._connection(VACUUM_WITHIN) as connection, asyncio.timeout(VACUUM_WITHIN):
                 await connection.execute("VACUUM (SKIP_LOCKED) filao.message")
 
 
