@@ -9,7 +9,7 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from itertools import count
 from typing import Any
 
@@ -454,6 +454,29 @@ async def test_when_the_dead_letters_queue_was_deleted_nothing_stays_held(url, b
     async with filao.connect(url) as other:
         await other.declare(queue)
         assert {(await received(other, queue)).body for _ in range(3)} == {0, 1, 2}
+
+
+@asynccontextmanager
+async def silent(rabbitmq: Rabbitmq, name: str) -> AsyncGenerator[None]:
+    """Let the leader of a queue do nothing."""
+    found = f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{name}">>))'
+    for_leader = f"{found}, {{P, _}} = amqqueue:get_pid(Q), sys:%s(P)."
+    await asyncio.to_thread(rabbitmq.command, "eval", for_leader % "suspend")
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(rabbitmq.command, "eval", for_leader % "resume")
+
+
+async def test_a_queue_whose_leader_is_slow_is_not_taken_for_empty(rabbitmq, broker, queue, foreign) -> None:
+    """After a quarter of a second the server itself says that there is nothing; and the queue was deleted."""
+    await _letters(broker, queue, foreign, "A")
+    async with silent(rabbitmq, topology.dead_name(queue.name)):
+        calls = [asyncio.create_task(call) for call in (broker.dead_letters(queue), broker.delete_queue(queue))]
+        await asyncio.sleep(0)
+    with pytest.raises(filao.ConfigurationError, match="was not deleted: it holds 1 message"):
+        await calls[1]
+    assert [letter.id for letter in await calls[0]] == ["A"]
 
 
 async def test_the_ladder_goes_with_the_last_queue_that_needs_it(rabbitmq) -> None:
@@ -1272,14 +1295,18 @@ async def test_a_redrive_to_a_queue_that_was_deleted_keeps_all_letters(broker, q
     assert [letter.id for letter in await broker.dead_letters(queue)] == ["A", "A", "B"]
 
 
+@pytest.mark.parametrize("messages", [True, False])
 async def test_a_queue_whose_dead_letters_somebody_keeps_loses_nothing_to_a_delete(
-    broker, queue, foreign, monkeypatch
+    broker, queue, foreign, monkeypatch, messages
 ) -> None:
+    """While somebody looks at them, its dead letters are not there, and it seems empty."""
     monkeypatch.setattr(control, "TAKEN_WITHIN", 0.1)
-    await broker.send_to_queue(queue, 1)
+    if messages:
+        await broker.send_to_queue(queue, 1)
     foreign.queue_declare(topology.dead_name(queue.name) + control.TAKEN, exclusive=True)
     with pytest.raises(filao.EngineUnavailable, match="Nothing was done"):
-        await broker.delete_queue(queue, messages=True)
+        await broker.delete_queue(queue, messages=messages)
+    await broker.send_to_queue(queue, 1)
     assert (await received(broker, queue)).body == 1
 
 

@@ -72,9 +72,9 @@ class RabbitmqOperators:
     async def delete(self, queue: str) -> int:
         """Delete a queue without ready messages and dead letters; the server does not tell what consumers hold."""
         async with self._declared.apart(queue) as call:
+            await reserve(call, queue)  # what somebody looks at just now is not there
             session = call.session
-            held = await session.depth(queue) or 0
-            held += await session.depth(dead_name(queue)) or 0
+            held = await session.ready(queue) + await session.ready(dead_name(queue))
             if not held:
                 async with session.aside() as channel:
                     await channel.queue_delete(queue)
@@ -136,7 +136,7 @@ class RabbitmqOperators:
         with Tally() as tally:
             async with self._declared.apart(queue) as call:
                 if State.DEAD in states:
-                    await _take(call, queue)  # first, because it may fail
+                    await reserve(call, queue)  # first, because it may fail
                 for state, name in ((State.READY, queue), (State.DEAD, dead_name(queue))):
                     if state in states:
                         tally.done += await purge(call.session, name)
@@ -180,9 +180,11 @@ async def on_the_ladder(session: Session) -> int:
 
 async def remove_ladder(session: Session) -> None:
     """Delete the ladder, unless a message waits on it, or came down it for a queue that was deleted."""
-    if not await on_the_ladder(session) and await session.depth(UNDELIVERED) == 0:
-        async with session.aside() as channel:
-            await topology.remove_ladder(channel)
+    for name in [*ladder(), UNDELIVERED]:
+        if await session.ready(name):
+            return
+    async with session.aside() as channel:
+        await topology.remove_ladder(channel)
 
 
 async def stats(session: Session, queue: str, held: int, taken: Taken) -> QueueStats:
@@ -355,10 +357,10 @@ class _Look:
 @asynccontextmanager
 async def _dead(call: Apart, queue: str, taken: Taken, errand: Errand) -> AsyncGenerator[_Look]:
     """Look at the present dead letters; when the block ends, those that were not deleted go back in order."""
-    await _take(call, queue)
+    await reserve(call, queue)
     errand.has_taken = True
     call.goes_on()
-    most = taken[queue] = await call.session.depth(dead_name(queue)) or 0
+    most = taken[queue] = await call.session.ready(dead_name(queue))
     try:
         async with call.session.aside(confirms=True) as channel:
             look = _Look(channel, queue, most, taken, errand)
@@ -383,7 +385,7 @@ async def _wait_until_back(session: Session, name: str, wanted: int) -> None:
                 pass
 
 
-async def _take(call: Apart, queue: str) -> None:
+async def reserve(call: Apart, queue: str) -> None:
     """Reserve the dead letters of a queue for this call's session, until it is closed or its process dies.
 
     The reservation is a queue that only its own connection may use. Raises `EngineUnavailable` when another program

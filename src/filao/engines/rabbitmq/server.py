@@ -38,6 +38,7 @@ from aiormq.exceptions import (
     ProbableAuthenticationError,
 )
 from pamqp.base import Frame
+from pamqp.commands import Basic
 from pamqp.commands import Connection as Methods
 from pamqp.frame import FrameTypes
 from yarl import URL
@@ -380,6 +381,22 @@ class Session:
                 return (await channel.queue_declare(queue, passive=True, timeout=ANSWERS_WITHIN)).message_count or 0
         except ChannelNotFoundEntity:
             return None
+
+    async def ready(self, queue: str) -> int:
+        """Return how many messages are ready in a queue; that there is none its leader says itself.
+
+        `depth` is 0, too, where the leader has not answered within a quarter of a second, or there is none just now. A
+        message that is met goes back to the head.
+        """
+        found = await self.depth(queue)
+        if found != 0:
+            return found or 0
+        try:
+            async with self.aside() as channel:
+                met = (await channel.basic_get(queue, timeout=ANSWERS_WITHIN)).delivery
+        except ChannelNotFoundEntity:
+            return 0
+        return 1 + (met.message_count or 0) if isinstance(met, Basic.GetOk) else 0
 
     async def close(self, within: float = CONNECTED_WITHIN) -> None:
         """Close it, and wait `within` so many seconds for the server; what was not settled goes back to its queues."""
