@@ -636,6 +636,12 @@ async def test_what_is_not_there_is_not_found_and_names_what_looks_like_it(broke
     await visitor.sees("/de/queues", 404)
 
 
+async def test_what_was_declared_a_moment_ago_is_there(broker, visitor) -> None:
+    await visitor.sees("/en/queues")
+    await broker.declare(filao.Queue("new"))
+    await visitor.sees("/en/queue?name=new")
+
+
 async def test_a_message_is_shown_whole_whatever_it_holds(broker, visitor) -> None:
     script = {"note": "<script>alert(1)</script>", "turned": "\u202eabc"}
     receipt = await broker.send_to_queue("claims", script, headers={"<b>": "</dd>\x1b[31m"}, message_id="a/b?c&d <i>")

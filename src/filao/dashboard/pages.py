@@ -13,6 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlencode
@@ -181,7 +182,11 @@ class Pages:
             look = await self._watch.anew()
         if live is not None:
             return HTMLResponse(await self._live(request, language, page, look))
-        return self._drawn_whole(request, language, look, await self._sheet(request, page, look))
+        sheet = await self._sheet(request, page, look)
+        if sheet.status == HTTPStatus.NOT_FOUND:  # perhaps it was declared since that look
+            look = await self._watch.anew()
+            sheet = await self._sheet(request, page, look)
+        return self._drawn_whole(request, language, look, sheet)
 
     async def _sheet(self, request: Request, page: str, look: Look) -> Sheet:
         """Return what a page shows, or the page that says why it cannot."""
