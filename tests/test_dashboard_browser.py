@@ -231,7 +231,7 @@ async def test_more_tabs_than_a_browser_has_connections_all_live(context, dashbo
 
 async def test_a_browser_goes_back_to_what_was_to_be_confirmed_and_loads_it_anew(context, dashboard) -> None:
     operator = Operator(await context.new_page())
-    page, confirm = operator.page, "input[name=confirmed]"
+    page, confirm = operator.page, ".question"
     await operator.arrive(dashboard.url)
     async with filao.connect(dashboard.file) as broker:
         await broker.declare(filao.Queue("paused.here"))
@@ -239,10 +239,10 @@ async def test_a_browser_goes_back_to_what_was_to_be_confirmed_and_loads_it_anew
         await operator.press("button[name=do][value*=pause]", confirm)
         await page.reload()
         await operator.press("a[hreflang=fr]", f"html[lang=fr] {confirm}")
-        await operator.press("button.strong", ".job")
+        await operator.press("button.strong", ".job strong")
         assert (await broker.stats("paused.here")).paused
         await page.go_back()
-        await page.wait_for_selector(f"html[lang=fr] {confirm}", state="attached")
+        await page.wait_for_selector(f"html[lang=fr] {confirm}")
         await broker.delete_queue("paused.here")
     assert operator.complaints == []
 
