@@ -79,11 +79,17 @@ def _serve(collector: "StoreCollector", host: str, port: int) -> int:
 
 
 class Scraper:
-    """Answers scrapes; those that come while the store is being read share its answer."""
+    """Answers scrapes; those that come while the store is being read share its answer.
+
+    Where a reading takes longer than a scrape may, as with thousands of queues on a busy machine, the next scrape gets
+    it, once: else a store that answers would be told not to be up for ever, and one that does not would be told to be.
+    """
 
     def __init__(self, collector: "StoreCollector") -> None:
         self._collector = collector
         self._reading: asyncio.Task[bytes] | None = None
+        self._late = b""
+        """What came too late for its scrape; empty: nothing did, or it was told."""
         self._has_failed = False
 
     async def answer(self, path: bytes) -> Page:
@@ -92,8 +98,17 @@ class Scraper:
             return Page(b"see /metrics\n", b"text/plain", b"404 Not Found")
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(asyncio.to_thread(self._read))
-        done, _ = await asyncio.wait([self._reading], timeout=READ_WITHIN)
-        return Page(self._reading.result() if done else _NOT_UP, TEXT)
+        reading = self._reading
+        done, _ = await asyncio.wait([reading], timeout=READ_WITHIN)
+        late, self._late = self._late, b""
+        if done:
+            return Page(reading.result(), TEXT)
+        reading.add_done_callback(self._came_late)
+        return Page(late or _NOT_UP, TEXT)
+
+    def _came_late(self, reading: "asyncio.Task[bytes]") -> None:
+        if not reading.cancelled():
+            self._late = reading.result()
 
     def _read(self) -> bytes:
         from filao.prometheus.store import exposition
