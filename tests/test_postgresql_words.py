@@ -5,7 +5,7 @@ from importlib import resources
 
 import pytest
 
-from filao.engine import FAILURES, HISTORY_MAX, REASONS, State
+from filao.engine import EDITED, FAILURES, HISTORY_MAX, REASONS, State
 from filao.engines.postgresql import schema
 from filao.engines.postgresql.control import SLICE
 from filao.engines.sqlite.books import COUNTERS, PRIORITIES_MAX
@@ -71,7 +71,7 @@ def test_every_word_in_the_sql_is_one_of_the_python() -> None:
         "database",
     }
     events = {"called", "redriven"}
-    ours = {str(state) for state in State} | set(COUNTERS) | set(REASONS) | set(FAILURES)
+    ours = {str(state) for state in State} | set(COUNTERS) | set(REASONS) | set(FAILURES) | {EDITED}
     assert _words() - ours - KINDS - events - settings - named == set()
 
 
