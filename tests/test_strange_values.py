@@ -124,3 +124,10 @@ def test_every_way_to_send_is_tried() -> None:
     """A parameter that is added is added here."""
     known = {"queue", "body", "headers", "delay", "ttl", "priority", "group", "within", "dedup_key", "message_id"}
     assert set(inspect.signature(filao.Broker.send_to_queue).parameters) == known | {"self"}
+
+
+@pytest.mark.parametrize("url", ["postgresql+psycopg://ana:secret@host/db", "sqlite+aiosqlite:///claims.db"])
+def test_a_url_that_names_a_driver_is_told_how_it_begins(url) -> None:
+    with pytest.raises(filao.ConfigurationError, match=r"names a driver.*begin with (postgresql|sqlite)://") as raised:
+        filao.connect(url)
+    assert "secret" not in str(raised.value)

@@ -400,6 +400,11 @@ def _get(address: str) -> tuple[int, Any]:
     [
         (["app"], 2, "'app' names no worker: give MODULE:WORKER"),
         (["nowhere:worker"], 2, "there is no module 'nowhere' here"),
+        (
+            ["./shop/app.py:worker"],
+            2,
+            "'./shop/app.py' is a path, and a module is named as where it is imported: shop.app",
+        ),
         (["app:claims"], 2, "'claims' in 'app' is Queue("),
         (["app:nothing"], 2, "there is no 'nothing' in 'app'. The module has app:worker"),
         (["app:worker", "--health", "http"], 2, "--health 'http': give a port, or HOST:PORT"),
@@ -428,6 +433,24 @@ def test_what_cannot_run_says_why(folder, broker, arguments, code, text) -> None
     assert work.ends() == code
     assert text in work.said()
     assert "Traceback" not in work.said()
+
+
+def test_what_a_lifespan_raises_is_told_with_its_place(folder, broker) -> None:
+    (folder / "fails.py").write_text(
+        textwrap.dedent("""
+            import filao
+            worker = filao.Worker("claims.db")
+            @worker.consumer("claims")
+            async def handle(message): ...
+            @worker.lifespan
+            async def open_bank():
+                raise ConnectionRefusedError(111, "refused")
+                yield
+        """)
+    )
+    work = Work(folder, "fails:worker")
+    assert work.ends() == 1
+    assert "in open_bank" in work.said()
 
 
 @pytest.mark.parametrize("streams", [">&- 2>/dev/full", "<&- >&- 2>&-"])

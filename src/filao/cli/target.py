@@ -17,6 +17,9 @@ _IMPORTING = (__file__, importlib.__file__, "<frozen importlib._bootstrap>", "<f
 
 def imported(name: str) -> ModuleType:
     """Import a module; where it fails, show the module's own traceback alone, and raise what says so in one line."""
+    if name.endswith(".py") or "/" in name:
+        dotted = name.removesuffix(".py").strip("./").replace("/", ".")
+        raise usage(f"{name!r} is a path, and a module is named as where it is imported: {dotted}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -171,6 +172,9 @@ async def _work(
             if not started.is_set():
                 refuse()
             raise
+        except OSError as error:  # a lifespan's: `main` would tell it as one of ours, without its place
+            traceback.print_exception(error)
+            return 1
     if was_idle:
         logs.say(f"process {os.getpid()} has nothing to do: it ends")
     if not is_alone or worker.has_hung or not _has_ended(executor):

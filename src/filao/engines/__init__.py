@@ -75,6 +75,10 @@ def sqlite_path(url: str | Path) -> Path:
     if url in ("sqlite://:memory:", "sqlite:///:memory:"):
         return Path(":memory:")
     scheme, _, path = url.partition("://")
+    if (plain := scheme.lower().partition("+")[0]) in ("sqlite", "postgresql", "postgres") and "+" in scheme:
+        raise ConfigurationError(
+            f"{shown_url(url)!r} names a driver, which Filao chooses itself: begin with {plain}://"
+        )
     if scheme.lower() != "sqlite" or not path.startswith("/") or not path[1:] or "?" in path:
         raise ConfigurationError(
             f"{shown_url(url)!r} is no URL that Filao knows; give a path, "
