@@ -1,10 +1,12 @@
 """PostgreSQL when its server changes under us: promoted, restored, made anew, read-only, or back after a while."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -68,6 +70,37 @@ async def test_a_standby_that_was_promoted_serves_those_who_wait(folder, primary
                     await sender.send_to_queue("claims", 2)
                     assert (await waiting).body == 2
         primary.start()  # for the fixture to stop
+
+
+async def test_what_a_synchronous_standby_need_not_have_is_not_confirmed(primary) -> None:
+    """The server commits and only notes it, where an operator ends a wait for a standby that is away."""
+    async with filao.connect(primary.url()) as broker:
+        await broker.declare(filao.Queue("claims"))
+
+        async def in_a_transaction() -> None:
+            async with broker.transaction() as tx:
+                await tx.send_to_queue("claims", 2)
+
+        with psycopg.connect(primary.url(), autocommit=True) as operator:
+            operator.execute("ALTER SYSTEM SET synchronous_standby_names = 'away'")
+            operator.execute("SELECT pg_reload_conf()")
+
+            async def cut_off(send: Callable[[], Coroutine[Any, Any, object]]) -> None:
+                cut = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+                while True:  # a send that is done at once came before the server had heard of its standby
+                    sending = asyncio.create_task(send())
+                    while not sending.done() and not operator.execute(cut).fetchall():
+                        await asyncio.sleep(0.01)
+                    await sending
+
+            async with asyncio.timeout(60):
+                for send in (partial(broker.send_to_queue, "claims", 1), in_a_transaction):
+                    with pytest.raises(filao.EngineUnavailable, match=r"synchronous standby.*open whether"):
+                        await cut_off(send)
+            operator.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            operator.execute("SELECT pg_reload_conf()")
+        found = await broker.receive_many("claims", 100, wait=10)
+        assert {message.body for message in found} == {1, 2}
 
 
 async def test_a_process_takes_no_queue_of_a_schema_made_anew_for_the_one_it_knew(url) -> None:

@@ -188,7 +188,8 @@ class PostgresqlEngine:
         known = [operation for operation in operations if operation.queue not in unknown]
         calls = verbs.calls(known, self._setting(later=False))
         fresh = [(self._numbers[queue], count) for queue, count in verbs.fresh(known).items()]
-        return _Done(known, unknown, calls, await self._run(connection, calls, fresh))
+        with self._server.replicated(connection):
+            return _Done(known, unknown, calls, await self._run(connection, calls, fresh))
 
     def _setting(self, *, later: bool) -> verbs.Setting:
         listener = self._listener

@@ -63,7 +63,8 @@ class Main:
 
                 async def run() -> tuple[Any, ...]:
                     given = [self.expected() if value is MOMENT else value for value in parameters]
-                    row: tuple[Any, ...] | None = await (await self._run(connection, sql, given)).fetchone()
+                    with self.server.replicated(connection):
+                        row: tuple[Any, ...] | None = await (await self._run(connection, sql, given)).fetchone()
                     return (None,) if row is None else row
 
                 with suppress(LockNotAvailable):

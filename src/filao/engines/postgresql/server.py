@@ -8,6 +8,7 @@ import weakref
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import UnionType
 from typing import Any
 
@@ -98,6 +99,9 @@ _ANSWERED = re.compile(r" failed: \S+:  ")
 class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
     """A connection that ends soon when its call is cancelled, which also happens when the call's time is over."""
 
+    is_alone: bool = False
+    """Whether the server has committed, but somebody ended its wait for a synchronous standby, which it only notes."""
+
     async def cancel_safe(self, *, timeout: float = UNDONE_WITHIN) -> None:
         """Ask the server to end its statement; if it does not answer soon, close, where the driver would wait 10 s."""
         try:
@@ -105,6 +109,12 @@ class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
         except psycopg.Error:
             self.pgconn.finish()
             raise
+
+
+def _hear(connection: "weakref.ref[Connection]", notice: psycopg.errors.Diagnostic) -> None:
+    told = connection()
+    if told is not None and notice.source_function == "SyncRepWaitForLSN":  # its words are in the server's language
+        told.is_alone = True
 
 
 def _about(url: str) -> dict[str, Any] | None:
@@ -172,6 +182,7 @@ class Server:
                 keepalives_count=3,
                 tcp_user_timeout=round(ANSWERS_WITHIN * 1000),
             )
+            connection.add_notice_handler(partial(_hear, weakref.ref(connection)))
             self._connections.add(connection)
             try:
                 await self.set_up(connection, is_ours=is_ours, locked_for=locked_for)
@@ -190,6 +201,17 @@ class Server:
         with self.mapped(begun=begun) as attempt:
             async with in_time(since):
                 yield attempt
+
+    @contextmanager
+    def replicated(self, connection: Connection) -> Generator[None]:
+        """Raise `EngineUnavailable` behind a commit whose wait for a synchronous standby somebody has ended."""
+        connection.is_alone = False
+        yield
+        if connection.is_alone:
+            raise EngineUnavailable(
+                f"{self.name} has committed, but somebody ended its wait for a synchronous standby: what a failover "
+                f"brings may lack this. {_doubt(begun=True)}"
+            )
 
     async def set_up(self, connection: Connection, *, is_ours: bool, locked_for: float) -> None:
         """Check a new connection and give it the settings that the promises rest on."""

@@ -40,7 +40,7 @@ class TransactionPool:
             with self._server.mapped(begun=False):
                 connection = await self._taken(stack, begins=True)
             yield connection
-            with self._server.mapped():
+            with self._server.mapped(), self._server.replicated(connection):
                 async with in_time():
                     ended = await connection.execute("COMMIT")
             if ended.statusmessage != "COMMIT":
