@@ -78,6 +78,21 @@ async def test_a_jump_of_the_wall_clock_changes_no_lease_delay_or_time_to_live(t
             await held.ack()
 
 
+async def test_a_jump_that_a_filter_of_the_log_cannot_bear_stops_no_send(tmp_path, machine) -> None:
+    def fail(record: logging.LogRecord) -> bool:
+        raise RuntimeError("the filter fails")
+
+    logging.getLogger("filao.sqlite").addFilter(fail)
+    try:
+        async with filao.connect(tmp_path / "claims.db", clock=machine) as broker:
+            await broker.declare(filao.Queue("claims"))
+            machine.wall += 3600
+            await broker.send_to_queue("claims", 1)
+            assert await next_body(broker) == 1
+    finally:
+        logging.getLogger("filao.sqlite").removeFilter(fail)
+
+
 async def test_no_jump_is_followed_for_the_time_before_it_was_seen(tmp_path, machine) -> None:
     async with filao.connect(tmp_path / "claims.db", clock=machine) as broker:
         await broker.declare(filao.Queue("claims"))

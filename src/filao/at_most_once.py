@@ -13,10 +13,11 @@ from typing import Any
 
 from filao.engine import Ack, Received
 from filao.errors import LeaseLost
+from filao.guarded import Log
 from filao.message import AT_MOST_ONCE, Message, delivery_of, mark_settled
 from filao.session import Session
 
-log: logging.Logger = logging.getLogger("filao")
+log: Log = Log(logging.getLogger("filao"))
 
 Taken = Callable[["asyncio.Future[Received]"], Awaitable[Received]]
 

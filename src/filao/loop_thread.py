@@ -15,11 +15,12 @@ from contextlib import suppress
 from filao.broker import Broker, session_of
 from filao.calls import Caller, interpreter_ends, signals_left_to_others
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.guarded import Log
 from filao.outside import outside
 from filao.process import start
 from filao.session import CLOSES_WITHIN
 
-log: logging.Logger = logging.getLogger("filao")
+log: Log = Log(logging.getLogger("filao"))
 
 JOINED_WITHIN = CLOSES_WITHIN + 5.0  # seconds: closing has its own bound, and the loop then ends what is left at once
 _threads: "set[LoopThread]" = set()

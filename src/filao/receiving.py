@@ -14,12 +14,13 @@ from filao.at_most_once import AtMostOnce
 from filao.codec import codec_for, decode_headers, said
 from filao.engine import Delivery, Receive, Received, Reject, Result
 from filao.errors import EngineError, FilaoError, LeaseLost
+from filao.guarded import Log
 from filao.message import Guarantee, Message, delivery_of, error_text
 from filao.printable import printable
 from filao.queue import Queue, T
 from filao.session import Session
 
-log: logging.Logger = logging.getLogger("filao")
+log: Log = Log(logging.getLogger("filao"))
 LOGGED_MAX = 500  # characters of why a body is malformed, in which pydantic quotes the body
 
 

@@ -10,7 +10,6 @@ second connection for the same leases, it runs on the worker's loop.
 """
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +22,6 @@ from filao.errors import EngineUnavailable, FilaoError, LeaseLost
 from filao.process import start
 from filao.session import Session
 from filao.worker.outage import Outages, pauses
-
-log: logging.Logger = logging.getLogger("filao.worker")
 
 TICKS_PER_LEASE = 6  # looks during the shortest lease, which is extended when a third of it has passed
 TICK_MAX = 1.0  # seconds between looks

@@ -24,9 +24,10 @@ from typing import Any, cast
 
 from filao.codec import shown
 from filao.errors import ConfigurationError
+from filao.guarded import Log
 from filao.worker.handlers import Handler
 
-log: logging.Logger = logging.getLogger("filao.worker")
+log: Log = Log(logging.getLogger("filao.worker"))
 
 ENDS_WITHIN = 30.0  # seconds for all that lifespans do when the worker has stopped
 GIVEN_UP_AFTER = 1.0  # seconds after their cancellation in which they may still end

@@ -24,6 +24,7 @@ from filao.checks import check_count, check_duration, check_name, check_number
 from filao.codec import codec_for, shown
 from filao.engine import Engine, Feature, OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, UnsupportedFeature
+from filao.guarded import Log
 from filao.message import Message
 from filao.observing import Observer, Tracer
 from filao.outside import outside
@@ -41,7 +42,7 @@ from filao.worker.strays import Strays
 from filao.worker.surroundings import Lifespan, Middleware, Surroundings, check_lifespan, lived, supplied
 from filao.worker.threads import Threads
 
-log: logging.Logger = logging.getLogger("filao.worker")
+log: Log = Log(logging.getLogger("filao.worker"))
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")

@@ -11,8 +11,9 @@ import time
 from psycopg import errors
 
 from filao.engines.postgresql.server import Connection
+from filao.guarded import Log
 
-log: logging.Logger = logging.getLogger("filao.postgresql")
+log: Log = Log(logging.getLogger("filao.postgresql"))
 
 JUMP = 1_000  # milliseconds between the clocks that are taken for a jump; filao.now has the same
 DRIFT = 0.001  # of the time since they were compared, by which two clocks may drift apart without a jump

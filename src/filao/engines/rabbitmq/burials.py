@@ -17,6 +17,7 @@ from filao.engines.rabbitmq import envelope, wire
 from filao.engines.rabbitmq.consumer import Consumer
 from filao.engines.rabbitmq.publisher import Limited, Publisher
 from filao.errors import FilaoError
+from filao.guarded import Log
 from filao.printable import printable
 from filao.queue import Queue
 
@@ -24,7 +25,7 @@ MOMENT = 1.0  # seconds that a receive waits for burials: a server that has room
 AT_ONCE_MAX = 200  # burials in one process, above which no receive looks for more: with the largest bodies some 50 MB
 ENDED_WITHIN = 0.5  # seconds that closing waits for burials: whoever receives such a message next buries it
 
-log: logging.Logger = logging.getLogger("filao.rabbitmq")
+log: Log = Log(logging.getLogger("filao.rabbitmq"))
 
 
 @dataclass(frozen=True, slots=True)

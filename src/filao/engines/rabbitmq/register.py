@@ -33,10 +33,10 @@ from filao.engines.rabbitmq.refusals import has_delay
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, CONNECTED_WITHIN, FAREWELL_WITHIN, Server, Session
 from filao.engines.rabbitmq.topology import QUORUM, REGISTER
 from filao.errors import ConfigurationError, EngineUnavailable
-from filao.guarded import cancellable
+from filao.guarded import Log, cancellable
 from filao.queue import Backoff, Queue, not_found, rules_from_json, rules_to_json
 
-log: logging.Logger = logging.getLogger("filao.rabbitmq")
+log: Log = Log(logging.getLogger("filao.rabbitmq"))
 
 LOOKED_AT_MAX = 100  # messages of the register's queue: two after a crash, and what other programs may have put there
 VERSION_MAX = 2**53  # of a page, which gets a new version with each change of a rule

@@ -47,12 +47,13 @@ from filao.engines.rabbitmq import wire
 from filao.engines.rabbitmq.outlet import Outlet
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.forks import cut_off, gate, keep
+from filao.guarded import Log
 from filao.printable import printable
 from filao.urls import checked, hosts, is_bare, shown_url
 
 AWAY = (AMQPError, ChannelInvalidStateError, TimeoutError, OSError)  # what the client raises when the server is away
 
-log: logging.Logger = logging.getLogger("filao.rabbitmq")
+log: Log = Log(logging.getLogger("filao.rabbitmq"))
 
 for _name in ("aiormq", "aio_pika"):  # without this, what is raised here would be printed too
     logging.getLogger(_name).addHandler(logging.NullHandler())

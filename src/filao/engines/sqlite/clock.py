@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from filao.checks import is_system_clock
+from filao.guarded import Log
 
-log: logging.Logger = logging.getLogger("filao.sqlite")
+log: Log = Log(logging.getLogger("filao.sqlite"))
 
 JUMP = 1_000  # milliseconds between the wall clock and ours that are taken for a jump
 SLEW = 20  # ours follows by at most a twentieth of the time that passes

@@ -14,8 +14,9 @@ from filao.engines.sqlite.books import Books
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.jobs import Jobs
 from filao.errors import FilaoError
+from filao.guarded import Log
 
-log: logging.Logger = logging.getLogger("filao.sqlite")
+log: Log = Log(logging.getLogger("filao.sqlite"))
 
 R = TypeVar("R")
 
