@@ -625,6 +625,38 @@ async def test_what_comes_after_a_receive_that_waited_in_vain_uses_no_attempt(ur
         await message.ack()
 
 
+@pytest.fixture
+def once(queue) -> filao.Queue:
+    """Return a queue in which a second attempt is death."""
+    return filao.Queue(f"{queue.name}.once", max_attempts=1, backoff=AT_ONCE)
+
+
+async def _is_pushed_to(broker: filao.Broker, queue: filao.Queue) -> consumer.Consumer:
+    """Wait until the server may push messages of a queue to a broker, and return what receives them there."""
+    async with asyncio.timeout(60):
+        consumers: dict[str, consumer.Consumer] = engine_of(broker)._consumers
+        while queue.name not in consumers or not consumers[queue.name].has_room():
+            await asyncio.sleep(0.01)
+    return consumers[queue.name]
+
+
+async def test_what_comes_after_a_receive_that_was_cancelled_uses_no_attempt(url, broker, once, monkeypatch) -> None:
+    """As when a worker is told to stop, or its only place is taken by another queue's message."""
+    monkeypatch.setattr(consumer, "LINGER", 0.0)
+    await broker.declare(once)
+    async with filao.connect(url) as other:
+        waiting = asyncio.create_task(other.receive_from_queue(once))
+        receiving = await _is_pushed_to(other, once)
+        waiting.cancel()
+        async with asyncio.timeout(20):
+            while receiving.has_room():
+                await asyncio.sleep(0.01)
+        await broker.send_to_queue(once, 1)
+        message = await received(broker, once)
+        assert (message.body, message.attempt) == (1, 1)
+        await message.ack()
+
+
 async def test_a_first_receive_ends_whenever_it_is_cancelled(url, queue, broker) -> None:
     async with filao.connect(url) as fresh:
         receiving = [asyncio.create_task(fresh.receive_from_queue(queue.name)) for _ in range(40)]

@@ -20,13 +20,17 @@ class Looks:
         self.answers: list[asyncio.Future[Result]] = []
         self.returned: list[Any] = []
         self.looked = asyncio.Event()
-        self.line = Line(self.submit, self.give_back, is_pushed_to=is_pushed_to)
+        self.left = 0
+        self.line = Line(self.submit, self.give_back, left=self.leave if is_pushed_to else None)
 
     def submit(self, operation: Operation) -> "asyncio.Future[Result]":
         self.asked.append(cast("Receive", operation))
         self.looked.set()
         self.answers.append(asyncio.get_running_loop().create_future())
         return self.answers[-1]
+
+    def leave(self) -> None:
+        self.left += 1
 
     async def begun(self) -> None:
         """Wait until a look has begun."""
@@ -237,6 +241,19 @@ async def test_what_a_last_look_brings_for_nobody_goes_back() -> None:
     waiting.cancel()
     await looks.answer("a")
     assert looks.returned == ["a"]
+
+
+async def test_an_engine_that_pushes_is_told_when_the_last_has_gone() -> None:
+    looks = Looks(is_pushed_to=True)
+    first, second, third = looks.wait(), looks.wait(), looks.wait()
+    first.cancel()
+    looks.line.call()
+    await looks.answer("a")
+    assert (await second).deliveries == ["a"]
+    assert looks.left == 0
+    third.cancel()
+    await asyncio.wait([third])
+    assert looks.left == 1
 
 
 async def test_a_last_look_that_fails_is_told() -> None:

@@ -5,7 +5,7 @@ If the line has been called more often than when the place was taken, it looks a
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -16,9 +16,11 @@ from filao.guarded import failure_of
 class Line:
     """The line of those that wait for one queue."""
 
-    def __init__(self, submit: Submit, abandoned: Abandoned, *, is_pushed_to: bool = False) -> None:
-        self.is_pushed_to = is_pushed_to
+    def __init__(self, submit: Submit, abandoned: Abandoned, *, left: Callable[[], None] | None = None) -> None:
+        self.is_pushed_to: bool = left is not None
         """A look asks the engine to push messages to those that wait: it must hear of every one, and may be slow."""
+        self._left = left
+        """Called when the last of those that wait has gone, so that nothing more is pushed for it."""
         self._submit = submit
         self._abandoned = abandoned
         self._waiting: dict[asyncio.Future[Received], Place] = {}
@@ -73,6 +75,8 @@ class Line:
         place = self._waiting.pop(future, None)
         if place is not None:
             self._wanted -= place.receive.limit
+            if self._left is not None and not self._wanted and future.cancelled():
+                self._left()
 
     def _time_out(self, future: "asyncio.Future[Received]") -> None:
         """Send one away with nothing, but not before the end of a look that is under way and may bring something."""
@@ -166,15 +170,17 @@ class Place:
 class Lines(dict[str, Line]):
     """The lines of an engine, by queue; one begins with its first place."""
 
-    def __init__(self, *, are_pushed_to: bool = False) -> None:
+    def __init__(self, *, left: Callable[[str], None] | None = None) -> None:
         super().__init__()
-        self._are_pushed_to = are_pushed_to
+        self._left = left
+        """As that of each `Line`, with its queue: given where messages are pushed to lines."""
 
     def place(self, receive: Receive, submit: Submit, abandoned: Abandoned) -> Place:
         """Take a place in the line of a queue."""
         line = self.get(receive.queue)
         if line is None:
-            line = self[receive.queue] = Line(submit, abandoned, is_pushed_to=self._are_pushed_to)
+            left = self._left and partial(self._left, receive.queue)
+            line = self[receive.queue] = Line(submit, abandoned, left=left)
         return line.place(receive)
 
     def call(self) -> None:

@@ -25,7 +25,9 @@ PREFETCH_MAX = 65_535  # the most that AMQP can express
 class Consumer:
     """The receiving end of one queue."""
 
-    def __init__(self, channel: Channel, token: int, queue: str, called: Callable[[], object]) -> None:
+    def __init__(
+        self, channel: Channel, token: int, queue: str, called: Callable[[], object], wanted: Callable[[], int]
+    ) -> None:
         self.channel = channel
         self.token = token
         """The token of all leases on this channel."""
@@ -33,6 +35,8 @@ class Consumer:
         """The messages that callers hold, by delivery tag."""
         self._queue = queue
         self._called = called
+        self._wanted = wanted
+        """Returns how many messages callers wait for."""
         self._buffer: deque[DeliveredMessage] = deque()
         self._room: dict[str, int] = {}
         """How much more the server may push to each of our consumers."""
@@ -51,17 +55,16 @@ class Consumer:
         """Whether the channel, and so every lease on it, lasts."""
         return not self.channel.is_closed
 
-    async def take(self, limit: int, waiting: int, *, is_last: bool = False) -> list[DeliveredMessage]:
-        """Return up to `limit` messages; let the server push when there are callers `waiting` for more.
+    def has_room(self) -> bool:
+        """Return whether the server may push more."""
+        return any(self._room.values())
 
-        After the last of them (`is_last`), it pushes no more: what would be given back unseen would use an attempt.
-        """
+    async def take(self, limit: int, waiting: int) -> list[DeliveredMessage]:
+        """Return up to `limit` messages; let the server push when there are callers `waiting` for more."""
         self._used_at = asyncio.get_running_loop().time()
         self._busiest = max(self._busiest, len(self.held) + max(limit, waiting))
-        if is_last and any(self._room.values()):
-            async with self._asking:
-                await self._stop_pushing()
-            self._called()  # those that begin to wait just now ask again
+        if not waiting:
+            await self.rest()
         taken = self._from_buffer(limit)
         try:
             if not waiting:
@@ -87,6 +90,13 @@ class Consumer:
         if message.consumer_tag in self._room:
             self._room[message.consumer_tag] += 1
 
+    async def rest(self) -> None:
+        """Let the server push no more if nobody waits: what is given back unseen has used an attempt."""
+        if self.has_room() and not self._wanted():
+            async with self._asking:
+                await self._stop_pushing()
+            self._called()  # those that began to wait meanwhile ask again
+
     async def give_back(self, messages: Sequence[DeliveredMessage]) -> None:
         """Give back those of these messages that are still held."""
         for message in messages:
@@ -100,10 +110,9 @@ class Consumer:
         async with self._asking:
             await self.channel.basic_qos(prefetch_count=1, timeout=ANSWERS_WITHIN)
 
-    async def tidy(self, wanted: int) -> None:
-        """Let the server push less when the callers want less, `wanted` messages now; with no caller left, give back
-        what it has pushed.
-        """
+    async def tidy(self) -> None:
+        """Let the server push less when the callers want less; with no caller left, give back what it has pushed."""
+        wanted = self._wanted()
         is_left = not wanted and asyncio.get_running_loop().time() - self._used_at > LINGER
         now = len(self.held) + wanted
         busiest, self._busiest = max(self._busiest, now), now

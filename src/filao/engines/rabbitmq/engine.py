@@ -83,7 +83,9 @@ class RabbitmqEngine:
         self._burials = Burials(self._publisher, limited, self._call)
         self._opening = asyncio.Lock()
         self._tokens = count(1)
-        self._lines: Lines = Lines(are_pushed_to=True)
+        self._untidy = asyncio.Event()
+        """Set when the server may push what nobody waits for."""
+        self._lines: Lines = Lines(left=self._is_left)
         self._is_closing = False
         self.operators: RabbitmqOperators = RabbitmqOperators(
             self._server, self._declared, self._publisher, limited, self._held
@@ -101,7 +103,9 @@ class RabbitmqEngine:
         except BaseException:
             await self._declared.close()
             raise
-        self._tidying = asyncio.get_running_loop().create_task(for_ever("tidying up on RabbitMQ", self._tidy))
+        begin = asyncio.get_running_loop().create_task
+        turns = {"tidying up on RabbitMQ": self._tidy, "resting on RabbitMQ": self._rest}
+        self._tidying = [begin(for_ever(what, turn)) for what, turn in turns.items()]
 
     def sibling(self) -> None:
         """Return None: a lease is bound to the connection on which the message was received."""
@@ -110,9 +114,10 @@ class RabbitmqEngine:
         """End the connections; what is held goes back to its queues."""
         self._is_closing = True
         self._lines.close()
-        self._tidying.cancel()
+        for task in self._tidying:
+            task.cancel()
         try:
-            await asyncio.gather(self._tidying, return_exceptions=True)
+            await asyncio.gather(*self._tidying, return_exceptions=True)
             await self.operators.close()
             await self._burials.close()
             await self._declared.close()
@@ -223,12 +228,10 @@ class RabbitmqEngine:
 
     async def _look(self, queue: Queue, receive: Receive, session: Session) -> "_Look":
         """Take messages once, and begin to bury those that must not be handed over."""
-        line = self._lines.get(queue.name)
-        wanted = line.wanted() if line else 0
-        waiting = max(receive.limit, wanted) if receive.waiting else 0
+        waiting = max(receive.limit, self._wanted(queue.name)) if receive.waiting else 0
         try:
             consumer = await self._consumer(queue.name, session)
-            messages = await consumer.take(receive.limit, waiting, is_last=not waiting and not wanted)
+            messages = await consumer.take(receive.limit, waiting)
         except ChannelNotFoundEntity:
             self._declared.rules.pop(queue.name, None)
             raise deleted(queue.name) from None
@@ -319,8 +322,8 @@ class RabbitmqEngine:
             consumer = self._consumers.get(queue)
             if consumer is None or not consumer.is_open:
                 channel = await session.channel()
-                consumer = Consumer(channel, next(self._tokens), queue, partial(self._call, queue))
-                self._consumers[queue] = consumer
+                call, wanted = partial(self._call, queue), partial(self._wanted, queue)
+                consumer = self._consumers[queue] = Consumer(channel, next(self._tokens), queue, call, wanted)
             return consumer
 
     def _consumer_of(self, delivery: Delivery) -> Consumer:
@@ -338,6 +341,11 @@ class RabbitmqEngine:
         """Take a place to wait for a queue."""
         return self._lines.place(receive, submit, abandoned)
 
+    def _wanted(self, queue: str) -> int:
+        """Return how many messages those that wait for a queue want."""
+        line = self._lines.get(queue)
+        return 0 if line is None else line.wanted()
+
     def _call(self, queue: str) -> None:
         """Let the line of a queue look, because something was pushed for it."""
         line = self._lines.get(queue)
@@ -348,15 +356,29 @@ class RabbitmqEngine:
         """Let all lines look: the connection has ended, and nothing more is pushed to them."""
         self._lines.call()
 
+    def _is_left(self, queue: str) -> None:
+        """Learn that the last caller that waited for a queue has gone."""
+        consumer = self._consumers.get(queue)
+        if consumer is not None and consumer.has_room():
+            self._untidy.set()
+
+    async def _rest(self) -> None:
+        """Let the server push nothing more once nobody waits."""
+        await self._untidy.wait()
+        self._untidy.clear()
+        with suppress(*AWAY):
+            for consumer in list(self._consumers.values()):
+                if consumer.is_open:
+                    await consumer.rest()
+
     async def _tidy(self) -> None:
         """Every now and then, give back what was pushed but nobody wants, and learn of changed rules."""
         now = asyncio.get_running_loop().time
         await asyncio.sleep(TIDY_INTERVAL)
         with suppress(*AWAY):  # the callers of a server that fails get its error
-            for queue, consumer in list(self._consumers.items()):
-                line = self._lines.get(queue)
+            for consumer in list(self._consumers.values()):
                 if consumer.is_open:
-                    await consumer.tidy(0 if line is None else line.wanted())
+                    await consumer.tidy()
             if now() - self._declared.learnt_at > LEARN_INTERVAL:
                 await self._declared.learn()
 
