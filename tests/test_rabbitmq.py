@@ -1061,12 +1061,14 @@ def without_memory(server: Rabbitmq) -> Generator[None]:
 async def test_a_server_that_blocks_senders_lets_consumers_finish_and_costs_no_lease(
     frail, queue, monkeypatch, caplog
 ) -> None:
-    spent = filao.Queue(f"{queue.name}.spent", backoff=AT_ONCE)
+    spent = filao.Queue(f"{queue.name}.spent", backoff=AT_ONCE, emulate=("delay",))
     monkeypatch.setattr(RabbitmqEngine, "concurrent_batches", 1)  # so that the next in its line must wait for the send
     async with filao.connect(frail.url()) as broker:
         await broker.declare(queue)
         await broker.declare(spent)
         await broker.send_many(queue, [0, 1, 2])
+        await broker.send_to_queue(spent, "put off")
+        put_off = await received(broker, spent)
         with closing(pika.BlockingConnection(pika.URLParameters(frail.url()))) as foreign:
             tired = pika.BasicProperties(headers={"x-filao-attempt": 99})
             foreign.channel().basic_publish("", spent.name, b"7", tired)
@@ -1080,6 +1082,8 @@ async def test_a_server_that_blocks_senders_lets_consumers_finish_and_costs_no_l
                 message = await received(broker, queue)
                 await message.ack()
                 (error,) = await sending
+                with pytest.raises(filao.EngineUnavailable, match="memory"):
+                    await put_off.release(delay=60)
                 assert await broker.receive_from_queue(spent, wait=0) is None
                 async with asyncio.timeout(20):
                     while "cannot be made a dead letter (max_attempts)" not in caplog.text:
@@ -1097,6 +1101,29 @@ async def test_a_server_that_blocks_senders_lets_consumers_finish_and_costs_no_l
             bodies.append(message.body)
             await message.ack()
     assert 2 in bodies
+
+
+async def test_a_queue_that_is_silent_costs_no_lease_in_others_and_leaves_no_send_to_them_in_doubt(
+    rabbitmq, broker, queue, monkeypatch
+) -> None:
+    other = filao.Queue(f"{queue.name}.other", backoff=AT_ONCE)
+    await broker.declare(other)
+    await broker.send_many(other, [0, 1])
+    await broker.send_to_queue(queue, 0)  # a first send would let the server's channel wait, and all that use it
+    held = await received(broker, other)
+    async with silent(rabbitmq, queue.name):
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "ANSWERS_WITHIN", 1.0)
+            patched.setattr(engine, "BEGUN_WITHIN", 1.0)
+            with pytest.raises(filao.EngineUnavailable, match="has not answered"):
+                await broker.receive_from_queue(queue, wait=0)
+            await held.ack()
+            held = await received(broker, other)
+            sends = (broker.send_to_queue(to, 2) for to in (queue, other))
+            in_doubt, sent = await asyncio.gather(*sends, return_exceptions=True)
+    assert isinstance(in_doubt, filao.EngineUnavailable)
+    assert isinstance(sent, filao.Receipt)
+    await held.ack()
 
 
 async def test_the_doctor_tells_that_the_server_blocks_those_who_send(frail, queue, monkeypatch) -> None:

@@ -145,23 +145,37 @@ class RabbitmqEngine:
 
     def needs_confirm(self, operation: Operation) -> bool:
         """Return whether the server must confirm an operation, for which it takes as long as it likes."""
-        return isinstance(operation, Send) or (
-            isinstance(operation, Settle) and isinstance(operation.outcome, Nack | Reject)
-        )
+        match operation:
+            case Settle(outcome=Release(delay)):
+                return delay > 0
+            case Settle(outcome=Nack() | Reject()) | Send():
+                return True
+            case _:
+                return False
 
     async def execute_confirmed(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
-        """Do what must be confirmed, all of it at once."""
-        async with self._begun(batch, self._sending) as (operations, session):
-            works = [self._result(self._work(operation, session)) for operation in operations]
-            return [await works[0]] if len(works) == 1 else await asyncio.gather(*works)
+        """Do what must be confirmed, all of it at once; when the time is over, what was confirmed counts."""
+        works: list[asyncio.Task[Result | asyncio.Future[Result]]] = []
+        try:
+            async with self._begun(batch, self._sending) as (operations, session):
+                if len(operations) == 1:
+                    return [await self._result(self._work(operations[0], session))]
+                begin = asyncio.get_running_loop().create_task
+                works += [begin(self._result(self._work(operation, session))) for operation in operations]
+                return list(await asyncio.gather(*works))
+        except EngineUnavailable as error:
+            if not works:
+                raise
+            return [error if work.cancelled() else work.result() for work in works]
 
     @asynccontextmanager
     async def _begun(self, batch: Batch, link: Link) -> AsyncGenerator[tuple[list[Operation], Session]]:
         """Give the operations of a batch, and the session that they need, for as long as a batch may take.
 
         When its time is over, that session is given up and no other, so that a server that blocks senders ends no
-        lease. A batch that begins late, behind others that the server kept waiting, still has some time: otherwise it
-        would give up a session that works.
+        lease; and it is kept if the server still answers there, and only a queue does not. A batch that begins late,
+        behind others that the server kept waiting, still has some time: otherwise it would give up a session that
+        works.
         """
         if self._is_closing:
             raise EngineUnavailable("the broker was closed meanwhile")
@@ -179,7 +193,7 @@ class RabbitmqEngine:
         except TimeoutError as error:
             if asked is not None and not asked.is_open:
                 raise self._server.engine_error(ConnectionResetError(asked.ended_by)) from error
-            if asked is not None:
+            if asked is not None and not await asked.answers():
                 await asked.close(FAREWELL_WITHIN)
             raise self._server.engine_error(error, begun=asked is not None) from error
 

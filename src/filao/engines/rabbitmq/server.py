@@ -375,6 +375,13 @@ class Session:
                     async with asyncio.timeout(within):
                         await channel.close()
 
+    async def answers(self) -> bool:
+        """Return whether the server answers on it, within half a second."""
+        with suppress(*AWAY, ConfigurationError):
+            async with asyncio.timeout(FAREWELL_WITHIN), self.aside():
+                return True
+        return False
+
     async def depth(self, queue: str) -> int | None:
         """Return how many messages are ready in a queue of the server; None when there is no such queue."""
         try:
