@@ -145,13 +145,9 @@ class RabbitmqEngine:
 
     def needs_confirm(self, operation: Operation) -> bool:
         """Return whether the server must confirm an operation, for which it takes as long as it likes."""
-        match operation:
-            case Settle(outcome=Release(delay)):
-                return delay > 0
-            case Settle(outcome=Nack() | Reject()) | Send():
-                return True
-            case _:
-                return False
+        outcome = operation.outcome if isinstance(operation, Settle) else None
+        is_put_off = isinstance(outcome, Release) and outcome.delay > 0
+        return is_put_off or isinstance(outcome, Nack | Reject) or isinstance(operation, Send)
 
     async def execute_confirmed(self, batch: Batch) -> "list[Result | asyncio.Future[Result]]":
         """Do what must be confirmed, all of it at once; when the time is over, what was confirmed counts."""
@@ -174,8 +170,7 @@ class RabbitmqEngine:
 
         When its time is over, that session is given up and no other, so that a server that blocks senders ends no
         lease; and it is kept if the server still answers there, and only a queue does not. A batch that begins late,
-        behind others that the server kept waiting, still has some time: otherwise it would give up a session that
-        works.
+        behind others that the server kept waiting, still has some time, or it would give up a session that works.
         """
         if self._is_closing:
             raise EngineUnavailable("the broker was closed meanwhile")
