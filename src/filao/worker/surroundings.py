@@ -110,7 +110,7 @@ async def lived(
     finally:
         telling.cancel()
         leave.set()
-        await _end(living, ENDS_WITHIN if entered.done() else 0.0, hangs)
+        await _end(living, hangs, was_cancelled=not entered.done() and living.cancel())  # only while it opens
 
 
 async def _live(
@@ -133,10 +133,11 @@ async def _live(
     return None
 
 
-async def _end(living: "asyncio.Task[BaseException | None]", within: float, hangs: Callable[[], object]) -> None:
+async def _end(
+    living: "asyncio.Task[BaseException | None]", hangs: Callable[[], object], *, was_cancelled: bool
+) -> None:
     """Wait until the lifespans have ended, cancel them when the time is up, and raise what else has ended them."""
-    was_cancelled = False
-    for limit in (within, ENDS_WITHIN - within + GIVEN_UP_AFTER):
+    for limit in (ENDS_WITHIN, GIVEN_UP_AFTER):
         try:
             await asyncio.wait([living], timeout=limit)
         finally:
