@@ -163,6 +163,28 @@ async def test_a_group_that_was_resumed_elsewhere_is_not_halted_when_it_comes_ba
 
 
 @pytest.mark.parametrize("way", SQL_WAYS)
+@pytest.mark.parametrize("overflow", ["refuse", "drop_oldest"])
+async def test_a_full_queue_is_moved_whole_with_its_dead_letters(place, name, way, overflow) -> None:
+    source, target = map(place, way.split())
+    queue = filao.Queue(name, max_length=3, overflow=overflow)
+    async with filao.connect(source) as broker:
+        await broker.declare(queue)
+        await broker.send_many(queue, ["dead 1", "live 1", "dead 2"])
+        for message in await broker.receive_many(queue, 3):
+            await (message.release() if message.body == "live 1" else message.reject("no such policy"))
+        await broker.send_many(queue, ["live 2", "live 3"])
+    before = await everything(source, name)
+    await moved(source, target, name)
+    assert await everything(target, name) == before
+    async with filao.connect(target) as broker:
+        stats = await broker.stats(name)
+        assert (stats.ready, stats.dead_by_reason) == (3, {"rejected": 2})
+        if overflow == "refuse":
+            with pytest.raises(filao.QueueFull):
+                await broker.send_to_queue(name, "one more")
+
+
+@pytest.mark.parametrize("way", SQL_WAYS)
 async def test_a_move_that_was_killed_can_be_taken_back(place, name, way) -> None:
     source, target = map(place, way.split())
     before = await sent_in_each_way(source, filao.Queue(name))

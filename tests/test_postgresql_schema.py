@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "c5ea314f75b6801c"}
+DIGESTS = {10: "536c9eef598b9fc6"}
 """The digest of the SQL of the newest version."""
 
 

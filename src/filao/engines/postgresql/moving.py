@@ -107,6 +107,7 @@ class PostgresqlMover:
             number = await self._operators.number(queue)
             async with self._transactions.begin() as connection:
                 parcels = await coming(connection, number, self._main.moment(), parcels)
+                await connection.execute("SET LOCAL filao.moves = 'yes'")  # see filao.send
                 results = await self._apply(connection, carried.sends(queue, parcels))
                 for place, parcel in enumerate(parcels):
                     if carried.has_rival(parcel, results[place]):

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from filao.engine import Draft
@@ -103,12 +104,14 @@ def unpack(books: Books, row: QueueRow, parcels: Sequence[Parcel]) -> None:
     parcels = [parcel for parcel in parcels if not _has_come(books, row, parcel.id)]
     for parcel in parcels:  # of a message that was here and was moved away, the key is still known
         moves.unlearn(books, row, moves.keys(parcel.draft.dedup_key, None), parcel.id)
+    rules, row.rules = row.rules, replace(row.rules, max_length=None)  # what was confirmed to its sender is kept
     results = [send(books, one) for one in carried.sends(queue, parcels)]
     for place, parcel in enumerate(parcels):
         if carried.has_rival(parcel, results[place]):
             results[place] = send(books, *carried.sends(queue, [carried.without_key(parcel)]))
         if carried.is_new(results[place]):
             _amend(books, row, parcel)
+    row.rules = rules
 
 
 def _amend(books: Books, row: QueueRow, parcel: Parcel) -> None:
