@@ -75,6 +75,18 @@ async def test_a_full_queue_that_a_transaction_sends_to_stops_only_those_who_sen
     assert (await broker.stats("few")).ready == 5
 
 
+async def test_an_operator_need_not_wait_for_a_transaction_that_has_sent_to_a_queue_with_a_limit(url, broker) -> None:
+    with psycopg.connect(url) as holder:
+        await broker.send_to_queue("few", 0, within=holder)
+        await broker.pause("few")
+        await broker.declare(filao.Queue("few", max_length=6))
+        await broker.resume("few")
+        holder.commit()
+    assert await broker.send_many("few", range(5))
+    with pytest.raises(filao.QueueFull, match="its max_length is 6"):
+        await broker.send_to_queue("few", 6)
+
+
 async def test_what_is_free_is_done_though_very_many_wait_for_what_is_held(url, broker, monkeypatch) -> None:
     """They come in one batch, of which nothing is done at first."""
     monkeypatch.setattr(apart, "LOCKED_FOR", 3600.0)

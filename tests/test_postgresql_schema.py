@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "536c9eef598b9fc6"}
+DIGESTS = {10: "859ccec560a11c94"}
 """The digest of the SQL of the newest version."""
 
 

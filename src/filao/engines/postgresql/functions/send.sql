@@ -166,7 +166,8 @@ $$;
 -- The keys are claimed before the messages are counted, so that a queue's limit counts what is new, whatever keys the
 -- drafts of one send share with each other or with what is there; those of a send that is refused are given up again.
 --
--- Invariant: between the look at a queue's limit and the commit no other sends to it: the lock of its row is held.
+-- Invariant: between the look at a queue's limit and the commit no other sends to it: the lock of its limit is held. It
+-- is not that of its row, which an operator needs to pause it or to declare it anew.
 CREATE OR REPLACE FUNCTION filao.send(
   q integer, moment bigint, later boolean, salt bigint, ops integer[], kinds smallint[], contents bytea[],
   headers text[],
@@ -214,7 +215,7 @@ BEGIN
     RETURN QUERY SELECT 0, this, NULL::bigint, NULL::text, 'isolated', NULL::bigint FROM unnest(chosen) AS this;
     RETURN;
   ELSIF rules.max_length IS NOT NULL THEN
-    PERFORM FROM filao.queue WHERE id = q FOR NO KEY UPDATE;  -- one sender at a time, so that the limit is exact
+    PERFORM pg_advisory_xact_lock(1718184291, q);  -- one sender at a time, so that the limit is exact
   END IF;
   FOR this IN 1 .. CASE WHEN rules.max_length IS NULL THEN 1 ELSE cardinality(chosen) END LOOP
     parts := CASE WHEN rules.max_length IS NULL THEN chosen ELSE chosen[this:this] END;
