@@ -1136,6 +1136,23 @@ async def test_the_doctor_tells_that_the_server_blocks_those_who_send(frail, que
     assert "blocks those who send" in findings[0].text
 
 
+async def test_a_declaration_that_the_server_blocks_keeps_nobody_from_the_register(frail, queue, monkeypatch) -> None:
+    """It waited to write while it held the register, which stayed with its connection: nobody else could open."""
+    monkeypatch.setattr(register, "HELD_MAX", 2.0)
+    new = filao.Queue(f"{queue.name}.new", backoff=AT_ONCE)
+    async with filao.connect(frail.url()) as broker:
+        await broker.declare(queue)
+        with without_memory(frail):
+            with monkeypatch.context() as patched:
+                patched.setattr(register, "ANSWERS_WITHIN", 1.0)
+                for call in (broker.declare(new), broker.delete_queue(queue)):
+                    with pytest.raises(filao.EngineUnavailable, match="memory"):
+                        await call
+            async with filao.connect(frail.url()) as other:
+                assert queue in await other.queues()
+                await other.declare(queue)  # nothing new need be written
+
+
 async def test_what_is_moved_to_a_server_without_memory_is_refused_in_time(frail, queue, monkeypatch) -> None:
     monkeypatch.setattr(engine, "ANSWERS_WITHIN", 1.0)
     monkeypatch.setattr(engine, "BEGUN_WITHIN", 1.0)

@@ -76,6 +76,7 @@ class RabbitmqOperators:
             session = call.session
             held = await session.ready(queue) + await session.ready(dead_name(queue))
             if not held:
+                await register.until_heard(session)
                 async with session.aside() as channel:
                     await channel.queue_delete(queue)
                     await channel.queue_delete(dead_name(queue))

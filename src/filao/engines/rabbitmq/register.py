@@ -190,10 +190,29 @@ async def enter(session: Session, server: Server, queue: Queue[Any]) -> None:
     """Write a queue's rules into the register."""
     rules = rules_to_json(queue).encode()
     async with _held(session, server) as hold:
-        page = hold.pages.get(queue.name)
-        if page is None or bytes(page.rules) != rules:
+        if _says(hold, queue.name, rules):
+            return
+    await until_heard(session)
+    async with _held(session, server) as hold:
+        if not _says(hold, queue.name, rules):
+            page = hold.pages.get(queue.name)
             hold.pages[queue.name] = Page(page.version + 1 if page else 1, msgspec.Raw(rules))
             await _replace(hold)
+
+
+def _says(hold: _Hold, queue: str, rules: bytes) -> bool:
+    page = hold.pages.get(queue)
+    return page is not None and bytes(page.rules) == rules
+
+
+async def until_heard(session: Session) -> None:
+    """Send something to nobody, and return once it is confirmed; do so before the register is held to be changed.
+
+    A server that blocks those who send hears no more of their connections, not even that they were closed: the register
+    would stay with one of them, and nobody could connect.
+    """
+    async with session.aside(confirms=True) as channel:
+        await channel.basic_publish(b"", routing_key=f"{REGISTER}#nobody", timeout=ANSWERS_WITHIN)
 
 
 async def strike_out(session: Session, server: Server, queue: str, last: Callable[[], Awaitable[None]]) -> None:
