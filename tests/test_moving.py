@@ -369,6 +369,17 @@ async def test_what_the_target_cannot_keep_stays(place, name) -> None:
         assert (await broker.receive_from_queue(name)).body == 1
 
 
+async def test_a_header_that_the_target_acts_upon_stops_a_move_before_it_begins(place, name) -> None:
+    source, target = place("sqlite"), place("rabbitmq")
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+        await broker.send_many(name, range(filao.moving.SLICE))
+        await broker.send_to_queue(name, 1, headers={"CC": "x"})
+        with pytest.raises(filao.MessageNotEncodable, match="'CC'"):
+            await moved(source, target, name)
+        assert (await broker.stats(name)).ready == filao.moving.SLICE + 1
+
+
 async def test_the_command_says_what_it_would_do_and_does_it(place, name) -> None:
     source, target = place("sqlite"), place("sqlite")
 

@@ -1371,6 +1371,23 @@ async def test_a_redrive_to_a_queue_that_was_deleted_keeps_all_letters(broker, q
     assert [letter.id for letter in await broker.dead_letters(queue)] == ["A", "A", "B"]
 
 
+async def test_new_headers_of_a_dead_letter_are_checked(broker, queue, foreign) -> None:
+    """Of some names the server thinks something itself: it ended the channel, or sent copies elsewhere."""
+    await _letters(broker, queue, foreign, "A")
+    with pytest.raises(filao.MessageNotEncodable, match="'CC'"):
+        await broker.redrive(queue, ids=["A"], body=1, headers={"CC": "claims"})
+    assert (await broker.stats(queue)).dead == 1
+
+
+async def test_a_move_takes_the_dead_letters_in_turn_with_operators(broker, queue, foreign, monkeypatch) -> None:
+    """Each would see a part of them, and take it for all."""
+    monkeypatch.setattr(control, "TAKEN_WITHIN", 0.1)
+    foreign.queue_declare(topology.dead_name(queue.name) + control.TAKEN, exclusive=True)
+    with pytest.raises(filao.EngineUnavailable, match="another program has had its dead letters"):
+        async with engine_of(broker).mover.packing(queue.name):
+            pass
+
+
 @pytest.mark.parametrize("messages", [True, False])
 async def test_a_queue_whose_dead_letters_somebody_keeps_loses_nothing_to_a_delete(
     broker, queue, foreign, monkeypatch, messages

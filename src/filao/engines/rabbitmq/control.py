@@ -113,6 +113,8 @@ class RabbitmqOperators:
 
     async def redrive(self, queue: str, ids: Sequence[str] | None, limit: int | None, edited: Draft | None) -> int:
         """Publish dead letters behind what is ready; of several with one id, all."""
+        if edited is not None:
+            envelope.check_headers(queue, edited)
 
         async def publish(message: DeliveredMessage) -> None:
             async with self._limited():

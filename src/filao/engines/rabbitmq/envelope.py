@@ -49,9 +49,7 @@ def now() -> int:
 
 def written(queue: str, draft: Draft, name: str, ttl: float | None, moment: int) -> Properties:
     """Return the properties with which a message is published. Raises `MessageTooLarge` for what AMQP cannot hold."""
-    headers: dict[str, Any] = dict(decode_headers(draft.headers))
-    for header in headers:
-        _check_header(queue, header)
+    headers: dict[str, Any] = check_headers(queue, draft)
     headers[SENT_AT] = moment
     expiration = None
     if ttl is not None and draft.delay > 0:
@@ -69,6 +67,14 @@ def written(queue: str, draft: Draft, name: str, ttl: float | None, moment: int)
         expiration=expiration,
         headers=headers,
     )
+
+
+def check_headers(queue: str, draft: Draft) -> dict[str, Any]:
+    """Return a draft's headers. Raises `MessageError` for one that cannot be sent here."""
+    headers = dict(decode_headers(draft.headers))
+    for header in headers:
+        _check_header(queue, header)
+    return headers
 
 
 def _check_header(queue: str, header: str) -> None:

@@ -11,7 +11,7 @@ from aiormq.abc import DeliveredMessage
 
 from filao.engine import Draft
 from filao.engines.rabbitmq import envelope
-from filao.engines.rabbitmq.control import on_the_ladder
+from filao.engines.rabbitmq.control import on_the_ladder, reserve
 from filao.engines.rabbitmq.publisher import Limited, Publisher
 from filao.engines.rabbitmq.refusals import check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
@@ -38,15 +38,17 @@ class RabbitmqMover:
             return f"rabbitmq {call.session.cluster} {self._server.vhost}"
 
     def check(self, queue: Queue, drafts: Sequence[Draft] = ()) -> None:
-        """Raise `UnsupportedFeature` or `ConfigurationError` for what cannot be declared, or sent, here."""
+        """Raise `ConfigurationError` or `MessageError` for what cannot be declared, or sent, here."""
         check_rules(queue)
         for draft in drafts:
             check_draft(queue, draft)
+            envelope.check_headers(queue.name, draft)
 
     @asynccontextmanager
     async def packing(self, queue: str) -> AsyncGenerator[Packing]:
         """Begin to move a queue's messages away; those that were not delivered go back when the block ends."""
         async with self._declared.apart(queue) as call, call.session.aside() as channel:
+            await reserve(call, queue)
             call.goes_on()
             rules = self._declared.rules[queue]
 
