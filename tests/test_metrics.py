@@ -82,6 +82,13 @@ def test_queues_are_chosen_by_name_and_what_is_beyond_the_bound_is_counted(db) -
     assert bounded[("filao_queues_hidden",)] == 2
 
 
+def test_the_first_queues_by_name_are_told_however_an_engine_lists_them(db) -> None:
+    with filao.sync.connect(db) as broker:
+        figures = Figures(broker.stats()[::-1], broker.features)
+    text, _ = exposition(StoreCollector(lambda: figures, most=1))
+    assert ("filao_queue_paused", "claims") in samples(text.decode())
+
+
 def test_what_an_engine_does_not_know_is_not_told_as_nought(db) -> None:
     with filao.sync.connect(db) as broker:
         figures = Figures(broker.stats(), frozenset())

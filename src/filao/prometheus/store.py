@@ -93,7 +93,7 @@ class _Collected:
 def metrics(figures: Figures, *, only: Sequence[str] = (), most: int = QUEUES_MAX) -> Iterator[Metric]:
     """Yield the metrics of the chosen queues, the first `most` by name, and how many others are hidden."""
     chosen = [one for one in figures.queues if not only or any(fnmatchcase(one.name, pattern) for pattern in only)]
-    queues = chosen[:most]
+    queues = sorted(chosen, key=lambda one: one.name)[:most]  # RabbitMQ's come as they were declared
     hidden = GaugeMetricFamily("filao_queues_hidden", f"Queues beyond the first {most} by name, which are not shown.")
     hidden.add_metric([], len(chosen) - len(queues))
     yield hidden
