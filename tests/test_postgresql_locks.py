@@ -75,6 +75,18 @@ async def test_a_full_queue_that_a_transaction_sends_to_stops_only_those_who_sen
     assert (await broker.stats("few")).ready == 5
 
 
+async def test_a_group_that_somebody_holds_keeps_no_message_of_another_group(url, broker) -> None:
+    for group in range(10):  # of which two may share a lock
+        await broker.send_to_queue("claims", group, group=str(group))
+    with psycopg.connect(url) as holder:
+        holder.execute("SELECT filao.lock_groups(ARRAY[id], ARRAY['0']) FROM filao.queue WHERE name = 'claims'")
+        message = await broker.receive_from_queue("claims", wait=0)
+        assert message is not None
+        assert message.body in (1, 2, 3)
+        await message.ack()
+    assert (await broker.receive_from_queue("claims")).body == 0
+
+
 async def test_an_operator_need_not_wait_for_a_transaction_that_has_sent_to_a_queue_with_a_limit(url, broker) -> None:
     with psycopg.connect(url) as holder:
         await broker.send_to_queue("few", 0, within=holder)

@@ -44,20 +44,18 @@ BEGIN
 END
 $$;
 
--- Lock the first ready messages of a priority that nobody else has locked, and their groups, and return where they are
--- stored. What an index has in order is not sorted: the limit is not known when the plan is made.
+-- Lock the first ready messages of a priority that nobody else has locked, nor their groups, and return where they are
+-- stored. What an index has in order is not sorted: the limit is not known when the plan is made. Groups are locked as
+-- rows are come upon, before these are, so that what somebody holds takes no place among them.
 CREATE OR REPLACE FUNCTION filao.pick(q integer, p integer, floor bigint, now bigint, most bigint) RETURNS tid[]
 LANGUAGE plpgsql SET enable_sort = off AS $$
 BEGIN
   RETURN ARRAY(
-    SELECT picked.spot
-    FROM (
-      SELECT m.ctid AS spot, m.grp FROM filao.message m
-      WHERE m.queue = q AND m.state = 'ready' AND -m.priority <= -p AND (-m.priority, m.id) >= (-p, floor)
-        AND (m.expires_at IS NULL OR m.expires_at > now)  -- `make_due` leaves some when there are very many
-      ORDER BY -m.priority, m.id LIMIT most FOR UPDATE SKIP LOCKED
-    ) AS picked
-    WHERE picked.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, picked.grp))
+    SELECT m.ctid FROM filao.message m
+    WHERE m.queue = q AND m.state = 'ready' AND -m.priority <= -p AND (-m.priority, m.id) >= (-p, floor)
+      AND (m.expires_at IS NULL OR m.expires_at > now)  -- `make_due` leaves some when there are very many
+      AND (m.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, m.grp)))
+    ORDER BY -m.priority, m.id LIMIT most FOR UPDATE SKIP LOCKED
   );
 END
 $$;
