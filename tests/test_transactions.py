@@ -112,6 +112,19 @@ async def test_a_call_that_would_wait_for_another_brokers_transaction_around_it_
                 await another.declare(filao.Queue("claims"))
 
 
+def test_a_blocking_broker_is_not_opened_inside_a_transaction_for_which_it_would_wait(tmp_path) -> None:
+    file = tmp_path / "claims.db"
+    other = filao.sync.connect(file)
+    with filao.sync.connect(file) as broker:
+        broker.declare(filao.Queue("claims"))
+        with broker.transaction() as tx:
+            tx.send_to_queue("claims", 1)
+            with pytest.raises(filao.ConfigurationError, match="another broker of this program"):
+                other.open()
+        with other:
+            assert other.stats("claims").ready == 1
+
+
 async def test_on_postgresql_another_broker_of_the_program_need_not_wait_for_a_transaction(postgres) -> None:
     url = postgres.create(f"elsewhere{next(_others)}")
     async with filao.connect(url) as broker, filao.connect(url) as other:

@@ -138,7 +138,7 @@ class Session:
             return
         if self._is_inherited:
             self.check_open()
-        self._check_outside()
+        self.check_outside()
         async with self._opening:
             if not self._unusable:
                 return
@@ -159,7 +159,7 @@ class Session:
         is_orphan = self._loop is not None and self._loop.is_closed()
         if not is_orphan:
             self._check_loop()
-            self._check_outside(writes=False)
+            self.check_outside(writes=False)
         self._unusable = "is closed: open it again, or another with filao.connect"
         _open_sessions.discard(self)
         self._opening = asyncio.Lock()
@@ -237,13 +237,14 @@ class Session:
         if not (anywhere or self.is_anywhere) and asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(_ON_ANOTHER_LOOP)
         if current_transaction.get() is not None:
-            self._check_outside(before_it_begins=before_it_begins, writes=writes)
+            self.check_outside(before_it_begins=before_it_begins, writes=writes)
 
     def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(_ON_ANOTHER_LOOP)
 
-    def _check_outside(self, *, before_it_begins: bool = False, writes: bool = True) -> None:
+    def check_outside(self, *, before_it_begins: bool = False, writes: bool = True) -> None:
+        """Raise `ConfigurationError` when a call would wait for the transaction that it is made in."""
         transaction = current_transaction.get()
         if transaction is None or not transaction.is_open:
             return
