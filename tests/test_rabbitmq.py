@@ -302,6 +302,17 @@ def test_a_connection_that_was_closed_is_called_so_and_not_by_its_place_in_memor
         assert f"is away: its {name} closed." in str(away.engine_error(ConnectionResetError(f"{closed} closed")))
 
 
+async def test_a_queue_that_was_deleted_or_is_anothers_alone_does_not_mean_that_the_server_is_away(
+    broker, foreign, queue
+) -> None:
+    foreign.queue_delete(queue.name)
+    with pytest.raises(filao.EngineUnavailable, match=r"/': NOT_FOUND .*: it was deleted there\. Declare your queue"):
+        await broker.purge(queue)
+    foreign.queue_declare(queue.name, exclusive=True)
+    with pytest.raises(filao.EngineUnavailable, match=r"/': RESOURCE_LOCKED .*: end that program"):
+        await broker.declare(queue)
+
+
 async def test_a_server_that_is_too_old_is_refused(url, monkeypatch) -> None:
     monkeypatch.setattr(server, "VERSION_MIN", (99, 0))
     with pytest.raises(filao.ConfigurationError, match=r"version 3.*Filao needs 99.0 or newer"):
@@ -541,6 +552,7 @@ async def test_a_lease_ends_with_its_connection(url, rabbitmq, broker, queue) ->
                     await settle()
             with pytest.raises(filao.LeaseLost):
                 await lost.extend(5)
+            assert (await far.stats(queue)).leased == 0
             await again.ack()
             assert await far.receive_from_queue(queue, wait=0) is None
 
@@ -1151,6 +1163,19 @@ async def test_a_declaration_that_the_server_blocks_keeps_nobody_from_the_regist
             async with filao.connect(frail.url()) as other:
                 assert queue in await other.queues()
                 await other.declare(queue)  # nothing new need be written
+
+
+async def test_the_doctor_waits_for_no_answer_longer_than_others(rabbitmq, broker, queue, monkeypatch) -> None:
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as far, asyncio.timeout(20):
+            far_server = engine_of(far)._server
+            async with engine_of(far)._declared.apart() as call:
+                monkeypatch.setattr(doctor, "ANSWERS_WITHIN", 0.3)
+                proxy.stall_at(b"x-dead-letter-routing-key")  # in the midst of the look at a queue
+                finding = await doctor._queue(call.session, far_server, queue)
+                proxy.go_on()
+    assert finding.level == "error"
+    assert "has not answered" in finding.text
 
 
 async def test_what_is_moved_to_a_server_without_memory_is_refused_in_time(frail, queue, monkeypatch) -> None:

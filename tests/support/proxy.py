@@ -40,6 +40,7 @@ class Proxy:
         self._flowing = threading.Event()
         self._flowing.set()
         self._swallow: tuple[bytes, bytes] | None = None
+        self._stall_at: bytes | None = None
         self.delay: float = 0.0
         """Seconds by which each answer comes later."""
         self.accepted: int = 0
@@ -50,6 +51,10 @@ class Proxy:
     def stall(self) -> None:
         """Pass nothing on from now, but keep the connections."""
         self._flowing.clear()
+
+    def stall_at(self, question: bytes) -> None:
+        """Once: stall as soon as a client sends this."""
+        self._stall_at = question
 
     def go_on(self) -> None:
         """Pass on what has come meanwhile, and all that follows."""
@@ -96,6 +101,9 @@ class Proxy:
     def _ask(self, line: _Line) -> None:
         with suppress(OSError):
             while data := line.client.recv(65_536):
+                if self._stall_at is not None and self._stall_at in data:
+                    self._stall_at = None
+                    self.stall()
                 self._flowing.wait()
                 if self._swallow is not None and self._swallow[0] in data:
                     line.asked.set()

@@ -50,7 +50,7 @@ async def _queue(session: Session, server: Server, queue: Queue[Any]) -> Finding
             missing = queue.name if ready is None else dead_name(queue.name)
             return _finding(queue, "error", f"{missing!r} was deleted on the server: declare the queue again")
         with suppress(ChannelAccessRefused):  # we may not declare it: its depth is all that we are told
-            async with session.aside() as channel:
+            async with asyncio.timeout(ANSWERS_WITHIN), session.aside() as channel:
                 await topology.declare_queue(channel, queue)
     except ConfigurationError as error:
         return _finding(queue, "error", str(error))
@@ -64,7 +64,7 @@ async def _queue(session: Session, server: Server, queue: Queue[Any]) -> Finding
 async def _ladder(session: Session) -> list[Finding]:
     """Look for the parts of the ladder of delays, and for what came down it and found no queue."""
     try:
-        async with session.aside() as channel:
+        async with asyncio.timeout(ANSWERS_WITHIN), session.aside() as channel:
             await topology.look_for_ladder(channel)
     except (ChannelNotFoundEntity, ChannelLockedResource) as error:
         return [Finding("delays", "error", _BROKEN.format(what=error.args[-1]))]

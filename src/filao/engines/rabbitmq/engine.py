@@ -411,7 +411,7 @@ class RabbitmqEngine:
 
     def _held(self) -> dict[str, int]:
         """Return how many messages of each queue this process holds."""
-        return {name: len(consumer.held) for name, consumer in self._consumers.items()}
+        return {name: len(consumer.held) for name, consumer in self._consumers.items() if consumer.is_open}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from aiormq.exceptions import (
     AuthenticationError,
     ChannelAccessRefused,
     ChannelInvalidStateError,
+    ChannelLockedResource,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
     ConnectionNotAllowed,
@@ -171,6 +172,16 @@ class Server:
                 return ConfigurationError(
                     f"{self.name}: {said}. Another program has made this queue anew as one of another type. Move what "
                     f"is in it elsewhere, delete it, and declare it again."
+                )
+            case ChannelNotFoundEntity():
+                return EngineUnavailable(
+                    f"{self.name}: {said}: it was deleted there. Declare your queue again, which makes anew what is "
+                    f"missing. {DOUBT}"
+                )
+            case ChannelLockedResource():
+                return EngineUnavailable(
+                    f"{self.name}: {said}. Another program has it for its own connection alone: end that program, or "
+                    f"choose another name."
                 )
             case DeliveryError():
                 return EngineUnavailable(f"{self.name} did not store the message: {said}. Send it again.")
