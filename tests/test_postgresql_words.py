@@ -69,6 +69,7 @@ def test_every_word_in_the_sql_is_one_of_the_python() -> None:
         "transaction_isolation",
         "clock",
         "isolated",
+        "yes",  # of the setting filao.moves
         "database",
         "yes",
     }
