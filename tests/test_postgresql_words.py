@@ -71,7 +71,6 @@ def test_every_word_in_the_sql_is_one_of_the_python() -> None:
         "isolated",
         "yes",  # of the setting filao.moves
         "database",
-        "yes",
     }
     events = {"called", "redriven"}
     ours = {str(state) for state in State} | set(COUNTERS) | set(REASONS) | set(FAILURES) | {EDITED}
