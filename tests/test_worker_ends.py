@@ -398,6 +398,31 @@ async def test_a_worker_that_is_cancelled_gives_back_what_it_holds(url, broker) 
     assert (stats.ready, stats.leased, stats.released) == (1, 0, 1)
 
 
+async def test_a_worker_that_is_cancelled_again_while_its_receives_end_gives_back_what_it_holds(url, broker) -> None:
+    worker, began, ended = filao.Worker(url), asyncio.Event(), asyncio.Event()
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    await broker.send_to_queue("claims", 1)
+    task = asyncio.create_task(worker.run())
+    async with asyncio.timeout(PATIENCE):
+        await began.wait()
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert ended.is_set()
+    stats = await broker.stats("claims")
+    assert (stats.ready, stats.leased, stats.released) == (1, 0, 1)
+
+
 async def test_a_loop_that_runs_tasks_eagerly_loses_no_place(url, broker) -> None:
     eager = getattr(asyncio, "eager_task_factory", None)
     if eager is None:

@@ -119,11 +119,16 @@ class Shift:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._stop.told.set()
-            await cancel(told, *work)
-            if self._runs:
-                begun = some(len(self._runs), "message")
-                log.info("stopping: %s may finish within %g s; told again, it stops at once", begun, grace)
-            await self.finish(grace)
+            try:
+                await cancel(told, *work)
+            except asyncio.CancelledError:  # cancelled again
+                grace = 0.0
+                raise
+            finally:
+                if self._runs:
+                    begun = some(len(self._runs), "message")
+                    log.info("stopping: %s may finish within %g s; told again, it stops at once", begun, grace)
+                await self.finish(grace)
         for task in work:
             if not task.cancelled():
                 task.result()
