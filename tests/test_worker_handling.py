@@ -4,6 +4,7 @@ import asyncio
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
@@ -15,7 +16,7 @@ import filao.sync
 from filao.worker import handling as handling_module
 from filao.worker.threads import Call, InterruptedHandlerError, _work
 from tests.conftest import untraced
-from tests.support.instructions import stopped_at
+from tests.support.instructions import instructions, stopped_at
 from tests.support.working import CLAIMS, PATIENCE, SHORT, broker, running, until, until_stats
 
 pytestmark = pytest.mark.anyio
@@ -54,24 +55,28 @@ async def test_a_hung_thread_is_interrupted_at_its_timeout_and_has_failed(url, b
 
 @untraced
 async def test_a_plain_handler_that_is_interrupted_between_any_two_instructions_has_ended() -> None:
-    loop, at, goes_on = asyncio.get_running_loop(), 0, True
+    loop = asyncio.get_running_loop()
+
+    def handled() -> tuple[Call, Callable[[], None]]:
+        call, calls = Call(loop, lambda: "done"), SimpleQueue[Call | None]()
+        calls.put(call)
+        calls.put(None)
+        return call, partial(_work, calls)
 
     def interrupt(call: Call) -> None:
         if not call._lock.locked():  # otherwise another thread would wait
             call.interrupt()
 
-    while goes_on:
-        at += 1
-        call = Call(loop, lambda: "done")
-        calls: SimpleQueue[Call | None] = SimpleQueue()
-        calls.put(call)
-        calls.put(None)
-        goes_on = stopped_at(partial(_work, calls), at, partial(interrupt, call))
+    _, work = handled()
+    count = instructions(work)
+    assert count > 50
+    for at in range(1, count + 1):
+        call, work = handled()
+        stopped_at(work, at, partial(interrupt, call))
         await asyncio.wait([call.future], timeout=PATIENCE)
         assert call.future.done(), at
         error = call.future.exception()
         assert isinstance(error, InterruptedHandlerError) if error is not None else call.future.result() == "done"
-    assert at > 50
 
 
 @pytest.mark.parametrize("guarantee", ["at-least-once", "at-most-once"])
