@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import filao
-import filao.sync
 from filao.broker import session_of
 from filao.message import Deferred
 from tests.support.servers import Postgres
@@ -91,68 +90,6 @@ async def test_what_begins_after_its_block_was_left_is_undone_and_holds_up_nobod
         async with asyncio.timeout(20):
             await other.send_to_queue("claims", 1)
             await broker.send_to_queue("claims", 2)
-
-
-async def test_a_call_that_would_wait_for_another_brokers_transaction_around_it_is_refused_at_once(tmp_path) -> None:
-    file = tmp_path / "claims.db"
-    async with filao.connect(file) as broker, filao.connect(file) as other:
-        await broker.declare(filao.Queue("claims"))
-        await other.send_to_queue("claims", 1)
-        message = await other.receive_from_queue("claims")
-        third = filao.connect(file)
-        async with broker.transaction() as tx:
-            for call in (other.send_to_queue("claims", 2), message.ack(), third.open()):
-                with pytest.raises(filao.ConfigurationError, match=r"another broker.*the same file.*own methods"):
-                    await call
-            assert (await other.stats("claims")).leased == 1  # a look waits for nobody
-            await tx.ack(message)
-        async with filao.connect("sqlite://:memory:") as memory, memory.transaction():
-            await other.send_to_queue("claims", 3)
-            async with filao.connect("sqlite://:memory:") as another:
-                await another.declare(filao.Queue("claims"))
-
-
-def test_a_blocking_broker_is_not_opened_inside_a_transaction_for_which_it_would_wait(tmp_path) -> None:
-    file = tmp_path / "claims.db"
-    other = filao.sync.connect(file)
-    with filao.sync.connect(file) as broker:
-        broker.declare(filao.Queue("claims"))
-        with broker.transaction() as tx:
-            tx.send_to_queue("claims", 1)
-            with pytest.raises(filao.ConfigurationError, match="another broker of this program"):
-                other.open()
-        with other:
-            assert other.stats("claims").ready == 1
-
-
-async def test_on_postgresql_another_broker_of_the_program_need_not_wait_for_a_transaction(postgres) -> None:
-    url = postgres.create(f"elsewhere{next(_others)}")
-    async with filao.connect(url) as broker, filao.connect(url) as other:
-        await broker.declare(filao.Queue("claims"))
-        async with broker.transaction() as tx:
-            await tx.send_to_queue("claims", 1)
-            await other.send_to_queue("claims", 2)
-
-
-async def test_an_exactly_once_handler_is_told_at_once_that_its_programs_broker_would_wait_for_it(tmp_path) -> None:
-    file = tmp_path / "claims.db"
-    blocking = filao.sync.connect(file)
-    await asyncio.to_thread(blocking.open)
-    worker = filao.Worker(file)
-
-    @worker.consumer(filao.Queue("claims", max_attempts=1), guarantee="exactly-once")
-    def pay(message: filao.sync.Message, tx: filao.sync.Transaction) -> None:
-        blocking.send_to_queue("claims", "before the first statement", delay=60)
-        tx.execute("CREATE TABLE payment (claim INTEGER)")
-        blocking.send_to_queue("claims", "never")
-
-    async with filao.connect(file) as broker:
-        await broker.declare(filao.Queue("claims", max_attempts=1))
-        await broker.send_to_queue("claims", 1)
-        (handled,) = await worker.drain()
-        assert (handled.how, "use the transaction's own methods" in handled.error) == ("dead", True)
-        assert (await broker.stats("claims")).delayed == 1
-    await asyncio.to_thread(blocking.close)
 
 
 async def test_a_coroutine_that_is_closed_in_its_transaction_lets_others_go_on(tmp_path) -> None:

@@ -11,8 +11,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 from filao.batching import batcher_of
 from filao.checks import check_duration, check_name
@@ -47,25 +46,6 @@ _ON_ANOTHER_LOOP = (
     "this broker is open on another event loop, and can be used only there: open one on each loop, or use filao.sync, "
     "which has a loop of its own"
 )
-
-
-_WOULD_WAIT = "this call would wait for the transaction that it is made in"
-
-
-@runtime_checkable
-class OneWriter(Protocol):
-    """An engine whose transaction keeps all others from writing to its storage."""
-
-    @property
-    def one_writer_at(self) -> Path | None:
-        """The storage, equal for all engines on it; None if no other engine can be on it."""
-        ...
-
-
-def _have_one_writer(engine: Engine, other: Engine) -> bool:
-    if not isinstance(engine, OneWriter) or not isinstance(other, OneWriter):
-        return False
-    return engine.one_writer_at is not None and engine.one_writer_at == other.one_writer_at
 
 
 class SubmitSince(Protocol):
@@ -138,7 +118,6 @@ class Session:
             return
         if self._is_inherited:
             self.check_open()
-        self.check_outside()
         async with self._opening:
             if not self._unusable:
                 return
@@ -159,7 +138,7 @@ class Session:
         is_orphan = self._loop is not None and self._loop.is_closed()
         if not is_orphan:
             self._check_loop()
-            self.check_outside(writes=False)
+            self._check_outside()
         self._unusable = "is closed: open it again, or another with filao.connect"
         _open_sessions.discard(self)
         self._opening = asyncio.Lock()
@@ -223,39 +202,32 @@ class Session:
     @property
     def operators(self) -> Operators:
         """The engine's calls for operators, after a check that they can be made now."""
-        self.check_usable(writes=False)
+        self.check_usable()
         return self.engine.operators
 
-    def check_usable(self, *, anywhere: bool = False, before_it_begins: bool = False, writes: bool = True) -> None:
+    def check_usable(self, *, anywhere: bool = False, before_it_begins: bool = False) -> None:
         """Raise `ConfigurationError` when a call cannot be made now or, unless it can be made `anywhere`, on this loop.
 
-        `before_it_begins`: the call may be made in a transaction that has not begun to hold anything. `writes`: it
-        would wait for a transaction that another broker has on the same file.
+        `before_it_begins`: the call may be made in a transaction that has not begun to hold anything.
         """
         if self._unusable:
             self.check_open()
         if not (anywhere or self.is_anywhere) and asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(_ON_ANOTHER_LOOP)
         if current_transaction.get() is not None:
-            self.check_outside(before_it_begins=before_it_begins, writes=writes)
+            self._check_outside(before_it_begins=before_it_begins)
 
     def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(_ON_ANOTHER_LOOP)
 
-    def check_outside(self, *, before_it_begins: bool = False, writes: bool = True) -> None:
-        """Raise `ConfigurationError` when a call would wait for the transaction that it is made in."""
+    def _check_outside(self, *, before_it_begins: bool = False) -> None:
         transaction = current_transaction.get()
-        if transaction is None or not transaction.is_open:
+        if transaction is None or (before_it_begins and not transaction.has_begun()):
             return
-        other = transaction.session.engine
-        if other is self.engine:
-            if transaction.has_begun() or not before_it_begins:
-                raise ConfigurationError(f"{_WOULD_WAIT}: use the transaction's own methods")
-        elif writes and _have_one_writer(other, self.engine) and transaction.has_begun():
+        if transaction.is_open and transaction.session.engine is self.engine:
             raise ConfigurationError(
-                f"{_WOULD_WAIT}, which another broker of this program has on the same file. Nothing was done; use the "
-                "transaction's own methods"
+                "this call would wait for the transaction that it is made in: use the transaction's own methods"
             )
 
     # --- queues ------------------------------------------------------------------------------------------------------

@@ -150,7 +150,6 @@ class Broker:
                 return
             if self._is_used:
                 self._inner = _again(self._inner)  # the last one may still be closing, if `close` was interrupted
-            session_of(self._inner).check_outside()  # in the caller's context; the thread has its own
             self._is_used = True
             thread = LoopThread(self._inner)
             try:

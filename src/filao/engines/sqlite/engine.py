@@ -58,8 +58,6 @@ class SqliteEngine:
         clock: Callable[[], float] = time.time,
         beside: Database | None = None,
     ) -> None:
-        self.one_writer_at: Path | None = None if path == files.MEMORY else path
-        """See `filao.session.OneWriter`."""
         self._database = database = Database(path, durable=durable, clock=clock, wake=self._call_soon)
         self._hold = database.hold
         self._presence = Presence(database)
