@@ -139,8 +139,9 @@ async def test_dead_letters_of_an_older_schema_are_counted_by_reason(postgres) -
     with psycopg.connect(url) as connection:
         connection.execute("DELETE FROM filao.counter WHERE name LIKE '%:%'")
         connection.execute("DROP INDEX filao.message_blocked")
-        connection.execute("ALTER TYPE filao.seen DROP ATTRIBUTE blocked")
+        connection.execute("ALTER TYPE filao.seen DROP ATTRIBUTE blocked, DROP ATTRIBUTE noted")
         connection.execute(schema.STEPS[6].encode())
+        connection.execute("ALTER TYPE filao.seen ADD ATTRIBUTE noted xid8")
     async with filao.connect(url) as broker:
         stats = await broker.stats("claims")
         assert stats.dead_by_reason == stats.died_by_reason == {"rejected": 1}
