@@ -340,12 +340,21 @@ def schema_cookie(header: bytes | None) -> int:
 
 def is_abandoned(path: Path) -> bool:
     """Return whether this process had to abandon this file, so that only another process can open it."""
-    return bool(_ABANDONED) and path.exists() and _identity(path.stat()) in _ABANDONED
+    return bool(_ABANDONED) and _at(path) in _ABANDONED
 
 
 def is_open(path: Path) -> bool:
     """Return whether any connection of this process has a file open; False where the system does not tell."""
-    return path.exists() and _find(_identity(path.stat())) >= 0
+    file = _at(path)
+    return file is not None and _find(file) >= 0
+
+
+def _at(path: Path) -> _Identity | None:
+    """Return which file lies there; None: none, as SQLite removes its own whenever a last connection is closed."""
+    try:
+        return _identity(path.stat())
+    except FileNotFoundError:
+        return None
 
 
 def _find(file: _Identity) -> int:
