@@ -139,7 +139,8 @@ async def test_a_wait_for_a_lock_ends_with_the_time_of_its_call(url, broker, mon
                 await broker.send_to_queue("claims", 2, dedup_key="k")
 
 
-async def test_a_broker_that_is_closed_leaves_nobody_waiting_for_a_lock(url, broker) -> None:
+async def test_a_broker_that_is_closed_leaves_nobody_waiting_for_a_lock(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(apart, "LOCKED_FOR", 2.0)  # for which a closing broker waits
     with psycopg.connect(url) as holder:
         async with filao.connect(url) as other:
             await broker.send_to_queue("claims", 1, within=holder, dedup_key="k")
