@@ -12,7 +12,7 @@ PEERS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pypro
 QUICK := $(addprefix tests/test_,$(addsuffix .py,batching codec engines public queue release sqlite_engine surroundings sync testing tidy within))
 AXE := axe-core@4.14.1
 WORKERS := 2
-TOGETHER := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+TOGETHER := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo insurer test quick dist lint lint-others lint-pyright format coverage matrix fuzz torture chaos bench docs clean
