@@ -15,9 +15,11 @@
   }
   for (const svg of document.querySelectorAll("svg.stage, .timeline svg")) {
     const frame = svg.getBoundingClientRect();
+    const scrolls = svg.closest(".timeline") !== null; // to the left and to the right, with what is drawn
     for (const text of svg.querySelectorAll("text")) {
       const box = text.getBoundingClientRect();
-      if (box.width && (box.right > frame.right + 2 || box.left < frame.left - 2 || box.bottom > frame.bottom + 2 || box.top < frame.top - 3)) found.push(`outside its drawing: ${text.textContent}`);
+      const beside = !scrolls && (box.right > frame.right + 2 || box.left < frame.left - 2);
+      if (box.width && (beside || box.bottom > frame.bottom + 2 || box.top < frame.top - 3)) found.push(`outside its drawing: ${text.textContent}`);
     }
   }
   for (const group of document.querySelectorAll("svg.stage g")) {
