@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from filao.cli.shell import signals
-from filao.codec import DEPTH_MAX
+from filao.codec import DEPTH_MAX, is_too_deep
 from filao.draft import Outgoing, draft
 from filao.errors import FilaoError, MessageNotEncodable, MessageTooLarge
 from filao.queue import BODY_MAX_EVER, Queue
@@ -18,6 +18,7 @@ from filao.queue import BODY_MAX_EVER, Queue
 SLICE_MAX = 1_000  # messages stored as one: they share a flush of the disk, and hold the write lock for some 10 ms
 READ_MAX = 1024 * 1024  # bytes taken from the input at once, which bounds what a slice of long lines holds in memory
 LINE_MAX = 2 * BODY_MAX_EVER  # bytes: the largest body there may be, in base64, with its headers
+_TOO_DEEP = f"the JSON text is nested more than {DEPTH_MAX} deep"
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -90,12 +91,14 @@ def json_text(line: bytes) -> msgspec.Raw:
     try:
         msgspec.json.decode(text)
     except RecursionError as error:
-        raise MessageNotEncodable(f"the JSON text is nested more than {DEPTH_MAX} deep") from error
+        raise MessageNotEncodable(_TOO_DEEP) from error
     except ValueError as error:
         shown = text[:60].decode(errors="replace")
         raise MessageNotEncodable(
             f"{shown!r} is not JSON: {error}. A text stands in double quotes, as in '\"text\"'."
         ) from error
+    if is_too_deep(text):
+        raise MessageNotEncodable(_TOO_DEEP)
     return msgspec.Raw(text)
 
 
@@ -104,7 +107,9 @@ def _whole_message(line: bytes, terms: Outgoing[Any]) -> Outgoing[Any]:
     try:
         read = msgspec.json.decode(line, type=_Line)
         body = msgspec.json.decode(read.body, type=_Base64).base64 if read.is_bytes else json_text(bytes(read.body))
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise MessageNotEncodable(_TOO_DEEP) from error
+    except ValueError as error:
         raise MessageNotEncodable(f"not a message: {error}. See: filao send --help") from error
     return Outgoing(
         body,
