@@ -14,6 +14,7 @@ from filao.engines.rabbitmq import RabbitmqEngine
 from filao.engines.sqlite import SqliteEngine
 from filao.moving import Movable, Mover
 from filao.overview import Seen
+from filao.session import Pushing
 
 ENGINES = (SqliteEngine, PostgresqlEngine, RabbitmqEngine)
 SEAM_MAX = 14  # members that a broker asks an engine for
@@ -80,7 +81,7 @@ def test_a_broker_asks_little_of_an_engine() -> None:
 def test_an_engine_and_what_it_hands_out_show_nothing_but_the_seam() -> None:
     for engine in _made():
         shown = {name for name in dir(engine) if not name.startswith("_")}
-        some_have = _members(Immediate) | _members(Confirming) | _members(Seen)
+        some_have = _members(Immediate) | _members(Confirming) | _members(Seen) | _members(Pushing)
         assert shown - some_have == _members(Engine) | _members(Movable)
         assert {name for name in dir(engine.mover) if not name.startswith("_")} == _members(Mover)
         assert {name for name in dir(engine.operators) if not name.startswith("_")} >= _members(Operators)

@@ -669,6 +669,56 @@ async def test_what_comes_after_a_receive_that_was_cancelled_uses_no_attempt(url
         await message.ack()
 
 
+async def test_what_waits_behind_a_worker_that_stops_uses_no_attempt(url, broker, once, monkeypatch) -> None:
+    """Each ack of its last handlers let the server push one more, which then went back."""
+    monkeypatch.setattr(consumer, "LINGER", 3600.0)
+    await broker.declare(once)
+    await broker.send_many(once, range(4))
+    theirs = filao.connect(url)
+    worker, at_work, may_end = filao.Worker(theirs), [], asyncio.Event()
+
+    @worker.consumer(once, concurrency=2)
+    async def handle(message: filao.Message) -> None:
+        at_work.append(message.body)
+        await may_end.wait()
+
+    async with running(worker) as run:
+        await until(lambda: len(at_work) == 2)
+        receiving: consumer.Consumer = engine_of(theirs)._consumers[once.name]
+        worker.stop()
+        await until(lambda: not receiving._room)
+        may_end.set()
+        await run
+    left = [await received(broker, once) for _ in range(2)]
+    assert [(message.body, message.attempt) for message in left] == [(2, 1), (3, 1)]
+    assert sorted(at_work) == [0, 1]
+
+
+async def test_what_waits_for_a_place_that_another_queue_has_uses_no_attempt(
+    url, broker, queue, once, monkeypatch
+) -> None:
+    """What was pushed in the place of its last message waited for that place, and went back after a second."""
+    monkeypatch.setattr(consumer, "LINGER", 3600.0)
+    await broker.declare(once)
+    theirs = filao.connect(url)
+    worker, attempts, may_end = filao.Worker(theirs, concurrency=1), [], asyncio.Event()
+
+    @worker.consumer(queue)
+    @worker.consumer(once)
+    async def handle(message: filao.Message) -> None:
+        attempts.append((message.body, message.attempt))
+        await may_end.wait()
+
+    async with running(worker):
+        receiving = await _is_pushed_to(theirs, once)
+        await broker.send_to_queue(once, 1)
+        await until(lambda: attempts and not receiving._room)
+        await broker.send_to_queue(once, 2)
+        may_end.set()
+        await until(lambda: len(attempts) == 2)
+    assert attempts == [(1, 1), (2, 1)]
+
+
 async def test_a_first_receive_ends_whenever_it_is_cancelled(url, queue, broker) -> None:
     async with filao.connect(url) as fresh:
         receiving = [asyncio.create_task(fresh.receive_from_queue(queue.name)) for _ in range(40)]

@@ -9,9 +9,9 @@ import copy
 import os
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from filao.batching import batcher_of
 from filao.checks import check_duration, check_name
@@ -54,6 +54,14 @@ class SubmitSince(Protocol):
     def __call__(self, operation: Operation, since: float | None = None, /) -> "asyncio.Future[Result]":
         """Return the future result."""
         ...
+
+
+@runtime_checkable
+class Pushing(Protocol):
+    """An engine whose server pushes messages to those who wait, and one more in the place of each that they settle."""
+
+    def rest(self, queues: Iterable[str]) -> None:
+        """Let nothing more be pushed for these queues until somebody waits for them anew. Does not wait."""
 
 
 class Inside:
@@ -342,6 +350,11 @@ class Session:
         if isinstance(result, Received):
             for delivery in result.deliveries:
                 self.give_back(delivery)
+
+    def rest(self, queues: Iterable[str]) -> None:
+        """Ask for nothing more of these queues until somebody waits for them anew; what is held stays held."""
+        if self.is_open and isinstance(self.engine, Pushing):
+            self.engine.rest(queues)
 
     def report(self, state: str) -> Awaitable[None]:
         """Record for the doctor how this process is doing; for workers."""

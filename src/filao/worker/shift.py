@@ -121,6 +121,7 @@ class Shift:
             self._stop.told.set()
             try:
                 await cancel(told, *work)
+                self._rest(*self.pools)
             except asyncio.CancelledError:  # cancelled again
                 grace = 0.0
                 raise
@@ -235,6 +236,7 @@ class Shift:
                         pool.turns.took(name, 1)
                     else:
                         self._shared.session.give_back(delivery_of(message))
+            self._rest(pool)  # the next place may be another queue's
         for wait in waits.values():
             if not wait.cancelled():
                 wait.result()
@@ -373,6 +375,10 @@ class Shift:
             await cancel(at_once)
             for run in list(self._runs):
                 run.abandon()
+
+    def _rest(self, *pools: Pool) -> None:
+        """Let nothing more be pushed in the place of what is settled: it would go back, with an attempt used."""
+        self._shared.session.rest([name for pool in pools for name in pool.consumers])
 
     async def _wait_for_runs(self, seconds: float, *until: "asyncio.Task[Any]") -> None:
         with suppress(TimeoutError):

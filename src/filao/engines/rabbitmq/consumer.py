@@ -7,8 +7,8 @@ for a caller that has gone is given back after a second. A lease is a delivery t
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
@@ -16,7 +16,7 @@ from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
-from filao.engines.rabbitmq.server import ANSWERS_WITHIN
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY
 
 LINGER = 1.0  # seconds without a caller after which what was pushed is given back
 PREFETCH_MAX = 65_535  # the most that AMQP can express
@@ -90,12 +90,15 @@ class Consumer:
         if message.consumer_tag in self._room:
             self._room[message.consumer_tag] += 1
 
-    async def rest(self) -> None:
-        """Let the server push no more if nobody waits: what is given back unseen has used an attempt."""
-        if self.has_room() and not self._wanted():
+    async def rest(self, *, whatever: bool = False) -> None:
+        """Let the server push no more if nobody waits: what is given back unseen has used an attempt.
+
+        `whatever`: though it has no room, which it has again with each message that is settled.
+        """
+        if whatever or (self.has_room() and not self._wanted()):
             async with self._asking:
                 await self._stop_pushing()
-            self._called()  # those that began to wait meanwhile ask again
+            self._called()  # those that wait, or began to meanwhile, ask again
 
     async def give_back(self, messages: Sequence[DeliveredMessage]) -> None:
         """Give back those of these messages that are still held."""
@@ -183,3 +186,39 @@ class Consumer:
 
     def _forget(self, tag: str) -> None:
         self._prefetch -= self._room.pop(tag, 0)
+
+
+class Consumers(dict[str, Consumer]):
+    """The receiving ends of one process, by queue. Those that need it are told to rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._untidy = asyncio.Event()
+        """Set when the server may push what nobody waits for."""
+        self._forsaken: set[str] = set()
+        """Queues for which the server is to push nothing more, though it has no room just now."""
+
+    def left(self, queue: str) -> None:
+        """Learn that the last caller that waited for a queue has gone."""
+        consumer = self.get(queue)
+        if consumer is not None and consumer.has_room():
+            self._untidy.set()
+
+    def forsaken(self, queues: Iterable[str]) -> None:
+        """Learn that the callers who hold messages of these queues want no others in their place."""
+        self._forsaken.update(queues)
+        self._untidy.set()
+
+    async def rest(self) -> None:
+        """Let the server push nothing more, once there is something that nobody would take."""
+        await self._untidy.wait()
+        self._untidy.clear()
+        forsaken, self._forsaken = self._forsaken, set()
+        for queue, consumer in list(self.items()):
+            with suppress(*AWAY):  # the callers of a server that fails get its error
+                if consumer.is_open:
+                    await consumer.rest(whatever=queue in forsaken)
+
+    def held(self) -> dict[str, int]:
+        """Return how many messages of each queue this process holds."""
+        return {name: len(consumer.held) for name, consumer in self.items() if consumer.is_open}

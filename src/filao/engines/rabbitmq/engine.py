@@ -9,7 +9,7 @@ the message, but never loses it.
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +42,7 @@ from filao.engine import (
 )
 from filao.engines.rabbitmq import envelope, register, topology
 from filao.engines.rabbitmq.burials import MOMENT, Burial, Burials, burial_of, failure
-from filao.engines.rabbitmq.consumer import Consumer
+from filao.engines.rabbitmq.consumer import Consumer, Consumers
 from filao.engines.rabbitmq.control import RabbitmqOperators
 from filao.engines.rabbitmq.moving import RabbitmqMover
 from filao.engines.rabbitmq.overview import RabbitmqOverview
@@ -78,17 +78,15 @@ class RabbitmqEngine:
         self._receiving = Link(self._server, self._call_all)
         self._publisher = Publisher(self._sending)
         self._declared = Declared(self._server)
-        self._consumers: dict[str, Consumer] = {}
+        self._consumers = Consumers()
         limited = partial(self._limited, self._sending)
         self._burials = Burials(self._publisher, limited, self._call)
         self._opening = asyncio.Lock()
         self._tokens = count(1)
-        self._untidy = asyncio.Event()
-        """Set when the server may push what nobody waits for."""
-        self._lines: Lines = Lines(left=self._is_left)
+        self._lines: Lines = Lines(left=self._consumers.left)
         self._is_closing = False
         self.operators: RabbitmqOperators = RabbitmqOperators(
-            self._server, self._declared, self._publisher, limited, self._held
+            self._server, self._declared, self._publisher, limited, self._consumers.held
         )
         self.overview: RabbitmqOverview = RabbitmqOverview(self.operators.seen)
         self.mover: RabbitmqMover = RabbitmqMover(self._server, self._declared, self._publisher, limited)
@@ -104,7 +102,7 @@ class RabbitmqEngine:
             await self._declared.close()
             raise
         begin = asyncio.get_running_loop().create_task
-        turns = {"tidying up on RabbitMQ": self._tidy, "resting on RabbitMQ": self._rest}
+        turns = {"tidying up on RabbitMQ": self._tidy, "resting on RabbitMQ": self._consumers.rest}
         self._tidying = [begin(for_ever(what, turn)) for what, turn in turns.items()]
 
     def sibling(self) -> None:
@@ -365,20 +363,9 @@ class RabbitmqEngine:
         """Let all lines look: the connection has ended, and nothing more is pushed to them."""
         self._lines.call()
 
-    def _is_left(self, queue: str) -> None:
-        """Learn that the last caller that waited for a queue has gone."""
-        consumer = self._consumers.get(queue)
-        if consumer is not None and consumer.has_room():
-            self._untidy.set()
-
-    async def _rest(self) -> None:
-        """Let the server push nothing more once nobody waits."""
-        await self._untidy.wait()
-        self._untidy.clear()
-        with suppress(*AWAY):
-            for consumer in list(self._consumers.values()):
-                if consumer.is_open:
-                    await consumer.rest()
+    def rest(self, queues: Iterable[str]) -> None:
+        """See `filao.session.Pushing`: a task does it, as a call that is cancelled would end the leases."""
+        self._consumers.forsaken(queues)
 
     async def _tidy(self) -> None:
         """Every now and then, give back what was pushed but nobody wants, and learn of changed rules."""
@@ -408,10 +395,6 @@ class RabbitmqEngine:
     async def find(self, queue: str) -> Queue:
         """Return a queue with its rules, from the whole register."""
         return await self._declared.rules_of(queue, anew=True)
-
-    def _held(self) -> dict[str, int]:
-        """Return how many messages of each queue this process holds."""
-        return {name: len(consumer.held) for name, consumer in self._consumers.items() if consumer.is_open}
 
 
 @dataclass(frozen=True, slots=True)
