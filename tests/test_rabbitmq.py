@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from itertools import count
 from typing import Any
 
+import aiormq.exceptions
 import pika
 import pytest
 from aiormq import Channel
@@ -229,6 +230,7 @@ async def test_a_body_above_the_servers_limit_is_refused_and_harms_no_other(brok
     ("change", "error", "texts"),
     [
         (lambda url: url.replace("guest:guest", "guest:geheim"), filao.ConfigurationError, ["password"]),
+        (lambda url: url + "?auth=external", filao.ConfigurationError, ["PLAIN", "Mend auth= in", "auth_mechanisms"]),
         (lambda url: url + "nowhere", filao.ConfigurationError, ["nowhere", "virtual host"]),
         (lambda _: "amqp://u:geheim@127.0.0.1:1/", filao.EngineUnavailable, ["127.0.0.1:1", "away"]),
         (lambda _: "amqp://u:geheim@127.0.0.1:x/", filao.ConfigurationError, ["cannot be read"]),
@@ -300,6 +302,22 @@ def test_a_connection_that_was_closed_is_called_so_and_not_by_its_place_in_memor
         ('<Channel: "1" at 0x7f1>', "channel"),
     ):
         assert f"is away: its {name} closed." in str(away.engine_error(ConnectionResetError(f"{closed} closed")))
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "untrue"),
+    [
+        (aiormq.exceptions.AuthenticationError("GSSAPI", ["PLAIN", "EXTERNAL"]), "ways to log in: GSSAPI", "password"),
+        (aiormq.exceptions.ProbableAuthenticationError("mechanism EXTERNAL."), "the certificate", "password"),
+        (aiormq.exceptions.ChannelInvalidStateError("Channel closed by RPC timeout"), "the channel of", "RPC timeout"),
+        (aiormq.exceptions.ChannelClosed(None, None), "the channel of", "None"),
+    ],
+)
+def test_an_error_names_no_cause_that_it_has_not(error, text, untrue) -> None:
+    said = str(server.Server("amqp://127.0.0.1/").engine_error(error))
+    assert text in said
+    assert untrue not in said
+    assert "is away" not in said
 
 
 async def test_a_queue_that_was_deleted_or_is_anothers_alone_does_not_mean_that_the_server_is_away(

@@ -29,6 +29,7 @@ from aiormq.exceptions import (
     AMQPError,
     AuthenticationError,
     ChannelAccessRefused,
+    ChannelClosed,
     ChannelInvalidStateError,
     ChannelLockedResource,
     ChannelNotFoundEntity,
@@ -152,20 +153,10 @@ class Server:
         """Return our error for one of the client or the server; `begun`: the server may have done something."""
         said = _said(error)
         match error:
-            case AuthenticationError() | ProbableAuthenticationError():
-                return ConfigurationError(
-                    f"{self.name} refused us: {said}. Mend the user name or the password in the URL."
-                )
-            case ConnectionNotAllowed() | ChannelAccessRefused():
-                if "limit" in said:
-                    return EngineUnavailable(
-                        f"{self.name} refused us: {said}. Nothing was done. Close connections, or raise the limit: "
-                        f"rabbitmqctl set_vhost_limits, set_user_limits."
-                    )
-                return ConfigurationError(
-                    f"{self.name} refused us: {said}. Create the virtual host, or grant the user its permissions: "
-                    f'rabbitmqctl set_permissions -p VHOST USER ".*" ".*" ".*"'
-                )
+            case (
+                AuthenticationError() | ProbableAuthenticationError() | ConnectionNotAllowed() | ChannelAccessRefused()
+            ):
+                return _refusal(self.name, error, said)
             case ChannelPreconditionFailed():
                 return ConfigurationError(f"{self.name}: {said}")
             case ConnectionNotImplemented():
@@ -182,6 +173,14 @@ class Server:
                 return EngineUnavailable(
                     f"{self.name}: {said}. Another program has it for its own connection alone: end that program, or "
                     f"choose another name."
+                )
+            case (
+                ChannelInvalidStateError() | ChannelClosed(args=(None, None))
+            ):  # whose words name a wrong cause, or none
+                return EngineUnavailable(
+                    f"{self.name}: the channel of this call was closed meanwhile: with its connection, by the server, "
+                    f"or because a call on it had no answer or was cut off. The next call opens another. "
+                    f"{DOUBT if begun else 'Nothing was done.'}"
                 )
             case DeliveryError():
                 return EngineUnavailable(f"{self.name} did not store the message: {said}. Send it again.")
@@ -479,6 +478,29 @@ class Link:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _refusal(name: str, error: BaseException, said: str) -> EngineError | ConfigurationError:
+    """Return our error for a server that does not let us in, or not to what we want there."""
+    if isinstance(error, AuthenticationError):  # the server has not even been asked
+        return ConfigurationError(
+            f"{name} allows these ways to log in: {said}. Filao has PLAIN and, with ?auth=external in the URL, "
+            f"EXTERNAL. Nothing was done. Mend auth= in the URL, or auth_mechanisms in rabbitmq.conf."
+        )
+    if isinstance(error, ProbableAuthenticationError):
+        mend = "the user name or the password in the URL; the user guest is mostly let in on the server's own host only"
+        if "EXTERNAL" in said:
+            mend = "the certificate: its name must be that of a user of the server"
+        return ConfigurationError(f"{name} refused us: {said}. Mend {mend}.")
+    if "limit" in said:
+        return EngineUnavailable(
+            f"{name} refused us: {said}. Nothing was done. Close connections, or raise the limit: rabbitmqctl "
+            f"set_vhost_limits, set_user_limits."
+        )
+    return ConfigurationError(
+        f"{name} refused us: {said}. Create the virtual host, or grant the user its permissions: rabbitmqctl "
+        f'set_permissions -p VHOST USER ".*" ".*" ".*"'
+    )
 
 
 def _said(error: BaseException) -> str:
