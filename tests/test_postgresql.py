@@ -114,6 +114,39 @@ async def test_a_read_only_transaction_of_the_users_is_refused_in_words(url, bro
     assert not engine_of(broker)._server.is_distrusted(engine_of(broker)._main.link._connection)
 
 
+@pytest.mark.parametrize("then", ["send", "write"])
+async def test_a_transaction_of_ours_that_a_statement_made_read_only_is_blamed_and_not_the_server(url, then) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+
+        async def work() -> None:
+            async with broker.transaction() as tx:
+                await tx.execute("SET TRANSACTION READ ONLY")
+                await (tx.send_to_queue("claims", 7) if then == "send" else tx.execute("CREATE TABLE claim ()"))
+
+        with pytest.raises(filao.ConfigurationError, match=r"this transaction is read-only by its own settings"):
+            await work()
+        assert not engine_of(broker)._server._distrusted
+
+
+@pytest.mark.parametrize("how", ["read_only", "session", "sqlalchemy"])
+async def test_a_connection_whose_transactions_are_read_only_costs_the_broker_none_of_its_own(url, broker, how) -> None:
+    with ExitStack() as stack:
+        if how == "sqlalchemy":
+            address = url.replace("postgresql:", "postgresql+psycopg:")
+            library = sqlalchemy.create_engine(address, poolclass=sqlalchemy.NullPool)
+            held: Any = stack.enter_context(library.connect()).execution_options(postgresql_readonly=True)
+        else:
+            held = stack.enter_context(psycopg.connect(url))
+            held.read_only = how == "read_only" or None
+            if how == "session":
+                held.execute("SET default_transaction_read_only = on")
+                held.commit()
+        with pytest.raises(filao.ConfigurationError, match=r"within= connection is read-only by its own settings"):
+            await broker.send_to_queue("claims", 7, within=held)
+    assert not engine_of(broker)._server._distrusted
+
+
 async def test_a_connection_whose_prepared_statements_are_gone_behind_its_driver_is_told_what_to_do(
     url, broker
 ) -> None:

@@ -92,6 +92,8 @@ _REFUSALS = (
 )
 """The driver drops the code of an error that it meets while it connects, so these are known by their words, in English.
 """
+_READ_ONLY_BY = ("in_hot_standby", "default_transaction_read_only")
+"""Settings with which all transactions are read-only."""
 _ANSWERED = re.compile(r" failed: \S+:  ")
 """What the server itself said to a connection: how severe it is, and why, in its language."""
 
@@ -316,16 +318,19 @@ class Server:
     # --- errors ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def mapped(self, *, begun: bool = True) -> Generator[Attempt]:
+    def mapped(self, *, begun: bool = True, users: Connection | None = None) -> Generator[Attempt]:
         """Turn psycopg's errors into ours, which name the server and say what to do.
 
         The block sets `begun` once it asks the server for anything that matters; before that, nothing was done.
+        `users`: the connection whose transaction a user's own statements may have made read-only.
         """
         attempt = Attempt(begun)
         try:
             yield attempt
         except psycopg.Error as error:
             if isinstance(error, errors.ReadOnlySqlTransaction):
+                if users is not None and self._writes_by_default(users):
+                    raise self._read_only_transaction("this transaction", "done") from error
                 self.distrust()
             raise self.engine_error(error, begun=attempt.begun) from error
         except TimeoutError as error:
@@ -358,10 +363,7 @@ class Server:
             )
         drivers = driver_error(error, psycopg.Error)
         if isinstance(drivers, errors.ReadOnlySqlTransaction):
-            return ConfigurationError(
-                f"{self.name}: the transaction of the within= connection is read-only. Nothing was sent; give a "
-                f"connection whose transaction may write."
-            )
+            return self._read_only_transaction("the transaction of the within= connection", "sent")
         # A connection that is lost takes its transaction with it.
         return refused(error) if drivers is None else self.engine_error(drivers, begun=False)
 
@@ -387,6 +389,19 @@ class Server:
             what = "refused us" if _ANSWERED.search(said) else "is away"
             return EngineUnavailable(f"{self.name} {what}: {said}. {_doubt(begun=begun)}")
         return EngineError(f"{self.name}: {said}. Nothing was done.")
+
+    def _writes_by_default(self, connection: Connection) -> bool:
+        """Return whether a transaction on a connection can write unless it was told otherwise.
+
+        The server reports both settings whenever they change; a pooler may repeat those of another server.
+        """
+        settings = (connection.info.parameter_status(name) for name in _READ_ONLY_BY)
+        return not self.is_pooled and all(setting == "off" for setting in settings)
+
+    def _read_only_transaction(self, whose: str, what: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{self.name}: {whose} is read-only by its own settings. Nothing was {what}; use one that may write."
+        )
 
     def _read_only(self, said: str) -> EngineError | ConfigurationError:
         if not self.has_served:

@@ -115,7 +115,7 @@ class PostgresqlTransactions:
                 yield within
             except BaseException as error:
                 if error is within.failed_by:
-                    with self._server.mapped(begun=False):
+                    with self._server.mapped(begun=False, users=connection):
                         raise
                 raise
             finally:
