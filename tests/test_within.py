@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 import aiosqlite
 import pytest
@@ -78,6 +80,30 @@ async def test_a_transaction_that_began_with_a_read_is_told_to_begin_anew(broker
     connection.execute("COMMIT")
     connection.close()
     assert await waiting(broker) == 2
+
+
+async def send_where_nothing_may_be_written(broker: filao.Broker, path: Path, how: str) -> None:
+    if how == "own transaction":
+        async with broker.transaction() as tx:
+            await tx.send_to_queue("claims", 1)
+            await tx.execute("PRAGMA query_only = ON")  # it commits nothing then
+    elif how == "sqlalchemy":
+        engine = sqlalchemy.create_engine(f"sqlite:///{path}", poolclass=sqlalchemy.NullPool)
+        with engine.connect() as held:
+            held.exec_driver_sql("PRAGMA query_only = ON")
+            await broker.send_to_queue("claims", 1, within=held)
+    else:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode={how}", uri=True)) as given:
+            given.execute(f"PRAGMA query_only = {int(how == 'rw')}")
+            await broker.send_to_queue("claims", 1, within=given)
+
+
+@pytest.mark.parametrize("how", ["rw", "ro", "sqlalchemy", "own transaction"])
+async def test_a_connection_that_refuses_to_write_is_blamed_and_no_permissions(broker, tmp_path, how) -> None:
+    with pytest.raises(filao.EngineError, match=r"this connection refuses to.*query_only.*Nothing was done"):
+        await send_where_nothing_may_be_written(broker, tmp_path / "claims.db", how)
+    assert await waiting(broker) == 0
+    await broker.send_to_queue("claims", 2)
 
 
 @pytest.mark.parametrize("kind", ["connection", "session"])

@@ -400,6 +400,11 @@ def _has_descriptors() -> bool:
     return True
 
 
+def _refuses_alone(path: Path, error: Exception) -> bool:
+    """Return whether it is a connection that refuses to write, where the file and its folder would let it."""
+    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY and (path == MEMORY or _may(path, os.W_OK))
+
+
 def was_interrupted(error: sqlite3.Error) -> bool:
     """Return whether a statement was interrupted because it took too long."""
     return _primary(error) == sqlite3.SQLITE_INTERRUPT
@@ -463,6 +468,11 @@ def engine_error(path: Path, error: Exception) -> EngineError:
             return EngineError(f"{path} is not a SQLite database ({said}). Nothing was changed; give another path.")
         case sqlite3.SQLITE_CORRUPT:
             return EngineError(f"{path} is damaged ({said}). Stop the writers, copy it, and run: filao doctor {path}")
+        case sqlite3.SQLITE_READONLY if _refuses_alone(path, error):
+            return EngineError(
+                f"{path} could be written, but this connection refuses to ({said}): PRAGMA query_only is on there, or "
+                f"it was opened to read only. Nothing was done; use one that may write"
+            )
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
             return EngineError(f"{path} cannot be written ({said}). Check the file's and its folder's permissions.")
         case _:
