@@ -410,3 +410,66 @@ async def test_what_is_no_generator_function_is_refused(broker, wrong) -> None:
         Worker(broker).middleware(wrong)
     with pytest.raises(filao.ConfigurationError, match="generator function"):
         Worker(broker).lifespan(wrong)
+
+
+async def ends_at_once(message: Any = None):
+    if message == "never":
+        yield
+
+
+async def yields_again(*_: Any):
+    with suppress(ValueError):
+        yield
+    yield
+
+
+def plainly_ends_at_once(message: Any = None):
+    if message == "never":
+        yield
+
+
+def plainly_yields_again(*_: Any):
+    with suppress(ValueError):
+        yield
+    yield
+
+
+YIELDS = [
+    (ends_at_once, "ended without a yield"),
+    (yields_again, "yielded a second time"),
+    (plainly_ends_at_once, "ended without a yield"),
+    (plainly_yields_again, "yielded a second time"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "what"), YIELDS)
+async def test_a_lifespan_that_does_not_yield_once_is_told_by_name(broker, wrong, what) -> None:
+    worker = Worker(broker)
+    worker.lifespan(wrong)
+
+    @worker.consumer(QUEUE)
+    async def pay(message: filao.Message) -> None: ...
+
+    with pytest.raises(filao.ConfigurationError, match=f"lifespan {wrong.__name__} has {what}; it must yield exactly"):
+        await worker.drain()
+
+
+@pytest.mark.parametrize(("wrong", "what"), YIELDS)
+@pytest.mark.parametrize("fails", [False, True])
+async def test_middleware_that_does_not_yield_once_is_told_by_name_in_the_dead_letter(
+    broker, wrong, what, fails
+) -> None:
+    worker, queue = Worker(broker), filao.Queue("once", max_attempts=1)
+    worker.middleware(wrong)
+
+    @worker.consumer(queue)
+    async def pay(message: filao.Message) -> None:
+        if fails:
+            raise ValueError("no such claim")
+
+    await broker.declare(queue)
+    await broker.send_to_queue(queue, 1)
+    await worker.drain()
+    (letter,) = await broker.dead_letters(queue)
+    assert f"middleware {wrong.__name__} has {what}; it must yield exactly once" in letter.error
+    assert ("no such claim" in letter.error) == (fails and "yields" in wrong.__name__)

@@ -202,4 +202,64 @@ def _entered(function: Any, what: str, parameter: str) -> tuple[bool, Callable[.
     given = cast("Callable[..., Any]", function)
     if inner is not function:  # a context manager already
         return is_async, given
-    return is_async, asynccontextmanager(given) if is_async else contextmanager(given)
+    name = getattr(function, "__qualname__", None) or shown(function)
+
+    def once(*about: Any) -> Any:
+        return _Once(given(*about), f"the {what} {name}", _INSTEAD[what])
+
+    return is_async, asynccontextmanager(once) if is_async else contextmanager(once)
+
+
+_INSTEAD = {
+    "lifespan": "it must yield exactly once: what it has opened, or nothing",
+    "middleware": "it must yield exactly once, where the handler runs; to pass over the handler, raise filao.Reject, "
+    "filao.Retry or filao.Release",
+}
+
+
+class _Once:
+    """The generator of a lifespan or of middleware, which says what to do if it yields never, or twice."""
+
+    def __init__(self, generator: Any, who: str, instead: str) -> None:
+        self._generator = generator
+        self._who = who
+        self._instead = instead
+        self._has_yielded = False
+
+    def __next__(self) -> Any:
+        try:
+            value = next(self._generator)
+        except StopIteration:
+            self._has_ended()
+            raise
+        return self._first(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._first(self._generator.throw(*error))
+
+    def close(self) -> None:
+        self._generator.close()
+
+    async def __anext__(self) -> Any:
+        try:
+            value = await anext(self._generator)
+        except StopAsyncIteration:
+            self._has_ended()
+            raise
+        return self._first(value)
+
+    async def athrow(self, *error: Any) -> Any:
+        return self._first(await self._generator.athrow(*error))
+
+    async def aclose(self) -> None:
+        await self._generator.aclose()
+
+    def _has_ended(self) -> None:
+        if not self._has_yielded:
+            raise ConfigurationError(f"{self._who} has ended without a yield; {self._instead}") from None
+
+    def _first(self, value: Any) -> Any:
+        if self._has_yielded:
+            raise ConfigurationError(f"{self._who} has yielded a second time; {self._instead}")
+        self._has_yielded = True
+        return value
