@@ -478,6 +478,16 @@ async def test_the_controls_sit_on_the_consumer_and_a_double_click_kills_only_on
     await until_soon(lambda: learner.stats().acked >= 11)
 
 
+async def test_a_control_stays_the_same_when_what_stands_before_it_goes(learner) -> None:
+    await learner.act("create")
+    await learner.slide(work="1", consumers="1")
+    await learner.press(".controls button:enabled >> nth=0")
+    await learner.page.locator("[data-consumer='1']:has(.lease) [data-act=pause]").focus()
+    await learner.page.wait_for_selector("[data-consumer='1']:not(:has(.lease))")
+    await learner.page.keyboard.press("Enter")
+    await learner.page.wait_for_selector("[data-consumer='1'][data-state=paused]")
+
+
 async def test_while_all_is_frozen_nobody_loses_a_lease(learner) -> None:
     await learner.go(8)
     await learner.act("short_lease")

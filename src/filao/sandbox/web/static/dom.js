@@ -1,34 +1,47 @@
 // A page as a function of what is known: `h` describes an element, `draw` brings the document to what is described.
-// Children with a key keep their element, wherever the others go; so what moves can be animated, and what has the focus keeps it.
+// Children keep their element, wherever the others go, by their key or else by their place among what their parent was
+// given, of which some may be nothing; so what moves can be animated, and what has the focus or is being pressed keeps it.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-const flat = (children) => children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+export const h = (tag, props, ...children) => ({ tag, props: props ?? {}, children: placed(children) });
 
-export const h = (tag, props, ...children) => ({ tag, props: props ?? {}, children: flat(children) });
+export const draw = (parent, ...wanted) => bring(parent, placed(wanted));
 
-export const draw = (parent, ...wanted) => bring(parent, flat(wanted));
+// The children that are something, each element with a key.
+function placed(children, place = "@", found = []) {
+  children.forEach((child, at) => {
+    if (Array.isArray(child)) placed(child, `${place}${at}.`, found);
+    else if (child === null || child === undefined || child === false) return;
+    else if (typeof child === "object") found.push({ ...child, key: child.props.key ?? `${place}${at}` });
+    else found.push(child);
+  });
+  return found;
+}
 
 function bring(parent, found) {
   if (!found.length && !parent.firstChild) return;
-  const keys = new Set(found.map((child) => child.props?.key).filter((key) => key !== undefined));
+  const tags = new Map(found.map((child) => [child.key, child.tag]));
   const keyed = new Map();
   for (const node of [...parent.childNodes]) {
     if (node.drawnKey === undefined) continue;
-    if (keys.has(node.drawnKey)) keyed.set(node.drawnKey, node);
+    if (tags.get(node.drawnKey) === node.localName) keyed.set(node.drawnKey, node);
     else node.remove();
   }
   let at = parent.firstChild;
   for (const child of found) {
-    const node = typeof child === "object" ? element(parent, child, at, keyed) : textNode(child, at);
+    const node = typeof child === "object" ? element(parent, child, keyed) : textNode(child, at);
+    while (node !== at && at?.nodeType === Node.TEXT_NODE) at = without(at); // what moves loses the focus
     if (node === at) at = at.nextSibling;
     else parent.insertBefore(node, at);
   }
-  while (at) {
-    const next = at.nextSibling;
-    at.remove();
-    at = next;
-  }
+  while (at) at = without(at);
+}
+
+function without(node) {
+  const next = node.nextSibling;
+  node.remove();
+  return next;
 }
 
 function textNode(text, at) {
@@ -38,14 +51,11 @@ function textNode(text, at) {
   return at;
 }
 
-function element(parent, wanted, at, keyed) {
-  const key = wanted.props.key;
-  let node = key === undefined ? at : keyed.get(key);
-  const fits = node?.nodeType === Node.ELEMENT_NODE && node.localName === wanted.tag && node.drawnKey === key;
-  const isNew = !fits;
-  if (isNew) node = create(parent, wanted.tag);
-  node.drawnKey = key;
-  update(node, wanted.props, isNew);
+function element(parent, wanted, keyed) {
+  const known = keyed.get(wanted.key);
+  const node = known ?? create(parent, wanted.tag);
+  node.drawnKey = wanted.key;
+  update(node, wanted.props, known === undefined);
   bring(node, wanted.children);
   return node;
 }
