@@ -20,6 +20,7 @@ import sqlalchemy.orm
 import filao
 from filao.broker import session_of
 from filao.connections import Connection, connection_of
+from filao.engine import OpenAgain
 from filao.outbox import Failed, Inbox, Outbox, Recorded
 from filao.relay import Relay
 from tests.conftest import engine_of
@@ -403,6 +404,51 @@ async def test_a_broker_that_is_closed_sets_nothing_aside(business, connection, 
         await relay.step()
     await relay.close()
     assert not Outbox().failed(connection)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+async def test_a_relay_whose_broker_was_closed_ends_with_that_error(business, connection, broker, caplog, rows) -> None:
+    with connection:
+        for number in range(rows):
+            Outbox().send_to_queue(connection, "letters", number)
+    relay = Relay(Outbox(), lambda: sqlite3.connect(business), broker, poll=0.01)
+    task = asyncio.create_task(relay.run())
+    await until_empty(connection)
+    await broker.close()
+    with connection:
+        Outbox().send_to_queue(connection, "claims", 1)
+    with pytest.raises(filao.ConfigurationError, match="is closed"):
+        async with asyncio.timeout(PATIENCE):
+            await task
+    assert "trying again" not in caplog.text
+    assert len(Outbox().recorded(connection, 10)) == 1
+
+
+async def test_a_relay_waits_for_a_broker_that_is_not_open_yet(tmp_path, business, connection, broker) -> None:
+    with connection:
+        Outbox().send_to_queue(connection, "claims", 1)
+    late = filao.connect(tmp_path / "claims.db")
+    relay = Relay(Outbox(), lambda: sqlite3.connect(business), late, poll=0.01)
+    task = asyncio.create_task(relay.run())
+    await asyncio.sleep(0)
+    async with late:
+        assert [message.body for message in await received(broker, 1)] == [1]
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_a_relay_whose_queue_was_restored_ends_with_that_error(business, connection, broker, monkeypatch) -> None:
+    """It tried for ever, where only opening anew helps."""
+
+    async def replaced(*_: object) -> None:
+        raise OpenAgain("another file")
+
+    with connection:
+        Outbox().send_to_queue(connection, "claims", 1)
+    monkeypatch.setattr(session_of(broker), "learned", replaced)
+    with pytest.raises(OpenAgain):
+        async with asyncio.timeout(PATIENCE):
+            await Relay(Outbox(), lambda: sqlite3.connect(business), broker).run()
 
 
 async def test_an_outbox_of_an_earlier_version_is_relayed(tmp_path, broker) -> None:

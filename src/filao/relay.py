@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from filao.broker import Broker, session_of
 from filao.codec import shown
+from filao.engine import OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, QueueFull, QueueNotFound
 from filao.guarded import Log
 from filao.outbox import Failed, Outbox, Recorded
@@ -60,16 +61,26 @@ class Relay:
         """Queues that refused their messages, and the monotonic time until which they are left alone."""
         self._wakened = asyncio.Event()
         self._thread: ThreadPoolExecutor | None = None
+        self._was_open = self._session.is_open
+        """Whether the broker has been open since this was made."""
 
     async def run(self) -> None:
-        """Relay until cancelled; while the database or the engine is away, wait for it."""
+        """Relay until cancelled; while the database or the engine is away, wait for it.
+
+        Raises `ConfigurationError` when its broker was closed, and `EngineError` when another file has taken the place
+        of the queue's, after a restore, say: open the broker again, and run it again.
+        """
         pause = PAUSE_FIRST
         try:
             while True:
                 self._wakened.clear()
+                self._check_open()
                 try:
                     sent = await self.step()
+                except OpenAgain:
+                    raise
                 except Exception as error:
+                    self._check_open()
                     log.warning(
                         "relay of %s: trying again: %s: %s",
                         self._outbox.table,
@@ -125,6 +136,12 @@ class Relay:
         await asyncio.wait([closed], timeout=CLOSES_WITHIN)
         if not closed.done():
             log.warning("relay of %s: its database has not answered for %g s", self._outbox.table, CLOSES_WITHIN)
+
+    def _check_open(self) -> None:
+        """Raise `ConfigurationError` if the program has closed the broker meanwhile; one not open yet is waited for."""
+        self._was_open |= self._session.is_open
+        if self._was_open:
+            self._session.check_open()
 
     async def _send(self, recorded: list[Recorded], sent: list[int], failed: list[Failed]) -> None:
         """Send the messages of one queue in order, and add those that were sent, or never can be, to these lists.
