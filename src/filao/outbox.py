@@ -148,11 +148,13 @@ class Outbox:
     def failed(self, connection: Any, limit: int = 100) -> list[Failed]:
         """Return the oldest sends that a relay has set aside because they can never be sent, with the reason."""
         on = connection_of(connection, needs_transaction=False)
+        as_stored = "CAST({} AS BLOB)" if on.dialect == "sqlite" else "{}"  # SQLite's texts need not be UTF-8
+        columns = ", ".join(map(as_stored.format, ("id", "queue")))
         rows = on.execute(
-            f"SELECT number, id, queue, failed FROM {self.table} WHERE failed IS NOT NULL "
+            f"SELECT number, {columns}, failed FROM {self.table} WHERE failed IS NOT NULL "
             f"ORDER BY number LIMIT {limit:d}"
         )
-        return [Failed(number, str(name), str(queue), reason) for number, name, queue, reason in rows.fetchall()]
+        return [Failed(number, _legible(name), _legible(queue), why) for number, name, queue, why in rows.fetchall()]
 
     def retry(self, connection: Any, numbers: Iterable[int] | None = None) -> int:
         """Let relays try again what they set aside: all, or those with these numbers. Return how many those are.
@@ -275,10 +277,16 @@ def _read(row: Sequence[Any]) -> Recorded | Failed:
         decode_headers(read.headers)
         content = b64decode(read.content, validate=True) if read.kind == BYTES else read.content.encode()
     except (ValueError, FilaoError) as error:
-        return Failed(int(row[0]), str(row[1]), str(row[2]), f"the row is no send: {error}")
+        return Failed(int(row[0]), _legible(row[1]), _legible(row[2]), _legible(f"the row is no send: {error}"))
     delay = max(0.0, read.delay - max(0.0, time.time() - read.recorded_at))
     terms = (read.priority, read.group, read.dedup_key, read.ttl, read.id)
     return Recorded(read.number, read.queue, Draft(read.kind, content, read.headers, delay, *terms))
+
+
+def _legible(value: object) -> str:
+    """Return what is in a row as text; what is no UTF-8 in it becomes an escape."""
+    text = value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+    return text.encode(errors="backslashreplace").decode()
 
 
 _OLD_INBOX = (
