@@ -1,10 +1,12 @@
 """The bell wakes its owner, and a dead owner's bell cannot be rung."""
 
 import asyncio
+import errno
 import os
 import select
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,39 @@ def test_a_ring_wakes_the_owner_and_names_the_queue(bell, belfry) -> None:
     assert select.select([bell.reader], [], [], 10)[0] == [bell.reader]
     assert bell.heard() == {7, 8}
     assert bell.heard() == set()
+
+
+def descriptors() -> list[str]:
+    return sorted(fd.name for fd in Path("/dev/fd").iterdir())
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EPERM, "refused")
+
+
+def test_a_bell_that_cannot_be_given_to_the_files_owner_leaves_nothing_behind(folder, monkeypatch) -> None:
+    before = descriptors()
+    monkeypatch.setattr(folder, "_entrust", refuse)
+    with pytest.raises(PermissionError):
+        Bell(folder)
+    assert descriptors() == before
+    assert not list(folder.bells())
+
+
+@pytest.mark.anyio
+async def test_a_process_that_cannot_watch_its_bell_leaves_none_behind(tmp_path, monkeypatch) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 7)
+        hold = engine_of(broker)._database.hold
+        with monkeypatch.context() as patch:
+            patch.setattr(hold, "watch_bell", refuse)
+            for _ in range(2):
+                with pytest.raises(filao.EngineError, match="refused"):
+                    await broker.receive_from_queue("claims", wait=0)
+        assert not list(hold.belfry._folder.bells())
+        assert len(await broker.receive_many("claims", 1, wait=0)) == 1
+        assert len(list(hold.belfry._folder.bells())) == 1
 
 
 def test_what_somebody_else_has_written_to_it_is_no_ring_and_no_error(bell, belfry) -> None:

@@ -137,12 +137,15 @@ class Folder:
     def make_bell(self, name: str) -> int:
         """Make a FIFO and return its reading end."""
         os.mkfifo(name, 0o600, dir_fd=self._fd)
+        fd = -1
         try:
             fd = self._open_bell(name, os.O_RDONLY)
+            self._entrust(fd, 0o600)
         except BaseException:
+            if fd >= 0:
+                os.close(fd)
             self.remove_bell(name)
             raise
-        self._entrust(fd, 0o600)
         return fd
 
     def open_bell(self, name: str) -> int:

@@ -43,13 +43,14 @@ class Presence:
                 rung_by = bell.name if bell is not None else ""
                 process = processes.enter(books, rung_by, name)
                 known = {row[0] for row in books.db.execute("SELECT bell FROM filao_process")}
-        except BaseException:
+            belfry.own = bell
+            with files.mapped(self._hold.path):
+                self._hold.watch_bell()
+        except BaseException:  # one that was entered is dead without its bell, and the next try enters another
+            belfry.own = None
             if bell is not None:
                 bell.close()
             raise
-        belfry.own = bell
-        with files.mapped(self._hold.path):
-            self._hold.watch_bell()
         database.lessee, self._entered = Lessee(process, name), (process, rung_by, name)
         with suppress(OSError):  # the next process that enters looks again
             for forgotten in belfry.forgotten(known):
