@@ -62,6 +62,15 @@ async def test_a_path_with_a_nul_character_leads_nowhere(name) -> None:
         await filao.connect(name).open()
 
 
+def test_a_path_in_a_working_folder_that_is_gone_is_named(tmp_path, monkeypatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for connect in (filao.connect, filao.sync.connect):
+        with pytest.raises(filao.ConfigurationError, match=r"^claims\.db leads nowhere: the folder .* is gone"):
+            connect("claims.db")
+
+
 async def test_memory_needs_no_file_and_is_private(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     async with filao.connect("sqlite://:memory:") as one, filao.connect("sqlite://:memory:") as other:

@@ -40,7 +40,12 @@ def located(url: str | Path) -> str | Path:
     if isinstance(url, str) and has_scheme(url) and not url.lower().startswith("sqlite:"):
         return url
     path = sqlite_path(url)
-    return path if path == MEMORY else path.absolute()
+    try:
+        return path if path == MEMORY else path.absolute()
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"{path} leads nowhere: the folder in which this process works is gone; give the whole path"
+        ) from error
 
 
 def _postgresql(url: str, *, durable: bool, clock: Callable[[], float]) -> Movable:
