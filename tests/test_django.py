@@ -210,6 +210,34 @@ assert waiting() == 0
     )
 
 
+@pytest.mark.parametrize("place", ["here", "elsewhere"])
+def test_a_send_in_a_transaction_that_can_only_be_undone_is_refused_as_django_refuses_a_query(project, place) -> None:
+    if place == "elsewhere":
+        elsewhere(project)
+    program(
+        project,
+        """
+for send in [lambda: broker().send_to_queue("documents", 1), lambda: broker().send_many("documents", [1, 2])]:
+    with transaction.atomic():
+        try:
+            with transaction.atomic(savepoint=False):
+                Policy.objects.create(holder="Ana")
+                raise ValueError
+        except ValueError:
+            pass
+        try:
+            receipt = send()
+        except filao.EngineError as error:
+            assert "TransactionManagementError" in str(error) and "Nothing was sent" in str(error), error
+        else:
+            raise AssertionError(receipt)
+with transaction.atomic():
+    subscribe()
+assert (Policy.objects.count(), waiting()) == (1, 1)
+""",
+    )
+
+
 def test_a_page_that_uses_no_queue_is_answered_while_the_queue_is_away(project) -> None:
     with (project / "settings.py").open("a") as settings:
         settings.write('\nFILAO["URL"] = "postgresql://nobody@127.0.0.1:1/none"\nROOT_URLCONF = "web"\n')

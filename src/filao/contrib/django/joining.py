@@ -10,10 +10,12 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
+from django.db.transaction import TransactionManagementError
 from msgspec.structs import replace
 
 from filao import sync
 from filao.broker import connect, session_of
+from filao.connections import refused
 from filao.contrib.django.configuration import aliases_at, configured, database, queue_url
 from filao.draft import Outgoing, drafts
 from filao.engine import Draft, Receipt
@@ -111,6 +113,7 @@ class Broker(sync.Broker):
         joined, is_ours = (within, True) if within is not None else self._transaction()
         if joined is None or is_ours:
             return super().send_many(queue, all_bodies, within=joined)
+        _check_can_commit(joined)
         fit = self._drafts(queue, all_bodies)
         sent = [replace(one, message_id=one.message_id or _fresh_id()) for one in fit]
         self._send_on_commit(joined, name_of(queue), sent)
@@ -146,6 +149,14 @@ class Broker(sync.Broker):
             return await session.send(name, messages)
 
         connection.on_commit(partial(call_on, self, send))
+
+
+def _check_can_commit(connection: Any) -> None:
+    """Raise `EngineError` if a transaction of Django's can only be undone, with all that waits for its commit."""
+    try:
+        connection.validate_no_broken_transaction()
+    except TransactionManagementError as error:
+        raise refused(error) from error
 
 
 def _fresh_id() -> str:

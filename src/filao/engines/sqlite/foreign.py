@@ -43,6 +43,8 @@ def _unwrap(connection: object) -> sqlite3.Connection:
             return inner
         if hasattr(inner, "exec_driver_sql"):  # SQLAlchemy's Connection
             begin_on_sqlalchemy(inner)
+        elif hasattr(inner, "validate_no_broken_transaction"):  # Django's: it is asked, as by a statement of Django's
+            inner.validate_no_broken_transaction()
         for name in _WRAPPERS:
             value = getattr(inner, name, None)
             if value is not None:
