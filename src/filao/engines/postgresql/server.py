@@ -364,12 +364,19 @@ class Server:
         drivers = driver_error(error, psycopg.Error)
         if isinstance(drivers, errors.ReadOnlySqlTransaction):
             return self._read_only_transaction("the transaction of the within= connection", "sent")
-        # A connection that is lost takes its transaction with it.
-        return refused(error) if drivers is None else self.engine_error(drivers, begun=False)
+        if drivers is None:
+            return refused(error)
+        found = self.engine_error(drivers, begun=False)  # a connection that is lost takes its transaction with it
+        if not isinstance(found, EngineUnavailable):
+            return found
+        return EngineUnavailable(
+            f"{self.name}: the within= connection cannot be used: {_said_by(drivers)}. If it is closed, its "
+            f"transaction is undone: begin again on another one. Nothing was done."
+        )
 
     def engine_error(self, error: psycopg.Error, *, begun: bool = True) -> EngineError | ConfigurationError:
         """Return what an error of the server means."""
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = _said_by(error)
         for kind, advice in _CONFIGURATION:
             if isinstance(error, kind):
                 return ConfigurationError(f"{self.name}: {said}. {advice}")
@@ -413,6 +420,11 @@ class Server:
             f"{self.name} is read-only by now: {said}. Nothing was done. The next call connects anew, and reaches the "
             f"primary as soon as the URL leads there; if it is the primary, turn default_transaction_read_only off."
         )
+
+
+def _said_by(error: psycopg.Error) -> str:
+    """Return the first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _is_of_statement(error: psycopg.Error) -> bool:
