@@ -1574,6 +1574,23 @@ async def test_letters_of_strangers_without_an_id_are_not_deleted_for_one_anothe
     assert (await broker.stats(queue)).dead == 0
 
 
+@pytest.mark.parametrize("twice", [None, "7"])
+async def test_a_walk_repeats_no_dead_letter_for_an_id_that_is_not_its_own(broker, queue, foreign, twice) -> None:
+    """The next page began behind the first that has such an id, or none, again and again."""
+    for number, message_id in enumerate(["a", twice, "b", twice, "c"]):
+        properties = pika.BasicProperties(message_id=message_id, headers={"x-filao-reason": "rejected"})
+        foreign.basic_publish("", topology.dead_name(queue.name), str(number).encode(), properties)
+    async with asyncio.timeout(60):
+        while (await broker.stats(queue)).dead < 5:
+            await asyncio.sleep(0.05)
+    first = await broker.dead_letters(queue, limit=3)
+    rest = await broker.dead_letters(queue, limit=3, after=first[-1].id)
+    assert [letter.body for letter in [*first, *rest]] == [0, 1, 2, 3, 4]
+    with pytest.raises(filao.ConfigurationError, match=r"2 dead letters have .*another limit"):
+        await broker.dead_letters(queue, limit=1, after=first[1].id)
+    assert await broker.dead_letters(queue) == [*first, *rest]
+
+
 # --- the dashboard ---------------------------------------------------------------------------------------------------
 
 

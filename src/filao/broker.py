@@ -317,7 +317,7 @@ class Broker:
         If a `Queue` is given, their bodies are of its type, except those of malformed messages.
 
         `after` is the id of the last message seen: ask again with it for the next page. Raises `ConfigurationError`
-        when that message has left the queue.
+        when that message has left the queue or, on RabbitMQ, when its id is not its own.
         """
         name, operators = name_of(queue), self._session.operators
         check_limit(name, limit, PEEK_MAX)

@@ -216,18 +216,27 @@ async def purge(session: Session, queue: str) -> int:
 
 
 async def peek(look: "_Look", queue: str, keep: Callable[[StoredMessage], T], limit: int, after: str | None) -> list[T]:
-    """Return what is to be kept of dead letters, in the order in which they died."""
+    """Return what is to be kept of dead letters, in the order in which they died.
+
+    What strangers sent may have no id, or that of another. Such an id names no place: a walk would repeat itself there.
+    """
     found: list[T] = []
-    seen = after is None
+    places = 0
     async for message in look.each():
-        if seen:
+        if envelope.name_of(message.header.properties) == after:
+            places += 1
+        elif (after is None or places) and len(found) < limit:
             found.append(keep(envelope.stored(queue, message)))
-        elif envelope.name_of(message.header.properties) == after:
-            seen = True
-        if len(found) == limit:
+        if after is None and len(found) == limit:
             break
-    if not seen:
-        raise ConfigurationError(f"queue {queue!r}: there is no dead letter {after!r} to go on behind; begin again")
+    if after is not None and places != 1:
+        if not places:
+            raise ConfigurationError(f"queue {queue!r}: there is no dead letter {after!r} to go on behind; begin again")
+        named = f"have the id {after!r}" if after else "have no id"
+        raise ConfigurationError(
+            f"queue {queue!r}: {places:,} dead letters {named}, so none of them is a place to go on behind. Begin "
+            f"again with another limit, by which no page ends with one of them"
+        )
     return found
 
 
