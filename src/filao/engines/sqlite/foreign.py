@@ -6,6 +6,7 @@ attributes that these libraries document, so that neither has to be installed.
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 from filao.connections import begin_on_sqlalchemy, driver_error, holds_transaction, refuse_asynchronous, refused
 from filao.engines.sqlite.files import engine_error
@@ -37,7 +38,7 @@ def open_transaction(connection: object, path: Path) -> sqlite3.Connection:
 
 def _unwrap(connection: object) -> sqlite3.Connection:
     refuse_asynchronous(connection)
-    inner = connection
+    inner: Any = connection
     for _ in range(_DEPTH_MAX):
         if isinstance(inner, sqlite3.Connection):
             return inner
