@@ -100,7 +100,7 @@ async def send_where_nothing_may_be_written(broker: filao.Broker, path: Path, ho
 
 @pytest.mark.parametrize("how", ["rw", "ro", "sqlalchemy", "own transaction"])
 async def test_a_connection_that_refuses_to_write_is_blamed_and_no_permissions(broker, tmp_path, how) -> None:
-    with pytest.raises(filao.EngineError, match=r"this connection refuses to.*query_only.*Nothing was done"):
+    with pytest.raises(filao.EngineError, match=r"this connection refuses to.*query_only.*Nothing was done; .*\.$"):
         await send_where_nothing_may_be_written(broker, tmp_path / "claims.db", how)
     assert await waiting(broker) == 0
     await broker.send_to_queue("claims", 2)

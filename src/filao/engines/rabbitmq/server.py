@@ -174,9 +174,7 @@ class Server:
                     f"{self.name}: {said}. Another program has it for its own connection alone: end that program, or "
                     f"choose another name."
                 )
-            case (
-                ChannelInvalidStateError() | ChannelClosed(args=(None, None))
-            ):  # whose words name a wrong cause, or none
+            case ChannelInvalidStateError() | ChannelClosed(args=(None, None)):  # its words name a wrong cause, or none
                 return EngineUnavailable(
                     f"{self.name}: the channel of this call was closed meanwhile: with its connection, by the server, "
                     f"or because a call on it had no answer or was cut off. The next call opens another. "
