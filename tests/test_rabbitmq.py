@@ -1130,12 +1130,21 @@ async def test_what_begins_when_its_time_is_over_is_done_and_costs_no_lease(brok
 
 @contextmanager
 def without_memory(server: Rabbitmq) -> Generator[None]:
-    """Let a server have no room: it hears nothing from those who send, and serves all others."""
-    server.command("set_vm_memory_high_watermark", "0.000001")
-    try:
-        yield
-    finally:
-        server.command("set_vm_memory_high_watermark", "0.4")
+    """Let a server have no room: it hears nothing from those who send, and serves all others.
+
+    It tells its connections after it has answered the command, so one of our own waits to be told.
+    """
+    blocked: list[object] = []
+    with closing(pika.BlockingConnection(pika.URLParameters(server.url()))) as probe:
+        probe.add_on_connection_blocked_callback(lambda *told: blocked.extend(told))
+        server.command("set_vm_memory_high_watermark", "0.000001")
+        try:
+            probe.channel().basic_publish("", "nobody", b"")  # only those who send are told
+            while not blocked:
+                probe.process_data_events(20)
+            yield
+        finally:
+            server.command("set_vm_memory_high_watermark", "0.4")
 
 
 async def test_a_server_that_blocks_senders_lets_consumers_finish_and_costs_no_lease(
