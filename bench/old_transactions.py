@@ -31,6 +31,7 @@ SECONDS = 600.0  # that the transaction is held
 RATE = 1_000  # messages a second
 TICK = 0.01  # seconds between two sends of some messages
 BURST = 20_000  # messages that are then handled as fast as can be
+BURSTS = 5  # one after the other, of which the median counts
 TASKS = 64
 
 Mark = Callable[[float], None]
@@ -96,7 +97,7 @@ async def old_transaction(url: str) -> AsyncGenerator[None]:
 async def _phase(
     send: Callable[[list[bytes]], Awaitable[object]], waits: list[tuple[float, float]], seconds: float, rate: int
 ) -> dict[str, float]:
-    """Send at a steady rate, then a burst, and return what was found."""
+    """Send at a steady rate, then in bursts, and return what was found."""
     waits.clear()
     sent = await _paced(send, seconds, rate)
     until = time.monotonic() + 30
@@ -104,19 +105,24 @@ async def _phase(
         await asyncio.sleep(TICK)
     received = len(waits)
     last = [wait * 1000 for at, wait in waits if at > waits[-1][0] - seconds / 4]
-    waits.clear()
-    began = time.monotonic()
-    for _ in range(0, BURST, 1_000):
-        await send([b"%.6f" % time.monotonic()] * 1_000)
-    while len(waits) < BURST and time.monotonic() < began + 120:  # noqa: ASYNC110  # likewise
-        await asyncio.sleep(TICK)
     quantiles = statistics.quantiles(last, n=100)
     return {
         "median": quantiles[49],
         "p99": quantiles[98],
         "handled": received / sent,
-        "burst": len(waits) / (time.monotonic() - began),
+        "burst": statistics.median([await _burst(send, waits) for _ in range(BURSTS)]),
     }
+
+
+async def _burst(send: Callable[[list[bytes]], Awaitable[object]], waits: list[tuple[float, float]]) -> float:
+    """Send as fast as can be, and return how many were handled in a second."""
+    waits.clear()
+    began = time.monotonic()
+    for _ in range(0, BURST, 1_000):
+        await send([b"%.6f" % time.monotonic()] * 1_000)
+    while len(waits) < BURST and time.monotonic() < began + 120:  # noqa: ASYNC110  # the consumer only marks
+        await asyncio.sleep(TICK)
+    return len(waits) / (time.monotonic() - began)
 
 
 async def _paced(send: Callable[[list[bytes]], Awaitable[object]], seconds: float, rate: int) -> int:
