@@ -15,6 +15,9 @@ WORKERS := 2
 TOGETHER := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# The tests start many hundreds of processes: each would compile all of Filao anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo insurer test quick dist lint lint-others lint-pyright format coverage matrix fuzz torture chaos bench docs clean
 
 # Ctrl-C is how it ends: the shell waits for it, and make has nothing to report.
