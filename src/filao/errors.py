@@ -7,7 +7,7 @@
     ├── MessageError               this message cannot be sent as it is
     │   ├── MessageTooLarge        its body or its headers pass a limit
     │   └── MessageNotEncodable    its body cannot be written, or does not fit the queue's type
-    ├── QueueFull                  the queue's `max_length` is reached and its `overflow` is "refuse"
+    ├── QueueFull                  the queue's `max_length` is reached, and no room can be made
     ├── LeaseLost                  the message is no longer yours to settle; nothing was changed
     └── EngineError                the storage failed; the text says what it said and what to do
         └── EngineUnavailable      ... for now: the same call may succeed later

@@ -15,7 +15,7 @@ from typing_extensions import TypeVar
 
 from filao.checks import check_count, check_duration, check_name, check_number
 from filao.codec import shown
-from filao.errors import ConfigurationError, QueueNotFound
+from filao.errors import ConfigurationError, QueueFull, QueueNotFound
 
 T = TypeVar("T", default=Any)  # a queue without a body type carries plain JSON: dicts, lists, strings, numbers
 
@@ -192,6 +192,16 @@ def check_halts(queue: Queue[Any], group: str) -> None:
             f"queue {queue.name!r}: group {group!r} cannot be paused, because the queue's rule is group_dead="
             f"{queue.group_dead!r}. Nothing was changed; declare it with group_dead='halt', or pause the whole queue."
         )
+
+
+def full(queue: "Queue[Any]", pending: int, new: int) -> QueueFull:
+    """Return the error for a send of so many new messages to a queue in which so many are pending."""
+    most = queue.max_length or 0
+    remedy = "Add consumers, or send later." if new <= most else f"Send at most {most:,} at once."
+    return QueueFull(
+        f"queue {queue.name!r} is full: {pending:,} messages wait or are being worked on, its max_length is {most:,}, "
+        f"and {new:,} more were sent. Nothing was stored. {remedy}"
+    )
 
 
 def not_found(name: str, known: Iterable[str]) -> QueueNotFound:

@@ -383,6 +383,18 @@ async def check_a_full_queue_drops_the_oldest_of_a_group_one_after_the_other(sta
     equal(await stage.drain(queue), [3, 4, 5])
 
 
+@needs(Feature.MAX_LENGTH, Feature.DEAD_LETTERS, Feature.ATOMIC, Feature.GROUPS)
+async def check_a_full_queue_does_not_drop_what_is_blocked_behind_a_lease(stage: Stage) -> None:
+    queue = await stage.queue(max_length=3, overflow="drop_oldest")
+    await stage.broker.send_many(queue, [1, 2, 3], group="a")
+    held = await stage.next(queue)
+    await raises(QueueFull, stage.broker.send_to_queue(queue, 4), queue.name, "send later")
+    await raises(QueueFull, stage.broker.send_many(queue, [4, 5, 6, 7]), queue.name, "at most 3 at once")
+    await held.ack()
+    await stage.counted(queue, ready=1, blocked=1, dead=0, died=0)
+    equal(await stage.drain(queue), [2, 3])
+
+
 @needs(Feature.MAX_LENGTH, Feature.DEAD_LETTERS, Feature.GROUPS, Feature.TRANSACTIONS)
 async def check_a_full_queue_drops_what_a_transaction_has_let_through(stage: Stage) -> None:
     queue = await stage.queue(max_length=2, overflow="drop_oldest")

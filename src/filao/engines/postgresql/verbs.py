@@ -31,8 +31,8 @@ from filao.engine import (
 )
 from filao.engines.postgresql.charset import Charset
 from filao.engines.waiters import deal
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost, QueueFull
-from filao.queue import Queue
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost
+from filao.queue import Queue, full
 
 Rows = Sequence[tuple[Any, ...]]
 V = TypeVar("V")
@@ -255,10 +255,7 @@ def _refusal(rules: Queue, problem: str, new: int, detail: int) -> FilaoError:
             f"SERIALIZABLE: it does not see what others have sent since it began. Nothing was sent. Send within= a "
             f"READ COMMITTED transaction, or by an outbox."
         )
-    return QueueFull(
-        f"queue {rules.name!r} is full: {detail:,} messages wait or are being worked on, its max_length is "
-        f"{rules.max_length or 0:,}, and {new:,} more were sent. Nothing was stored. Add consumers, or send later."
-    )
+    return full(rules, detail, new)
 
 
 def _column(drafts: Sequence[Draft], field: Callable[[Draft], V]) -> list[V] | None:

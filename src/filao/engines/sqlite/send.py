@@ -6,8 +6,9 @@ from filao.draft import too_large
 from filao.engine import Draft, Receipt, Send
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import BLOCKED, DELAYED, LEASED, NO_TOKEN, READY, Books, Entry, QueueRow, oldest_ready
-from filao.errors import FilaoError, QueueFull
+from filao.errors import FilaoError
 from filao.process import process_name
+from filao.queue import full
 
 
 def send(books: Books, operation: Send) -> list[Receipt] | FilaoError:
@@ -24,7 +25,7 @@ def send(books: Books, operation: Send) -> list[Receipt] | FilaoError:
     new = came_first.count(None)
     if row.rules.max_length is not None and new and not _has_room(books, row, new, row.rules.max_length):
         row.count["refused"] += len(drafts)
-        return _full(row, new)
+        return full(row.rules, row.pending(), new)
     receipts: list[Receipt] = []
     for draft, claimed, first in zip(drafts, claims, came_first, strict=True):
         if first is None:
@@ -101,13 +102,6 @@ def _has_room(books: Books, row: QueueRow, new: int, most: int) -> bool:
     surplus = row.pending() + new - most
     drops = row.rules.overflow == "drop_oldest" and new <= most
     return surplus <= 0 or (drops and _drop_oldest(books, row, surplus))
-
-
-def _full(row: QueueRow, new: int) -> QueueFull:
-    return QueueFull(
-        f"queue {row.rules.name!r} is full: {row.pending():,} messages wait or are being worked on, its max_length is "
-        f"{row.rules.max_length:,}, and {new:,} more were sent. Nothing was stored. Add consumers, or send later."
-    )
 
 
 def _drop_oldest(books: Books, row: QueueRow, surplus: int) -> bool:
