@@ -136,7 +136,7 @@ class Message(Generic[T]):
 
     async def extend(self, seconds: float) -> None:
         """Keep the lease for `seconds` from now on."""
-        self._check_held("extend")
+        self._check_held("extended")
         await self._session.extend(self._delivery, seconds)
 
     def transaction(self) -> AbstractAsyncContextManager["Transaction"]:
@@ -145,7 +145,7 @@ class Message(Generic[T]):
         Leaving its block normally commits; an exception undoes all of it, and the message stays leased. See
         `Broker.transaction`.
         """
-        self._check_held("ack")
+        self._check_held("acked")
         return _transaction_for(self)
 
     async def _settle(self, outcome: Outcome, how: str) -> None:
@@ -162,8 +162,8 @@ class Message(Generic[T]):
         """Raise `LeaseLost` when this consumer has settled it already."""
         if self._ended:
             raise LeaseLost(
-                f"message {self.id} of queue {self.queue!r} was already {self._ended} by this consumer, so it cannot "
-                f"be {wanted} again. Nothing was changed. Settle each message once."
+                f"message {self.id} of queue {self.queue!r} was already {self._ended}, so it can no longer be "
+                f"{wanted}. Nothing was changed. A consumer settles each message once."
             )
 
 

@@ -262,8 +262,8 @@ async def check_a_message_is_settled_once(stage: Stage) -> None:
     message = await stage.next(queue)
     await message.ack()
     for again in (message.ack, message.nack, message.reject, message.release):
-        await raises(LeaseLost, again(), message.id, "already acked")
-    await raises(LeaseLost, message.extend(5), "already acked")
+        await raises(LeaseLost, again(), message.id, "already acked,")
+    await raises(LeaseLost, message.extend(5), "already acked, so it can no longer be extended.")
 
 
 @needs(Feature.LEASES)
