@@ -1,4 +1,4 @@
-"""What both SQL engines share when they read messages' rows: to count them, to show them, or to move them elsewhere."""
+"""What both SQL engines share when they read messages' rows: to show them, to move them, to say what became of one."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from filao.codec import seen_body, seen_headers
-from filao.engine import Draft, Failure, Operators, Result, Send, State, StoredMessage, instant
+from filao.engine import Delivery, Draft, Failure, Operators, Result, Send, State, StoredMessage, instant
+from filao.errors import LeaseLost
 from filao.moving import Packing, Parcel
 
 LEAVING = (State.READY, State.DELAYED, State.BLOCKED, State.DEAD)
@@ -95,6 +96,25 @@ def failure_rows(number: int, parcel: Parcel) -> list[tuple[Any, ...]]:
         (number, one.attempt, round(one.at.timestamp() * 1000), one.outcome, one.error, one.consumer)
         for one in parcel.history
     ]
+
+
+def lease_lost(delivery: Delivery, now: tuple[str, int] | None, *, queue_deleted: bool = False) -> LeaseLost:
+    """Return the error for a settle or an extend whose lease was lost.
+
+    `now` is the message's state with the number of its attempts; None when it is gone.
+    """
+    if queue_deleted:
+        became = "its queue was deleted, and the message with it"
+    elif now is None:
+        became = "it is gone: somebody else finished it, or it was purged"
+    elif now[0] == "leased":
+        became = f"another consumer holds it, as attempt {now[1]}"
+    else:
+        became = f"it is {now[0]} again" if now[0] == "ready" else f"it is {now[0]}"
+    return LeaseLost(
+        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost; "
+        f"{became}. Nothing was changed. Work that takes longer than the queue's lease must extend it."
+    )
 
 
 def parcel(row: Sequence[Any], name: str, history: tuple[Failure, ...], now: int) -> Parcel:

@@ -27,6 +27,7 @@ from filao.engines.postgresql.schema import migrate
 from filao.engines.postgresql.server import BEGIN, Connection, Server
 from filao.engines.postgresql.transactions import PostgresqlTransactions, TransactionPool
 from filao.engines.postgresql.watch import Watch
+from filao.engines.rows import lease_lost
 from filao.engines.waiters import Lines, Place
 from filao.errors import EngineUnavailable, FilaoError
 from filao.guarded import for_ever
@@ -181,7 +182,7 @@ class PostgresqlEngine:
         """Return the error of an operation on a queue that nobody declared, or that was deleted with its messages."""
         if isinstance(operation, Send | Receive):
             return not_found(operation.queue, self._others)
-        return verbs.lease_lost(operation.delivery, None)
+        return lease_lost(operation.delivery, None, queue_deleted=True)
 
     async def _do(self, connection: Connection, operations: Sequence[Operation]) -> "_Done":
         unknown = await self._learn(connection, operations)
@@ -257,7 +258,7 @@ class PostgresqlEngine:
             for place in lost:
                 operation = operations[place]
                 assert not isinstance(operation, Send | Receive)
-                results[place] = verbs.lease_lost(operation.delivery, now.get(operation.delivery.handle))
+                results[place] = lease_lost(operation.delivery, now.get(operation.delivery.handle))
         return results
 
     async def _committed(self, operations: Sequence[Operation]) -> None:

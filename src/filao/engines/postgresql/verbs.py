@@ -30,6 +30,7 @@ from filao.engine import (
     Settle,
 )
 from filao.engines.postgresql.charset import Charset
+from filao.engines.rows import lease_lost
 from filao.engines.waiters import deal
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost
 from filao.queue import Queue, full
@@ -128,7 +129,7 @@ def lock_of(operation: Operation, queues: Mapping[str, Queue]) -> Lock | None:
 def deleted(operation: Operation) -> FilaoError:
     """Return the error of an operation in a user's transaction whose queue was deleted since this process knew it."""
     if not isinstance(operation, Send | Receive):
-        return lease_lost(operation.delivery, None)
+        return lease_lost(operation.delivery, None, queue_deleted=True)
     return EngineUnavailable(
         f"queue {operation.queue!r} was deleted, and may have been declared anew, since this broker used it last. "
         f"Nothing of this transaction is done; try again."
@@ -313,25 +314,11 @@ def _numbers(values: Iterable[int]) -> str:
 
 
 LOST = LeaseLost("")
-"""Stands for the error of a lost lease until it is known what became of the message: see `lease_lost`."""
+"""Stands for the error of a lost lease until it is known what became of the message: see `rows.lease_lost`."""
 
 
 def _lost(places: Sequence[int], rows: Rows) -> dict[int, Result]:
     return {places[row[0] - 1]: LOST for row in rows}
-
-
-def lease_lost(delivery: Delivery, now: tuple[str, int] | None) -> LeaseLost:
-    """Return the error for a settle or an extend whose lease was lost; `now`: the message's state and attempts."""
-    if now is None:
-        doing = "it is gone: somebody else finished it, or it was purged"
-    elif now[0] == "leased":
-        doing = f"another consumer holds it, as attempt {now[1]}"
-    else:
-        doing = f"it is {now[0]} again" if now[0] == "ready" else f"it is {now[0]}"
-    return LeaseLost(
-        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost; "
-        f"{doing}. Nothing was changed. Work that takes longer than the queue's lease must extend it."
-    )
 
 
 # --- receive ---------------------------------------------------------------------------------------------------------

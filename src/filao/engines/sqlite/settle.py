@@ -8,12 +8,12 @@ import random
 from collections.abc import Mapping, Sequence
 
 from filao.engine import Ack, Delivery, Extend, Nack, Operation, Reject, Release, Settle
+from filao.engines.rows import lease_lost
 from filao.engines.sqlite import moves
 from filao.engines.sqlite.books import (
     BLOCKED,
     ENTRY,
     LEASED,
-    READY,
     ROWS_AT_ONCE,
     STATES,
     Books,
@@ -54,7 +54,7 @@ def settle(books: Books, operation: Settle, lessee: Lessee) -> FilaoError | None
     delivery, outcome = operation.delivery, operation.outcome
     row = books.queue(delivery.queue)
     if row is None:
-        return _lease_lost(books, delivery, "its queue was deleted, and the message with it")
+        return lease_lost(delivery, None, queue_deleted=True)
     if isinstance(outcome, Ack) and _ack_in_time(books, delivery):
         row.count["leased"] -= 1
         row.count["acked"] += 1
@@ -135,7 +135,7 @@ def extend(books: Books, operation: Extend, lessee: Lessee) -> FilaoError | None
     delivery = operation.delivery
     row = books.queue(delivery.queue)
     if row is None:
-        return _lease_lost(books, delivery, "its queue was deleted, and the message with it")
+        return lease_lost(delivery, None, queue_deleted=True)
     entry = _held(books, row, delivery)
     if entry is None or entry.state == BLOCKED:  # blocked: its group has gone on without it
         return _lease_lost(books, delivery)
@@ -159,20 +159,9 @@ def _entry(delivery: Delivery) -> Entry:
     return Entry(delivery.handle, LEASED, delivery.attempt, *about)
 
 
-def _lease_lost(books: Books, delivery: Delivery, now: str = "") -> LeaseLost:
+def _lease_lost(books: Books, delivery: Delivery) -> LeaseLost:
     found = books.db.execute("SELECT state, attempts FROM filao_message WHERE id = ?", (delivery.handle,)).fetchone()
-    if now:
-        pass
-    elif found is None:
-        now = "it is gone: somebody else finished it, or it was purged"
-    elif found[0] == LEASED:
-        now = f"another consumer holds it, as attempt {found[1]}"
-    else:
-        now = f"it is {STATES[found[0]]} again" if found[0] == READY else f"it is {STATES[found[0]]}"
-    return LeaseLost(
-        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost; {now}. "
-        f"Nothing was changed. Work that takes longer than the queue's lease must extend it."
-    )
+    return lease_lost(delivery, None if found is None else (STATES[found[0]], found[1]))
 
 
 def is_plain_ack(operation: Operation) -> bool:
