@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from filao.engine import Finding
 from filao.errors import ConfigurationError, EngineUnavailable
+from filao.printable import some
 
 REPORT_STALE = 20.0  # seconds after which a worker's report is no longer believed
 HEALTHY = "ready and healthy"  # how the report of a healthy worker begins
@@ -28,7 +29,7 @@ def flush_output() -> None:
 
 def process_finding(name: str, held: int, state: str, reported_ago: float) -> Finding:
     """Return what the doctor says of a process that receives; `state` is its worker's report, empty without one."""
-    holds = f"{name} receives here, and holds {held:,} message{'s' * (held != 1)}"
+    holds = f"{name} receives here, and holds {some(held, 'message')}"
     if not state:
         return Finding("processes", "ok", holds)
     if reported_ago > REPORT_STALE:

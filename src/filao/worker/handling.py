@@ -157,8 +157,7 @@ class Handling:
             self._cancel, self._undo = self._cancel_task, _nothing  # middleware on the loop may follow
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Call:
-        """Start a plain function; where no thread can be had, the handler has not failed, and its message comes
-        again.
+        """Start a plain function; where no thread can be had, its message comes again, and the handler has not failed.
 
         Where a release would use the attempt, or the message is deleted already, it is kept and the start tried again,
         until the handler is told to end.

@@ -105,9 +105,7 @@ def _has_room(books: Books, row: QueueRow, new: int, most: int) -> bool:
 
 
 def _drop_oldest(books: Books, row: QueueRow, surplus: int) -> bool:
-    """Make so many waiting messages dead letters, the oldest first; or none, and return False, when they are
-    too few.
-    """
+    """Make so many waiting messages dead letters, the oldest first; or none, and return False, if there are fewer."""
     books.flush()
     counted, reasons, events = dict(row.count), len(row.reasons), len(books.events)
     books.db.execute("SAVEPOINT room")
@@ -115,15 +113,16 @@ def _drop_oldest(books: Books, row: QueueRow, surplus: int) -> bool:
         oldest = _oldest_waiting(books, row)
         if oldest is None:
             books.db.execute("ROLLBACK TO room")
+            books.db.execute("RELEASE room")
             row.count = counted
             del row.reasons[reasons:], books.events[events:]
-            break
+            return False
         moves.record(
             books, row, oldest, "overflow", "the queue was full and its rule is to drop the oldest", consumer=""
         )
         moves.die(books, row, oldest, "overflow")
     books.db.execute("RELEASE room")
-    return row.count is not counted
+    return True
 
 
 def _oldest_waiting(books: Books, row: QueueRow) -> Entry | None:
