@@ -140,6 +140,17 @@ async def test_no_unforeseen_error_ends_what_a_file_needs_in_the_background(tmp_
     assert f"the {at} of a SQLite file failed and goes on: 'MemoryError: '" in caplog.text
 
 
+async def test_a_group_that_a_transaction_has_emptied_begins_with_what_it_sends_next() -> None:
+    async with filao.connect("sqlite://:memory:") as broker:
+        await broker.declare(filao.Queue("claims", max_length=1, overflow="drop_oldest"))
+        async with broker.transaction() as tx:
+            for body, group in ((1, "g"), (2, None), (3, "g")):
+                await tx.send_to_queue("claims", body, group=group)
+        message = await broker.receive_from_queue("claims", wait=0)
+        assert message is not None
+        assert message.body == 3
+
+
 async def test_a_cancelled_transaction_is_undone_and_lets_others_write(tmp_path) -> None:
     async with filao.connect(tmp_path / "claims.db") as broker, filao.connect(tmp_path / "claims.db") as other:
         await broker.declare(filao.Queue("claims"))

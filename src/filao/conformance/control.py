@@ -157,17 +157,20 @@ async def check_an_id_that_no_message_can_have_is_of_none(stage: Stage) -> None:
 @needs(Feature.GROUPS, Feature.PAUSE)
 async def check_a_group_that_is_paused_waits_alone_until_it_is_resumed(stage: Stage) -> None:
     queue = await stage.queue(group_dead="halt")
-    for body, group in ((1, "one"), (2, "one"), (3, "two")):
+    for body, group in ((1, "one"), (2, "one"), (3, "two"), (0, "ready")):
         await stage.send(queue, body, group=group)
     held = await stage.next(queue)
-    await stage.broker.pause(queue, group="one")
+    for group in ("one", "ready"):
+        await stage.broker.pause(queue, group=group)
     await held.ack()
     await stage.send(queue, 4, group="one")
     await stage.send(queue, 5, group="nobody")
     equal(await stage.drain(queue), [3, 5])
-    await stage.counted(queue, blocked=2, ready=0)
+    await stage.counted(queue, blocked=3, ready=0)
     await stage.broker.resume(queue, group="one")
     equal(await stage.drain(queue), [2, 4])
+    await stage.broker.resume(queue, group="ready")
+    equal(await stage.drain(queue), [0])
     goes_on = await stage.queue()
     await raises(ConfigurationError, stage.broker.pause(goes_on, group="one"), goes_on.name, "group_dead")
 

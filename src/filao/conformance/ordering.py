@@ -77,6 +77,34 @@ async def check_a_group_halts_behind_a_dead_letter_until_it_is_resumed(stage: St
     equal(await stage.drain(queue), [1, 2, 3])
 
 
+@needs(Feature.GROUPS, Feature.DEAD_LETTERS, Feature.DELAY, Feature.COUNTERS, Feature.PEEK)
+async def check_a_redriven_message_goes_before_the_rest_of_its_group(stage: Stage) -> None:
+    queue = await stage.queue()
+    *_, last = await stage.send(queue, 1, 2, 3, 4, group="g")
+    equal(await stage.broker.cancel(queue, last), True)
+    await (await stage.next(queue)).reject("poison")
+    await stage.broker.redrive(queue)
+    await stage.counted(queue, ready=1, blocked=2)
+    await (await stage.next(queue)).reject("poison")
+    await (await stage.next(queue)).nack(delay=5)
+    await stage.broker.redrive(queue)
+    await stage.counted(queue, ready=1, delayed=0, blocked=2)
+    equal(await stage.drain(queue), [1])
+    await stage.advance(5)
+    equal(await stage.drain(queue), [2, 3])
+
+
+@needs(Feature.GROUPS, Feature.TRANSACTIONS)
+async def check_what_a_transaction_sends_to_a_group_follows_the_head_that_it_acks_then(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, group="g")
+    (head,) = await stage.broker.receive_many(queue, 1, wait=0)
+    async with stage.broker.transaction() as tx:
+        await tx.send_to_queue(queue, 2, group="g")
+        await tx.ack(head)
+    equal(await stage.drain(queue), [2])
+
+
 @needs(Feature.GROUPS, Feature.FENCING)
 async def check_a_group_whose_head_was_lost_starts_with_it_again(stage: Stage) -> None:
     queue = await stage.queue(lease=5)
