@@ -111,7 +111,7 @@ async def test_who_has_waited_elsewhere_before_has_waited_since_then() -> None:
     commits = Commits()
     batcher = commits.batcher()
     asked = asyncio.get_running_loop().time() - 10
-    await asyncio.gather(batcher.submit(ask("a")), batcher.submit(ask("b"), asked), batcher.submit(ask("c")))
+    await asyncio.gather(*(batcher.submit(ask("a"), since) for since in (None, asked, asked + 5, None)))
     await batcher.submit(ask("d"))
     assert commits.since[0] == asked
     assert commits.since[1] > asked + 10
@@ -294,6 +294,9 @@ async def test_a_late_result_that_never_comes_is_told_to_its_caller(error, told)
     asked = batcher.submit(ask("a"))
     while not batcher._late:
         await asyncio.sleep(0)
+    drained = asyncio.ensure_future(batcher.drain())
+    await asyncio.sleep(0)
+    assert not drained.done()
     if error is None:
         late.cancel()
     else:
@@ -301,7 +304,14 @@ async def test_a_late_result_that_never_comes_is_told_to_its_caller(error, told)
     with pytest.raises(told):
         async with asyncio.timeout(PATIENCE):
             await asked
+    await drained
+
+
+async def test_who_drains_waits_for_what_was_submitted_just_before() -> None:
+    batcher = Commits().batcher()
+    asked = batcher.submit(ask("a"))
     await batcher.drain()
+    assert asked.done()
 
 
 async def test_a_batch_may_be_taken_in_another_thread_before_the_loop_has_gone_on() -> None:
