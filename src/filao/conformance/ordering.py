@@ -43,6 +43,17 @@ async def check_a_failing_head_blocks_its_group(stage: Stage) -> None:
 
 
 @needs(Feature.GROUPS, Feature.DELAY)
+async def check_a_message_whose_turn_comes_before_it_is_due_waits(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, group="g")
+    await stage.send(queue, 2, group="g", delay=5)
+    await stage.send(queue, 3, group="g")
+    equal(await stage.drain(queue), [1])
+    await stage.advance(5)
+    equal(await stage.drain(queue), [2, 3])
+
+
+@needs(Feature.GROUPS, Feature.DELAY)
 async def check_a_failing_head_is_skipped_where_the_queue_says_so(stage: Stage) -> None:
     queue = await stage.queue(group_failure="skip")
     await stage.send(queue, 1, 2, 3, group="g")
