@@ -11,7 +11,7 @@ import pytest
 import filao
 import filao.sync
 from filao.batching import BATCH_MAX, Batcher
-from filao.engine import Batch, Operation, Receive, Result
+from filao.engine import Batch, Operation, Receive, Result, Send
 from filao.engines.sqlite.engine import SqliteEngine
 from filao.errors import EngineError, EngineUnavailable, FilaoError, QueueFull
 from filao.queue import Queue
@@ -199,6 +199,7 @@ async def test_a_failure_reaches_its_own_caller_alone() -> None:
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert [str(result) for result in results] == ["None", "too big", "None"]
     assert commits.batches == [["a", "bad", "b"], ["a"], ["bad"], ["b"]]
+    assert commits.since[1] > commits.begun_at[0]  # the time limit of each begins anew
 
 
 async def test_nothing_is_repeated_when_the_storage_is_away() -> None:
@@ -268,6 +269,21 @@ async def test_what_comes_while_the_engine_waits_for_its_turn_comes_along() -> N
     assert commits.batches == [["a", "b", "c", "d"]]
 
 
+async def test_a_batch_ends_before_what_the_engine_does_not_accept() -> None:
+    batches: list[str] = []
+    accepted = iter(("ac", "abc"))
+
+    async def execute(batch: Batch) -> list[Result]:
+        some = next(accepted)
+        taken = batch.take(lambda operation: isinstance(operation, Receive) and operation.queue in some)
+        batches.append("".join(operation.queue for operation in taken if isinstance(operation, Receive)))
+        return [None] * len(taken)
+
+    batcher = Batcher(execute, lambda _: None)
+    await asyncio.gather(*(batcher.submit(ask(name)) for name in "abc"))
+    assert batches == ["a", "bc"]
+
+
 async def test_an_engine_that_cannot_begin_fails_those_who_waited_for_it() -> None:
     commits = Commits()
     commits.turn.clear()
@@ -292,11 +308,12 @@ async def test_a_late_result_that_never_comes_is_told_to_its_caller(error, told)
 
     batcher = Batcher(execute, lambda _: None)
     asked = batcher.submit(ask("a"))
+    drains = [asyncio.ensure_future(batcher.drain())]
     while not batcher._late:
         await asyncio.sleep(0)
-    drained = asyncio.ensure_future(batcher.drain())
+    drains.append(asyncio.ensure_future(batcher.drain()))
     await asyncio.sleep(0)
-    assert not drained.done()
+    assert not any(drained.done() for drained in drains)
     if error is None:
         late.cancel()
     else:
@@ -304,7 +321,36 @@ async def test_a_late_result_that_never_comes_is_told_to_its_caller(error, told)
     with pytest.raises(told):
         async with asyncio.timeout(PATIENCE):
             await asked
-    await drained
+    await asyncio.gather(*drains)
+
+
+async def test_who_drains_waits_for_every_batch_under_way() -> None:
+    under_way: list[str] = []
+    ends = {name: asyncio.Event() for name in "ab"}
+
+    async def execute(batch: Batch) -> list[Result]:
+        (operation,) = batch.take(lambda _: True)
+        assert isinstance(operation, Receive)
+        under_way.append(operation.queue)
+        await ends[operation.queue].wait()
+        return [None]
+
+    batcher = Batcher(execute, lambda _: None, concurrent_batches=2)
+    calls: list[asyncio.Future[Result]] = []
+    for name in "ab":
+        calls.append(batcher.submit(ask(name)))
+        while name not in under_way:
+            await asyncio.sleep(0)
+    gone, drained = (asyncio.ensure_future(batcher.drain()) for _ in range(2))
+    ends["a"].set()
+    await calls[0]
+    await asyncio.sleep(0)
+    assert not drained.done()
+    gone.cancel()
+    ends["b"].set()
+    async with asyncio.timeout(PATIENCE):
+        await drained
+    assert calls[1].done()
 
 
 async def test_who_drains_waits_for_what_was_submitted_just_before() -> None:
@@ -329,6 +375,38 @@ async def test_a_batch_may_be_taken_in_another_thread_before_the_loop_has_gone_o
         return done([None] * len(taken))
 
     batcher = Batcher(execute, lambda _: None)
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.gather(*(batcher.submit(ask("a")) for _ in range(BATCH_MAX + 1)))
+    assert sizes == [BATCH_MAX, 1]
+
+
+async def test_an_engine_is_told_whether_a_batch_receives_and_whether_it_writes() -> None:
+    told: list[tuple[bool, bool]] = []
+
+    async def execute(batch: Batch) -> list[Result]:
+        told.append((batch.receives, batch.writes))
+        return [None for _ in batch.take(lambda _: True)]
+
+    batcher = Batcher(execute, lambda _: None)
+    batches: list[list[Operation]] = [[ask("a")], [Send("a", [])], [ask("a"), Send("a", [])]]
+    for operations in batches:
+        await asyncio.gather(*map(batcher.submit, operations))
+    assert told == [(True, False), (False, True), (True, True)]
+
+
+async def test_what_a_full_batch_leaves_goes_at_once_with_another_if_the_engine_does_two() -> None:
+    sizes: list[int] = []
+    both = asyncio.Event()
+
+    async def execute(batch: Batch) -> list[Result]:
+        taken = batch.take(lambda _: True)
+        sizes.append(len(taken))
+        if len(sizes) == 2:
+            both.set()
+        await both.wait()
+        return [None] * len(taken)
+
+    batcher = Batcher(execute, lambda _: None, concurrent_batches=2)
     async with asyncio.timeout(PATIENCE):
         await asyncio.gather(*(batcher.submit(ask("a")) for _ in range(BATCH_MAX + 1)))
     assert sizes == [BATCH_MAX, 1]
