@@ -36,10 +36,13 @@ async def check_one_batch_does_not_break_a_group(stage: Stage) -> None:
 async def check_a_failing_head_blocks_its_group(stage: Stage) -> None:
     queue = await stage.queue(group_failure="block")
     await stage.send(queue, 1, 2, group="g")
-    await (await stage.next(queue)).nack(delay=5)
+    await stage.send(queue, 3, group="h")
+    for _ in "gh":
+        await (await stage.next(queue)).nack(delay=5)
+    await stage.send(queue, 4, group="h")
     await stage.nothing(queue)
     await stage.advance(5)
-    equal(await stage.drain(queue), [1, 2])
+    equal(await stage.drain(queue), [1, 2, 3, 4])
 
 
 @needs(Feature.GROUPS, Feature.DELAY)
@@ -64,6 +67,24 @@ async def check_a_failing_head_is_skipped_where_the_queue_says_so(stage: Stage) 
     await stage.nothing(queue)  # it is due, but its group is at work
     await second.ack()
     equal(await stage.drain(queue), [1, 3])
+    await stage.send(queue, 4, group="g")
+    await (await stage.next(queue)).nack(delay=5)
+    await stage.send(queue, 5, group="g")
+    equal(await stage.drain(queue), [5])
+
+
+@needs(Feature.GROUPS, Feature.DELAY, Feature.LEASES, Feature.FENCING)
+async def check_a_lease_that_ran_out_is_not_extended_once_its_group_has_gone_on(stage: Stage) -> None:
+    queue = await stage.queue(group_failure="skip", lease=5)
+    await stage.send(queue, 1, 2, group="g")
+    await (await stage.next(queue)).nack(delay=6)
+    slow = await stage.next(queue)
+    await stage.advance(6)
+    head = await stage.next(queue)
+    equal((slow.body, head.body), (2, 1))
+    await raises(LeaseLost, slow.extend(5))
+    await head.ack()
+    equal(await stage.drain(queue), [2])
 
 
 @needs(Feature.GROUPS)
@@ -164,6 +185,10 @@ async def check_a_message_that_outlived_its_ttl_is_dead_not_delivered(stage: Sta
     equal((dead.body, dead.reason), ("by rule", "expired"))
     await stage.broker.redrive(queue)
     equal(await stage.drain(queue), ["by rule"])
+    await stage.send(queue, "later")
+    await stage.advance(10 + stage.slack)
+    await stage.nothing(queue)
+    equal([letter.body for letter in await stage.broker.dead_letters(queue)], ["later"])
 
 
 @needs(Feature.DROP)

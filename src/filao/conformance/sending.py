@@ -62,6 +62,17 @@ async def check_the_key_of_a_dead_letter_is_not_remembered_anew_when_that_is_dis
     equal((await stage.broker.send_to_queue(queue, 2, message_id="claim-7")).duplicate, True)  # it was its name
 
 
+@needs(Feature.DEDUPLICATION, Feature.DEAD_LETTERS)
+async def check_the_key_of_a_redriven_message_is_remembered_while_that_is_pending(stage: Stage) -> None:
+    queue = await stage.queue(dedup_window=5)
+    (first,) = await stage.send(queue, 1, dedup_key="k")
+    await (await stage.next(queue)).reject("no such policy")
+    await stage.broker.redrive(queue)
+    await stage.advance(6)
+    again = await stage.broker.send_to_queue(queue, 2, dedup_key="k")
+    equal((again.id, again.duplicate), (first, True))
+
+
 @needs(Feature.DEDUPLICATION)
 async def check_a_send_repeated_with_its_message_id_is_stored_once(stage: Stage) -> None:
     queue = await stage.queue()
