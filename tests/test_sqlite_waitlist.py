@@ -66,6 +66,22 @@ def test_as_many_are_called_as_the_messages_need(processes) -> None:
     assert called(waiting) == [False, True, True]
 
 
+def test_who_does_not_wait_is_not_called(processes) -> None:
+    passer_by, waiting, _, sender = processes
+    passer_by.look(waiting=0)
+    waiting.look()
+    sender.send(1)
+    assert called([passer_by, waiting]) == [False, True]
+
+
+def test_who_finds_one_for_two_that_wait_is_called_for_the_next(processes) -> None:
+    waiting, *_, sender = processes
+    sender.send(1)
+    assert waiting.look(limit=2, waiting=2)[0] == 1
+    sender.send(1)
+    assert waiting.was_called()
+
+
 def test_those_who_waited_longest_are_called_first(processes) -> None:
     first, second, _, sender = processes
     second.look()
