@@ -87,6 +87,68 @@ async def test_a_group_that_somebody_holds_keeps_no_message_of_another_group(url
     assert (await broker.receive_from_queue("claims")).body == 0
 
 
+STORE = """
+    INSERT INTO filao.message (id, queue, state, kind, priority, attempts, at, sent_at, expires_at, grp, content)
+    SELECT nextval('filao.number'), q.id, %(state)s::filao.state, 0, 0, 1, 1, 1, %(expires_at)s::bigint, coalesce(%(group)s::text, n::text),
+           convert_to(to_json(%(state)s::filao.state)::text, 'UTF8')
+    FROM filao.queue q, generate_series(1, %(rows)s) AS n WHERE q.name = 'claims'
+"""
+NOTE = """
+    INSERT INTO filao.unarranged (queue, grp)
+    SELECT q.id, coalesce(%(group)s::text, n::text)
+    FROM filao.queue q, generate_series(1, %(rows)s) AS n WHERE q.name = 'claims'
+"""
+
+
+async def test_what_is_due_in_a_group_that_somebody_holds_takes_no_place_of_what_is_due_elsewhere(url, broker) -> None:
+    others = """
+        SELECT n::text FROM filao.queue q, generate_series(1, 10) AS n
+        WHERE q.name = 'claims' AND filao.group_key(q.id, n::text) <> filao.group_key(q.id, 'held') LIMIT 4
+    """
+    kinds = [("delayed", None, 5_000), ("leased", None, 1_000), ("blocked", 1, 1_000)]
+    with psycopg.connect(url) as holder, psycopg.connect(url, autocommit=True) as restored:
+        holder.execute("SELECT filao.lock_groups(ARRAY[id], ARRAY['held']) FROM filao.queue WHERE name = 'claims'")
+        *free, arranged = [group for (group,) in restored.execute(others).fetchall()]
+        for (state, expires_at, rows), group in zip(kinds, free, strict=True):
+            about = {"state": state, "expires_at": expires_at}
+            restored.execute(STORE, {**about, "group": "held", "rows": rows})
+            restored.execute(STORE, {**about, "group": group, "rows": 1})
+        restored.execute(NOTE, {"group": "held", "rows": 500})
+        restored.execute(NOTE, {"group": arranged, "rows": 1})
+        messages = await broker.receive_many("claims", 10, wait=0)
+        noted = restored.execute("SELECT FROM filao.unarranged WHERE grp = %s", (arranged,)).fetchall()
+        dead = restored.execute("SELECT reason FROM filao.message WHERE state = 'dead'").fetchall()
+    assert sorted(message.body for message in messages) == ["delayed", "leased"]
+    assert dead == [("expired",)]
+    assert noted == []
+
+
+@pytest.mark.parametrize("planned_for", [0, 3_000])
+async def test_a_look_locks_the_groups_of_what_it_picks_alone(url, broker, planned_for) -> None:
+    """A plan that sorts would lock the groups of all that there is."""
+    looks = ("ready(q.id, 0, 0, 2, 1)", "due(q.id, 0, 2, 1)", "lapsed(q.id, 0, 2, 1)", "expired(q.id, 0, 2, 1, false)")
+    calls = [f"SELECT filao.pick_{look} FROM filao.queue q" for look in (*looks, "noted(q.id, '0', 1)")]
+    with psycopg.connect(url, autocommit=True) as session:
+        session.execute("DELETE FROM filao.queue WHERE name <> 'claims'")
+        session.execute("SET enable_seqscan = off")  # as those who look do
+        session.execute("SET plan_cache_mode = force_generic_plan")
+        if planned_for == 0:
+            for call in calls:
+                session.execute(call.encode())
+        for state, expires_at in (("ready", None), ("delayed", None), ("leased", None), ("blocked", 1)):
+            session.execute(STORE, {"state": state, "expires_at": expires_at, "group": None, "rows": 3_000})
+        session.execute(NOTE, {"group": None, "rows": 3_000})
+        if planned_for:
+            session.execute("ANALYZE filao.message, filao.unarranged")
+        locked = []
+        for call in calls:
+            with session.transaction():
+                session.execute(call.encode())
+                mine = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+                locked.append(session.execute(mine).rowcount)
+    assert locked == [1] * len(calls)
+
+
 async def test_an_operator_need_not_wait_for_a_transaction_that_has_sent_to_a_queue_with_a_limit(url, broker) -> None:
     with psycopg.connect(url) as holder:
         await broker.send_to_queue("few", 0, within=holder)

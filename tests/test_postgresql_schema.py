@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "d6e114825315a5d1"}
+DIGESTS = {10: "72a3a8f2de090469"}
 """The digest of the SQL of the newest version."""
 
 

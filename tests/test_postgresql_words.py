@@ -19,7 +19,7 @@ SQL = "\n".join(
 LIMITS = [
     (r"m\.failures >= (\d+)", HISTORY_MAX),
     (r"ORDER BY f\.id DESC OFFSET (\d+)", HISTORY_MAX),
-    (r"seen\.delayed AND at <= now\s+ORDER BY at\s+LIMIT (\d+)", DUE_MAX),
+    (r"pick_due\(q, seen\.delayed, now, (\d+)\)", DUE_MAX),
     (r"filao\.seen\(q\)\);\s+PERFORM filao\.expire_some\(q, (\d+), now, false", DUE_MAX),
     (r"died boolean, most integer DEFAULT (\d+)", LEASES_AT_ONCE),
     (r"died boolean, most integer DEFAULT (\d+)", SLICE),

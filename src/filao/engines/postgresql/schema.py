@@ -114,7 +114,7 @@ STEPS: dict[int, str] = {
 _LOOK = """
     SELECT (SELECT value FROM filao.meta WHERE name = 'version'), (SELECT value FROM filao.meta WHERE name = 'database')
 """
-FUNCTIONS = ("seen", "moves", "send", "receive", "settle", "operators", "processes", "stats", "doors")
+FUNCTIONS = ("seen", "pick", "moves", "send", "receive", "settle", "operators", "processes", "stats", "doors")
 """The files of the functions, in the order in which they are run; the last grants the right to call them."""
 LOCK = 0x46696C616F  # "Filao", as the key of an advisory lock
 _NEW_FOR_OPERATORS = ("begin_deed", "halt_group", "record_deed", "of_group", "why_held")

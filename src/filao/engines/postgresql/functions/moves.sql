@@ -356,10 +356,7 @@ DECLARE
   groups text[];
   lowest bigint;
 BEGIN
-  SELECT array_agg(n.note), array_agg(DISTINCT n.grp), min(n.lowest) INTO notes, groups, lowest
-  FROM (SELECT ctid AS note, grp, u.lowest FROM filao.unarranged u
-        WHERE queue = q AND noted_in >= since ORDER BY noted_in LIMIT most FOR UPDATE SKIP LOCKED) AS n
-  WHERE pg_try_advisory_xact_lock(filao.group_key(q, n.grp));
+  SELECT * INTO notes, groups, lowest FROM filao.pick_noted(q, since, most);
   IF notes IS NULL THEN
     RETURN 0;
   END IF;
@@ -626,22 +623,15 @@ $$;
 -- Expire so many messages at most, from a time on, and return how many there were. What somebody else has locked is
 -- left to them.
 CREATE OR REPLACE FUNCTION filao.expire_some(q integer, most bigint, now bigint, later boolean, since bigint = 0)
-RETURNS bigint LANGUAGE plpgsql SET enable_sort = off AS $$  -- see filao.pick
+RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
-  chosen bigint[];
+  picked bigint[] := filao.pick_expired(q, since, now, most, later);
 BEGIN
-  SELECT array_agg(old.id) INTO chosen
-  FROM (
-    SELECT id, grp FROM filao.message
-    WHERE queue = q AND expires_at >= since AND expires_at <= now AND state IN ('ready', 'delayed', 'blocked')
-    ORDER BY expires_at LIMIT most FOR UPDATE SKIP LOCKED
-  ) AS old
-  WHERE later OR old.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, old.grp));
-  IF chosen IS NULL THEN
+  IF picked IS NULL THEN
     RETURN 0;
   END IF;
-  PERFORM filao.expire(q, chosen, now, later);
-  RETURN cardinality(chosen);
+  PERFORM filao.expire(q, picked, now, later);
+  RETURN cardinality(picked);
 END
 $$;
 

@@ -108,7 +108,7 @@ $$;
 --
 -- Invariant: a slice of each at a time. The next begins where this one ended: what it removed may lie there as dead.
 CREATE OR REPLACE FUNCTION filao.tidy(moment bigint, since bigint = 0) RETURNS bigint
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_sort = off SET jit = off AS $$  -- see filao.pick
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_sort = off SET jit = off AS $$  -- see pick.sql
 DECLARE
   now    bigint := filao.now(moment);
   most   CONSTANT integer := 1000;  -- rows in one transaction, which takes some 10 ms

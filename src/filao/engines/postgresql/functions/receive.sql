@@ -6,31 +6,20 @@
 -- Invariant: a slice of each kind at a time, the earliest first; what is left over is still due, and seen by the next.
 CREATE OR REPLACE FUNCTION filao.make_due(q integer, seen filao.seen, now bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
-  chosen bigint[];
+  picked bigint[];
   oldest bigint;
   acted  boolean := false;
 BEGIN
   IF seen.delayed <= now THEN
     acted := true;
-    SELECT array_agg(due.id) INTO chosen
-    FROM (
-      SELECT id, grp FROM filao.message WHERE queue = q AND state = 'delayed' AND at >= seen.delayed AND at <= now
-      ORDER BY at LIMIT 5000 FOR UPDATE SKIP LOCKED
-    ) AS due
-    WHERE due.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, due.grp));
-    PERFORM filao.give_back(q, chosen, NULL, false, 0, 0, now, false) WHERE chosen IS NOT NULL;
+    picked := filao.pick_due(q, seen.delayed, now, 5000);
+    PERFORM filao.give_back(q, picked, NULL, false, 0, 0, now, false) WHERE picked IS NOT NULL;
   END IF;
   IF seen.leased <= now THEN
     acted := true;
-    SELECT array_agg(lapsed.id), min(lapsed.expires_at) INTO chosen, oldest
-    FROM (
-      SELECT id, grp, expires_at FROM filao.message
-      WHERE queue = q AND state = 'leased' AND at >= seen.leased AND at <= now
-      ORDER BY at LIMIT 1000 FOR UPDATE SKIP LOCKED
-    ) AS lapsed
-    WHERE lapsed.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, lapsed.grp));
+    SELECT * INTO picked, oldest FROM filao.pick_lapsed(q, seen.leased, now, 1000);
     seen.expiring := least(seen.expiring, oldest);  -- which was not looked at while it was leased
-    PERFORM filao.lose(q, chosen, 'lease_expired', now) WHERE chosen IS NOT NULL;
+    PERFORM filao.lose(q, picked, 'lease_expired', now) WHERE picked IS NOT NULL;
   END IF;
   IF seen.expiring <= now THEN
     acted := true;
@@ -41,22 +30,6 @@ BEGIN
     PERFORM filao.arrange_noted(q, now, seen.noted);
   END IF;
   RETURN acted;
-END
-$$;
-
--- Lock the first ready messages of a priority that nobody else has locked, nor their groups, and return where they are
--- stored. What an index has in order is not sorted: the limit is not known when the plan is made. Groups are locked as
--- rows are come upon, before these are, so that what somebody holds takes no place among them.
-CREATE OR REPLACE FUNCTION filao.pick(q integer, p integer, floor bigint, now bigint, most bigint) RETURNS tid[]
-LANGUAGE plpgsql SET enable_sort = off AS $$
-BEGIN
-  RETURN ARRAY(
-    SELECT m.ctid FROM filao.message m
-    WHERE m.queue = q AND m.state = 'ready' AND -m.priority <= -p AND (-m.priority, m.id) >= (-p, floor)
-      AND (m.expires_at IS NULL OR m.expires_at > now)  -- `make_due` leaves some when there are very many
-      AND (m.grp IS NULL OR pg_try_advisory_xact_lock(filao.group_key(q, m.grp)))
-    ORDER BY -m.priority, m.id LIMIT most FOR UPDATE SKIP LOCKED
-  );
 END
 $$;
 
@@ -99,7 +72,7 @@ BEGIN
         seen.floors := seen.floors[:i - 1] || seen.floors[i + 1:];
         CONTINUE;
       END IF;
-      spots := filao.pick(q, seen.priorities[i], seen.floors[i], now, most - found);
+      spots := filao.pick_ready(q, seen.priorities[i], seen.floors[i], now, most - found);
       RETURN QUERY
         WITH leased AS (
           UPDATE filao.message AS m
