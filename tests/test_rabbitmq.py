@@ -998,6 +998,19 @@ async def test_a_queue_more_than_the_server_allows_channels_is_refused_and_costs
         await message.ack()
 
 
+async def test_few_queues_have_a_channel_of_their_own_and_the_others_share_one(broker, queue) -> None:
+    queues = [queue, *(filao.Queue(f"{queue.name}.{number}", backoff=AT_ONCE) for number in range(4))]
+    await broker.declare(*queues)
+    session = await engine_of(broker)._sending.session()
+    session._channels_max = server.FREE_MIN + 2
+    for body in range(2):
+        for each in queues:
+            await broker.send_to_queue(each, body)
+    assert len(session._channels) == 3
+    for each in queues:
+        assert [message.body for message in await broker.receive_many(each, 2, wait=0)] == [0, 1]
+
+
 async def test_large_bodies_take_turns_at_a_bounded_number_of_channels(broker, queue) -> None:
     session = await engine_of(broker)._sending.session()
     channels = session._connection.transport.connection.channels
@@ -1198,7 +1211,6 @@ async def test_a_queue_that_is_silent_costs_no_lease_in_others_and_leaves_no_sen
     other = filao.Queue(f"{queue.name}.other", backoff=AT_ONCE)
     await broker.declare(other)
     await broker.send_many(other, [0, 1])
-    await broker.send_to_queue(queue, 0)  # a first send would let the server's channel wait, and all that use it
     held = await received(broker, other)
     async with silent(rabbitmq, queue.name):
         with monkeypatch.context() as patched:

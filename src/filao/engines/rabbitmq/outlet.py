@@ -25,7 +25,7 @@ class _Turn:
 
 
 class Outlet:
-    """One such channel, shared by all that are published at the same time."""
+    """One such channel, shared by all that are published to a queue, or to several, at the same time."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

@@ -80,7 +80,7 @@ class Publisher:
             async with self._large, (await self._link.session()).aside(confirms=True) as channel:
                 await _publish_all(Outlet(channel), queue, messages)
             return
-        outlet = await (await self._link.session()).publishing()
+        outlet = await (await self._link.session()).publishing(queue)
         try:
             await _publish_all(outlet, queue, messages)
         except (DeliveryError, asyncio.CancelledError):

@@ -67,6 +67,9 @@ CONNECTED_WITHIN = 10.0  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for a reply or a confirm; a server that takes longer counts as away
 FAREWELL_WITHIN = 0.5  # seconds to close the connection to a server that has not answered in time
 REFUSED_LOGIN = 403  # AMQP's code, when it comes in place of a welcome
+OUTLETS_MAX = 64  # queues of one process with a channel of their own for what is sent to them
+SHARED = ""  # the place of the outlet for all other queues
+FREE_MIN = 64  # channels that are left for other things, such as large bodies, where the server allows few
 STEADY_AFTER = 10.0  # seconds after which a session no longer counts as short
 LOST_OFTEN = 5  # short sessions in a row after which a warning is logged
 PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between short sessions
@@ -305,7 +308,7 @@ class Session:
         self._abort = abort
         self._ended = asyncio.get_running_loop().create_future()
         self._connection.close_callbacks.add(self._end)
-        self._outlet: Outlet | None = None
+        self._outlets: dict[str, Outlet] = {}
         self._opening = asyncio.Lock()
         inner = cast("aiormq.Connection | None", connection.transport and connection.transport.connection)
         self._channels: Sized = () if inner is None else inner.channels
@@ -361,13 +364,20 @@ class Session:
             raise ConnectionResetError(str(error)) from error
         return cast("Channel", await channel.get_underlay_channel())
 
-    async def publishing(self) -> Outlet:
-        """Enter the outlet that all who publish share; the caller leaves it."""
+    async def publishing(self, queue: str) -> Outlet:
+        """Enter the outlet of all who publish to a queue; the caller leaves it.
+
+        Each queue has one of its own, as long as there are few: the server's end of a channel waits, with all that came
+        over it, for a queue to which it has sent nothing before, and whose leader does not answer.
+        """
+        most = min(OUTLETS_MAX, self._channels_max - FREE_MIN) if self._channels_max else OUTLETS_MAX
         async with self._opening:  # nobody overtakes those that wait for it to open
-            if self._outlet is None or not self._outlet.is_open:
-                self._outlet = Outlet(await self.channel(confirms=True))
-            self._outlet.enter()
-            return self._outlet
+            place = queue if queue in self._outlets or len(self._outlets) < most else SHARED
+            outlet = self._outlets.get(place)
+            if outlet is None or not outlet.is_open:
+                outlet = self._outlets[place] = Outlet(await self.channel(confirms=True))
+            outlet.enter()
+            return outlet
 
     @asynccontextmanager
     async def aside(self, *, confirms: bool = False) -> AsyncGenerator[Channel]:
