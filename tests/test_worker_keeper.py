@@ -9,6 +9,7 @@ import pytest
 
 import filao
 import filao.sync
+from filao.worker import keeper
 from tests.support.working import SHORT, broker
 
 pytestmark = pytest.mark.anyio
@@ -89,3 +90,16 @@ async def test_a_worker_that_gets_no_thread_of_its_own_says_so(tmp_path, name) -
         finally:
             threading.stack_size(before)
         assert await worker.drain() == []
+
+
+async def test_a_worker_whose_thread_is_a_greenlet_is_refused_before_it_receives(url, broker, monkeypatch) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(SHORT)
+    async def handle(message: filao.Message) -> None: ...
+
+    await broker.send_to_queue("claims", 1)
+    monkeypatch.setattr(keeper, "start", lambda thread: thread.run())  # as a greenlet: in the caller's thread
+    with pytest.raises(filao.ConfigurationError, match=r"greenlets, .*Nothing was done; run the worker in a process"):
+        await worker.run()
+    assert (await broker.stats("claims")).received == 0

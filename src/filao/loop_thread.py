@@ -14,10 +14,10 @@ from contextlib import suppress
 
 from filao.broker import Broker, session_of
 from filao.calls import Caller, interpreter_ends, signals_left_to_others
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
+from filao.errors import EngineUnavailable, FilaoError
 from filao.guarded import Log
 from filao.outside import outside
-from filao.process import start
+from filao.process import check_loops, start
 from filao.session import CLOSES_WITHIN
 
 log: Log = Log(logging.getLogger("filao"))
@@ -78,7 +78,7 @@ class LoopThread:
     def _run(self) -> None:
         _threads.add(self)
         try:
-            _check_alone()
+            check_loops("use one blocking broker for all, or threads of the system")
             asyncio.run(self._live())
         except BaseException as error:
             self._error = error
@@ -99,16 +99,6 @@ class LoopThread:
                 await self._stopping.wait()
         finally:
             self.caller.end()  # before the loop ends: a call that came after that would never be answered
-
-
-def _check_alone() -> None:
-    """Raise `ConfigurationError` if this new thread has an event loop already, because threads are greenlets here."""
-    with suppress(RuntimeError):
-        asyncio.get_running_loop()
-        raise ConfigurationError(
-            "this process has an event loop already, and its threads are greenlets, as gevent makes them, only one of "
-            "which can have a loop. Nothing was done; use one blocking broker for all, or threads of the system"
-        )
 
 
 def _close_all() -> None:

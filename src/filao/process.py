@@ -1,5 +1,6 @@
 """A process that sends, receives and holds messages, as operators see it."""
 
+import asyncio
 import os
 import socket
 import sys
@@ -58,6 +59,16 @@ def start(thread: threading.Thread) -> None:
         thread.start()
     except RuntimeError as error:
         raise no_thread(error) from error
+
+
+def check_loops(instead: str) -> None:
+    """Raise `ConfigurationError` if this new thread has an event loop already, because threads are greenlets here."""
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise ConfigurationError(
+            f"this process has an event loop already, and its threads are greenlets, as gevent makes them, only one of "
+            f"which can have a loop. Nothing was done; {instead}"
+        )
 
 
 def no_thread(error: RuntimeError) -> EngineUnavailable:

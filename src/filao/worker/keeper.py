@@ -18,8 +18,8 @@ from contextlib import suppress
 from typing import Protocol
 
 from filao.engine import Delivery
-from filao.errors import EngineUnavailable, FilaoError, LeaseLost
-from filao.process import start
+from filao.errors import ConfigurationError, FilaoError, LeaseLost
+from filao.process import check_loops, start
 from filao.session import Session
 from filao.worker.outage import Outages, pauses
 
@@ -68,7 +68,8 @@ class Keeper:
     async def start(self) -> None:
         """Start the thread and connect it before any handler runs, which may keep the interpreter busy.
 
-        Raises `EngineUnavailable` when no thread can be started: no lease would be kept.
+        Raises `EngineUnavailable` when no thread can be started, and `ConfigurationError` when it is a greenlet, which
+        can have no loop of its own: no lease would be kept.
         """
         sibling = self._session.sibling()
         if sibling is None:
@@ -79,10 +80,13 @@ class Keeper:
         ready: Future[None] = Future()
         try:
             start(threading.Thread(target=self._run, args=(sibling, ready), name="filao keeper", daemon=True))
-        except EngineUnavailable:
+        except FilaoError:
             self._end()
             raise
-        await asyncio.wait([asyncio.wrap_future(ready)], timeout=OPENS_WITHIN)
+        opened = asyncio.wrap_future(ready)
+        await asyncio.wait([opened], timeout=OPENS_WITHIN)
+        if opened.done():
+            opened.result()
 
     async def stop(self) -> None:
         """Let everything go, and end the thread."""
@@ -107,8 +111,11 @@ class Keeper:
 
     def _run(self, sibling: Session, ready: "Future[None]") -> None:
         try:
+            check_loops("run the worker in a process whose threads are the system's: one must keep its leases")
             with suppress(_StoppedError), asyncio.Runner(loop_factory=self._loop) as runner:
                 runner.run(self._main(sibling, ready))
+        except ConfigurationError as error:
+            ready.set_exception(error)
         finally:
             _tell(self._worker_loop, self._end)
 
