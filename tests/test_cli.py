@@ -1,6 +1,7 @@
 """The command line as its users run it: the real program, on real files, through real pipes and terminals."""
 
 import os
+import shlex
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -49,6 +50,23 @@ def test_only_declare_creates_a_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert run("declare", "claims.db", "claims", cwd=tmp_path).code == 0
     assert (tmp_path / "claims.db").exists()
+
+
+@pytest.mark.parametrize("command", [("stats",), ("backup", "copy.db")])
+def test_a_file_whose_folder_or_disk_is_missing_is_not_to_be_declared(command, tmp_path):
+    (tmp_path / "link.db").symlink_to(tmp_path / "disk" / "claims.db")
+    name, *others = command
+    in_folder, behind_link = run_each([(name, "gone/claims.db", *others), (name, "link.db", *others)], cwd=tmp_path)
+    assert (in_folder.code, behind_link.code) == (3, 3)
+    assert f"no such file: gone/claims.db. There is no folder {tmp_path / 'gone'}." in in_folder.err
+    assert f"It is a link to {tmp_path / 'disk' / 'claims.db'}, where nothing is." in behind_link.err
+
+
+def test_the_command_of_a_hint_can_be_run_as_it_stands(tmp_path):
+    hint = run("stats", "two words.db", "--", "-q", cwd=tmp_path).err.partition("Declare a queue first: ")[2]
+    program, *command = shlex.split(hint)
+    assert (program, run(*command, cwd=tmp_path).code) == ("filao", 0)
+    assert run("stats", "two words.db", cwd=tmp_path).lines[0]["name"] == "-q"
 
 
 def test_a_url_names_a_file_as_a_path_does(db):

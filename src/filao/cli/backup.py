@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from filao.cli.shell import addressed, as_json, file_of, note, print_lines, usage
+from filao.cli.shell import addressed, as_json, check_file, file_of, note, print_lines, usage
 from filao.engines.sqlite import backup as copies
 from filao.errors import ConfigurationError, UnsupportedFeature
 
@@ -20,6 +20,7 @@ def backup(*, arguments: tuple[str, ...]) -> int:
     url, (copy,) = addressed(arguments, least=1, most=1)
     _check_copy(copy)
     path = _sqlite_file(url)
+    check_file(url)
     print_lines([as_json({"backup": copy, "bytes": copies.back_up(path, Path(copy))})])
     return 0
 

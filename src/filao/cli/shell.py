@@ -17,7 +17,7 @@ import msgspec
 
 from filao.broker import session_of
 from filao.engine import Feature, OpenAgain
-from filao.engines import sqlite_path
+from filao.engines import located, sqlite_path
 from filao.errors import ConfigurationError, QueueNotFound
 from filao.printable import printable, printable_json
 from filao.sync import Broker, connect, door_of
@@ -85,9 +85,7 @@ def broker_at(url: str, queue: str = "QUEUE", *, create: bool = False) -> Genera
             if default
             else ""
         )
-        raise QueueNotFound(
-            f"{error} In a shell: filao declare {shown_url(url)} {shlex.quote(queue)}.{hint}"
-        ) from error
+        raise QueueNotFound(f"{error} In a shell: {declaring(url, queue)}.{hint}") from error
 
 
 def check_file(url: str, queue: str = "QUEUE", *, create: bool = False) -> None:
@@ -98,9 +96,20 @@ def check_file(url: str, queue: str = "QUEUE", *, create: bool = False) -> None:
             "a queue in memory would end with this command, and all that is in it: give the path of a file"
         )
     if file is not None and not create and not file.exists():
-        raise ConfigurationError(
-            f"no such file: {file}. Declare a queue first: filao declare {shown_url(url)} {shlex.quote(queue)}"
-        )
+        folder = Path(located(url)).parent
+        if file.is_symlink():
+            next_step = f"It is a link to {file.readlink()}, where nothing is. Is a disk not mounted?"
+        elif not folder.is_dir():
+            next_step = f"There is no folder {folder}. Is it misspelt, or a disk not mounted?"
+        else:
+            next_step = f"Declare a queue first: {declaring(url, queue)}"
+        raise ConfigurationError(f"no such file: {file}. {next_step}")
+
+
+def declaring(url: str, queue: str = "QUEUE") -> str:
+    """Return the command that declares a queue, as a shell takes it."""
+    names = [shown_url(url), queue]
+    return shlex.join(["filao", "declare", *(["--"] if any(name.startswith("-") for name in names) else []), *names])
 
 
 def read_anew(broker: Broker, read: Callable[[], T]) -> T:

@@ -5,12 +5,11 @@ import sys
 import click
 import msgspec
 
-from filao.cli.shell import addressed, as_json, broker_at, file_of, is_terminal, note, print_lines, untold
+from filao.cli.shell import addressed, as_json, broker_at, declaring, file_of, is_terminal, note, print_lines, untold
 from filao.cli.tables import age_text, draw
 from filao.cli.top import watch
 from filao.engine import Feature, Finding, QueueStats, State
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
-from filao.urls import shown_url
 
 _json_option = click.option("--json", "wants_json", is_flag=True, help="JSON lines, also on a terminal.")
 _COLUMNS = ("ready", "delayed", "blocked", "leased", "dead", "sent", "acked")
@@ -45,7 +44,7 @@ def stats(*, arguments: tuple[str, ...], wants_json: bool, is_watched: bool) -> 
         rows = [(queue.name, *(count for _, count in _known(queue))) for queue in found]
         draw(("queue", *_WITHOUT_COUNTERS), rows, figures=True)
     if not found:
-        note(f"no queue is declared here. In a shell: filao declare {shown_url(url)} QUEUE")
+        note(f"no queue is declared here. In a shell: {declaring(url)}")
     return 0 if found else 1
 
 
