@@ -75,7 +75,7 @@ async def check_the_key_of_a_redriven_message_is_remembered_while_that_is_pendin
 
 @needs(Feature.DEDUPLICATION)
 async def check_a_send_repeated_with_its_message_id_is_stored_once(stage: Stage) -> None:
-    queue = await stage.queue()
+    queue = await stage.queue(dedup_window=5)
     first = await stage.broker.send_to_queue(queue, 1, message_id="claim-7")
     again = await stage.broker.send_to_queue(queue, 1, message_id="claim-7")
     equal((first.id, again.id, again.duplicate), ("claim-7", "claim-7", True))
@@ -83,6 +83,8 @@ async def check_a_send_repeated_with_its_message_id_is_stored_once(stage: Stage)
     equal(message.id, "claim-7")
     await message.ack()
     equal((await stage.broker.send_to_queue(queue, 1, message_id="claim-7")).duplicate, True)
+    await stage.advance(6)
+    equal((await stage.broker.send_to_queue(queue, 1, message_id="claim-7")).duplicate, False)
 
 
 @needs(Feature.DEDUPLICATION)
