@@ -104,6 +104,22 @@ async def check_a_waiting_consumer_is_woken_by_a_send(stage: Stage) -> None:
 
 
 @needs()
+async def check_a_waiting_consumer_is_woken_by_its_own_broker_each_time(stage: Stage) -> None:
+    queue = await stage.queue()
+    for body in range(3):
+        await stage.send(queue, "there")
+        equal(await stage.drain(queue), ["there"])
+        waiting = asyncio.ensure_future(stage.broker.receive_from_queue(queue, wait=SOON))
+        for _ in range(3):
+            await stage.broker.stats(queue)  # meanwhile it has looked in vain
+        await stage.send(queue, body)
+        message = await waiting
+        equal(message and message.body, body)
+        if message is not None:
+            await message.ack()
+
+
+@needs()
 async def check_a_wait_that_runs_out_returns_none(stage: Stage) -> None:
     queue = await stage.queue()
     equal(await stage.broker.receive_from_queue(queue, wait=0.01), None)
