@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "72a3a8f2de090469"}
+DIGESTS = {10: "d92614c5f140a77f"}
 """The digest of the SQL of the newest version."""
 
 

@@ -219,6 +219,15 @@ BEGIN
 END
 $$;
 
+-- The first message of a group in a state, from an id on. The index of groups alone can serve a comparison of (grp,
+-- state, id), whatever the tables hold. In SQL and STABLE, this becomes part of the query that calls it, and its plan.
+CREATE OR REPLACE FUNCTION filao.first_of(q integer, g text, s filao.state, from_id bigint)
+RETURNS TABLE (id bigint, at bigint) LANGUAGE sql STABLE AS $$
+  SELECT m.id, m.at FROM filao.message m
+  WHERE m.queue = q AND (m.grp, m.state, m.id) >= (g, s, from_id) AND (m.grp, m.state) <= (g, s) AND m.grp IS NOT NULL
+  ORDER BY m.grp, m.state, m.id LIMIT 1
+$$;
+
 -- Note down where groups begin, whose locks the caller holds: what a batch sends to an empty one has a number that is
 -- not drawn yet.
 CREATE OR REPLACE FUNCTION filao.raise_floors(q integer, groups text[], file oid, now bigint) RETURNS void
@@ -231,12 +240,7 @@ BEGIN
   FROM (SELECT DISTINCT g, filao.floor_of(q, g, raise_floors.file) AS from_id FROM unnest(groups) AS g) AS given
   LEFT JOIN LATERAL (
     SELECT m.id
-    FROM unnest('{ready,delayed,leased,blocked}'::filao.state[]) AS s, LATERAL (
-      SELECT m.id FROM filao.message m
-      WHERE m.queue = q AND (m.grp, m.state, m.id) >= (given.g, s, given.from_id)
-        AND (m.grp, m.state) <= (given.g, s) AND m.grp IS NOT NULL
-      ORDER BY m.grp, m.state, m.id LIMIT 1
-    ) AS m
+    FROM unnest('{ready,delayed,leased,blocked}'::filao.state[]) AS s, filao.first_of(q, given.g, s, given.from_id) AS m
   ) AS first ON true
   GROUP BY given.g
   ON CONFLICT DO NOTHING;
@@ -248,26 +252,26 @@ $$;
 -- Invariant, for who holds a group's lock: at most one of its messages is ready or leased, and it is the first; what
 -- stands behind that is blocked. Where failed messages are skipped, the delayed ones do not count.
 --
--- All groups at once: of each the first message in each state is looked up by the index of groups, which is the only
--- one that can serve a comparison of (grp, state, id), whatever the tables hold. Where failed messages are skipped, a
--- head that is not due yet steps aside, and its group is looked at again.
+-- Of all groups at once the first message in each state is looked up; the first of these is the head, but a group that
+-- halts has none. Where failed messages are skipped, a head that is not due yet steps aside, and its group is looked at
+-- again.
 CREATE OR REPLACE FUNCTION filao.arrange_all(
   q integer, groups text[], now bigint, later boolean, born bigint = NULL
 ) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
   much    CONSTANT integer := 500;  -- entries of the index, which take some 0.2 ms
   file    oid := pg_relation_filenode('filao.message');
-  looked  text[] := groups;
+  pending text[] := groups;  -- to be looked at
   floors  boolean;  -- whether there are any
   walked  bigint;
   skips   boolean;
   halts   boolean;
-  through bigint[];  -- heads that were blocked and are due
-  aside   bigint[];  -- heads that were blocked and are not
-  ready   bigint[];  -- others, to be held back
+  due     bigint[];  -- heads that were blocked, to be let through
+  early   bigint[];  -- the same, with a delay that is not over
+  ready   bigint[];  -- not heads, to be held back
   delayed bigint[];
-  again   text[];
-  moved   bigint[] := '{0,0,0,0}';
+  more_ready   bigint := 0;
+  more_delayed bigint := 0;
 BEGIN
   IF later THEN
     INSERT INTO filao.unarranged (queue, grp, lowest) SELECT DISTINCT q, given.g, born FROM unnest(groups) AS given (g);
@@ -277,62 +281,37 @@ BEGIN
   PERFORM filao.hold_groups(q, groups, born);
   floors := EXISTS (SELECT FROM filao.floor f WHERE f.queue = q);  -- mostly there are none
   walked := pg_stat_get_xact_tuples_returned('filao.message_grouped'::regclass);
-  WHILE cardinality(groups) > 0 LOOP
-    SELECT array_agg(f.blocked) FILTER (WHERE f.head = f.blocked AND f.at <= now),
-           array_agg(f.blocked) FILTER (WHERE f.head = f.blocked AND f.at > now),
+  WHILE cardinality(pending) > 0 LOOP
+    SELECT array_agg(f.blocked) FILTER (WHERE f.blocked = f.head AND f.at <= now),
+           array_agg(f.blocked) FILTER (WHERE f.blocked = f.head AND f.at > now),
            array_agg(f.ready) FILTER (WHERE f.ready IS NOT NULL AND f.ready IS DISTINCT FROM f.head),
            array_agg(f.delayed) FILTER (WHERE f.delayed <> f.head),
-           array_agg(f.g) FILTER (WHERE f.head = f.blocked AND f.at > now AND skips)
-    INTO through, aside, ready, delayed, again
+           array_agg(f.g) FILTER (WHERE f.blocked = f.head AND f.at > now AND skips)
+    INTO due, early, ready, delayed, pending
     FROM (
       SELECT given.g, r.id AS ready, d.id AS delayed, b.id AS blocked, b.at,
              CASE WHEN NOT halts OR NOT EXISTS (SELECT FROM filao.halted h WHERE h.queue = q AND h.grp = given.g)
                THEN least(r.id, d.id, b.id) END AS head
-      FROM (SELECT DISTINCT g FROM unnest(groups) AS g) AS given
-      CROSS JOIN LATERAL (
-        SELECT CASE WHEN floors THEN filao.floor_of(q, given.g, file) ELSE 0 END AS from_id
-      ) AS begins
+      FROM (SELECT DISTINCT g FROM unnest(pending) AS g) AS given
+      CROSS JOIN LATERAL (SELECT CASE WHEN floors THEN filao.floor_of(q, given.g, file) ELSE 0 END AS id) AS floor
+      LEFT JOIN LATERAL filao.first_of(q, given.g, 'leased', floor.id) AS l ON true
+      LEFT JOIN LATERAL filao.first_of(q, given.g, 'ready', floor.id) AS r ON l.id IS NULL
       LEFT JOIN LATERAL (
-        SELECT m.id FROM filao.message m
-        WHERE m.queue = q AND (m.grp, m.state, m.id) >= (given.g, 'leased', from_id)
-          AND (m.grp, m.state) <= (given.g, 'leased') AND m.grp IS NOT NULL
-        ORDER BY m.grp, m.state, m.id LIMIT 1
-      ) AS l ON true
-      LEFT JOIN LATERAL (
-        SELECT m.id FROM filao.message m
-        WHERE m.queue = q AND (m.grp, m.state, m.id) >= (given.g, 'ready', from_id)
-          AND (m.grp, m.state) <= (given.g, 'ready') AND m.grp IS NOT NULL
-        ORDER BY m.grp, m.state, m.id LIMIT 1
-      ) AS r ON l.id IS NULL
-      LEFT JOIN LATERAL (  -- where failed messages are skipped it is overtaken, not waited for
-        SELECT m.id FROM filao.message m
-        WHERE NOT skips AND m.queue = q AND (m.grp, m.state, m.id) >= (given.g, 'delayed', from_id)
-          AND (m.grp, m.state) <= (given.g, 'delayed') AND m.grp IS NOT NULL
-        ORDER BY m.grp, m.state, m.id LIMIT 1
+        SELECT * FROM filao.first_of(q, given.g, 'delayed', floor.id) WHERE NOT skips  -- or it is overtaken
       ) AS d ON l.id IS NULL
-      LEFT JOIN LATERAL (
-        SELECT m.id, m.at FROM filao.message m
-        WHERE m.queue = q AND (m.grp, m.state, m.id) >= (given.g, 'blocked', from_id)
-          AND (m.grp, m.state) <= (given.g, 'blocked') AND m.grp IS NOT NULL
-        ORDER BY m.grp, m.state, m.id LIMIT 1
-      ) AS b ON l.id IS NULL
+      LEFT JOIN LATERAL filao.first_of(q, given.g, 'blocked', floor.id) AS b ON l.id IS NULL
       WHERE l.id IS NULL
     ) AS f;
-    moved := ARRAY[
-      moved[1] + filao.set_states(through, 'blocked', 'ready'),
-      moved[2] + filao.set_states(aside, 'blocked', 'delayed'),
-      moved[3] + filao.set_states(ready, 'ready', 'blocked'), moved[4] + filao.set_states(delayed, 'delayed', 'blocked')
-    ];
-    groups := again;
+    more_ready := more_ready + filao.set_states(due, 'blocked', 'ready') - filao.set_states(ready, 'ready', 'blocked');
+    more_delayed := more_delayed + filao.set_states(early, 'blocked', 'delayed')
+                    - filao.set_states(delayed, 'delayed', 'blocked');
   END LOOP;
   walked := pg_stat_get_xact_tuples_returned('filao.message_grouped'::regclass) - walked;
-  IF walked > greatest(much, 20 * cardinality(looked)) THEN
-    PERFORM filao.raise_floors(q, looked, file, now);
+  IF walked > greatest(much, 20 * cardinality(groups)) THEN
+    PERFORM filao.raise_floors(q, groups, file, now);
   END IF;
-  PERFORM filao.count(
-    q, ARRAY['ready', 'delayed', 'blocked'],
-    ARRAY[moved[1] - moved[3], moved[2] - moved[4], moved[3] + moved[4] - moved[1] - moved[2]]
-  );
+  PERFORM filao.count(q, ARRAY['ready', 'delayed', 'blocked'],
+                      ARRAY[more_ready, more_delayed, -more_ready - more_delayed]);
 END
 $$;
 
