@@ -497,6 +497,17 @@ async def silent(rabbitmq: Rabbitmq, name: str) -> AsyncGenerator[None]:
         await asyncio.to_thread(rabbitmq.command, "eval", for_leader % "resume")
 
 
+async def test_a_lease_ends_when_its_queue_is_deleted(url, broker, queue) -> None:
+    await broker.send_to_queue(queue, 7)
+    message = await received(broker, queue)
+    async with filao.connect(url) as other:
+        await other.delete_queue(queue, messages=True)
+    await engine_of(broker)._declared.learn()
+    for call in (message.extend(60), message.nack(), message.ack()):
+        with pytest.raises(filao.LeaseLost, match="its queue was deleted"):
+            await call
+
+
 async def test_a_queue_whose_leader_is_slow_is_not_taken_for_empty(rabbitmq, broker, queue, foreign) -> None:
     """After a quarter of a second the server itself says that there is nothing; and the queue was deleted."""
     await _letters(broker, queue, foreign, "A")

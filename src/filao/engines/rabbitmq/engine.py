@@ -210,6 +210,8 @@ class RabbitmqEngine:
     async def _work(self, operation: Operation, session: Session) -> "Result | asyncio.Future[Result]":
         queue = self._declared.rules.get(operation.queue)
         if queue is None:
+            if isinstance(operation, Settle | Extend):
+                return _lost(operation.delivery)
             return not_found(operation.queue, self._declared.rules)
         match operation:
             case Send():
@@ -415,6 +417,6 @@ def _receives_last(entry: tuple[int, Operation]) -> bool:
 def _lost(delivery: Delivery) -> LeaseLost:
     return LeaseLost(
         f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost: it was "
-        "settled, or the connection that it was had on has ended, and the message goes to the next consumer. Nothing "
-        "was changed."
+        "settled, its queue was deleted, or the connection that it was had on has ended, and the message goes to the "
+        "next consumer. Nothing was changed."
     )
