@@ -36,14 +36,14 @@ from filao.engines.rabbitmq import (
     server,
     topology,
 )
-from filao.engines.rabbitmq.publisher import LARGE_AT_ONCE
+from filao.engines.rabbitmq.publisher import LARGE_AT_ONCE, Publisher
 from filao.message import delivery_of
 from tests.conftest import engine_of
 from tests.support.load import loaded
 from tests.support.proxy import Proxy
 from tests.support.servers import Rabbitmq, rabbitmq_cluster, rabbitmq_server
 from tests.support.visitor import rows, visiting
-from tests.support.working import running, until
+from tests.support.working import running, until, until_stats
 
 pytestmark = pytest.mark.anyio
 
@@ -495,6 +495,30 @@ async def silent(rabbitmq: Rabbitmq, name: str) -> AsyncGenerator[None]:
         yield
     finally:
         await asyncio.to_thread(rabbitmq.command, "eval", for_leader % "resume")
+
+
+async def test_what_a_handler_rejects_waits_until_its_queue_of_dead_letters_is_there_again(
+    url, broker, foreign, queue, monkeypatch
+) -> None:
+    worker = filao.Worker(url)
+    bury, buried = Publisher.bury, []
+
+    def counted(*arguments: Any) -> Any:
+        buried.append(arguments)
+        return bury(*arguments)
+
+    monkeypatch.setattr(Publisher, "bury", counted)
+
+    @worker.consumer(queue)
+    async def handle(message: filao.Message) -> None:
+        foreign.queue_delete(f"{queue.name}.dead")
+        raise filao.Reject("no such policy")
+
+    await broker.send_to_queue(queue, 7)
+    async with running(worker):
+        await until(lambda: len(buried) > 2)
+        await broker.declare(queue)
+        await until_stats(broker, queue.name, dead=1)
 
 
 async def test_a_lease_ends_when_its_queue_is_deleted(url, broker, queue) -> None:

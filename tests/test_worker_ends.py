@@ -275,7 +275,12 @@ async def test_a_lease_that_the_handlers_own_settle_ended_is_not_told_as_lost(ur
     assert "lost" not in caplog.text
 
 
-async def test_what_cannot_be_settled_for_now_is_settled_later_and_not_handled_again(url, broker, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error", [filao.EngineError("the disk is full"), filao.ConfigurationError("the user may not write there")]
+)
+async def test_what_cannot_be_settled_for_now_is_settled_later_and_not_handled_again(
+    url, broker, monkeypatch, error
+) -> None:
     worker, handled, fails = filao.Worker(broker), [], [4]
     settle = session_of(broker).settle
 
@@ -283,7 +288,7 @@ async def test_what_cannot_be_settled_for_now_is_settled_later_and_not_handled_a
         if fails[0]:
             fails[0] -= 1
             answer = asyncio.get_running_loop().create_future()
-            answer.set_exception(filao.EngineError("the disk is full"))
+            answer.set_exception(error)
             return answer
         return settle(delivery, outcome)
 

@@ -16,7 +16,14 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 import msgspec
 
 from filao import engine
-from filao.errors import ConfigurationError, EngineError, EngineUnavailable, LeaseLost
+from filao.errors import (
+    ConfigurationError,
+    EngineError,
+    EngineUnavailable,
+    LeaseLost,
+    QueueNotFound,
+    UnsupportedFeature,
+)
 from filao.guarded import Log, failure_of
 from filao.message import AT_MOST_ONCE, Message, deferred_transaction_for, delivery_of, error_text, mark_settled
 from filao.queue import retry_delay
@@ -311,7 +318,7 @@ class Run:
         """Settle until it is done, and return how.
 
         If the engine refuses the text of an error, it gets it in plain characters. If it cannot do what the handler
-        wants, such as a delay, the handler has failed.
+        wants, such as a delay, the handler has failed. Other refusals pass once they are mended: a permission, say.
         """
         plain, instead = _in_plain_characters(outcome), None
         for pause in pauses():
@@ -320,12 +327,12 @@ class Run:
                 return "lost", outcome
             if error is None:
                 break
-            if isinstance(error, ConfigurationError) and instead is None:
+            if isinstance(error, UnsupportedFeature) and instead is None:
                 self.log.warning("%s cannot be settled as its handler wants: %s", self.about(), error)
                 outcome = plain = instead = engine.Nack(error=error_text(error))
             else:
                 if not isinstance(error, EngineUnavailable):
-                    if outcome is plain and not isinstance(error, EngineError):
+                    if outcome is plain and not _may_pass(error):
                         self.log.error("%s could not be settled: its lease runs out", self.about(), exc_info=error)
                         return "lost", outcome
                     outcome = plain
@@ -404,6 +411,12 @@ def _nothing() -> None:
 def last_line(error: BaseException) -> str:
     """Return the last line of an error's text, which says what was raised."""
     return error_text(error).strip().rpartition("\n")[2]
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Return whether a settle that failed so may succeed later, once somebody has mended its cause."""
+    passing = EngineError | ConfigurationError | QueueNotFound  # that of its dead letters, which somebody has deleted
+    return isinstance(error, passing) and not isinstance(error, UnsupportedFeature)
 
 
 def _in_plain_characters(outcome: engine.Outcome) -> engine.Outcome:

@@ -51,7 +51,7 @@ def check_rules(queue: Queue[Any]) -> None:
 
 
 def check_draft(queue: Queue[Any], draft: Draft) -> None:
-    """Raise `UnsupportedFeature` or `ConfigurationError` for a message that cannot be sent here."""
+    """Raise `UnsupportedFeature` for a message that cannot be sent here."""
     for term, lacks in _TERMS.items():
         if getattr(draft, term):
             raise refused(queue.name, f"{term}={getattr(draft, term)!r}", lacks)
@@ -59,11 +59,11 @@ def check_draft(queue: Queue[Any], draft: Draft) -> None:
 
 
 def check_delay(queue: Queue[Any], delay: float) -> None:
-    """Raise for a delay that the queue did not ask for, or that is longer than the ladder."""
+    """Raise `UnsupportedFeature` for a delay that the queue did not ask for, or that is longer than the ladder."""
     if delay > 0 and not has_delay(queue):
         raise refused(queue.name, f"delay={delay:g}", _OPT_IN)
     if delay > DELAY_MAX:
-        raise ConfigurationError(
+        raise UnsupportedFeature(
             f"queue {queue.name!r}: delay is {delay:g}; RabbitMQ can be made to wait for up to {DELAY_MAX:,.0f} seconds"
         )
 
