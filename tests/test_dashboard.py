@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -887,6 +888,22 @@ async def test_a_file_that_was_put_in_the_place_of_another_is_shown_instead(
             await asyncio.sleep(0.05)
     assert 'id="q-claims"' not in page
     await visitor.sees("/en/queue?name=restored")
+
+
+async def test_a_connection_that_took_long_does_not_put_off_the_next_look(broker, monkeypatch) -> None:
+    past, connect = [0.0], filao.Broker.open
+
+    async def take_long(self: filao.Broker) -> None:
+        past[0] = 1.0
+        await connect(self)
+
+    monkeypatch.setattr(module_of_watch, "LOOKS_EVERY", 0.05)
+    monkeypatch.setattr(module_of_watch, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + past[0]))
+    monkeypatch.setattr(filao.Broker, "open", take_long)
+    watch = module_of_watch.Watch(broker)
+    first = await watch.latest()
+    assert (first.number, (await watch.after(first.number, 20.0)).number) == (1, 2)
+    await watch.close()
 
 
 async def test_it_is_mounted_under_a_prefix(broker) -> None:

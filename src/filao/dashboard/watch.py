@@ -146,7 +146,6 @@ class Watch:
         self._looked_at = began = time.monotonic()
         seen, ahead, trouble = await self._read()
         check_cancelled()
-        self._took = time.monotonic() - began
         number = self._look.number + 1
         if trouble:
             self._look = replace(self._look, number=number, trouble=trouble, began=began)
@@ -169,17 +168,23 @@ class Watch:
         """Return what the store tells, by how much its clock is ahead of ours, and what went wrong."""
         try:
             async with asyncio.timeout(ANSWERS_WITHIN):
-                await self.broker.open()
                 try:
-                    return await self.broker.stats(), await self._ahead(), ""
+                    return *(await self._figures()), ""
                 except OpenAgain:  # there is another file now, or this one again
                     await self.broker.close()
-                    await self.broker.open()
-                    return await self.broker.stats(), await self._ahead(), ""
+                    return *(await self._figures()), ""
         except TimeoutError:
             return (), timedelta(), f"the store has not answered for {ANSWERS_WITHIN:g} s"
         except FilaoError as error:
             return (), timedelta(), str(error)
+
+    async def _figures(self) -> tuple[Sequence[QueueStats], timedelta]:
+        """Return what the store tells, and keep how long that took: to connect is no part of the looks to come."""
+        await self.broker.open()
+        began = time.monotonic()
+        figures = await self.broker.stats(), await self._ahead()
+        self._took = time.monotonic() - began
+        return figures
 
     async def _ahead(self) -> timedelta:
         with suppress(UnsupportedFeature):  # an engine of somebody's own may tell no time
