@@ -159,6 +159,17 @@ def test_a_broker_on_another_event_loop_is_refused_in_words(db) -> None:
     assert asyncio.run(_reopened(broker)) == 3
 
 
+def test_where_no_event_loop_of_asyncio_runs_as_under_trio_that_is_said(db) -> None:
+    worker = filao.Worker(db)
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None: ...
+
+    for call in (filao.connect(db).open, filao.connect(db).__aenter__, worker.run, worker.drain):
+        with pytest.raises(filao.ConfigurationError, match=r"trio has another, .*Nothing was done; use asyncio\.run"):
+            call().send(None)
+
+
 async def _reopened(broker: filao.Broker) -> int:
     async with broker:
         return (await broker.stats(CLAIMS)).ready

@@ -71,6 +71,17 @@ def check_loops(instead: str) -> None:
         )
 
 
+def running_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop. Raises `ConfigurationError` where none runs, as under trio."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise ConfigurationError(
+            "no event loop of asyncio runs here; trio has another, also as the backend of anyio. Nothing was done; use "
+            "asyncio.run(…), or anyio's backend asyncio, or filao.sync in a thread, as by trio.to_thread.run_sync(…)"
+        ) from None
+
+
 def no_thread(error: RuntimeError) -> EngineUnavailable:
     """Return the error for a thread that cannot be started."""
     return EngineUnavailable(

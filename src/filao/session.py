@@ -37,6 +37,7 @@ from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, Unsu
 from filao.forks import gate, keep
 from filao.guarded import look_away
 from filao.observing import Asked, Observers
+from filao.process import running_loop
 from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, name_of
 
 CLOSES_WITHIN = 30.0  # seconds, for all that closing does
@@ -121,6 +122,7 @@ class Session:
 
     async def open(self) -> None:
         """Connect to the engine, unless it is open already."""
+        loop = running_loop()
         if not self._unusable:
             self._check_loop()
             return
@@ -135,7 +137,7 @@ class Session:
                 self._opening = opening
             self._is_used = True
             await self.engine.open()
-            self._loop = asyncio.get_running_loop()
+            self._loop = loop
             self._unusable = ""
             _open_sessions.add(self)
 

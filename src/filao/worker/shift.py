@@ -20,7 +20,7 @@ from filao.errors import EngineUnavailable, QueueNotFound
 from filao.guarded import Log
 from filao.message import Message, delivery_of
 from filao.printable import some
-from filao.process import HEALTHY
+from filao.process import HEALTHY, running_loop
 from filao.worker.handlers import Consumer
 from filao.worker.handling import ENDS_WITHIN, Shared
 from filao.worker.outage import pauses
@@ -69,7 +69,7 @@ class Stop:
     def __init__(self) -> None:
         self.told: asyncio.Event = asyncio.Event()
         self.at_once: asyncio.Event = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
+        self._loop = running_loop()
 
     def tell(self) -> None:
         """Tell it to stop gracefully, or at the second call at once. Called on its loop."""
