@@ -313,7 +313,9 @@ def test_the_checks_know_what_is_wrong(project) -> None:
         ('FILAO["URI"] = "queue.db"', "filao.E001"),
         ('FILAO["URL"] = "https://queue"', "filao.E002"),
         ('DATABASES["default"]["NAME"] = ":memory:"', "filao.E002"),
+        ('FILAO["DATABASE"] = "replica"', "filao.E002"),
         ('FILAO["QUEUES"] = ["shop.queues.claims"]', "filao.E003"),
+        ('FILAO["QUEUES"], FILAO["WORKER"] = "shop.queues.documents", FILAO["QUEUES"][0]', "and no Worker"),
     ]:
         (project / "settings.py").write_text(f"{settings}\n{line}\n")
         command = [sys.executable, "manage.py", "check", "--database", "default"]

@@ -9,11 +9,15 @@ from django.conf import settings
 from django.core.checks import Error, Warning  # noqa: A004  # Django's own name
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
+from django.db.utils import ConnectionDoesNotExist
 from django.utils.module_loading import import_string
 
 from filao.broker import connect
+from filao.codec import shown
 from filao.contrib.django.configuration import KEYS, aliases_at, configured, queue_url
 from filao.errors import FilaoError
+from filao.queue import Queue
+from filao.worker.worker import Worker
 
 
 def check(app_configs: Any, databases: Any = None, **_: Any) -> list[Any]:
@@ -31,14 +35,25 @@ def _problems() -> Iterator[Any]:
     try:
         connect(queue_url())  # opens nothing
         aliases = aliases_at(queue_url())
-    except (ImproperlyConfigured, FilaoError, KeyError) as error:
+    except (ImproperlyConfigured, ConnectionDoesNotExist, FilaoError, KeyError) as error:
         yield Error(str(error), id="filao.E002")
         return
-    for named in [*configured("QUEUES", ()), *filter(None, [configured("WORKER")])]:
-        try:
-            import_string(named.replace(":", "."))
-        except (ImportError, ImproperlyConfigured) as error:
-            yield Error(f"FILAO names {named!r}, which cannot be imported: {error}", id="filao.E003")
+    queues = configured("QUEUES", ())
+    if isinstance(queues, str):
+        yield Error(f'FILAO["QUEUES"] is the text {queues!r}; it must be a list of such texts.', id="filao.E001")
+        queues = ()
+    for kind, names in ((Queue, queues), (Worker, filter(None, [configured("WORKER")]))):
+        for named in names:
+            try:
+                found = import_string(named.replace(":", "."))
+            except (ImportError, ImproperlyConfigured) as error:
+                yield Error(f"FILAO names {named!r}, which cannot be imported: {error}", id="filao.E003")
+            else:
+                several = found if kind is Queue and isinstance(found, (list, tuple)) else [found]
+                if not all(isinstance(one, kind) for one in several):
+                    yield Error(
+                        f"FILAO names {named!r}, which is {shown(found)} and no {kind.__name__}.", id="filao.E003"
+                    )
     for alias in aliases:
         mode = connections[alias].settings_dict["OPTIONS"].get("transaction_mode") or ""
         if connections[alias].vendor == "sqlite" and str(mode).upper() not in ("IMMEDIATE", "EXCLUSIVE"):
