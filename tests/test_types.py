@@ -38,6 +38,12 @@ async def by_name(message: filao.Message[Claim], transaction: filao.Transaction)
 @worker.consumer(filao.Queue("untyped"))
 async def untyped(message: filao.Message) -> None: ...
 
+perhaps: filao.Queue[Claim | None] = filao.Queue("perhaps", Claim | None)
+
+@worker.consumer(perhaps)
+async def of_a_union(message: filao.Message[Claim | None]) -> None:
+    assert_type(message.body, Claim | None)
+
 class Bank: ...
 
 @worker.lifespan

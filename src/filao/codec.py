@@ -15,6 +15,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from operator import attrgetter
+from types import UnionType
 from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
 from uuid import UUID
 
@@ -260,7 +261,7 @@ def seen_body(kind: int, content: bytes) -> Any:
         return content
 
 
-def seen_as(body: type[Any], seen: object) -> Any:
+def seen_as(body: type[Any] | UnionType, seen: object) -> Any:
     """Return a body that operators see as its queue's type, or unchanged where it is not of that type."""
     if isinstance(seen, bytes):
         return seen

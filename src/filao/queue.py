@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
+from types import UnionType
 from typing import Any, Generic, Literal
 
 import msgspec
@@ -63,12 +64,13 @@ class Queue(Generic[T]):
     """A queue's name, the type of its bodies, and its rules: declared once, shared by producers and consumers.
 
     All durations are seconds. `body` is a type that msgspec or pydantic can check: a dataclass, an attrs class, a
-    Struct, a TypedDict, a pydantic model, or one built of these, such as `list[Claim]`. Without it, bodies are plain
-    JSON or bytes. A body that would not come back equal, in value and type, is not sent.
+    Struct, a TypedDict, a pydantic model, or one built of these, such as `list[Claim]` or a union. Of a union type
+    checkers must be told: `queue: Queue[Claim | None] = …`. Without it, bodies are plain JSON or bytes. A body that
+    would not come back equal, in value and type, is not sent.
     """
 
     name: str
-    body: type[T] | None = None
+    body: type[T] | UnionType | None = None
     _: KW_ONLY
     lease: float = 30.0
     """How long a consumer may hold a message before another may take it. Extend it for longer work."""
