@@ -185,6 +185,22 @@ async def test_a_full_queue_is_moved_whole_with_its_dead_letters(place, name, wa
 
 
 @pytest.mark.parametrize("way", SQL_WAYS)
+async def test_a_body_that_was_sent_under_an_earlier_limit_is_moved(place, name, way) -> None:
+    source, target = map(place, way.split())
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name))
+        await broker.send_many(name, ["short", "much longer", "last"])
+        await broker.declare(filao.Queue(name, body_max=8))
+    before = await everything(source, name)
+    await moved(source, target, name)
+    assert await everything(target, name) == before
+    async with filao.connect(target) as broker:
+        assert not (await broker.stats(name)).paused
+        with pytest.raises(filao.MessageTooLarge):
+            await broker.send_to_queue(name, "much longer")
+
+
+@pytest.mark.parametrize("way", SQL_WAYS)
 async def test_a_move_that_was_killed_can_be_taken_back(place, name, way) -> None:
     source, target = map(place, way.split())
     before = await sent_in_each_way(source, filao.Queue(name))

@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "d92614c5f140a77f"}
+DIGESTS = {10: "2ee4825b5a52a43b"}
 """The digest of the SQL of the newest version."""
 
 

@@ -15,7 +15,7 @@ from filao.engines.sqlite.jobs import Jobs
 from filao.engines.sqlite.receive import make_due
 from filao.engines.sqlite.send import send
 from filao.moving import Key, Memory, Packing, Parcel
-from filao.queue import Queue
+from filao.queue import BODY_MAX_EVER, Queue
 
 _NEXT = f"""
     SELECT message_id, salt, id, state, {carried.COLUMNS} FROM filao_message
@@ -104,7 +104,8 @@ def unpack(books: Books, row: QueueRow, parcels: Sequence[Parcel]) -> None:
     parcels = [parcel for parcel in parcels if not _has_come(books, row, parcel.id)]
     for parcel in parcels:  # of a message that was here and was moved away, the key is still known
         moves.unlearn(books, row, moves.keys(parcel.draft.dedup_key, None), parcel.id)
-    rules, row.rules = row.rules, replace(row.rules, max_length=None)  # what was confirmed to its sender is kept
+    rules = row.rules
+    row.rules = replace(rules, max_length=None, body_max=BODY_MAX_EVER)  # what was confirmed to its sender is kept
     results = [send(books, one) for one in carried.sends(queue, parcels)]
     for place, parcel in enumerate(parcels):
         if carried.has_rival(parcel, results[place]):

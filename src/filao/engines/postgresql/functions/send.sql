@@ -193,7 +193,8 @@ BEGIN
   PERFORM pg_advisory_xact_lock_shared(1718184290, q);  -- see filao.delete
   SELECT * INTO STRICT rules FROM filao.queue WHERE id = q;
   IF coalesce(current_setting('filao.moves', true), '') = 'yes' AND filao.is_owner() THEN
-    rules.max_length := NULL;  -- what was confirmed to its sender elsewhere is kept, whatever room there is
+    rules.max_length := NULL;  -- what was confirmed to its sender elsewhere is kept ...
+    rules.body_max := NULL;  -- ... whatever room there is, and however large it is
   END IF;
   IF isolated THEN  -- its snapshot may be older than a deletion, which this then finds
     PERFORM FROM filao.queue WHERE id = q FOR KEY SHARE;
