@@ -98,6 +98,7 @@ async def check_purge_deletes_what_waits(stage: Stage) -> None:
     await held.ack()
     stats = await stage.broker.stats(queue)
     equal((stats.purged, stats.acked, stats.ready, stats.delayed), (3, 1, 0, 0))
+    equal(stats.dead_by_reason, {})
 
 
 @needs(Feature.GROUPS, Feature.ATOMIC, Feature.PEEK)
