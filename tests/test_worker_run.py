@@ -6,6 +6,9 @@ import pytest
 
 import filao
 import filao.sync
+from filao.broker import session_of
+from filao.engine import Delivery, Outcome, Result
+from filao.worker import outage
 from tests.support.working import AGAIN, CLAIMS, PATIENCE, broker, running, until, until_stats
 
 pytestmark = pytest.mark.anyio
@@ -53,6 +56,27 @@ async def test_exactly_once_commits_the_work_the_sends_and_the_ack_together(url,
     async with broker.transaction() as tx:
         assert await tx.execute("SELECT claim FROM payment ORDER BY claim") == [(1,), (2,), (3,)]
     assert (await broker.stats("letters")).sent == 3
+
+
+async def test_a_settle_that_fails_because_the_disk_is_full_is_tried_again(url, broker, monkeypatch) -> None:
+    session, worker = session_of(broker), filao.Worker(url)
+    settle, failures = session.settle, [filao.EngineError("the disk is full") for _ in range(2)]
+
+    def fail_twice(delivery: Delivery, outcome: Outcome) -> asyncio.Future[Result]:
+        if not failures:
+            return settle(delivery, outcome)
+        failed: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        failed.set_exception(failures.pop())
+        return failed
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None: ...
+
+    await broker.send_to_queue("claims", 1)
+    monkeypatch.setattr(session, "settle", fail_twice)
+    monkeypatch.setattr(outage, "RETRY_FIRST", 0.001)
+    assert [handled.how for handled in await worker.drain(broker)] == ["acked"]
+    assert (await broker.stats("claims")).acked == 1
 
 
 async def test_stopping_loses_nothing_that_is_received_at_most_once(url, broker) -> None:
