@@ -56,6 +56,14 @@ def test_it_never_takes_more_than_the_terminal_has(columns, rows) -> None:
     assert any("queue-777" in text for text in screen(many, View(chosen="queue-777"), "", columns=80, rows=24))
 
 
+def test_names_that_begin_alike_are_told_apart_inside_and_on_a_wide_terminal() -> None:
+    names = [f"insurer.claims.processing.{kind}" for kind in ("motor", "home")]
+    alike = Reading(0.0, [stats(name, ready=1) for name in names])
+    for name in names:
+        assert any(name in text for text in screen(alike, View(), "", columns=120, rows=24))
+        assert name in screen(alike, View(chosen=name, is_inside=True), "", columns=80, rows=24)
+
+
 def test_a_narrow_terminal_shows_fewer_figures_but_each_whole() -> None:
     wide = stats("q" * 128, ready=12_345, dead=77_777, age=90.0)
     assert heading(40).split() == ["queue", "ready", "dead", "oldest"]

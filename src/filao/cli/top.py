@@ -28,7 +28,7 @@ from filao.printable import printable, some
 from filao.urls import shown_url
 
 _COLUMNS = 80  # of a line, where no terminal tells its width
-_NAME, _NAME_LEAST = 27, 16  # columns of a queue's name, so that a line takes 80; and the least on a narrow terminal
+_NAME_MOST, _NAME_LEAST = 60, 16  # columns of a queue's name: beyond it figures stand too far off; and what it is left
 _FIGURES = {"ready": 7, "leased": 7, "later": 7, "dead": 7, "oldest": 7, "in/s": 6, "out/s": 5}
 _DISPENSABLE = ("out/s", "in/s", "later", "leased", "oldest", "dead")
 """What a narrow terminal leaves out, in this order: half a figure would be another figure."""
@@ -300,7 +300,7 @@ def _laid_out(name: str, figures: Mapping[str, str], columns: int) -> str:
         if columns - sum(widths.values()) - len(widths) >= _NAME_LEAST:
             break
         del widths[dispensable]
-    room = max(1, min(_NAME, columns - sum(widths.values()) - len(widths)))
+    room = max(1, min(_NAME_MOST, columns - sum(widths.values()) - len(widths)))
     name = name if len(name) <= room else name[: room - 1] + "…"
     return " ".join([f"{name:<{room}}", *(f"{figures[one]:>{width}}" for one, width in widths.items())])[:columns]
 
@@ -310,7 +310,8 @@ def screen(reading: Reading, view: View, title: str, *, columns: int, rows: int)
     queues = sorted_by(reading.queues, view.sort)
     inside = next((one for one in queues if one.name == view.chosen), None) if view.is_inside else None
     trouble, below = printable(reading.trouble), 2 if rows >= _ROWS else 0
-    told = [f"filao top  {printable(title)}", trouble or f"{some(len(queues), 'queue')}, by {view.sort}", ""]
+    about = inside.name if inside else f"{some(len(queues), 'queue')}, by {view.sort}"
+    told = [f"filao top  {printable(title)}", trouble or printable(about), ""]
     if not below:
         told = [trouble] if trouble else []
     elif reading.untold and inside is None:
