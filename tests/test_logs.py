@@ -8,6 +8,7 @@ import pydantic
 import pytest
 
 import filao
+from filao.cli import logs
 from filao.cli.logs import JsonFormatter, TextFormatter
 
 pytestmark = pytest.mark.anyio
@@ -35,6 +36,18 @@ async def test_each_record_of_a_run_carries_queue_message_and_attempt(tmp_path, 
         written = json.loads(JsonFormatter().format(record))
         assert (written["queue"], written["message_id"], written["attempt"]) == ("claims", receipt.id, 1)
     assert "ValueError: bad" in json.loads(JsonFormatter().format(records[0]))["error"]
+
+
+@pytest.mark.parametrize(("level", "is_told"), [("info", False), ("debug", True)])
+def test_what_rabbitmqs_client_tells_with_tracebacks_is_only_told_to_those_who_debug(level, is_told) -> None:
+    clients = [logging.getLogger(name) for name in logs.CLIENTS]
+    before = [client.level for client in clients]
+    logs.begin(level, "text")
+    try:
+        assert logging.getLogger("aiormq.connection").isEnabledFor(logging.ERROR) is is_told
+    finally:
+        for client, was in zip(clients, before, strict=True):
+            client.setLevel(was)
 
 
 async def test_a_malformed_body_is_told_on_one_line_with_why(tmp_path, caplog) -> None:

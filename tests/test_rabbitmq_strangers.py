@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import re
 import struct
 import threading
@@ -18,6 +19,7 @@ import pytest
 
 import filao
 from filao.engines.rabbitmq import register, topology
+from filao.engines.rabbitmq.server import LOST_OFTEN
 from tests.conftest import engine_of
 from tests.support.proxy import Proxy
 from tests.support.servers import Rabbitmq, rabbitmq_server
@@ -174,6 +176,26 @@ async def test_a_connection_that_is_lost_again_and_again_is_told_of(rabbitmq, qu
                     await ended.wait()
             assert "head of its queue" in told()[0]
             await broker.send_to_queue(queue, 1)
+
+
+async def test_a_connection_that_is_lost_once_is_told_of_once_however_long_the_server_is_away(
+    rabbitmq, queue, caplog
+) -> None:
+    caplog.set_level(logging.INFO, "filao.rabbitmq")
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as broker:
+            await broker.declare(queue)
+            await broker.send_to_queue(queue, 1)
+            ended = asyncio.Event()
+            engine_of(broker)._sending._session.when_ended(ended.set)
+            proxy.lead_to(1)  # where nobody answers
+            proxy.reset()
+            await ended.wait()
+            for _ in range(2 * LOST_OFTEN):
+                with pytest.raises(filao.EngineUnavailable):
+                    await broker.send_to_queue(queue, 2)
+    (told,) = [record for record in caplog.records if "connection was lost" in record.getMessage()]
+    assert told.levelname == "INFO"
 
 
 @pytest.mark.parametrize("how", ["refused", "lost"])

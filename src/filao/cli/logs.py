@@ -12,6 +12,8 @@ from filao.printable import printable
 
 log: logging.Logger = logging.getLogger("filao.worker")
 
+CLIENTS = ("aiormq", "aio_pika")  # RabbitMQ's, which tell of each lost connection with tracebacks: we say it in a line
+
 _LINE = "%(asctime)s %(process)d %(levelname)s %(message)s"
 FIELDS = ("queue", "message_id", "attempt")
 """The fields of a worker's records besides their text."""
@@ -75,6 +77,8 @@ def begin(level: str, form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    for client in CLIENTS:
+        logging.getLogger(client).setLevel("DEBUG" if level.upper() == "DEBUG" else "CRITICAL")
     if form == "json":
         _log_what_python_prints()
 

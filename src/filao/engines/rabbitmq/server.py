@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import random
 import re
@@ -72,6 +73,10 @@ SHARED = ""  # the place of the outlet for all other queues
 FREE_MIN = 64  # channels that are left for other things, such as large bodies, where the server allows few
 STEADY_AFTER = 10.0  # seconds after which a session no longer counts as short
 LOST_OFTEN = 5  # short sessions in a row after which a warning is logged
+FORCED = "CONNECTION_FORCED"  # begins the server's words where an operator, or its own end, closes a connection
+UNREADABLE = (
+    ". If a message that cannot be read does it, it lies at the head of its queue: look at it with another client"
+)
 PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between short sessions
 HEARTBEAT = 30  # seconds; a connection without a sign of life for two of them is lost, and its messages are given back
 
@@ -320,6 +325,8 @@ class Session:
         self.opened_at: float = asyncio.get_running_loop().time()
         self.ended_by: str = ""
         """The error that it ended with."""
+        self.lasted: float = math.inf
+        """How many seconds, once it has ended."""
 
     @property
     def is_open(self) -> bool:
@@ -436,6 +443,7 @@ class Session:
 
     def _end(self, *why: object) -> None:
         if not self._ended.done():
+            self.lasted = asyncio.get_running_loop().time() - self.opened_at
             self.ended_by = next((_said(error) for error in why if isinstance(error, BaseException)), "")
             self._ended.set_result(None)
 
@@ -456,23 +464,26 @@ class Link:
         """Return an open session; if the last one was short, only after a pause."""
         async with self._lock:  # nobody overtakes those that wait for it to open: sends keep their order
             if self._session is None or not self._session.is_open:
-                await self._rest()
+                ended, self._session = self._session, None  # told of and counted once, however long the server is away
+                if ended is not None:
+                    await self._rest(ended)
                 self._session = await self._server.connect()
                 self._session.when_ended(self._ended)
             return self._session
 
-    async def _rest(self) -> None:
-        """Pause, longer each time, if the last session was short: what ended it may still go on."""
-        now = asyncio.get_running_loop().time()
-        if self._session is None or now - self._session.opened_at > STEADY_AFTER:
-            self._pause, self._short = 0.0, 0
+    async def _rest(self, ended: Session) -> None:
+        """Tell of a session that has ended; if it was short, pause, longer each time: what ended it may still go on."""
+        why = printable(ended.ended_by) or "no error"
+        self._short = self._short + 1 if ended.lasted <= STEADY_AFTER else 0
+        if self._short <= 1:
+            log.info("%s: a connection was lost after %.0f s, by: %s", self._server.name, ended.lasted, why)
+        if not self._short:
+            self._pause = 0.0
             return
-        self._short += 1
         if self._short % LOST_OFTEN == 0:
             log.warning(
-                "%s: the connection was lost %d times, each time soon after it was opened, the last time by: %s. If a "
-                "message that cannot be read does it, it lies at the head of its queue: look at it with another client",
-                *(self._server.name, self._short, printable(self._session.ended_by) or "no error"),
+                "%s: the connection was lost %d times, each time soon after it was opened, the last time by: %s%s",
+                *(self._server.name, self._short, why, "" if why.startswith(FORCED) else UNREADABLE),
             )
         await asyncio.sleep(self._pause * random.uniform(0.5, 1.5))
         self._pause = min(2 * self._pause or PAUSE_FIRST, PAUSE_MAX)
