@@ -105,6 +105,25 @@ async def test_the_doctor_tells_when_a_table_was_emptied_by_other_means(url) -> 
         assert await doctors_errors(broker) == []
 
 
+async def test_the_doctor_tells_what_others_have_put_before_the_rows(url) -> None:
+    put = [
+        "CREATE TRIGGER skip BEFORE INSERT ON filao.message EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        "CREATE RULE keep AS ON DELETE TO filao.failure DO INSTEAD NOTHING",
+        "ALTER TABLE filao.queue ENABLE ROW LEVEL SECURITY",
+    ]
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with psycopg.connect(url, autocommit=True) as operator:
+            for statement in put:
+                operator.execute(statement.encode())
+        told = [(finding.subject, finding.text) for finding in await broker.doctor() if "filao." in finding.subject]
+    assert [(subject, text.partition(",")[0]) for subject, text in told] == [
+        ("table filao.failure", "it has the rule keep"),
+        ("table filao.message", "it has the trigger skip"),
+        ("table filao.queue", "it has row security"),
+    ]
+
+
 async def test_the_doctor_tells_which_sequences_a_logical_replica_lacks(url) -> None:
     async with filao.connect(url) as broker:
         await broker.declare(filao.Queue("claims", max_attempts=1))

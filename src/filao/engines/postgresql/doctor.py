@@ -105,6 +105,13 @@ async def _strange(connection: Connection) -> AsyncGenerator[Finding]:
             f"sequences. Until it is right, calls fail and messages come out of order: "
             f"SELECT setval('{name}', {there});",
         )
+    for table, what in await (await connection.execute(_ADDED)).fetchall():
+        yield Finding(
+            f"table filao.{table}",
+            "warning",
+            f"it has {what}, which is not Filao's: where that skips or hides rows, sends are confirmed that are not "
+            "stored, and messages that were acknowledged come again. Drop it, unless it does neither.",
+        )
     if int(await _value(connection, "SELECT pg_relation_size('filao.message')")) > COUNTED_MAX:
         return
     for name, state, counted, there in await (await connection.execute(_MISCOUNTED)).fetchall():
@@ -176,6 +183,19 @@ _BEHIND = " UNION ALL ".join(
     for name, table in _SEQUENCES.items()
 )
 """Which sequences will give numbers that are there."""
+_ADDED = """
+    SELECT c.relname::text, a.what
+    FROM pg_class c
+    CROSS JOIN LATERAL (
+      SELECT 'the trigger ' || t.tgname FROM pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal
+      UNION ALL
+      SELECT 'the rule ' || r.rulename FROM pg_rewrite r WHERE r.ev_class = c.oid
+      UNION ALL
+      SELECT 'row security' WHERE c.relrowsecurity
+    ) AS a (what)
+    WHERE c.relnamespace = 'filao'::regnamespace AND c.relkind = 'r' ORDER BY 1, 2
+"""
+"""What stands between Filao and its own rows."""
 _MISCOUNTED = """
     SELECT q.name, s.name, coalesce(c.counted, 0), coalesce(m.there, 0)
     FROM filao.queue q
