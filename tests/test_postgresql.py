@@ -64,6 +64,16 @@ async def until_found(broker: filao.Broker, queue: str = "claims") -> Any:
 # --- the user's transactions -----------------------------------------------------------------------------------------
 
 
+async def test_who_settles_a_message_whose_queue_was_deleted_is_told_so(broker) -> None:
+    await broker.declare(filao.Queue("gone"))
+    await broker.send_to_queue("gone", 1)
+    message = await broker.receive_from_queue("gone")
+    await broker.delete_queue("gone", messages=True)
+    for settle in (message.ack(), message.nack(), message.extend(5)):
+        with pytest.raises(filao.LeaseLost, match="its queue was deleted, and the message with it"):
+            await settle
+
+
 async def test_a_send_appears_with_the_commit_of_a_psycopg_connection(url, broker) -> None:
     with psycopg.connect(url) as connection:
         connection.execute("CREATE TABLE claim (id INTEGER)")
