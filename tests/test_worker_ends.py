@@ -304,6 +304,37 @@ async def test_what_cannot_be_settled_for_now_is_settled_later_and_not_handled_a
     assert (await broker.stats("claims")).received == 4
 
 
+async def test_a_settle_is_not_repeated_once_its_program_has_closed_the_broker(
+    url, broker, monkeypatch, caplog
+) -> None:
+    own = filao.connect(url)
+    await own.open()
+    worker, tried = filao.Worker(own, grace=PATIENCE), asyncio.Event()
+    settle = session_of(own).settle
+
+    def failing(delivery: Any, outcome: Any) -> Any:
+        if not session_of(own).is_open:
+            return settle(delivery, outcome)
+        tried.set()
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_exception(filao.EngineUnavailable("the server is away"))
+        return answer
+
+    monkeypatch.setattr(session_of(own), "settle", failing)
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None: ...
+
+    await broker.send_to_queue("claims", 1)
+    run = asyncio.ensure_future(worker.run(signals=False))
+    async with asyncio.timeout(PATIENCE):
+        await tried.wait()
+        await own.close()
+        with pytest.raises(filao.ConfigurationError, match="this broker is closed"):
+            await run
+    assert "its program closed the broker while it was handled" in caplog.text
+
+
 async def test_decisions_are_told_in_one_line_and_failures_with_the_handlers_traceback(url, broker, caplog) -> None:
     caplog.set_level(logging.DEBUG, "filao.worker")
     steers = {"retry": filao.Retry("the service rests", delay=60), "reject": filao.Reject("no such policy")}

@@ -296,10 +296,7 @@ class Run:
         self._make_room()
         if self._message.settled:
             self._end(self._settled_before(outcome), outcome)
-        elif outcome is None:
-            self._end("lost", None)
-        elif not self._shared.session.is_open:
-            self.log.warning("%s comes again: its program closed the broker while it was handled", self.about())
+        elif outcome is None or self._is_left():
             self._end("lost", None)
         else:
             self._shared.session.settle(self.delivery, outcome).add_done_callback(partial(self._answered, outcome))
@@ -327,6 +324,8 @@ class Run:
                 return "lost", outcome
             if error is None:
                 break
+            if self._is_left():
+                return "lost", None
             if isinstance(error, UnsupportedFeature) and instead is None:
                 self.log.warning("%s cannot be settled as its handler wants: %s", self.about(), error)
                 outcome = plain = instead = engine.Nack(error=error_text(error))
@@ -346,6 +345,13 @@ class Run:
         self._shared.outages.is_over("settling")
         mark_settled(self._message, "settled by its worker")
         return self._how(outcome), outcome
+
+    def _is_left(self) -> bool:
+        """Return whether the program has closed the broker, which ended all leases, and tell so."""
+        left = not self._shared.session.is_open
+        if left:
+            self.log.warning("%s comes again: its program closed the broker while it was handled", self.about())
+        return left
 
     def _make_room(self) -> None:
         if not self._has_made_room:
