@@ -28,7 +28,8 @@ from filao.printable import printable, some
 from filao.urls import shown_url
 
 _COLUMNS = 80  # of a line, where no terminal tells its width
-_NAME_MOST, _NAME_LEAST = 60, 16  # columns of a queue's name: beyond it figures stand too far off; and what it is left
+_NAME_MOST = 60  # columns of a queue's name: with more, the figures would stand too far from it
+_NAME_LEAST = 16  # that a narrow terminal leaves it
 _FIGURES = {"ready": 7, "leased": 7, "later": 7, "dead": 7, "oldest": 7, "in/s": 6, "out/s": 5}
 _DISPENSABLE = ("out/s", "in/s", "later", "leased", "oldest", "dead")
 """What a narrow terminal leaves out, in this order: half a figure would be another figure."""
