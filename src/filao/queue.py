@@ -202,7 +202,7 @@ def full(queue: "Queue[Any]", pending: int, new: int) -> QueueFull:
     remedy = "Add consumers, or send later." if new <= most else f"Send at most {most:,} at once."
     return QueueFull(
         f"queue {queue.name!r} is full: {pending:,} messages wait or are being worked on, its max_length is {most:,}, "
-        f"and {new:,} more were sent. Nothing was stored. {remedy}"
+        f"and {new:,} more came. Nothing was stored. {remedy}"
     )
 
 
