@@ -76,6 +76,7 @@ def serve(
             lifespan="on",
             ws="websockets-sansio",
             ws_max_size=EVENT_MAX,
+            ws_per_message_deflate=open_to_others,  # to compress a scene costs more than to make it: for networks only
             server_header=False,
         )
         _Server(config).run(sockets=[listening])

@@ -1,6 +1,6 @@
 // The page: it draws the scenes that the socket brings, and sends what the learner does. What is only looked at stays here.
 
-import { draw, h } from "./dom.js";
+import { draw, h, stayed } from "./dom.js";
 import { align, editor, keep, kept, outside } from "./implement.js";
 import { BEATS, numbers, panel, strip } from "./lesson.js";
 import { opening } from "./opening.js";
@@ -206,13 +206,15 @@ function theStage(scene) {
   const shown = isSlow ? replayed(scene.stage, all.slice(0, at + 1)) : scene.stage;
   const { width, height } = room();
   const scale = width < 820 ? 1 : Math.max(1, Math.min(width / 900, height / 312, 1.9));
-  const options = { follow, grouped: scene.lesson.setting.grouped, hero: isSlow ? all[at].claim : scene.life?.claim ?? state.claim, still: isSlow };
+  const hero = isSlow ? all[at].claim : scene.life?.claim ?? state.claim;
   return h("div", { class: "theatre", key: "theatre" },
     life(isSlow ? { claim: all[at].claim, stage: all[at].stage, row: all[at].after, what: all[at].what, attempt: all[at].attempt } : scene.life),
     isSlow ? null : controls(scene),
-    h("div", { class: `view${isSlow ? " slowed" : ""}` }, stage(shown, width / scale, height / scale, ask, { ...options, scale })),
+    h("div", { class: `view${isSlow ? " slowed" : ""}` }, drawnStage(shown, width / scale, height / scale, scale, scene.lesson.setting.grouped, hero, isSlow)),
     sums(scene));
 }
+
+const drawnStage = stayed((shown, width, height, scale, grouped, hero, still) => stage(shown, width, height, ask, { follow, scale, grouped, hero, still }));
 
 function room() {
   const view = document.querySelector(".view");

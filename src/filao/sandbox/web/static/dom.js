@@ -8,6 +8,16 @@ export const h = (tag, props, ...children) => ({ tag, props: props ?? {}, childr
 
 export const draw = (parent, ...wanted) => bring(parent, placed(wanted));
 
+// `describe`, called again only when one of its arguments is another: what is described as before is not gone through.
+export function stayed(describe) {
+  let before = [];
+  let described;
+  return (...told) => {
+    if (!described || told.some((value, at) => value !== before[at])) [before, described] = [told, describe(...told)];
+    return described;
+  };
+}
+
 // The children that are something, each element with a key.
 function placed(children, place = "@", found = []) {
   children.forEach((child, at) => {
@@ -21,6 +31,11 @@ function placed(children, place = "@", found = []) {
 
 function bring(parent, found) {
   if (!found.length && !parent.firstChild) return;
+  const nodes = parent.childNodes;
+  if (nodes.length === found.length && found.every((child, at) => isOf(nodes[at], child))) { // most of the time all are in their place
+    found.forEach((child, at) => (typeof child === "object" ? refresh(nodes[at], child, false) : textNode(child, nodes[at])));
+    return;
+  }
   const tags = new Map(found.map((child) => [child.key, child.tag]));
   const keyed = new Map();
   for (const node of [...parent.childNodes]) {
@@ -37,6 +52,8 @@ function bring(parent, found) {
   }
   while (at) at = without(at);
 }
+
+const isOf = (node, child) => (typeof child === "object" ? node.drawnKey === child.key && node.localName === child.tag : node.nodeType === Node.TEXT_NODE);
 
 function without(node) {
   const next = node.nextSibling;
@@ -55,9 +72,15 @@ function element(parent, wanted, keyed) {
   const known = keyed.get(wanted.key);
   const node = known ?? create(parent, wanted.tag);
   node.drawnKey = wanted.key;
-  update(node, wanted.props, known === undefined);
-  bring(node, wanted.children);
+  refresh(node, wanted, known === undefined);
   return node;
+}
+
+function refresh(node, wanted, isNew) {
+  if (node.drawnChildren === wanted.children) return;
+  update(node, wanted.props, isNew);
+  bring(node, wanted.children);
+  node.drawnChildren = wanted.children;
 }
 
 function create(parent, tag) {
