@@ -147,7 +147,7 @@ async def test_counters_that_do_not_count_are_told(db) -> None:
     change(db, "UPDATE filao_queue SET ready = 7")
     async with filao.connect(db) as broker:
         texts = [finding.text for finding in await broker.doctor() if finding.level == "error"]
-    assert texts == ["7 messages are counted as ready, and 1 are there"]
+    assert texts == ["7 messages are counted as ready, and 1 is there"]
 
 
 async def every_call(db: Path) -> None:

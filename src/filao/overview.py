@@ -105,15 +105,22 @@ def queue_finding(queue: QueueStats, run_out: int) -> Finding:
     return Finding(f"queue {queue.name}", "warning" if run_out else "note" if said else "ok", text)
 
 
+def miscounted(counted: int, state: str, there: int) -> str:
+    """Return what the doctor says of a queue's counter that is not what can be counted."""
+    are_counted, are_there = (some(counted, "message", ("is", "are")), f"{there:,} {'is' if there == 1 else 'are'}")
+    return f"{are_counted} counted as {state}, and {are_there} there"
+
+
 def deeds_finding(count: int, unended: Sequence[Deed]) -> list[Finding]:
     """Return what the doctor says of the log, nothing if it is empty; `unended` have no end yet, newest first."""
+    entries = f"{count:,} {'entry' if count == 1 else 'entries'}"
     if not unended:
-        return [Finding("dashboard's log", "ok", f"{count:,} entries, each with its end")] if count else []
+        return [Finding("dashboard's log", "ok", f"{entries}, each with its end")] if count else []
     last = unended[0]
+    how_far = f", {last.done:,} of {some(last.expected, 'message')}" if last.expected else ""
     text = (
-        f"{len(unended):,} of {count:,} entries have no end: they go on, or their dashboard died and what they did not "
-        f"come to is not done. The latest: {last.what} of queue {last.queue!r} by {last.who}, {last.done:,} of "
-        f"{last.expected:,} messages. See filao log"
+        f"{len(unended):,} of {entries} without an end: what goes on, and what a dashboard that died left half "
+        f"done. The latest: {last.what} of queue {last.queue!r} by {last.who}{how_far}. See filao log"
     )
     return [Finding("dashboard's log", "note", text)]
 

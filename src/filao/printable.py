@@ -17,9 +17,10 @@ def printable(text: str) -> str:
     return "".join(map(_shown, text))
 
 
-def some(number: int, noun: str) -> str:
-    """Return `1 message`, or `2,000 messages`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def some(number: int, noun: str, verbs: tuple[str, str] | None = None) -> str:
+    """Return `1 message`, or `2,000 messages`; with `("is", "are")` also the verb that agrees with it."""
+    are = "" if verbs is None else f" {verbs[number != 1]}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}{are}"
 
 
 def printable_json(content: bytes) -> bytes:

@@ -17,6 +17,7 @@ from typing_extensions import TypeVar
 from filao.checks import check_count, check_duration, check_name, check_number
 from filao.codec import shown
 from filao.errors import ConfigurationError, QueueFull, QueueNotFound
+from filao.printable import some
 
 T = TypeVar("T", default=Any)  # a queue without a body type carries plain JSON: dicts, lists, strings, numbers
 
@@ -199,9 +200,10 @@ def check_halts(queue: Queue[Any], group: str) -> None:
 def full(queue: "Queue[Any]", pending: int, new: int) -> QueueFull:
     """Return the error for a send of so many new messages to a queue in which so many are pending."""
     most = queue.max_length or 0
+    wait = some(pending, "message", ("waits or is being worked on", "wait or are being worked on"))
     remedy = "Add consumers, or send later." if new <= most else f"Send at most {most:,} at once."
     return QueueFull(
-        f"queue {queue.name!r} is full: {pending:,} messages wait or are being worked on, its max_length is {most:,}, "
+        f"queue {queue.name!r} is full: {wait}, its max_length is {most:,}, "
         f"and {new:,} more came. Nothing was stored. {remedy}"
     )
 

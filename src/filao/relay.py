@@ -22,7 +22,7 @@ from filao.engine import OpenAgain
 from filao.errors import ConfigurationError, EngineError, FilaoError, QueueFull, QueueNotFound
 from filao.guarded import Log
 from filao.outbox import Failed, Outbox, Recorded
-from filao.printable import printable
+from filao.printable import printable, some
 from filao.process import no_thread
 from filao.session import CLOSES_WITHIN
 
@@ -151,10 +151,10 @@ class Relay:
         """
         queue, size, done = recorded[0].queue, len(recorded), 0
         while done < len(recorded):
-            some = recorded[done : done + size]
+            part = recorded[done : done + size]
             try:
                 await self._session.learned(queue)
-                await self._session.send(queue, [one.draft for one in some])
+                await self._session.send(queue, [one.draft for one in part])
             except EngineError:
                 raise
             except (FilaoError, *_OF_A_ROW) as error:
@@ -168,16 +168,17 @@ class Relay:
                 self._session.check_usable()  # otherwise the broker is at fault, not this row
                 size = len(recorded)
                 done += 1
-                failed.append(Failed(some[0].number, some[0].draft.message_id or "", queue, _reason(error)))
+                failed.append(Failed(part[0].number, part[0].draft.message_id or "", queue, _reason(error)))
             else:
-                sent += [one.number for one in some]
-                done += len(some)
+                sent += [one.number for one in part]
+                done += len(part)
 
     def _wait_with(self, recorded: list[Recorded], error: Exception) -> None:
         """Leave the messages of a queue in the outbox for a while."""
         queue, first = recorded[0].queue, recorded[0].draft.message_id
-        told = (self._outbox.table, len(recorded), printable(str(error)))
-        log.warning("relay of %s: %d messages stay in it: %s", *told, extra=_fields(queue, first))
+        stay = some(len(recorded), "message", ("stays", "stay"))
+        told = (self._outbox.table, stay, printable(str(error)))
+        log.warning("relay of %s: %s in it: %s", *told, extra=_fields(queue, first))
         self._refused[queue] = time.monotonic() + REFUSED_FOR
 
     # --- in the thread -----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ class Tally:
     ) -> None:
         """Raise an error that came half-way anew, of the same class, with the count before its text."""
         if self.done and isinstance(error, FilaoError):
-            are = "is" if self.done == 1 else "are"
-            told = type(error)(f"{some(self.done, 'message')} {are} done, and will stay so. Of the rest: {error}")
+            are_done = some(self.done, "message", ("is done", "are done"))
+            told = type(error)(f"{are_done}, and will stay so. Of the rest: {error}")
             told.done = self.done
             raise told from error

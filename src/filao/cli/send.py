@@ -142,11 +142,11 @@ def _progress(size: int | None) -> Generator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    count = TextColumn("{task.fields[sent]:,} messages")
+    count = TextColumn("{task.fields[sent]}")
     columns = (TextColumn("sending"), BarColumn(), TaskProgressColumn(), count, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=size, sent=0)
-        yield lambda position, sent: progress.update(task, completed=min(position, size), sent=sent)
+        task = progress.add_task("", total=size, sent="")
+        yield lambda position, sent: progress.update(task, completed=min(position, size), sent=some(sent, "message"))
 
 
 def _summary(sent: int, duplicates: int) -> bytes:

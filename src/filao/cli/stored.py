@@ -190,7 +190,13 @@ def _shown(
     return 0
 
 
-_ids_option = click.option("--id", "ids", multiple=True, metavar="ID", help="Only this one. May be repeated.")
+def _each_once(_context: click.Context, _parameter: click.Parameter, ids: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(ids))
+
+
+_ids_option = click.option(
+    "--id", "ids", multiple=True, metavar="ID", callback=_each_once, help="Only this one. May be repeated."
+)
 _reason_option = click.option("--reason", type=click.Choice(REASONS), help="Only those that died of it.")
 _kind_option = click.option(
     "--kind",
@@ -287,11 +293,12 @@ def _in_slices(ids: Sequence[str], rate: float | None, work: Callable[[Sequence[
 
 def _said(name: str, ids: Sequence[str], count: int, limit: int | None) -> int:
     """Return the exit code; note when an id names no dead letter, or there was none."""
-    wanted = min(len(set(ids)), limit or len(ids)) if ids else 1
+    wanted = min(len(ids), limit or len(ids)) if ids else 1
     if count >= wanted:
         return 0
     if len(ids) > 1:
-        note(f"{wanted - count} of {wanted} ids are of no dead letter of queue {name!r}")
+        are = "is" if wanted - count == 1 else "are"
+        note(f"{wanted - count} of {wanted} ids {are} of no dead letter of queue {name!r}")
     else:
         note(f"queue {name!r} has no dead letter {ids[0]!r}" if ids else f"queue {name!r} has no such dead letters")
     return 1

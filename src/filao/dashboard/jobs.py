@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from filao.errors import EngineUnavailable, FilaoError
 from filao.guarded import check_cancelled
 from filao.overview import Deed, Overview
+from filao.printable import some
 
 log: logging.Logger = logging.getLogger("filao.dashboard")
 
@@ -105,9 +106,8 @@ class Jobs:
             del self._jobs[job.number]
         job.number = number
         self._jobs[number] = job
-        log.info(
-            "%s: %s %s of queue %r, %d messages", deed.who, deed.what, deed.about or "all", deed.queue, deed.wanted
-        )
+        meant = some(deed.wanted, "message")
+        log.info("%s: %s %s of queue %r, %s", deed.who, deed.what, deed.about or "all", deed.queue, meant)
         while len(self._jobs) > REMEMBERED_MAX:  # fewer than these go on
             del self._jobs[next(number for number, one in self._jobs.items() if one.outcome)]
         job.task = asyncio.create_task(self._run(job, work))
@@ -154,7 +154,7 @@ class Jobs:
 
     async def _end(self, job: Job, outcome: str) -> None:
         """Record how a job ended, at once or, if the store is away, when it is back."""
-        log.info("%s of queue %r: %s, %d messages", job.deed.what, job.deed.queue, outcome, job.done)
+        log.info("%s of queue %r: %s, %s", job.deed.what, job.deed.queue, outcome, some(job.done, "message"))
         try:
             trouble = await self._noted(job, outcome)
         finally:

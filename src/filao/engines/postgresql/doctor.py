@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from filao.engine import Finding, QueueStats
 from filao.engines.postgresql.clock import JUMP
 from filao.engines.postgresql.server import Connection, Server
-from filao.overview import DEED, deed_of, deeds_finding, queue_finding
+from filao.overview import DEED, deed_of, deeds_finding, miscounted, queue_finding
 from filao.process import process_finding
 
 TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the oldest transaction began
@@ -118,8 +118,8 @@ async def _strange(connection: Connection) -> AsyncGenerator[Finding]:
         yield Finding(
             f"queue {name!r}",
             "error",
-            f"{counted:,} messages are counted as {state}, and {there:,} are there: somebody has changed the tables by "
-            f"other means than Filao's. When the queue is empty, delete it and declare it anew.",
+            f"{miscounted(counted, state, there)}: somebody has changed the tables by other means than Filao's. When "
+            "the queue is empty, delete it and declare it anew.",
         )
 
 

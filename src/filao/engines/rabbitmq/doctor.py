@@ -69,7 +69,11 @@ async def _ladder(session: Session) -> list[Finding]:
     except (ChannelNotFoundEntity, ChannelLockedResource) as error:
         return [Finding("delays", "error", _BROKEN.format(what=error.args[-1]))]
     undelivered = await session.depth(UNDELIVERED)
-    return [Finding("delays", "warning", _LOST.format(number=undelivered))] if undelivered else []
+    return (
+        [Finding("delays", "warning", _LOST.format(messages=some(undelivered, "delayed message", ("is", "are"))))]
+        if undelivered
+        else []
+    )
 
 
 async def _expiry(server: Server) -> Finding:
@@ -133,8 +137,7 @@ _BROKEN = (
     "where an exchange is missing. Declare a queue with delays again, which mends it"
 )
 _LOST = (
-    f"{{number:,}} delayed messages came down for queues that had been deleted, or unbound from {DELAY!r}: they are in "
-    f"{UNDELIVERED!r}"
+    f"{{messages}} in {UNDELIVERED!r}, which came down when their queues had been deleted, or unbound from {DELAY!r}"
 )
 _BLOCKED = (
     f"the server has not answered for {BLOCKED_AFTER:g} s: it blocks those who send while its memory or its disk "

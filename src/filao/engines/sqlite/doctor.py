@@ -12,7 +12,8 @@ from filao.engines.sqlite.clock import JUMP
 from filao.engines.sqlite.hold import Hold
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineError
-from filao.overview import DEED, deed_of, deeds_finding, queue_finding
+from filao.overview import DEED, deed_of, deeds_finding, miscounted, queue_finding
+from filao.printable import some
 from filao.process import process_finding
 
 _MISCOUNTED = " UNION ALL ".join(
@@ -131,19 +132,15 @@ def _unreadable(db: sqlite3.Connection) -> Iterator[Finding]:
         "SELECT count(*) FROM filao_message WHERE headers IS NOT NULL AND NOT json_valid(headers)"
     ).fetchone()[0]
     if headers:
-        yield Finding(
-            "headers", "error", f"{headers:,} messages have headers that are no JSON: another program wrote them"
-        )
+        have = some(headers, "message", ("has", "have"))
+        yield Finding("headers", "error", f"{have} headers that are no JSON: another program wrote them")
     strays = db.execute(
         "SELECT count(*) FROM filao_message WHERE queue NOT IN (SELECT id FROM filao_queue)"
     ).fetchone()[0]
     if strays:
-        yield Finding("messages", "error", f"{strays:,} messages are of no queue")
-    miscounted = [*db.execute(_MISCOUNTED), *db.execute(_MISCOUNTED_REASONS)]
-    for name, state, counted, there in miscounted:
-        yield Finding(
-            f"queue {name!r}", "error", f"{counted:,} messages are counted as {state}, and {there:,} are there"
-        )
+        yield Finding("messages", "error", some(strays, "message", ("is of no queue", "are of no queue")))
+    for name, state, counted, there in (*db.execute(_MISCOUNTED), *db.execute(_MISCOUNTED_REASONS)):
+        yield Finding(f"queue {name!r}", "error", miscounted(counted, state, there))
 
 
 def _queues(books: Books) -> Iterator[Finding]:
@@ -181,7 +178,7 @@ def _kept(db: sqlite3.Connection) -> Iterator[Finding]:
     """Yield what is kept of the history of messages, and of what operators did."""
     (events,) = db.execute("SELECT count(*) FROM filao_event").fetchone()
     if events:
-        yield Finding("history", "ok", f"{events:,} events of messages, of queues declared with history=True")
+        yield Finding("history", "ok", f"{some(events, 'event')} of messages, of queues declared with history=True")
     (deeds,) = db.execute("SELECT count(*) FROM filao_audit").fetchone()
     unended = db.execute(f"SELECT {DEED} FROM filao_audit WHERE ended_at IS NULL ORDER BY id DESC").fetchall()
     yield from deeds_finding(deeds, [deed_of(row) for row in unended])
