@@ -145,13 +145,14 @@ def _in_lines(look: Callable[[], Sequence[QueueStats]], reading: Reading, every:
     print_lines([heading().encode()])
     if reading.untold:
         note(reading.untold)
-    done = 0
+    done, told = 0, ""
     while True:
         lines = [line(one, reading) for one in sorted_by(reading.queues, "age")]
-        if reading.trouble:
-            note(printable(reading.trouble))  # older figures are not printed again as if they were new
-        else:
-            print_lines([text.encode(errors="replace") for text in lines or ["no queue is declared"]])
+        if reading.trouble != told:
+            told = reading.trouble
+            note(printable(told) or "the store can be read again")
+        if not reading.trouble:  # older figures are not printed again as if they were new
+            print_lines([_encoded(text) for text in lines or ["no queue is declared"]])
         done += 1
         if done == times:
             return
@@ -182,7 +183,12 @@ def _on_terminal(
 
 def _draw(lines: Sequence[str]) -> None:
     """Overwrite the screen without clearing it first, so that nothing flickers."""
-    os.write(1, b"\x1b[H" + b"\r\n".join(text.encode(errors="replace") + b"\x1b[K" for text in lines) + b"\x1b[J")
+    os.write(1, b"\x1b[H" + b"\r\n".join(_encoded(text) + b"\x1b[K" for text in lines) + b"\x1b[J")
+
+
+def _encoded(text: str) -> bytes:
+    """Return a text in the terminal's encoding, with a sign for each that it lacks, so that columns stay columns."""
+    return text.encode(sys.stdout.encoding, errors="replace")
 
 
 @contextmanager
