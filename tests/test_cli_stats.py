@@ -36,6 +36,17 @@ def test_stats_are_a_table_on_a_terminal(db):
     assert "redriven" in screen
 
 
+def test_a_table_keeps_its_columns_on_a_terminal_that_lacks_signs(db, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "ascii")
+    with filao.sync.connect(db) as broker:
+        broker.send_many("claims", ["body"], group="é")
+        broker.send_many("claims", ["body"], group="e")
+    _, screen = on_terminal("peek", db, "claims")
+    strange, plain = (line for line in screen.splitlines() if "body" in line and "sent" not in line)
+    assert "xe9" in strange
+    assert strange.index('"') == plain.index('"'), screen
+
+
 def test_no_figure_is_cut_on_a_narrow_terminal(db, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "COLUMNS", "40")
     declare(db, "claims.with.a.rather.long.name")

@@ -35,7 +35,8 @@ def draw(
     from rich.text import Text
 
     table, least = Table(box=SIMPLE, pad_edge=False, collapse_padding=True), _EDGES
-    texts = [[Text(printable(cell)) for cell in row] for row in (head, *rows)]
+    console = Console()
+    texts = [[Text(_written(cell, console.encoding)) for cell in row] for row in (head, *rows)]
     for number, column in enumerate(zip(*texts, strict=True)):
         figure = figures and number > 0
         whole = figure or number < keeps
@@ -45,9 +46,13 @@ def draw(
     for cells in texts[1:]:
         cells[0].stylize((styles or {}).get(cells[0].plain, "none"))
         table.add_row(*cells)
-    console = Console()
     console.width = max(console.width, least)
     console.print(table)
+
+
+def _written(text: str, encoding: str) -> str:
+    """Return a text as the terminal shows it, whose signs may be fewer: what is escaped has its width beforehand."""
+    return printable(text).encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def draw_stored(messages: Sequence[StoredMessage], state: State, now: datetime) -> None:
