@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 
 import filao
+import filao.sync
+from filao.cli.move import move_command
 from filao.engines import engine_for
+from filao.engines.sqlite.moving import SqliteMover
 from filao.moving import Moved, move
 from tests.support.servers import Postgres, Rabbitmq
 
@@ -426,3 +429,26 @@ async def test_the_command_says_what_it_would_do_and_does_it(place, name) -> Non
         refused = await asyncio.to_thread(run, *arguments)
         assert refused.returncode == 3
         assert text in refused.stderr
+
+
+def test_a_move_that_fails_half_way_says_what_is_left_paused(tmp_path, monkeypatch, capfd) -> None:
+    source, target = tmp_path / "source.db", tmp_path / "a target.db"
+    with filao.sync.connect(source) as broker:
+        for name in ("claims", "empty"):
+            broker.declare(filao.Queue(name))
+        broker.send_many("claims", [1])
+    for error in (filao.EngineError("it broke"), SystemExit(143)):
+
+        def fail(*_: object, error: BaseException = error) -> Any:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SqliteMover, "unpack", fail)
+            with pytest.raises(type(error)):
+                move_command.main([str(source), str(target)], standalone_mode=False)
+        said = capfd.readouterr().err
+        assert said.count("filao:") == 1
+        assert f"queue 'claims' is left paused at {source} and {target}: move again" in said
+        assert f"filao resume {source} claims; filao resume '{target}' claims" in said
+    assert move_command.main([str(source), str(target)], standalone_mode=False) == 0
+    assert "paused" not in capfd.readouterr().err

@@ -145,7 +145,7 @@ async def plan(source: Movable, target: Movable, names: Sequence[str]) -> list[M
 async def move(
     source: Movable, target: Movable, names: Sequence[str], on_moved: Callable[[Moved], None] = lambda _: None
 ) -> list[Moved]:
-    """Move queues (none named: all), and tell how far each has come.
+    """Move queues (none named: all), and tell how far each has come, from its beginning on.
 
     A queue that is new to the target is declared there with the same rules; one that it knows keeps its own. The queue
     at the source stays, paused and empty. Raises what `plan` raises, before anything has moved.
@@ -181,10 +181,11 @@ async def _planned(source: Movable, target: Movable, queue: Queue, stats: QueueS
 
 
 async def _move(source: Movable, target: Movable, queue: str, on_moved: Callable[[Moved], None]) -> Moved:
+    moved = Moved(queue, 0, 0)
+    on_moved(moved)
     for pausing in (source.operators.pausing, target.operators.pausing):
         if pausing is not None:
             await pausing.pause(queue, paused=True)
-    moved = Moved(queue, 0, 0)
     async with source.mover.packing(queue) as packing:
         while parcels := await packing.take(SLICE):
             await target.mover.unpack(queue, parcels)

@@ -1,7 +1,9 @@
 """`filao move`: from one engine to another."""
 
 import asyncio
+import shlex
 import sys
+from collections.abc import Mapping
 
 import click
 import msgspec
@@ -55,15 +57,37 @@ async def _run(source: str, target: str, queues: tuple[str, ...], *, dry_run: bo
         await there.open()
         try:
             planned = await plan(here, there, queues)
-            return planned if dry_run else await _watched(here, there, queues, planned)
+            if dry_run:
+                return planned
+            begun: list[str] = []
+            try:
+                return await _watched(here, there, queues, planned, begun)
+            except BaseException:
+                ends = {shown_url(url): engine for url, engine in ((source, here), (target, there))}
+                _note_paused(begun[-1:], ends)
+                raise
         finally:
             await there.close()
     finally:
         await here.close()
 
 
-async def _watched(here: Movable, there: Movable, queues: tuple[str, ...], planned: list[Moved]) -> list[Moved]:
-    """Move the queues, and draw on the terminal how far that has come."""
+def _note_paused(queues: list[str], ends: Mapping[str, Movable]) -> None:
+    """Say that the queue whose move was interrupted is left paused, and what lets it go on."""
+    pausing = [url for url, engine in ends.items() if engine.operators.pausing is not None]
+    for name in queues:
+        resumed = "; ".join(shlex.join(["filao", "resume", url, name]) for url in pausing)
+        if resumed:
+            note(
+                f"queue {name!r} is left paused at {' and '.join(pausing)}: move again, which goes on where it was. To "
+                f"give it up: {resumed} (what has moved stays at the target)"
+            )
+
+
+async def _watched(
+    here: Movable, there: Movable, queues: tuple[str, ...], planned: list[Moved], begun: list[str]
+) -> list[Moved]:
+    """Move the queues, add each to `begun`, and draw on the terminal how far that has come."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
@@ -75,6 +99,8 @@ async def _watched(here: Movable, there: Movable, queues: tuple[str, ...], plann
         }
 
         def on_moved(moved: Moved) -> None:
+            if moved.queue not in begun:
+                begun.append(moved.queue)
             progress.update(tasks[moved.queue], completed=moved.waiting + moved.dead)
 
         return await move(here, there, queues, on_moved)
