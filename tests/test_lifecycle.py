@@ -58,6 +58,20 @@ async def test_threads_that_became_greenlets_after_the_import_are_refused(db, mo
             await (open_it() or asyncio.sleep(0))
 
 
+@pytest.mark.parametrize("options", [[], ["--processes", "2"]])
+def test_a_worker_whose_module_patches_too_late_ends(db, tmp_path, options) -> None:
+    (tmp_path / "late.py").write_text(f"""
+import functools, threading, filao
+threading.get_ident = functools.partial(threading.get_ident)
+worker = filao.Worker({str(db)!r})
+@worker.consumer(filao.Queue("q"))
+async def handle(message): ...
+""")
+    program = [sys.executable, "-m", "filao", "work", "late:worker", *options]
+    ran = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr.count("patch first and import filao then")) == (3, 1), ran.stderr
+
+
 @pytest.mark.anyio
 async def test_a_second_event_loop_among_greenlets_is_refused(db, monkeypatch) -> None:
     monkeypatch.setattr(loop_thread, "start", lambda thread: thread.run())  # as a greenlet: in the caller's thread

@@ -46,8 +46,19 @@ _GET_IDENT = threading.get_ident
 def start(thread: threading.Thread) -> None:
     """Start a thread. Raises `EngineUnavailable` when this process can have no more; Python does not say why.
 
-    Raises `ConfigurationError` when threads became greenlets after Filao was imported: with locks of both kinds, one
-    that waits would hold up the whole process, for ever.
+    Raises `ConfigurationError` as `check_threads` does.
+    """
+    check_threads()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise no_thread(error) from error
+
+
+def check_threads() -> None:
+    """Raise `ConfigurationError` when threads became greenlets after Filao was imported.
+
+    With locks of both kinds, one that waits would hold up the whole process, for ever.
     """
     if threading.get_ident is not _GET_IDENT:
         raise ConfigurationError(
@@ -55,10 +66,6 @@ def start(thread: threading.Thread) -> None:
             "which would wait for ever. Nothing was done; patch first and import filao then. gunicorn's gevent workers "
             "do so without --preload; gthread workers need no patch"
         )
-    try:
-        thread.start()
-    except RuntimeError as error:
-        raise no_thread(error) from error
 
 
 def check_loops(instead: str) -> None:

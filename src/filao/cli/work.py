@@ -22,7 +22,7 @@ from filao.cli.pages import Page, address_of, served, shown_address
 from filao.cli.shell import usage
 from filao.cli.target import NOTHING, found_in, imported
 from filao.errors import FilaoError
-from filao.process import flush_output
+from filao.process import check_threads, flush_output
 from filao.worker.signals import told_by_signals
 from filao.worker.supervisor import IDLE, Orders, Supervisor, report
 from filao.worker.worker import Worker
@@ -93,6 +93,7 @@ def work(
     address = None if health is None else address_of("--health", health)
     measured_at = None if metrics is None else _measured_at(metrics)
     worker = _load(target)
+    check_threads()  # here, since a supervisor would start a process that fails anew
     if queues:
         worker.only(queues)
     limits = [(name, value) for name, value in (("messages", max_messages), ("memory", max_memory)) if value]
