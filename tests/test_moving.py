@@ -448,7 +448,7 @@ def test_a_move_that_fails_half_way_says_what_is_left_paused(tmp_path, monkeypat
                 move_command.main([str(source), str(target)], standalone_mode=False)
         said = capfd.readouterr().err
         assert said.count("filao:") == 1
-        assert f"queue 'claims' is left paused at {source} and {target}: move again" in said
+        assert f"queue 'claims' may be left paused at {source} and {target}: move again" in said
         assert f"filao resume {source} claims; filao resume '{target}' claims" in said
     assert move_command.main([str(source), str(target)], standalone_mode=False) == 0
     assert "paused" not in capfd.readouterr().err

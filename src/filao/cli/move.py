@@ -73,14 +73,14 @@ async def _run(source: str, target: str, queues: tuple[str, ...], *, dry_run: bo
 
 
 def _note_paused(queues: list[str], ends: Mapping[str, Movable]) -> None:
-    """Say that the queue whose move was interrupted is left paused, and what lets it go on."""
+    """Say that the queue whose move was interrupted may be left paused, and what lets it go on."""
     pausing = [url for url, engine in ends.items() if engine.operators.pausing is not None]
     for name in queues:
         resumed = "; ".join(shlex.join(["filao", "resume", url, name]) for url in pausing)
         if resumed:
             note(
-                f"queue {name!r} is left paused at {' and '.join(pausing)}: move again, which goes on where it was. To "
-                f"give it up: {resumed} (what has moved stays at the target)"
+                f"queue {name!r} may be left paused at {' and '.join(pausing)}: move again, which goes on where it "
+                f"was. To give it up: {resumed} (what has moved stays at the target)"
             )
 
 
