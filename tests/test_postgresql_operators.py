@@ -1,5 +1,6 @@
 """PostgreSQL: what is done to Filao's tables, and beside them, by those whose database it is."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -122,6 +123,98 @@ async def test_the_doctor_tells_what_others_have_put_before_the_rows(url) -> Non
         ("table filao.message", "it has the trigger skip"),
         ("table filao.queue", "it has row security"),
     ]
+
+
+async def test_what_a_trigger_skips_is_not_confirmed(url) -> None:
+    """Whatever is done, nothing of it is: then it is done again, without the trigger."""
+    claims, halting = filao.Queue("claims", max_attempts=1), filao.Queue("halting", history=True, max_attempts=1)
+    async with filao.connect(url) as broker:
+        await broker.declare(claims, halting)
+        for queue in (claims, halting):
+            await broker.send_many(queue, [1, 2, 3, 4, 5, 6, 7, 8], group=None if queue is claims else "policy-12")
+        acked, nacked, rejected, released, extended = await broker.receive_many(claims, 5)
+        grouped = await broker.receive_from_queue(halting)
+        await broker.send_to_queue(claims, 9)
+        last = (await broker.receive_many(claims, 9, lease=60))[-1]
+        await last.reject("unreadable")
+        deeds: dict[str, list[Any]] = {
+            "INSERT": [
+                lambda: broker.send_to_queue(claims, 10),
+                lambda: broker.send_to_queue(halting, 10, group="policy-13"),
+                lambda: sent_within(broker, url),
+            ],
+            "UPDATE": [
+                *(nacked.nack, lambda: rejected.reject("no"), released.release, lambda: extended.extend(60)),
+                lambda: broker.redrive(claims),
+            ],
+            "DELETE": [acked.ack, grouped.ack, lambda: broker.purge(halting)],
+        }
+        for verb, some in deeds.items():
+            for deed in some:
+                with skipping(url, verb), pytest.raises(filao.EngineError, match=r"skips rows .* `filao doctor` names"):
+                    await deed()
+                assert await doctors_errors(broker) == []
+                await deed()
+                assert await doctors_errors(broker) == []
+        await extended.ack()
+
+
+async def test_one_message_that_a_trigger_skips_takes_no_other_call_along(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with skipping(url, "INSERT", "NEW.content = '2'"):
+            sent = await asyncio.gather(
+                broker.send_many("claims", [1, 2]), broker.send_to_queue("claims", 3), return_exceptions=True
+            )
+        assert [type(one) for one in sent] == [filao.EngineError, filao.Receipt]
+        assert [message.body for message in await broker.peek("claims")] == [3]
+
+
+async def test_a_key_that_a_trigger_skips_is_told_at_once(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with skipping(url, "INSERT", table="dedup"), pytest.raises(filao.EngineError, match=r"filao\.dedup"):
+            await broker.send_to_queue("claims", 1, dedup_key="policy-12")
+        assert not (await broker.send_to_queue("claims", 1, dedup_key="policy-12")).duplicate
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        "CREATE RULE keep AS ON INSERT TO filao.message DO INSTEAD NOTHING",
+        "ALTER TABLE filao.message ENABLE ROW LEVEL SECURITY; ALTER TABLE filao.message FORCE ROW LEVEL SECURITY",
+    ],
+    ids=["rule", "row security"],
+)
+async def test_what_a_rule_or_row_security_refuses_is_told_as_that(url, put) -> None:
+    owner = f"owner{next(_names)}"
+    with psycopg.connect(url, autocommit=True) as operator:
+        operator.execute(f"CREATE ROLE {owner} LOGIN; GRANT CREATE ON DATABASE {url.rpartition('/')[2]} TO {owner}")
+    async with filao.connect(url.replace("filao@", f"{owner}@")) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute(put.encode())
+        with pytest.raises(filao.EngineError, match=r"skips rows .* `filao doctor` names"):
+            await broker.send_to_queue("claims", 1)
+
+
+@contextmanager
+def skipping(url: str, verb: str, when: str = "true", table: str = "message") -> Iterator[None]:
+    """Let a trigger skip what is done to rows meanwhile."""
+    with psycopg.connect(url, autocommit=True) as operator:
+        operator.execute(
+            f"""
+            CREATE OR REPLACE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+            CREATE TRIGGER skip BEFORE {verb} ON filao.{table} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION skip();
+            """.encode()
+        )
+        yield
+        operator.execute(f"DROP TRIGGER skip ON filao.{table}".encode())
+
+
+async def sent_within(broker: filao.Broker, url: str) -> None:
+    with psycopg.connect(url) as user:
+        await broker.send_to_queue("claims", 11, within=user)
 
 
 async def test_the_doctor_tells_which_sequences_a_logical_replica_lacks(url) -> None:

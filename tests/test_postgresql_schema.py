@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "2ee4825b5a52a43b"}
+DIGESTS = {10: "fbf7a41abc52b80a"}
 """The digest of the SQL of the newest version."""
 
 

@@ -109,8 +109,8 @@ async def _strange(connection: Connection) -> AsyncGenerator[Finding]:
         yield Finding(
             f"table filao.{table}",
             "warning",
-            f"it has {what}, which is not Filao's: where that skips or hides rows, sends are confirmed that are not "
-            "stored, and messages that were acknowledged come again. Drop it, unless it does neither.",
+            f"it has {what}, which is not Filao's: where that skips rows, calls fail; where it hides or changes them, "
+            "messages do not come. Drop it, unless it does neither.",
         )
     if int(await _value(connection, "SELECT pg_relation_size('filao.message')")) > COUNTED_MAX:
         return

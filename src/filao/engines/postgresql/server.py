@@ -77,6 +77,10 @@ _UNDONE: tuple[tuple[type[psycopg.Error] | UnionType, str], ...] = (
     ),
 )
 """Errors after which the server has undone everything, and what to do."""
+_SKIPPED = "FL002"
+"""The SQLSTATE of a call whose rows something else skipped: see `filao.skipped`."""
+_SKIPPED_AT = ("ExecWithCheckOptions", "RewriteQuery")
+"""Where the server itself refuses what row security, or a rule, would skip."""
 _CLEAN = (
     "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_catalog.pg_advisory_unlock_all(); "
     "DISCARD SEQUENCES; DISCARD TEMP"
@@ -377,6 +381,11 @@ class Server:
     def engine_error(self, error: psycopg.Error, *, begun: bool = True) -> EngineError | ConfigurationError:
         """Return what an error of the server means."""
         said = _said_by(error)
+        if error.sqlstate == _SKIPPED or error.diag.source_function in _SKIPPED_AT:
+            return EngineError(
+                f"{self.name}: what is not Filao's skips rows of its tables, such as a trigger, a rule or row "
+                f"security. Nothing was done; `filao doctor` names it: drop it, and try again. It said: {said}"
+            )
         for kind, advice in _CONFIGURATION:
             if isinstance(error, kind):
                 return ConfigurationError(f"{self.name}: {said}. {advice}")

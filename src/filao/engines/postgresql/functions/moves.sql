@@ -90,6 +90,14 @@ $$;
 
 -- A function that reads tables is in PL/pgSQL, which keeps its plans; one in SQL is planned anew at each call.
 
+-- Fail, and with it the transaction: a statement wrote fewer rows than it was given, whose locks the caller holds. What
+-- is not Filao's skips them, such as a trigger that returns NULL, and what was not written must not be confirmed.
+CREATE OR REPLACE FUNCTION filao.skipped(held regclass) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE SQLSTATE 'FL002' USING MESSAGE = format('%s has not taken every row', held);  -- see server.py
+END
+$$;
+
 -- Add to the counters of a queue; what is named twice is added up.
 CREATE OR REPLACE FUNCTION filao.count(q integer, names text[], amounts bigint[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -272,9 +280,14 @@ DECLARE
   delayed bigint[];
   more_ready   bigint := 0;
   more_delayed bigint := 0;
+  noted        bigint;
 BEGIN
   IF later THEN
-    INSERT INTO filao.unarranged (queue, grp, lowest) SELECT DISTINCT q, given.g, born FROM unnest(groups) AS given (g);
+    INSERT INTO filao.unarranged (queue, grp, lowest) SELECT q, given.g, born FROM unnest(groups) AS given (g);
+    GET DIAGNOSTICS noted = ROW_COUNT;
+    IF noted < cardinality(groups) THEN
+      PERFORM filao.skipped('filao.unarranged');
+    END IF;
     RETURN;
   END IF;
   SELECT skips_failed, halts_dead INTO STRICT skips, halts FROM filao.queue WHERE id = q;
@@ -393,21 +406,26 @@ CREATE OR REPLACE FUNCTION filao.claim_keys(
   q integer, dedup_key text, message_id text, name text, now bigint, later boolean
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
+  most       CONSTANT integer := 1000;  -- others that came first and are gone already, in a row
   came_first text;
 BEGIN
-  LOOP
+  FOR i IN 1 .. most LOOP
     came_first := filao.remembered(q, dedup_key, message_id, now);
     IF came_first IS NOT NULL THEN
       CONTINUE WHEN filao.expire_named(q, came_first, now, later);
-      EXIT WHEN came_first = filao.remembered(q, dedup_key, message_id, now);
+      IF came_first = filao.remembered(q, dedup_key, message_id, now) THEN
+        RETURN came_first;
+      END IF;
       CONTINUE;  -- somebody else has just let it expire
     END IF;
     IF dedup_key IS NULL OR filao.remember(q, 'k', dedup_key, name, now) THEN
-      EXIT WHEN message_id IS NULL OR filao.remember(q, 'm', message_id, name, now);
+      IF message_id IS NULL OR filao.remember(q, 'm', message_id, name, now) THEN
+        RETURN NULL;
+      END IF;
       PERFORM filao.forget_keys(q, dedup_key, NULL, name);
     END IF;
   END LOOP;
-  RETURN came_first;
+  PERFORM filao.skipped('filao.dedup');
 END
 $$;
 
@@ -497,6 +515,7 @@ CREATE OR REPLACE FUNCTION filao.give_back(
 DECLARE
   was     record;
   becomes record;
+  given   bigint;
 BEGIN
   SELECT * INTO was FROM filao.tally(ids, -1);
   UPDATE filao.message AS t
@@ -505,6 +524,10 @@ BEGIN
       at = coalesce(dues[array_position(ids, t.id)], now), token = CASE WHEN keeps THEN t.token ELSE 0 END,
       failures = t.failures + failed, attempts = t.attempts + used, moved_in = pg_current_xact_id()
   WHERE t.id = ANY (ids);
+  GET DIAGNOSTICS given = ROW_COUNT;
+  IF given < cardinality(ids) THEN
+    PERFORM filao.skipped('filao.message');
+  END IF;
   SELECT * INTO becomes FROM filao.tally(ids, 1);
   PERFORM filao.count(q, was.names || becomes.names, was.amounts || becomes.amounts);
   PERFORM filao.arrange_all(q, filao.groups_of(ids), now, later);
@@ -526,6 +549,9 @@ BEGIN
   SET state = 'dead', at = now, token = 0, reason = why, failures = failures + 1, moved_in = NULL
   WHERE id = ANY (ids);
   GET DIAGNOSTICS died = ROW_COUNT;
+  IF died < cardinality(ids) THEN
+    PERFORM filao.skipped('filao.message');
+  END IF;
   PERFORM filao.count(q, was.names || ARRAY['dead', 'died', 'dead:' || why, 'died:' || why],
                       was.amounts || array_fill(died, ARRAY[4]));
   FOR m IN  -- a message_id stays known as long as the dead letter lies there
@@ -545,6 +571,7 @@ CREATE OR REPLACE FUNCTION filao.discard(q integer, ids bigint[], counter text, 
 LANGUAGE plpgsql AS $$
 DECLARE
   was    record;
+  gone   bigint;
   groups text[] := filao.groups_of(ids);
   m      record;
 BEGIN
@@ -561,7 +588,11 @@ BEGIN
   DELETE FROM filao.failure
   WHERE message = ANY (ARRAY(SELECT t.id FROM filao.message t WHERE t.id = ANY (ids) AND t.failures > 0));
   DELETE FROM filao.message WHERE id = ANY (ids);
-  PERFORM filao.count(q, was.names || counter, was.amounts || cardinality(ids)::bigint);
+  GET DIAGNOSTICS gone = ROW_COUNT;
+  IF gone < cardinality(ids) THEN
+    PERFORM filao.skipped('filao.message');
+  END IF;
+  PERFORM filao.count(q, was.names || counter, was.amounts || gone);
   PERFORM filao.arrange_all(q, groups, now, later);
 END
 $$;

@@ -49,7 +49,6 @@ DECLARE
   chosen bigint[] := ARRAY(SELECT id FROM filao.chosen(q, '{dead}', marked) AS id);
   m      record;
 BEGIN
-  done := cardinality(chosen);
   FOR m IN
     SELECT t.dedup_key, filao.name_of(t) AS name FROM filao.message t
     WHERE t.id = ANY (chosen) AND t.dedup_key IS NOT NULL
@@ -62,6 +61,10 @@ BEGIN
   SET attempts = 0, reason = NULL, expires_at = NULL, kind = coalesce(new_kind, kind),
       content = coalesce(new_content, content), headers = coalesce(new_headers, headers)
   WHERE id = ANY (chosen);
+  GET DIAGNOSTICS done = ROW_COUNT;
+  IF done < cardinality(chosen) THEN
+    PERFORM filao.skipped('filao.message');
+  END IF;
   PERFORM filao.note(q, chosen, 'redriven', filao.caller(),
                      CASE WHEN new_content IS NOT NULL THEN array_fill('edited'::text, ARRAY[done]) END, now);
   PERFORM filao.count(q, ARRAY['redriven'], ARRAY[done]);
@@ -101,18 +104,26 @@ CREATE OR REPLACE FUNCTION filao.amend(
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
-  now bigint := filao.now(moment);
-  m   filao.message;
+  now     bigint := filao.now(moment);
+  m       filao.message;
+  amended bigint;
 BEGIN
   UPDATE filao.message AS s SET attempts = t.attempts, failures = t.failures, sent_at = t.sent, expires_at = t.expires
   FROM unnest(numbers, attempts, failures, sent, expires) AS t (number, attempts, failures, sent, expires)
   WHERE s.id = t.number;
+  GET DIAGNOSTICS amended = ROW_COUNT;
+  IF amended < cardinality(numbers) THEN
+    PERFORM filao.skipped('filao.message');
+  END IF;
   FOR i IN 1 .. cardinality(numbers) LOOP
     CONTINUE WHEN reasons[i] IS NULL;
     SELECT * INTO m FROM filao.message WHERE id = numbers[i];
     UPDATE filao.message
     SET state = 'dead', at = died[i], reason = reasons[i], dedup_key = dedup_keys[i], moved_in = NULL
     WHERE id = m.id;
+    IF NOT FOUND THEN
+      PERFORM filao.skipped('filao.message');
+    END IF;
     PERFORM filao.count_move(q, m.state, 'dead');
     PERFORM filao.count(q, ARRAY['dead:' || reasons[i]], ARRAY[1]);
     PERFORM filao.arrange(q, m.grp, now, false);
@@ -194,6 +205,9 @@ BEGIN
   INSERT INTO filao.queue (name, rules) VALUES (wanted, new_rules)
   ON CONFLICT (name) DO UPDATE SET rules = excluded.rules
   RETURNING * INTO becomes;
+  IF NOT FOUND THEN
+    PERFORM filao.skipped('filao.queue');
+  END IF;
   IF was.skips_failed <> becomes.skips_failed OR was.halts_dead <> becomes.halts_dead THEN
     IF NOT becomes.halts_dead THEN
       DELETE FROM filao.halted WHERE queue = becomes.id;

@@ -90,6 +90,9 @@ BEGIN
         FROM leased l
         ORDER BY l.priority DESC, l.id;
       GET DIAGNOSTICS got = ROW_COUNT;
+      IF got < cardinality(spots) THEN
+        PERFORM filao.skipped('filao.message');
+      END IF;
       found := found + got;
       i := i + 1;
     END LOOP;

@@ -123,6 +123,7 @@ CREATE OR REPLACE FUNCTION filao.store(
 #variable_conflict use_column
 DECLARE
   states bigint[];
+  wanted bigint;
 BEGIN
   WITH stored AS (
     INSERT INTO filao.message (id, queue, state, kind, priority, at, sent_at, expires_at, grp, dedup_key, message_id,
@@ -140,6 +141,11 @@ BEGIN
   SELECT ARRAY[count(*), count(*) FILTER (WHERE state = 'ready'), count(*) FILTER (WHERE state = 'delayed'),
                count(*) FILTER (WHERE state = 'blocked'), cardinality(twice)]
   INTO states FROM stored;
+  wanted := CASE WHEN chosen IS NULL THEN cardinality(contents)
+                 ELSE (SELECT count(*) FROM unnest(ops) AS op WHERE op = ANY (chosen)) END - cardinality(twice);
+  IF states[1] < wanted THEN
+    PERFORM filao.skipped('filao.message');
+  END IF;
   PERFORM filao.count(rules.id, ARRAY['sent', 'ready', 'delayed', 'blocked', 'duplicates'], states);
   IF rules.kept_for IS NOT NULL THEN
     INSERT INTO filao.event (queue, message, at, until, what, attempt, who, detail)

@@ -187,6 +187,9 @@ BEGIN
       PERFORM filao.count(q, ARRAY['late'], ARRAY[1]);
       UPDATE filao.message t SET state = 'leased', at = now + lengths[i], moved_in = filao.news_of(lengths[i])
       WHERE t.id = m.id;
+      IF NOT FOUND THEN
+        PERFORM filao.skipped('filao.message');
+      END IF;
       PERFORM filao.count_move(q, m.state, 'leased');
       PERFORM filao.note_extended(m, lengths[i], now);
     END IF;
