@@ -4,12 +4,14 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +56,55 @@ async def filled(db: Path, *bodies: str) -> None:
 async def waiting(db: Path) -> list[object]:
     async with filao.connect(db) as broker:
         return [message.body for message in await broker.peek(CLAIMS, limit=1000)]
+
+
+async def test_a_signal_ends_a_backup_in_its_midst_and_leaves_nothing(db, copy, monkeypatch) -> None:
+    await filled(db, *("x" * 200_000 for _ in range(100)))
+    monkeypatch.setattr(backup, "_AT_ONCE", 10)
+    copied: list[int] = []
+
+    def told(*_: object) -> None:
+        copied.append(copy.with_name(f"{copy.name}.partial").stat().st_size)
+        raise KeyboardInterrupt
+
+    before, begun = signal.signal(signal.SIGALRM, told), backup._copy
+
+    def begin(*arguments: Any, **keywords: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        begun(*arguments, **keywords)
+
+    monkeypatch.setattr(backup, "_copy", begin)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            backup.back_up(db, copy)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert copied[0] < db.stat().st_size
+    assert [path for path in db.parent.iterdir() if path.name.startswith(copy.name)] == []
+
+
+async def test_a_backup_does_not_begin_again_whenever_somebody_writes(db, copy, monkeypatch) -> None:
+    await filled(db, *("x" * 2_000 for _ in range(50)))
+    monkeypatch.setattr(backup, "_AT_ONCE", 1)
+    steps = 0
+
+    class Source(sqlite3.Connection):
+        """Lets somebody else write between any two steps."""
+
+        def backup(self, target: sqlite3.Connection, **keywords: Any) -> None:
+            with closing(sqlite3.connect(db, isolation_level=None)) as other:
+
+                def write(*_: object) -> None:
+                    nonlocal steps
+                    steps += 1
+                    assert steps < 1_000
+                    other.execute("UPDATE filao_queue SET rules = rules || ' '")
+
+                super().backup(target, **keywords | {"progress": write})
+
+    with closing(sqlite3.connect(db, factory=Source)) as source:
+        backup._copy(source, copy)
+    assert steps > 20
 
 
 async def test_a_backup_is_made_while_the_queue_is_used_and_is_of_one_moment(db, copy) -> None:

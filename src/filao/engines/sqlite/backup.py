@@ -20,6 +20,7 @@ from filao.engines.sqlite.turnstile import Turnstile
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 _PARTS = ("", "-wal", "-shm")
+_AT_ONCE = 1_000  # pages that are copied at once: some 10 ms, for which Ctrl-C waits
 _KEPT_MAX = 1_000  # replaced files that are kept beside a file
 
 
@@ -117,7 +118,8 @@ def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Pat
 def _copy(source: sqlite3.Connection, partial: Path, *, cookie: int = 0) -> None:
     """Copy what a connection sees in one transaction, and check the copy."""
     with closing(sqlite3.connect(partial, isolation_level=None)) as target:
-        source.backup(target)
+        with _of_one_moment(source):
+            source.backup(target, pages=_AT_ONCE, progress=lambda *_: None)  # which lets a signal end it in between
         target.execute("PRAGMA journal_mode = DELETE")  # a single file, until it is opened as a queue
         target.execute("PRAGMA synchronous = EXTRA")
         if cookie:  # the file must not be taken for an older one, see `ground.py`
@@ -126,6 +128,17 @@ def _copy(source: sqlite3.Connection, partial: Path, *, cookie: int = 0) -> None
         verdict = target.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
             raise EngineError(f"the copy of the file is damaged, as the file itself is: {verdict}. Run: filao doctor")
+
+
+@contextmanager
+def _of_one_moment(source: sqlite3.Connection) -> Generator[None]:
+    """Let a connection see the same until the end of the block, whatever others write."""
+    source.execute("BEGIN")
+    try:
+        source.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # from here on
+        yield
+    finally:
+        source.execute("ROLLBACK")
 
 
 def _check_backup(copy: Path) -> None:
