@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pty
 import re
 import signal
 import struct
@@ -101,6 +102,18 @@ def test_into_a_pipe_nothing_is_printed_as_seen_that_was_not(capfd) -> None:
     said = capfd.readouterr()
     assert len(said.out.splitlines()) == 1 + 2 * len(QUEUES)
     assert said.err.splitlines() == ["filao: the server is away", "filao: the store can be read again"]
+
+
+def test_a_terminal_that_is_closed_ends_it_as_the_signal_does(tmp_path) -> None:
+    with filao.sync.connect(tmp_path / "claims.db") as broker:
+        broker.declare(filao.Queue("claims"))
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [*FILAO, "top", str(tmp_path / "claims.db")])
+    seen_on(terminal, "claims")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
 
 
 def test_keys_choose_sort_and_look_into_a_queue() -> None:

@@ -70,9 +70,19 @@ def _run() -> int:
         say(str(error), logging.ERROR)
         return UNAVAILABLE if isinstance(error, EngineError) else REFUSED
     except OSError as error:
+        if (ended := _ended_by(error)) is not None:
+            return ended
         say(f"{error.filename}: {error.strerror}" if error.filename else str(error), logging.ERROR)
         return UNAVAILABLE
     return code if isinstance(code, int) else 0
+
+
+def _ended_by(error: BaseException) -> int | None:
+    """Return the code of a signal that ended the command, where its terminal was gone before it could be given back."""
+    before = error.__context__
+    while before is not None and not isinstance(before, SystemExit):
+        before = before.__context__
+    return before.code if before is not None and isinstance(before.code, int) else None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
