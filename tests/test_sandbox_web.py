@@ -747,7 +747,7 @@ async def test_a_room_begins_with_a_socket_and_ends_when_its_page_is_closed(chro
         assert running.processes() == set()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_sandbox_that_is_told_to_end_leaves_nothing(chrome, tmp_path, number) -> None:
     with sandbox(tmp_path / "files") as running:
         async with learning(chrome, running) as learner:
@@ -758,6 +758,7 @@ async def test_a_sandbox_that_is_told_to_end_leaves_nothing(chrome, tmp_path, nu
             assert await asyncio.to_thread(running.end, number) == 128 + number
             await learner.page.wait_for_selector(".notice.lost")
             assert "Start it again with: filao sandbox" in await learner.page.inner_text(".notice.lost")
+        assert "Traceback" not in running.said()
         assert running.processes() == set()
         assert list(running.folder.iterdir()) == []
 

@@ -7,10 +7,11 @@ missed some draws the next.
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.resources import files
 from types import FrameType
 from typing import Any
@@ -30,6 +31,7 @@ from filao.sandbox.visits import ROOMS_MAX, NoRoomError, Visit, Visits, own_fold
 from filao.sandbox.web.door import Door
 from filao.sandbox.web.events import handle
 from filao.sandbox.words import page_words
+from filao.worker.signals import HANGUP
 
 DRAW_EVERY = 0.1  # seconds between two scenes
 SWEEP_EVERY = 1.0  # seconds between two looks for rooms that nobody is in any more
@@ -51,7 +53,7 @@ def serve(
     may_run_code: bool,
     speed: float,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; `opened` is called with the folder once pages are answered. Nothing is left."""
+    """Serve until a signal ends it; `opened` is called with the folder once pages are answered. Nothing is left."""
     with own_folder() as folder:
         visits = Visits(folder, speed)
 
@@ -84,6 +86,20 @@ def serve(
 
 class _Server(uvicorn.Server):
     """Ignores all signals after the first: a second Ctrl-C would cut off the closing of the rooms."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Hear SIGHUP too, where it would raise an exception in the midst of whatever runs."""
+        with super().capture_signals():
+            before = None if HANGUP is None else signal.getsignal(HANGUP)
+            if HANGUP is None or not callable(before):
+                yield
+                return
+            signal.signal(HANGUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(HANGUP, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
