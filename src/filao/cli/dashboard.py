@@ -7,6 +7,7 @@ import secrets
 import socket
 import sys
 import webbrowser
+from collections.abc import Callable
 from importlib import import_module
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
@@ -82,18 +83,21 @@ def dashboard(
     broker = connect(url)
     served = app(broker, token=token, hosts=hosts, allow_actions=allow_actions, redact=shows, queues=queues)
     with listening_at("--listen", host, port) as listening:
-        address = shown_address(host, listening.getsockname()[1])
-        note(f"the dashboard is at {address}   (Ctrl-C ends it)")
-        if token is not None:
-            note(f"its token: {'what FILAO_TOKEN holds' if given else token}")
-        sys.stderr.flush()
-        if browser:
-            webbrowser.open(address)
-        asyncio.run(_serve(served, broker, listening))
+
+        def opened() -> None:
+            address = shown_address(host, listening.getsockname()[1])
+            note(f"the dashboard is at {address}   (Ctrl-C ends it)")
+            if token is not None:
+                note(f"its token: {'what FILAO_TOKEN holds' if given else token}")
+            sys.stderr.flush()
+            if browser:
+                webbrowser.open(address)
+
+        asyncio.run(_serve(served, broker, listening, opened))
     return 0
 
 
-async def _serve(served: "Dashboard", broker: Broker, listening: socket.socket) -> None:
+async def _serve(served: "Dashboard", broker: Broker, listening: socket.socket, opened: Callable[[], None]) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -114,6 +118,7 @@ async def _serve(served: "Dashboard", broker: Broker, listening: socket.socket) 
         proxy_headers=False,
     )
     try:
+        opened()
         with contextlib.suppress(KeyboardInterrupt):
             await Server(config).serve(sockets=[listening])
     finally:
