@@ -413,13 +413,46 @@ broker()  # before the fork
         assert broker.stats("documents").ready == 4
 
 
-def test_on_postgresql_a_send_joins_the_transaction_too_or_says_why_not(project, postgres) -> None:
-    parts = urlsplit(postgres.create("django"))
+def on_postgresql(project: Path, url: str) -> None:
+    parts = urlsplit(url)
     with (project / "settings.py").open("a") as settings:
         settings.write(
-            f'\nDATABASES["default"] = {{"ENGINE": "django.db.backends.postgresql", "NAME": "django", '
+            f'\nDATABASES["default"] = {{"ENGINE": "django.db.backends.postgresql", "NAME": {parts.path[1:]!r}, '
             f'"USER": {parts.username!r}, "HOST": {parts.hostname!r}, "PORT": {str(parts.port)!r}}}\n'
         )
+
+
+def test_djangos_tests_can_copy_and_drop_their_databases_on_postgresql(project, postgres) -> None:
+    on_postgresql(project, postgres.create("django_tests"))
+    (project / "shop" / "queues.py").write_text(
+        QUEUES
+        + """
+@worker.consumer(filao.Queue("letters"))
+async def print_letter(message: filao.Message) -> None:
+    from shop.models import Policy
+    await Policy.objects.acount()
+"""
+    )
+    program(
+        project,
+        """
+import asyncio
+from django.test.utils import setup_databases, teardown_databases
+from shop.queues import worker
+settings.DATABASES["default"]["CONN_MAX_AGE"] = None  # so that nothing but us closes its connections
+databases = setup_databases(verbosity=1, interactive=False, parallel=2)  # a second one is copied from the first
+broker().declare(filao.Queue("letters"))
+broker().send_to_queue("letters", 7)
+subscribe()
+assert sorted(handled.how for handled in asyncio.run(worker.drain())) == ["acked", "acked"]
+assert waiting() == 0
+teardown_databases(databases, verbosity=1, parallel=2)
+""",
+    )
+
+
+def test_on_postgresql_a_send_joins_the_transaction_too_or_says_why_not(project, postgres) -> None:
+    on_postgresql(project, postgres.create("django"))
     manage(project, "migrate")
     program(
         project,

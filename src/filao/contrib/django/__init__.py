@@ -33,12 +33,14 @@ def worker(**options: Any) -> Worker:
     Where the queue is, is looked up when it runs: in Django's tests that is the test's database.
 
     Before and after each message it closes Django's connections that are too old or broken, as Django does around a
-    request: those of the handler's thread or, for a coroutine function, of the thread of Django's async calls.
+    request: those of the handler's thread or, for a coroutine function, of the thread of Django's async calls. When it
+    ends it closes them all.
     """
     from filao.contrib.django.configuration import queue_engine
-    from filao.contrib.django.connections import around_coroutine, around_function
+    from filao.contrib.django.connections import HandlersConnections
 
-    made = Worker(queue_engine, **options)
-    made.middleware(around_coroutine)
-    made.middleware(around_function)
+    made, its = Worker(queue_engine, **options), HandlersConnections()
+    made.lifespan(its.until_the_end)
+    made.middleware(its.around_coroutine)
+    made.middleware(its.around_function)
     return made

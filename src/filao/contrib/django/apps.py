@@ -9,12 +9,13 @@ from django.apps import AppConfig
 from django.core.checks import Tags, register
 from django.core.signals import request_started
 from django.db import connections
+from django.db.backends.signals import connection_created
 from django.db.models.signals import post_migrate
 from django.utils.module_loading import import_string
 
 from filao.contrib.django.checks import check
 from filao.contrib.django.configuration import configured, database
-from filao.contrib.django.joining import broker, open_before_views
+from filao.contrib.django.joining import broker, close_before_databases_go, open_before_views
 from filao.queue import Queue
 
 
@@ -30,6 +31,7 @@ class FilaoConfig(AppConfig):  # type: ignore[misc]  # Django has no types
         register(check, Tags.database)
         post_migrate.connect(_declare, sender=self)
         request_started.connect(open_before_views, dispatch_uid="filao")
+        connection_created.connect(close_before_databases_go, dispatch_uid="filao")
 
 
 def _declare(*, using: str, **_: Any) -> None:

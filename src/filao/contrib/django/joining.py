@@ -10,6 +10,7 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
+from django.db.backends.base.base import NO_DB_ALIAS
 from django.db.transaction import TransactionManagementError
 from msgspec.structs import replace
 
@@ -42,6 +43,17 @@ def open_before_views(**_: Any) -> None:
         found = _made()
         if found.has_alias:
             found.open()
+
+
+def close_before_databases_go(*, connection: Any, **_: Any) -> None:
+    """Close the brokers in Django's databases when Django connects to none of them: to create, copy or drop one.
+
+    Its tests do so, and PostgreSQL copies and drops none that somebody is connected to. `broker()` opens them again.
+    """
+    if connection.alias == NO_DB_ALIAS:
+        for found in list(_brokers.values()):
+            if found.has_alias:
+                found.close()
 
 
 def _made() -> "Broker":
