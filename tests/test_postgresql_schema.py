@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "fbf7a41abc52b80a"}
+DIGESTS = {10: "cc84f2ea3443ed35"}
 """The digest of the SQL of the newest version."""
 
 

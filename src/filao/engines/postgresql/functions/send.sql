@@ -123,7 +123,7 @@ CREATE OR REPLACE FUNCTION filao.store(
 #variable_conflict use_column
 DECLARE
   states bigint[];
-  wanted bigint;
+  wanted bigint := cardinality(contents);
 BEGIN
   WITH stored AS (
     INSERT INTO filao.message (id, queue, state, kind, priority, at, sent_at, expires_at, grp, dedup_key, message_id,
@@ -141,9 +141,10 @@ BEGIN
   SELECT ARRAY[count(*), count(*) FILTER (WHERE state = 'ready'), count(*) FILTER (WHERE state = 'delayed'),
                count(*) FILTER (WHERE state = 'blocked'), cardinality(twice)]
   INTO states FROM stored;
-  wanted := CASE WHEN chosen IS NULL THEN cardinality(contents)
-                 ELSE (SELECT count(*) FROM unnest(ops) AS op WHERE op = ANY (chosen)) END - cardinality(twice);
-  IF states[1] < wanted THEN
+  IF chosen IS NOT NULL THEN  -- else all, as mostly
+    wanted := (SELECT count(*) FROM unnest(ops) AS op WHERE op = ANY (chosen));
+  END IF;
+  IF states[1] < wanted - cardinality(twice) THEN
     PERFORM filao.skipped('filao.message');
   END IF;
   PERFORM filao.count(rules.id, ARRAY['sent', 'ready', 'delayed', 'blocked', 'duplicates'], states);
