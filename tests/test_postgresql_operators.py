@@ -217,19 +217,34 @@ async def sent_within(broker: filao.Broker, url: str) -> None:
         await broker.send_to_queue("claims", 11, within=user)
 
 
+async def test_tables_that_came_without_what_is_in_them_are_told_as_such(url) -> None:
+    """As a dump of the schema alone brings them, for a logical replica say."""
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+    with psycopg.connect(url, autocommit=True) as operator:
+        operator.execute("TRUNCATE filao.meta, filao.queue")
+        with pytest.raises(filao.ConfigurationError, match=r"pg_dump --schema-only.* DROP SCHEMA filao CASCADE"):
+            await filao.connect(url).open()
+        operator.execute("DROP SCHEMA filao CASCADE")
+    async with filao.connect(url) as broker:
+        assert await broker.queues() == []
+
+
 async def test_the_doctor_tells_which_sequences_a_logical_replica_lacks(url) -> None:
     async with filao.connect(url) as broker:
         await broker.declare(filao.Queue("claims", max_attempts=1))
-        for number in range(3):
-            await broker.send_to_queue("claims", number)
-            await (await broker.receive_from_queue("claims")).reject("no")
+        await broker.send_many("claims", range(9))
+        for message in await broker.receive_many("claims", 9):
+            await message.reject("no")
         with psycopg.connect(url, autocommit=True) as operator:
             operator.execute(
                 "SELECT setval(name, 1) FROM unnest('{filao.number,filao.failure_id_seq}'::text[]) AS name"
             )
+            with pytest.raises(filao.EngineError, match="is in use, as in a logical replica"):  # after five tries
+                await broker.send_to_queue("claims", 9)
             told = await doctors_errors(broker)
             assert [text.partition(",")[0] for text in told] == [
-                "numbers: the sequence filao.number stands at 1",
+                "numbers: the sequence filao.number stands at 6",
                 "numbers: the sequence filao.failure_id_seq stands at 1",
             ]
             for text in told:

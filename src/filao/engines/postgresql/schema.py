@@ -123,17 +123,17 @@ _NEW_FOR_OPERATORS = ("begin_deed", "halt_group", "record_deed", "of_group", "wh
 
 async def migrate(connection: Connection, server: Server) -> str:
     """Bring the schema up to this version, in one transaction, and return the random name of the database."""
-    version, name = await _look(connection)
+    version, name = await _look(connection, server)
     if version < VERSION:
         async with connection.transaction():
             await connection.execute(
                 "SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{ANSWERS_WITHIN:g}s",)
             )
             await connection.execute("SELECT pg_catalog.pg_advisory_xact_lock(%s)", (LOCK,))
-            version, name = await _look(connection)
+            version, name = await _look(connection, server)
             if version < VERSION:
                 await _build(connection, version)
-        version, name = await _look(connection)
+        version, name = await _look(connection, server)
     if version > VERSION:
         raise ConfigurationError(
             f"{server.name} was set up by a newer Filao (its schema has version {version}, this one knows up to "
@@ -142,7 +142,7 @@ async def migrate(connection: Connection, server: Server) -> str:
     return name
 
 
-async def _look(connection: Connection) -> tuple[int, str]:
+async def _look(connection: Connection, server: Server) -> tuple[int, str]:
     try:
         async with connection.transaction():
             found = await connection.execute(_LOOK)
@@ -150,7 +150,12 @@ async def _look(connection: Connection) -> tuple[int, str]:
     except (InvalidSchemaName, UndefinedTable):
         return 0, ""
     assert row is not None
-    return int(row[0] or 0), row[1] or ""
+    if row[0] is None:
+        raise ConfigurationError(
+            f"{server.name} has Filao's tables without what is in them, as behind pg_dump --schema-only. Nothing was "
+            "touched. Restore the data too; or DROP SCHEMA filao CASCADE, and the next process makes it anew, empty."
+        )
+    return int(row[0]), row[1] or ""
 
 
 async def _build(connection: Connection, version: int) -> None:

@@ -386,6 +386,11 @@ class Server:
                 f"{self.name}: what is not Filao's skips rows of its tables, such as a trigger, a rule or row "
                 f"security. Nothing was done; `filao doctor` names it: drop it, and try again. It said: {said}"
             )
+        if isinstance(error, errors.UniqueViolation) and error.diag.schema_name == "filao":
+            return EngineError(
+                f"{self.name}: a number that a sequence gave is in use, as in a logical replica, to which sequences do "
+                f"not come. Nothing was done; `filao doctor` says how to set them. It said: {said}"
+            )
         for kind, advice in _CONFIGURATION:
             if isinstance(error, kind):
                 return ConfigurationError(f"{self.name}: {said}. {advice}")
