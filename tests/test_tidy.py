@@ -101,6 +101,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         for name in (
             "wire",
             "outlet",
+            "client",
             "server",
             "topology",
             "refusals",

@@ -3,29 +3,15 @@
 import asyncio
 import logging
 import math
-import os
 import random
 import re
-import socket
-import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sized
+from collections.abc import AsyncGenerator, Callable, Generator, Sized
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, cast
+from typing import cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-import aio_pika
 import aiormq
-from aio_pika.abc import UnderlayConnection
 from aiormq import Channel
-from aiormq.abc import AbstractConnection
-from aiormq.connection import (
-    FrameReceiver,
-    ReceivedFrame,
-    TCPTransportFactory,
-    TLSTransportFactory,
-    TransportFactory,
-    exception_by_code,
-)
 from aiormq.exceptions import (
     AMQPError,
     AuthenticationError,
@@ -40,16 +26,12 @@ from aiormq.exceptions import (
     DeliveryError,
     ProbableAuthenticationError,
 )
-from pamqp.base import Frame
 from pamqp.commands import Basic
-from pamqp.commands import Connection as Methods
-from pamqp.frame import FrameTypes
-from yarl import URL
 
 from filao.engines.rabbitmq import wire
+from filao.engines.rabbitmq.client import Connection, Sockets
 from filao.engines.rabbitmq.outlet import Outlet
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
-from filao.forks import cut_off, gate, keep
 from filao.guarded import Log
 from filao.printable import printable
 from filao.urls import checked, hosts, is_bare, shown_url
@@ -67,7 +49,6 @@ VERSION_MIN = (3, 10)  # where quorum queues got message TTLs, and dead letters 
 CONNECTED_WITHIN = 10.0  # seconds
 ANSWERS_WITHIN = 30.0  # seconds for a reply or a confirm; a server that takes longer counts as away
 FAREWELL_WITHIN = 0.5  # seconds to close the connection to a server that has not answered in time
-REFUSED_LOGIN = 403  # AMQP's code, when it comes in place of a welcome
 OUTLETS_MAX = 64  # queues of one process with a channel of their own for what is sent to them
 SHARED = ""  # the place of the outlet for all other queues
 FREE_MIN = 64  # channels that are left for other things, such as large bodies, where the server allows few
@@ -107,7 +88,7 @@ class Server:
         self._urls = [urlunsplit((parts.scheme, f"{at}{node}", parts.path or "/", query, "")) for node in nodes]
         default = 5671 if parts.scheme == "amqps" else 5672
         named = [node if port else f"{node}:{default}" for node, port in zip(nodes, ports, strict=True)]
-        self._transports = _Transports(is_safe=parts.scheme == "amqps")
+        self._sockets = Sockets(is_safe=parts.scheme == "amqps")
         self.vhost = vhost
         self.name: str = f"RabbitMQ at {', '.join(named)}, virtual host {vhost!r}"
         """Its name in error texts, without the password."""
@@ -120,8 +101,7 @@ class Server:
         for url in list(self._urls):
             try:
                 with self.mapped(begun=False):
-                    connection = _Connection(URL(url), client_properties={"connection_name": "filao"})
-                    transport = connection.kwargs["transport_factory"] = _Transport(self._transports)
+                    connection = Connection(url, self._sockets)
                     await connection.connect(timeout=CONNECTED_WITHIN)
             except ValueError:  # its text may hold the password
                 refused = True
@@ -130,7 +110,7 @@ class Server:
                 failed = error
                 self._urls.append(self._urls.pop(0))
                 continue
-            session = Session(connection, transport.abort)
+            session = Session(connection)
             self.version = session.version
             if _numbers(self.version) < VERSION_MIN:
                 await session.close()
@@ -144,7 +124,7 @@ class Server:
 
     def drop(self) -> None:
         """Close all connections at once, whatever they are doing; what was received goes back to its queues."""
-        self._transports.drop()
+        self._sockets.drop()
 
     @contextmanager
     def mapped(self, *, begun: bool = True) -> Generator[None]:
@@ -206,111 +186,11 @@ class Server:
                 return EngineUnavailable(f"{self.name} is away: {said}. {DOUBT if begun else 'Nothing was done.'}")
 
 
-class _Transports(TransportFactory):
-    """Opens sockets for the client, which does not show them, and knows those that are open."""
-
-    def __init__(self, *, is_safe: bool) -> None:
-        self._inner = TLSTransportFactory() if is_safe else TCPTransportFactory()
-        self._sockets: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
-        gate.connect(self)
-
-    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open a socket."""
-        reader, writer = await self._inner.create(url, **options)
-        self._sockets.add(writer.transport)
-        return reader, writer
-
-    def drop(self) -> None:
-        """Close all sockets, without a goodbye and without an event loop."""
-        for transport in list(self._sockets):
-            number = transport.get_extra_info("socket").fileno()
-            with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
-                end.shutdown(socket.SHUT_RDWR)
-
-    def inherit(self) -> None:
-        """In a child: cut off its ends of the sockets, so that it cannot end the sessions of its parent."""
-        for transport in list(self._sockets):
-            cut_off(lambda: int(transport.get_extra_info("socket").fileno()))  # noqa: B023 - called at once
-            keep(transport)
-
-
-class _Transport(TransportFactory):
-    """Opens the socket of one connection."""
-
-    def __init__(self, transports: _Transports) -> None:
-        self._transports = transports
-        self._writer: asyncio.StreamWriter | None = None
-
-    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open the socket."""
-        reader, self._writer = await self._transports.create(url, **options)
-        return reader, self._writer
-
-    def abort(self) -> None:
-        """Close the socket at once and drop what waits to be written, for which the client would wait for ever."""
-        if self._writer is not None:
-            self._writer.transport.abort()
-
-
-class _Welcome:
-    """The frames that greet us; a farewell in their place becomes the error that it tells of."""
-
-    def __init__(self, frames: FrameReceiver) -> None:
-        self._frames = frames
-
-    async def get_frame(self) -> ReceivedFrame:
-        """Return the next frame."""
-        weight, channel, frame = await self._frames.get_frame()
-        if isinstance(frame, Methods.Close) and frame.reply_code != REFUSED_LOGIN:  # which the client knows
-            raise exception_by_code(frame)
-        return weight, channel, frame
-
-
-class _Wire(aiormq.Connection):
-    """The client's lower layer, which takes a farewell in place of a welcome for a broken frame."""
-
-    @staticmethod
-    async def _rpc(
-        request: Frame, writer: asyncio.StreamWriter, frame_receiver: FrameReceiver, *how: Any, **named: Any
-    ) -> FrameTypes | None:
-        welcome = cast("FrameReceiver", _Welcome(frame_receiver))
-        return await aiormq.Connection._rpc(request, writer, welcome, *how, **named)  # noqa: SLF001 - our own base's
-
-
-_Ended = Callable[..., Awaitable[Any]]
-
-
-class _Underlay(UnderlayConnection):
-    """Opens a connection of the lower layer."""
-
-    @classmethod
-    async def make_connection(cls, url: URL, timeout: float | None = None, **options: Any) -> AbstractConnection:
-        """Open one, and wait until it is welcomed."""
-        connection = _Wire(url, **options)
-        connect = cast("Callable[[], Awaitable[bool]]", connection.connect)  # pyright: ignore[reportUnknownMemberType]
-        await asyncio.wait_for(connect(), timeout)
-        return connection
-
-
-class _Connection(aio_pika.Connection):
-    """A connection that needs no closing when it is collected: a `Session` or the server has closed it before."""
-
-    async def connect(self, timeout: float | None = None) -> None:
-        """Open it, with a lower layer of ours."""
-        ended = cast("_Ended", self._on_connection_close)  # pyright: ignore[reportUnknownMemberType]  # untyped there
-        self.transport = await _Underlay.connect(self.url, ended, timeout=timeout, **self.kwargs)
-        await self._on_connected()
-
-    def __del__(self) -> None:
-        """Do nothing, where the client's own would try to close it, perhaps without an event loop."""
-
-
 class Session:
     """One connection to the server, while it lasts."""
 
-    def __init__(self, connection: aio_pika.Connection, abort: Callable[[], None]) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._abort = abort
         self._ended = asyncio.get_running_loop().create_future()
         self._connection.close_callbacks.add(self._end)
         self._outlets: dict[str, Outlet] = {}
@@ -437,7 +317,7 @@ class Session:
             async with asyncio.timeout(within):
                 await self._connection.close()
         if not self._connection.is_closed:
-            self._abort()
+            self._connection.abort()
             await self._connection.close()  # its first close failed; now it only notes that it is closed
         self._end()
 

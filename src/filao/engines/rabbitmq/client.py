@@ -1,0 +1,140 @@
+"""The client library, where we need it otherwise: how a connection is opened.
+
+It has two layers: aio-pika's connection, with callbacks, above aiormq's, which reads and writes the frames.
+"""
+
+import asyncio
+import os
+import socket
+import weakref
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, cast
+
+import aio_pika
+import aiormq
+from aio_pika.abc import UnderlayConnection
+from aiormq.abc import AbstractConnection
+from aiormq.connection import (
+    FrameReceiver,
+    ReceivedFrame,
+    TCPTransportFactory,
+    TLSTransportFactory,
+    TransportFactory,
+    exception_by_code,
+)
+from pamqp import commands
+from pamqp.base import Frame
+from pamqp.frame import FrameTypes
+from yarl import URL
+
+from filao.forks import cut_off, gate, keep
+
+REFUSED_LOGIN = 403  # AMQP's code, when it comes in place of a welcome; the library knows it
+
+
+class Sockets(TransportFactory):
+    """Opens sockets for the library, which does not show them, and knows those that are open."""
+
+    def __init__(self, *, is_safe: bool) -> None:
+        self._inner = TLSTransportFactory() if is_safe else TCPTransportFactory()
+        self._sockets: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
+        gate.connect(self)
+
+    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a socket."""
+        reader, writer = await self._inner.create(url, **options)
+        self._sockets.add(writer.transport)
+        return reader, writer
+
+    def drop(self) -> None:
+        """Close all sockets, without a goodbye and without an event loop."""
+        for transport in list(self._sockets):
+            number = transport.get_extra_info("socket").fileno()
+            with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
+                end.shutdown(socket.SHUT_RDWR)
+
+    def inherit(self) -> None:
+        """In a child: cut off its ends of the sockets, so that it cannot end the sessions of its parent."""
+        for transport in list(self._sockets):
+            cut_off(lambda: int(transport.get_extra_info("socket").fileno()))  # noqa: B023 - called at once
+            keep(transport)
+
+
+class _Socket(TransportFactory):
+    """Opens the socket of one connection."""
+
+    def __init__(self, sockets: Sockets) -> None:
+        self._sockets = sockets
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open the socket."""
+        reader, self._writer = await self._sockets.create(url, **options)
+        return reader, self._writer
+
+    def abort(self) -> None:
+        """Close the socket at once and drop what waits to be written."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+
+class _Welcome:
+    """The frames that greet us; a farewell in their place becomes the error that it tells of."""
+
+    def __init__(self, frames: FrameReceiver) -> None:
+        self._frames = frames
+
+    async def get_frame(self) -> ReceivedFrame:
+        """Return the next frame."""
+        weight, channel, frame = await self._frames.get_frame()
+        if isinstance(frame, commands.Connection.Close) and frame.reply_code != REFUSED_LOGIN:
+            raise exception_by_code(frame)
+        return weight, channel, frame
+
+
+class _Wire(aiormq.Connection):
+    """The lower layer, which itself takes an early farewell for a broken frame."""
+
+    @staticmethod
+    async def _rpc(
+        request: Frame, writer: asyncio.StreamWriter, frame_receiver: FrameReceiver, *how: Any, **named: Any
+    ) -> FrameTypes | None:
+        welcome = cast("FrameReceiver", _Welcome(frame_receiver))
+        return await aiormq.Connection._rpc(request, writer, welcome, *how, **named)  # noqa: SLF001 - our own base's
+
+
+_Ended = Callable[..., Awaitable[Any]]
+
+
+class _Underlay(UnderlayConnection):
+    """Opens a connection of the lower layer."""
+
+    @classmethod
+    async def make_connection(cls, url: URL, timeout: float | None = None, **options: Any) -> AbstractConnection:
+        """Open one, and wait until it is welcomed."""
+        connection = _Wire(url, **options)
+        connect = cast("Callable[[], Awaitable[bool]]", connection.connect)  # pyright: ignore[reportUnknownMemberType]
+        await asyncio.wait_for(connect(), timeout)
+        return connection
+
+
+class Connection(aio_pika.Connection):
+    """A connection that needs no closing when it is collected: a `Session` or the server has closed it before."""
+
+    def __init__(self, url: str, sockets: Sockets) -> None:
+        super().__init__(URL(url), client_properties={"connection_name": "filao"})
+        self._socket = self.kwargs["transport_factory"] = _Socket(sockets)
+
+    async def connect(self, timeout: float | None = None) -> None:
+        """Open it, with a lower layer of ours."""
+        ended = cast("_Ended", self._on_connection_close)  # pyright: ignore[reportUnknownMemberType]  # untyped there
+        self.transport = await _Underlay.connect(self.url, ended, timeout=timeout, **self.kwargs)
+        await self._on_connected()
+
+    def abort(self) -> None:
+        """Close its socket at once and drop what waits to be written, for which the library would wait for ever."""
+        self._socket.abort()
+
+    def __del__(self) -> None:
+        """Do nothing, where the library's own would try to close it, perhaps without an event loop."""
