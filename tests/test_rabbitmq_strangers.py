@@ -8,17 +8,19 @@ import re
 import struct
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pamqp.decode
 import pika
 import pika.data
 import pytest
+from pamqp.exceptions import PAMQPException
 
 import filao
-from filao.engines.rabbitmq import register, topology
+from filao.engines.rabbitmq import register, server, topology, wire
 from filao.engines.rabbitmq.server import LOST_OFTEN
 from tests.conftest import engine_of
 from tests.support.proxy import Proxy
@@ -161,21 +163,61 @@ async def test_a_header_that_the_server_acts_upon_is_refused(broker, queue, name
 
 
 async def test_a_connection_that_is_lost_again_and_again_is_told_of(rabbitmq, queue, caplog) -> None:
-    def told() -> list[str]:
-        return [record.getMessage() for record in caplog.records if "connection was lost" in record.getMessage()]
-
     with closing(Proxy(rabbitmq.port)) as proxy:
         async with filao.connect(rabbitmq.url(proxy.port)) as broker:
             await broker.declare(queue)
             async with asyncio.timeout(60):
-                while not told():
+                while not told(caplog):
                     assert await broker.receive_from_queue(queue, wait=0) is None  # opens what was lost
                     ended = asyncio.Event()
                     engine_of(broker)._receiving._session.when_ended(ended.set)
                     proxy.reset()
                     await ended.wait()
-            assert "head of its queue" in told()[0]
+            assert re.search(rf"lost {LOST_OFTEN} times.*Server", told(caplog)[0])
+            assert "cannot be read" not in told(caplog)[0]
             await broker.send_to_queue(queue, 1)
+
+
+async def test_a_message_that_ends_each_connection_is_named_as_the_cause(
+    broker, foreign, queue, caplog, monkeypatch
+) -> None:
+    def read_table(content: bytes) -> Any:
+        if b"no table" in content[:30]:
+            raise PAMQPException("unheard of")
+        return wire.read_table(content)
+
+    monkeypatch.setitem(pamqp.decode.METHODS, "table", read_table)
+    monkeypatch.setattr(server, "LOST_OFTEN", 1)
+    foreign.basic_publish("", queue.name, b"1", pika.BasicProperties(headers={"no table": "at all"}))
+    async with asyncio.timeout(60):
+        while not told(caplog):
+            with suppress(filao.EngineUnavailable):
+                assert await broker.receive_from_queue(queue, wait=0) is None
+    assert re.search("by: unheard of. A message that cannot be read.*head of its queue", told(caplog)[0])
+
+
+def told(caplog) -> list[str]:
+    """Return the warnings of connections that were lost."""
+    return [record.getMessage() for record in caplog.records if "connection was lost" in record.getMessage()]
+
+
+async def test_sends_that_the_server_refuses_together_all_hear_why_and_cost_no_connection(
+    broker, foreign, queue, caplog
+) -> None:
+    """The server ended the connection, again and again: the client library published on a channel that was closed."""
+    queue = filao.Queue(f"{queue.name}.delayed", emulate=("delay",))
+    await broker.declare(queue)
+    foreign.exchange_delete(f"{topology.DELAY}.01")
+    await broker.send_to_queue(queue, 0)
+    first = engine_of(broker)._sending._session
+    for _ in range(3):
+        sends = (broker.send_to_queue(queue, number, delay=0.2) for number in range(100))
+        for error in await asyncio.gather(*sends, return_exceptions=True):
+            assert "ladder of delays" in str(error)
+    await broker.declare(queue)
+    await broker.send_to_queue(queue, 1, delay=0.2)
+    assert engine_of(broker)._sending._session is first
+    assert not told(caplog)
 
 
 async def test_a_connection_that_is_lost_once_is_told_of_once_however_long_the_server_is_away(

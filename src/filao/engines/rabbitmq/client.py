@@ -1,4 +1,4 @@
-"""The client library, where we need it otherwise: how a connection is opened.
+"""The client library, where we need it otherwise: how a connection is opened, and what is written to it.
 
 It has two layers: aio-pika's connection, with callbacks, above aiormq's, which reads and writes the frames.
 """
@@ -14,7 +14,7 @@ from typing import Any, cast
 import aio_pika
 import aiormq
 from aio_pika.abc import UnderlayConnection
-from aiormq.abc import AbstractConnection
+from aiormq.abc import AbstractConnection, ChannelFrame
 from aiormq.connection import (
     FrameReceiver,
     ReceivedFrame,
@@ -23,14 +23,20 @@ from aiormq.connection import (
     TransportFactory,
     exception_by_code,
 )
+from aiormq.exceptions import ChannelInvalidStateError
 from pamqp import commands
 from pamqp.base import Frame
+from pamqp.constants import FRAME_METHOD
 from pamqp.frame import FrameTypes
 from yarl import URL
 
 from filao.forks import cut_off, gate, keep
 
 REFUSED_LOGIN = 403  # AMQP's code, when it comes in place of a welcome; the library knows it
+_OPEN, _CLOSE, _CLOSE_OK, _CANCEL_OK = (
+    method.index.to_bytes(4)
+    for method in (commands.Channel.Open, commands.Channel.Close, commands.Channel.CloseOk, commands.Basic.CancelOk)
+)
 
 
 class Sockets(TransportFactory):
@@ -79,6 +85,34 @@ class _Socket(TransportFactory):
             self._writer.transport.abort()
 
 
+class _Outgoing(asyncio.Queue[ChannelFrame]):
+    """What is to be written. Invariant: nothing is on a channel that one side has closed, until it is opened anew.
+
+    The library goes on publishing for a moment after it has answered the server's farewell to a channel, and the server
+    ends the whole connection for that. And where its queue is full, the library drops that answer, without which the
+    server ignores the next channel of the same number: so this one has no limit. The writer empties it in one go.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._closed: set[bytes] = set()
+        """The numbers of these channels."""
+
+    def put_nowait(self, item: ChannelFrame) -> None:
+        """Add what the library wants to write. Raises `ChannelInvalidStateError` if its channel is closed."""
+        number = item.payload[1:3]
+        kind = item.payload[7:11] if item.payload[0] == FRAME_METHOD else b""
+        if kind == _OPEN:
+            self._closed.discard(number)
+        elif number in self._closed and kind != _CLOSE_OK:
+            if kind in (_CLOSE, _CANCEL_OK):  # nobody waits for an answer
+                return
+            raise ChannelInvalidStateError("the channel was closed")
+        elif kind in (_CLOSE, _CLOSE_OK):
+            self._closed.add(number)
+        super().put_nowait(item)
+
+
 class _Welcome:
     """The frames that greet us; a farewell in their place becomes the error that it tells of."""
 
@@ -114,6 +148,7 @@ class _Underlay(UnderlayConnection):
     async def make_connection(cls, url: URL, timeout: float | None = None, **options: Any) -> AbstractConnection:
         """Open one, and wait until it is welcomed."""
         connection = _Wire(url, **options)
+        connection.write_queue = _Outgoing()
         connect = cast("Callable[[], Awaitable[bool]]", connection.connect)  # pyright: ignore[reportUnknownMemberType]
         await asyncio.wait_for(connect(), timeout)
         return connection

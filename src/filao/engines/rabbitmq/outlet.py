@@ -6,6 +6,7 @@ otherwise a message that found no queue would pass for confirmed, and be lost, a
 
 import asyncio
 from contextlib import suppress
+from typing import cast
 
 from aiormq import Channel
 from aiormq.exceptions import AMQPError, ChannelInvalidStateError
@@ -55,7 +56,11 @@ class Outlet:
         self._is_retired = True
 
     async def publish(self, content: bytes, properties: Basic.Properties, *, exchange: str = "", key: str) -> None:
-        """Publish a message, and return once it is confirmed. Raises `PublishError` if it is returned."""
+        """Publish a message, and return once it is confirmed. Raises `PublishError` if it is returned.
+
+        Where the server is closing the channel, so that the message is not even written, what it closed it for is
+        raised.
+        """
         name = properties.message_id or id(properties)  # without one, the client gives it an id of its own
         turn = self._turns.get(name)
         if turn is None:
@@ -66,7 +71,16 @@ class Outlet:
                 await self._channel.basic_publish(
                     content, exchange=exchange, routing_key=key, properties=properties, mandatory=True, wait=False
                 )
+        except ChannelInvalidStateError as error:
+            raise await self._closed_by() or error from None
         finally:
             turn.users -= 1
             if not turn.users:
                 del self._turns[name]
+
+    async def _closed_by(self) -> AMQPError | None:
+        """Return the error that the channel ends with, if the server or the connection ends it."""
+        closing = cast("asyncio.Future[None]", self._channel.closing)  # pyright: ignore[reportUnknownMemberType]
+        await asyncio.wait([closing])
+        error = None if closing.cancelled() else closing.exception()
+        return error if isinstance(error, AMQPError) else None

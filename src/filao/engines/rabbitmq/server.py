@@ -24,6 +24,7 @@ from aiormq.exceptions import (
     ConnectionNotAllowed,
     ConnectionNotImplemented,
     DeliveryError,
+    InvalidFrameError,
     ProbableAuthenticationError,
 )
 from pamqp.commands import Basic
@@ -54,10 +55,7 @@ SHARED = ""  # the place of the outlet for all other queues
 FREE_MIN = 64  # channels that are left for other things, such as large bodies, where the server allows few
 STEADY_AFTER = 10.0  # seconds after which a session no longer counts as short
 LOST_OFTEN = 5  # short sessions in a row after which a warning is logged
-FORCED = "CONNECTION_FORCED"  # begins the server's words where an operator, or its own end, closes a connection
-UNREADABLE = (
-    ". If a message that cannot be read does it, it lies at the head of its queue: look at it with another client"
-)
+UNREADABLE = ". A message that cannot be read does it, at the head of its queue: look at it with another client"
 PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between short sessions
 HEARTBEAT = 30  # seconds; a connection without a sign of life for two of them is lost, and its messages are given back
 
@@ -204,7 +202,9 @@ class Session:
         self.cluster: str = str(properties.get("cluster_name", ""))
         self.opened_at: float = asyncio.get_running_loop().time()
         self.ended_by: str = ""
-        """The error that it ended with."""
+        """The words of the error that it ended with."""
+        self.is_unreadable: bool = False
+        """Whether it ended because what came could not be read."""
         self.lasted: float = math.inf
         """How many seconds, once it has ended."""
 
@@ -324,7 +324,10 @@ class Session:
     def _end(self, *why: object) -> None:
         if not self._ended.done():
             self.lasted = asyncio.get_running_loop().time() - self.opened_at
-            self.ended_by = next((_said(error) for error in why if isinstance(error, BaseException)), "")
+            for error in why:
+                if isinstance(error, BaseException):
+                    self.ended_by = _said(error)
+                    self.is_unreadable = isinstance(error, InvalidFrameError) or not isinstance(error, AWAY)
             self._ended.set_result(None)
 
 
@@ -363,7 +366,7 @@ class Link:
         if self._short % LOST_OFTEN == 0:
             log.warning(
                 "%s: the connection was lost %d times, each time soon after it was opened, the last time by: %s%s",
-                *(self._server.name, self._short, why, "" if why.startswith(FORCED) else UNREADABLE),
+                *(self._server.name, self._short, why, UNREADABLE if ended.is_unreadable else ""),
             )
         await asyncio.sleep(self._pause * random.uniform(0.5, 1.5))
         self._pause = min(2 * self._pause or PAUSE_FIRST, PAUSE_MAX)
