@@ -25,6 +25,7 @@ from filao.engines.rabbitmq.server import LOST_OFTEN
 from tests.conftest import engine_of
 from tests.support.proxy import Proxy
 from tests.support.servers import Rabbitmq, rabbitmq_server
+from tests.support.working import until
 
 pytestmark = pytest.mark.anyio
 
@@ -218,6 +219,25 @@ async def test_sends_that_the_server_refuses_together_all_hear_why_and_cost_no_c
     await broker.send_to_queue(queue, 1, delay=0.2)
     assert engine_of(broker)._sending._session is first
     assert not told(caplog)
+
+
+async def test_a_connection_that_is_silent_for_too_long_is_lost_and_cancels_nobody(rabbitmq, queue, caplog) -> None:
+    """A send was told that its broker was closed; a task that tidies up would have ended for ever."""
+    caplog.set_level(logging.INFO, "filao.rabbitmq")
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as broker:
+            await broker.declare(queue)
+            await broker.send_to_queue(queue, 1)
+            proxy.stall()
+            waiting = asyncio.create_task(broker.send_to_queue(queue, 2))
+            session = engine_of(broker)._sending._session
+            await until(lambda: session._outlets[queue.name]._users)
+            session._connection.transport.connection._reader_task.cancel()  # as the library itself does then
+            with pytest.raises(filao.EngineUnavailable, match=r"the server gave no sign of life\. If this was a send"):
+                await waiting
+            proxy.go_on()
+            await broker.send_to_queue(queue, 3)
+    assert any("by: the server gave no sign of life" in text for text in told(caplog))
 
 
 async def test_a_connection_that_is_lost_once_is_told_of_once_however_long_the_server_is_away(

@@ -14,7 +14,7 @@ from typing import Any, cast
 import aio_pika
 import aiormq
 from aio_pika.abc import UnderlayConnection
-from aiormq.abc import AbstractConnection, ChannelFrame
+from aiormq.abc import AbstractConnection, ChannelFrame, ExceptionType
 from aiormq.connection import (
     FrameReceiver,
     ReceivedFrame,
@@ -23,7 +23,7 @@ from aiormq.connection import (
     TransportFactory,
     exception_by_code,
 )
-from aiormq.exceptions import ChannelInvalidStateError
+from aiormq.exceptions import AMQPConnectionError, ChannelInvalidStateError
 from pamqp import commands
 from pamqp.base import Frame
 from pamqp.constants import FRAME_METHOD
@@ -128,7 +128,13 @@ class _Welcome:
 
 
 class _Wire(aiormq.Connection):
-    """The lower layer, which itself takes an early farewell for a broken frame."""
+    """The lower layer, which itself takes silence for a cancellation, and an early farewell for a broken frame."""
+
+    async def close(self, exc: ExceptionType | None = asyncio.CancelledError, timeout: float | None = None) -> None:
+        """Close it. If it was silent, the library would let all that wait for it believe that they were cancelled."""
+        if isinstance(exc, asyncio.CancelledError):
+            exc = AMQPConnectionError("the server gave no sign of life")
+        await super().close(exc, timeout)
 
     @staticmethod
     async def _rpc(
