@@ -5,11 +5,12 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
 import filao
-from filao.engines.sqlite import housekeeping, own
+from filao.engines.sqlite import doctor, housekeeping, own
 from filao.engines.sqlite.doctor import wal_reset_fixed
 from filao.overview import Deed
 from tests.conftest import engine_of
@@ -34,6 +35,20 @@ async def test_a_healthy_file_has_no_warning(tmp_path) -> None:
     assert findings["integrity"] == ("ok", "ok")
     assert findings["queue claims"] == ("ok", "1 ready, 0 leased, 0 delayed")
     assert {"SQLite", "file system", "WAL", "free pages"} <= set(findings)
+
+
+@pytest.mark.parametrize(
+    ("free", "level", "text"),
+    [
+        (65 * 1024**2, "ok", "65 MiB are free"),
+        (63 * 1024**2, "warning", "only 63.0 MiB are free: make room before it is full"),
+        (1, "error", "it is full: 1 byte is free. Until there is room, sends and settles fail"),
+    ],
+)
+async def test_a_disk_that_is_nearly_full_is_told(tmp_path, monkeypatch, free, level, text) -> None:
+    async with filao.connect(tmp_path / "claims.db") as broker:
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        assert (await found(broker))["disk"] == (level, text)
 
 
 async def test_stuck_leases_and_dead_letters_are_told(tmp_path, clock) -> None:

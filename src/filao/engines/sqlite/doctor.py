@@ -1,5 +1,6 @@
 """What the doctor examines in a Filao file, and what an operator should know of it."""
 
+import shutil
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ _MISCOUNTED = " UNION ALL ".join(
     """
     for number, name in STATES.items()
 )
+_ROOM_NOTABLE = 64 * 1024 * 1024  # bytes: with less left on its disk, a file may find no room for its WAL
+_ROOM_LEAST = 2_000_000  # bytes: with less, the disk is full for SQLite
 _MISCOUNTED_REASONS = """
     SELECT name, 'dead: ' || reason, filao_reason.dead, (
         SELECT count(*) FROM filao_message
@@ -87,6 +90,17 @@ def _files(path: Path) -> Iterator[Finding]:
         yield Finding("WAL", "warning", own.why_wal_grows(path))
     else:
         yield Finding("WAL", "ok", f"{size:,} bytes")
+    yield _disk(path)
+
+
+def _disk(path: Path) -> Finding:
+    free = shutil.disk_usage(path.parent).free
+    if free >= _ROOM_NOTABLE:
+        return Finding("disk", "ok", f"{free / 1024**2:,.0f} MiB are free")
+    if free >= _ROOM_LEAST:
+        return Finding("disk", "warning", f"only {free / 1024**2:,.1f} MiB are free: make room before it is full")
+    text = f"it is full: {some(free, 'byte', ('is', 'are'))} free. Until there is room, sends and settles fail"
+    return Finding("disk", "error", text)
 
 
 def _modes(db: sqlite3.Connection) -> Iterator[Finding]:
