@@ -1134,7 +1134,7 @@ async def test_a_broker_that_is_closed_while_the_network_stalls_leaves_no_task(r
             await far.send_to_queue(queue, 0)
             proxy.stall()
             sending = [asyncio.create_task(far.send_to_queue(queue, b"x" * 100_000)) for _ in range(200)]
-            transport = next(one for one in engine_of(far)._server._transports._sockets if not one.is_closing())
+            transport = next(one for one in engine_of(far)._server._sockets._sockets if not one.is_closing())
             while not transport.get_write_buffer_size():
                 await asyncio.sleep(0.01)
             with suppress(filao.EngineUnavailable):  # it took longer

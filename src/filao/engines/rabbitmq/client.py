@@ -132,7 +132,7 @@ class _Wire(aiormq.Connection):
 
     async def close(self, exc: ExceptionType | None = asyncio.CancelledError, timeout: float | None = None) -> None:
         """Close it. If it was silent, the library would let all that wait for it believe that they were cancelled."""
-        if isinstance(exc, asyncio.CancelledError):
+        if isinstance(exc, asyncio.CancelledError) and self.connected.is_set():
             exc = AMQPConnectionError("the server gave no sign of life")
         await super().close(exc, timeout)
 

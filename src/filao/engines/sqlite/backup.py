@@ -119,7 +119,7 @@ def _copy(source: sqlite3.Connection, partial: Path, *, cookie: int = 0) -> None
     """Copy what a connection sees in one transaction, and check the copy."""
     with closing(sqlite3.connect(partial, isolation_level=None)) as target:
         with _of_one_moment(source):
-            source.backup(target, pages=_AT_ONCE, progress=lambda *_: None)  # which lets a signal end it in between
+            source.backup(target, pages=_AT_ONCE, progress=_pass)
         target.execute("PRAGMA journal_mode = DELETE")  # a single file, until it is opened as a queue
         target.execute("PRAGMA synchronous = EXTRA")
         if cookie:  # the file must not be taken for an older one, see `ground.py`
@@ -128,6 +128,10 @@ def _copy(source: sqlite3.Connection, partial: Path, *, cookie: int = 0) -> None
         verdict = target.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
             raise EngineError(f"the copy of the file is damaged, as the file itself is: {verdict}. Run: filao doctor")
+
+
+def _pass(_status: int, _remaining: int, _total: int) -> None:
+    """Run between two steps of a copy, so that a signal can end it there."""
 
 
 @contextmanager
