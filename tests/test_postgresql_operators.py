@@ -230,6 +230,19 @@ async def test_tables_that_came_without_what_is_in_them_are_told_as_such(url) ->
         assert await broker.queues() == []
 
 
+async def test_a_running_process_is_told_that_its_schema_is_gone(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute("DROP SCHEMA filao CASCADE")
+        for call in (lambda: broker.send_to_queue("claims", 1), lambda: broker.stats("claims"), broker.queues):
+            with pytest.raises(filao.EngineError, match="schema filao is not there: was the database dropped"):
+                await call()
+        with pytest.raises(filao.EngineError, match=r'"filao_outbox" does not exist\. Nothing was done'):
+            async with broker.transaction() as tx:
+                await tx.execute("SELECT FROM filao_outbox")
+
+
 async def test_the_doctor_tells_which_sequences_a_logical_replica_lacks(url) -> None:
     async with filao.connect(url) as broker:
         await broker.declare(filao.Queue("claims", max_attempts=1))

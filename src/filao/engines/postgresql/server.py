@@ -381,16 +381,8 @@ class Server:
     def engine_error(self, error: psycopg.Error, *, begun: bool = True) -> EngineError | ConfigurationError:
         """Return what an error of the server means."""
         said = _said_by(error)
-        if error.sqlstate == _SKIPPED or error.diag.source_function in _SKIPPED_AT:
-            return EngineError(
-                f"{self.name}: what is not Filao's skips rows of its tables, such as a trigger, a rule or row "
-                f"security. Nothing was done; `filao doctor` names it: drop it, and try again. It said: {said}"
-            )
-        if isinstance(error, errors.UniqueViolation) and error.diag.schema_name == "filao":
-            return EngineError(
-                f"{self.name}: a number that a sequence gave is in use, as in a logical replica, to which sequences do "
-                f"not come. Nothing was done; `filao doctor` says how to set them. It said: {said}"
-            )
+        if (wrong := _wrong_with_tables(error, said)) is not None:
+            return EngineError(f"{self.name}: {wrong} It said: {said}")
         for kind, advice in _CONFIGURATION:
             if isinstance(error, kind):
                 return ConfigurationError(f"{self.name}: {said}. {advice}")
@@ -439,6 +431,26 @@ class Server:
 def _said_by(error: psycopg.Error) -> str:
     """Return the first line of what an error says."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _wrong_with_tables(error: psycopg.Error, said: str) -> str | None:
+    """Return what somebody has done to Filao's tables, and what to do about it; None: nothing that is known."""
+    if error.sqlstate == _SKIPPED or error.diag.source_function in _SKIPPED_AT:
+        return (
+            "what is not Filao's skips rows of its tables, such as a trigger, a rule or row security. Nothing was "
+            "done; `filao doctor` names it: drop it, and try again."
+        )
+    if isinstance(error, errors.UniqueViolation) and error.diag.schema_name == "filao":
+        return (
+            "a number that a sequence gave is in use, as in a logical replica, to which sequences do not come. Nothing "
+            "was done; `filao doctor` says how to set them."
+        )
+    if isinstance(error, errors.InvalidSchemaName | errors.UndefinedTable) and re.search(r"\bfilao\b", said):
+        return (
+            "its schema filao is not there: was the database dropped, or put in the place of another? Nothing was "
+            "done; restore it, or open a broker anew, which makes it, empty."
+        )
+    return None
 
 
 def _is_of_statement(error: psycopg.Error) -> bool:
