@@ -427,6 +427,18 @@ async def test_a_relay_whose_broker_was_closed_ends_with_that_error(business, co
     assert len(Outbox().recorded(connection, 10)) == 1
 
 
+async def test_a_relay_whose_broker_is_open_on_another_event_loop_ends_with_that_error(
+    business, connection, broker, caplog
+) -> None:
+    with connection:
+        Outbox().send_to_queue(connection, "claims", 1)
+    relay = Relay(Outbox(), lambda: sqlite3.connect(business), broker, poll=0.01)
+    with pytest.raises(filao.ConfigurationError, match="open on another event loop"):
+        await asyncio.to_thread(asyncio.run, asyncio.wait_for(relay.run(), PATIENCE))
+    assert "trying again" not in caplog.text
+    assert len(Outbox().recorded(connection, 10)) == 1
+
+
 async def test_a_relay_waits_for_a_broker_that_is_not_open_yet(tmp_path, business, connection, broker) -> None:
     with connection:
         Outbox().send_to_queue(connection, "claims", 1)

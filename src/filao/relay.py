@@ -67,8 +67,8 @@ class Relay:
     async def run(self) -> None:
         """Relay until cancelled; while the database or the engine is away, wait for it.
 
-        Raises `ConfigurationError` when its broker was closed, and `EngineError` when another file has taken the place
-        of the queue's, after a restore, say: open the broker again, and run it again.
+        Raises `ConfigurationError` when its broker was closed or is open on another event loop, and `EngineError` when
+        another file has taken the place of the queue's, after a restore, say: open the broker again, and run it again.
         """
         pause = PAUSE_FIRST
         try:
@@ -138,10 +138,14 @@ class Relay:
             log.warning("relay of %s: its database has not answered for %g s", self._outbox.table, CLOSES_WITHIN)
 
     def _check_open(self) -> None:
-        """Raise `ConfigurationError` if the program has closed the broker meanwhile; one not open yet is waited for."""
+        """Raise `ConfigurationError` if the broker was closed meanwhile, or is open on another event loop.
+
+        One that is not open yet is waited for.
+        """
         self._was_open |= self._session.is_open
         if self._was_open:
             self._session.check_open()
+            self._session.check_loop()
 
     async def _send(self, recorded: list[Recorded], sent: list[int], failed: list[Failed]) -> None:
         """Send the messages of one queue in order, and add those that were sent, or never can be, to these lists.

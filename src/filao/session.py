@@ -117,14 +117,14 @@ class Session:
     def check_closed(self) -> None:
         """Raise `ConfigurationError` when it is open: a block would close it for the code that opened it."""
         if not self._unusable:
-            self._check_loop()
+            self.check_loop()
             raise ConfigurationError("this broker is open already: the block would close it under those who opened it")
 
     async def open(self) -> None:
         """Connect to the engine, unless it is open already."""
         loop = running_loop()
         if not self._unusable:
-            self._check_loop()
+            self.check_loop()
             return
         if self._is_inherited:
             self.check_open()
@@ -147,7 +147,7 @@ class Session:
             return
         is_orphan = self._loop is not None and self._loop.is_closed()
         if not is_orphan:
-            self._check_loop()
+            self.check_loop()
             self._check_outside()
         self._unusable = "is closed: open it again, or another with filao.connect"
         _open_sessions.discard(self)
@@ -227,7 +227,8 @@ class Session:
         if current_transaction.get() is not None:
             self._check_outside(before_it_begins=before_it_begins)
 
-    def _check_loop(self) -> None:
+    def check_loop(self) -> None:
+        """Raise `ConfigurationError` when it is open on another event loop than this."""
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(_ON_ANOTHER_LOOP)
 
