@@ -121,6 +121,30 @@ def test_a_server_that_answers_in_another_language_is_not_said_to_be_away() -> N
     assert "Nothing was done" in str(said)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "SSL error: certificate verify failed",
+        "SSL error: tlsv13 alert certificate required",
+        'server certificate for "other" does not match host name "h"',
+        'root certificate file "/root.crt" does not exist',
+        'could not load private key file "/c.key": key values mismatch',
+        "server does not support SSL, but SSL was required",
+        "FATAL:  connection requires a valid client certificate",
+    ],
+)
+def test_a_certificate_that_is_wrong_is_told_of_as_such_and_may_be_mended(words) -> None:
+    """A worker that has run waits for that, while a file is renewed."""
+    error = psycopg.OperationalError(f'connection failed: connection to server at "h", port 5 failed: {words}')
+    said = Server("postgresql://localhost/x", durable=True).engine_error(error, begun=False)
+    assert isinstance(said, filao.EngineUnavailable)
+    assert (
+        f'no TLS connection could be made: connection failed: connection to server at "h", port 5 failed: {words}'
+        in str(said)
+    )
+    assert "Nothing was done. The server's certificate must" in str(said)
+
+
 async def test_a_server_that_was_never_reached_has_done_nothing() -> None:
     with pytest.raises(filao.EngineUnavailable, match="Nothing was done") as raised:
         await filao.connect("postgresql://u@127.0.0.1:1/x").open()

@@ -96,6 +96,11 @@ _REFUSALS = (
 )
 """The driver drops the code of an error that it meets while it connects, so these are known by their words, in English.
 """
+_TLS = re.compile(
+    r"certificate file|certificate verify|server certificate|client certificate|private key|does not support SSL|"
+    r"SSL error: \S+ alert|certificate present"
+)
+"""The driver's and the server's words where no TLS connection can be made."""
 _READ_ONLY_BY = ("in_hot_standby", "default_transaction_read_only")
 """Settings with which all transactions are read-only."""
 _ANSWERED = re.compile(r" failed: \S+:  ")
@@ -392,6 +397,12 @@ class Server:
             return ConfigurationError(
                 f"{self.name}: {said}. A pooler before it pools statements, and Filao needs transactions: set its "
                 f"pool_mode to transaction or session. Nothing was done."
+            )
+        if not begun and isinstance(error, psycopg.OperationalError) and _TLS.search(said):
+            return EngineUnavailable(
+                f"{self.name}: no TLS connection could be made: {said}. Nothing was done. The server's certificate "
+                f"must be valid for the host in the URL, and be signed by the authority in sslrootcert=; sslcert= and "
+                f"sslkey= name your own."
             )
         if isinstance(error, psycopg.OperationalError) and any(refusal in str(error) for refusal in _REFUSALS):
             return ConfigurationError(f"{self.name} refused us: {said}. Mend the URL, or create what is missing.")
