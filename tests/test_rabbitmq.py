@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -256,6 +257,58 @@ async def test_a_server_that_never_welcomes_us_says_that_nothing_was_done(monkey
 async def test_tls_where_there_is_none_is_named(url) -> None:
     with pytest.raises(filao.EngineUnavailable, match=r"no TLS.*Nothing was done.*5671"):
         await filao.connect(url.replace("amqp:", "amqps:")).open()
+
+
+async def test_certificates_that_are_not_trusted_are_told_of_with_what_to_do(rabbitmq, tmp_path) -> None:
+    def certified(name: str, host: str) -> str:
+        """Make a certificate that is its own authority, and return where it lies."""
+        subject = ["-subj", f"/CN={name}", "-addext", f"subjectAltName={host}"]
+        curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+        files = ["-keyout", f"{tmp_path}/{name}.key", "-out", f"{tmp_path}/{name}.pem"]
+        subprocess.run(["openssl", "req", "-x509", *curve, *files, *subject], check=True, capture_output=True)
+        return f"{tmp_path}/{name}.pem"
+
+    async def opened(certificate: str, settings: str, *, asks: bool = False, scheme: str = "amqps") -> str:
+        """Connect to a server with a certificate, and return the words of the error; it perhaps `asks` for ours."""
+        offered = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        offered.load_cert_chain(certificate, certificate.replace(".pem", ".key"))
+        if asks:
+            offered.verify_mode = ssl.CERT_REQUIRED
+            offered.load_verify_locations(certificate)
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with suppress(OSError), closing(writer):
+                while piece := await reader.read(65536):
+                    writer.write(piece)
+
+        async def lead(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            answers, questions = await asyncio.open_connection("127.0.0.1", rabbitmq.port)
+            await asyncio.gather(carry(reader, questions), carry(answers, writer))
+
+        async with await asyncio.start_server(lead, "127.0.0.1", 0, ssl=offered) as before:
+            where = f"{scheme}://guest:guest@127.0.0.1:{before.sockets[0].getsockname()[1]}/?{settings}"
+            try:
+                async with filao.connect(where):
+                    return ""
+            except filao.FilaoError as error:
+                return f"{type(error).__name__}: {error}"
+
+    ours, anothers = certified("ours", "IP:127.0.0.1"), certified("anothers", "DNS:rabbit.example")
+    key = ours.replace(".pem", ".key")
+    assert not await opened(ours, f"cafile={ours}")
+    assert not await opened(ours, f"cafile={ours}&certfile={ours}&keyfile={key}", asks=True)
+    for certificate, trusted in ((ours, anothers), (anothers, anothers)):
+        told = await opened(certificate, f"cafile={trusted}")
+        assert re.search(r"Unavailable: .*no TLS.*VERIFY_FAILED.*Nothing was done\. The server's.*\?cafile=", told), (
+            told
+        )
+    for files in (f"cafile={ours}.gone", f"cafile={ours}&certfile={ours}", f"cafile={key}"):
+        told = await opened(ours, files)
+        assert f"no TLS connection could be made: {files.replace('&', ', ')}: " in told
+        assert "Mend these files" in told
+    assert "asks its clients for certificates" in await opened(ours, f"cafile={ours}", asks=True)
+    assert re.search("Unavailable: .*with amqps://", await opened(ours, "", scheme="amqp"))
+    assert re.search("Configuration.*cafile=, and asks for no TLS", await opened(ours, f"cafile={ours}", scheme="amqp"))
 
 
 async def test_a_user_without_permissions_is_told_what_to_grant(rabbitmq, url) -> None:

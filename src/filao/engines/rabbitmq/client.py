@@ -32,6 +32,7 @@ from yarl import URL
 
 from filao.forks import cut_off, gate, keep
 
+FILES = ("cafile", "capath", "certfile", "keyfile")  # the settings of a URL that name files for TLS
 REFUSED_LOGIN = 403  # AMQP's code, when it comes in place of a welcome; the library knows it
 _OPEN, _CLOSE, _CLOSE_OK, _CANCEL_OK = (
     method.index.to_bytes(4)
@@ -39,16 +40,27 @@ _OPEN, _CLOSE, _CLOSE_OK, _CANCEL_OK = (
 )
 
 
+class UnusableFiles(AMQPConnectionError):
+    """What the URL names for TLS cannot be used on this machine."""
+
+
 class Sockets(TransportFactory):
     """Opens sockets for the library, which does not show them, and knows those that are open."""
 
     def __init__(self, *, is_safe: bool) -> None:
+        self._is_safe = is_safe
         self._inner = TLSTransportFactory() if is_safe else TCPTransportFactory()
         self._sockets: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
         gate.connect(self)
 
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open a socket."""
+        """Open a socket. Raises `UnusableFiles` before that, of which the library tells as if the server were away."""
+        if self._is_safe:
+            try:
+                await options["ssl_context_provider"].get_context()
+            except OSError as error:
+                named = ", ".join(f"{name}={url.query[name]}" for name in FILES if name in url.query)
+                raise UnusableFiles(f"{named}: {error.strerror or error}") from error
         reader, writer = await self._inner.create(url, **options)
         self._sockets.add(writer.transport)
         return reader, writer

@@ -8,11 +8,12 @@ import re
 from collections.abc import AsyncGenerator, Callable, Generator, Sized
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import cast
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import aiormq
 from aiormq import Channel
 from aiormq.exceptions import (
+    AMQPConnectionError,
     AMQPError,
     AuthenticationError,
     ChannelAccessRefused,
@@ -30,7 +31,7 @@ from aiormq.exceptions import (
 from pamqp.commands import Basic
 
 from filao.engines.rabbitmq import wire
-from filao.engines.rabbitmq.client import Connection, Sockets
+from filao.engines.rabbitmq.client import FILES, Connection, Sockets, UnusableFiles
 from filao.engines.rabbitmq.outlet import Outlet
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.guarded import Log
@@ -56,6 +57,8 @@ FREE_MIN = 64  # channels that are left for other things, such as large bodies, 
 STEADY_AFTER = 10.0  # seconds after which a session no longer counts as short
 LOST_OFTEN = 5  # short sessions in a row after which a warning is logged
 UNREADABLE = ". A message that cannot be read does it, at the head of its queue: look at it with another client"
+HUNG_UP = ("Server connection ", "Server communication error: SSLError")
+"""Begin the client's words where a server, or what is before it, ends a connection before its welcome."""
 PAUSE_FIRST, PAUSE_MAX = 0.05, 2.0  # seconds between short sessions
 HEARTBEAT = 30  # seconds; a connection without a sign of life for two of them is lost, and its messages are given back
 
@@ -81,12 +84,19 @@ class Server:
         vhost = unquote(parts.path[1:]) or "/"
         if not nodes or not all(urlsplit(f"//{node}").hostname for node in nodes):
             raise ConfigurationError("the RabbitMQ URL names no host; give amqp://user:password@host:5672/vhost")
+        settings = dict(parse_qsl(parts.query, keep_blank_values=True))
+        self._is_safe = parts.scheme == "amqps"
+        if not self._is_safe and (idle := [name for name in FILES if name in settings]):
+            raise ConfigurationError(
+                f"the URL {shown_url(url)} has {idle[0]}=, and asks for no TLS: begin it with amqps://, and name the "
+                f"port for that, mostly 5671"
+            )
         query = parts.query if "heartbeat=" in parts.query else f"{parts.query}&heartbeat={HEARTBEAT}".lstrip("&")
         at = f"{user}@" if user else ""
         self._urls = [urlunsplit((parts.scheme, f"{at}{node}", parts.path or "/", query, "")) for node in nodes]
-        default = 5671 if parts.scheme == "amqps" else 5672
+        default = 5671 if self._is_safe else 5672
         named = [node if port else f"{node}:{default}" for node, port in zip(nodes, ports, strict=True)]
-        self._sockets = Sockets(is_safe=parts.scheme == "amqps")
+        self._sockets = Sockets(is_safe=self._is_safe)
         self.vhost = vhost
         self.name: str = f"RabbitMQ at {', '.join(named)}, virtual host {vhost!r}"
         """Its name in error texts, without the password."""
@@ -170,11 +180,18 @@ class Server:
                 return EngineUnavailable(f"{self.name} did not store the message: {said}. Send it again.")
             case TimeoutError() if not begun:
                 return EngineUnavailable(f"{self.name} has not answered for {CONNECTED_WITHIN:g} s. Nothing was done.")
-            case AMQPError() if said.startswith("[SSL"):
+            case AMQPError() if not begun and (advice := _advice(error, said)):
                 return EngineUnavailable(
-                    f"{self.name}: no TLS connection could be made: {said}. Nothing was done. Mend its certificate or "
-                    f"the URL: amqps:// needs a port with TLS, mostly 5671."
+                    f"{self.name}: no TLS connection could be made: {said}. Nothing was done. {advice}"
                 )
+            case AMQPConnectionError() if not begun and said.startswith(HUNG_UP):
+                perhaps = (
+                    "If it asks its clients for certificates, name one that it trusts in the URL: "
+                    "?certfile=/path/to/client.pem&keyfile=/path/to/client.key"
+                    if self._is_safe
+                    else "If it expects TLS on this port, begin the URL with amqps://"
+                )
+                return EngineUnavailable(f"{self.name} is away: {said}. Nothing was done. {perhaps}.")
             case TimeoutError():
                 return EngineUnavailable(
                     f"{self.name} has not answered for {ANSWERS_WITHIN:g} s; it blocks those who send while its "
@@ -403,6 +420,20 @@ def _refusal(name: str, error: BaseException, said: str) -> EngineError | Config
         f"{name} refused us: {said}. Create the virtual host, or grant the user its permissions: rabbitmqctl "
         f'set_permissions -p VHOST USER ".*" ".*" ".*"'
     )
+
+
+def _advice(error: AMQPError, said: str) -> str:
+    """Return what to do about an error of TLS; empty for any other."""
+    if isinstance(error, UnusableFiles):
+        return "Mend these files, or the URL."
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        return (
+            "The server's certificate must be valid for the host in the URL, and be signed by an authority that is "
+            "trusted here: renew it, or name an authority of your own in the URL, ?cafile=/path/to/ca.pem."
+        )
+    if said.startswith("[SSL"):
+        return "Mend its certificate or the URL: amqps:// needs a port with TLS, mostly 5671."
+    return ""
 
 
 def _said(error: BaseException) -> str:
