@@ -2,6 +2,9 @@
 
 import json
 import re
+from collections.abc import Sequence
+
+import pytest
 
 import filao
 import filao.sync
@@ -140,6 +143,20 @@ def test_redrive_edits_the_body_of_one(db):
     command = ("redrive", db, "claims", "--body", '{"claim_id": 7}')
     assert [ran.code for ran in run_each([command, (*command, "--id", letter)])] == [2, 0]
     assert waiting(db) == [{"claim_id": 7}]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_what_is_interrupted_half_way_says_how_far_it_came(error, capfd, monkeypatch):
+    monkeypatch.setattr(stored, "_SEARCHED_AT_ONCE", 1)
+
+    def work(ids: Sequence[str]) -> int:
+        if "b" in ids:
+            raise error
+        return len(ids)
+
+    with pytest.raises(type(error)):
+        stored._in_slices(["a", "b", "c"], None, work)
+    assert "filao: 1 message is done, of 3; what was under way" in capfd.readouterr().err
 
 
 def test_redrive_and_discard_choose_a_kind_and_keep_to_a_rate(db):

@@ -283,11 +283,16 @@ def _in_slices(ids: Sequence[str], rate: float | None, work: Callable[[Sequence[
     size = _SEARCHED_AT_ONCE if rate is None else max(1, min(_SEARCHED_AT_ONCE, round(rate / 5)))
     due = time.monotonic()
     with Tally() as tally:
-        for first in range(0, len(ids), size):
-            tally.done += work(ids[first : first + size])
-            if rate is not None and first + size < len(ids):
-                due = max(due + size / rate, time.monotonic())
-                time.sleep(max(0.0, due - time.monotonic()))
+        try:
+            for first in range(0, len(ids), size):
+                tally.done += work(ids[first : first + size])
+                if rate is not None and first + size < len(ids):
+                    due = max(due + size / rate, time.monotonic())
+                    time.sleep(max(0.0, due - time.monotonic()))
+        except (KeyboardInterrupt, SystemExit):
+            are_done = some(tally.done, "message", ("is done", "are done"))
+            note(f"{are_done}, of {len(ids):,}; what was under way when this was interrupted may be, too")
+            raise
     return tally.done
 
 
