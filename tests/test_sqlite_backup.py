@@ -58,6 +58,35 @@ async def waiting(db: Path) -> list[object]:
         return [message.body for message in await broker.peek(CLAIMS, limit=1000)]
 
 
+@pytest.mark.parametrize("left", ["a copy", "half a file", ""])
+async def test_what_a_killed_backup_left_is_in_nobodys_way(db, copy, left) -> None:
+    await filled(db, "a")
+    partial = copy.with_name(f"{copy.name}.partial")
+    partial.write_bytes(db.read_bytes() if left == "a copy" else left.encode())
+    with pytest.raises(filao.ConfigurationError, match="killed just now"):
+        backup.back_up(db, copy)
+    os.utime(partial, (1, 1))
+    backup.back_up(db, copy)
+    assert not list(db.parent.glob("*partial*"))
+    assert await waiting(copy) == ["a"]
+
+
+async def test_a_backup_that_is_being_made_is_in_the_way_however_long_it_takes(db, copy, monkeypatch) -> None:
+    await filled(db, "a")
+    tried: list[str] = []
+
+    def meanwhile(*_: object) -> None:
+        if not tried:
+            os.utime(copy.with_name(f"{copy.name}.partial"), (1, 1))
+            tried.append(command("backup", db, copy).stderr)
+
+    monkeypatch.setattr(backup, "_AT_ONCE", 1)
+    monkeypatch.setattr(backup, "_pass", meanwhile)
+    backup.back_up(db, copy)
+    assert "another process is at it" in tried[0]
+    assert await waiting(copy) == ["a"]
+
+
 async def test_a_signal_ends_a_backup_in_its_midst_and_leaves_nothing(db, copy, monkeypatch) -> None:
     await filled(db, *("x" * 200_000 for _ in range(100)))
     monkeypatch.setattr(backup, "_AT_ONCE", 10)

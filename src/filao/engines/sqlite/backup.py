@@ -21,6 +21,7 @@ from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
 _PARTS = ("", "-wal", "-shm")
 _AT_ONCE = 1_000  # pages that are copied at once: some 10 ms, for which Ctrl-C waits
+_LEFT_AFTER = 30.0  # seconds since the last write to an unlocked copy, after which nobody is at it any more
 _KEPT_MAX = 1_000  # replaced files that are kept beside a file
 
 
@@ -96,12 +97,13 @@ def _turn(turnstile: Turnstile, path: Path, folder: Path) -> Generator[None]:
 def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Path]:
     """Make an empty file beside another one, for the same user; on leaving, remove it if it is still there."""
     partial = path.with_name(path.name + end)
+    if _was_left(partial):
+        _remove(partial)
     try:
         fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
         raise ConfigurationError(
-            f"{partial} is there already: another backup is being made, or one was interrupted. Remove it if nobody "
-            "is at it"
+            f"{partial} is there already: another process is at it, or was killed just now. Try again in a minute"
         ) from error
     try:
         if like is not None:
@@ -111,13 +113,35 @@ def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Pat
         os.close(fd)
         yield partial
     finally:
-        for part in (*_PARTS, "-journal"):
-            _beside(partial, part).unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _was_left(partial: Path) -> bool:
+    """Return whether a process that was killed has left a file that it was copying to.
+
+    One that is alive keeps it locked, except when it has just made it, and when it is about to give it its name.
+    """
+    try:
+        if not partial.is_file() or time.time() - partial.stat().st_mtime < _LEFT_AFTER:
+            return False
+        with closing(sqlite3.connect(f"{partial.absolute().as_uri()}?mode=rw", uri=True, timeout=0)) as db:
+            db.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:  # half a file need not be a database
+        return error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _remove(partial: Path) -> None:
+    for part in (*_PARTS, "-journal"):
+        _beside(partial, part).unlink(missing_ok=True)
 
 
 def _copy(source: sqlite3.Connection, partial: Path, *, cookie: int = 0) -> None:
     """Copy what a connection sees in one transaction, and check the copy."""
     with closing(sqlite3.connect(partial, isolation_level=None)) as target:
+        target.execute("PRAGMA locking_mode = EXCLUSIVE")  # see `_was_left`
         with _of_one_moment(source):
             source.backup(target, pages=_AT_ONCE, progress=_pass)
         target.execute("PRAGMA journal_mode = DELETE")  # a single file, until it is opened as a queue
