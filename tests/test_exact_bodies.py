@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic.alias_generators import to_camel
-from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+from typing_extensions import TypeAliasType, TypedDict  # pydantic wants this one before Python 3.12
 
 from filao import ConfigurationError, MessageNotEncodable
 from filao.codec import JSON, codec_for, seen_as
@@ -127,6 +127,24 @@ class WrittenOtherwise(pydantic.BaseModel):
     claim_id: int = pydantic.Field(serialization_alias="claimId")
 
 
+M = TypeVar("M", bound=Model)
+
+
+@dataclass
+class OfModels(Generic[M]):
+    inside: list[M]
+
+
+class PartlyAliased(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    claim_id: int = pydantic.Field(alias="claimId")
+    amount: int
+
+
+class Counting(pydantic.BaseModel):
+    claim_id: Annotated[int, pydantic.BeforeValidator(int)]
+
+
 class Free(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="allow")
     claim_id: Any
@@ -180,7 +198,10 @@ RETURNS: list[tuple[Any, Any]] = [
     (Holder, Holder(Model(claim_id=1), {"a": Model(claim_id=2), "b": None})),
     (Checked, Checked(1)),
     (Camel, Camel(claimId=1)),  # type: ignore[call-arg]
+    (PartlyAliased, PartlyAliased(claimId=1, amount=2)),
     (WrittenOtherwise, WrittenOtherwise(claim_id=1)),
+    (OfModels, OfModels([Model(claim_id=1)])),
+    (TypeAliasType("Models", list[Model]), [Model(claim_id=1)]),
     (list[WrittenOtherwise | Model], [WrittenOtherwise(claim_id=1)]),
     (Free, Free(claim_id=1, note=["free"])),  # type: ignore[call-arg]
 ]
@@ -263,7 +284,9 @@ CHANGES: list[tuple[Any, Any, str]] = [
     (Typed, {"claim_id": 1, "more": 2}, "the key 'more' would be lost"),
     (Loud, Loud(1), r"2 at \.claim_id would come back as 4"),
     (Careless, Careless(1, (2,)), r"the tuple at \.extra would come back as a list"),
+    (list[Careless], [Careless(1, (2,))], r"the tuple at \[0\]\.extra would come back as a list"),
     (Secret, Secret(token=pydantic.SecretStr("hunter2")), r"at \.token would come back as SecretStr"),
+    (Counting, Counting.model_construct(claim_id=True), "the bool at .claim_id would come back as an int"),
     (Doubling, Doubling(claim_id=1), "2 at .claim_id would come back as 4"),
     (Adding, Adding(claim_id=1), "1 at .claim_id would come back as 2"),
     (Endless, Endless(amount=math.inf), "JSON is malformed"),
@@ -348,11 +371,24 @@ class Filed:
 
 
 @dataclass
+class FiledTree:
+    branches: "list[FiledTree]"
+    path: Path
+
+
+@dataclass
 class Maybe:
     path: Path | None = None
 
 
-@pytest.mark.parametrize("body", [Mixed, Unready, list[Unready], Model | Struct, Path, list[Path], Filed], ids=repr)
+@dataclass
+class Either:
+    path: Path | None
+
+
+@pytest.mark.parametrize(
+    "body", [Mixed, Unready, list[Unready], Model | Struct, Path, list[Path], Filed, FiledTree], ids=repr
+)
 def test_a_type_that_neither_msgspec_nor_pydantic_reads_is_refused_when_it_is_declared(body: Any) -> None:
     with pytest.raises(ConfigurationError, match="cannot be the type of a queue's bodies"):
         codec_for(body)
@@ -372,6 +408,7 @@ def test_a_model_is_found_behind_any_number_of_other_types() -> None:
 
 def test_a_type_may_name_what_json_has_not_where_it_can_be_left_out() -> None:
     assert sent_to(Maybe, Maybe()) == Maybe()
+    assert sent_to(Either, Either(None)) == Either(None)
     with pytest.raises(MessageNotEncodable, match="JSON cannot hold a PosixPath"):
         codec_for(Maybe).encode("q", Maybe(Path("claims")))
 
@@ -402,6 +439,16 @@ def test_a_type_whose_own_code_fails_when_it_is_read_makes_a_malformed_body() ->
     with pytest.raises(ValueError, match="reading it raised KeyError: 7"):
         codec_for(Looking).decode(JSON, b'{"claim_id": 7}')
     assert seen_as(Looking, {"claim_id": 7}) == {"claim_id": 7}
+
+
+def test_a_want_of_memory_is_not_the_fault_of_the_body() -> None:
+    @dataclass
+    class Large:
+        def __post_init__(self) -> None:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        codec_for(Large).decode(JSON, b"{}")
 
 
 def test_json_is_no_bytes() -> None:
