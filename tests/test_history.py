@@ -18,6 +18,20 @@ HISTORY = filao.Queue("claims", history=True, history_window=60.0)
 PATIENCE = 60.0
 
 
+async def test_what_failed_and_is_acked_at_last_leaves_no_failure_behind(url) -> None:
+    failures = "filao.failure" if url.startswith("postgresql") else "filao_failure"
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims", backoff=filao.Backoff(first=0)))
+        await broker.send_many("claims", [1, 2, 3])
+        for message in await broker.receive_many("claims", 3):
+            await message.nack(reason="once")
+        alone, *together = await broker.receive_many("claims", 3)
+        await alone.ack()
+        await asyncio.gather(*(message.ack() for message in together))
+        async with broker.transaction() as tx:
+            assert await tx.execute(f"SELECT count(*) FROM {failures}") == [(0,)]
+
+
 async def test_events_that_were_kept_long_enough_leave_the_file(tmp_path) -> None:
     clock = Clock()
     async with filao.connect(tmp_path / "claims.db", clock=clock) as broker:

@@ -233,6 +233,44 @@ async def check_a_late_ack_is_accepted_while_nobody_took_the_message(stage: Stag
 
 
 @needs(Feature.FENCING)
+async def check_a_lease_is_over_at_its_end(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, 1, 2, 3, 4)
+    alone, *together, _ = [await stage.next(queue) for _ in range(4)]
+    await stage.advance(5)
+    await alone.ack()
+    first = stage.broker.send_to_queue(queue, 5)  # while which is done the two acks gather to one batch
+    await asyncio.gather(first, *(message.ack() for message in together))
+    equal((await stage.next(queue)).body, 4)
+    await stage.counted(queue, ready=1, acked=3, late=3)
+
+
+@needs(Feature.FENCING)
+async def check_a_lease_that_was_seen_to_be_over_can_be_extended(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, 1, 2)
+    await stage.next(queue)
+    slow = await stage.next(queue)
+    await stage.advance(6)
+    equal((await stage.next(queue)).body, 1)  # the consumer that took it has made the other ready too
+    await slow.extend(10)
+    await stage.nothing(queue)
+    await stage.counted(queue, ready=0, leased=2)
+
+
+@needs(Feature.LEASES)
+async def check_leases_that_are_extended_together_end_each_in_its_time(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    await stage.send(queue, 1, 2)
+    brief, long = [await stage.next(queue) for _ in range(2)]
+    first = stage.broker.send_to_queue(queue, 3)  # while which is done the two gather to one batch
+    await asyncio.gather(first, long.extend(20), brief.extend(5))
+    await stage.advance(6)
+    equal(await stage.drain(queue), [1, 3])
+    await long.ack()
+
+
+@needs(Feature.FENCING)
 async def check_a_late_ack_beside_that_of_the_owner_is_refused(stage: Stage) -> None:
     queue = await stage.queue(lease=5)
     await stage.send(queue, 1, 2)
