@@ -151,28 +151,39 @@ class Batcher:
         self._had_company = len(entries) > 1
         error = failure_of(done)
         if error is None:
-            results = self._timed(done.result(), began) if self._observers.tracers else done.result()
-            for (operation, future), result in zip(entries, results, strict=True):
-                if isinstance(result, asyncio.Future):
-                    self._late.add(result)
-                    result.add_done_callback(partial(self._finish_late, (operation, future), began))
-                elif future.done() or isinstance(result, FilaoError):
-                    self._deliver(future, result)
-                else:
-                    future.set_result(result)
-            if self._observers.all:  # before the callers: a future calls them back on the loop's next turn
-                self._tell(entries, results, began)
+            self._hand_out(entries, done.result(), began)
         elif len(entries) > 1 and not isinstance(error, EngineUnavailable):
             self._suspects.extend(entries)
         else:
             # Without the storage all fail alike, and nothing is done twice, because some of it may have been stored.
-            failed = entries or self._never_begun()
-            if self._observers.all:
-                self._tell(failed, [error] * len(failed), began)
-            for _, future in failed:
-                if not future.done():
-                    future.set_exception(error)
+            self._fail(entries or self._never_begun(), error, began)
         self._begin(at)
+
+    def _hand_out(
+        self, entries: list[_Entry], results: "Sequence[Result | asyncio.Future[Result]]", began: float
+    ) -> None:
+        """Give each caller its result; one that comes later is given then."""
+        if self._observers.tracers:
+            results = self._timed(results, began)
+        for entry, result in zip(entries, results, strict=True):
+            future = entry[1]
+            if isinstance(result, asyncio.Future):
+                self._late.add(result)
+                result.add_done_callback(partial(self._finish_late, entry, began))
+            elif future.done() or isinstance(result, FilaoError):
+                self._deliver(future, result)
+            else:
+                future.set_result(result)
+        if self._observers.all:  # before the callers: a future calls them back on the loop's next turn
+            self._tell(entries, results, began)
+
+    def _fail(self, entries: list[_Entry], error: BaseException, began: float) -> None:
+        """Give each caller the error with which its batch failed."""
+        if self._observers.all:
+            self._tell(entries, [error] * len(entries), began)
+        for _, future in entries:
+            if not future.done():
+                future.set_exception(error)
 
     def _finish_late(self, entry: _Entry, began: float, late: "asyncio.Future[Result]") -> None:
         """Give a caller its result, which came after those of its batch."""

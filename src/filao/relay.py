@@ -80,25 +80,29 @@ class Relay:
                 except OpenAgain:
                     raise
                 except Exception as error:
-                    self._check_open()
-                    log.warning(
-                        "relay of %s: trying again: %s: %s",
-                        self._outbox.table,
-                        type(error).__name__,
-                        printable(str(error)),
-                    )
-                    if self._thread is not None:
-                        await self._in_thread(self._disconnect)
+                    await self._let_go(error)
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                     pause = min(2 * pause, PAUSE_MAX)
-                    continue
-                pause = PAUSE_FIRST
-                if not sent:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(self._poll):
-                            await self._wakened.wait()
+                else:
+                    pause = PAUSE_FIRST
+                    if not sent:
+                        await self._rest()
         finally:
             await self.close()
+
+    async def _let_go(self, error: Exception) -> None:
+        """Tell of a look that failed, and close the connection, which may be broken: the next look opens another."""
+        self._check_open()
+        about = (self._outbox.table, type(error).__name__, printable(str(error)))
+        log.warning("relay of %s: trying again: %s: %s", *about)
+        if self._thread is not None:
+            await self._in_thread(self._disconnect)
+
+    async def _rest(self) -> None:
+        """Wait until it is wakened, or until it is time for the next look."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._poll):
+                await self._wakened.wait()
 
     def wake(self) -> None:
         """Look now, because something was committed. Call this on the relay's event loop."""
