@@ -8,6 +8,7 @@ leases, dead letters, counters, deduplication keys, and the user's own tables.
 import os
 import sqlite3
 import stat
+import sys
 import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager, suppress
@@ -19,9 +20,12 @@ from filao.engines.sqlite.folder import TURNSTILE, Folder
 from filao.engines.sqlite.turnstile import Turnstile
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
+if sys.platform != "win32":
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
 _PARTS = ("", "-wal", "-shm")
 _AT_ONCE = 1_000  # pages that are copied at once: some 10 ms, for which Ctrl-C waits
-_LEFT_AFTER = 30.0  # seconds since the last write to an unlocked copy, after which nobody is at it any more
+_MAGIC = b"SQLite format 3\0"
 _KEPT_MAX = 1_000  # replaced files that are kept beside a file
 
 
@@ -95,42 +99,57 @@ def _turn(turnstile: Turnstile, path: Path, folder: Path) -> Generator[None]:
 
 @contextmanager
 def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Path]:
-    """Make an empty file beside another one, for the same user; on leaving, remove it if it is still there."""
+    """Make an empty file beside another one, for the same user; on leaving, remove it if it is still there.
+
+    It stays locked as long as this process is at it, so that the next one knows what was left by one that was killed.
+    """
     partial = path.with_name(path.name + end)
-    if _was_left(partial):
-        _remove(partial)
+    _clear(partial)
     try:
         fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
-        raise ConfigurationError(
-            f"{partial} is there already: another process is at it, or was killed just now. Try again in a minute"
-        ) from error
+        raise _taken(partial) from error
     try:
-        if like is not None:
-            with suppress(PermissionError):  # if the file is only shared with our group, the new one is ours
-                os.fchown(fd, like.st_uid, like.st_gid)
+        if not _locked(fd, partial):
+            raise _taken(partial)
+        try:
+            if like is not None:
                 os.fchmod(fd, stat.S_IMODE(like.st_mode))
-        os.close(fd)
-        yield partial
+                if (like.st_uid, like.st_gid) != (os.getuid(), os.getgid()):
+                    os.fchown(fd, like.st_uid, like.st_gid)
+            yield partial
+        finally:
+            _remove(partial)
     finally:
-        _remove(partial)
+        os.close(fd)
 
 
-def _was_left(partial: Path) -> bool:
-    """Return whether a process that was killed has left a file that it was copying to.
+def _taken(partial: Path) -> ConfigurationError:
+    return ConfigurationError(
+        f"{partial} is there already: another process is at it, or it is not what a backup or a restore that was "
+        "killed has left. Wait for that process, or give this file another name"
+    )
 
-    One that is alive keeps it locked, except when it has just made it, and when it is about to give it its name.
-    """
-    try:
-        if not partial.is_file() or time.time() - partial.stat().st_mtime < _LEFT_AFTER:
-            return False
-        with closing(sqlite3.connect(f"{partial.absolute().as_uri()}?mode=rw", uri=True, timeout=0)) as db:
-            db.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:  # half a file need not be a database
-        return error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
-    except FileNotFoundError:
-        return False
-    return True
+
+def _clear(partial: Path) -> None:
+    """Remove what a process that was killed has left of a file that it was copying to; nothing else."""
+    with suppress(OSError):  # whatever else is there stays, and is in the way
+        if partial.is_file():
+            fd = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if _locked(fd, partial) and os.pread(fd, len(_MAGIC), 0) in (b"", _MAGIC):
+                    _remove(partial)
+            finally:
+                os.close(fd)
+
+
+def _locked(fd: int, partial: Path) -> bool:
+    """Lock a file, and return whether that was possible and the file still has its name."""
+    with suppress(BlockingIOError, FileNotFoundError):
+        if sys.platform != "win32":  # there nothing tells
+            flock(fd, LOCK_EX | LOCK_NB)
+        return os.path.samestat(os.fstat(fd), partial.stat())
+    return False
 
 
 def _remove(partial: Path) -> None:
@@ -141,7 +160,6 @@ def _remove(partial: Path) -> None:
 def _copy(source: sqlite3.Connection, partial: Path, *, cookie: int = 0) -> None:
     """Copy what a connection sees in one transaction, and check the copy."""
     with closing(sqlite3.connect(partial, isolation_level=None)) as target:
-        target.execute("PRAGMA locking_mode = EXCLUSIVE")  # see `_was_left`
         with _of_one_moment(source):
             source.backup(target, pages=_AT_ONCE, progress=_pass)
         target.execute("PRAGMA journal_mode = DELETE")  # a single file, until it is opened as a queue
