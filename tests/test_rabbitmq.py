@@ -227,6 +227,31 @@ async def test_a_body_above_the_servers_limit_is_refused_and_harms_no_other(brok
     assert len(await broker.receive_many(queue, 100, wait=0)) == 20
 
 
+async def test_what_is_above_a_limit_that_was_lowered_dies_once_it_is_raised_and_harms_no_other(
+    rabbitmq, url, broker, queue
+) -> None:
+    """A settle was refused for good, so that its message stayed with a worker for as long as its connection lasted."""
+
+    async def limit(number: int) -> None:
+        await asyncio.to_thread(rabbitmq.command, "eval", f"application:set_env(rabbit, max_message_size, {number}).")
+
+    await broker.send_to_queue(queue, b"x" * 60_000)
+    message = await received(broker, queue)
+    await limit(50_000)
+    try:
+        with pytest.raises(filao.EngineUnavailable, match=r"60,000 bytes is above .*max_message_size.*Raise it"):
+            await message.reject("broken")
+        async with filao.connect(url) as far:
+            bodies = [1, 2, b"x" * 60_000, 3, 4]
+            results = await asyncio.gather(*(far.send_to_queue(queue, body) for body in bodies), return_exceptions=True)
+            assert isinstance(results.pop(2), filao.MessageTooLarge)
+            assert {type(one) for one in results} <= {filao.Receipt, filao.EngineUnavailable}
+    finally:
+        await limit(1_000_000)
+    await message.reject("broken")
+    assert (await broker.stats(queue.name)).dead == 1
+
+
 @pytest.mark.parametrize(
     ("change", "error", "texts"),
     [

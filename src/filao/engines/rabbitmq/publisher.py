@@ -14,7 +14,7 @@ from filao.engine import Delivery, Draft
 from filao.engines.rabbitmq import envelope
 from filao.engines.rabbitmq.outlet import Outlet
 from filao.engines.rabbitmq.refusals import check_draft
-from filao.engines.rabbitmq.server import Link
+from filao.engines.rabbitmq.server import DOUBT, Link
 from filao.engines.rabbitmq.topology import DEAD, DELAY, dead_name, route
 from filao.errors import EngineUnavailable, MessageTooLarge, QueueNotFound
 from filao.moving import Parcel
@@ -56,7 +56,8 @@ class Publisher:
     async def store(self, queue: str, parcel: Parcel) -> None:
         """Publish a message from another engine."""
         place, properties = envelope.of_parcel(queue, parcel)
-        await self._repeat(place, parcel.draft.content, properties, 0.0 if parcel.reason else parcel.draft.delay)
+        delay = 0.0 if parcel.reason else parcel.draft.delay
+        await self._publish_all(place, [(parcel.draft.content, properties, delay)])
 
     async def again(self, queue: str, message: DeliveredMessage, delay: float, used: int) -> None:
         """Send a message again, to come back after `delay` seconds, with `used` attempts."""
@@ -70,10 +71,20 @@ class Publisher:
     async def redrive(self, queue: str, message: DeliveredMessage, edited: Draft | None) -> None:
         """Send a dead letter to its queue, perhaps `edited`."""
         properties = envelope.redriven(message.header.properties, edited)
-        await self._repeat(queue, message.body if edited is None else edited.content, properties, 0)
+        if edited is None:
+            await self._repeat(queue, message.body, properties, 0)
+        else:
+            await self._publish_all(queue, [(edited.content, properties, 0)])
 
     async def _repeat(self, queue: str, content: bytes, properties: envelope.Properties, delay: float) -> None:
-        await self._publish_all(queue, [(content, properties, delay)])
+        """Publish what the server has had before; that it takes less now is mended there, and no refusal for good."""
+        try:
+            await self._publish_all(queue, [(content, properties, delay)])
+        except MessageTooLarge as error:
+            raise EngineUnavailable(
+                f"queue {queue!r}: a message of {len(content):,} bytes is above the server's max_message_size, which "
+                f"was higher when it was sent. Nothing was done. Raise it in rabbitmq.conf."
+            ) from error
 
     async def _publish_all(self, queue: str, messages: Sequence[_Ready]) -> None:
         if any(len(content) > LARGE for content, _, _ in messages):
@@ -115,6 +126,11 @@ async def _publish(outlet: Outlet, queue: str, content: bytes, properties: envel
     except ChannelPreconditionFailed as error:
         if "message size" not in str(error):
             raise
+        if f"message size {len(content)} " not in str(error):
+            raise EngineUnavailable(
+                f"queue {queue!r}: a message that was sent together with this one is too large for the server "
+                f"({error.args[-1]}), which ended the channel of both. {DOUBT}"
+            ) from None
         raise MessageTooLarge(
             f"queue {queue!r}: the body takes {len(content):,} bytes, and the server takes no more than its "
             f"max_message_size ({error.args[-1]}). Nothing was sent. Send a reference to the content instead."
