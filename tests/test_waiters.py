@@ -263,3 +263,20 @@ async def test_a_last_look_that_fails_is_told() -> None:
     looks.answers[-1].set_exception(EngineUnavailable("away"))
     with pytest.raises(EngineUnavailable, match="away"):
         await waiting
+
+
+async def test_what_is_due_at_once_is_looked_for_on_a_loop_that_times_no_such_call(monkeypatch) -> None:
+    loop = asyncio.get_running_loop()
+    timed = loop.call_later
+
+    def call_later(seconds: float, *call: Any) -> asyncio.Handle:  # as uvloop's
+        return timed(seconds, *call) if seconds >= 0.0005 else loop.call_soon(*call)
+
+    monkeypatch.setattr(loop, "call_later", call_later)
+    looks = Looks()
+    waiting = looks.wait()
+    looks.line.look_in(0.0001)
+    looks.line.look_in(0.0001)
+    await looks.begun()
+    await looks.answer("a", due_in=0.0)
+    assert waiting.result().deliveries == ["a"]

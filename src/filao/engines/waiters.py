@@ -29,6 +29,8 @@ class Line:
         self._looking: dict[asyncio.Future[Received], Receive] = {}
         """The callers for whom a look is under way."""
         self._timer: asyncio.TimerHandle | None = None
+        self._looks_at = 0.0
+        """When the timer ends, on the loop's clock: one of uvloop's that ends at once cannot tell."""
 
     def place(self, receive: Receive) -> "Place":
         """Take a place; it costs nothing until it is waited in."""
@@ -142,10 +144,12 @@ class Line:
         if seconds is None:
             return
         loop = asyncio.get_running_loop()
-        if self._timer is not None and not self._timer.cancelled() and loop.time() < self._timer.when():
-            if self._timer.when() <= loop.time() + seconds:
+        now = loop.time()
+        if self._timer is not None and not self._timer.cancelled() and now < self._looks_at:
+            if self._looks_at <= now + seconds:
                 return
             self._timer.cancel()
+        self._looks_at = now + seconds
         self._timer = loop.call_later(seconds, self.call)
 
 
