@@ -200,6 +200,16 @@ async def check_a_queue_may_drop_what_expired(stage: Stage) -> None:
     await stage.counted(queue, ready=0, dropped=2, dead=0)
 
 
+@needs(Feature.TTL, Feature.GROUPS, Feature.COUNTERS)
+async def check_the_messages_of_a_group_that_expire_at_once_are_counted_once(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, 1, 2, 3, group="g", ttl=5)
+    await stage.send(queue, 4, group="g")
+    await stage.advance(6)
+    equal((await stage.next(queue)).body, 4)
+    await stage.counted(queue, ready=0, blocked=0, leased=1, dead=3)
+
+
 @needs(Feature.TTL)
 async def check_ttl_never_fires_while_leased(stage: Stage) -> None:
     queue = await stage.queue(ttl=10)

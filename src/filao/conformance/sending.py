@@ -73,6 +73,22 @@ async def check_the_key_of_a_redriven_message_is_remembered_while_that_is_pendin
     equal((again.id, again.duplicate), (first, True))
 
 
+@needs(Feature.DEDUPLICATION, Feature.DEAD_LETTERS)
+async def check_a_redriven_message_leaves_its_key_to_the_one_that_has_taken_it(stage: Stage) -> None:
+    queue = await stage.queue(dedup_window=5)
+    await stage.send(queue, 1, dedup_key="k")
+    await (await stage.next(queue)).reject()
+    await stage.advance(6)
+    await stage.send(queue, 2, dedup_key="k")
+    await stage.broker.redrive(queue)
+    redriven = await stage.next(queue)
+    equal(redriven.body, 1)
+    await redriven.ack()
+    await stage.advance(6)
+    receipt = await stage.broker.send_to_queue(queue, 3, dedup_key="k")
+    equal(receipt.duplicate, True)
+
+
 @needs(Feature.DEDUPLICATION)
 async def check_a_send_repeated_with_its_message_id_is_stored_once(stage: Stage) -> None:
     queue = await stage.queue(dedup_window=5)
