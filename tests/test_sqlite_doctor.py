@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import filao
-from filao.engines.sqlite import doctor, housekeeping, own
+from filao.engines.sqlite import housekeeping, own
 from filao.engines.sqlite.doctor import wal_reset_fixed
 from filao.overview import Deed
 from tests.conftest import engine_of
@@ -47,7 +47,7 @@ async def test_a_healthy_file_has_no_warning(tmp_path) -> None:
 )
 async def test_a_disk_that_is_nearly_full_is_told(tmp_path, monkeypatch, free, level, text) -> None:
     async with filao.connect(tmp_path / "claims.db") as broker:
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
         assert (await found(broker))["disk"] == (level, text)
 
 
