@@ -78,7 +78,7 @@ async def test_a_deed_without_an_end_and_what_is_remembered_are_told(tmp_path) -
         assert findings["dashboard's log"][0] == "note"
         assert "redrive of queue 'claims' by ada, 3 of 7 messages" in findings["dashboard's log"][1]
         await log.record(number, 7, "done")
-        assert (await found(broker))["dashboard's log"] == ("ok", "1 entries, each with its end")
+        assert (await found(broker))["dashboard's log"] == ("ok", "1 entry, each with its end")
 
 
 async def test_a_file_that_others_may_read_is_told(tmp_path) -> None:
