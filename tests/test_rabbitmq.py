@@ -1755,3 +1755,12 @@ async def test_its_dead_letters_are_triaged_and_what_cannot_be_shown_is_said(bro
         assert await broker.dead_letters(queue) == []
         assert (await operator.sends(Act("pause", name))).status_code == 303
         assert "RabbitMQ" in await operator.sees(f"/en/queue?name={name}")
+
+
+async def test_a_connection_that_is_closed_and_has_no_socket_under_uvloop_is_passed_over(broker) -> None:
+    class Closed(asyncio.WriteTransport):
+        """It has nothing to tell; the library's own could not be referred to weakly."""
+
+    engine, closed = engine_of(broker), Closed()
+    engine._server._sockets._sockets.add(closed)
+    engine._server.drop()

@@ -68,15 +68,20 @@ class Sockets(TransportFactory):
     def drop(self) -> None:
         """Close all sockets, without a goodbye and without an event loop."""
         for transport in list(self._sockets):
-            number = transport.get_extra_info("socket").fileno()
-            with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
+            with suppress(OSError), socket.socket(fileno=os.dup(_number(transport))) as end:
                 end.shutdown(socket.SHUT_RDWR)
 
     def inherit(self) -> None:
         """In a child: cut off its ends of the sockets, so that it cannot end the sessions of its parent."""
         for transport in list(self._sockets):
-            cut_off(lambda: int(transport.get_extra_info("socket").fileno()))  # noqa: B023 - called at once
+            cut_off(lambda: _number(transport))  # noqa: B023 - called at once
             keep(transport)
+
+
+def _number(transport: asyncio.WriteTransport) -> int:
+    """Return the number of its socket; -1 when it is closed, and has none any more under uvloop."""
+    found: socket.socket | None = transport.get_extra_info("socket")
+    return -1 if found is None else found.fileno()
 
 
 class _Socket(TransportFactory):
