@@ -57,8 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
+UVLOOP = ("asyncio", {"use_uvloop": True})
+"""The `anyio_backend` of a test that runs under uvloop."""
+
+
 @pytest.fixture
-def anyio_backend() -> str:
+def anyio_backend() -> object:
     return "asyncio"
 
 

@@ -39,7 +39,7 @@ from filao.engines.rabbitmq import (
 )
 from filao.engines.rabbitmq.publisher import LARGE_AT_ONCE, Publisher
 from filao.message import delivery_of
-from tests.conftest import engine_of
+from tests.conftest import UVLOOP, engine_of
 from tests.support.load import loaded
 from tests.support.proxy import Proxy
 from tests.support.servers import Rabbitmq, rabbitmq_cluster, rabbitmq_server
@@ -284,6 +284,7 @@ async def test_tls_where_there_is_none_is_named(url) -> None:
         await filao.connect(url.replace("amqp:", "amqps:")).open()
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio", UVLOOP], ids=["asyncio", "uvloop"])
 async def test_certificates_that_are_not_trusted_are_told_of_with_what_to_do(rabbitmq, tmp_path) -> None:
     def certified(name: str, host: str) -> str:
         """Make a certificate that is its own authority, and return where it lies."""
@@ -1212,8 +1213,8 @@ async def test_a_broker_that_is_closed_while_the_network_stalls_leaves_no_task(r
             await far.send_to_queue(queue, 0)
             proxy.stall()
             sending = [asyncio.create_task(far.send_to_queue(queue, b"x" * 100_000)) for _ in range(200)]
-            transport = next(one for one in engine_of(far)._server._sockets._sockets if not one.is_closing())
-            while not transport.get_write_buffer_size():
+            writer = next(one for one in engine_of(far)._server._sockets._writers if not one.is_closing())
+            while not writer.transport.get_write_buffer_size():
                 await asyncio.sleep(0.01)
             with suppress(filao.EngineUnavailable):  # it took longer
                 await far.close()
@@ -1757,10 +1758,17 @@ async def test_its_dead_letters_are_triaged_and_what_cannot_be_shown_is_said(bro
         assert "RabbitMQ" in await operator.sees(f"/en/queue?name={name}")
 
 
-async def test_a_connection_that_is_closed_and_has_no_socket_under_uvloop_is_passed_over(broker) -> None:
-    class Closed(asyncio.WriteTransport):
-        """It has nothing to tell; the library's own could not be referred to weakly."""
-
-    engine, closed = engine_of(broker), Closed()
-    engine._server._sockets._sockets.add(closed)
-    engine._server.drop()
+@pytest.mark.parametrize("anyio_backend", [UVLOOP], ids=["uvloop"])
+async def test_a_connection_that_has_gone_is_passed_over_under_uvloop(rabbitmq, queue) -> None:
+    """Its transport has no socket any more, where that of asyncio's own loop has one with the number -1."""
+    with closing(Proxy(rabbitmq.port)) as proxy:
+        async with filao.connect(rabbitmq.url(proxy.port)) as broker:
+            await broker.declare(queue)
+            await broker.send_to_queue(queue, 1)
+            server = engine_of(broker)._server
+            gone, *_ = writers = list(server._sockets._writers)
+            gone.transport.abort()
+            while gone.get_extra_info("socket") is not None:
+                await asyncio.sleep(0.01)
+            assert len(writers) > 1
+            server.drop()

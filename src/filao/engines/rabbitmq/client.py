@@ -50,7 +50,7 @@ class Sockets(TransportFactory):
     def __init__(self, *, is_safe: bool) -> None:
         self._is_safe = is_safe
         self._inner = TLSTransportFactory() if is_safe else TCPTransportFactory()
-        self._sockets: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()  # to uvloop's transports none can be
         gate.connect(self)
 
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -62,25 +62,25 @@ class Sockets(TransportFactory):
                 named = ", ".join(f"{name}={url.query[name]}" for name in FILES if name in url.query)
                 raise UnusableFiles(f"{named}: {error.strerror or error}") from error
         reader, writer = await self._inner.create(url, **options)
-        self._sockets.add(writer.transport)
+        self._writers.add(writer)
         return reader, writer
 
     def drop(self) -> None:
         """Close all sockets, without a goodbye and without an event loop."""
-        for transport in list(self._sockets):
-            with suppress(OSError), socket.socket(fileno=os.dup(_number(transport))) as end:
+        for writer in list(self._writers):
+            with suppress(OSError), socket.socket(fileno=os.dup(_number(writer))) as end:
                 end.shutdown(socket.SHUT_RDWR)
 
     def inherit(self) -> None:
         """In a child: cut off its ends of the sockets, so that it cannot end the sessions of its parent."""
-        for transport in list(self._sockets):
-            cut_off(lambda: _number(transport))  # noqa: B023 - called at once
-            keep(transport)
+        for writer in list(self._writers):
+            cut_off(lambda: _number(writer))  # noqa: B023 - called at once
+            keep(writer)
 
 
-def _number(transport: asyncio.WriteTransport) -> int:
+def _number(writer: asyncio.StreamWriter) -> int:
     """Return the number of its socket; -1 when it is closed, and has none any more under uvloop."""
-    found: socket.socket | None = transport.get_extra_info("socket")
+    found: socket.socket | None = writer.get_extra_info("socket")
     return -1 if found is None else found.fileno()
 
 
