@@ -8,6 +8,8 @@ from filao.broker import Broker
 from filao.conformance.stage import SOON, Stage, equal, needs, raises
 from filao.engine import Feature
 from filao.errors import LeaseLost
+from filao.message import Message
+from filao.queue import Queue
 
 
 @needs()
@@ -245,14 +247,20 @@ async def check_a_lease_is_over_at_its_end(stage: Stage) -> None:
     await stage.counted(queue, ready=1, acked=3, late=3)
 
 
-@needs(Feature.FENCING)
-async def check_a_lease_that_was_seen_to_be_over_can_be_extended(stage: Stage) -> None:
-    queue = await stage.queue(lease=5)
+async def _seen_to_be_late(stage: Stage, queue: Queue[Any]) -> Message[Any]:
+    """Return a message whose lease of 5 s is over, and was made ready."""
     await stage.send(queue, 1, 2)
     await stage.next(queue)
     slow = await stage.next(queue)
     await stage.advance(6)
     equal((await stage.next(queue)).body, 1)  # the consumer that took it has made the other ready too
+    return slow
+
+
+@needs(Feature.FENCING)
+async def check_a_lease_that_was_seen_to_be_over_can_be_extended(stage: Stage) -> None:
+    queue = await stage.queue(lease=5)
+    slow = await _seen_to_be_late(stage, queue)
     await slow.extend(10)
     await stage.nothing(queue)
     await stage.counted(queue, ready=0, leased=2)
@@ -299,11 +307,7 @@ async def check_of_two_settles_of_one_lease_one_is_refused(stage: Stage) -> None
 @needs(Feature.FENCING)
 async def check_a_late_ack_is_accepted_though_its_message_was_seen_to_be_late(stage: Stage) -> None:
     queue = await stage.queue(lease=5)
-    await stage.send(queue, 1, 2)
-    await stage.next(queue)
-    slow = await stage.next(queue)
-    await stage.advance(6)
-    equal((await stage.next(queue)).body, 1)  # the consumer that took it has made the other ready too
+    slow = await _seen_to_be_late(stage, queue)
     equal((await stage.broker.stats(queue)).ready, 1)
     await slow.ack()
     await stage.nothing(queue)
