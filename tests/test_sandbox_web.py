@@ -328,6 +328,35 @@ async def test_in_the_timeline_every_bar_has_its_number_and_a_payment_stands_bef
     assert sum(bar["how"] == "killed" for bar in bars) == 2
 
 
+async def test_short_bars_hold_their_numbers_and_overlap_nothing(learner) -> None:
+    """A number ran under the next bar or out of its own, and the mark of a death stood behind the takeover."""
+    drawn = await learner.page.evaluate(
+        """async () => {
+            const [{ timeline }, { draw }] = [await import("/static/timeline.js"), await import("/static/dom.js")];
+            const bar = (claim, from, to, how, attempt = 1) => (
+                { claim, id: `m-${claim}`, attempt, from, to, how, paid: null, lease_end: null, extended: [] }
+            );
+            const lanes = [
+                [bar(20, 0.3, 0.35, "nacked"), bar(23, 0.36, 0.5, "acked"), bar(1024, 0.5, 0.6, "acked")],
+                [bar(29, 1, 1.05, "killed")], [bar(29, 1.06, 1.2, "acked", 2)],
+            ].map((bars, at) => ({ number: at + 1, state: "waiting", bars }));
+            const place = document.body.appendChild(document.createElement("div"));
+            draw(place, timeline({ now: 2, lanes }, 900, 170, { scale: 1, claim: 0, bars: 9, follow: () => {} }));
+            return [...place.querySelectorAll(".bar")].map((one) => {
+                const [bar, ...inside] = ["rect", "text", ".glyph"].map((kind) => one.querySelector(kind))
+                    .filter(Boolean).map((part) => part.getBoundingClientRect());
+                return { left: bar.left, right: bar.right, inside: inside.map(({ left, right }) => [left, right]) };
+            });
+        }"""
+    )
+    assert [len(bar["inside"]) for bar in drawn] == [1, 1, 1, 2, 1]
+    for bar in drawn:
+        assert all(bar["left"] < left and right < bar["right"] for left, right in bar["inside"])
+    first, second, third, killed, taken_over = drawn
+    assert first["right"] <= second["left"] < second["right"] <= third["left"]
+    assert killed["right"] <= taken_over["left"]
+
+
 async def test_a_lane_in_which_something_happened_is_not_left_out_for_an_idle_one(learner) -> None:
     shown = await learner.page.evaluate(
         """async () => {

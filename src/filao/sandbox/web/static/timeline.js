@@ -4,7 +4,12 @@ import { h } from "./dom.js";
 import { number, say, seconds } from "./say.js";
 
 const BAR_LEAST = 36; // pixels, so that every bar carries its number
-const SHORTEST = 0.25; // seconds: bars that are shorter overlap nothing, because the lane's next bar begins after them
+const SHORTEST = 0.25; // seconds: bars that are shorter do not stretch the time any more
+const DIGIT = 10; // pixels of a figure of a number
+const PAD = 8; // pixels before and behind a number
+const MARK = 22; // pixels of the mark of an end
+const PUSHED_MAX = 90; // pixels that short bars push those behind them, so that each holds its number
+const SLIVER = 6; // pixels of the shortest bar without one
 const LEASE_END = 130; // pixels of a bar before its lease's end that hold its number and these words
 const LEASE_WORDS = 90; // pixels of these words
 const LANES_MAX = 7;
@@ -44,8 +49,9 @@ export function timeline(told, width, height, options) {
   const scale = Math.max(room / Math.max(LEAST, (drawnTo - begin) * 1.04), Math.min(wanted, 144));
   const now = Math.min(drawnTo, last + (REST * room) / scale);
   const end = begin + Math.max((now - begin) * 1.04, room / scale);
-  const full = Math.max(room, (end - begin) * scale) + 20;
   const x = (at) => 4 + (at - begin) * scale;
+  const spans = new Map(lanes.flatMap((lane) => spansOf(lane.bars, x, now)));
+  const full = Math.max(room, (end - begin) * scale, ...[...spans.values()].map((span) => span.to)) + 20;
   const tall = Math.max(LANE_LEAST, Math.min(46, (height - AXIS) / Math.max(1, lanes.length)));
   const y = new Map(lanes.map((lane, at) => [lane.number, 6 + at * tall]));
   const bottom = 6 + lanes.length * tall;
@@ -59,8 +65,25 @@ export function timeline(told, width, height, options) {
         ticks(begin, end, scale).map((at) => h("g", { key: `t${at}`, class: "tick" },
           h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: at > begin ? "mid" : "start" }, `${number(at)}\u00a0s`))),
         h("line", { key: "now", class: "now", x1: x(now), x2: x(now), y1: 0, y2: bottom }),
-        joins(bars).map(([one, next]) => join(one, next, x, y, tall, options)),
-        lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.slice(-options.bars).map((bar) => drawn(bar, x, now, y.get(lane.number), tall, { ...options, full })))))));
+        joins(bars).map(([one, next]) => join(one, next, spans, y, tall, options)),
+        lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.slice(-options.bars).map((bar) => drawn(bar, spans.get(keyOf(bar)), x, y.get(lane.number), tall, { ...options, full })))))));
+}
+
+const keyOf = (bar) => `${bar.id}-${bar.from}`;
+const figures = (bar) => String(bar.claim || "?").length * DIGIT;
+
+// Where the bars of a lane are drawn: each holds its number, and a consumer's death its mark, and begins behind the one
+// before. For these it ends later than it did, or began earlier where a consumer died, because others take over at once.
+// In a burst that would lead too far from the time, and bars are as long as they were, with or without a number.
+function spansOf(bars, x, now) {
+  let free = -Infinity;
+  return bars.map((bar) => {
+    const [begins, ends] = [x(bar.from), x(bar.to ?? now)];
+    const room = figures(bar) + 2 * PAD + (bar.how === "killed" ? MARK : 0);
+    const from = Math.max(bar.how === "killed" ? Math.min(begins, Math.max(0, ends - room)) : begins, free);
+    free = Math.max(ends, from + (from + room - ends > PUSHED_MAX ? SLIVER : room));
+    return [keyOf(bar), { from, to: free }];
+  });
 }
 
 // The lanes in which something happened, first of all those of the living, who have taken over from the dead; then idle ones.
@@ -78,34 +101,33 @@ function ticks(begin, end, scale) {
   return Array.from({ length: Math.floor(end / step) - first + 1 }, (_, at) => (first + at) * step);
 }
 
-function drawn(bar, x, now, y, tall, options) {
-  const from = x(bar.from);
-  const to = Math.max(x(bar.to ?? now), from + (bar.to === null ? BAR_LEAST : 6));
+function drawn(bar, { from, to }, x, y, tall, options) {
   const w = to - from;
   const how = bar.how || "running";
   const middle = y + tall / 2;
   const glyph = GLYPHS[bar.how];
-  const digits = String(bar.claim).length * 10;
-  const fits = w > digits + 29; // beside the number; a lane's last bar has room behind it
+  const digits = figures(bar);
+  const fits = w > digits + PAD + MARK - 1; // beside the number
   // Without room for the mark of its end a bar has none of its payment either: it would look paid and not acknowledged.
   const paidAt = bar.paid === null ? null : Math.min(x(bar.paid), to - (glyph && fits ? 27 : 10));
   return h("g", {
-    key: `${bar.id}-${bar.from}`, class: `bar ${how}${tall < LOW ? " low" : ""}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
+    key: keyOf(bar), class: `bar ${how}${tall < LOW ? " low" : ""}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
     onclick: () => options.follow(bar.claim), "data-claim": bar.claim, "data-how": how,
   },
   h("title", {}, about(bar)),
   h("rect", { x: from, y: y + 2, width: w, height: tall - (tall < LOW ? 3 : 5), rx: 7 }),
   bar.extended.filter((at) => x(at) < to).map((at) => h("line", { class: "extended", x1: x(at), x2: x(at), y1: y + tall - 10, y2: y + tall - 4 })),
-  h("text", { x: from + 8, y: middle + 5 }, String(bar.claim || "?")),
-  paidAt !== null && paidAt > from + digits + 12 && (fits || !glyph) ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
-  glyph && (fits || bar.how === "killed") ? h("path", { class: "glyph", d: glyph, transform: `translate(${fits ? to - 12 : Math.max(to, from + digits + 8) + 10} ${middle - 1})` }) : null,
+  w < digits + PAD ? null : h("text", { x: from + PAD, y: middle + 5 }, String(bar.claim || "?")),
+  paidAt !== null && paidAt > from + digits + 2 * PAD && (fits || !glyph) ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
+  glyph && fits ? h("path", { class: "glyph", d: glyph, transform: `translate(${to - 12} ${middle - 1})` }) : null,
   bar.lease_end !== null ? leaseEnd(x(bar.lease_end), from, to, y, tall, options) : null);
 }
 
-// Its words stand before it within the bar, or behind the bar, where there is room.
+// Its words stand beside it: before it within the bar, or behind it where the bar ends there or is long enough.
 function leaseEnd(at, from, to, y, tall, options) {
-  const behind = Math.max(to, at) + 5;
-  const place = at - from > LEASE_END ? { x: at - 5, class: "before" } : behind + LEASE_WORDS < options.full ? { x: behind } : null;
+  const behind = (to - at > MARK ? at : Math.max(to, at)) + 5;
+  const isFree = to - at > MARK ? to - at > LEASE_WORDS + 2 * MARK : behind + LEASE_WORDS < options.full;
+  const place = at - from > LEASE_END ? { x: at - 5, class: "before" } : isFree ? { x: behind } : null;
   return h("g", { class: "lease-end" }, h("title", {}, say("lease_end")), h("line", { x1: at, x2: at, y1: y - 1, y2: y + tall }),
     place && h("text", { ...place, y: y + tall / 2 + 5 }, say("lease_end")));
 }
@@ -125,10 +147,13 @@ function joins(bars) {
   });
 }
 
-function join(one, next, x, y, tall, options) {
-  const left = { x: x(Math.min(one.to ?? next.from, next.from)), y: y.get(one.lane) + tall / 2 };
-  const right = { x: x(next.from), y: y.get(next.lane) + tall / 2 };
+// From the end of one bar, out of its edge where the other lies in another lane, to the beginning of the other.
+function join(one, next, spans, y, tall, options) {
+  const right = { x: spans.get(keyOf(next)).from, y: y.get(next.lane) + tall / 2 };
+  const side = Math.sign(y.get(next.lane) - y.get(one.lane));
+  const left = { x: Math.min(spans.get(keyOf(one)).to, right.x) - Math.abs(side) * PAD, y: y.get(one.lane) + tall / 2 + side * (tall / 2 - 3) };
   const bend = Math.max(18, (right.x - left.x) / 2);
+  const out = side ? `${left.x},${left.y + side * bend}` : `${left.x + bend},${left.y}`;
   return h("g", { key: `j${next.id}-${next.from}`, class: `join${options.claim === one.claim ? " hero" : ""}` },
-    h("path", { d: `M${left.x},${left.y} C${left.x + bend},${left.y} ${right.x - bend},${right.y} ${right.x},${right.y}` }));
+    h("path", { d: `M${left.x},${left.y} C${out} ${right.x - bend},${right.y} ${right.x},${right.y}` }));
 }
