@@ -92,6 +92,21 @@ async def test_a_backup_that_is_being_made_is_in_the_way_however_long_it_takes(d
     assert await waiting(copy) == ["a"]
 
 
+async def test_what_is_restored_over_the_file_of_another_user_is_ours_where_it_cannot_be_theirs(
+    db, copy, monkeypatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    await filled(db, "a")
+    backup.back_up(db, copy)
+    db.chmod(0o640)
+    monkeypatch.setattr(os, "fchown", refuse)
+    backup.restore(copy, db)
+    assert stat.S_IMODE(db.stat().st_mode) == 0o600
+    assert await waiting(db) == ["a"]
+
+
 async def test_a_signal_ends_a_backup_in_its_midst_and_leaves_nothing(db, copy, monkeypatch) -> None:
     await filled(db, *("x" * 200_000 for _ in range(100)))
     monkeypatch.setattr(backup, "_AT_ONCE", 10)

@@ -114,9 +114,9 @@ def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Pat
             raise _taken(partial)
         try:
             if like is not None:
-                os.fchmod(fd, stat.S_IMODE(like.st_mode))
-                if (like.st_uid, like.st_gid) != (os.getuid(), os.getgid()):
+                with suppress(PermissionError):  # if the file is only shared with our group, the new one is ours
                     os.fchown(fd, like.st_uid, like.st_gid)
+                    os.fchmod(fd, stat.S_IMODE(like.st_mode))
             yield partial
         finally:
             _remove(partial)
