@@ -13,6 +13,7 @@ import msgspec
 import filao
 from filao.checks import PEEK_MAX
 from filao.engine import QueueStats, State, StoredMessage
+from filao.engines.sqlite.doctor import ROOM_LEAST
 from filao.sandbox.effects import Effects, Payment
 from filao.sandbox.lanes import Lanes
 from filao.sandbox.orders import CLAIMS, DOCUMENTS
@@ -21,7 +22,6 @@ SHOWN = 60  # messages of each state that one look reads
 SHOWN_STATES = (State.READY, State.DELAYED, State.BLOCKED, State.LEASED, State.DEAD)
 REMEMBERED, REMEMBERED_EVERY = 240, 0.5  # samples for the charts, and seconds between them
 AUDIT_EVERY = 0.5  # seconds between two looks at the whole queue
-ROOM_LEAST = 2_000_000  # bytes: with less of it left, the disk is full for SQLite
 
 
 class Sample(NamedTuple):

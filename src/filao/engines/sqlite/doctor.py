@@ -27,7 +27,7 @@ _MISCOUNTED = " UNION ALL ".join(
     for number, name in STATES.items()
 )
 _ROOM_NOTABLE = 64 * 1024 * 1024  # bytes: with less left on its disk, a file may find no room for its WAL
-_ROOM_LEAST = 2_000_000  # bytes: with less, the disk is full for SQLite
+ROOM_LEAST = 2_000_000  # bytes: with less of it left, a disk is full for SQLite
 _MISCOUNTED_REASONS = """
     SELECT name, 'dead: ' || reason, filao_reason.dead, (
         SELECT count(*) FROM filao_message
@@ -97,7 +97,7 @@ def _disk(path: Path) -> Finding:
     free = shutil.disk_usage(path.parent).free
     if free >= _ROOM_NOTABLE:
         return Finding("disk", "ok", f"{free / 1024**2:,.0f} MiB are free")
-    if free >= _ROOM_LEAST:
+    if free >= ROOM_LEAST:
         return Finding("disk", "warning", f"only {free / 1024**2:,.1f} MiB are free: make room before it is full")
     text = f"it is full: {some(free, 'byte', ('is', 'are'))} free. Until there is room, sends and settles fail"
     return Finding("disk", "error", text)
