@@ -11,7 +11,7 @@ FUZZ_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproj
 PEERS_GROUP = $(shell $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["peers"])')
 QUICK := $(addprefix tests/test_,$(addsuffix .py,batching codec engines public queue release sqlite_engine surroundings sync testing tidy within))
 AXE := axe-core@4.14.1
-WORKERS := 2
+WORKERS := 3
 TOGETHER := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -27,7 +27,7 @@ demo: $(VENV)/web
 insurer: $(VENV)/example
 	$(RUN) -m examples.insurance $(ARGS)
 
-# Most tests wait for a server or a process: two at a time take half as long. The longest files come first.
+# Most tests wait for a server or a process, so more than there are cores run at a time. The longest files come first.
 test: lint
 	$(RUN) -m pytest --durations=10 $(if $(ARGS),$(ARGS),$(TOGETHER))
 
