@@ -1539,6 +1539,20 @@ async def test_dead_letters_keep_their_order_however_often_they_are_looked_at(br
     assert walked == [str(number) for number in range(100) if number not in (0, 50)]
 
 
+async def test_a_step_that_redrives_the_first_takes_no_others(broker, queue, foreign) -> None:
+    """Each of many steps took all there were: three redrives of 300 at a rate never ended."""
+    await _a_hundred_die(broker, queue, foreign)
+    assert await broker.redrive(queue, ids=["0", "1"], limit=2) == 2
+    assert await broker.redrive(queue, limit=28) == 28
+    assert (await broker.stats(queue)).dead == 70
+    method, properties, _ = foreign.basic_get(topology.dead_name(queue.name))
+    assert (properties.message_id, method.redelivered) == ("30", False)
+    foreign.basic_nack(method.delivery_tag)
+    assert await broker.redrive(queue, ids=["31", "75"], limit=2) == 2
+    kept = [letter.id for letter in await broker.dead_letters(queue, limit=100)]
+    assert kept == [str(number) for number in range(30, 100) if number not in (31, 75)]
+
+
 async def test_dead_letters_keep_their_order_though_a_look_at_them_is_cancelled(url, broker, queue, foreign) -> None:
     await _a_hundred_die(broker, queue, foreign)
     async with filao.connect(url) as other:

@@ -342,9 +342,9 @@ class Broker:
     ) -> int:
         """Send dead letters back to their old places with fresh attempts, and return how many those were.
 
-        All of them, or those with these `ids`, or the first `limit`. A new `body` (and `headers`) replaces the old one;
-        this needs exactly one id. Their histories are kept, and they no longer expire. Many are done in slices: an
-        error that comes half-way says how many are done.
+        All of them, or those with these `ids`, or the first `limit` of either. A new `body` (and `headers`) replaces
+        the old one; this needs exactly one id. Their histories are kept, and they no longer expire. Many are done in
+        slices: an error that comes half-way says how many are done.
         """
         name, operators = name_of(queue), self._session.operators
         if limit is not None:

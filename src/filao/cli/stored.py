@@ -237,7 +237,9 @@ def redrive(
             count = broker.redrive(name, ids=ids or None, limit=limit, body=new)
         else:
             chosen = ids or _of_kind(broker, name, reason, kind, limit)
-            count = _in_slices(chosen, rate, lambda some: broker.redrive(name, ids=some, body=new))
+            count = _in_slices(
+                chosen, rate, lambda some: broker.redrive(name, ids=some, limit=None if ids else len(some), body=new)
+            )
     print_lines([as_json({"redriven": count})])
     return _said(name, ids, count, limit)
 

@@ -137,6 +137,21 @@ async def check_a_dead_letter_named_twice_is_redriven_once(stage: Stage) -> None
 
 
 @needs(Feature.DEAD_LETTERS)
+async def check_of_the_dead_letters_named_the_first_few_can_be_redriven(stage: Stage) -> None:
+    queue = await stage.queue()
+    await stage.send(queue, *range(6))
+    for message in await stage.broker.receive_many(queue, 6, wait=0):
+        await message.reject("no")
+    ids = [letter.id for letter in await stage.broker.dead_letters(queue)]
+    (waiting,) = await stage.send(queue, 6)
+    equal(await stage.broker.redrive(queue, ids=[waiting, ids[4], ids[3], ids[1]], limit=2), 2)
+    equal(sorted(await stage.drain(queue)), [1, 3, 6])  # of an engine without old places, 6 is the first
+    equal(await stage.broker.redrive(queue, ids=ids[:2], limit=2), 1)
+    equal(await stage.drain(queue), [0])
+    equal([letter.body for letter in await stage.broker.dead_letters(queue)], [2, 4, 5])
+
+
+@needs(Feature.DEAD_LETTERS)
 async def check_an_id_that_no_message_can_have_is_of_none(stage: Stage) -> None:
     queue, broker = await stage.queue(max_attempts=1), stage.broker
     await stage.send(queue, 1)

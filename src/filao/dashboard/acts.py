@@ -170,7 +170,9 @@ class Doing:
         broker, queue = self._broker, act.queue
 
         def step(ids: Sequence[str]) -> Awaitable[int]:
-            return broker.redrive(queue, ids=ids) if act.what == "redrive" else broker.discard(queue, ids=ids)
+            if act.what == "discard":
+                return broker.discard(queue, ids=ids)
+            return broker.redrive(queue, ids=ids, limit=None if act.id is not None else len(ids))
 
         is_each_step_cheap = State.READY in self._overview().sees  # on RabbitMQ, each step goes through all
         goes_by_steps = rate is not None or is_each_step_cheap

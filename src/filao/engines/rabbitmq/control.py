@@ -241,14 +241,19 @@ async def peek(look: "_Look", queue: str, keep: Callable[[StoredMessage], T], li
 
 
 async def redrive(look: "_Look", publish: Publish, ids: Sequence[str] | None, limit: int | None, tally: Tally) -> None:
-    """Publish dead letters to their queue, some at once, and delete each that was confirmed."""
+    """Publish dead letters to their queue, some at once, and delete each that was confirmed.
+
+    If only a few are wanted, and these are the first of all, the others are not taken: a step costs its own alone.
+    """
     wanted = None if ids is None else set(ids)
     some: list[DeliveredMessage] = []
+    look.few = limit if limit is not None and limit <= REDRIVEN_AT_ONCE else 0
     async for message in look.each():
         if wanted is not None and envelope.name_of(message.header.properties) not in wanted:
             continue
         some.append(message)
         if tally.done + len(some) == limit:
+            await look.ask_no_more()
             break
         if len(some) == REDRIVEN_AT_ONCE:
             await _redrive(look, publish, some, tally)
@@ -291,9 +296,11 @@ class _Look:
         self.channel = channel
         self.held = 0
         """How many the server has pushed that were not deleted."""
+        self.few = 0
+        """How many the first consumer asks for, in the hope that these are all that are wanted; 0: as usual."""
         self._queue = queue
         self._unseen = most
-        self._share = min(max(PUSHED_LEAST, -(-most // CONSUMERS_MAX)), PREFETCH_MAX)
+        self._share = min(max(PUSHED_LEAST, -(-most // (CONSUMERS_MAX - 1))), PREFETCH_MAX)  # besides the few
         """How many a consumer asks for."""
         self._taken = taken
         self._errand = errand
@@ -319,26 +326,34 @@ class _Look:
         self._taken[self._queue] -= 1
 
     async def see_the_rest(self) -> None:
-        """Take the unseen as well, so that all goes back in order."""
+        """Take the unseen as well, so that all goes back in order; unless nothing goes back."""
+        if not self.held and not self._tag:
+            return
         while await self._next() is not None:
             pass
+
+    async def ask_no_more(self) -> None:
+        """Let the server push nothing in the place of what is deleted."""
+        if self._tag:
+            await self.channel.basic_cancel(self._tag, timeout=ANSWERS_WITHIN)
+        self._tag, self._room = "", 0
 
     async def _next(self) -> DeliveredMessage | None:
         """Take the next one, but no more than there were at the beginning: more may die meanwhile, without end."""
         if not self._unseen:
             return None
         if self._pushed.empty() and not self._room:
-            await self._ask_for(min(self._unseen, self._share))
+            await self._ask_for(min(self._unseen, self._share, self.few or self._share))
         message = await self._arrived()
         self._unseen = self._unseen - 1 if message else 0
         return message
 
     async def _ask_for(self, number: int) -> None:
         """Let the server push so many to another consumer; what is deleted makes no room in the last one any more."""
-        if self._tag:
-            await self.channel.basic_cancel(self._tag, timeout=ANSWERS_WITHIN)
+        await self.ask_no_more()
         self._tag, self._room = f"{self._consumers:02}", number
         self._consumers += 1
+        self.few = 0
         await self.channel.basic_qos(prefetch_count=number, timeout=ANSWERS_WITHIN)
         await self.channel.basic_consume(
             dead_name(self._queue), self._push, consumer_tag=self._tag, timeout=ANSWERS_WITHIN

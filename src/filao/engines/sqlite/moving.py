@@ -80,7 +80,7 @@ def pack(books: Books, row: QueueRow, after: int, limit: int) -> list[Parcel]:
 
 def remove(books: Books, row: QueueRow, names: Sequence[str]) -> None:
     """Delete messages that are stored elsewhere, and forget their ids: those that come back are no duplicates."""
-    numbers = operators.chosen(books, row, (), names, len(names))
+    numbers = operators.chosen(books, row, carried.LEAVING, names, len(names))
     operators.remove(books, row, numbers, carried.LEAVING, purges=False)
     for name in names:
         if not _is_here(books, row, name):  # otherwise its consumer has extended its lease meanwhile

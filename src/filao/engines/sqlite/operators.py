@@ -204,7 +204,9 @@ def chosen(
     """Return the numbers of the messages that a command will touch, each once; those that come later stay untouched."""
     if ids is not None:
         numbers = [number for name in ids if (number := books.number_of(row, name)) is not None]
-        return list(dict.fromkeys(numbers))[:limit]
+        what, values = _among(row, numbers, states)
+        named = books.db.execute(f"SELECT id FROM filao_message {what} LIMIT ?", (*values, limit))
+        return [number for (number,) in named]
     found = array("q")
     for state in states:
         named = books.db.execute(
@@ -223,11 +225,14 @@ def chosen(
 
 def _still(books: Books, row: QueueRow, numbers: Sequence[int], states: Sequence[State]) -> list[Entry]:
     """Return the chosen messages that are still in one of these states, in the order of sending."""
+    return books.entries(*_among(row, numbers, states))
+
+
+def _among(row: QueueRow, numbers: Sequence[int], states: Sequence[State]) -> tuple[str, tuple[str, int]]:
+    """Return the clause, and its values, for those of the messages with these numbers that are in these states."""
     allowed = ", ".join(str(NUMBERS[state]) for state in states)
-    return books.entries(
-        f"WHERE id IN (SELECT value FROM json_each(?)) AND queue = ? AND state IN ({allowed}) ORDER BY id",
-        (json.dumps(list(numbers)), row.id),
-    )
+    clause = f"WHERE id IN (SELECT value FROM json_each(?)) AND queue = ? AND state IN ({allowed}) ORDER BY id"
+    return clause, (json.dumps(list(numbers)), row.id)
 
 
 def redrive(books: Books, row: QueueRow, numbers: Sequence[int], edited: Draft | None) -> int:
