@@ -257,6 +257,7 @@ async def test_what_is_above_a_limit_that_was_lowered_dies_once_it_is_raised_and
     [
         (lambda url: url.replace("guest:guest", "guest:geheim"), filao.ConfigurationError, ["password"]),
         (lambda url: url + "?auth=external", filao.ConfigurationError, ["PLAIN", "Mend auth= in", "auth_mechanisms"]),
+        (lambda url: url + "?cacertfile=ca.pem", filao.ConfigurationError, ["'cacertfile'", "nothing here", "cafile"]),
         (lambda url: url + "nowhere", filao.ConfigurationError, ["nowhere", "virtual host"]),
         (lambda _: "amqp://u:geheim@127.0.0.1:1/", filao.EngineUnavailable, ["127.0.0.1:1", "away"]),
         (lambda _: "amqp://u:geheim@127.0.0.1:x/", filao.ConfigurationError, ["cannot be read"]),

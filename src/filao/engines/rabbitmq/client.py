@@ -33,6 +33,18 @@ from yarl import URL
 from filao.forks import cut_off, gate, keep
 
 FILES = ("cafile", "capath", "certfile", "keyfile")  # the settings of a URL that name files for TLS
+SETTINGS = (
+    *FILES,
+    "auth",
+    "cadata",
+    "happy_eyeballs_delay",
+    "heartbeat",
+    "interleave",
+    "name",
+    "no_verify_ssl",
+    "timeout",
+)
+"""All settings of a URL that the library knows; it passes over others."""
 REFUSED_LOGIN = 403  # AMQP's code, when it comes in place of a welcome; the library knows it
 _OPEN, _CLOSE, _CLOSE_OK, _CANCEL_OK = (
     method.index.to_bytes(4)

@@ -31,7 +31,7 @@ from aiormq.exceptions import (
 from pamqp.commands import Basic
 
 from filao.engines.rabbitmq import wire
-from filao.engines.rabbitmq.client import FILES, Connection, Sockets, UnusableFiles
+from filao.engines.rabbitmq.client import FILES, SETTINGS, Connection, Sockets, UnusableFiles
 from filao.engines.rabbitmq.outlet import Outlet
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.guarded import Log
@@ -85,6 +85,11 @@ class Server:
         if not nodes or not all(urlsplit(f"//{node}").hostname for node in nodes):
             raise ConfigurationError("the RabbitMQ URL names no host; give amqp://user:password@host:5672/vhost")
         settings = dict(parse_qsl(parts.query, keep_blank_values=True))
+        if unknown := [name for name in settings if name not in SETTINGS]:
+            raise ConfigurationError(
+                f"the URL {shown_url(url)} has the setting {printable(unknown[0])!r}, which does nothing here: leave "
+                f"it out. There are {', '.join(SETTINGS)}."
+            )
         self._is_safe = parts.scheme == "amqps"
         if not self._is_safe and (idle := [name for name in FILES if name in settings]):
             raise ConfigurationError(
