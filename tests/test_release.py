@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,11 @@ def test_the_archive_of_the_source_can_test_itself(builds, tmp_path) -> None:
     assert wanted - held == set()
 
 
-def test_the_newest_release_of_the_changelog_is_this_version() -> None:
+def test_the_newest_release_of_the_changelog_is_this_version_and_says_where_it_lives() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", changelog, flags=re.MULTILINE)
     assert re.fullmatch(r"\d+\.\d+\.\d+", filao.__version__)
     assert not released or released[0] == filao.__version__
     assert "## [Unreleased]" in changelog
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert not released or {"Homepage", "Documentation", "Source", "Changelog", "Issues"} <= project["urls"].keys()
