@@ -67,7 +67,7 @@ function downward(place) {
   const x = place.width / 2;
   const { producer: from, queue: box, delayed: tray, done: end } = place;
   const gaps = [[from.y + from.h, box.y - 30], [tray.y + tray.h, tray.y + tray.h + 16], [end.y - 16, end.y]];
-  if (place.second) gaps.push([place.second.y + place.second.h, place.printer.y], [place.printer.y + place.printer.h, place.letters.y]);
+  if (place.second) gaps.push([end.y + end.h, place.second.y], [place.second.y + place.second.h, place.printer.y], [place.printer.y + place.printer.h, place.letters.y]);
   return gaps.map(([from, to]) => h("path", { class: "down", d: `M${x},${from + 2} V${to}` }));
 }
 
@@ -143,7 +143,7 @@ function second(told, place) {
   const { second: box, printer, letters } = place;
   return h("g", { key: "second" },
     text(box.x, box.y - 9, h("tspan", { class: "mono strong" }, "queue · documents")),
-    frame(box, "box queue"), text(box.x + 14, box.y + 42, number(told.ready), { class: "strong" }),
+    frame(box, "box queue"), text(box.x + 14, box.y + 42, say("messages_ready", { n: told.ready }), { class: "strong" }),
     frame(printer, "box"), text(printer.x + 14, printer.y + 30, say("generator"), { class: "strong" }),
     text(printer.x + 14, printer.y + 56, told.printing ? say("writes") : say("state_waiting"), { class: "soft" }),
     frame(letters, "box"), text(middle(letters).x, letters.y + 28, say("letters"), { class: "strong mid" }),
