@@ -336,23 +336,29 @@ async def test_short_bars_hold_their_numbers_and_overlap_nothing(learner) -> Non
             const bar = (claim, from, to, how, attempt = 1) => (
                 { claim, id: `m-${claim}`, attempt, from, to, how, paid: null, lease_end: null, extended: [] }
             );
-            const lanes = [
-                [bar(20, 0.3, 0.35, "nacked"), bar(23, 0.36, 0.5, "acked"), bar(1024, 0.5, 0.6, "acked")],
-                [bar(29, 1, 1.05, "killed")], [bar(29, 1.06, 1.2, "acked", 2)],
-            ].map((bars, at) => ({ number: at + 1, state: "waiting", bars }));
-            const place = document.body.appendChild(document.createElement("div"));
-            draw(place, timeline({ now: 2, lanes }, 900, 170, { scale: 1, claim: 0, bars: 9, follow: () => {} }));
-            return [...place.querySelectorAll(".bar")].map((one) => {
-                const [bar, ...inside] = ["rect", "text", ".glyph"].map((kind) => one.querySelector(kind))
-                    .filter(Boolean).map((part) => part.getBoundingClientRect());
-                return { left: bar.left, right: bar.right, inside: inside.map(({ left, right }) => [left, right]) };
+            const few = [
+                [bar(20, 0.3, 0.35, "nacked"), bar(23, 0.36, 0.5, "acked"), bar(1024, 0.5, 1.2, "acked")],
+                [bar(29, 1, 1.05, "killed")], [bar(29, 1.06, 1.2, "acked", 2)], [bar(30, 1.2, 1.9, "acked")],
+            ];
+            const burst = [31, 32, 33, 34].map((claim, at) => bar(claim, 1.3 + at / 10, 1.4 + at / 10, "acked"));
+            return [few, [...few, burst]].map((lanes) => {
+                const place = document.body.appendChild(document.createElement("div"));
+                const told = { now: 2, lanes: lanes.map((bars, at) => ({ number: at + 1, state: "waiting", bars })) };
+                draw(place, timeline(told, 900, 170, { scale: 1, claim: 0, bars: 9, follow: () => {} }));
+                return [...place.querySelectorAll(".bar")].map((one) => {
+                    const [bar, ...inside] = ["rect", "text", ".glyph"].map((kind) => one.querySelector(kind))
+                        .filter(Boolean).map((part) => part.getBoundingClientRect());
+                    return { left: bar.left, right: bar.right, inside: inside.map(({ left, right }) => [left, right]) };
+                });
             });
         }"""
     )
-    assert [len(bar["inside"]) for bar in drawn] == [1, 1, 1, 2, 1]
-    for bar in drawn:
+    few, crowded = drawn
+    assert [len(bar["inside"]) for bar in few] == [2, 2, 2, 2, 2, 2]
+    assert [len(bar["inside"]) for bar in crowded] == [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]  # no tick, or one in each
+    for bar in [*few, *crowded]:
         assert all(bar["left"] < left and right < bar["right"] for left, right in bar["inside"])
-    first, second, third, killed, taken_over = drawn
+    first, second, third, killed, taken_over, _ = few
     assert first["right"] <= second["left"] < second["right"] <= third["left"]
     assert killed["right"] <= taken_over["left"]
 

@@ -50,7 +50,11 @@ export function timeline(told, width, height, options) {
   const now = Math.min(drawnTo, last + (REST * room) / scale);
   const end = begin + Math.max((now - begin) * 1.04, room / scale);
   const x = (at) => 4 + (at - begin) * scale;
-  const spans = new Map(lanes.flatMap((lane) => spansOf(lane.bars, x, now)));
+  const spread = (isTicked) => new Map(lanes.flatMap((lane) => spansOf(lane.bars, x, now, isTicked)));
+  const ticked = spread(true);
+  const isTicked = [...ticked.values()].every((span) => !span.isCut);
+  const spans = isTicked ? ticked : spread(false);
+  const isPaid = bars.every((bar) => bar.paid === null || paidIn(bar, spans.get(keyOf(bar)), x) !== null);
   const full = Math.max(room, (end - begin) * scale, ...[...spans.values()].map((span) => span.to)) + 20;
   const tall = Math.max(LANE_LEAST, Math.min(46, (height - AXIS) / Math.max(1, lanes.length)));
   const y = new Map(lanes.map((lane, at) => [lane.number, 6 + at * tall]));
@@ -66,23 +70,33 @@ export function timeline(told, width, height, options) {
           h("line", { x1: x(at), x2: x(at), y1: 2, y2: bottom }), h("text", { x: x(at), y: bottom + 18, class: at > begin ? "mid" : "start" }, `${number(at)}\u00a0s`))),
         h("line", { key: "now", class: "now", x1: x(now), x2: x(now), y1: 0, y2: bottom }),
         joins(bars).map(([one, next]) => join(one, next, spans, y, tall, options)),
-        lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.slice(-options.bars).map((bar) => drawn(bar, spans.get(keyOf(bar)), x, y.get(lane.number), tall, { ...options, full })))))));
+        lanes.map((lane) => h("g", { key: `l${lane.number}` }, lane.bars.slice(-options.bars).map((bar) => drawn(bar, spans.get(keyOf(bar)), x, y.get(lane.number), tall, { ...options, full, isTicked, isPaid })))))));
 }
 
 const keyOf = (bar) => `${bar.id}-${bar.from}`;
 const figures = (bar) => String(bar.claim || "?").length * DIGIT;
+const isDone = (bar) => bar.how === "acked" || bar.how === "settled";
+
+// Where in its bar a payment is marked, before the mark of the end; null without room behind the number.
+function paidIn(bar, { from, to }, x) {
+  const at = Math.min(x(bar.paid), to - (GLYPHS[bar.how] ? 27 : 10));
+  return at > from + figures(bar) + 2 * PAD ? at : null;
+}
 
 // Where the bars of a lane are drawn: each holds its number, and a consumer's death its mark, and begins behind the one
 // before. For these it ends later than it did, or began earlier where a consumer died, because others take over at once.
 // In a burst that would lead too far from the time, and bars are as long as they were, with or without a number.
-function spansOf(bars, x, now) {
+// The tick of an acknowledgement stands in all bars that ended so, or in none: one without it would look unacknowledged.
+// So does the mark of a payment.
+function spansOf(bars, x, now, isTicked) {
   let free = -Infinity;
   return bars.map((bar) => {
     const [begins, ends] = [x(bar.from), x(bar.to ?? now)];
-    const room = figures(bar) + 2 * PAD + (bar.how === "killed" ? MARK : 0);
+    const room = figures(bar) + 2 * PAD + (bar.how === "killed" || (isTicked && GLYPHS[bar.how]) ? MARK : 0);
     const from = Math.max(bar.how === "killed" ? Math.min(begins, Math.max(0, ends - room)) : begins, free);
-    free = Math.max(ends, from + (from + room - ends > PUSHED_MAX ? SLIVER : room));
-    return [keyOf(bar), { from, to: free }];
+    const isCut = from + room - ends > PUSHED_MAX;
+    free = Math.max(ends, from + (isCut ? SLIVER : room));
+    return [keyOf(bar), { from, to: free, isCut }];
   });
 }
 
@@ -107,9 +121,9 @@ function drawn(bar, { from, to }, x, y, tall, options) {
   const middle = y + tall / 2;
   const glyph = GLYPHS[bar.how];
   const digits = figures(bar);
-  const fits = w > digits + PAD + MARK - 1; // beside the number
-  // Without room for the mark of its end a bar has none of its payment either: it would look paid and not acknowledged.
-  const paidAt = bar.paid === null ? null : Math.min(x(bar.paid), to - (glyph && fits ? 27 : 10));
+  const fits = options.isTicked || (!isDone(bar) && w > digits + PAD + MARK - 1); // beside the number
+  // Without the mark of its end a bar has none of its payment either: it would look paid and not acknowledged.
+  const paidAt = options.isPaid && bar.paid !== null && (fits || !glyph) ? paidIn(bar, { from, to }, x) : null;
   return h("g", {
     key: keyOf(bar), class: `bar ${how}${tall < LOW ? " low" : ""}${bar.attempt > 1 ? " again" : ""}${options.claim === bar.claim ? " hero" : ""}`,
     onclick: () => options.follow(bar.claim), "data-claim": bar.claim, "data-how": how,
@@ -118,7 +132,7 @@ function drawn(bar, { from, to }, x, y, tall, options) {
   h("rect", { x: from, y: y + 2, width: w, height: tall - (tall < LOW ? 3 : 5), rx: 7 }),
   bar.extended.filter((at) => x(at) < to).map((at) => h("line", { class: "extended", x1: x(at), x2: x(at), y1: y + tall - 10, y2: y + tall - 4 })),
   w < digits + PAD ? null : h("text", { x: from + PAD, y: middle + 5 }, String(bar.claim || "?")),
-  paidAt !== null && paidAt > from + digits + 2 * PAD && (fits || !glyph) ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
+  paidAt !== null ? h("path", { class: "paid", d: PAID, transform: `translate(${paidAt} ${middle - 1})` }) : null,
   glyph && fits ? h("path", { class: "glyph", d: glyph, transform: `translate(${to - 12} ${middle - 1})` }) : null,
   bar.lease_end !== null ? leaseEnd(x(bar.lease_end), from, to, y, tall, options) : null);
 }
