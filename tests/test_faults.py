@@ -144,7 +144,7 @@ def test_a_disk_that_fails_under_a_copy_leaves_the_queue_as_it_is_and_nothing_be
         broker.send_to_queue("claims", "kept")
         if command == "restore":
             backup.back_up(db, copy)
-        partial = tmp_path / ("claims.backup.partial" if command == "backup" else "claims.db.restoring")
+        partial = tmp_path / (f"{copy.name}{backup.PARTIAL}" if command == "backup" else f"{db.name}{backup.RESTORING}")
         options = [] if command == "backup" else ["--replace"]
         failed = with_fault(fault, [*BACK_UP[:-1], command, str(db), str(copy), *options], only=partial)
         assert failed.returncode == 4, failed.stdout + failed.stderr

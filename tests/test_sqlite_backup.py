@@ -61,15 +61,109 @@ async def waiting(db: Path) -> list[object]:
 @pytest.mark.parametrize("left", ["a copy", ""])
 async def test_what_a_killed_backup_left_is_in_nobodys_way(db, copy, left) -> None:
     await filled(db, "a")
-    copy.with_name(f"{copy.name}.partial").write_bytes(db.read_bytes() if left else b"")
+    copy.with_name(f"{copy.name}{backup.PARTIAL}").write_bytes(db.read_bytes() if left else b"")
     backup.back_up(db, copy)
     assert not list(db.parent.glob("*partial*"))
     assert await waiting(copy) == ["a"]
 
 
+KILLED_IN_ITS_MIDST = """
+import os, signal, sys
+from pathlib import Path
+from filao.engines.sqlite import backup
+
+backup._AT_ONCE = 10
+backup._pass = lambda _, remaining, total: remaining < total / 2 and os.kill(os.getpid(), signal.SIGKILL)
+getattr(backup, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def killed(verb: str, given: Path, made: Path) -> list[Path]:
+    """Run a backup or a restore that is killed half-way, and return what it has left."""
+    ran = subprocess.run([sys.executable, "-c", KILLED_IN_ITS_MIDST, verb, given, made], timeout=PATIENCE, check=False)
+    assert ran.returncode == -signal.SIGKILL
+    left = [*made.parent.glob("*partial"), *made.parent.glob("*restoring")]
+    assert left[0].stat().st_size > 0
+    return left
+
+
+async def test_what_was_killed_in_its_midst_is_in_nobodys_way(db, copy) -> None:
+    await filled(db, *("x" * 200_000 for _ in range(30)))  # more than SQLite caches: it has written, but no header yet
+    killed("back_up", db, copy)
+    backup.back_up(db, copy)
+    killed("restore", copy, db)
+    backup.restore(copy, db)
+    assert len(await waiting(db)) == 30
+    assert not [path for path in db.parent.iterdir() if "partial" in path.name or "restoring" in path.name]
+
+
+async def test_what_a_killed_copy_has_left_can_be_neither_backed_up_nor_restored_under_its_name(db, copy) -> None:
+    await filled(db, "a")
+    partial = copy.with_name(f"{copy.name}{backup.PARTIAL}")
+    shutil.copyfile(db, partial)
+    with pytest.raises(filao.ConfigurationError, match="would be removed: give it another name"):
+        backup.back_up(partial, copy)
+    restoring = db.with_name(f"{db.name}{backup.RESTORING}")
+    shutil.copyfile(db, restoring)
+    with pytest.raises(filao.ConfigurationError, match="would be removed: give it another name"):
+        backup.restore(restoring, db)
+    assert await waiting(partial) == await waiting(restoring) == await waiting(db) == ["a"]
+
+
+async def test_what_others_have_made_meanwhile_is_not_overwritten_by_a_backup(db, copy, monkeypatch) -> None:
+    await filled(db, "a")
+    monkeypatch.setattr(backup, "_pass", lambda *_: copy.write_text("precious"))
+    with pytest.raises(filao.ConfigurationError, match="overwrites nothing"):
+        backup.back_up(db, copy)
+    assert copy.read_text() == "precious"
+
+
+@pytest.mark.parametrize("verb", ["back_up", "restore"])
+async def test_what_the_next_one_has_begun_is_not_removed_by_one_that_ends(db, copy, monkeypatch, verb) -> None:
+    await filled(db, "a")
+    flush, begun = backup._flush, db.with_name(f"{db.name}{backup.RESTORING}")
+    if verb == "restore":
+        backup.back_up(db, copy)
+    else:
+        begun = copy.with_name(f"{copy.name}{backup.PARTIAL}")
+
+    def meanwhile(folder: Path) -> None:
+        flush(folder)
+        begun.write_text("of the next one")
+
+    monkeypatch.setattr(backup, "_flush", meanwhile)
+    if verb == "restore":
+        backup.restore(copy, db)
+    else:
+        backup.back_up(db, copy)
+    assert begun.read_text() == "of the next one"
+
+
+async def test_another_programs_database_that_ends_in_partial_is_no_leftover(db, copy) -> None:
+    await filled(db, "a")
+    names = [copy.with_name(f"{copy.name}.partial"), db.with_name(f"{db.name}.restoring")]
+    for name in names:
+        with closing(sqlite3.connect(name)) as other:
+            other.executescript("CREATE TABLE theirs (value); INSERT INTO theirs VALUES (1)")
+    backup.back_up(db, copy)
+    backup.restore(copy, db)
+    for name in names:
+        with closing(sqlite3.connect(name)) as other:
+            assert other.execute("SELECT * FROM theirs").fetchall() == [(1,)]
+
+
+async def test_a_link_is_no_leftover(db, copy, tmp_path) -> None:
+    await filled(db, "a")
+    partial = copy.with_name(f"{copy.name}{backup.PARTIAL}")
+    partial.symlink_to(shutil.copyfile(db, tmp_path / "theirs"))
+    with pytest.raises(filao.ConfigurationError, match="is there already"):
+        backup.back_up(db, copy)
+    assert partial.is_symlink()
+
+
 async def test_what_no_backup_left_is_not_removed(db, copy) -> None:
     await filled(db, "a")
-    partial = copy.with_name(f"{copy.name}.partial")
+    partial = copy.with_name(f"{copy.name}{backup.PARTIAL}")
     partial.write_text("letters")
     with pytest.raises(filao.ConfigurationError, match=r"partial is there already: .* another name"):
         backup.back_up(db, copy)
@@ -113,7 +207,7 @@ async def test_a_signal_ends_a_backup_in_its_midst_and_leaves_nothing(db, copy, 
     copied: list[int] = []
 
     def told(*_: object) -> None:
-        copied.append(copy.with_name(f"{copy.name}.partial").stat().st_size)
+        copied.append(copy.with_name(f"{copy.name}{backup.PARTIAL}").stat().st_size)
         raise KeyboardInterrupt
 
     before, begun = signal.signal(signal.SIGALRM, told), backup._copy

@@ -25,7 +25,9 @@ if sys.platform != "win32":
 
 _PARTS = ("", "-wal", "-shm")
 _AT_ONCE = 1_000  # pages that are copied at once: some 10 ms, for which Ctrl-C waits
-_MAGIC = b"SQLite format 3\0"
+PARTIAL, RESTORING = ".filao-partial", ".filao-restoring"
+"""What a file is called beside its copy until it is whole: names of ours alone, as what was left of one is removed."""
+_MAGIC = b"SQLite format 3"
 _KEPT_MAX = 1_000  # replaced files that are kept beside a file
 
 
@@ -33,18 +35,18 @@ def back_up(path: Path, copy: Path) -> int:
     """Copy a queue's file, which others may be using, to a new file; return its size in bytes."""
     if not path.exists():
         raise ConfigurationError(f"no such file: {path}")
-    if os.path.lexists(copy):  # even a link that leads nowhere
-        raise ConfigurationError(
-            f"{copy} exists, and a backup overwrites nothing: give another name, or remove it first"
-        )
+    _check_is_free(copy)
     if not copy.parent.is_dir():
         raise ConfigurationError(f"{copy}: the folder {copy.parent} does not exist; create it first")
+    partial = _beside(copy, PARTIAL)
+    _check_is_other(path, partial)
     database = Database(path, durable=True, clock=time.time, wake=lambda _: None)
     try:
         database.open()
-        with files.mapped(copy), _partial(copy, ".partial", None) as partial:
+        with files.mapped(copy), _partial(partial, None):
             _copy(database.read().db, partial)
             database.hold.look()  # what was copied is still the queue's file
+            _check_is_free(copy)  # a copy takes its time; no other backup to this name ends before us
             partial.rename(copy)
             _flush(copy.parent)
     finally:
@@ -63,9 +65,11 @@ def restore(copy: Path, path: Path) -> Path | None:
         raise ConfigurationError(f"there is no backup {copy}")
     if path.exists() and path.samefile(copy):
         raise ConfigurationError(f"{copy} is the queue's own file; give the file that filao backup made")
+    partial = _beside(path, RESTORING)
+    _check_is_other(copy, partial)
     files.check_folder(path)
     before = path.stat() if path.exists() else None
-    with files.mapped(path), _partial(path, ".restoring", before) as partial:
+    with files.mapped(path), _partial(partial, before):
         _check_backup(copy)
         folder = Folder(files.sidecar(path), before or partial.stat())
         turnstile = Turnstile(folder)
@@ -79,6 +83,22 @@ def restore(copy: Path, path: Path) -> Path | None:
             folder.close()
     _try(path)
     return kept
+
+
+def _check_is_free(copy: Path) -> None:
+    if os.path.lexists(copy):  # even a link that leads nowhere
+        raise ConfigurationError(
+            f"{copy} exists, and a backup overwrites nothing: give another name, or remove it first"
+        )
+
+
+def _check_is_other(source: Path, partial: Path) -> None:
+    """Raise if what is to be copied would be taken for what an earlier copy to the same name has left."""
+    if partial.exists() and partial.samefile(source):
+        raise ConfigurationError(
+            f"{source} has the name of what a backup or a restore that was killed has left, and would be removed: "
+            "give it another name first"
+        )
 
 
 @contextmanager
@@ -98,12 +118,11 @@ def _turn(turnstile: Turnstile, path: Path, folder: Path) -> Generator[None]:
 
 
 @contextmanager
-def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Path]:
-    """Make an empty file beside another one, for the same user; on leaving, remove it if it is still there.
+def _partial(partial: Path, like: os.stat_result | None) -> Generator[None]:
+    """Make an empty file, for the user of another one; on leaving, remove it if it is still there.
 
     It stays locked as long as this process is at it, so that the next one knows what was left by one that was killed.
     """
-    partial = path.with_name(path.name + end)
     _clear(partial)
     try:
         fd = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -117,9 +136,10 @@ def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Pat
                 with suppress(PermissionError):  # if the file is only shared with our group, the new one is ours
                     os.fchown(fd, like.st_uid, like.st_gid)
                     os.fchmod(fd, stat.S_IMODE(like.st_mode))
-            yield partial
+            yield
         finally:
-            _remove(partial)
+            if _has_name(fd, partial):  # else it was renamed, and the next one may have begun
+                _remove(partial)
     finally:
         os.close(fd)
 
@@ -127,17 +147,18 @@ def _partial(path: Path, end: str, like: os.stat_result | None) -> Generator[Pat
 def _taken(partial: Path) -> ConfigurationError:
     return ConfigurationError(
         f"{partial} is there already: another process is at it, or it is not what a backup or a restore that was "
-        "killed has left. Wait for that process, or give this file another name"
+        "killed has left, or another user's. Wait for that process, or give this file another name"
     )
 
 
 def _clear(partial: Path) -> None:
     """Remove what a process that was killed has left of a file that it was copying to; nothing else."""
     with suppress(OSError):  # whatever else is there stays, and is in the way
-        if partial.is_file():
+        if partial.is_file() and not partial.is_symlink():
             fd = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
             try:
-                if _locked(fd, partial) and os.pread(fd, len(_MAGIC), 0) in (b"", _MAGIC):
+                head = os.pread(fd, len(_MAGIC), 0).rstrip(b"\0")  # SQLite writes the first page last
+                if _locked(fd, partial) and head in (b"", _MAGIC):
                     _remove(partial)
             finally:
                 os.close(fd)
@@ -145,10 +166,16 @@ def _clear(partial: Path) -> None:
 
 def _locked(fd: int, partial: Path) -> bool:
     """Lock a file, and return whether that was possible and the file still has its name."""
-    with suppress(BlockingIOError, FileNotFoundError):
+    with suppress(BlockingIOError):
         if sys.platform != "win32":  # there nothing tells
             flock(fd, LOCK_EX | LOCK_NB)
-        return os.path.samestat(os.fstat(fd), partial.stat())
+        return _has_name(fd, partial)
+    return False
+
+
+def _has_name(fd: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), path.stat())
     return False
 
 
