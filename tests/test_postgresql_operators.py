@@ -243,6 +243,30 @@ async def test_a_running_process_is_told_that_its_schema_is_gone(url) -> None:
                 await tx.execute("SELECT FROM filao_outbox")
 
 
+async def test_operators_calls_go_on_in_a_schema_that_was_made_anew(url) -> None:
+    """They are prepared by then, and what they are prepared for must not be a type that went with the schema."""
+    async with filao.connect(url) as broker:
+
+        async def bury_and_work() -> None:
+            await broker.declare(filao.Queue("claims"))
+            await broker.send_many("claims", range(4))
+            for message in await broker.receive_many("claims", 3):
+                await message.reject("no")
+            ids = [letter.id for letter in await broker.dead_letters("claims")]
+            assert await broker.redrive("claims", ids=ids[:1]) == 1
+            assert await broker.discard("claims", ids=ids[1:2]) == 1
+            assert await broker.purge("claims", state="dead") == 1
+            assert await broker.purge("claims") == 2
+
+        for _ in range(6):  # the driver prepares what it runs for the sixth time
+            await bury_and_work()
+        with psycopg.connect(url, autocommit=True) as operator:
+            operator.execute("DROP SCHEMA filao CASCADE")
+        async with filao.connect(url):
+            pass
+        await bury_and_work()
+
+
 async def test_the_doctor_tells_which_sequences_a_logical_replica_lacks(url) -> None:
     async with filao.connect(url) as broker:
         await broker.declare(filao.Queue("claims", max_attempts=1))

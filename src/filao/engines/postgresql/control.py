@@ -136,14 +136,15 @@ class PostgresqlOperators:
         """Delete messages in these states."""
         number, purges, among = await self.number(queue), ids is None, list(map(str, states))
         marked = await self._marked(number, states, ids, None)
-        sql = "SELECT filao.remove(%s, %s, %s::filao.state[], %s, %s::bigint[])"
+        sql = "SELECT filao.remove(%s, %s, %s::text[]::filao.state[], %s, %s::bigint[])"
         return await self._in_slices(number, marked, lambda some: (sql, number, MOMENT, among, purges, some))
 
     async def _marked(
         self, number: int, states: Sequence[State], ids: Sequence[str] | None, limit: int | None
     ) -> "array[int]":
         """Return the numbers of the messages that a command is about: fixed when it begins, or it might never end."""
-        sql = "SELECT filao.mark(%s, %s::filao.state[], %s::text[], %s)"
+        # No parameter is of a type of ours: what is prepared for one fails for ever once that type was made anew.
+        sql = "SELECT filao.mark(%s, %s::text[]::filao.state[], %s::text[], %s)"
         (found,) = await self._main.row(sql, number, list(map(str, states)), None if ids is None else list(ids), limit)
         marked = array("q", found)
         if sys.byteorder == "little":

@@ -33,7 +33,7 @@ _REMEMBER = """
     INSERT INTO filao.dedup (queue, kind, key, message, until) VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
 """
 _REMOVE = """
-    SELECT filao.remove(%s, %s, %s::filao.state[], false, ARRAY(
+    SELECT filao.remove(%s, %s, %s::text[]::filao.state[], false, ARRAY(
       SELECT filao.number_of(%s, name) FROM unnest(%s::text[]) AS name
     ))
 """
