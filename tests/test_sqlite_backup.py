@@ -316,6 +316,15 @@ async def test_a_backup_overwrites_nothing(db, copy) -> None:
     assert (ran.returncode, copy.is_symlink()) == (3, True)
 
 
+@pytest.mark.parametrize("end", ["-wal", "-shm", "-journal"])
+async def test_a_backup_has_no_name_that_sqlite_takes_for_a_part_of_another_file(db, end) -> None:
+    await filled(db, "kept")
+    copy = db.with_name(db.name + end)
+    refused = command("backup", db, copy)
+    assert (refused.returncode, copy.exists()) == (3, False)
+    assert f"a part of {db}: give another name" in refused.stderr
+
+
 async def test_a_backup_brings_back_leases_and_dead_letters(db, copy) -> None:
     async with filao.connect(db) as broker:
         await broker.declare(CLAIMS)

@@ -139,6 +139,12 @@ async def test_a_file_that_this_user_may_not_write_is_refused(tmp_path) -> None:
         os.seteuid(0)
 
 
+def test_a_file_that_cannot_be_read_is_not_said_to_be_unwritable(tmp_path) -> None:
+    missing = tmp_path / "claims.backup"
+    with pytest.raises(filao.EngineError, match=r"claims\.backup cannot be opened"), files.mapped(missing):
+        sqlite3.connect(f"{missing.as_uri()}?mode=ro", uri=True)
+
+
 async def test_a_file_of_a_newer_version_is_not_touched(tmp_path) -> None:
     path = tmp_path / "claims.db"
     async with filao.connect(path):

@@ -24,6 +24,7 @@ if sys.platform != "win32":
     from fcntl import LOCK_EX, LOCK_NB, flock
 
 _PARTS = ("", "-wal", "-shm")
+_BESIDE = ("-wal", "-shm", "-journal")
 _AT_ONCE = 1_000  # pages that are copied at once: some 10 ms, for which Ctrl-C waits
 PARTIAL, RESTORING = ".filao-partial", ".filao-restoring"
 """What a file is called beside its copy until it is whole: names of ours alone, as what was left of one is removed."""
@@ -90,6 +91,9 @@ def _check_is_free(copy: Path) -> None:
         raise ConfigurationError(
             f"{copy} exists, and a backup overwrites nothing: give another name, or remove it first"
         )
+    for part in _BESIDE:
+        if copy.name.endswith(part) and (whole := copy.with_name(copy.name.removesuffix(part))).exists():
+            raise ConfigurationError(f"SQLite takes what is called {copy} for a part of {whole}: give another name")
 
 
 def _check_is_other(source: Path, partial: Path) -> None:
@@ -180,7 +184,7 @@ def _has_name(fd: int, path: Path) -> bool:
 
 
 def _remove(partial: Path) -> None:
-    for part in (*_PARTS, "-journal"):
+    for part in ("", *_BESIDE):
         _beside(partial, part).unlink(missing_ok=True)
 
 

@@ -473,7 +473,9 @@ def engine_error(path: Path, error: Exception) -> EngineError:
                 f"{path} could be written, but this connection refuses to ({said}): PRAGMA query_only is on there, or "
                 f"it was opened to read only. Nothing was done; use one that may write."
             )
-        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+        case sqlite3.SQLITE_CANTOPEN:
+            return EngineError(f"{path} cannot be opened ({said}). Check the file's and its folder's permissions.")
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
             return EngineError(f"{path} cannot be written ({said}). Check the file's and its folder's permissions.")
         case _:
             return EngineError(f"{path}: {said}")
