@@ -1,7 +1,7 @@
 """PostgreSQL: what is done to Filao's tables, and beside them, by those whose database it is."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -12,6 +12,7 @@ import sqlalchemy
 from sqlalchemy.orm import Session
 
 import filao
+from filao import overview
 from tests.conftest import engine_of
 from tests.support.servers import Postgres
 
@@ -157,6 +158,127 @@ async def test_what_a_trigger_skips_is_not_confirmed(url) -> None:
                 await deed()
                 assert await doctors_errors(broker) == []
         await extended.ack()
+
+
+async def held(broker: filao.Broker, queue: filao.Queue, **terms: Any) -> filao.Message:
+    """Return a message of two that are sent with these terms; the second has no keys."""
+    await broker.send_to_queue(queue, 1, **terms)
+    await broker.send_to_queue(queue, 2, group=terms.get("group"))
+    message = await broker.receive_from_queue(queue)
+    assert message is not None
+    return message
+
+
+async def one_that_failed(broker: filao.Broker, queue: filao.Queue) -> filao.Message:
+    await (await held(broker, queue)).nack(reason="no")
+    message = await broker.receive_from_queue(queue)
+    assert message is not None
+    return message
+
+
+async def one_that_died(broker: filao.Broker, queue: filao.Queue) -> filao.Message:
+    message = await held(broker, queue, dedup_key="policy-12")
+    await message.reject("no")
+    return message
+
+
+class Rows:
+    """What an operator sees of Filao's tables, but for numbers, times and names that differ each time."""
+
+    seen = (
+        "SELECT state::text, grp, attempts, failures, content FROM filao.message",
+        "SELECT outcome, error FROM filao.failure",
+        "SELECT what, detail FROM filao.event",
+        "SELECT kind, key, until IS NULL FROM filao.dedup",
+        "SELECT grp FROM filao.halted",
+        "SELECT grp FROM filao.unarranged",
+        "SELECT name, sum(value)::bigint FROM filao.counter GROUP BY queue, name HAVING sum(value) <> 0",
+        "SELECT name, paused, rules FROM filao.queue",
+        "SELECT what, done FROM filao.audit",
+    )
+
+    def __init__(self, url: str) -> None:
+        with psycopg.connect(url) as operator:
+            self.there = [sorted(map(repr, operator.execute(sql.encode()).fetchall())) for sql in self.seen]
+
+
+PLAIN = filao.Queue("plain", max_attempts=2, backoff=filao.Backoff(first=0))
+TRACED = filao.Queue("traced", max_attempts=1, history=True)
+HALTING = filao.Queue("halting", max_attempts=1, group_dead="halt")
+NO_MORE = filao.Queue("halting", max_attempts=1)
+Given = Callable[[filao.Broker], Awaitable[Any]]
+Deed = Callable[[filao.Broker, Any], Awaitable[object]]
+
+
+async def nothing(_broker: filao.Broker) -> None:
+    pass
+
+
+SKIPPED: dict[str, tuple[str, str, Given, Deed]] = {
+    "a send's counters": ("INSERT", "counter", nothing, lambda broker, _: broker.send_to_queue(PLAIN, 1)),
+    "a send's event": ("INSERT", "event", nothing, lambda broker, _: broker.send_to_queue(TRACED, 1)),
+    "who is let through": ("UPDATE", "message", nothing, lambda broker, _: broker.send_to_queue(PLAIN, 1, group="g")),
+    "who comes next": ("UPDATE", "message", lambda broker: held(broker, PLAIN, group="g"), lambda _, it: it.ack()),
+    "an ack's counters": ("INSERT", "counter", lambda broker: held(broker, PLAIN), lambda _, it: it.ack()),
+    "an ack's event": ("INSERT", "event", lambda broker: held(broker, TRACED), lambda _, it: it.ack()),
+    "an ack's failures": ("DELETE", "failure", lambda broker: one_that_failed(broker, PLAIN), lambda _, it: it.ack()),
+    "a window": ("UPDATE", "dedup", lambda broker: held(broker, PLAIN, message_id="m"), lambda _, it: it.ack()),
+    "a failure": ("INSERT", "failure", lambda broker: held(broker, PLAIN), lambda _, it: it.nack(reason="no")),
+    "a halt": ("INSERT", "halted", lambda broker: held(broker, HALTING, group="g"), lambda _, it: it.reject("no")),
+    "a key that comes back": (
+        *("INSERT", "dedup", lambda broker: one_that_died(broker, PLAIN)),
+        lambda broker, _: broker.redrive(PLAIN),
+    ),
+    "a key that is forgotten": (
+        *("DELETE", "dedup", lambda broker: broker.send_to_queue(PLAIN, 1, dedup_key="policy-12")),
+        lambda broker, _: broker.purge(PLAIN),
+    ),
+    "a pause": ("UPDATE", "queue", nothing, lambda broker, _: broker.pause(PLAIN)),
+    "a resumption": ("UPDATE", "queue", lambda broker: broker.pause(PLAIN), lambda broker, _: broker.resume(PLAIN)),
+    "a group's pause": ("INSERT", "halted", nothing, lambda broker, _: broker.pause(HALTING, group="g")),
+    "a group's resumption": (
+        *("DELETE", "halted", lambda broker: broker.pause(HALTING, group="g")),
+        lambda broker, _: broker.resume(HALTING, group="g"),
+    ),
+    "groups that other rules let go on": (
+        *("DELETE", "halted", lambda broker: broker.pause(HALTING, group="g")),
+        lambda broker, _: broker.declare(NO_MORE),
+    ),
+    "groups to be arranged": (
+        *("INSERT", "unarranged", lambda broker: held(broker, HALTING, group="g")),
+        lambda broker, _: broker.declare(NO_MORE),
+    ),
+    "a queue's deletion": ("DELETE", "queue", nothing, lambda broker, _: broker.delete_queue(PLAIN)),
+    "an entry of the log": (
+        *("INSERT", "audit", nothing),
+        lambda broker, _: engine_of(broker).overview.log.begin(overview.Deed("ana", "purge", "plain")),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SKIPPED)
+async def test_what_a_trigger_skips_in_any_table_is_not_confirmed(url, what) -> None:
+    verb, table, given, deed = SKIPPED[what]
+    async with filao.connect(url) as broker:
+        await broker.declare(PLAIN, TRACED, HALTING)
+        held = await given(broker)
+        before = Rows(url).there
+        with skipping(url, verb, table=table), pytest.raises(filao.EngineError, match=r"skips rows .* `filao doctor`"):
+            await deed(broker, held)
+        assert Rows(url).there == before
+        await deed(broker, held)
+        assert Rows(url).there != before
+        assert await doctors_errors(broker) == []
+
+
+@pytest.mark.parametrize("table", ["process", "waiting"])
+async def test_who_cannot_be_entered_among_those_that_receive_is_told(url, table) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        with skipping(url, "INSERT", table=table), pytest.raises(filao.EngineError, match=rf"skips rows .*{table}"):
+            await broker.receive_from_queue("claims", wait=10)
+        await broker.send_to_queue("claims", 1)
+        assert await broker.receive_from_queue("claims", wait=10) is not None
 
 
 async def test_one_message_that_a_trigger_skips_takes_no_other_call_along(url) -> None:

@@ -169,7 +169,10 @@ class PostgresqlOperators:
         """Stop or resume deliveries."""
         async with self._server.one_call():
             number = await self.number(queue)
-            await self._main.row("UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id", paused, number)
+            sql = "UPDATE filao.queue SET paused = %s WHERE id = %s RETURNING id"
+            (done,) = await self._main.row(sql, paused, number)
+            if done is None and await self.number(queue) == number:  # which raises where it was deleted meanwhile
+                raise self._server.skipped("filao.queue")
             await self._wake(number, 0 if paused else SLICE)
 
     async def pause_group(self, queue: str, group: str, *, paused: bool) -> None:

@@ -29,7 +29,7 @@ from filao.engines.postgresql.transactions import PostgresqlTransactions, Transa
 from filao.engines.postgresql.watch import Watch
 from filao.engines.rows import lease_lost
 from filao.engines.waiters import Lines, Place
-from filao.errors import EngineUnavailable, FilaoError
+from filao.errors import EngineError, EngineUnavailable, FilaoError
 from filao.guarded import for_ever
 from filao.queue import Queue, not_found, rules_to_json
 
@@ -314,11 +314,12 @@ class PostgresqlEngine:
         number = await self._main.value(
             "SELECT filao.declare(%s, %s::jsonb, %s)", queue.name, rules_to_json(queue), MOMENT
         )
-        while await self._main.value(
-            "SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", number, self._main.moment()
-        ):
-            pass  # in transactions of a bounded size; the next receive arranges what others hold
         self._numbers[queue.name], self._rules[queue.name] = number, queue
+        with suppress(EngineError):  # it is declared, and the next receive arranges what is left, or what others hold
+            while await self._main.value(
+                "SELECT filao.arrange_noted(%s, coalesce(%s, filao.clock()))", number, self._main.moment()
+            ):
+                pass  # in transactions of a bounded size
 
     async def find(self, queue: str) -> Queue:
         """Return a queue with its rules, from its row."""

@@ -85,7 +85,8 @@ class Listener:
                 (self.name, has_session),
             )
             row = await found.fetchone()
-            assert row is not None
+            if row is None:
+                raise self._server.skipped("filao.process")
             process: int = row[0]
             if has_session:
                 await connection.execute(_BE_SEEN, (ALIVE, process))

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from filao.engine import Draft
 from filao.engines import rows as carried
@@ -37,10 +38,11 @@ _REMOVE = """
       SELECT filao.number_of(%s, name) FROM unnest(%s::text[]) AS name
     ))
 """
-_FORGET_IDS = """
-    DELETE FROM filao.dedup d WHERE d.queue = %s AND d.kind = 'm' AND d.key = ANY (%s) AND d.message = d.key
+_IDS = """
+    FROM filao.dedup d WHERE d.queue = %s AND d.kind = 'm' AND d.key = ANY (%s) AND d.message = d.key
     AND NOT EXISTS (SELECT FROM filao.message m WHERE m.queue = d.queue AND m.message_id = d.key)
 """
+"""The ids of messages that are gone."""
 _HAVE_COME = """
     SELECT given.name
     FROM (SELECT name, filao.number_of(%s, name) AS number FROM unnest(%s::text[]) AS name OFFSET 0) AS given
@@ -51,10 +53,17 @@ _HAVE_COME = """
            AND coalesce(d.until > coalesce(%s, filao.clock()), true)
        )
 """
-_FORGET_KEYS = """
-    DELETE FROM filao.dedup d USING unnest(%s::text[], %s::text[]) AS given (name, key)
-    WHERE d.queue = %s AND d.kind = 'k' AND d.key = given.key AND d.message = given.name
+_KEYS_OF = """
+    FROM filao.dedup d WHERE d.queue = %s AND d.kind = 'k' AND (d.message, d.key) IN (
+      SELECT * FROM unnest(%s::text[], %s::text[])
+    )
 """
+"""The keys of these messages."""
+_UNKNOWN = """
+    FROM unnest(%s::"char"[], %s::text[]) AS given (kind, key)
+    WHERE NOT EXISTS (SELECT FROM filao.dedup d WHERE d.queue = %s AND d.kind = given.kind AND d.key = given.key)
+"""
+"""Those of these keys that are not known."""
 
 
 class PostgresqlMover:
@@ -141,7 +150,7 @@ async def pack(connection: Connection, queue: int, moment: int | None, after: in
 async def remove(connection: Connection, queue: int, moment: int | None, names: Sequence[str]) -> None:
     """Delete messages that are stored elsewhere, and forget their ids: those that come back are no duplicates."""
     await connection.execute(_REMOVE, (queue, moment, list(carried.LEAVING), queue, list(names)))
-    await connection.execute(_FORGET_IDS, (queue, list(names)))
+    await _forget(connection, _IDS, (queue, list(names)))
 
 
 async def coming(connection: Connection, queue: int, moment: int | None, parcels: Sequence[Parcel]) -> list[Parcel]:
@@ -154,7 +163,7 @@ async def coming(connection: Connection, queue: int, moment: int | None, parcels
     have_come = {name for (name,) in await found.fetchall()}
     left = [parcel for parcel in parcels if parcel.id not in have_come]
     keys = [parcel.draft.dedup_key for parcel in left]
-    await connection.execute(_FORGET_KEYS, ([parcel.id for parcel in left], keys, queue))
+    await _forget(connection, _KEYS_OF, (queue, [parcel.id for parcel in left], keys))
     return left
 
 
@@ -183,6 +192,8 @@ async def amend(connection: Connection, queue: int, moment: int | None, parcels:
     if failures:
         async with connection.cursor() as cursor:
             await cursor.executemany(_FAILURE, failures)
+            if cursor.rowcount < len(failures):
+                await connection.execute("SELECT filao.skipped('filao.failure')")
 
 
 async def memory(connection: Connection, queue: int, moment: int | None) -> Memory:
@@ -203,13 +214,20 @@ async def remember(connection: Connection, queue: int, moment: int | None, memor
                 _REMEMBER,
                 [(queue, "m" if key.is_id else "k", key.key, key.message, key.until) for key in memory.keys],
             )
+        kinds, keys = ["m" if key.is_id else "k" for key in memory.keys], [key.key for key in memory.keys]
+        await _check_none(connection, _UNKNOWN, (kinds, keys, queue))
     for group in memory.halted:
-        await connection.execute(
-            "INSERT INTO filao.halted (queue, grp) VALUES (%s, %s) ON CONFLICT DO NOTHING", (queue, group)
-        )
-        await connection.execute(
-            "SELECT filao.arrange(%s, %s, coalesce(%s, filao.clock()), false)", (queue, group, moment)
-        )
+        await connection.execute("SELECT filao.halt_group(%s, %s, %s)", (queue, moment, group))
+
+
+async def _forget(connection: Connection, keys: str, given: Sequence[Any]) -> None:
+    await connection.execute(f"DELETE {keys}".encode(), given)
+    await _check_none(connection, keys, given)
+
+
+async def _check_none(connection: Connection, keys: str, given: Sequence[Any]) -> None:
+    """Fail if there are such keys: what is not Filao's has skipped them."""
+    await connection.execute(f"SELECT filao.skipped('filao.dedup') {keys} LIMIT 1".encode(), given)
 
 
 def _letter(kind: str | bytes) -> str:

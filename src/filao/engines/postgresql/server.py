@@ -79,6 +79,10 @@ _UNDONE: tuple[tuple[type[psycopg.Error] | UnionType, str], ...] = (
 """Errors after which the server has undone everything, and what to do."""
 _SKIPPED = "FL002"
 """The SQLSTATE of a call whose rows something else skipped: see `filao.skipped`."""
+_SKIPPED_BY = (
+    "what is not Filao's skips rows of its tables, such as a trigger, a rule or row security. Nothing was done; `filao "
+    "doctor` names it: drop it, and try again."
+)
 _SKIPPED_AT = ("ExecWithCheckOptions", "RewriteQuery")
 """Where the server itself refuses what row security, or a rule, would skip."""
 _CLEAN = (
@@ -414,6 +418,10 @@ class Server:
             return EngineUnavailable(f"{self.name} {what}: {said}. {_doubt(begun=begun)}")
         return EngineError(f"{self.name}: {said}. Nothing was done.")
 
+    def skipped(self, table: str) -> EngineError:
+        """Return the error of a statement that wrote no row where it had to: see `filao.skipped`."""
+        return EngineError(f"{self.name}: {_SKIPPED_BY} It was in {table}.")
+
     def _writes_by_default(self, connection: Connection) -> bool:
         """Return whether a transaction on a connection can write unless it was told otherwise.
 
@@ -447,10 +455,7 @@ def _said_by(error: psycopg.Error) -> str:
 def _wrong_with_tables(error: psycopg.Error, said: str) -> str | None:
     """Return what somebody has done to Filao's tables, and what to do about it; None: nothing that is known."""
     if error.sqlstate == _SKIPPED or error.diag.source_function in _SKIPPED_AT:
-        return (
-            "what is not Filao's skips rows of its tables, such as a trigger, a rule or row security. Nothing was "
-            "done; `filao doctor` names it: drop it, and try again."
-        )
+        return _SKIPPED_BY
     if isinstance(error, errors.UniqueViolation) and error.diag.schema_name == "filao":
         return (
             "a number that a sequence gave is in use, as in a logical replica, to which sequences do not come. Nothing "

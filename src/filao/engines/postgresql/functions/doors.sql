@@ -21,8 +21,8 @@ BEGIN
     IF f.proname IN (
       'ages', 'amend', 'arrange', 'arrange_noted', 'begin_deed', 'call', 'clock', 'declare', 'delete', 'even_clock',
       'expire_all', 'extend', 'halt_group', 'lock_groups', 'make_all_due', 'mark', 'name_of', 'note_jump', 'number_of',
-      'of_group', 'receive', 'record_deed', 'redrive', 'remove', 'resume_group', 'send', 'settle', 'split',
-      'strike_off', 'tidy', 'watch', 'why_held'
+      'of_group', 'receive', 'record_deed', 'redrive', 'remove', 'resume_group', 'send', 'settle', 'skipped',
+      'split', 'strike_off', 'tidy', 'watch', 'why_held'
     ) THEN
       EXECUTE format('ALTER FUNCTION %s SECURITY DEFINER SET search_path = pg_catalog, pg_temp', f.name);
     END IF;

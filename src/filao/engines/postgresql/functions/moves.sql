@@ -100,6 +100,8 @@ $$;
 
 -- Add to the counters of a queue; what is named twice is added up.
 CREATE OR REPLACE FUNCTION filao.count(q integer, names text[], amounts bigint[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  counted bigint;
 BEGIN
   INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
   SELECT q, pg_backend_pid(), floor(extract(epoch FROM clock_timestamp()) / 2.048)::bigint, given.name,
@@ -107,6 +109,14 @@ BEGIN
   FROM unnest(names, amounts) AS given (name, amount)
   GROUP BY given.name HAVING sum(given.amount) <> 0
   ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value;
+  GET DIAGNOSTICS counted = ROW_COUNT;
+  IF counted < cardinality(names) AND counted < (  -- mostly there is one for each name
+    SELECT count(*) FROM (
+      SELECT FROM unnest(names, amounts) AS given (name, amount) GROUP BY given.name HAVING sum(given.amount) <> 0
+    ) AS sums
+  ) THEN
+    PERFORM filao.skipped('filao.counter');
+  END IF;
 END
 $$;
 
@@ -191,7 +201,8 @@ BEGIN
 END
 $$;
 
--- Move messages from one state to another, as far as they are in it; return how many were.
+-- Move messages from one state to another, as far as they are in it; return how many were. Who has the group's lock may
+-- meet some that are being removed.
 CREATE OR REPLACE FUNCTION filao.set_states(ids bigint[], was filao.state, becomes filao.state) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -200,6 +211,9 @@ BEGIN
   IF cardinality(ids) > 0 THEN
     UPDATE filao.message SET state = becomes, moved_in = pg_current_xact_id() WHERE id = ANY (ids) AND state = was;
     GET DIAGNOSTICS moved = ROW_COUNT;
+    IF moved < cardinality(ids) AND EXISTS (SELECT FROM filao.message WHERE id = ANY (ids) AND state = was) THEN
+      PERFORM filao.skipped('filao.message');
+    END IF;
   END IF;
   RETURN moved;
 END
@@ -213,6 +227,9 @@ BEGIN
   FROM (SELECT DISTINCT filao.group_key(q, g) AS lock FROM unnest(groups) AS g ORDER BY 1) AS wanted;
   IF born IS NOT NULL AND EXISTS (SELECT FROM filao.floor f WHERE f.queue = q) THEN
     DELETE FROM filao.floor f WHERE f.queue = q AND f.grp = ANY (groups) AND f.lowest > born;
+    IF EXISTS (SELECT FROM filao.floor f WHERE f.queue = q AND f.grp = ANY (groups) AND f.lowest > born) THEN
+      PERFORM filao.skipped('filao.floor');
+    END IF;
   END IF;
 END
 $$;
@@ -347,12 +364,17 @@ DECLARE
   notes  tid[];
   groups text[];
   lowest bigint;
+  gone   bigint;
 BEGIN
   SELECT * INTO notes, groups, lowest FROM filao.pick_noted(q, since, most);
   IF notes IS NULL THEN
     RETURN 0;
   END IF;
   DELETE FROM filao.unarranged WHERE ctid = ANY (notes);
+  GET DIAGNOSTICS gone = ROW_COUNT;
+  IF gone < cardinality(notes) THEN
+    PERFORM filao.skipped('filao.unarranged');
+  END IF;
   PERFORM filao.arrange_all(q, groups, now, false, lowest);
   RETURN cardinality(notes);
 END
@@ -385,18 +407,38 @@ $$;
 
 -- Know the key of a message that comes back, if no other message has it by now.
 CREATE OR REPLACE FUNCTION filao.remember_again(q integer, wanted text, name text, now bigint) RETURNS void
-LANGUAGE sql AS $$
+LANGUAGE plpgsql AS $$
+BEGIN
   INSERT INTO filao.dedup AS d (queue, kind, key, message) VALUES (q, 'k', wanted, name)
   ON CONFLICT (queue, kind, key) DO UPDATE SET message = excluded.message, until = NULL
-  WHERE d.until <= now OR d.message = excluded.message
+  WHERE d.until <= now OR d.message = excluded.message;
+  IF NOT FOUND AND NOT EXISTS (  -- a row that is another's is locked by now
+    SELECT FROM filao.dedup d
+    WHERE d.queue = q AND d.kind = 'k' AND d.key = wanted AND d.message <> name AND coalesce(d.until > now, true)
+  ) THEN
+    PERFORM filao.skipped('filao.dedup');
+  END IF;
+END
 $$;
 
 -- Forget the keys of a message at once.
 CREATE OR REPLACE FUNCTION filao.forget_keys(q integer, dedup_key text, message_id text, name text) RETURNS void
-LANGUAGE sql AS $$
+LANGUAGE plpgsql AS $$
+DECLARE
+  gone bigint;
+BEGIN
   DELETE FROM filao.dedup d
   WHERE d.queue = q AND d.message = name
-    AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id))
+    AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id));
+  GET DIAGNOSTICS gone = ROW_COUNT;
+  IF gone < num_nonnulls(dedup_key, message_id) AND EXISTS (  -- else another message has the key, or nobody
+    SELECT FROM filao.dedup d
+    WHERE d.queue = q AND d.message = name
+      AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id))
+  ) THEN
+    PERFORM filao.skipped('filao.dedup');
+  END IF;
+END
 $$;
 
 -- Know the keys of a new message, or return the id of the one that came first. A send of the same at the same time
@@ -431,11 +473,23 @@ $$;
 
 -- Let the keys of a message that has ended be forgotten after the queue's window.
 CREATE OR REPLACE FUNCTION filao.start_window(q integer, dedup_key text, message_id text, name text, now bigint)
-RETURNS void LANGUAGE sql AS $$
-  UPDATE filao.dedup d
-  SET until = now + (SELECT dedup_window FROM filao.queue WHERE id = q)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  ends   bigint := now + (SELECT dedup_window FROM filao.queue WHERE id = q);
+  ending bigint;
+BEGIN
+  UPDATE filao.dedup d SET until = ends
   WHERE d.queue = q AND d.message = name
-    AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id))
+    AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id));
+  GET DIAGNOSTICS ending = ROW_COUNT;
+  IF ending < num_nonnulls(dedup_key, message_id) AND EXISTS (  -- else another message has the key, or nobody
+    SELECT FROM filao.dedup d
+    WHERE d.queue = q AND d.message = name AND d.until IS DISTINCT FROM ends
+      AND ((d.kind = 'k' AND d.key = dedup_key) OR (d.kind = 'm' AND d.key = message_id))
+  ) THEN
+    PERFORM filao.skipped('filao.dedup');
+  END IF;
+END
 $$;
 
 -- --- moves -----------------------------------------------------------------------------------------------------------
@@ -472,6 +526,7 @@ CREATE OR REPLACE FUNCTION filao.note(
 ) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
   rules filao.queue;
+  noted bigint;
 BEGIN
   SELECT * INTO rules FROM filao.queue WHERE id = q;
   IF rules.kept_for IS NULL THEN
@@ -482,6 +537,10 @@ BEGIN
          coalesce(whos[array_position(ids, m.id)], note.who, ''), coalesce(details[array_position(ids, m.id)], '')
   FROM filao.message m WHERE m.id = ANY (ids)
   ORDER BY array_position(ids, m.id);
+  GET DIAGNOSTICS noted = ROW_COUNT;
+  IF noted < cardinality(ids) THEN
+    PERFORM filao.skipped('filao.event');
+  END IF;
 END
 $$;
 
@@ -491,7 +550,8 @@ CREATE OR REPLACE FUNCTION filao.record(
   q integer, ids bigint[], outcome text, errors text[], consumers text[], now bigint
 ) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-  full_up bigint;
+  recorded bigint;
+  full_up  bigint;
 BEGIN
   INSERT INTO filao.failure (message, attempt, at, outcome, error, consumer)
   SELECT m.id, m.attempts, now, outcome, coalesce(given.error, ''), coalesce(given.consumer, '')
@@ -499,6 +559,10 @@ BEGIN
     SELECT t.id, t.attempts FROM filao.message t WHERE t.id = given.id
   ) AS m
   ORDER BY given.n;
+  GET DIAGNOSTICS recorded = ROW_COUNT;
+  IF recorded < cardinality(ids) THEN
+    PERFORM filao.skipped('filao.failure');
+  END IF;
   PERFORM filao.note(q, ids, outcome, NULL, errors, now, consumers);
   FOR full_up IN SELECT m.id FROM filao.message m WHERE m.id = ANY (ids) AND m.failures >= 20 LOOP
     DELETE FROM filao.failure
@@ -534,6 +598,21 @@ BEGIN
 END
 $$;
 
+-- Let groups wait for an operator.
+CREATE OR REPLACE FUNCTION filao.halt(q integer, groups text[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  most CONSTANT integer := 3;  -- tries: somebody may let one that was halted go on meanwhile
+BEGIN
+  FOR i IN 1 .. most LOOP
+    INSERT INTO filao.halted (queue, grp) SELECT q, g FROM unnest(groups) AS g ON CONFLICT DO NOTHING;
+    IF (SELECT count(*) FROM filao.halted h WHERE h.queue = q AND h.grp = ANY (groups)) = cardinality(groups) THEN
+      RETURN;
+    END IF;
+  END LOOP;
+  PERFORM filao.skipped('filao.halted');
+END
+$$;
+
 -- Make messages dead letters, whose last attempt has been recorded.
 CREATE OR REPLACE FUNCTION filao.die(q integer, ids bigint[], why text, now bigint, later boolean) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -560,7 +639,7 @@ BEGIN
     PERFORM filao.start_window(q, m.dedup_key, NULL, m.name, now);
   END LOOP;
   IF cardinality(groups) > 0 AND (SELECT halts_dead FROM filao.queue WHERE id = q) THEN
-    INSERT INTO filao.halted (queue, grp) SELECT q, g FROM unnest(groups) AS g ON CONFLICT DO NOTHING;
+    PERFORM filao.halt(q, groups);
   END IF;
   PERFORM filao.arrange_all(q, groups, now, later);
 END
@@ -571,6 +650,7 @@ CREATE OR REPLACE FUNCTION filao.discard(q integer, ids bigint[], counter text, 
 LANGUAGE plpgsql AS $$
 DECLARE
   was    record;
+  failed bigint[] := ARRAY(SELECT t.id FROM filao.message t WHERE t.id = ANY (ids) AND t.failures > 0);
   gone   bigint;
   groups text[] := filao.groups_of(ids);
   m      record;
@@ -585,8 +665,12 @@ BEGIN
   LOOP
     PERFORM filao.start_window(q, m.dedup_key, m.message_id, m.name, now);
   END LOOP;
-  DELETE FROM filao.failure
-  WHERE message = ANY (ARRAY(SELECT t.id FROM filao.message t WHERE t.id = ANY (ids) AND t.failures > 0));
+  IF cardinality(failed) > 0 THEN
+    DELETE FROM filao.failure WHERE message = ANY (failed);
+    IF EXISTS (SELECT FROM filao.failure WHERE message = ANY (failed)) THEN
+      PERFORM filao.skipped('filao.failure');
+    END IF;
+  END IF;
   DELETE FROM filao.message WHERE id = ANY (ids);
   GET DIAGNOSTICS gone = ROW_COUNT;
   IF gone < cardinality(ids) THEN

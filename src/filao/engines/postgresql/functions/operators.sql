@@ -167,6 +167,9 @@ BEGIN
     DELETE FROM filao.waiting WHERE queue = q;
     DELETE FROM filao.counter WHERE queue = q;
     DELETE FROM filao.queue WHERE id = q;
+    IF EXISTS (SELECT FROM filao.queue WHERE id = q) THEN
+      PERFORM filao.skipped('filao.queue');
+    END IF;
   END IF;
   RETURN held;
 END
@@ -176,8 +179,22 @@ $$;
 CREATE OR REPLACE FUNCTION filao.halt_group(q integer, moment bigint, g text) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 BEGIN
-  INSERT INTO filao.halted (queue, grp) VALUES (q, g) ON CONFLICT DO NOTHING;
+  PERFORM filao.halt(q, ARRAY[g]);
   PERFORM filao.arrange(q, g, filao.now(moment), false);
+END
+$$;
+
+-- Let halted groups go on: one, or with NULL all of a queue.
+CREATE OR REPLACE FUNCTION filao.unhalt(q integer, g text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  held tid[] := ARRAY(SELECT ctid FROM filao.halted WHERE queue = q AND grp = coalesce(g, grp) FOR UPDATE);
+  gone bigint;
+BEGIN
+  DELETE FROM filao.halted WHERE ctid = ANY (held);
+  GET DIAGNOSTICS gone = ROW_COUNT;
+  IF gone < cardinality(held) THEN
+    PERFORM filao.skipped('filao.halted');
+  END IF;
 END
 $$;
 
@@ -185,7 +202,7 @@ $$;
 CREATE OR REPLACE FUNCTION filao.resume_group(q integer, moment bigint, g text) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 BEGIN
-  DELETE FROM filao.halted WHERE queue = q AND grp = g;
+  PERFORM filao.unhalt(q, g);
   PERFORM filao.arrange(q, g, filao.now(moment), false);
 END
 $$;
@@ -210,10 +227,11 @@ BEGIN
   END IF;
   IF was.skips_failed <> becomes.skips_failed OR was.halts_dead <> becomes.halts_dead THEN
     IF NOT becomes.halts_dead THEN
-      DELETE FROM filao.halted WHERE queue = becomes.id;
+      PERFORM filao.unhalt(becomes.id, NULL);
     END IF;
-    INSERT INTO filao.unarranged (queue, grp)
-    SELECT DISTINCT queue, grp FROM filao.message WHERE queue = becomes.id AND grp IS NOT NULL;
+    PERFORM filao.arrange_all(becomes.id, ARRAY(
+      SELECT DISTINCT grp FROM filao.message WHERE queue = becomes.id AND grp IS NOT NULL
+    ), NULL, true);
   END IF;
   RETURN becomes.id;
 END
@@ -229,6 +247,9 @@ BEGIN
   INSERT INTO filao.audit (at, who, what, queue, about, wanted)
   VALUES (filao.now(moment), begin_deed.who, begin_deed.what, begin_deed.queue, begin_deed.about, begin_deed.wanted)
   RETURNING id INTO number;
+  IF NOT FOUND THEN
+    PERFORM filao.skipped('filao.audit');
+  END IF;
   DELETE FROM filao.audit WHERE id <= number - kept;
   RETURN number;
 END
@@ -236,10 +257,15 @@ $$;
 
 -- Write down how far it has come; with an outcome it has ended.
 CREATE OR REPLACE FUNCTION filao.record_deed(moment bigint, number bigint, how_many bigint, how text) RETURNS void
-LANGUAGE sql VOLATILE AS $$
+LANGUAGE plpgsql AS $$
+BEGIN
   UPDATE filao.audit
   SET done = how_many, outcome = how, ended_at = CASE WHEN how <> '' THEN filao.now(moment) END
-  WHERE id = number
+  WHERE id = number;
+  IF NOT FOUND AND EXISTS (SELECT FROM filao.audit WHERE id = number) THEN  -- else it was too old to be kept
+    PERFORM filao.skipped('filao.audit');
+  END IF;
+END
 $$;
 
 -- The messages of a group in one state, in the order of sending, from the one behind `after`: so many at most. The rows

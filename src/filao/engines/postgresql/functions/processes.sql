@@ -85,6 +85,7 @@ $$;
 CREATE OR REPLACE FUNCTION filao.fold(most integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
   folded integer;
+  lost   bigint;
 BEGIN
   WITH old AS MATERIALIZED ( -- a user's transaction may still be counting in one
     SELECT c.ctid AS spot FROM filao.counter c
@@ -97,8 +98,12 @@ BEGIN
     INSERT INTO filao.counter AS c (queue, backend, slot, name, value)
     SELECT gone.queue, 0, 0, gone.name, sum(gone.value) FROM gone GROUP BY 1, 4
     ON CONFLICT (queue, backend, slot, name) DO UPDATE SET value = c.value + excluded.value
+    RETURNING c.queue
   )
-  SELECT count(*) INTO folded FROM gone;
+  SELECT count(*), count(DISTINCT (queue, name)) - (SELECT count(*) FROM sums) INTO folded, lost FROM gone;
+  IF lost > 0 THEN
+    PERFORM filao.skipped('filao.counter');
+  END IF;
   RETURN folded;
 END
 $$;

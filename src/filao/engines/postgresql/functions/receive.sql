@@ -104,6 +104,10 @@ BEGIN
       WHERE m.queue = q AND m.state = 'leased' AND m.at = now + coalesce(receive.lease, rules.lease)
         AND m.token = receive.token
       ORDER BY m.id;
+      GET DIAGNOSTICS got = ROW_COUNT;
+      IF got < found THEN
+        PERFORM filao.skipped('filao.event');
+      END IF;
     END IF;
     IF found > 0 THEN
       seen.leased := least(seen.leased, now + coalesce(lease, rules.lease));
@@ -150,6 +154,9 @@ BEGIN
   END IF;
   place := nextval('filao.place');
   INSERT INTO filao.waiting (queue, since, process, wants) VALUES (q, place, p, wanted);
+  IF NOT FOUND THEN  -- or its callers would look again and again
+    PERFORM filao.skipped('filao.waiting');
+  END IF;
   PERFORM set_config(setting, place::text, false);
   RETURN true;
 END

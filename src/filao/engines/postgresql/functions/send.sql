@@ -124,6 +124,7 @@ CREATE OR REPLACE FUNCTION filao.store(
 DECLARE
   states bigint[];
   wanted bigint := cardinality(contents);
+  noted  bigint;
 BEGIN
   WITH stored AS (
     INSERT INTO filao.message (id, queue, state, kind, priority, at, sent_at, expires_at, grp, dedup_key, message_id,
@@ -155,6 +156,10 @@ BEGIN
     FROM generate_series(1, cardinality(contents)) AS n
     WHERE (chosen IS NULL OR ops[n] = ANY (chosen)) AND n <> ALL (twice)
     ORDER BY n;
+    GET DIAGNOSTICS noted = ROW_COUNT;
+    IF noted < states[1] THEN
+      PERFORM filao.skipped('filao.event');
+    END IF;
   END IF;
   IF groups IS NOT NULL THEN
     PERFORM filao.arrange_all(rules.id, ARRAY(
