@@ -280,6 +280,15 @@ async def test_a_server_that_never_welcomes_us_says_that_nothing_was_done(monkey
             await filao.connect(url).open()
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio", UVLOOP], ids=["asyncio", "uvloop"])
+async def test_a_server_that_hangs_up_at_once_counts_as_away() -> None:
+    """As a balancer does whose servers are away; under uvloop its end is often there before we listen."""
+    with closing(Proxy(1)) as balancer:
+        for _ in range(20):
+            with pytest.raises(filao.EngineUnavailable, match=r"is away: .*Nothing was done\."):
+                await filao.connect(f"amqp://u:geheim@127.0.0.1:{balancer.port}/").open()
+
+
 async def test_tls_where_there_is_none_is_named(url) -> None:
     with pytest.raises(filao.EngineUnavailable, match=r"no TLS.*Nothing was done.*5671"):
         await filao.connect(url.replace("amqp:", "amqps:")).open()

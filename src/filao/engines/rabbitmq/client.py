@@ -185,7 +185,10 @@ class _Underlay(UnderlayConnection):
         connection = _Wire(url, **options)
         connection.write_queue = _Outgoing()
         connect = cast("Callable[[], Awaitable[bool]]", connection.connect)  # pyright: ignore[reportUnknownMemberType]
-        await asyncio.wait_for(connect(), timeout)
+        try:
+            await asyncio.wait_for(connect(), timeout)
+        except StopAsyncIteration:  # how the library tells of an end that was there before it began to read
+            raise AMQPConnectionError("Server connection unexpectedly closed") from None
         return connection
 
 
