@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "7a3397fd5c5112f7"}
+DIGESTS = {10: "ab956ddcc6f0e32d"}
 """The digest of the SQL of the newest version."""
 
 
