@@ -890,6 +890,28 @@ async def test_a_file_that_was_put_in_the_place_of_another_is_shown_instead(
     await visitor.sees("/en/queue?name=restored")
 
 
+async def test_no_empty_file_is_made_for_a_page_about_one_that_went_away(
+    broker, visitor, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(module_of_watch, "LOOKS_EVERY", 0.05)
+    db = tmp_path / "claims.db"
+    assert 'id="q-claims"' in await visitor.sees("/en/queues")
+
+    async def sees(text: str) -> None:
+        async with asyncio.timeout(60):
+            while text not in await visitor.sees("/en/queues"):
+                await asyncio.sleep(0.05)
+
+    db.rename(tmp_path / "kept.db")
+    db.mkdir()
+    await sees("is a folder")
+    db.rmdir()
+    await sees("Nothing was made in its place")
+    assert not db.exists()
+    (tmp_path / "kept.db").rename(db)
+    await sees('id="q-claims"')
+
+
 async def test_a_connection_that_took_long_does_not_put_off_the_next_look(broker, monkeypatch) -> None:
     past, connect = [0.0], filao.Broker.open
 

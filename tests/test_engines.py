@@ -13,7 +13,7 @@ from filao.engines.postgresql import PostgresqlEngine
 from filao.engines.rabbitmq import RabbitmqEngine
 from filao.engines.sqlite import SqliteEngine
 from filao.moving import Movable, Mover
-from filao.overview import Seen
+from filao.overview import Founding, Seen
 from filao.session import Pushing
 
 ENGINES = (SqliteEngine, PostgresqlEngine, RabbitmqEngine)
@@ -81,7 +81,7 @@ def test_a_broker_asks_little_of_an_engine() -> None:
 def test_an_engine_and_what_it_hands_out_show_nothing_but_the_seam() -> None:
     for engine in _made():
         shown = {name for name in dir(engine) if not name.startswith("_")}
-        some_have = _members(Immediate) | _members(Confirming) | _members(Seen) | _members(Pushing)
+        some_have = _members(Immediate) | _members(Confirming) | _members(Seen) | _members(Pushing) | _members(Founding)
         assert shown - some_have == _members(Engine) | _members(Movable)
         assert {name for name in dir(engine.mover) if not name.startswith("_")} == _members(Mover)
         assert {name for name in dir(engine.operators) if not name.startswith("_")} >= _members(Operators)

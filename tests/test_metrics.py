@@ -146,6 +146,22 @@ def test_a_file_that_was_put_in_the_place_of_another_is_read_instead(db) -> None
         assert [one.name for one in read_anew(broker, broker.stats)] == ["restored"]
 
 
+def test_no_empty_file_is_made_by_those_who_watch_one_that_went_away(db) -> None:
+    with filao.sync.connect(db) as broker:
+        read_anew(broker, broker.stats)
+        db.rename(db.with_name("kept.db"))
+        db.mkdir()
+        with pytest.raises(filao.FilaoError, match="is a folder"):
+            read_anew(broker, broker.stats)
+        db.rmdir()
+        with pytest.raises(filao.EngineUnavailable, match=r"is not there any more\. Nothing was made in its place"):
+            read_anew(broker, broker.stats)
+        assert not db.exists()
+        with filao.sync.connect(db) as anew:
+            anew.declare(filao.Queue("anew"))
+        assert [one.name for one in read_anew(broker, broker.stats)] == ["anew"]
+
+
 def test_a_port_in_use_is_told(db) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

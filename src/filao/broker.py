@@ -31,7 +31,7 @@ from filao.engines import Durability, engine_for, located
 from filao.errors import ConfigurationError, MessageTooLarge, UnsupportedFeature
 from filao.message import Guarantee, Message, Transaction, entered
 from filao.observing import Observers
-from filao.overview import Overview, Seen
+from filao.overview import Founding, Overview, Seen
 from filao.printable import some
 from filao.queue import LEASE_MAX, Queue, T, name_of
 from filao.receiving import Receiving
@@ -506,6 +506,16 @@ def overview_of(broker: Broker) -> Overview:
     if not isinstance(engine, Seen):
         raise UnsupportedFeature(f"{engine.name} shows nothing to the dashboard: it has no overview")
     return engine.overview
+
+
+def check_is_there(broker: Broker) -> None:
+    """Raise `EngineUnavailable` if opening a broker again made an empty storage, in which nobody would find anything.
+
+    For those who only watch what was there.
+    """
+    session = session_of(broker)
+    if not session.is_open and isinstance(session.engine, Founding):
+        session.engine.check_is_there()
 
 
 def _state(state: State | str) -> State:

@@ -192,6 +192,15 @@ class Seen(Protocol):
     def overview(self) -> Overview: ...
 
 
+@runtime_checkable
+class Founding(Protocol):
+    """An engine that makes its storage anew, empty, when it is opened where there is none."""
+
+    def check_is_there(self) -> None:
+        """Raise `EngineUnavailable` when there is none. Works while the engine is closed."""
+        ...
+
+
 def seen_error(error: str) -> str:
     """Return an error as lists show it: its beginning and its end, if it is long."""
     return error if len(error) <= ERROR_SEEN else f"{error[:ERROR_HEAD]}\n{error[-ERROR_TAIL:]}"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 import click
 import msgspec
 
-from filao.broker import session_of
+from filao.broker import check_is_there, session_of
 from filao.engine import Feature, OpenAgain
 from filao.engines import located, sqlite_path
 from filao.errors import ConfigurationError, QueueNotFound
@@ -114,11 +114,13 @@ def declaring(url: str, queue: str = "QUEUE") -> str:
 
 def read_anew(broker: Broker, read: Callable[[], T]) -> T:
     """Read what a command watches; if the storage was replaced, open what is there now and read that."""
+    check_is_there(door_of(broker))
     broker.open()  # again, if it failed the last time
     try:
         return read()
     except OpenAgain:
         broker.close()
+        check_is_there(door_of(broker))
         broker.open()
         return read()
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from filao.broker import Broker, overview_of
+from filao.broker import Broker, check_is_there, overview_of
 from filao.engine import OpenAgain, QueueStats
 from filao.errors import FilaoError, UnsupportedFeature
 from filao.guarded import check_cancelled, for_ever
@@ -180,6 +180,8 @@ class Watch:
 
     async def _figures(self) -> tuple[Sequence[QueueStats], timedelta]:
         """Return what the store tells, and keep how long that took: to connect is no part of the looks to come."""
+        if self._look.seen_at is not None:
+            check_is_there(self.broker)
         await self.broker.open()
         began = time.monotonic()
         figures = await self.broker.stats(), await self._ahead()

@@ -92,6 +92,15 @@ class SqliteEngine:
         self._start(for_ever("the housekeeping of a SQLite file", self._housekeeper.keep))
         self._start(for_ever("the watch of a SQLite file", self._watch))
 
+    def check_is_there(self) -> None:
+        """Raise `EngineUnavailable` when the file is not there: opening would make another, empty one."""
+        path = self._hold.path
+        if path != files.MEMORY and not path.exists():
+            raise EngineUnavailable(
+                f"{path} is not there any more. Nothing was made in its place; move it back, or put a backup there: "
+                "filao restore"
+            )
+
     def sibling(self) -> "SqliteEngine | None":
         """Return an engine on the same file; None when it is in memory."""
         return self._sibling and self._sibling()
