@@ -561,6 +561,13 @@ async def test_a_queue_that_was_deleted_on_the_server_is_not_found(broker, forei
     assert (await received(broker, queue)).body == 2
 
 
+async def test_all_who_receive_from_a_queue_that_was_deleted_are_told_that(broker, foreign, queue) -> None:
+    foreign.queue_delete(queue.name)
+    calls = [broker.receive_from_queue(queue, wait=0) for _ in range(5)]
+    told = await asyncio.gather(*calls, return_exceptions=True)
+    assert all("was deleted on the server" in str(error) for error in told), told
+
+
 async def test_when_the_dead_letters_queue_was_deleted_nothing_stays_held(url, broker, foreign, queue) -> None:
     await broker.send_to_queue(queue, "spent")
     for _ in range(queue.max_attempts):

@@ -242,7 +242,7 @@ class RabbitmqEngine:
             consumer = await self._consumer(queue.name, session)
             messages = await consumer.take(receive.limit, waiting)
         except ChannelNotFoundEntity:
-            self._declared.rules.pop(queue.name, None)
+            self._declared.learnt_at = 0.0  # soon anew; those who receive with us are told the same
             raise deleted(queue.name) from None
         alive: list[Delivery] = []
         dead: list[Burial] = []
