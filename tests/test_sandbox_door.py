@@ -105,7 +105,14 @@ def test_only_those_who_know_the_token_come_in_and_it_is_in_no_cookie(served) ->
     cookie = answer.headers["set-cookie"]
     assert TOKEN not in cookie
     assert "HttpOnly" in cookie
-    assert httpx.get(f"{served.url}en", headers={"Cookie": "filao_session=guessed"}).status_code == 403
+    assert httpx.get(f"{served.url}en", headers={"Cookie": f"{cookie.partition('=')[0]}=guessed"}).status_code == 403
+
+
+def test_two_sandboxes_in_one_browser_let_their_visitor_in(served, visitor, tmp_path) -> None:
+    """The ports of a host share its cookies: to open the second closed the first."""
+    with sandbox(tmp_path / "files") as other:
+        assert visitor.get(f"{other.url}en?token={TOKEN}").status_code == 200
+    assert visitor.get("/en").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["//evil.example/", "/%2f%2fevil.example", "/\\evil.example", "/static/app.js"])

@@ -11,7 +11,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from filao import door
 from filao.door import LOOPBACK, Guesses, TooOftenError, client_of, cookie_of, is_of_host, is_of_other_site, safely
 
-SESSION = "filao_session"  # the cookie's name
 SESSIONS_MAX = 1_000  # remembered sessions; after that the oldest is forgotten
 PAGES = ("/", "/en", "/fr")
 
@@ -44,7 +43,7 @@ class Door:
             return
         headers = Headers(scope=scope)
         why = self._why_not(scope, headers)
-        session = cookie_of(headers, SESSION)
+        session = cookie_of(headers, _cookie(scope))
         if scope["type"] == "websocket":
             if why or session not in self._sessions:
                 await receive()
@@ -86,5 +85,11 @@ class Door:
             while len(self._sessions) > SESSIONS_MAX:
                 self._sessions.popitem(last=False)
             response = RedirectResponse(scope["path"] if scope["path"] in PAGES else "/", 303, SAFE)
-            response.set_cookie(SESSION, session, httponly=True, samesite="lax")
+            response.set_cookie(_cookie(scope), session, httponly=True, samesite="lax")
             await response(scope, receive, send)
+
+
+def _cookie(scope: Scope) -> str:
+    """Return the cookie's name: the ports of a host share its cookies, and at another one another sandbox may run."""
+    _, port = scope["server"]
+    return f"filao_session_{port}"
