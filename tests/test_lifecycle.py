@@ -1,6 +1,7 @@
 """Opening and closing: at module level, in loops and in threads."""
 
 import asyncio
+import errno
 import subprocess
 import sys
 import textwrap
@@ -87,6 +88,18 @@ async def test_a_file_that_gets_no_thread_says_so(db) -> None:
             await filao.connect(db).open()
     finally:
         threading.stack_size(before)
+
+
+class Refused(MemoryEngine):
+    """An engine of the user's own, whose server may not be reached."""
+
+    async def open(self) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "a socket")
+
+
+def test_what_opening_an_engine_raises_is_not_taken_for_a_loop_that_cannot_start() -> None:
+    with pytest.raises(PermissionError, match="a socket"):
+        filao.sync.connect(lambda: Refused(Store())).open()
 
 
 def test_what_a_broker_held_is_given_back_though_its_loop_ended_in_the_midst_of_a_job(tmp_path) -> None:

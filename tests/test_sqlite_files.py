@@ -1,5 +1,6 @@
 """The file: who may read it, where it may lie, how it is created, migrated, kept small, and what is refused."""
 
+import asyncio
 import os
 import socket
 import sqlite3
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import filao
+import filao.sync
 from filao.engines.sqlite import files
 from filao.engines.sqlite.backup import back_up
 from tests.conftest import engine_of, let_pass
@@ -143,6 +145,44 @@ def test_a_file_that_cannot_be_read_is_not_said_to_be_unwritable(tmp_path) -> No
     missing = tmp_path / "claims.backup"
     with pytest.raises(filao.EngineError, match=r"claims\.backup cannot be opened"), files.mapped(missing):
         sqlite3.connect(f"{missing.as_uri()}?mode=ro", uri=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become nobody")
+async def test_a_path_through_a_folder_that_this_user_may_not_enter_is_refused(tmp_path) -> None:
+    (tmp_path / "private" / "deeper").mkdir(parents=True)
+    (tmp_path / "private").chmod(0o700)
+    let_pass(tmp_path)
+    try:
+        os.seteuid(65534)
+        for path in (tmp_path / "private" / "claims.db", tmp_path / "private" / "deeper" / "claims.db"):
+            with pytest.raises(filao.ConfigurationError, match="may not enter a folder on the way"):
+                await filao.connect(path).open()
+            with pytest.raises(filao.ConfigurationError, match="may not enter a folder on the way"):
+                filao.sync.connect(path).open()
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 255, "n" * 250, "n" * 300 + "/claims.db"])
+async def test_a_name_that_is_too_long_is_refused_before_anything_is_made(tmp_path, name) -> None:
+    for connect in (filao.connect, filao.sync.connect):
+        with pytest.raises(filao.ConfigurationError, match="File name too long"):
+            await (connect(tmp_path / name).open() or asyncio.sleep(0))
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_the_longest_path_that_sqlite_opens_works_and_a_longer_one_is_refused(tmp_path) -> None:
+    folder = tmp_path / ("d" * 200) / ("d" * (200 - len(os.fsencode(tmp_path)) % 100))
+    folder.mkdir(parents=True)
+    rest = files.PATH_MAX - len(os.fsencode(folder)) - 1
+    async with filao.connect(folder / ("n" * rest)) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", 1)
+        assert await broker.receive_from_queue("claims") is not None
+    before = set(folder.iterdir())
+    with pytest.raises(filao.ConfigurationError, match=f"SQLite opens paths of at most {files.PATH_MAX}"):
+        await filao.connect(folder / ("n" * (rest + 1))).open()
+    assert set(folder.iterdir()) == before
 
 
 async def test_a_file_of_a_newer_version_is_not_touched(tmp_path) -> None:

@@ -46,7 +46,7 @@ class LoopThread:
         self._opened.wait()
         if self._error is not None:
             error, self._error = self._error, None
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and self._stopping is None:  # the loop has not begun
                 raise EngineUnavailable(
                     f"the broker cannot start its event loop ({error}): most likely this process has no file "
                     "descriptor left. Nothing was done; close what is not needed, or raise the limit (ulimit -n)"

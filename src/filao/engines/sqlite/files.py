@@ -24,6 +24,7 @@ SQLITE_MIN = (3, 38, 0)  # STRICT tables, RETURNING, and the JSON operators that
 BUSY_TIMEOUT = 30.0  # seconds that a write waits for a foreign writer before it fails
 READERS_GO_ON_WITHIN = 1_000  # milliseconds that the check after a disk error waits for readers, while others wait
 PAGES_CACHED_MAX = 4 * 1024  # KiB for each process: a queue is read and written at its two ends
+PATH_MAX = 504  # bytes of a path that SQLite opens on POSIX: its own limit, less what the longest name beside it adds
 WAL_KEPT_MAX = 16 * 1024 * 1024  # bytes that the WAL may keep on disk once it was written back
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "lustre", "beegfs", "gfs2"}
@@ -60,6 +61,7 @@ def check_path(path: Path) -> None:
             f"this Python carries SQLite {sqlite3.sqlite_version}; Filao needs "
             f"{'.'.join(map(str, SQLITE_MIN))} or newer"
         )
+    _check_reach(path)
     if ground.is_abandoned(path):
         raise EngineError(
             f"{path} was overwritten while this process had it open: only another process can open it now"
@@ -77,6 +79,32 @@ def check_path(path: Path) -> None:
             f"its own, and what either writes would be lost. Find the others with: find DIRECTORY -samefile {path}; "
             "and remove them"
         )
+
+
+def _check_reach(path: Path) -> None:
+    """Raise `ConfigurationError` when this user cannot even look whether there is a file, or its path is too long."""
+    if os.name == "posix" and len(os.fsencode(path)) > PATH_MAX:
+        raise ConfigurationError(
+            f"{path} is {len(os.fsencode(path))} bytes long, and SQLite opens paths of at most {PATH_MAX}; give a "
+            f"shorter one. Nothing was done"
+        )
+    for name in (path, sidecar(path)):
+        try:
+            name.stat(follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
+            raise ConfigurationError(
+                f"{path}: this user may not enter a folder on the way to it ({error.strerror}). Nothing was done; let "
+                f"the user through (chmod +x on the folder), or give another path"
+            ) from error
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ConfigurationError(
+                    f"{name}: {error.strerror}. Beside the file lie others, whose names are its own and more. Nothing "
+                    f"was done; give a shorter name"
+                ) from error
+            raise os_error(path, error) from error
 
 
 def check_folder(path: Path) -> None:
