@@ -376,6 +376,20 @@ def test_until_idle_a_supervisor_replaces_only_processes_that_were_not(folder, b
     assert work.said().count("nothing to do") == 2
 
 
+@pytest.mark.parametrize("how", ["the command", "python -P -m filao"])
+def test_a_module_named_as_one_of_pythons_own_harms_no_process_if_it_does_not_harm_the_supervisor(
+    folder, broker, how
+) -> None:
+    (folder / "queue.py").write_text("raise ImportError('it is the queue of the application')")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "filao").write_text("from filao.cli import main; main()")  # as an installed command begins
+    begun = [str(folder / "bin" / "filao")] if how == "the command" else ["-P", "-m", "filao"]
+    broker.send_to_queue("claims", {"kind": "claim"})
+    program = [sys.executable, *begun, "work", "app:worker", "--processes", "2", "--until-idle"]
+    ran = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (ran.returncode, ran.stderr.count("nothing to do")) == (0, 2), ran.stderr
+
+
 def test_until_idle_a_signal_still_ends_it(folder, broker) -> None:
     broker.send_to_queue("claims", {"kind": "wait"})
     work = Work(folder, "app:worker", "--until-idle")

@@ -98,7 +98,8 @@ def work(
         worker.only(queues)
     limits = [(name, value) for name, value in (("messages", max_messages), ("memory", max_memory)) if value]
     if report_to is None and (processes > 1 or limits or reload):
-        command = [sys.executable, "-m", "filao", "work", target, "--log-level", log_level, "--log", log_form]
+        command = [sys.executable, *_searching(), "-m", "filao", "work", target]
+        command += ["--log-level", log_level, "--log", log_form]
         command += [part for queue in queues for part in ("--queue", queue)]
         command += ["--metrics", metrics] if metrics else []
         command += ["--until-idle"] * until_idle
@@ -108,6 +109,15 @@ def work(
     with _measured(worker, measured_at, slot):
         is_used_up = _is_used_up(worker, max_messages, max_memory)
         return asyncio.run(_work(worker, is_used_up, report_to, address, until_idle=until_idle))
+
+
+def _searching() -> list[str]:
+    """Return the option by which Python looks for modules in its processes as it did here: not in the current folder,
+    unless this is `python -m filao` itself. A `queue.py` there would take the place of Python's own.
+    """
+    begun = getattr(sys.modules["__main__"], "__spec__", None)
+    is_module = begun is not None and begun.name == "filao.__main__"
+    return [] if is_module and not sys.flags.safe_path else ["-P"]
 
 
 async def _supervise(command: list[str], processes: int, address: tuple[str, int] | None, *, reload: bool) -> int:
