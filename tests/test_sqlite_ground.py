@@ -144,6 +144,28 @@ AT_ONCE = {
 }
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become nobody")
+async def test_a_folder_that_this_user_may_no_longer_enter_is_not_taken_for_a_file_that_moved(tmp_path) -> None:
+    (tmp_path / "private").mkdir(mode=0o700)
+    broker = filao.connect(tmp_path / "private" / "claims.db")
+    async with broker:
+        await broker.declare(CLAIMS)
+        try:
+            os.seteuid(65534)
+            for call in (lambda: broker.send_to_queue(CLAIMS, 1), broker.stats):
+                with pytest.raises(
+                    filao.EngineError, match=r"claims\.db cannot be looked at any more: this user may not"
+                ):
+                    await call()
+        finally:
+            os.seteuid(0)
+        with pytest.raises(OpenAgain):
+            await broker.stats()
+    async with broker:
+        await broker.send_to_queue(CLAIMS, 2)
+    assert bodies(tmp_path / "private" / "claims.db")[-1] == b"2"
+
+
 @pytest.mark.parametrize(("happens", "said"), AT_ONCE.items(), ids=lambda value: getattr(value, "__name__", ""))
 async def test_nothing_is_confirmed_once_the_file_is_not_what_was_opened(db, happens, said, monkeypatch) -> None:
     monkeypatch.setattr(housekeeping, "TIDY_EVERY", 600.0)  # or there may be nothing in the WAL that can be lost

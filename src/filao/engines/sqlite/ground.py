@@ -46,6 +46,10 @@ class Loss(NamedTuple):
 
 _REPLACED = Loss("was replaced by another file while it was open", "open it again to work with what lies there now")
 _LINKED = Loss("was given a second name (a hard link) while it was open", "remove the other name")
+_BARRED = Loss(
+    "cannot be looked at any more: this user may not enter a folder on the way to it",
+    "let the user through again (chmod +x on the folder), and open it again",
+)
 _OVERWRITTEN = Loss(
     "was overwritten in place while it was open, as cp and rsync do it, or touched, which looks alike",
     "if it was touched, start its processes again; else put a backup in its place with filao restore, because what "
@@ -116,8 +120,8 @@ class Ground:
         index = self._index_now(seen.end)  # before the file, so that it is never newer than what it explains
         try:
             about = os.stat(self._name)  # noqa: PTH116 - for each commit: a Path costs as much as the call
-        except OSError:
-            return self._without_file()
+        except OSError as error:
+            return self._without_file(error)
         loss = self._missing(about, self._journal)
         base, cookie = (about.st_mtime_ns, about.st_size), seen.cookie
         if loss is None and base != seen.base:
@@ -172,8 +176,8 @@ class Ground:
         """Return the loss of a name that leads elsewhere by now, if any does; at any time, in any thread."""
         try:
             about = self._main.stat()
-        except OSError:
-            return self._without_file()
+        except OSError as error:
+            return self._without_file(error)
         return self._missing(about, self._journal) or self._missing(about, self._others)
 
     def is_file_there(self) -> bool:
@@ -218,8 +222,10 @@ class Ground:
                 )
         return None
 
-    def _without_file(self) -> Loss:
+    def _without_file(self, error: OSError) -> Loss:
         """Return the loss of a file that is gone, and say where it is now, as far as the system tells."""
+        if isinstance(error, PermissionError):
+            return _BARRED
         fd = self._fds.get(self._identity, -1)
         try:
             about = os.fstat(fd)
