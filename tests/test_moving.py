@@ -18,6 +18,7 @@ import filao
 import filao.sync
 from filao.cli.move import move_command
 from filao.engines import engine_for
+from filao.engines.rabbitmq import control
 from filao.engines.sqlite.moving import SqliteMover
 from filao.moving import Moved, move
 from tests.support.servers import Postgres, Rabbitmq
@@ -270,6 +271,40 @@ async def test_a_move_that_is_killed_again_and_again_loses_nothing(place, name, 
         assert len(bodies) == MANY
     if "rabbitmq" not in engines:
         assert bodies == sorted(bodies)
+
+
+@pytest.mark.parametrize("way", ["sqlite sqlite", "sqlite rabbitmq", "postgresql rabbitmq"])
+async def test_two_moves_at_once_bring_each_message_once(place, name, way) -> None:
+    source, target = map(place, way.split())
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+        await broker.send_many(name, range(MANY))
+    await asyncio.gather(moved(source, target, name), moved(source, target, name))
+    async with filao.connect(target) as broker:
+        bodies: list[int] = []
+        while message := await broker.receive_from_queue(name, wait=0.5 if len(set(bodies)) == MANY else 30):
+            bodies.append(message.body)
+            await message.ack()
+    assert sorted(bodies) == list(range(MANY))
+
+
+async def test_a_move_to_rabbitmq_begins_when_another_to_the_same_queue_is_over(place, name, monkeypatch) -> None:
+    monkeypatch.setattr(control, "TAKEN_WITHIN", 0.1)
+    source, target = place("sqlite"), place("rabbitmq")
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+        await broker.send_to_queue(name, 1)
+        there = engine_for(target)
+        await there.open()
+        try:
+            await there.declare(filao.Queue(name, backoff=AT_ONCE))
+            async with there.mover.alone(name):
+                with pytest.raises(filao.EngineUnavailable, match=f"{name}.*another program moves messages there"):
+                    await moved(source, target, name)
+                assert not (await broker.stats(name)).paused
+        finally:
+            await there.close()
+        assert (await moved(source, target, name))[0].waiting == 1
 
 
 def _command(*arguments: str) -> list[str]:

@@ -90,6 +90,10 @@ class Mover(Protocol):
         """Begin to move a queue's messages away."""
         ...
 
+    def alone(self, queue: str) -> AbstractAsyncContextManager[None]:
+        """Let no other move bring messages to this queue meanwhile, where two would store the same ones twice."""
+        ...
+
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages from another engine in this order, except those that were stored before."""
         ...
@@ -181,6 +185,11 @@ async def _planned(source: Movable, target: Movable, queue: Queue, stats: QueueS
 
 
 async def _move(source: Movable, target: Movable, queue: str, on_moved: Callable[[Moved], None]) -> Moved:
+    async with target.mover.alone(queue):
+        return await _move_alone(source, target, queue, on_moved)
+
+
+async def _move_alone(source: Movable, target: Movable, queue: str, on_moved: Callable[[Moved], None]) -> Moved:
     moved = Moved(queue, 0, 0)
     on_moved(moved)
     for pausing in (source.operators.pausing, target.operators.pausing):

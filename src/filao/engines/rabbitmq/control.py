@@ -27,7 +27,7 @@ from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 from filao.queue import Queue
 from filao.slices import Tally
 
-TAKEN = "#taken"  # follows a queue's name; no queue of ours can have such a name
+TAKEN, MOVED_TO = "#taken", "#moved-to"  # follow a queue's name; no queue of ours can have such a name
 TAKEN_WITHIN = ANSWERS_WITHIN  # seconds until another program has put the dead letters back: thousands take seconds
 LAST_TRY = 0.5  # seconds of a call's time that are kept for the last try
 LOOK_AGAIN = 0.05  # seconds
@@ -413,22 +413,34 @@ async def _wait_until_back(session: Session, name: str, wanted: int) -> None:
 
 
 async def reserve(call: Apart, queue: str) -> None:
-    """Reserve the dead letters of a queue for this call's session, until it is closed or its process dies.
+    """Reserve the dead letters of a queue for this call's session: see `_reserve`."""
+    has = "another program has had its dead letters, to look at them or to send them back"
+    await _reserve(call, queue, dead_name(queue) + TAKEN, has)
+
+
+async def reserve_for_move(call: Apart, queue: str) -> None:
+    """Let nobody else move messages to a queue: two that took the same messages would publish each twice."""
+    moves = "another program moves messages there, and both might bring the same ones"
+    await _reserve(call, queue, queue + MOVED_TO, moves)
+
+
+async def _reserve(call: Apart, queue: str, name: str, taken: str) -> None:
+    """Reserve something of a queue for this call's session, until it is closed or its process dies.
 
     The reservation is a queue that only its own connection may use. Raises `EngineUnavailable` when another program
-    does not put them back in time.
+    does not give it up in time.
     """
     now = asyncio.get_running_loop().time
     began, until = now(), min(now() + TAKEN_WITHIN, call.until() - LAST_TRY)
     while True:
         try:
             async with call.session.aside() as channel:
-                await channel.queue_declare(dead_name(queue) + TAKEN, exclusive=True, timeout=ANSWERS_WITHIN)
+                await channel.queue_declare(name, exclusive=True, timeout=ANSWERS_WITHIN)
         except ChannelLockedResource as error:
             if now() > until:
                 raise EngineUnavailable(
-                    f"queue {queue!r}: for {now() - began:.1f} s another program has had its dead letters, to look at "
-                    "them or to send them back. Nothing was done. Try again, or end a program that is paused."
+                    f"queue {queue!r}: for {now() - began:.1f} s {taken}. Nothing was done. Try again, or end a "
+                    "program that is paused."
                 ) from error
             await asyncio.sleep(LOOK_AGAIN)
         else:

@@ -11,7 +11,7 @@ from aiormq.abc import DeliveredMessage
 
 from filao.engine import Draft
 from filao.engines.rabbitmq import envelope
-from filao.engines.rabbitmq.control import on_the_ladder, reserve
+from filao.engines.rabbitmq.control import on_the_ladder, reserve, reserve_for_move
 from filao.engines.rabbitmq.publisher import Limited, Publisher
 from filao.engines.rabbitmq.refusals import check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
@@ -60,6 +60,14 @@ class RabbitmqMover:
                 yield packing
             finally:
                 await packing.give_back()
+
+    @asynccontextmanager
+    async def alone(self, queue: str) -> AsyncGenerator[None]:
+        """Wait until no other program moves messages to a queue, and let none begin: each would publish them."""
+        async with self._declared.apart(queue) as call:
+            await reserve_for_move(call, queue)
+            call.goes_on()
+            yield
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Publish messages from another engine; those that were published before are doubled."""

@@ -1,7 +1,7 @@
 """Moving a queue: its messages are read for another engine, or come from one and are stored."""
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +52,10 @@ class SqliteMover:
             await self._jobs.change(lambda books: remove(books, books.row(queue), names))
 
         yield carried.RowPacking(queue, read, remove_all, self._operators)
+
+    def alone(self, queue: str) -> AbstractAsyncContextManager[None]:  # noqa: ARG002
+        """Let others move to the queue as well: a message that two bring is known by its id."""
+        return nullcontext()
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
         """Store messages from another engine."""
