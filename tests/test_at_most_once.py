@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 import filao
+from filao.broker import session_of
+from filao.engine import Delivery, Outcome
 
 pytestmark = pytest.mark.anyio
 
@@ -76,3 +78,51 @@ async def test_what_was_deleted_is_had_though_others_wait_for_the_queue(url) -> 
         assert message is not None
         assert message.body == "left"
         waiting.cancel()
+
+
+async def test_what_was_deleted_comes_in_its_order_and_no_more_than_asked_for(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_many(CLAIMS, range(4))
+        messages = broker.consume(CLAIMS, prefetch=4, guarantee="at-most-once")
+        assert (await anext(messages)).body == 0
+        await messages.aclose()
+        for left in ([1, 2], [3], []):
+            came = await broker.receive_many(CLAIMS, 2, wait=0, guarantee="at-most-once")
+            assert [message.body for message in came] == left
+
+
+async def test_what_was_deleted_is_had_by_a_call_that_has_just_looked(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(CLAIMS)
+        await broker.send_many(CLAIMS, ["yielded", "left"])
+        both = broker.consume(CLAIMS, prefetch=2, guarantee="at-most-once")
+        await anext(both)
+        looking = asyncio.ensure_future(broker.receive_from_queue(CLAIMS, wait=PATIENCE, guarantee="at-most-once"))
+        await asyncio.sleep(0)
+        await both.aclose()
+        message = await looking
+        assert message is not None
+        assert message.body == "left"
+
+
+async def test_what_was_deleted_beside_a_message_that_could_not_be_is_had(url, monkeypatch) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(CLAIMS)
+        receipts = await broker.send_many(CLAIMS, range(3))
+        session = session_of(broker)
+        settle = session.settle
+
+        def failing(delivery: Delivery, outcome: Outcome) -> Any:
+            if delivery.id != receipts[1].id:
+                return settle(delivery, outcome)
+            answer = asyncio.get_running_loop().create_future()
+            answer.set_exception(filao.EngineUnavailable("the server is away"))
+            return answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "settle", failing)
+            with pytest.raises(filao.EngineUnavailable, match="the server is away"):
+                await broker.receive_many(CLAIMS, 3, guarantee="at-most-once")
+        came = await broker.receive_many(CLAIMS, 3, wait=0, guarantee="at-most-once")
+        assert [message.body for message in came] == [0, 2]

@@ -75,6 +75,29 @@ def test_a_child_leaves_a_block_of_its_parents_and_cannot_use_what_its_parent_ho
     assert run(url, program) == ["True True", "0", "1"]
 
 
+def test_a_child_opens_an_async_broker_that_was_closed_and_none_that_its_parent_has_open(db) -> None:
+    program = """
+        async def count(broker):
+            async with broker:
+                return (await broker.stats("claims")).ready
+        broker, closed = filao.connect(url), filao.connect(url)
+        asyncio.run(count(closed))
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(broker.open())
+        child = os.fork()
+        if child == 0:
+            say(asyncio.run(count(closed)))
+            try:
+                asyncio.run(count(broker))
+            except filao.ConfigurationError as error:
+                say("forked" in str(error))
+            sys.exit(0)
+        say(os.waitpid(child, 0)[1])
+        loop.run_until_complete(broker.close())
+    """
+    assert run(db, program) == ["3", "True", "0"]
+
+
 SERVER_FORK = """
     claims = filao.Queue("claims", emulate=("delay",))
     broker = filao.sync.connect(url)

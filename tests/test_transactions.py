@@ -112,3 +112,13 @@ async def test_a_coroutine_that_is_closed_in_its_transaction_lets_others_go_on(t
         task.cancel()
         await asyncio.wait([task])
         assert isinstance(task.exception(), RuntimeError)  # it had nothing left to run
+
+
+async def test_a_broker_is_not_closed_in_its_own_transaction(url) -> None:
+    async with filao.connect(url) as broker:
+        await broker.declare(filao.Queue("claims"))
+        async with broker.transaction() as tx:
+            await tx.send_to_queue("claims", 1)
+            with pytest.raises(filao.ConfigurationError, match="wait for the transaction that it is made in"):
+                await broker.close()
+        assert (await broker.stats("claims")).ready == 1

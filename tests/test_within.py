@@ -169,13 +169,14 @@ async def test_aiosqlites_connection_is_refused_with_what_to_use(broker, tmp_pat
 
 
 async def test_the_rules_hold_within_a_transaction_too(broker, tmp_path) -> None:
-    await broker.declare(filao.Queue("small", max_length=1, body_max=10))
+    await broker.declare(filao.Queue("small", max_length=1, body_max=10), filao.Queue("wide", body_max=500_000))
     connection = sqlite3.connect(tmp_path / "claims.db")
     with pytest.raises(filao.QueueNotFound, match="claims"):
         await broker.send_to_queue("claim", 1, within=connection)
     async with filao.connect(tmp_path / "claims.db") as other:  # it has not asked for the rules yet, and cannot now
         with pytest.raises(filao.MessageTooLarge, match="small"):
             await other.send_to_queue("small", "x" * 20, within=connection)
+        await other.send_to_queue("wide", "x" * 400_000, within=connection)  # more than queues usually allow
     await broker.send_to_queue("small", 1, within=connection)
     with pytest.raises(filao.QueueFull, match="small"):
         await broker.send_to_queue("small", 1, within=connection)
