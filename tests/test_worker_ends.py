@@ -459,6 +459,30 @@ async def test_a_worker_that_is_cancelled_again_while_its_receives_end_gives_bac
     assert (stats.ready, stats.leased, stats.released) == (1, 0, 1)
 
 
+async def test_a_worker_that_is_cancelled_again_while_its_handlers_may_finish_ends_them(url, broker, caplog) -> None:
+    caplog.set_level(logging.INFO, "filao.worker")
+    worker, began, ended = filao.Worker(broker, grace=3600), asyncio.Event(), asyncio.Event()
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    await broker.send_to_queue("claims", 1)
+    task = asyncio.create_task(worker.run())
+    async with asyncio.timeout(PATIENCE):
+        await began.wait()
+        task.cancel()
+        await until(lambda: "1 message may finish" in caplog.text)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await ended.wait()
+
+
 async def test_a_loop_that_runs_tasks_eagerly_loses_no_place(url, broker) -> None:
     eager = getattr(asyncio, "eager_task_factory", None)
     if eager is None:

@@ -14,6 +14,7 @@ import pytest
 import filao
 import filao.sync
 from filao.worker import handling as handling_module
+from filao.worker import shift as shift_module
 from filao.worker.threads import Call, InterruptedHandlerError, _work
 from tests.conftest import untraced
 from tests.support.instructions import instructions, stopped_at
@@ -161,6 +162,25 @@ async def test_a_handler_that_does_not_end_leaves_its_place_to_others(url, broke
             end.set()
     finally:
         end.set()
+
+
+async def test_a_process_is_unhealthy_while_too_many_handlers_do_not_end(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(handling_module, "ENDS_WITHIN", 0.05)
+    monkeypatch.setattr(shift_module, "HUNG_MAX", 0)
+    worker, end = filao.Worker(url), asyncio.Event()
+
+    @worker.consumer(CLAIMS, timeout=0.05)
+    async def stubborn(message: filao.Message) -> None:
+        while not end.is_set():
+            with suppress(asyncio.CancelledError):
+                await end.wait()
+
+    await broker.send_to_queue("claims", 1)
+    async with running(worker):
+        await until(lambda: not worker.status().healthy)
+        assert "handlers have not ended though they were told to" in worker.status().problems[0]
+        end.set()
+        await until(lambda: worker.status().healthy)
 
 
 @pytest.mark.parametrize("kind", ["coroutine", "thread"])

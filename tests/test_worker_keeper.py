@@ -9,8 +9,11 @@ import pytest
 
 import filao
 import filao.sync
+from filao.engine import Delivery
+from filao.session import Session
 from filao.worker import keeper
-from tests.support.working import SHORT, broker
+from filao.worker import run as run_module
+from tests.support.working import PATIENCE, SHORT, broker, until
 
 pytestmark = pytest.mark.anyio
 
@@ -103,3 +106,52 @@ async def test_a_worker_whose_thread_is_a_greenlet_is_refused_before_it_receives
     with pytest.raises(filao.ConfigurationError, match=r"greenlets, .*Nothing was done; run the worker in a process"):
         await worker.run()
     assert (await broker.stats("claims")).received == 0
+
+
+async def test_leases_are_kept_though_extending_and_reporting_fail_for_a_while(url, broker, monkeypatch) -> None:
+    worker, extend, extended = filao.Worker(url), Session.extend, []
+
+    async def failing_first(session: Session, delivery: Delivery, seconds: float) -> None:
+        extended.append(delivery.id)
+        if len(extended) == 1:
+            raise filao.EngineUnavailable("the server is away")
+        await extend(session, delivery, seconds)
+
+    async def failing(session: Session, state: str) -> None:
+        raise filao.EngineUnavailable("the server is away")
+
+    monkeypatch.setattr(Session, "extend", failing_first)
+    monkeypatch.setattr(Session, "report", failing)
+
+    @worker.consumer(dataclasses.replace(SHORT, lease=1.5))
+    async def handle(message: filao.Message) -> None:
+        await until(lambda: len(extended) == 4)  # once in vain
+
+    await broker.send_to_queue("claims", 1)
+    assert [handled.how for handled in await worker.drain()] == ["acked"]
+    stats = await broker.stats("claims")
+    assert (stats.received, stats.late) == (1, 0)
+
+
+async def test_a_handler_that_blocks_the_loop_past_its_timeout_is_kept_no_longer(url, broker, monkeypatch) -> None:
+    monkeypatch.setattr(run_module, "ENDS_WITHIN", 0.1)
+    worker, taken = filao.Worker(url), threading.Event()
+
+    def take() -> None:
+        with filao.sync.connect(url) as other:
+            if (message := other.receive_from_queue("claims", wait=PATIENCE)) is not None:
+                message.ack()
+                taken.set()
+
+    taking = threading.Thread(target=take)
+
+    @worker.consumer(SHORT, timeout=0.1)
+    async def handle(message: filao.Message) -> None:
+        taking.start()
+        assert taken.wait(PATIENCE)
+
+    await broker.send_to_queue("claims", 1)
+    try:
+        assert [handled.how for handled in await worker.drain()] == ["lost"]
+    finally:
+        taking.join()

@@ -8,9 +8,10 @@ import filao
 from filao.engine import Operation, Release, Result, Settle
 from filao.engines.sqlite import processes
 from filao.message import delivery_of
+from filao.worker.pool import Turns
 from tests.conftest import engine_of
 from tests.support.memory import MemoryEngine, Store
-from tests.support.working import CLAIMS, broker, running, until, until_stats
+from tests.support.working import CLAIMS, broker, running, shift_of, until, until_stats
 
 pytestmark = pytest.mark.anyio
 
@@ -68,6 +69,18 @@ class TakesNothingBack(MemoryEngine):
         return super()._result(operation)
 
 
+def test_a_queue_that_was_empty_saves_up_no_turns() -> None:
+    turns = Turns({"busy": 1.0, "empty": 1.0})
+    for _ in range(100):
+        turns.took("busy", 1)
+        turns.had_nothing("empty")
+    took = []
+    for _ in range(4):
+        took.append(turns.order()[0])
+        turns.took(took[-1], 1)
+    assert sorted(took) == ["busy", "busy", "empty", "empty"]
+
+
 async def test_a_message_too_many_that_cannot_be_given_back_ends_no_worker() -> None:
     broker = filao.connect(lambda: TakesNothingBack(Store()))
     worker, begun, go_on = filao.Worker(broker, concurrency=1), [], asyncio.Event()
@@ -111,6 +124,13 @@ async def test_a_waiting_worker_with_several_queues_loses_nothing(url, broker) -
     assert sum(queue.received - queue.released for queue in stats) == 100
 
 
+def bury(dying: filao.Broker) -> None:
+    """Take back what a broker holds, as another process does when that of the broker is dead."""
+    database = engine_of(dying)._database
+    with database.write(durable=True) as books:
+        processes.bury(books, database.lessee.process)
+
+
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # it looks inside
 async def test_what_may_have_killed_its_process_is_handled_alone(url, broker) -> None:
     worker, held = filao.Worker(url), []
@@ -126,11 +146,9 @@ async def test_what_may_have_killed_its_process_is_handled_alone(url, broker) ->
     await broker.send_many("claims", range(3))
     async with filao.connect(url) as dying:
         await dying.receive_many("claims", 3)
-        database = engine_of(dying)._database
         await broker.send_many("claims", range(10))
         await broker.send_many("other", range(10))
-        with database.write(durable=True) as books:  # as another process does when this one is dead
-            processes.bury(books, database.lessee.process)
+        bury(dying)
     async with running(worker):
         await until_stats(broker, acked=13)
         await until_stats(broker, "other", acked=10)
@@ -154,10 +172,55 @@ async def test_what_comes_together_with_a_suspect_is_not_handled_beside_it(url, 
     await broker.send_many("claims", ["suspect", 1, 2, 3])
     async with filao.connect(url) as dying:
         assert (await dying.receive_from_queue("claims")).body == "suspect"
-        database = engine_of(dying)._database
-        with database.write(durable=True) as books:  # as another process does when this one is dead
-            processes.bury(books, database.lessee.process)
+        bury(dying)
     async with running(worker):
         stats = await until_stats(broker, acked=4)
     assert beside == [set()]
     assert stats.received - stats.released == 5
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # it looks inside
+async def test_consumers_that_may_not_look_beside_a_suspect_are_healthy(url, broker) -> None:
+    worker, began, end = filao.Worker(url), asyncio.Event(), asyncio.Event()
+    await broker.declare(filao.Queue("other"))
+
+    async def handle(message: filao.Message) -> None:
+        began.set()
+        await end.wait()
+
+    worker.consumer(CLAIMS, concurrency=2)(handle)
+    worker.consumer("other", concurrency=2)(handle)
+    await broker.send_to_queue("claims", "suspect")
+    async with filao.connect(url) as dying:
+        await dying.receive_from_queue("claims")
+        bury(dying)
+    async with running(worker):
+        await until(began.is_set)
+        for pool in shift_of(worker).pools:
+            pool.polled_at -= 60
+        assert worker.status().healthy
+        end.set()
+        await until_stats(broker, acked=1)
+        assert worker.status().healthy
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # it looks inside
+async def test_a_suspect_that_has_not_begun_is_given_back_when_its_worker_stops(url, broker, caplog) -> None:
+    worker, end, seen = filao.Worker(url, grace=3600), asyncio.Event(), []
+
+    @worker.consumer(CLAIMS, concurrency=2)
+    async def handle(message: filao.Message) -> None:
+        seen.append(message.body)
+        await end.wait()
+
+    await broker.send_many("claims", ["suspect", "at work"])
+    async with filao.connect(url) as dying:
+        await dying.receive_from_queue("claims")
+        async with running(worker):
+            await until(lambda: seen)
+            bury(dying)
+            await until(lambda: "it is handled alone" in caplog.text)
+            worker.stop()
+            stats = await until_stats(broker, ready=1, leased=1)
+            end.set()
+    assert (seen, stats.released) == (["at work"], 1)

@@ -30,6 +30,36 @@ async def test_at_most_once_is_gone_before_the_handler_runs(url, broker) -> None
     assert (during, stats.acked, stats.dead, stats.delayed) == ([1], 1, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (filao.EngineError("the disk is full"), (["released", "acked"], [1])),
+        (filao.LeaseLost("another consumer holds it"), (["lost"], [])),
+    ],
+)
+async def test_what_cannot_be_deleted_before_its_handler_is_not_handled(
+    url, broker, monkeypatch, error, wanted
+) -> None:
+    worker, seen, fails = filao.Worker(broker), [], [error]
+    settle = session_of(broker).settle
+
+    def failing(delivery: Delivery, outcome: Outcome) -> "asyncio.Future[Result]":
+        if not fails:
+            return settle(delivery, outcome)
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        answer.set_exception(fails.pop())
+        return answer
+
+    monkeypatch.setattr(session_of(broker), "settle", failing)
+
+    @worker.consumer(CLAIMS, guarantee="at-most-once")
+    async def handle(message: filao.Message) -> None:
+        seen.append(message.attempt)
+
+    await broker.send_to_queue("claims", 1)
+    assert ([handled.how for handled in await worker.drain()], seen) == wanted
+
+
 @pytest.mark.parametrize("kind", ["coroutine", "thread"])
 async def test_exactly_once_commits_the_work_the_sends_and_the_ack_together(url, broker, kind) -> None:
     await broker.declare(filao.Queue("letters"))
@@ -120,6 +150,23 @@ async def test_exactly_once_undoes_the_work_of_a_handler_that_steers_away(url, b
     assert [handled.how for handled in await worker.drain()] == ["dead"]
     async with broker.transaction() as tx:
         assert await tx.execute("SELECT * FROM payment") == []
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)  # SQLite checks at the commit only what it was asked to
+async def test_exactly_once_has_failed_when_its_work_cannot_be_committed(url, broker) -> None:
+    async with broker.transaction() as tx:
+        await tx.execute("CREATE TABLE payment (claim INTEGER UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+    worker = filao.Worker(url)
+
+    @worker.consumer(CLAIMS, guarantee="exactly-once")
+    async def handle(message: filao.Message, tx: filao.Transaction) -> None:
+        await tx.execute("INSERT INTO payment VALUES (1), (1)")
+
+    await broker.send_to_queue("claims", 1)
+    (handled,) = await worker.drain()
+    assert (handled.how, "payment" in handled.error) == ("retried", True)
+    stats = await broker.stats("claims")
+    assert (stats.delayed, stats.nacked) == (1, 1)
 
 
 async def test_exactly_once_makes_nobody_wait_before_its_first_statement(url, broker) -> None:

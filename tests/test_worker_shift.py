@@ -157,3 +157,27 @@ async def test_a_consumer_that_had_no_room_to_look_is_healthy(url, broker, monke
         end.set()
         await until(lambda: not worker.status().running["claims"])
         assert worker.status().healthy
+
+
+async def test_a_consumer_whose_queue_is_deleted_is_healthy(url, broker, caplog) -> None:
+    worker = filao.Worker(broker)
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None: ...
+
+    async with running(worker):
+        await broker.delete_queue("claims")
+        await until(lambda: "receiving from 'claims' fails" in caplog.text)
+        shift_of(worker).pools[0].polled_at -= 60
+        await until(lambda: worker.status().healthy)  # its engine has answered
+
+
+async def test_a_worker_that_has_ended_leaves_no_thread(url, broker) -> None:
+    worker, before = filao.Worker(url), set(threading.enumerate())
+
+    @worker.consumer(CLAIMS)
+    def handle(message: filao.sync.Message) -> None: ...
+
+    await broker.send_to_queue("claims", 1)
+    await worker.drain()
+    await until(lambda: set(threading.enumerate()) <= before)

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,22 @@ async def test_workers_of_one_loop_see_tasks_until_the_last_has_gone(url, broker
         await broker.send_to_queue("claims", 1)
         await until_stats(broker, nacked=1)
     assert loop.get_task_factory() is before
+
+
+async def test_a_task_factory_that_the_program_sets_meanwhile_stays(url, broker) -> None:
+    worker = filao.Worker(broker)
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None: ...
+
+    def factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> "asyncio.Task[Any]":
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+    try:
+        async with running(worker):
+            loop.set_task_factory(factory)
+        assert loop.get_task_factory() is factory
+    finally:
+        loop.set_task_factory(before)
