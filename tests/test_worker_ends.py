@@ -276,7 +276,12 @@ async def test_a_lease_that_the_handlers_own_settle_ended_is_not_told_as_lost(ur
 
 
 @pytest.mark.parametrize(
-    "error", [filao.EngineError("the disk is full"), filao.ConfigurationError("the user may not write there")]
+    "error",
+    [
+        filao.EngineError("the disk is full"),
+        filao.ConfigurationError("the user may not write there"),
+        filao.QueueNotFound("the queue of its dead letters is not there"),
+    ],
 )
 async def test_what_cannot_be_settled_for_now_is_settled_later_and_not_handled_again(
     url, broker, monkeypatch, error
