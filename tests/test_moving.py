@@ -4,10 +4,12 @@ import asyncio
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -403,6 +405,42 @@ async def test_what_waits_on_the_ladder_is_said_to_stay(place, name) -> None:
     assert json.loads(done.stdout)["held"] >= 1
     assert done.returncode == 1
     assert "left at amqp://guest:…@" in done.stderr  # whose password is nobody's business
+
+
+@pytest.mark.parametrize("way", SQL_WAYS)
+async def test_a_queue_that_the_target_knows_keeps_its_rules_there(place, name, way) -> None:
+    source, target = map(place, way.split())
+    known = filao.Queue(name, lease=7, max_attempts=2)
+    async with filao.connect(source) as here, filao.connect(target) as there:
+        await here.declare(filao.Queue(name))
+        await here.send_to_queue(name, 1)
+        await there.declare(known)
+        await moved(source, target, name)
+        assert await there.queues() == [known]
+        assert (await there.receive_from_queue(name)).body == 1
+
+
+async def test_both_queues_are_paused_while_messages_are_moved(place, name) -> None:
+    source, target = place("sqlite"), place("sqlite")
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name))
+        await broker.send_to_queue(name, 1)
+    here, there = engine_for(source), engine_for(target)
+    await here.open()
+    await there.open()
+    paused = []
+
+    def look(so_far: Moved) -> None:
+        for path in (source, target):
+            with closing(sqlite3.connect(path)) as file:
+                paused.append((so_far.waiting, *file.execute("SELECT paused FROM filao_queue").fetchone()))
+
+    try:
+        await move(here, there, [name], look)
+    finally:
+        await here.close()
+        await there.close()
+    assert paused == [(0, 0), (0, 0), (1, 1), (1, 1), (1, 1), (1, 0)]  # before, during and after it
 
 
 async def test_what_the_target_cannot_keep_stays(place, name) -> None:
