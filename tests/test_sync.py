@@ -14,6 +14,7 @@ import pytest
 import filao
 import filao.sync
 from tests.support.memory import MemoryEngine, Store
+from tests.support.programs import run
 
 DOOR = {  # what a user may call, as the reference says it: the same on both faces
     "Broker": {
@@ -196,3 +197,29 @@ def test_ctrl_c_in_a_loop_over_messages_is_no_other_error() -> None:
     with filao.sync.connect(lambda: EndsSlowly(Store())) as broker, pytest.raises(KeyboardInterrupt):
         for _ in broker.consume("claims"):
             pass
+
+
+def test_ctrl_c_in_the_instant_before_a_wait_ends_it() -> None:
+    """Under uvloop, which begins a call while its caller is still on the way to wait."""
+    run(
+        "",
+        """
+        import uvloop
+        from filao import calls
+        from tests.support.memory import MemoryEngine, Store
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+        calls.LOOKED_AFTER = 0.05
+
+        class Interrupts(MemoryEngine):
+            async def find(self, queue):
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                await asyncio.Event().wait()
+
+        for _ in range(40):
+            with filao.sync.connect(lambda: Interrupts(Store())) as broker:
+                try:
+                    broker.receive_from_queue("claims")
+                except KeyboardInterrupt:
+                    pass
+        """,
+    )

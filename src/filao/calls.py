@@ -25,6 +25,7 @@ from filao.forks import gate
 H = TypeVar("H")
 R = TypeVar("R")
 
+LOOKED_AFTER = 1.0  # seconds that a thread waits until it looks for signals that came before it began to
 _FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS"}  # meant for the thread at fault
 _IN_THE_MIDST = (
     "this call comes in the midst of another one of a broker, from an observer say, a __del__ or a handler of logs, so "
@@ -203,11 +204,12 @@ class Call(Generic[R]):
 
     def result(self) -> R:
         """Wait until it is over, and return or raise what came of it."""
-        with self._over:
-            if self._error is not None:
-                stay_if_it_ends()
-                raise self._error
-            return cast("R", self._result)
+        if not self._is_over:
+            _take(self._over)
+        if self._error is not None:
+            stay_if_it_ends()
+            raise self._error
+        return cast("R", self._result)
 
     def take_back(self) -> None:
         """Cancel it, or abandon its result, because nobody waits for it. Called in the caller's thread."""
@@ -286,7 +288,7 @@ class Held(Generic[H, R]):
     def __enter__(self) -> R:
         try:
             self._caller.begin(self._call)
-            self._holding.entered.acquire()
+            _take(self._holding.entered)
             if self._call.is_over:
                 self._call.result()
             return self._entered(cast("H", self._holding.held))
@@ -356,6 +358,15 @@ def _ended(forget: Callable[[Call[None]], None], holding: _Holding[Any], call: C
     forget(call)
     if holding.entered.locked():
         holding.entered.release()
+
+
+def _take(lock: threading.Lock) -> None:
+    """Wait until a lock is free, and keep it: a signal between an acquire and its release would keep it, too.
+
+    A signal that comes in the instant before a wait begins does not end it: Python looks for it when the wait is over.
+    """
+    while not lock.acquire(timeout=LOOKED_AFTER):
+        pass
 
 
 @contextmanager
