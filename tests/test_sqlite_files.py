@@ -58,6 +58,16 @@ async def test_each_url_names_a_file_of_its_own(tmp_path, monkeypatch) -> None:
     assert {path.name for path in tmp_path.glob("*.db")} == {"claims#1.db", "claims#2.db", "claims#.db", "claims?.db"}
 
 
+@pytest.mark.parametrize("url", ["sqlite:claims.db", "sqlite::memory:", "SQLite:claims.db", "file:claims.db"])
+def test_a_url_without_its_slashes_makes_no_file_of_that_name(tmp_path, monkeypatch, url) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(filao.ConfigurationError, match=r"without the // .*\./ before a path, sqlite:///relative\.db"):
+        filao.connect(url)
+    assert list(tmp_path.iterdir()) == []
+    with filao.sync.connect(f"./{url}") as broker:
+        assert broker.queues() == []
+
+
 @pytest.mark.parametrize("name", ["sqlite:///a%00b", Path("a\0b")])
 async def test_a_path_with_a_nul_character_leads_nowhere(name) -> None:
     with pytest.raises(filao.ConfigurationError, match="null"):

@@ -1,5 +1,6 @@
 """From a URL to the engine that keeps its promises."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,12 @@ from filao.moving import Movable
 from filao.urls import has_scheme, is_bare, shown_url
 
 Durability = Literal["full", "relaxed"]
+
+_URLS = (
+    "sqlite:///relative.db, sqlite:////absolute.db, sqlite://:memory:, postgresql://user@host/database or "
+    "amqp://user@host/vhost"
+)
+_NO_SLASHES = re.compile(r"(sqlite|file|postgres(ql)?|amqps?):", re.IGNORECASE)
 
 
 def engine_for(url: str | Path, *, durability: Durability = "full", clock: Callable[[], float] = time.time) -> Movable:
@@ -76,6 +83,10 @@ def sqlite_path(url: str | Path) -> Path:
                 f"{shown_url(url)!r} looks like a URL without its scheme; give postgresql://… or amqp://…, or ./ "
                 "before a path"
             )
+        if _NO_SLASHES.match(url):
+            raise ConfigurationError(
+                f"{shown_url(url)!r} looks like a URL without the // behind its scheme; give ./ before a path, {_URLS}"
+            )
         return Path(url)
     if url in ("sqlite://:memory:", "sqlite:///:memory:"):
         return Path(":memory:")
@@ -85,9 +96,5 @@ def sqlite_path(url: str | Path) -> Path:
             f"{shown_url(url)!r} names a driver, which Filao chooses itself: begin with {plain}://"
         )
     if scheme.lower() != "sqlite" or not path.startswith("/") or not path[1:] or "?" in path:
-        raise ConfigurationError(
-            f"{shown_url(url)!r} is no URL that Filao knows; give a path, "
-            "sqlite:///relative.db, sqlite:////absolute.db, "
-            f"sqlite://:memory:, postgresql://user@host/database or amqp://user@host/vhost"
-        )
+        raise ConfigurationError(f"{shown_url(url)!r} is no URL that Filao knows; give a path, {_URLS}")
     return Path(unquote(path[1:]))
