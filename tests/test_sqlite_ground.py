@@ -554,8 +554,9 @@ async def test_a_link_that_leads_elsewhere_by_now_is_noticed(db) -> None:
 
 async def test_links_in_a_circle_lead_nowhere(db) -> None:
     db.symlink_to(db)
-    with pytest.raises(filao.ConfigurationError, match="leads nowhere"):
-        await filao.connect(db).open()
+    for path in (db, db / "claims.db"):
+        with pytest.raises(filao.ConfigurationError, match="leads nowhere"):
+            await filao.connect(path).open()
 
 
 @pytest.mark.parametrize("escaped", ["/mnt/données", r"/mnt/a\040b", r"/mnt/a\134b", "/mnt/\\303\\251"])

@@ -109,7 +109,8 @@ class _Server:
             next(iter(self._open)).cancel()
 
     def _end(self, task: "asyncio.Task[None]") -> None:
-        self._open.pop(task).transport.abort()
+        writer = self._open.pop(task)  # kept until it is closed, or it warns of that since Python 3.13
+        writer.transport.abort()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a page could not be given: %s: %s", type(error).__name__, error)
 

@@ -49,9 +49,12 @@ def sidecar(path: Path) -> Path:
 def resolved(path: Path) -> Path:
     """Return the path of a file without links. Raises `ConfigurationError` when they lead in a circle."""
     try:
-        return path.resolve()
+        found = path.resolve()
+        if any(map(os.path.islink, (found, *found.parents))):  # since Python 3.13, where `resolve` raises nothing
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: before Python 3.13; ValueError: NUL
         raise ConfigurationError(f"{str(path)!r} leads nowhere: {error}") from error
+    return found
 
 
 def check_path(path: Path) -> None:
