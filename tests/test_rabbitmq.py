@@ -1557,7 +1557,7 @@ async def test_dead_letters_keep_their_order_however_often_they_are_looked_at(br
 
 
 async def test_a_step_that_redrives_the_first_takes_no_others(broker, queue, foreign) -> None:
-    """Each of many steps took all there were: three redrives of 300 at a rate never ended."""
+    """Each of many steps took all there were: three redrives of 300 at a rate went on for minutes."""
     await _a_hundred_die(broker, queue, foreign)
     assert await broker.redrive(queue, ids=["0", "1"], limit=2) == 2
     assert await broker.redrive(queue, limit=28) == 28
