@@ -17,7 +17,7 @@ from typing import Any
 import aiormq.exceptions
 import pika
 import pytest
-from aiormq import Channel
+from aiormq import Channel, spec
 
 import filao
 import filao.sync
@@ -233,7 +233,8 @@ async def test_what_is_above_a_limit_that_was_lowered_dies_once_it_is_raised_and
     """A settle was refused for good, so that its message stayed with a worker for as long as its connection lasted."""
 
     async def limit(number: int) -> None:
-        await asyncio.to_thread(rabbitmq.command, "eval", f"application:set_env(rabbit, max_message_size, {number}).")
+        old = f"application:set_env(rabbit, max_message_size, {number})"
+        await asyncio.to_thread(rabbitmq.command, "eval", f"{old}, persistent_term:put(max_message_size, {number}).")
 
     await broker.send_to_queue(queue, b"x" * 60_000)
     message = await received(broker, queue)
@@ -422,7 +423,7 @@ async def test_a_queue_that_was_deleted_or_is_anothers_alone_does_not_mean_that_
 
 async def test_a_server_that_is_too_old_is_refused(url, monkeypatch) -> None:
     monkeypatch.setattr(server, "VERSION_MIN", (99, 0))
-    with pytest.raises(filao.ConfigurationError, match=r"version 3.*Filao needs 99.0 or newer"):
+    with pytest.raises(filao.ConfigurationError, match=r"version \d.*Filao needs 99.0 or newer"):
         await filao.connect(url).open()
 
 
@@ -570,8 +571,8 @@ async def test_all_who_receive_from_a_queue_that_was_deleted_are_told_that(broke
 
 async def test_when_the_dead_letters_queue_was_deleted_nothing_stays_held(url, broker, foreign, queue) -> None:
     await broker.send_to_queue(queue, "spent")
-    for _ in range(queue.max_attempts):
-        await (await received(broker, queue)).release()
+    for _ in range(queue.max_attempts):  # rejected, which servers of all versions count
+        foreign.basic_reject(foreign.basic_get(queue.name)[0].delivery_tag)
     await broker.send_many(queue, range(3))
     foreign.queue_delete(f"{queue.name}.dead")
     with pytest.raises(filao.QueueNotFound, match=rf"dead letters of '{queue.name}'.*Queue\('{queue.name}'\)"):
@@ -926,6 +927,51 @@ async def test_those_who_wait_are_pushed_to_again_when_the_server_closed_their_c
         assert (await waiting).body == 0
     with pytest.raises(filao.LeaseLost):
         await held.ack()
+
+
+async def test_leases_end_when_the_server_says_that_it_pushes_no_more_to_one_of_their_consumers(broker, queue) -> None:
+    """As it does since 4.3 when a message was held for too long; its ack would be passed over while others have it."""
+    await broker.send_many(queue, range(2))
+    held = [await broker.receive_from_queue(queue) for _ in range(2)]
+    waiting = asyncio.create_task(broker.receive_from_queue(queue))
+    async with asyncio.timeout(20):
+        receiving = engine_of(broker)._consumers[queue.name]
+        while not any(receiving._room.values()):
+            await asyncio.sleep(0.01)
+        await receiving.channel._on_cancel_frame(spec.Basic.Cancel(next(iter(receiving._room)), nowait=True))
+        for message in held:
+            with pytest.raises(filao.LeaseLost, match="consumer_timeout"):
+                await message.ack()
+        assert (await waiting).body == 0
+        assert (await received(broker, queue)).body == 1
+
+
+async def test_what_is_held_for_longer_than_the_servers_consumer_timeout_loses_its_lease(rabbitmq, url, queue) -> None:
+    """A server before 4.3 ends the channel; a younger one only says that it pushes no more."""
+
+    async def limit(held: int, looked_at: int) -> None:
+        settings = {"consumer_timeout": held, "channel_tick_interval": looked_at}
+        setting = ", ".join(f"application:set_env(rabbit, {name}, {value})" for name, value in settings.items())
+        await asyncio.to_thread(rabbitmq.command, "eval", f"{setting}.")
+
+    await limit(2_000, 500)
+    try:
+        async with filao.connect(url) as holder, filao.connect(url) as other:
+            await holder.declare(queue)
+            holding = asyncio.create_task(holder.receive_from_queue(queue))
+            async with asyncio.timeout(60):
+                while not engine_of(holder)._wanted(queue.name):  # so that it is pushed to
+                    await asyncio.sleep(0.01)
+                await holder.send_to_queue(queue, "slow")
+                held = await holding
+                again = await other.receive_from_queue(queue)
+                while engine_of(holder)._consumers[queue.name].is_open:
+                    await asyncio.sleep(0.01)
+            with pytest.raises(filao.LeaseLost, match="consumer_timeout"):
+                await held.ack()
+            await again.ack()
+    finally:
+        await limit(1_800_000, 60_000)
 
 
 async def test_what_a_look_took_that_is_cut_off_waits_for_the_next(broker, queue, monkeypatch) -> None:

@@ -3,6 +3,10 @@
 For callers that can wait, the server pushes: consumers on the channel have a prefetch that adds up to the messages that
 callers hold and wait for, and no more, so that nothing lies here that another process could work on. What was pushed
 for a caller that has gone is given back after a second. A lease is a delivery tag of the channel, and ends with it.
+
+The server tells that it pushes no more to one of these consumers when the queue was deleted and, since RabbitMQ 4.3,
+when a message was held for longer than its `consumer_timeout`. It has then given that one to others, passes over an
+ack that comes too late, and does not say which one it is. So all leases of the channel end, as they did before 4.3.
 """
 
 import asyncio
@@ -47,13 +51,15 @@ class Consumer:
         """The most that callers have held and wanted since we last tidied up."""
         self._asking = asyncio.Lock()
         self._numbers = count()
+        self._farewell: asyncio.Task[None] | None = None
+        """Closes the channel, once the server has told that leases on it have ended."""
         channel.on_consumer_cancel_callbacks.add(self._cancelled)
         channel.closing.add_done_callback(self._closed)  # pyright: ignore[reportUnknownMemberType]  # untyped there
 
     @property
     def is_open(self) -> bool:
         """Whether the channel, and so every lease on it, lasts."""
-        return not self.channel.is_closed
+        return self._farewell is None and not self.channel.is_closed
 
     def has_room(self) -> bool:
         """Return whether the server may push more."""
@@ -91,7 +97,7 @@ class Consumer:
             self._room[message.consumer_tag] += 1
 
     async def rest(self, *, whatever: bool = False) -> None:
-        """Let the server push no more if nobody waits: what is given back unseen has used an attempt.
+        """Let the server push no more if nobody waits: what is given back unseen has used an attempt before 4.3.
 
         `whatever`: though it has no room, which it has again with each message that is settled.
         """
@@ -172,10 +178,10 @@ class Consumer:
             asyncio.get_running_loop().call_soon(self._called)
         self._buffer.append(message)
 
-    async def _cancelled(self, frame: Basic.Cancel) -> None:
-        """Learn that the server no longer pushes: the queue was deleted, or its node is away."""
-        if frame.consumer_tag is not None:
-            self._forget(frame.consumer_tag)
+    async def _cancelled(self, _: Basic.Cancel) -> None:
+        """End all leases, as the server has ended some of them; those who wait ask on another channel."""
+        if self.is_open:
+            self._farewell = asyncio.get_running_loop().create_task(self.channel.close())
         self._called()
 
     def _closed(self, ended: "asyncio.Future[Any]") -> None:

@@ -417,6 +417,7 @@ def _receives_last(entry: tuple[int, Operation]) -> bool:
 def _lost(delivery: Delivery) -> LeaseLost:
     return LeaseLost(
         f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost: it was "
-        "settled, its queue was deleted, or the connection that it was had on has ended, and the message goes to the "
-        "next consumer. Nothing was changed."
+        "settled, its queue was deleted, a message of the queue was held here for longer than the server's "
+        "consumer_timeout, or the connection that it was had on has ended, and the message goes to the next consumer. "
+        "Nothing was changed."
     )
