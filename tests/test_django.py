@@ -93,8 +93,10 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tmp_path / "shop" / "models.py").write_text(MODELS)
     (tmp_path / "shop" / "queues.py").write_text(QUEUES)
     (tmp_path / "manage.py").write_text(
-        "import os, sys\nos.environ.setdefault('DJANGO_SETTINGS_MODULE', 'settings')\n"
-        "from django.core.management import execute_from_command_line\nexecute_from_command_line(sys.argv)\n"
+        "import multiprocessing, os, sys\nos.environ.setdefault('DJANGO_SETTINGS_MODULE', 'settings')\n"
+        "from django.core.management import execute_from_command_line\n"
+        "if __name__ == '__main__':\n    multiprocessing.set_start_method('fork')  # as Django needs for --parallel\n"
+        "    execute_from_command_line(sys.argv)\n"
     )
     manage(tmp_path, "makemigrations", "shop")
     manage(tmp_path, "migrate")

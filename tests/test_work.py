@@ -405,8 +405,9 @@ def _get(address: str) -> tuple[int, Any]:
     try:
         with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
             return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+    except urllib.error.HTTPError as answer:
+        with answer:
+            return answer.code, json.load(answer)
 
 
 @pytest.mark.parametrize(
