@@ -1,7 +1,8 @@
 """What idle consumers cost a PostgreSQL server, and how long a message takes to one of them.
 
 `python -m bench.idle [--consumers 8 200] [--seconds 20]`: so many brokers wait for one queue, spread over a few
-processes. It prints the server's share of a core, its commits a second, and the wait from a send to its receipt.
+processes. It prints the server's share of a core, its commits a second, and the wait from a send to its receipt, of
+brokers that have each received before, so that their connections have compiled what they run.
 """
 
 import argparse
@@ -102,10 +103,11 @@ async def _measure(url: str, postmaster: int, count: int, seconds: float) -> dic
             await asyncio.sleep(seconds)
             core = (cpu(postmaster) - used) / (time.monotonic() - began)
             rate = (await value(commits) - before) / (time.monotonic() - began)
-            for _ in range(SENDS):
-                await sender.send_to_queue("idle", b"%.6f" % time.monotonic())
-                await asyncio.sleep(GAP)
-            waits = [await asyncio.to_thread(received.get, True, 30) for _ in range(SENDS)]
+            for gap, sends in ((GAP / 5, 2 * count), (GAP, SENDS)):  # the first for all to have received
+                for _ in range(sends):
+                    await sender.send_to_queue("idle", b"%.6f" % time.monotonic())
+                    await asyncio.sleep(gap)
+                waits = [await asyncio.to_thread(received.get, True, 30) for _ in range(sends)]
             connections = await value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'filao'")
         finally:
             for process in processes:
