@@ -765,7 +765,7 @@ async def test_a_message_is_looked_up_once_to_be_claimed_and_once_to_be_acked(ur
         acked = looked_up()
         session.rollback()
     assert claimed - before <= len(ids) + 1  # the first of them also to see where to begin
-    assert acked - claimed == len(ids)
+    assert len(ids) <= acked - claimed <= len(ids) + 1  # PostgreSQL 19 looks once more for a batch
 
 
 async def test_under_an_old_transaction_the_watch_does_not_walk_over_those_who_were_called(url, broker) -> None:
