@@ -160,6 +160,31 @@ async def test_a_sender_can_neither_move_the_clock_nor_take_an_id_of_ours(url) -
         connection.execute(send.encode(), (None, "m"))
 
 
+@pytest.mark.parametrize(
+    ("terms", "is_trusted"),
+    [
+        ("", True),
+        ("WITH INHERIT TRUE, SET FALSE", True),
+        ("WITH INHERIT FALSE, SET TRUE", True),
+        ("WITH INHERIT FALSE, SET FALSE", False),
+    ],
+)
+async def test_a_member_of_the_owner_is_trusted_as_it_is_only_where_it_has_rights_of_its(
+    url, terms, is_trusted
+) -> None:
+    with psycopg.connect(url, autocommit=True) as superuser:
+        if terms and superuser.info.server_version < 160_000:
+            pytest.skip("before PostgreSQL 16 a member has all rights of the role")
+        owner, member = f"owner{next(_names)}", f"member{next(_names)}"
+        superuser.execute(f"CREATE ROLE {owner}; CREATE ROLE {member} LOGIN".encode())
+        superuser.execute(f"GRANT {owner} TO {member} {terms}".encode())
+        superuser.execute(f"ALTER TABLE filao.message OWNER TO {owner}".encode())
+        superuser.execute(f"GRANT USAGE ON SCHEMA filao TO {member}; GRANT SELECT ON filao.meta TO {member}".encode())
+        superuser.execute(f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA filao TO {member}".encode())
+    with psycopg.connect(url.replace("filao@", f"{member}@"), autocommit=True) as connection:
+        assert connection.execute("SELECT filao.is_owner()").fetchone() == (is_trusted,)
+
+
 async def test_after_an_upgrade_roles_may_call_what_they_could_call_before_and_no_more(url, monkeypatch) -> None:
     sender = as_role(url, "sender")
     newer = schema.VERSION + 1

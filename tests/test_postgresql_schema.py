@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "ab956ddcc6f0e32d"}
+DIGESTS = {10: "fd0fe9787395a611"}
 """The digest of the SQL of the newest version."""
 
 

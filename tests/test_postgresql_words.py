@@ -31,13 +31,14 @@ OWN = {
     *(100, 200, 500, 512, 1_000, 20_000, 30_000),  # rows in one go, and what a session keeps in mind
     *(
         2_047,
+        160_000,
         600_000,
         86_400_000,
         1_718_184_290,
         1_718_184_291,
         2_147_483_647,
         1_181_314_145_000_000,
-    ),  # keys of locks, a day, no priority
+    ),  # keys of locks, a version, a day, no priority
 }
 """Numbers of the SQL alone: each is named where it stands."""
 KINDS = {"k", "m", "ack", "nack", "release", "extend", "extended", "split", "full", "_", "place", "halted"}
@@ -69,6 +70,7 @@ def test_every_word_in_the_sql_is_one_of_the_python() -> None:
         "transaction_isolation",
         "clock",
         "isolated",
+        "server_version_num",
         "yes",  # of the setting filao.moves
         "database",
     }

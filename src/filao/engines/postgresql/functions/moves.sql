@@ -58,10 +58,14 @@ BEGIN
 END
 $$;
 
--- Whether our caller owns the tables, and so is trusted with all that is in them.
+-- Whether our caller owns the tables, or has the rights of who does, and so is trusted with all that is in them. Since
+-- PostgreSQL 16 a role can be a member of another and have none of its rights.
 CREATE OR REPLACE FUNCTION filao.is_owner() RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-  RETURN pg_has_role(session_user, (SELECT relowner FROM pg_class WHERE oid = 'filao.message'::regclass), 'MEMBER');
+  RETURN pg_has_role(
+    session_user, (SELECT relowner FROM pg_class WHERE oid = 'filao.message'::regclass),
+    CASE WHEN current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'USAGE, SET' END
+  );
 END
 $$;
 
