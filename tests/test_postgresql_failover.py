@@ -1,6 +1,7 @@
 """PostgreSQL when its server changes under us: promoted, restored, made anew, read-only, or back after a while."""
 
 import asyncio
+import struct
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing
 from functools import partial
@@ -190,3 +191,41 @@ async def test_after_a_restart_nobody_is_struck_off_before_everybody_had_time_to
                 for _ in range(3):
                     await engine_of(near)._watch._look_after_all()
                 assert operator.execute("SELECT count(*) FROM filao.process WHERE name = 'gone'").fetchone() == (0,)
+
+
+def leave_a_slot(server: Postgres, held: int) -> None:
+    """Let a standby with hot_standby_feedback that read from transaction `held` on leave its slot behind, for good."""
+    with psycopg.connect(server.url(), autocommit=True) as operator:
+        operator.execute("SELECT pg_create_physical_replication_slot('gone', true)")
+        standby = psycopg.pq.PGconn.connect(f"{server.url()}?replication=true".encode())
+        standby.exec_(b"START_REPLICATION SLOT gone PHYSICAL 0/1000000")
+        standby.put_copy_data(b"h" + struct.pack(">qIIII", 0, held, 0, 0, 0))
+        standby.flush()
+        while operator.execute("SELECT xmin::text FROM pg_replication_slots").fetchone() != (str(held),):
+            pass
+        standby.finish()
+        operator.execute("ALTER SYSTEM SET max_slot_wal_keep_size = 0")
+        operator.execute("SELECT pg_reload_conf()")
+        while operator.execute("SELECT wal_status FROM pg_replication_slots").fetchone() != ("lost",):
+            operator.execute("CREATE TABLE written ()")
+            operator.execute("DROP TABLE written")
+            operator.execute("SELECT pg_switch_wal()")
+            operator.execute("CHECKPOINT")
+
+
+async def test_a_slot_that_was_left_behind_for_good_keeps_nobody_from_vacuuming(primary, monkeypatch) -> None:
+    """It keeps nothing, but is listed with what it has kept."""
+    monkeypatch.setattr(watch, "VACUUM_AFTER", -1)
+    async with filao.connect(primary.url()) as broker:
+        with psycopg.connect(primary.url(), autocommit=True) as operator:
+
+            async def vacuumed() -> int:
+                await engine_of(broker)._watch.vacuum()
+                row = operator.execute("SELECT pg_stat_get_vacuum_count('filao.message'::regclass)").fetchone()
+                return row[0] if row else 0
+
+            (now,) = operator.execute("SELECT txid_current()").fetchone() or (0,)
+            leave_a_slot(primary, now)
+            first = await vacuumed()
+            await broker.declare(filao.Queue("claims"))
+            assert await vacuumed() == first + 1

@@ -125,9 +125,12 @@ _DEAD_ROWS = """
         SELECT greatest(age(backend_xmin), age(backend_xid)) FROM pg_stat_activity
         WHERE datname = current_database() OR backend_type = 'walsender'
         UNION ALL SELECT age(transaction) FROM pg_prepared_xacts WHERE database = current_database()
-        UNION ALL SELECT age(xmin) FROM pg_replication_slots
+        UNION ALL SELECT age(xmin) FROM pg_replication_slots WHERE wal_status IS DISTINCT FROM 'lost'
       ) AS held (age)
     )
     FROM pg_stat_user_tables WHERE relid = 'filao.message'::regclass
 """
-"""How many rows are dead, and the number of the oldest transaction whose snapshot is still in use."""
+"""How many rows are dead, and the number of the oldest transaction whose snapshot is still in use.
+
+A slot that is lost keeps nothing any more, but is listed with what it has kept until somebody drops it.
+"""
