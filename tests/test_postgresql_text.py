@@ -8,7 +8,8 @@ from psycopg import errors
 
 import filao
 from filao.engines.postgresql.charset import Charset
-from filao.engines.postgresql.server import Server
+from filao.engines.postgresql.server import VERSION_TIMED, Server
+from filao.engines.postgresql.watch import VACUUM_WITHIN
 from tests.conftest import engine_of, let_pass, missing
 from tests.support.servers import Postgres, has_pgbouncer, pgbouncer
 
@@ -195,6 +196,20 @@ async def test_sessions_of_ours_are_not_ended_whatever_the_database_says(postgre
     async with filao.connect(url) as broker, engine_of(broker)._main.use() as connection:
         found = await connection.execute("SELECT name, setting FROM pg_settings WHERE name = ANY (%s)", (limits,))
         assert dict(await found.fetchall()) == {name: "0" for (name,) in known}
+
+
+async def test_a_time_limit_for_transactions_ends_no_vacuum(postgres) -> None:
+    url = create(postgres, "UTF8")
+    with psycopg.connect(url, autocommit=True) as operator:
+        if operator.info.server_version < VERSION_TIMED:
+            pytest.skip("before PostgreSQL 17 whole transactions have no limit")
+        operator.execute(f"ALTER DATABASE {url.rpartition('/')[2]} SET transaction_timeout = '1min'".encode())
+    async with filao.connect(url) as broker:
+        async with engine_of(broker)._transactions.connection(VACUUM_WITHIN) as connection:
+            found = await connection.execute("SHOW transaction_timeout")
+            assert await found.fetchall() == [("0",)]
+        async with broker.transaction() as tx:  # the user's own
+            assert await tx.execute("SHOW transaction_timeout", ()) == [("1min",)]
 
 
 async def test_a_database_that_is_read_only_by_default_is_not_taken_for_a_standby(postgres) -> None:

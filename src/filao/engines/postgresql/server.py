@@ -269,9 +269,10 @@ class Server:
     async def allow(self, connection: Connection, seconds: float) -> None:
         """Let each statement on a connection take so long, until it is cleaned; behind a pooler none has a limit."""
         if connection in self._settings:
-            await connection.execute(
-                f"SELECT pg_catalog.set_config('statement_timeout', '{seconds:g}s', false)".encode()
-            )
+            allowed = f"SELECT pg_catalog.set_config('statement_timeout', '{seconds:g}s', false)"
+            if connection.info.server_version >= VERSION_TIMED:  # as each statement is a transaction
+                allowed += ", pg_catalog.set_config('transaction_timeout', '0', false)"
+            await connection.execute(allowed.encode())
 
     async def clean(self, connection: Connection) -> None:
         """Clear away what a user's statements may have left on a connection; behind a pooler, the pooler does that.
