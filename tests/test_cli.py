@@ -125,13 +125,23 @@ def test_the_installed_program_is_the_same():
     assert (ran.code, ran.out) == (0, f"filao, version {version('filao')}\n".encode())
 
 
-def test_without_its_extra_it_says_what_to_install(tmp_path):
-    for name in ("filao", "msgspec", "anyio", "idna", "typing_extensions"):
+def bare(folder: Path, *names: str) -> list[str]:
+    """Return a command line for which nothing is installed: it finds these modules in a folder."""
+    for name in ("filao", "msgspec", "typing_extensions", *names):
         origin = Path(getattr(find_spec(name), "origin", ""))
-        installed = origin.parent if origin.stem == "__init__" else origin
-        (tmp_path / installed.name).symlink_to(installed)
-    bare = [sys.executable, "-S", "-c", f"import sys; sys.path.append({str(tmp_path)!r}); import filao.cli"]
-    ran = run(program=bare)
+        found = origin.parent if origin.stem == "__init__" else origin
+        (folder / found.name).symlink_to(found)
+    begin = f"import sys; sys.path.append({str(folder)!r}); from filao.cli import main; main()"
+    return [sys.executable, "-S", "-c", begin]
+
+
+def test_it_tells_its_version_where_it_lies_without_being_installed_as_in_an_archive(tmp_path):
+    ran = run("--version", program=bare(tmp_path, "click", "rich", "pygments", "markdown_it", "mdurl"))
+    assert (ran.code, ran.out) == (0, f"filao, version {version('filao')}\n".encode()), ran.err
+
+
+def test_without_its_extra_it_says_what_to_install(tmp_path):
+    ran = run(program=bare(tmp_path))
     assert ran.code == 2
     assert ran.err == (
         "filao: the command line needs what cannot be imported here: pip install 'filao[cli]' "

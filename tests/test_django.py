@@ -267,9 +267,11 @@ for url in ("postgresql://nobody@127.0.0.1:1/none", None):
 
 def test_the_worker_of_the_settings_runs_in_several_processes_wherever_it_is_started(project, tmp_path_factory) -> None:
     here = tmp_path_factory.mktemp("elsewhere")
+    with (project / "shop" / "queues.py").open("a") as queues:
+        queues.write("\nimport sys\nif sys.flags.optimize != 1: raise ImportError('without -O')\n")
     with filao.sync.connect(project / "shop.sqlite3") as broker:
         broker.send_many("documents", [{"policy": number} for number in range(5)])
-    command = [sys.executable, str(project / "manage.py"), "filao_worker", "--processes", "2"]
+    command = [sys.executable, "-O", str(project / "manage.py"), "filao_worker", "--processes", "2"]
     working = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
     try:
         with filao.sync.connect(project / "shop.sqlite3") as broker:

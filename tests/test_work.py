@@ -12,6 +12,7 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -388,6 +389,50 @@ def test_a_module_named_as_one_of_pythons_own_harms_no_process_if_it_does_not_ha
     program = [sys.executable, *begun, "work", "app:worker", "--processes", "2", "--until-idle"]
     ran = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (ran.returncode, ran.stderr.count("nothing to do")) == (0, 2), ran.stderr
+
+
+HOW_IT_RUNS = """
+import sys
+import filao
+
+worker = filao.Worker("claims.db", grace=30)
+
+@worker.consumer(filao.Queue("claims"))
+async def handle(message: filao.Message[dict]) -> None:
+    with open("runs", "a") as file:
+        print(filao.__file__, sys.flags, sys.warnoptions, sys.stdout.write_through, file=file)
+"""
+
+
+def runs(folder: Path, broker: filao.sync.Broker, python: list[str]) -> list[str]:
+    """Return how Python runs a worker alone, and how in two processes."""
+    (folder / "how.py").write_text(HOW_IT_RUNS)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for processes in ("1", "2"):
+        broker.send_to_queue("claims", {})
+        program = [sys.executable, *python, "work", "how:worker", "--until-idle", "--processes", processes]
+        ran = subprocess.run(program, cwd=folder, env=environment, capture_output=True, timeout=PATIENCE, check=False)
+        assert ran.returncode == 0, ran.stderr
+    return (folder / "runs").read_text().splitlines()
+
+
+@pytest.mark.parametrize("options", ["-O -u -Werror", "-Xdev -bb -Werror", "-s -B -Xutf8"])
+def test_processes_run_with_the_options_of_the_python_that_starts_them(folder, broker, options) -> None:
+    alone, supervised = runs(folder, broker, [*options.split(), "-P", "-m", "filao"])
+    assert supervised == alone
+
+
+@pytest.mark.parametrize("options", [[], ["-E"]])
+def test_processes_of_a_filao_in_an_archive_run_that_one(folder, broker, tmp_path, options) -> None:
+    archive, package = tmp_path / "filao.pyz", Path(filao.__file__).parent
+    with zipfile.ZipFile(archive, "w") as files:
+        files.writestr("__main__.py", "from filao.cli import main; main()")
+        for file in package.rglob("*.*"):
+            if "__pycache__" not in file.parts:
+                files.write(file, file.relative_to(package.parent))
+    alone, supervised = runs(folder, broker, [*options, str(archive)])
+    assert alone.startswith(str(archive))
+    assert supervised.startswith(str(archive))
 
 
 def test_until_idle_a_signal_still_ends_it(folder, broker) -> None:

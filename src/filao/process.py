@@ -3,9 +3,11 @@
 import asyncio
 import os
 import socket
+import subprocess
 import sys
 import threading
 from contextlib import suppress
+from typing import cast
 
 from filao.engine import Finding
 from filao.errors import ConfigurationError, EngineUnavailable
@@ -26,6 +28,19 @@ def flush_output() -> None:
         if stream is not None:  # Python has no stream where the shell closed it
             with suppress(OSError, ValueError):
                 stream.flush()
+
+
+def this_python(*, told_where: bool = False) -> list[str]:
+    """Return the command that starts this Python with the options that this one was started with.
+
+    Where PYTHONPATH tells it where its modules are (`told_where`), those are left out by which it would not read that.
+    """
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001  # no public one
+    options = cast("list[str]", flags)
+    if told_where:
+        options = ["-s" if option == "-I" else option for option in options if option != "-E"]
+    is_unbuffered = bool(getattr(sys.__stdout__, "write_through", False))  # no flag tells of -u
+    return [sys.executable, *options] + ["-u"] * is_unbuffered
 
 
 def process_finding(name: str, held: int, state: str, reported_ago: float) -> Finding:

@@ -22,6 +22,7 @@ except ExtraMissing as error:
     sys.stderr.write(f"filao: {error}\n")
     sys.exit(2)
 
+from filao import __version__
 from filao.cli.backup import backup, restore
 from filao.cli.control import cancel, delete, pause, resume
 from filao.cli.dashboard import dashboard
@@ -86,7 +87,7 @@ def _ended_by(error: BaseException) -> int | None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="filao")
+@click.version_option(__version__)
 def commands() -> None:
     """Durable point-to-point queues: send, receive and look after them.
 

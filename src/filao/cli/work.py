@@ -22,7 +22,7 @@ from filao.cli.pages import Page, address_of, served, shown_address
 from filao.cli.shell import usage
 from filao.cli.target import NOTHING, found_in, imported
 from filao.errors import FilaoError
-from filao.process import check_threads, flush_output
+from filao.process import check_threads, flush_output, this_python
 from filao.worker.signals import told_by_signals
 from filao.worker.supervisor import IDLE, Orders, Supervisor, report
 from filao.worker.worker import Worker
@@ -98,7 +98,7 @@ def work(
         worker.only(queues)
     limits = [(name, value) for name, value in (("messages", max_messages), ("memory", max_memory)) if value]
     if report_to is None and (processes > 1 or limits or reload):
-        command = [sys.executable, *_searching(), "-m", "filao", "work", target]
+        command = [*_python(), "-m", "filao", "work", target]
         command += ["--log-level", log_level, "--log", log_form]
         command += [part for queue in queues for part in ("--queue", queue)]
         command += ["--metrics", metrics] if metrics else []
@@ -111,13 +111,21 @@ def work(
         return asyncio.run(_work(worker, is_used_up, report_to, address, until_idle=until_idle))
 
 
-def _searching() -> list[str]:
-    """Return the option by which Python looks for modules in its processes as it did here: not in the current folder,
-    unless this is `python -m filao` itself. A `queue.py` there would take the place of Python's own.
+def _python() -> list[str]:
+    """Return the command of the processes' Python, which finds there the same modules as this one does here.
+
+    It does not look in the current folder, unless this is `python -m filao` itself: a `queue.py` there would take the
+    place of Python's own. And it looks in the archive in which this Filao lies, if it does.
     """
+    here = Path(__file__).absolute().parents[2]
+    is_archived = not here.is_dir()
+    if is_archived:
+        given = "" if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(here), given)))
     begun = getattr(sys.modules["__main__"], "__spec__", None)
     is_module = begun is not None and begun.name == "filao.__main__"
-    return [] if is_module and not sys.flags.safe_path else ["-P"]
+    looks_here = is_module and not sys.flags.safe_path
+    return this_python(told_where=is_archived) + ["-P"] * (not looks_here)
 
 
 async def _supervise(command: list[str], processes: int, address: tuple[str, int] | None, *, reload: bool) -> int:

@@ -14,7 +14,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 
 from filao.contrib.django.running import TARGET, named_worker
-from filao.process import flush_output
+from filao.process import flush_output, this_python
 
 _OPTIONS = ("processes", "max_messages", "max_memory", "health", "log_level", "log", "metrics")
 _FLAGS = ("reload", "until_idle")
@@ -43,7 +43,8 @@ class Command(BaseCommand):  # type: ignore[misc]  # Django has no types
         os.environ["PYTHONPATH"] = os.pathsep.join(_before_the_library(sys.path))
         given = [(f"--{name.replace('_', '-')}", options[name]) for name in _OPTIONS if options[name] is not None]
         given += [("--queue", queue) for queue in options["queue"]]
-        command = [sys.executable, "-m", "filao", "work", TARGET, *(part for pair in given for part in pair)]
+        python = this_python(told_where=True)
+        command = [*python, "-m", "filao", "work", TARGET, *(part for pair in given for part in pair)]
         command += [f"--{name.replace('_', '-')}" for name in _FLAGS if options[name]]
         flush_output()
         os.execv(sys.executable, command)  # noqa: S606  # no shell: a list of arguments
