@@ -999,7 +999,7 @@ async def test_what_was_acked_before_the_work_is_held_no_more_though_nobody_conf
     message = delivery_of(await received(broker, queue))
     receiving = engine_of(broker)._consumers[queue.name]
     async with receiving._asking:
-        settling = asyncio.create_task(engine_of(broker)._settle(queue, Settle(message, Ack(before_work=True))))
+        settling = asyncio.create_task(engine_of(broker)._settles.settle(queue, Settle(message, Ack(before_work=True))))
         while receiving.held:
             await asyncio.sleep(0)
         settling.cancel()

@@ -110,6 +110,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
             "consumer",
             "publisher",
             "burials",
+            "settles",
             "doctor",
             "errands",
             "control",

@@ -1,13 +1,10 @@
 """The RabbitMQ engine: the server does what it can itself, and what it cannot do is refused when a queue is declared.
 
 Messages are published with confirms on one connection and received on another, so that a server that blocks senders
-does not block acknowledgements. A lease is a delivery: it ends with its connection. What takes two steps (a retry after
-a delay, a dead letter with its reason, a redrive) is published before it is acknowledged: a crash in between doubles
-the message, but never loses it.
+does not block acknowledgements. A lease is a delivery: it ends with its connection.
 """
 
 import asyncio
-import random
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -16,14 +13,12 @@ from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
-from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelNotFoundEntity
 
 from filao.checks import is_system_clock
 from filao.engine import (
     Abandoned,
-    Ack,
     Batch,
     Delivery,
     Extend,
@@ -47,13 +42,14 @@ from filao.engines.rabbitmq.control import RabbitmqOperators
 from filao.engines.rabbitmq.moving import RabbitmqMover
 from filao.engines.rabbitmq.overview import RabbitmqOverview
 from filao.engines.rabbitmq.publisher import Publisher, deleted
-from filao.engines.rabbitmq.refusals import check_delay, check_rules, has_delay, refused
+from filao.engines.rabbitmq.refusals import check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
 from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, FAREWELL_WITHIN, Link, Server, Session
+from filao.engines.rabbitmq.settles import Settles, lease_lost
 from filao.engines.waiters import Lines, Place
-from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, LeaseLost
+from filao.errors import ConfigurationError, EngineUnavailable, FilaoError
 from filao.guarded import for_ever
-from filao.queue import Queue, not_found, retry_delay
+from filao.queue import Queue, not_found
 
 BEGUN_WITHIN = 5.0  # seconds that a batch has at least once it begins, however long it has waited
 TIDY_INTERVAL = 0.5  # seconds between looks for messages that were pushed but nobody wants
@@ -79,6 +75,7 @@ class RabbitmqEngine:
         self._publisher = Publisher(self._sending)
         self._declared = Declared(self._server)
         self._consumers = Consumers()
+        self._settles = Settles(self._consumers, self._publisher)
         limited = partial(self._limited, self._sending)
         self._burials = Burials(self._publisher, limited, self._call)
         self._opening = asyncio.Lock()
@@ -211,7 +208,7 @@ class RabbitmqEngine:
         queue = self._declared.rules.get(operation.queue)
         if queue is None:
             if isinstance(operation, Settle | Extend):
-                return _lost(operation.delivery)
+                return lease_lost(operation.delivery)
             return not_found(operation.queue, self._declared.rules)
         match operation:
             case Send():
@@ -219,10 +216,10 @@ class RabbitmqEngine:
             case Receive():
                 return await self._receive(queue, operation, session)
             case Settle():
-                await self._settle(queue, operation)
+                await self._settles.settle(queue, operation)
                 return None
             case Extend():
-                self._consumer_of(operation.delivery)  # the lease lasts anyway, if it has not ended
+                self._settles.consumer_of(operation.delivery)  # the lease lasts anyway, if it has not ended
                 return None
 
     async def _receive(self, queue: Queue, receive: Receive, session: Session) -> "Received | asyncio.Future[Result]":
@@ -272,57 +269,6 @@ class RabbitmqEngine:
                 look = await self._look(queue, receive, session)
         return Received(look.alive)
 
-    async def _settle(self, queue: Queue, settle: Settle) -> None:
-        delivery, outcome = settle.delivery, settle.outcome
-        consumer = self._consumer_of(delivery)
-        channel, tag = consumer.channel, delivery.handle
-        try:
-            with consumer.settling(tag) as message:
-                match outcome:
-                    case Ack():
-                        await channel.basic_ack(tag, wait=False)
-                    case Release(0):
-                        await channel.basic_nack(tag, requeue=True, wait=False)
-                    case Release(delay):
-                        await self._later(queue, delivery, message, delay, delivery.attempt - 1)
-                        await channel.basic_ack(tag, wait=False)
-                    case Reject(error, malformed):
-                        reason = "malformed" if malformed else "rejected"
-                        await self._publisher.bury(delivery, message, delivery.attempt, reason, error)
-                        await channel.basic_ack(tag, wait=False)
-                    case Nack():
-                        await self._fail(queue, delivery, message, outcome, consumer.channel)
-            if isinstance(outcome, Ack) and outcome.before_work:
-                await consumer.confirm()  # outside `settling`: whether it succeeds or not, the message is not held
-        except AWAY:
-            if consumer.is_open:
-                raise
-            raise _lost(delivery) from None
-
-    async def _fail(
-        self, queue: Queue, delivery: Delivery, message: DeliveredMessage, nack: Nack, channel: Channel
-    ) -> None:
-        """Let a failed message be tried again, or die."""
-        tag = delivery.handle
-        delay = retry_delay(queue, delivery.attempt, random.random())
-        if delay is None:
-            await self._publisher.bury(delivery, message, delivery.attempt, "max_attempts", nack.error)
-            await channel.basic_ack(tag, wait=False)
-            return
-        delay = delay if nack.delay is None else nack.delay
-        if delay > 0:
-            await self._later(queue, delivery, message, delay, delivery.attempt)
-            await channel.basic_ack(tag, wait=False)
-        else:
-            await channel.basic_reject(tag, requeue=True, wait=False)
-
-    async def _later(
-        self, queue: Queue, delivery: Delivery, message: DeliveredMessage, delay: float, used: int
-    ) -> None:
-        """Publish a message again to come back after `delay` seconds; the caller then acks the one that it received."""
-        check_delay(queue, delay)
-        await self._publisher.again(delivery.queue, message, delay, used)
-
     async def _consumer(self, queue: str, session: Session) -> Consumer:
         consumer = self._consumers.get(queue)
         if consumer is not None and consumer.is_open:
@@ -334,15 +280,6 @@ class RabbitmqEngine:
                 call, wanted = partial(self._call, queue), partial(self._wanted, queue)
                 consumer = self._consumers[queue] = Consumer(channel, next(self._tokens), queue, call, wanted)
             return consumer
-
-    def _consumer_of(self, delivery: Delivery) -> Consumer:
-        """Return the consumer that received a message. Raises `LeaseLost` if its lease has ended."""
-        consumer = self._consumers.get(delivery.queue)
-        if consumer is None or not consumer.is_open or consumer.token != delivery.token:
-            raise _lost(delivery)
-        if delivery.handle not in consumer.held:
-            raise _lost(delivery)
-        return consumer
 
     # --- waking ------------------------------------------------------------------------------------------------------
 
@@ -412,12 +349,3 @@ class _Look:
 
 def _receives_last(entry: tuple[int, Operation]) -> bool:
     return isinstance(entry[1], Receive)
-
-
-def _lost(delivery: Delivery) -> LeaseLost:
-    return LeaseLost(
-        f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost: it was "
-        "settled, its queue was deleted, a message of the queue was held here for longer than the server's "
-        "consumer_timeout, or the connection that it was had on has ended, and the message goes to the next consumer. "
-        "Nothing was changed."
-    )
