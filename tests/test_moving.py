@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -22,7 +23,7 @@ from filao.cli.move import move_command
 from filao.engines import engine_for
 from filao.engines.rabbitmq import control
 from filao.engines.sqlite.moving import SqliteMover
-from filao.moving import Moved, move
+from filao.moving import SLICE, Moved, move
 from tests.support.servers import Postgres, Rabbitmq
 
 pytestmark = pytest.mark.anyio
@@ -54,12 +55,14 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return give
 
 
-async def moved(source: str, target: str, *names: str) -> list[Moved]:
+async def moved(
+    source: str, target: str, *names: str, on_moved: Callable[[Moved], None] = lambda _: None
+) -> list[Moved]:
     here, there = engine_for(source), engine_for(target)
     await here.open()
     await there.open()
     try:
-        return await move(here, there, names)
+        return await move(here, there, names, on_moved)
     finally:
         await here.close()
         await there.close()
@@ -307,6 +310,28 @@ async def test_a_move_to_rabbitmq_begins_when_another_to_the_same_queue_is_over(
         finally:
             await there.close()
         assert (await moved(source, target, name))[0].waiting == 1
+
+
+async def test_a_move_to_rabbitmq_ends_when_others_are_no_longer_kept_from_it(rabbitmq, place, name) -> None:
+    """It went on, and so did the next one: each message came twice."""
+    source, target = place("sqlite"), place("rabbitmq")
+    keeper = f"{name}{control.MOVED_TO}"
+
+    def lose(so_far: Moved) -> None:
+        if so_far.waiting == SLICE:
+            owners = dict(
+                line.split("\t") for line in rabbitmq.command("list_queues", "name", "owner_pid").splitlines()
+            )
+            rabbitmq.command("close_connection", owners[keeper], "lost")
+
+    async with filao.connect(source) as broker:
+        await broker.declare(filao.Queue(name, backoff=AT_ONCE))
+        await broker.send_many(name, range(2 * SLICE))
+    with pytest.raises(filao.EngineUnavailable, match=f"{name}.*another may have begun"):
+        await moved(source, target, name, on_moved=lose)
+    assert (await moved(source, target, name))[0].waiting == SLICE
+    async with filao.connect(target) as broker:
+        assert (await broker.stats(name)).ready == 2 * SLICE
 
 
 def _command(*arguments: str) -> list[str]:

@@ -15,9 +15,10 @@ from filao.engines.rabbitmq.control import on_the_ladder, reserve, reserve_for_m
 from filao.engines.rabbitmq.publisher import Limited, Publisher
 from filao.engines.rabbitmq.refusals import check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
-from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server
+from filao.engines.rabbitmq.server import ANSWERS_WITHIN, AWAY, Server, Session
 from filao.engines.rabbitmq.topology import dead_name
-from filao.moving import Memory, Packing, Parcel
+from filao.errors import EngineUnavailable
+from filao.moving import SLICE, Memory, Packing, Parcel
 from filao.queue import Queue
 
 TOGETHER = 32  # messages given back at once: RabbitMQ 3.10 keeps the order of so many, and shuffles more
@@ -31,6 +32,8 @@ class RabbitmqMover:
         self._declared = declared
         self._publisher = publisher
         self._limited = limited
+        self._alone: list[tuple[str, Session]] = []
+        """The queues to which this process moves messages, with the connections that keep others from it."""
 
     async def identity(self) -> str:
         """Return the name of the cluster and the virtual host."""
@@ -67,14 +70,36 @@ class RabbitmqMover:
         async with self._declared.apart(queue) as call:
             await reserve_for_move(call, queue)
             call.goes_on()
-            yield
+            kept = (queue, call.session)
+            self._alone.append(kept)
+            try:
+                yield
+            finally:
+                self._alone.remove(kept)
 
     async def unpack(self, queue: str, parcels: Sequence[Parcel]) -> None:
-        """Publish messages from another engine; those that were published before are doubled."""
+        """Publish messages from another engine; those that were published before are doubled.
+
+        Raises `EngineUnavailable` if others are no longer kept from it, because the connection for that was lost.
+        """
         self.check(await self._declared.rules_of(queue), [parcel.draft for parcel in parcels])
+        for session in self._keeping_others_away(queue):
+            try:
+                async with session.aside():  # the server may have ended it while this process was paused
+                    pass
+            except AWAY as error:
+                raise _no_longer_alone(queue) from error
         for parcel in parcels:
+            self._keeping_others_away(queue)
             async with self._limited():
                 await self._publisher.store(queue, parcel)
+
+    def _keeping_others_away(self, queue: str) -> list[Session]:
+        """Return the connections that keep others from moving to a queue. Raises `EngineUnavailable` if one is lost."""
+        sessions = [session for name, session in self._alone if name == queue]
+        if not all(session.is_open for session in sessions):
+            raise _no_longer_alone(queue)
+        return sessions
 
     async def memory(self, queue: str) -> Memory:
         """Return an empty memory."""
@@ -86,6 +111,14 @@ class RabbitmqMover:
         await self._declared.rules_of(queue)
         if memory.halted:
             raise refused(queue, f"group {memory.halted[0]!r} is halted", "groups")
+
+
+def _no_longer_alone(queue: str) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"queue {queue!r}: the connection that kept other programs from moving messages there was lost, so another may "
+        f"have begun to. This move has ended, and some of its last {SLICE} messages may be there twice. Move again: "
+        f"that waits until the other has ended, and goes on."
+    )
 
 
 class QueuePacking(Packing):
