@@ -1728,6 +1728,25 @@ async def test_dead_letters_that_are_being_looked_at_are_counted(broker, queue) 
     assert (await broker.stats(queue)).dead == 2
 
 
+async def test_a_look_ends_when_the_server_takes_the_dead_letters_back(broker, queue) -> None:
+    """As it does since 4.3 with what was held for too long; what was deleted then counted, and was there still."""
+    await _dies(broker, queue, 2)
+    operators = engine_of(broker).operators
+
+    async def delete_all() -> None:
+        async with (
+            operators._declared.apart() as call,
+            control._dead(call, queue.name, operators._taken, errands.Errand()) as look,
+        ):
+            async for message in look.each():
+                await look.channel._on_cancel_frame(spec.Basic.Cancel("00", nowait=True))
+                await look.delete(message)
+
+    with pytest.raises(filao.EngineUnavailable, match=f"{queue.name}.*consumer_timeout"):
+        await delete_all()
+    assert len(await broker.dead_letters(queue)) == 2
+
+
 async def test_a_redrive_that_fails_half_way_tells_what_is_done_and_leaves_the_rest_in_order(
     rabbitmq, url, broker, queue
 ) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 from aiormq import Channel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelLockedResource
+from pamqp.commands import Basic
 
 from filao.engine import Draft, Finding, QueueStats, State, StoredMessage
 from filao.engines.rabbitmq import doctor, envelope, register, topology
@@ -310,6 +311,8 @@ class _Look:
         """The consumer that has room, if any has."""
         self._room = 0
         """How many more the server may push to it."""
+        self._is_cut_off = False
+        channel.on_consumer_cancel_callbacks.add(self._cut_off)
 
     async def each(self) -> AsyncGenerator[DeliveredMessage]:
         """Take the dead letters one after the other, while somebody wants them."""
@@ -320,6 +323,7 @@ class _Look:
 
     async def delete(self, message: DeliveredMessage) -> None:
         """Delete one, so that it does not go back."""
+        self._check()
         await self.channel.basic_ack(message.delivery_tag or 0)
         self._room += message.consumer_tag == self._tag
         self.held -= 1
@@ -327,7 +331,7 @@ class _Look:
 
     async def see_the_rest(self) -> None:
         """Take the unseen as well, so that all goes back in order; unless nothing goes back."""
-        if not self.held and not self._tag:
+        if self._is_cut_off or (not self.held and not self._tag):
             return
         while await self._next() is not None:
             pass
@@ -342,6 +346,7 @@ class _Look:
         """Take the next one, but no more than there were at the beginning: more may die meanwhile, without end."""
         if not self._unseen:
             return None
+        self._check()
         if self._pushed.empty() and not self._room:
             await self._ask_for(min(self._unseen, self._share, self.few or self._share))
         message = await self._arrived()
@@ -376,9 +381,22 @@ class _Look:
                 found = await self.channel.queue_declare(dead_name(self._queue), passive=True, timeout=ANSWERS_WITHIN)
                 if self._pushed.empty() and not found.message_count:
                     return None
+                self._check()
                 if now() > until:
                     raise
         return self._pushed.get_nowait()
+
+    async def _cut_off(self, _: Basic.Cancel) -> None:
+        """Learn that the server has taken back what we hold; it passes over what is deleted then."""
+        self._is_cut_off = True
+
+    def _check(self) -> None:
+        if self._is_cut_off:
+            raise EngineUnavailable(
+                f"queue {self._queue!r}: the server has taken its dead letters back: some were held here for longer "
+                f"than its consumer_timeout, or {dead_name(self._queue)!r} was deleted. Those that were being redriven "
+                f"may come twice. Try again with fewer at once, or raise consumer_timeout in rabbitmq.conf."
+            )
 
 
 @asynccontextmanager
