@@ -598,6 +598,17 @@ async def test_the_doctor_says_what_is_wrong(url, broker) -> None:
     assert (told.level, "redrive of queue 'claims' by ada, 0 of 7 messages" in told.text) == ("note", True)
 
 
+async def test_the_doctor_counts_no_process_of_the_servers_own_among_the_connections(url, broker) -> None:
+    await broker.doctor()
+    with psycopg.connect(url) as operator:
+        (clients,) = operator.execute(_CLIENTS).fetchone() or (0,)
+        (found,) = [finding for finding in await broker.doctor() if finding.subject == "connections"]
+        assert 2 <= int(found.text.split()[0]) <= clients
+
+
+_CLIENTS = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+
+
 async def test_a_redrive_that_fails_half_way_tells_what_is_done_and_calls_for_it(url, broker, monkeypatch) -> None:
     monkeypatch.setattr(watch, "POLL_INTERVAL", 600.0)
     monkeypatch.setattr(control, "SLICE", 1)

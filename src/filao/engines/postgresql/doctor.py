@@ -60,7 +60,7 @@ async def _load(connection: Connection) -> AsyncGenerator[Finding]:
             f"and the table grows. {end}.{_last(query)}",
         )
     used, most = (
-        int(await _value(connection, "SELECT count(*) FROM pg_stat_activity")),
+        int(await _value(connection, _USED)),
         int(await _value(connection, "SHOW max_connections")),
     )
     level = "warning" if used > 0.8 * most else "ok"
@@ -133,6 +133,11 @@ def _clock(ahead: float) -> Finding:
     return Finding("clock", "note", text)
 
 
+_USED = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE usesysid IS NOT NULL AND datid IS NOT NULL AND coalesce(backend_type, 'client backend') = 'client backend'
+"""
+"""The connections, without what the server runs for itself; a role without pg_read_all_stats sees no backend_type."""
 _AHEAD = "SELECT even + jumped - filao.clock() FROM filao.even_clock()"
 _HOLDERS = """
     SELECT holder, pid, age::bigint, query
