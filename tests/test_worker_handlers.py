@@ -1,6 +1,7 @@
 """What a handler may be, where it runs, and what a wrong one is told."""
 
 import functools
+import sys
 import threading
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 import filao
 import filao.sync
+from filao.worker.handlers import handler_of
 from tests.support.working import CLAIMS, PATIENCE, Claim, broker, plain, refused
 
 pytestmark = pytest.mark.anyio
@@ -132,6 +134,32 @@ def test_annotations_that_only_a_type_checker_can_read_refuse_no_handler_but_for
     filao.Worker("claims.db").consumer("claims")(handle)
     with pytest.raises(filao.ConfigurationError, match=r"annotation that cannot be read, message: filao.Message\[Unk"):
         filao.Worker("claims.db").consumer("claims")(wrong)
+
+
+def test_the_type_of_what_a_lifespan_gives_that_cannot_be_read_is_told() -> None:
+    async def wrong(message: filao.Message, pool: "list[Pool]") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    late: dict[str, Any] = {"filao": filao}
+    if sys.version_info >= (3, 14):  # where it need be no text
+        exec("async def wrong(message: filao.Message, pool: list[Pool]) -> None: ...", late)
+    for function in (wrong, late.get("wrong", wrong)):
+        with pytest.raises(filao.ConfigurationError, match="only under `if TYPE_CHECKING:`") as raised:
+            filao.Worker("claims.db").consumer("claims")(function)
+        assert "annotation that cannot be read, pool: list[Pool]: name 'Pool' is not defined" in str(raised.value)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python has no `type` statement")
+def test_a_type_statement_names_the_messages_their_bodies_and_what_a_lifespan_gives() -> None:
+    names: dict[str, Any] = {"filao": filao, "Claim": Claim}
+    exec(  # older versions cannot read it
+        "type Body = Claim\ntype Claims = filao.Message[Body]\ntype Of[T] = filao.Message[T]\ntype Pool = list[int]\n"
+        "async def named(message: Claims, pool: Pool) -> None: ...\nasync def given(message: Of[Claim]) -> None: ...\n",
+        names,
+    )
+    for name, wants in (("named", {"pool": list}), ("given", {})):
+        handler = handler_of(names[name], with_transaction=False)
+        assert (handler.body, handler.wants) == (Claim, wants)
+        filao.Worker("claims.db").consumer(filao.Queue("claims", body=names["Body"]))(names[name])
 
 
 def test_a_handler_of_another_type_than_its_queue_is_refused() -> None:

@@ -67,7 +67,7 @@ def handler_of(function: Callable[..., Any], *, with_transaction: bool) -> Handl
 
 def check_body(handler: Handler, rules: Queue[Any]) -> None:
     """Raise `ConfigurationError` when a handler asks for bodies of another type than its queue has."""
-    if handler.body is not None and rules.body not in (None, handler.body):
+    if handler.body is not None and rules.body is not None and _meant(rules.body) != handler.body:
         raise ConfigurationError(
             f"the handler {handler.name} asks for bodies of {handler.body!r}; queue {rules.name!r} has {rules.body!r}"
         )
@@ -85,10 +85,7 @@ def _wanted(function: Callable[..., Any], known: tuple[str, ...]) -> dict[str, t
             continue
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             continue
-        try:
-            kind = _read(parameter, _annotated(function))
-        except (NameError, TypeError, AttributeError, SyntaxError):
-            continue
+        kind = _read(parameter, function)
         kind = kind if isinstance(kind, types.UnionType) else get_origin(kind) or kind  # a pool, of Pool[Connection]
         if isinstance(kind, type) and kind not in (Transaction, sync.Transaction):
             _check_can_tell(kind, parameter, function)
@@ -132,12 +129,7 @@ def _first_parameter(
 def _body_of(function: Callable[..., Any], first: inspect.Parameter, name: str, *, is_async: bool) -> Any:
     if first.annotation is inspect.Parameter.empty or first.kind is inspect.Parameter.VAR_POSITIONAL:
         return None
-    try:
-        annotation = _read(first, _annotated(function))
-    except (NameError, TypeError, AttributeError, SyntaxError) as error:
-        raise ConfigurationError(
-            f"the handler {name} has an annotation that cannot be read, {first.name}: {first.annotation}: {error}"
-        ) from error
+    annotation = _read(first, function)
     kind = get_origin(annotation) or annotation
     ours, theirs = (Message, sync.Message) if is_async else (sync.Message, Message)
     what, gets = ("coroutine function", "filao.Message") if is_async else ("plain function", "filao.sync.Message")
@@ -149,7 +141,7 @@ def _body_of(function: Callable[..., Any], first: inspect.Parameter, name: str, 
             f"{first.name}: {gets}[{getattr(annotation, '__name__', '…')}]"
         )
     arguments = get_args(annotation)
-    return arguments[0] if arguments and not isinstance(arguments[0], typing.TypeVar) else None
+    return _meant(arguments[0]) if arguments and not isinstance(arguments[0], typing.TypeVar) else None
 
 
 def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,21 +151,38 @@ def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if inspect.isroutine(function) else type(function).__call__
 
 
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
+def _signature(function: Callable[..., Any], *, as_written: bool = False) -> inspect.Signature:
     """Return a function's signature without evaluating annotations that only a type checker can read."""
     if sys.version_info >= (3, 14):
         from annotationlib import Format  # older versions have none
 
-        return inspect.signature(function, annotation_format=Format.FORWARDREF)
+        return inspect.signature(function, annotation_format=Format.STRING if as_written else Format.FORWARDREF)
     return inspect.signature(function)
 
 
-def _read(parameter: inspect.Parameter, bearer: Callable[..., Any]) -> Any:
+def _read(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
     """Return the type that a parameter's annotation means, without evaluating any other annotation."""
 
     def only() -> None: ...
 
+    bearer = _annotated(function)
     only.__annotations__ = {parameter.name: parameter.annotation}
     names = getattr(inspect.unwrap(bearer), "__globals__", {})
     of_its_own = {kind.__name__: kind for kind in getattr(bearer, "__type_params__", ())}
-    return typing.get_type_hints(only, names, of_its_own)[parameter.name]
+    try:
+        return _meant(typing.get_type_hints(only, names, of_its_own)[parameter.name])
+    except (NameError, TypeError, AttributeError, SyntaxError) as error:
+        name = getattr(function, "__qualname__", None) or shown(function)
+        written = _signature(function, as_written=True).parameters[parameter.name].annotation
+        remedy = ". Import or define that name before, and not only under `if TYPE_CHECKING:`"
+        raise ConfigurationError(
+            f"the handler {name} has an annotation that cannot be read, {parameter.name}: {written}: "
+            f"{error}{remedy if isinstance(error, NameError) else ''}"
+        ) from error
+
+
+def _meant(annotation: Any) -> Any:
+    """Return the type that was given another name by a `type` statement."""
+    while (value := getattr(get_origin(annotation) or annotation, "__value__", None)) is not None:
+        annotation = value[get_args(annotation)] if get_args(annotation) else value
+    return annotation
