@@ -401,6 +401,11 @@ def test_a_connection_that_was_closed_is_called_so_and_not_by_its_place_in_memor
         (aiormq.exceptions.ProbableAuthenticationError("mechanism EXTERNAL."), "the certificate", "password"),
         (aiormq.exceptions.ChannelInvalidStateError("Channel closed by RPC timeout"), "the channel of", "RPC timeout"),
         (aiormq.exceptions.ChannelClosed(None, None), "the channel of", "None"),
+        (
+            aiormq.exceptions.ConnectionInternalError("INTERNAL_ERROR - no leader"),
+            "of its own: INTERNAL_ERROR -",
+            "SSL",
+        ),
     ],
 )
 def test_an_error_names_no_cause_that_it_has_not(error, text, untrue) -> None:
@@ -1528,6 +1533,21 @@ async def test_a_cluster_of_three_loses_a_node_and_nothing_else(tmp_path_factory
             await load.finish(senders)
     assert load.errors["EngineUnavailable"]
     assert load.lost == set()
+
+
+async def test_the_doctor_names_no_message_as_the_cause_when_most_nodes_are_away(
+    tmp_path_factory, rabbitmq, queue, monkeypatch
+) -> None:
+    """It told to delete a queue, and to restart the node."""
+    monkeypatch.setattr(register, "ANSWERS_WITHIN", 5.0)
+    with rabbitmq_cluster(tmp_path_factory.mktemp("few") / "nodes", 2) as nodes:
+        async with filao.connect(nodes[0].url()) as broker:
+            await broker.declare(queue)
+            await asyncio.to_thread(nodes[1].crash)
+            findings = {finding.subject: finding for finding in await broker.doctor()}
+    assert findings["expiry"].level == "error"
+    assert "cluster_status" in findings["expiry"].text
+    assert "x-death" not in findings["expiry"].text
 
 
 def test_what_it_can_do_is_said() -> None:

@@ -10,6 +10,7 @@ from aiormq.exceptions import (
     ChannelLockedResource,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
+    ConnectionInternalError,
     DeliveryError,
 )
 from pamqp.commands import Basic
@@ -28,6 +29,7 @@ PROBED_WITHIN = 5.0  # seconds for one message to expire and to arrive; it takes
 BLOCKED_AFTER = 10.0  # seconds without an answer to what is sent
 PROBE_LASTS = 60_000  # milliseconds after which the server removes the queues of a doctor that died
 LOOK_AGAIN = 0.05  # seconds
+NO_REASON = "INTERNAL_ERROR"  # is all that a server says whose worker has ended; if a leader is missing, it says so
 
 
 async def examine(session: Session, server: Server, declared: Declared) -> list[Finding]:
@@ -96,7 +98,9 @@ async def _expiry(server: Server) -> Finding:
     except FilaoError as error:
         return Finding("expiry", "note", f"not examined: {error}")
     except AWAY as error:
-        return Finding("expiry", "error", f"{_STUCK} It said: {type(error).__name__}")
+        if isinstance(error, ConnectionInternalError) and error.args[-1:] == (NO_REASON,):
+            return Finding("expiry", "error", f"{_STUCK} It said: {NO_REASON}")
+        return Finding("expiry", "error", f"not examined: {server.engine_error(error, begun=False)}")
     finally:
         if session is not None:
             await session.close(FAREWELL_WITHIN)

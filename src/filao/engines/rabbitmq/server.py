@@ -22,6 +22,7 @@ from aiormq.exceptions import (
     ChannelLockedResource,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
+    ConnectionInternalError,
     ConnectionNotAllowed,
     ConnectionNotImplemented,
     DeliveryError,
@@ -183,6 +184,11 @@ class Server:
                 )
             case DeliveryError():
                 return EngineUnavailable(f"{self.name} did not store the message: {said}. Send it again.")
+            case ConnectionInternalError():
+                return EngineUnavailable(
+                    f"{self.name} ended the connection for an error of its own: {said}. Perhaps nodes of its cluster "
+                    f"are away: rabbitmqctl cluster_status tells. {DOUBT if begun else 'Nothing was done.'}"
+                )
             case TimeoutError() if not begun:
                 return EngineUnavailable(f"{self.name} has not answered for {CONNECTED_WITHIN:g} s. Nothing was done.")
             case AMQPError() if not begun and (advice := _advice(error, said)):
