@@ -1732,8 +1732,11 @@ async def test_dead_letters_that_somebody_keeps_are_said_to_be_away(broker, queu
     monkeypatch.setattr(control, "TAKEN_WITHIN", 0.1)
     foreign.queue_declare(topology.dead_name(queue.name) + control.TAKEN, exclusive=True)
     for call in (broker.dead_letters(queue), broker.redrive(queue), broker.purge(queue, state="dead")):
-        with pytest.raises(filao.EngineUnavailable, match=f"{queue.name}.*another program has had its dead letters"):
+        with pytest.raises(
+            filao.EngineUnavailable, match=f"{queue.name}.*another program has had its dead letters"
+        ) as no:
             await call
+        assert "forget_cluster_node" in str(no.value)  # since 4.3 it may be a program that ended with its node
 
 
 async def test_dead_letters_that_are_being_looked_at_are_counted(broker, queue) -> None:

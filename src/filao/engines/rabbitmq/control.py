@@ -446,7 +446,7 @@ async def _reserve(call: Apart, queue: str, name: str, taken: str) -> None:
     """Reserve something of a queue for this call's session, until it is closed or its process dies.
 
     The reservation is a queue that only its own connection may use. Raises `EngineUnavailable` when another program
-    does not give it up in time.
+    does not give it up in time. Since RabbitMQ 4.3 it outlives a node that goes away, until that comes back.
     """
     now = asyncio.get_running_loop().time
     began, until = now(), min(now() + TAKEN_WITHIN, call.until() - LAST_TRY)
@@ -458,7 +458,8 @@ async def _reserve(call: Apart, queue: str, name: str, taken: str) -> None:
             if now() > until:
                 raise EngineUnavailable(
                     f"queue {queue!r}: for {now() - began:.1f} s {taken}. Nothing was done. Try again, or end a "
-                    "program that is paused."
+                    "program that is paused. If a node of a cluster is away, it may have been connected there: since "
+                    "RabbitMQ 4.3 such a node must come back, or be given up: rabbitmqctl forget_cluster_node."
                 ) from error
             await asyncio.sleep(LOOK_AGAIN)
         else:
