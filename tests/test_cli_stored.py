@@ -90,6 +90,18 @@ def test_dead_letters_are_a_table_on_a_terminal_and_one_is_told_whole(db):
     assert json.loads(screen)["id"] == number
 
 
+def test_of_an_error_of_several_lines_the_tables_show_the_one_that_names_it(db):
+    run("declare", db, "claims", "--history")
+    put(db, 1)
+    with filao.sync.connect(db) as broker:
+        message = broker.receive_from_queue("claims", wait=0)
+        assert message is not None
+        message.reject(ValueError("there is one\nDETAIL:  Key (id)=(1) already exists."))
+    for command in (("dead", db, "claims"), ("trace", db, message.id)):
+        code, screen = on_terminal(*command)
+        assert (code, "ValueError" in screen, "DETAIL" in screen) == (0, True, False)
+
+
 def test_what_others_wrote_does_nothing_in_a_table_or_a_story(db):
     put(db, "\x1b[2J[red]")
     (number,) = [line["id"] for line in run("peek", db, "claims").lines]

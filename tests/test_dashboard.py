@@ -1499,6 +1499,8 @@ def test_every_word_of_the_templates_is_known() -> None:
         ("", ""),
         ("x" * 5_000, "x" * 80),
         ("Traceback …\n" + "  File\n" * 1_000 + "ValueError: bad 1\n", "ValueError"),
+        ("Traceback …\nerrors.UniqueViolation: 1\nDETAIL:  Key\nCONTEXT:  a function\n", "errors.UniqueViolation"),
+        ("Traceback …\nmy.SyntaxError: 1\nLINE 1: SELEC\n        ^\nHINT:  none\n", "my.SyntaxError"),
     ],
 )
 def test_an_error_is_of_a_kind(error: str, kind: str) -> None:

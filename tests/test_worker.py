@@ -104,6 +104,21 @@ async def test_a_worker_runs_once_at_a_time(url, broker) -> None:
     assert await worker.drain() == []
 
 
+async def test_what_fails_with_an_error_of_several_lines_is_logged_by_the_one_that_names_it(
+    url, broker, caplog
+) -> None:
+    worker = filao.Worker(url)
+
+    @worker.consumer(CLAIMS)
+    async def handle(message: filao.Message) -> None:
+        raise ValueError("there is one\nDETAIL:  Key (id)=(1) already exists.")  # as PostgreSQL writes them
+
+    await broker.send_to_queue("claims", 1)
+    with caplog.at_level(logging.WARNING):
+        await worker.drain()
+    assert "attempt 1 failed: ValueError: there is one\n" in caplog.text
+
+
 async def test_what_fails_is_logged_with_its_message_and_queue(url, broker, caplog) -> None:
     worker = filao.Worker(url)
 

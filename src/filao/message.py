@@ -381,7 +381,7 @@ async def deferred_transaction_for(message: Message[Any]) -> AsyncGenerator[Tran
 def error_text(reason: object) -> str:
     """Return what is kept of an error: an exception's traceback, or a text; of a long one, the end.
 
-    A group's ends with the last of its exceptions: lists show the last line, and letters are told apart by it.
+    A group's ends with the last of its exceptions: lists show the line that names it, and letters are told apart by it.
     """
     try:
         text = "".join(traceback.format_exception(reason)) if isinstance(reason, BaseException) else str(reason)

@@ -22,7 +22,8 @@ BLOCKED_LOOKED_AT = 1_000  # blocked messages whose groups are told
 DEEDS_KEPT = 10_000  # entries of the log; older ones are forgotten
 DEED = "who, what, queue, about, wanted, done, id, at, ended_at, outcome"
 """The columns of the log's table, as `deed_of` reads them."""
-_RAISED = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Z]\w*)(?:: |:?$)")
+_RAISED = re.compile(r"(?![A-Z]+:  )((?:[A-Za-z_]\w*\.)*[A-Z]\w*)(?:: |:?$)")
+"""A line that names what was raised. `DETAIL:  ` and its like are further lines of an error of PostgreSQL's."""
 _NUMBER = re.compile(r"\d+")
 
 
@@ -213,9 +214,14 @@ def error_kind(error: str) -> str:
     of it that a list shows have the same kind.
     """
     error = seen_error(error)
-    for line in reversed(error.splitlines()):
-        raised = _RAISED.match(line)
-        if raised is not None:
-            return raised[1]
+    raised = _RAISED.match(raised_line(error))
+    if raised is not None:
+        return raised[1]
     line = error.strip().partition("\n")[0]
     return _NUMBER.sub("#", line)[:KIND_MAX]
+
+
+def raised_line(error: str) -> str:
+    """Return the line of an error that says what was raised: the last that names an exception, or the last of all."""
+    lines = error.strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if _RAISED.match(line)), lines[-1])

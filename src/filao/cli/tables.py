@@ -7,6 +7,7 @@ import click
 import msgspec
 
 from filao.engine import State, StoredMessage
+from filao.overview import raised_line
 from filao.printable import printable
 
 SHOWN_MAX = 200  # characters of a body or an error in a table
@@ -61,7 +62,7 @@ def draw_stored(messages: Sequence[StoredMessage], state: State, now: datetime) 
         draw(
             ("id", "dead for", "attempts", "reason", "last error"),
             [
-                (one.id, _since(one.at, now), str(one.attempts), one.reason or "", _last_line(one.error))
+                (one.id, _since(one.at, now), str(one.attempts), one.reason or "", raised_line(one.error)[:SHOWN_MAX])
                 for one in messages
             ],
             figures=False,
@@ -132,10 +133,6 @@ def _body(message: StoredMessage) -> str:
     return printable(
         f"{len(body):,} bytes: {body!r}" if isinstance(body, bytes) else msgspec.json.encode(body).decode()
     )
-
-
-def _last_line(error: str) -> str:
-    return error.strip().rpartition("\n")[2][:SHOWN_MAX]
 
 
 def _since(at: datetime, now: datetime) -> str:

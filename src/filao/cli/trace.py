@@ -8,8 +8,9 @@ import click
 from filao.cli.shell import addressed, as_json, broker_at, is_terminal, note, print_lines
 from filao.cli.tables import draw
 from filao.engine import Event
+from filao.overview import raised_line
 
-SHOWN_MAX = 120  # characters of an error's last line in a table
+SHOWN_MAX = 120  # characters of an error in a table
 
 
 @click.command()
@@ -35,8 +36,8 @@ def trace(*, arguments: tuple[str, ...], wants_json: bool) -> int:
 
 
 def _row(event: Event) -> tuple[str, ...]:
-    last = event.detail.strip().rpartition("\n")[2]
-    detail = last if len(last) <= SHOWN_MAX else f"{last[:SHOWN_MAX]}…"
+    line = raised_line(event.detail)
+    detail = line if len(line) <= SHOWN_MAX else f"{line[:SHOWN_MAX]}…"
     return (_moment(event.at), event.queue, event.what, str(event.attempt), event.by, detail)
 
 

@@ -26,6 +26,7 @@ from filao.errors import (
 )
 from filao.guarded import Log, failure_of
 from filao.message import AT_MOST_ONCE, Message, deferred_transaction_for, delivery_of, error_text, mark_settled
+from filao.overview import raised_line
 from filao.queue import retry_delay
 from filao.worker.handlers import Consumer
 from filao.worker.handling import ENDS_WITHIN, NEVER_ENDED, Handling, Raised, Shared, Why
@@ -274,7 +275,7 @@ class Run:
         if not is_decision(raised, self._consumer.outcomes):
             self._raised = type(raised).__qualname__
             trace = (type(raised), raised, raised.__traceback__)
-            self.log.warning("%s failed: %s", self.about(), last_line(raised), exc_info=trace)
+            self.log.warning("%s failed: %s", self.about(), raised_line(error_text(raised)), exc_info=trace)
         return of_error(raised, self._consumer.outcomes)
 
     def _outcome(self, decide: Callable[[], engine.Outcome]) -> engine.Outcome:
@@ -396,7 +397,7 @@ class Run:
             if log.isEnabledFor(logging.DEBUG):
                 self.log.debug("%s: %s", self.about(), how)
             return
-        text = outcome.error.strip().rpartition("\n")[2] if isinstance(outcome, (engine.Nack, engine.Reject)) else ""
+        text = raised_line(outcome.error) if isinstance(outcome, (engine.Nack, engine.Reject)) else ""
         follows: str = how
         if how == "retried" and isinstance(outcome, engine.Nack):
             tries = self._consumer.queue.max_attempts
@@ -412,11 +413,6 @@ class Run:
 
 def _nothing() -> None:
     """Do nothing: there is no task beside the handler."""
-
-
-def last_line(error: BaseException) -> str:
-    """Return the last line of an error's text, which says what was raised."""
-    return error_text(error).strip().rpartition("\n")[2]
 
 
 def _may_pass(error: BaseException) -> bool:
