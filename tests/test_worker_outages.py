@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -21,6 +23,7 @@ from filao.worker import keeper as keeper_module
 from filao.worker import outage as outage_module
 from filao.worker import pulse as pulse_module
 from filao.worker import shift as shift_module
+from filao.worker.signals import told_by_signals
 from tests.support.working import CLAIMS, PATIENCE, broker, running, until, until_stats
 
 pytestmark = pytest.mark.anyio
@@ -308,6 +311,31 @@ async def test_a_signal_stops_all_workers_of_a_process_and_reaches_its_host(url,
     assert host == [signal.SIGTERM]
 
 
+async def test_a_worker_that_has_ended_leaves_the_signals_to_those_that_run(url, broker, host) -> None:
+    await broker.declare(LETTERS)
+    async with running(handling(url, CLAIMS)) as going_on:
+        first = handling(url, LETTERS)
+        async with running(first) as ended:
+            first.stop()
+            await ended
+            os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(PATIENCE):
+                await going_on
+    assert host == [signal.SIGTERM]
+
+
+async def test_a_signal_handler_that_the_program_sets_while_its_worker_runs_stays(url, broker) -> None:
+    def handle(number: int, frame: FrameType | None) -> None: ...
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        async with running(handling(url, CLAIMS)):
+            signal.signal(signal.SIGTERM, handle)
+        assert signal.getsignal(signal.SIGTERM) is handle
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 async def test_a_worker_without_signals_leaves_them_to_its_host(url, broker, host) -> None:
     worker, ready = handling(url, CLAIMS), asyncio.Event()
     task = asyncio.create_task(worker.run(signals=False, ready=ready.set))
@@ -357,19 +385,33 @@ async def test_a_hangup_that_would_not_end_the_program_stops_no_worker(url, brok
 
 def _how_signals_are(pipe: Any) -> None:
     woken = signal.set_wakeup_fd(-1)
-    pipe.send((signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, woken, signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+    are = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    is_clean = are == [signal.SIG_DFL, signal.default_int_handler]
+    is_clean &= signal.getsignal(signal.SIGHUP) in (signal.SIG_DFL, signal.SIG_IGN)  # as under nohup
+    pipe.send((is_clean, woken, signal.pthread_sigmask(signal.SIG_BLOCK, [])))
     signal.pause()
 
 
-@pytest.mark.parametrize("kind", ["coroutine", "thread"])
-@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # no connection of the server's is shared with a child
-async def test_a_child_of_a_handler_has_clean_signals_and_its_worker_goes_on(url, broker, kind) -> None:
-    worker, seen = filao.Worker(url), []
+def _work_in_a_child(pipe: Any) -> None:
+    async def work() -> None:
+        told = asyncio.Event()
+        with told_by_signals(told.set):
+            pipe.send(None)
+            await told.wait()
+
+    asyncio.run(work())
+
+
+async def _forks(
+    url: str, broker: filao.Broker, kind: str, target: Callable[[Any], None]
+) -> list[tuple[Any, int | None]]:
+    """Return what children told that two handlers forked and ended by SIGTERM, and their exit codes."""
+    worker, seen = filao.Worker(url), list[tuple[Any, int | None]]()
     forking = multiprocessing.get_context("fork")
 
     def fork() -> None:
         ours, theirs = forking.Pipe()
-        child = forking.Process(target=_how_signals_are, args=(theirs,))
+        child = forking.Process(target=target, args=(theirs,))
         child.start()
         assert ours.poll(PATIENCE)
         told = ours.recv()
@@ -389,5 +431,52 @@ async def test_a_child_of_a_handler_has_clean_signals_and_its_worker_goes_on(url
         await until(lambda: len(seen) == 2)
         await until_stats(broker, acked=2)
         assert not task.done()
-    assert seen == [((True, -1, set()), -signal.SIGTERM)] * 2
     assert threading.current_thread() is threading.main_thread()
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["coroutine", "thread"])
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)  # no connection of the server's is shared with a child
+async def test_a_child_of_a_handler_has_clean_signals_and_its_worker_goes_on(url, broker, kind) -> None:
+    assert await _forks(url, broker, kind, _how_signals_are) == [((True, -1, set()), -signal.SIGTERM)] * 2
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+async def test_a_signal_to_a_child_of_a_handler_is_none_to_the_loop_of_its_host(url, broker) -> None:
+    told: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    loop = asyncio.get_running_loop()
+    for number in numbers:
+        loop.add_signal_handler(number, told.append, number)
+    try:
+        assert await _forks(url, broker, "coroutine", _how_signals_are) == [((True, -1, set()), -signal.SIGTERM)] * 2
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await until(lambda: told)
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+    assert told == [signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+async def test_a_child_of_a_handler_can_run_a_worker_that_signals_stop(url, broker) -> None:
+    assert await _forks(url, broker, "coroutine", _work_in_a_child) == [(None, 0)] * 2
+
+
+FORKED = """
+import os, signal, sys
+masks = []
+os.register_at_fork(before=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])))  # called after filao's
+from filao.worker.signals import clean_forks
+with clean_forks():
+    if not os.fork():
+        sys.exit()
+    os.wait()
+assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} <= masks[0], masks
+assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+"""
+
+
+async def test_no_signal_comes_while_a_handler_forks() -> None:
+    ran = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", FORKED], capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr
