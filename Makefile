@@ -1,6 +1,6 @@
 # make demo and make test do all of their own set-up. They need make and Python 3.11 or newer; PYTHON=… chooses one.
 
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
