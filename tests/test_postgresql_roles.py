@@ -185,6 +185,20 @@ async def test_a_member_of_the_owner_is_trusted_as_it_is_only_where_it_has_right
         assert connection.execute("SELECT filao.is_owner()").fetchone() == (is_trusted,)
 
 
+async def test_the_doctor_tells_that_everybody_may_call_the_functions(url) -> None:
+    """As behind `pg_restore --no-acl`: what is restored without rights has those that PostgreSQL gives to all."""
+    with psycopg.connect(url, autocommit=True) as superuser:
+        superuser.execute("SET allow_system_table_mods = on")
+        superuser.execute("UPDATE pg_proc SET proacl = NULL WHERE pronamespace = 'filao'::regnamespace")
+        async with filao.connect(as_role(url, "viewer")) as viewer:
+            (told,) = [finding for finding in await viewer.doctor() if finding.subject == "rights"]
+            assert told.level == "warning"
+            superuser.execute(told.text.rpartition(": ")[2].encode())
+            with pytest.raises(filao.ConfigurationError, match="permission denied"):
+                await viewer.purge("claims")
+            assert "rights" not in [finding.subject for finding in await viewer.doctor()]
+
+
 async def test_after_an_upgrade_roles_may_call_what_they_could_call_before_and_no_more(url, monkeypatch) -> None:
     sender = as_role(url, "sender")
     newer = schema.VERSION + 1

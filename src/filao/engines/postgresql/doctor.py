@@ -112,6 +112,14 @@ async def _strange(connection: Connection) -> AsyncGenerator[Finding]:
             f"it has {what}, which is not Filao's: where that skips rows, calls fail; where it hides or changes them, "
             "messages do not come. Drop it, unless it does neither.",
         )
+    if (open_to_all := int(await _value(connection, _OPEN_TO_ALL))) > 0:
+        yield Finding(
+            "rights",
+            "warning",
+            f"{open_to_all} functions may be called by every role that may use the schema filao, as behind pg_restore "
+            "--no-acl: who may send may then delete, too. Take that from them: REVOKE ALL ON ALL FUNCTIONS IN SCHEMA "
+            "filao FROM PUBLIC",
+        )
     if int(await _value(connection, "SELECT pg_relation_size('filao.message')")) > COUNTED_MAX:
         return
     for name, state, counted, there in await (await connection.execute(_MISCOUNTED)).fetchall():
@@ -201,6 +209,12 @@ _ADDED = """
     WHERE c.relnamespace = 'filao'::regnamespace AND c.relkind = 'r' ORDER BY 1, 2
 """
 """What stands between Filao and its own rows."""
+_OPEN_TO_ALL = """
+    SELECT count(*) FROM pg_proc p
+    WHERE p.pronamespace = 'filao'::regnamespace AND EXISTS (
+      SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a WHERE a.grantee = 0
+    )
+"""
 _MISCOUNTED = """
     SELECT q.name, s.name, coalesce(c.counted, 0), coalesce(m.there, 0)
     FROM filao.queue q
