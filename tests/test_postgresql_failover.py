@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 import filao
-from filao.engines.postgresql import watch
+from filao.engines.postgresql import doctor, watch
 from tests.conftest import engine_of, let_pass
 from tests.support.proxy import Proxy
 from tests.support.servers import Postgres, postgres_server, postgres_standby
@@ -193,17 +193,25 @@ async def test_after_a_restart_nobody_is_struck_off_before_everybody_had_time_to
                 assert operator.execute("SELECT count(*) FROM filao.process WHERE name = 'gone'").fetchone() == (0,)
 
 
-def leave_a_slot(server: Postgres, held: int) -> None:
-    """Let a standby with hot_standby_feedback that read from transaction `held` on leave its slot behind, for good."""
+def standby_reads(server: Postgres, slot: str, held: int) -> psycopg.pq.abc.PGconn:
+    """Return the connection of a standby that tells, over a slot or without one, that it reads from `held` on."""
+    standby = psycopg.pq.PGconn.connect(f"{server.url()}?replication=true&application_name=reader".encode())
+    if slot:
+        standby.exec_(f"CREATE_REPLICATION_SLOT {slot} PHYSICAL RESERVE_WAL".encode())
+    standby.exec_(f"START_REPLICATION {slot and f'SLOT {slot}'} PHYSICAL 0/1000000".encode())
+    standby.put_copy_data(b"h" + struct.pack(">qIIII", 0, held, 0, 0, 0))
+    standby.flush()
+    told = "SELECT xmin::text FROM pg_replication_slots UNION SELECT backend_xmin::text FROM pg_stat_activity"
     with psycopg.connect(server.url(), autocommit=True) as operator:
-        operator.execute("SELECT pg_create_physical_replication_slot('gone', true)")
-        standby = psycopg.pq.PGconn.connect(f"{server.url()}?replication=true".encode())
-        standby.exec_(b"START_REPLICATION SLOT gone PHYSICAL 0/1000000")
-        standby.put_copy_data(b"h" + struct.pack(">qIIII", 0, held, 0, 0, 0))
-        standby.flush()
-        while operator.execute("SELECT xmin::text FROM pg_replication_slots").fetchone() != (str(held),):
+        while (str(held),) not in operator.execute(told).fetchall():
             pass
-        standby.finish()
+    return standby
+
+
+def leave_a_slot(server: Postgres, held: int) -> None:
+    """Let a standby that read from transaction `held` on leave its slot behind, for good."""
+    standby_reads(server, "gone", held).finish()
+    with psycopg.connect(server.url(), autocommit=True) as operator:
         operator.execute("ALTER SYSTEM SET max_slot_wal_keep_size = 0")
         operator.execute("SELECT pg_reload_conf()")
         while operator.execute("SELECT wal_status FROM pg_replication_slots").fetchone() != ("lost",):
@@ -229,3 +237,28 @@ async def test_a_slot_that_was_left_behind_for_good_keeps_nobody_from_vacuuming(
             first = await vacuumed()
             await broker.declare(filao.Queue("claims"))
             assert await vacuumed() == first + 1
+
+
+@pytest.mark.parametrize(("slot", "holder"), [("reads", "slot 'reads'"), ("", "the standby 'reader' (process ")])
+async def test_the_doctor_names_a_standby_that_keeps_what_died(primary, monkeypatch, slot, holder) -> None:
+    monkeypatch.setattr(doctor, "STANDBY_LATE", 1)
+    async with filao.connect(primary.url()) as broker:
+
+        async def told() -> list[str]:
+            return [finding.text for finding in await broker.doctor() if finding.subject == "standbys"]
+
+        assert await told() == []
+        with psycopg.connect(primary.url(), autocommit=True) as operator:
+            (now,) = operator.execute("SELECT txid_current()").fetchone() or (0,)
+            standby = standby_reads(primary, slot, now)
+            operator.execute("SELECT txid_current()")
+            (text,) = await told()
+            assert holder in text
+            assert "End the long query on" in text
+            standby.finish()
+            async with asyncio.timeout(20):
+                while "End the long query on" in "".join(await told()):
+                    await asyncio.sleep(0.01)
+            for text in await told():
+                operator.execute(text.partition("come back, or ")[2].rstrip(".").encode())
+        assert await told() == []

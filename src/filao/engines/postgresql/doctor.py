@@ -9,6 +9,7 @@ from filao.overview import DEED, deed_of, deeds_finding, miscounted, queue_findi
 from filao.process import process_finding
 
 TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the oldest transaction began
+STANDBY_LATE = 50_000  # transactions; a standby tells every ten seconds which rows it reads
 HOLDERS_MAX = 5  # long transactions that are named
 QUERY_MAX = 200  # characters of their last statements
 TABLE_LARGE = 1024**3  # bytes
@@ -58,6 +59,13 @@ async def _load(connection: Connection) -> AsyncGenerator[Finding]:
             "warning",
             f"{holder} has been open for {age:,} s: until it ends, nothing that was acknowledged since can be removed, "
             f"and the table grows. {end}.{_last(query)}",
+        )
+    for holder, late, remedy in await (await connection.execute(_STANDBYS, (STANDBY_LATE, HOLDERS_MAX))).fetchall():
+        yield Finding(
+            "standbys",
+            "warning",
+            f"{holder} keeps what died in the last {late:,} transactions: nothing that was acknowledged since can be "
+            f"removed, and the table grows. {remedy}.",
         )
     used, most = (
         int(await _value(connection, _USED)),
@@ -164,6 +172,23 @@ _HOLDERS = """
     WHERE age >= %s ORDER BY age DESC LIMIT %s
 """
 """Transactions that keep dead rows. A role without pg_read_all_stats sees no age of other users' transactions."""
+
+_STANDBYS = """
+    SELECT holder, late, remedy
+    FROM (
+      SELECT format('the replication slot %%s', quote_literal(slot_name)), age(xmin),
+             CASE WHEN active THEN 'End the long query on its standby'
+                  ELSE format('Nobody uses it: let its standby come back, or SELECT pg_drop_replication_slot(%%L)',
+                              slot_name) END
+      FROM pg_replication_slots WHERE wal_status IS DISTINCT FROM 'lost'
+      UNION ALL
+      SELECT format('the standby %%s (process %%s)', quote_literal(application_name), pid), age(backend_xmin),
+             'End the long query on it'
+      FROM pg_stat_activity WHERE backend_type = 'walsender'
+    ) AS standby (holder, late, remedy)
+    WHERE late >= %s ORDER BY late DESC LIMIT %s
+"""
+"""Standbys that tell the server which rows they read (`hot_standby_feedback`), by a slot or without one."""
 
 
 def _last(query: str | None) -> str:
