@@ -77,6 +77,22 @@ message = broker.receive_from_queue("claims")
     assert [path.name for path in files.sidecar(db).iterdir() if path.is_fifo()] == []
 
 
+def test_a_broker_that_a_process_of_multiprocessing_leaves_open_closes_itself(db) -> None:
+    program = """
+def receive():
+    broker = filao.sync.connect(url)
+    broker.open()
+    broker.receive_many("claims", 2)
+
+child = multiprocessing.get_context("fork").Process(target=receive)
+child.start()
+child.join()
+sys.exit(child.exitcode)
+"""
+    run(db, program, 0)
+    assert attempts(db) == [1] * 3
+
+
 def test_a_broker_that_is_left_open_on_a_server_closes_itself_too(url) -> None:
     program = """
         broker = filao.sync.connect(url)
