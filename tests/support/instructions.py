@@ -1,5 +1,6 @@
 """Interrupt a call at any one of our instructions, because a signal may come between any two."""
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +49,12 @@ def _traced(call: Callable[[], object], each: Callable[[int], object]) -> int:
             each(count)
         return trace
 
+    gc.disable()  # what is raised in a callback of the collector's, of which Hypothesis has one, is lost
     sys._getframe().f_trace_opcodes = True  # Python 3.12 counts opcodes only if some frame wanted it at `settrace`
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(None)
+        gc.enable()
     return count
