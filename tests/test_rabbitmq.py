@@ -951,6 +951,25 @@ async def test_leases_end_when_the_server_says_that_it_pushes_no_more_to_one_of_
         assert (await received(broker, queue)).body == 1
 
 
+async def test_what_was_acked_before_the_work_is_not_handled_when_the_server_took_it_back_first(
+    broker, queue, monkeypatch
+) -> None:
+    """Its ack is passed over then, though the server answers what is asked behind it."""
+    await broker.send_to_queue(queue, 1)
+    message = delivery_of(await received(broker, queue))
+    receiving, closing = engine_of(broker)._consumers[queue.name], asyncio.Event()
+    monkeypatch.setattr(receiving.channel, "close", closing.wait)
+    async with receiving._asking:
+        settle = Settle(message, Ack(before_work=True))
+        settling = asyncio.create_task(engine_of(broker)._settles.settle(queue, settle))
+        while receiving.held:
+            await asyncio.sleep(0)
+        await receiving.channel._on_cancel_frame(spec.Basic.Cancel("filao.1.0", nowait=True))
+    with pytest.raises(filao.LeaseLost, match="consumer_timeout"):
+        await settling
+    closing.set()
+
+
 async def test_what_is_held_for_longer_than_the_servers_consumer_timeout_loses_its_lease(rabbitmq, url, queue) -> None:
     """A server before 4.3 ends the channel; a younger one only says that it pushes no more."""
 

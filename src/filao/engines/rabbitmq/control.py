@@ -379,9 +379,9 @@ class _Look:
                     return await self._pushed.get()
             except TimeoutError:
                 found = await self.channel.queue_declare(dead_name(self._queue), passive=True, timeout=ANSWERS_WITHIN)
+                self._check()
                 if self._pushed.empty() and not found.message_count:
                     return None
-                self._check()
                 if now() > until:
                     raise
         return self._pushed.get_nowait()
@@ -395,7 +395,7 @@ class _Look:
             raise EngineUnavailable(
                 f"queue {self._queue!r}: the server has taken its dead letters back: some were held here for longer "
                 f"than its consumer_timeout, or {dead_name(self._queue)!r} was deleted. Those that were being redriven "
-                f"may come twice. Try again with fewer at once, or raise consumer_timeout in rabbitmq.conf."
+                f"may come twice. Try again with fewer at once, or raise consumer_timeout (rabbitmq.conf, a policy)."
             )
 
 
@@ -412,7 +412,7 @@ async def _dead(call: Apart, queue: str, taken: Taken, errand: Errand) -> AsyncG
             try:
                 yield look
             except Exception:
-                with suppress(*AWAY):
+                with suppress(*AWAY, EngineUnavailable):
                     await look.see_the_rest()
                 raise
             await look.see_the_rest()
@@ -458,8 +458,9 @@ async def _reserve(call: Apart, queue: str, name: str, taken: str) -> None:
             if now() > until:
                 raise EngineUnavailable(
                     f"queue {queue!r}: for {now() - began:.1f} s {taken}. Nothing was done. Try again, or end a "
-                    "program that is paused. If a node of a cluster is away, it may have been connected there: since "
-                    "RabbitMQ 4.3 such a node must come back, or be given up: rabbitmqctl forget_cluster_node."
+                    "program that is paused. If a node of a cluster is away, that program may have been connected to "
+                    "it: since RabbitMQ 4.3 such a node must come back, or be given up: rabbitmqctl "
+                    "forget_cluster_node."
                 ) from error
             await asyncio.sleep(LOOK_AGAIN)
         else:

@@ -97,10 +97,12 @@ async def _expiry(server: Server) -> Finding:
         return Finding("expiry", "note", f"not examined: {server.engine_error(error)}")
     except FilaoError as error:
         return Finding("expiry", "note", f"not examined: {error}")
-    except AWAY as error:
-        if isinstance(error, ConnectionInternalError) and error.args[-1:] == (NO_REASON,):
+    except ConnectionInternalError as error:
+        if error.args[-1:] == (NO_REASON,):
             return Finding("expiry", "error", f"{_STUCK} It said: {NO_REASON}")
         return Finding("expiry", "error", f"not examined: {server.engine_error(error, begun=False)}")
+    except AWAY as error:
+        return Finding("expiry", "note", f"not examined: the connection ended meanwhile: {error}")
     finally:
         if session is not None:
             await session.close(FAREWELL_WITHIN)
@@ -154,6 +156,6 @@ _STUCK = (
     "restart the node."
 )
 _CONSUMER_TIMEOUT = (
-    "a lease ends with its connection, and after the server's consumer_timeout (30 minutes unless rabbitmq.conf says "
-    "otherwise): raise it where handlers take longer"
+    "a lease ends with its connection, and after the server's consumer_timeout (30 minutes unless rabbitmq.conf or a "
+    "policy says otherwise), with all other leases of its queue in that process: raise it where handlers take longer"
 )

@@ -1,7 +1,7 @@
 """The RabbitMQ engine: the server does what it can itself, and what it cannot do is refused when a queue is declared.
 
 Messages are published with confirms on one connection and received on another, so that a server that blocks senders
-does not block acknowledgements. A lease is a delivery: it ends with its connection.
+does not block acknowledgements.
 """
 
 import asyncio

@@ -11,7 +11,7 @@ from aiormq.abc import DeliveredMessage
 
 from filao.engine import Draft
 from filao.engines.rabbitmq import envelope
-from filao.engines.rabbitmq.control import on_the_ladder, reserve, reserve_for_move
+from filao.engines.rabbitmq.control import TAKEN_WITHIN, on_the_ladder, reserve, reserve_for_move
 from filao.engines.rabbitmq.publisher import Limited, Publisher
 from filao.engines.rabbitmq.refusals import check_draft, check_rules, has_delay, refused
 from filao.engines.rabbitmq.register import Declared
@@ -117,7 +117,7 @@ def _no_longer_alone(queue: str) -> EngineUnavailable:
     return EngineUnavailable(
         f"queue {queue!r}: the connection that kept other programs from moving messages there was lost, so another may "
         f"have begun to. This move has ended, and some of its last {SLICE} messages may be there twice. Move again: "
-        f"that waits until the other has ended, and goes on."
+        f"that waits for the other, up to {TAKEN_WITHIN:g} s, and goes on."
     )
 
 

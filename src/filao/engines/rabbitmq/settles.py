@@ -57,6 +57,8 @@ class Settles:
                         await self._fail(queue, delivery, message, outcome, channel)
             if isinstance(outcome, Ack) and outcome.before_work:
                 await consumer.confirm()  # outside `settling`: whether it succeeds or not, the message is not held
+                if not consumer.is_open:  # the server has passed over the ack, if it said so before it answered
+                    raise lease_lost(delivery)
         except AWAY:
             if consumer.is_open:
                 raise
@@ -92,6 +94,5 @@ def lease_lost(delivery: Delivery) -> LeaseLost:
     return LeaseLost(
         f"message {delivery.id} of queue {delivery.queue!r}: the lease of attempt {delivery.attempt} was lost: it was "
         "settled, its queue was deleted, a message of the queue was held here for longer than the server's "
-        "consumer_timeout, or the connection that it was had on has ended, and the message goes to the next consumer. "
-        "Nothing was changed."
+        "consumer_timeout, or the connection that it was had on has ended, and the message goes to the next consumer."
     )
