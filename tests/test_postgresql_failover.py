@@ -17,6 +17,7 @@ from filao.engines.postgresql import doctor, watch
 from tests.conftest import engine_of, let_pass
 from tests.support.proxy import Proxy
 from tests.support.servers import Postgres, postgres_server, postgres_standby
+from tests.support.working import until
 
 pytestmark = pytest.mark.anyio
 
@@ -193,7 +194,7 @@ async def test_after_a_restart_nobody_is_struck_off_before_everybody_had_time_to
                 assert operator.execute("SELECT count(*) FROM filao.process WHERE name = 'gone'").fetchone() == (0,)
 
 
-def standby_reads(server: Postgres, slot: str, held: int) -> psycopg.pq.abc.PGconn:
+async def standby_reads(server: Postgres, slot: str, held: int) -> psycopg.pq.abc.PGconn:
     """Return the connection of a standby that tells, over a slot or without one, that it reads from `held` on."""
     standby = psycopg.pq.PGconn.connect(f"{server.url()}?replication=true&application_name=reader".encode())
     if slot:
@@ -203,22 +204,23 @@ def standby_reads(server: Postgres, slot: str, held: int) -> psycopg.pq.abc.PGco
     standby.flush()
     told = "SELECT xmin::text FROM pg_replication_slots UNION SELECT backend_xmin::text FROM pg_stat_activity"
     with psycopg.connect(server.url(), autocommit=True) as operator:
-        while (str(held),) not in operator.execute(told).fetchall():
-            pass
+        await until(lambda: (str(held),) in operator.execute(told).fetchall())
     return standby
 
 
-def leave_a_slot(server: Postgres, held: int) -> None:
+async def leave_a_slot(server: Postgres, held: int) -> None:
     """Let a standby that read from transaction `held` on leave its slot behind, for good."""
-    standby_reads(server, "gone", held).finish()
+    (await standby_reads(server, "gone", held)).finish()
     with psycopg.connect(server.url(), autocommit=True) as operator:
         operator.execute("ALTER SYSTEM SET max_slot_wal_keep_size = 0")
         operator.execute("SELECT pg_reload_conf()")
-        while operator.execute("SELECT wal_status FROM pg_replication_slots").fetchone() != ("lost",):
-            operator.execute("CREATE TABLE written ()")
-            operator.execute("DROP TABLE written")
-            operator.execute("SELECT pg_switch_wal()")
-            operator.execute("CHECKPOINT")
+
+        def is_lost() -> bool:
+            for statement in ("CREATE TABLE written ()", "DROP TABLE written", "SELECT pg_switch_wal()", "CHECKPOINT"):
+                operator.execute(statement.encode())
+            return operator.execute("SELECT wal_status FROM pg_replication_slots").fetchone() == ("lost",)
+
+        await until(is_lost)
 
 
 async def test_a_slot_that_was_left_behind_for_good_keeps_nobody_from_vacuuming(primary, monkeypatch) -> None:
@@ -233,7 +235,7 @@ async def test_a_slot_that_was_left_behind_for_good_keeps_nobody_from_vacuuming(
                 return row[0] if row else 0
 
             (now,) = operator.execute("SELECT txid_current()").fetchone() or (0,)
-            leave_a_slot(primary, now)
+            await leave_a_slot(primary, now)
             first = await vacuumed()
             await broker.declare(filao.Queue("claims"))
             assert await vacuumed() == first + 1
@@ -250,7 +252,7 @@ async def test_the_doctor_names_a_standby_that_keeps_what_died(primary, monkeypa
         assert await told() == []
         with psycopg.connect(primary.url(), autocommit=True) as operator:
             (now,) = operator.execute("SELECT txid_current()").fetchone() or (0,)
-            standby = standby_reads(primary, slot, now)
+            standby = await standby_reads(primary, slot, now)
             operator.execute("SELECT txid_current()")
             (text,) = await told()
             assert holder in text

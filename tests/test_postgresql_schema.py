@@ -5,7 +5,7 @@ from importlib import resources
 
 from filao.engines.postgresql import schema
 
-DIGESTS = {10: "fd0fe9787395a611"}
+DIGESTS = {11: "2cb7167420251a5e"}
 """The digest of the SQL of the newest version."""
 
 

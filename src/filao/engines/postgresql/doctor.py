@@ -6,11 +6,12 @@ from filao.engine import Finding, QueueStats
 from filao.engines.postgresql.clock import JUMP
 from filao.engines.postgresql.server import Connection, Server
 from filao.overview import DEED, deed_of, deeds_finding, miscounted, queue_finding
+from filao.printable import some
 from filao.process import process_finding
 
 TRANSACTION_LONG = 10  # seconds; vacuum removes nothing that died after the oldest transaction began
 STANDBY_LATE = 50_000  # transactions; a standby tells every ten seconds which rows it reads
-HOLDERS_MAX = 5  # long transactions that are named
+HOLDERS_MAX = 5  # long transactions, and standbys, that are named
 QUERY_MAX = 200  # characters of their last statements
 TABLE_LARGE = 1024**3  # bytes
 COUNTED_MAX = 1024**3  # bytes of the messages that are counted one by one: some seconds
@@ -124,9 +125,9 @@ async def _strange(connection: Connection) -> AsyncGenerator[Finding]:
         yield Finding(
             "rights",
             "warning",
-            f"{open_to_all} functions may be called by every role that may use the schema filao, as behind pg_restore "
-            "--no-acl: who may send may then delete, too. Take that from them: REVOKE ALL ON ALL FUNCTIONS IN SCHEMA "
-            "filao FROM PUBLIC",
+            f"{some(open_to_all, 'function')} may be called by every role that may use the schema filao, as behind "
+            "pg_restore --no-acl: who may send may then delete, too. Take that from them: REVOKE ALL ON ALL FUNCTIONS "
+            "IN SCHEMA filao FROM PUBLIC",
         )
     if int(await _value(connection, "SELECT pg_relation_size('filao.message')")) > COUNTED_MAX:
         return
@@ -188,7 +189,9 @@ _STANDBYS = """
     ) AS standby (holder, late, remedy)
     WHERE late >= %s ORDER BY late DESC LIMIT %s
 """
-"""Standbys that tell the server which rows they read (`hot_standby_feedback`), by a slot or without one."""
+"""Standbys that tell the server which rows they read (`hot_standby_feedback`), by a slot or without one; those without
+are hidden from a role without pg_read_all_stats.
+"""
 
 
 def _last(query: str | None) -> str:

@@ -9,7 +9,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from filao.engines.postgresql.server import ANSWERS_WITHIN, Connection, Server
 from filao.errors import ConfigurationError
 
-VERSION = 10
+VERSION = 11
 """The version of the tables and the functions. A change of either is a new version, with a step for the tables."""
 STEPS: dict[int, str] = {
     2: """
@@ -109,6 +109,7 @@ STEPS: dict[int, str] = {
         END
         $$;
     """,
+    11: "SELECT",  # only the functions changed
 }
 """Step n brings the tables from version n - 1 to n; all functions are then created anew."""
 _LOOK = """

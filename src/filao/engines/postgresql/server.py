@@ -267,7 +267,7 @@ class Server:
         await connection.execute(self._settings[connection].encode())
 
     async def allow(self, connection: Connection, seconds: float) -> None:
-        """Let each statement on a connection take so long, until it is cleaned; behind a pooler none has a limit."""
+        """Let each statement on a connection take so long, until it is cleaned; behind a pooler we set no limits."""
         if connection in self._settings:
             allowed = f"SELECT pg_catalog.set_config('statement_timeout', '{seconds:g}s', false)"
             if connection.info.server_version >= VERSION_TIMED:  # as each statement is a transaction
