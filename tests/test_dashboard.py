@@ -741,6 +741,15 @@ async def test_a_dead_message_is_told_of_in_one_language(broker, visitor) -> Non
     assert not re.search(r"rejected(?!&)", page)
 
 
+async def test_of_an_error_of_several_lines_lists_show_the_one_that_names_it(broker, visitor) -> None:
+    await broker.declare(filao.Queue("remembered", history=True))
+    await die(broker, {"a": "ValueError: there is one\nDETAIL:  Key (id)=(1) already exists."}, "remembered")
+    (letter,) = await broker.dead_letters("remembered", limit=1)
+    for page in ("queue?name=remembered&state=dead", f"message?queue=remembered&id={letter.id}"):
+        shown = re.findall(r'<span class="error">(.*?)</span>', await visitor.sees(f"/en/{page}"))
+        assert set(shown) - {"rejected"} == {"ValueError: there is one"}
+
+
 async def test_processes_tell_what_they_hold_and_for_how_long(broker, visitor) -> None:
     await broker.send_many("claims", range(2))
     held = await broker.receive_many("claims", 2)
@@ -1500,6 +1509,7 @@ def test_every_word_of_the_templates_is_known() -> None:
         ("x" * 5_000, "x" * 80),
         ("Traceback …\n" + "  File\n" * 1_000 + "ValueError: bad 1\n", "ValueError"),
         ("Traceback …\nerrors.UniqueViolation: 1\nDETAIL:  Key\nCONTEXT:  a function\n", "errors.UniqueViolation"),
+        ("Traceback …\nerrors.UniqueViolation: 1\nSZCZEGÓŁY:  Klucz\n", "errors.UniqueViolation"),
         ("Traceback …\nmy.SyntaxError: 1\nLINE 1: SELEC\n        ^\nHINT:  none\n", "my.SyntaxError"),
     ],
 )

@@ -22,7 +22,7 @@ BLOCKED_LOOKED_AT = 1_000  # blocked messages whose groups are told
 DEEDS_KEPT = 10_000  # entries of the log; older ones are forgotten
 DEED = "who, what, queue, about, wanted, done, id, at, ended_at, outcome"
 """The columns of the log's table, as `deed_of` reads them."""
-_RAISED = re.compile(r"(?![A-Z]+:  )((?:[A-Za-z_]\w*\.)*[A-Z]\w*)(?:: |:?$)")
+_RAISED = re.compile(r"(?![^\Wa-z]+:  )((?:[A-Za-z_]\w*\.)*[A-Z]\w*)(?:: |:?$)")
 """A line that names what was raised. `DETAIL:  ` and its like are further lines of an error of PostgreSQL's."""
 _NUMBER = re.compile(r"\d+")
 

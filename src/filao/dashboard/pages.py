@@ -40,7 +40,7 @@ from filao.engine import Feature, State
 from filao.errors import ConfigurationError, FilaoError, QueueNotFound, UnsupportedFeature
 from filao.languages import LANGUAGES, Language, fill
 from filao.languages import wanted as wanted_language
-from filao.overview import Deed
+from filao.overview import Deed, raised_line
 
 LIVE_FOR = 30.0  # seconds of one stream of events, so that a stopping server waits no longer; the browser asks again
 UNREAD_FOR = 30.0  # seconds more for a client that does not read it: the bound of every wait
@@ -295,6 +295,7 @@ class Pages:
             ago_here=partial(shown.since, language, datetime.now(UTC)),
             at=shown.instant,
             text=shown.lines,
+            raised_line=raised_line,
             oldest_age=oldest_age,
             course_of=self._course,
             spark=partial(self._spark, t),
