@@ -403,7 +403,7 @@ worker = filao.Worker("claims.db", grace=30)
 @worker.consumer(filao.Queue("claims"))
 async def handle(message: filao.Message[dict]) -> None:
     with open("runs", "a") as file:
-        print(filao.__file__, sys.flags, sys.warnoptions, sys.stdout.write_through, file=file)
+        print(filao.__file__, sys.flags, sys.warnoptions, sys._xoptions, sys.stdout.write_through, file=file)
 """
 
 
@@ -419,7 +419,9 @@ def runs(folder: Path, broker: filao.sync.Broker, python: list[str]) -> list[str
     return (folder / "runs").read_text().splitlines()
 
 
-@pytest.mark.parametrize("options", ["-O -u -Werror", "-Xdev -bb -Werror", "-s -B -Xutf8"])
+@pytest.mark.parametrize(
+    "options", ["-O -u -Werror", "-Xdev -bb -Werror", "-s -B -Xutf8 -Xno_debug_ranges -Xint_max_str_digits=700"]
+)
 def test_processes_run_with_the_options_of_the_python_that_starts_them(folder, broker, options) -> None:
     alone, supervised = runs(folder, broker, [*options.split(), "-P", "-m", "filao"])
     assert supervised == alone

@@ -9,7 +9,7 @@ import pytest
 
 import filao
 import filao.sync
-from filao.worker.handlers import handler_of
+from filao.worker.handlers import check_body, handler_of
 from tests.support.working import CLAIMS, PATIENCE, Claim, broker, plain, refused
 
 pytestmark = pytest.mark.anyio
@@ -171,3 +171,22 @@ def test_a_handler_of_another_type_than_its_queue_is_refused() -> None:
 def test_an_exactly_once_handler_must_take_the_transaction() -> None:
     text = refused(lambda worker: worker.consumer("claims", guarantee="exactly-once")(plain))
     assert "async def plain(message, transaction)" in text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python has no `type` statement")
+def test_the_parameters_of_a_type_statement_are_those_that_it_declares() -> None:
+    names: dict[str, Any] = {"filao": filao}
+    exec(
+        "type Pair[A, B] = dict[B, A]\ntype Same[T] = T\ntype Unused[T] = int\ntype Late = Missing\n"
+        "async def pair(message: filao.Message[Pair[int, str]]) -> None: ...\n"
+        "async def same(message: Same[filao.Message[Unused[str]]]) -> None: ...\n"
+        "async def late(message: filao.Message[Late]) -> None: ...\n"
+        "async def plain(message: filao.Message[int]) -> None: ...\n",
+        names,
+    )
+    assert handler_of(names["pair"], with_transaction=False).body == dict[str, int]
+    assert handler_of(names["same"], with_transaction=False).body is int
+    with pytest.raises(filao.ConfigurationError, match=r"cannot be read, message: .*'Missing' is not defined"):
+        handler_of(names["late"], with_transaction=False)
+    with pytest.raises(filao.ConfigurationError, match=r"'claims' has a type .* cannot be read, Late: .*'Missing'"):
+        check_body(handler_of(names["plain"], with_transaction=False), filao.Queue("claims", body=names["Late"]))

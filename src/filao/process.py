@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from itertools import pairwise
 from typing import cast
 
 from filao.engine import Finding
@@ -33,12 +34,17 @@ def flush_output() -> None:
 def this_python(*, told_where: bool = False) -> list[str]:
     """Return the command that starts this Python with the options that this one was started with.
 
-    Where PYTHONPATH tells it where its modules are (`told_where`), those are left out by which it would not read that.
+    Where PYTHONPATH tells it where its modules are (`told_where`), those are left out by which it would not read that:
+    `-I` is `-E`, `-s` and `-P`.
     """
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001  # no public one
     options = cast("list[str]", flags)
+    given = {after.partition("=")[0] for option, after in pairwise(options) if option == "-X"}
+    for name, value in sys._xoptions.items():  # noqa: SLF001  # documented so
+        if name not in given:  # as it gives only some
+            options += ["-X", name if value is True else f"{name}={value}"]
     if told_where:
-        options = ["-s" if option == "-I" else option for option in options if option != "-E"]
+        options = [option for option in options if option not in ("-I", "-E")] + ["-s", "-P"] * ("-I" in options)
     is_unbuffered = bool(getattr(sys.__stdout__, "write_through", False))  # no flag tells of -u
     return [sys.executable, *options] + ["-u"] * is_unbuffered
 

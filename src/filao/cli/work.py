@@ -115,7 +115,8 @@ def _python() -> list[str]:
     """Return the command of the processes' Python, which finds there the same modules as this one does here.
 
     It does not look in the current folder, unless this is `python -m filao` itself: a `queue.py` there would take the
-    place of Python's own. And it looks in the archive in which this Filao lies, if it does.
+    place of Python's own. And it looks in the archive in which this Filao lies, if it does: PYTHONPATH, which they and
+    their own children inherit, begins with that.
     """
     here = Path(__file__).absolute().parents[2]
     is_archived = not here.is_dir()

@@ -22,6 +22,7 @@ from filao.queue import Queue
 from filao.worker.outcomes import Outcomes
 
 WorkerGuarantee = Literal["at-most-once", "at-least-once", "exactly-once"]
+_UNREADABLE = (NameError, TypeError, AttributeError, SyntaxError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,13 @@ def handler_of(function: Callable[..., Any], *, with_transaction: bool) -> Handl
 
 def check_body(handler: Handler, rules: Queue[Any]) -> None:
     """Raise `ConfigurationError` when a handler asks for bodies of another type than its queue has."""
-    if handler.body is not None and rules.body is not None and _meant(rules.body) != handler.body:
+    try:
+        body = _meant(rules.body)
+    except _UNREADABLE as error:
+        raise ConfigurationError(
+            f"queue {rules.name!r} has a type of bodies that cannot be read, {rules.body!r}: {error}"
+        ) from error
+    if handler.body is not None and body not in (None, handler.body):
         raise ConfigurationError(
             f"the handler {handler.name} asks for bodies of {handler.body!r}; queue {rules.name!r} has {rules.body!r}"
         )
@@ -141,7 +148,7 @@ def _body_of(function: Callable[..., Any], first: inspect.Parameter, name: str, 
             f"{first.name}: {gets}[{getattr(annotation, '__name__', '…')}]"
         )
     arguments = get_args(annotation)
-    return _meant(arguments[0]) if arguments and not isinstance(arguments[0], typing.TypeVar) else None
+    return arguments[0] if arguments and not isinstance(arguments[0], typing.TypeVar) else None
 
 
 def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,8 +177,10 @@ def _read(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
     names = getattr(inspect.unwrap(bearer), "__globals__", {})
     of_its_own = {kind.__name__: kind for kind in getattr(bearer, "__type_params__", ())}
     try:
-        return _meant(typing.get_type_hints(only, names, of_its_own)[parameter.name])
-    except (NameError, TypeError, AttributeError, SyntaxError) as error:
+        kind = _meant(typing.get_type_hints(only, names, of_its_own)[parameter.name])
+        is_of_messages = get_origin(kind) in (Message, sync.Message)
+        return get_origin(kind)[_meant(*get_args(kind))] if is_of_messages else kind
+    except _UNREADABLE as error:
         name = getattr(function, "__qualname__", None) or shown(function)
         written = _signature(function, as_written=True).parameters[parameter.name].annotation
         remedy = ". Import or define that name before, and not only under `if TYPE_CHECKING:`"
@@ -183,6 +192,11 @@ def _read(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
 
 def _meant(annotation: Any) -> Any:
     """Return the type that was given another name by a `type` statement."""
-    while (value := getattr(get_origin(annotation) or annotation, "__value__", None)) is not None:
-        annotation = value[get_args(annotation)] if get_args(annotation) else value
+    while (value := getattr(named := get_origin(annotation) or annotation, "__value__", None)) is not None:
+        given = dict(zip(named.__type_params__, get_args(annotation), strict=False))
+        free = getattr(value, "__parameters__", ())
+        if isinstance(value, typing.TypeVar):
+            annotation = given.get(value, value)
+        else:
+            annotation = value[tuple(given.get(one, one) for one in free)] if given and free else value
     return annotation
