@@ -2,7 +2,7 @@
 
 `python -m bench.idle [--consumers 8 200] [--seconds 20]`: so many brokers wait for one queue, spread over a few
 processes. It prints the server's share of a core, its commits a second, and the wait from a send to its receipt, of
-brokers that have each received before, so that their connections have compiled what they run.
+brokers that have mostly received before, so that their connections have compiled what they run.
 """
 
 import argparse
@@ -103,7 +103,7 @@ async def _measure(url: str, postmaster: int, count: int, seconds: float) -> dic
             await asyncio.sleep(seconds)
             core = (cpu(postmaster) - used) / (time.monotonic() - began)
             rate = (await value(commits) - before) / (time.monotonic() - began)
-            for gap, sends in ((GAP / 5, 2 * count), (GAP, SENDS)):  # the first for all to have received
+            for gap, sends in ((GAP / 5, 2 * count), (GAP, SENDS)):  # the first for nearly all to have received
                 for _ in range(sends):
                     await sender.send_to_queue("idle", b"%.6f" % time.monotonic())
                     await asyncio.sleep(gap)
