@@ -403,7 +403,8 @@ worker = filao.Worker("claims.db", grace=30)
 @worker.consumer(filao.Queue("claims"))
 async def handle(message: filao.Message[dict]) -> None:
     with open("runs", "a") as file:
-        print(filao.__file__, sys.flags, sys.warnoptions, sys._xoptions, sys.stdout.write_through, file=file)
+        options = sys.warnoptions, sorted(sys._xoptions.items())
+        print(filao.__file__, sys.flags, options, sys.stdout.write_through, file=file)
 """
 
 
