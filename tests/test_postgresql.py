@@ -1344,6 +1344,25 @@ async def test_a_network_that_stalls_is_given_up_and_found_again(frail, frail_ur
     assert load.lost == set()
 
 
+async def test_with_a_libpq_before_17_a_call_that_is_given_up_closes_its_connection(url, broker, monkeypatch) -> None:
+    """To ask for its end could hold up the whole process, with psycopg's lowest version where a network stalls."""
+
+    def is_not_there(*, check: bool = False) -> bool:
+        if check:
+            raise psycopg.NotSupportedError
+        return False
+
+    monkeypatch.setattr(psycopg.capabilities, "has_cancel_safe", is_not_there)
+    async with engine_of(broker)._transactions.connection(10) as connection:
+        call = asyncio.create_task(connection.execute("SELECT pg_sleep(60)"))
+        async with asyncio.timeout(20):
+            while connection.pgconn.transaction_status != psycopg.pq.TransactionStatus.ACTIVE:
+                await asyncio.sleep(0.01)
+        call.cancel()
+        await asyncio.wait([call])
+        assert connection.closed
+
+
 async def test_what_a_call_has_waited_counts_when_the_server_does_not_answer(frail, frail_url, proxy) -> None:
     async with through(proxy, frail, frail_url) as far:
         await far.declare(filao.Queue("claims"))

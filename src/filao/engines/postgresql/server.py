@@ -118,8 +118,12 @@ class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
     """Whether the server has committed, but somebody ended its wait for a synchronous standby, which it only notes."""
 
     async def cancel_safe(self, *, timeout: float = UNDONE_WITHIN) -> None:
-        """Ask the server to end its statement; if it does not answer soon, close, where the driver would wait 10 s."""
+        """Ask the server to end its statement; if it does not answer soon, close, where the driver would wait 10 s.
+
+        With a libpq older than 17 close at once: it has no limit for this, and may hold up all threads meanwhile.
+        """
         try:
+            psycopg.capabilities.has_cancel_safe(check=True)
             await super().cancel_safe(timeout=min(timeout, UNDONE_WITHIN))
         except psycopg.Error:
             self.pgconn.finish()
