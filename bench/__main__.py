@@ -7,7 +7,6 @@ import platform
 import shutil
 import signal
 import sqlite3
-import sys
 import tempfile
 import time
 from collections.abc import Generator
@@ -57,7 +56,7 @@ STARTERS = {"Redis": redis_server, "RabbitMQ": _rabbitmq}
 def main() -> int:
     """Run the measures; exit with 1 when a bar was missed and --strict was given."""
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers end too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the servers; `filao.sync` minds another one
     output = Path(options.output).absolute()  # servers are started in folders of their own
     output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

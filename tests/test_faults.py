@@ -239,6 +239,47 @@ def test_a_disk_that_fails_is_reported_and_service_resumes_when_it_works_again(t
     check_what_is_left(run.stdout.splitlines(keepends=True), db)
 
 
+SENDING_THREADS = """
+import sys, threading
+import filao, filao.sync
+
+def send(name):
+    for number in range(60):
+        body = f"{name}.{number}"
+        try:
+            broker.send_to_queue("claims", body)
+        except filao.FilaoError:
+            sys.stdout.write(f"failed {body}\\n")
+        else:
+            sys.stdout.write(f"sent {body}\\n")
+
+with filao.sync.connect(sys.argv[1]) as broker:
+    threads = [threading.Thread(target=send, args=(name,)) for name in "abcdefgh"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+@needs_strace
+@pytest.mark.parametrize("fault", [f"{FLUSH}:error=EIO:when=3..4", f"{WRITE}:error=ENOSPC:when=20..24"])  # of a thread
+def test_threads_that_share_commits_on_a_disk_that_fails_lose_nothing_and_send_nothing_twice(tmp_path, fault) -> None:
+    db = tmp_path / "claims.db"
+    with filao.sync.connect(db) as broker:
+        broker.declare(filao.Queue("claims"))
+    run = with_fault(fault, [sys.executable, "-c", SENDING_THREADS, str(db)])
+    assert run.returncode == 0, run.stderr
+    said = [line.split() for line in run.stdout.splitlines()]
+    assert len(said) == 8 * 60
+    sent = {body for word, body in said if word == "sent"}
+    assert len(sent) < len(said), "the fault met nothing"
+    with filao.sync.connect(db) as broker:
+        stored = [message.body for message in broker.receive_many("claims", 1_000)]
+    assert len(set(stored)) == len(stored)
+    assert sent <= set(stored)
+
+
 @needs_strace
 @pytest.mark.parametrize(
     ("fault", "text"),

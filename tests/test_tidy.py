@@ -127,6 +127,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "broker",
         "relay",
         "calls",
+        "company",
         "outside",
         "loop_thread",
         "sync",

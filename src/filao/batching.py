@@ -52,8 +52,8 @@ class Batcher:
         """When the first of those that gather came to an empty line, by the loop's clock."""
         self._asked_since = math.inf
         """The earliest `since` of those that gather: some have waited elsewhere before."""
-        self._had_company = False
-        """Whether the last batch had more than one operation."""
+        self.had_company: bool = False
+        """Whether the last batch had more than one operation. Read by any thread."""
         self._is_called = False
         """Whether the loop will begin a batch on its next turn."""
         self._doing: set[asyncio.Future[Sequence[Result | asyncio.Future[Result]]]] = set()
@@ -81,11 +81,8 @@ class Batcher:
         return future
 
     def is_idle(self) -> bool:
-        """Return whether nothing waits for a batch, and the last operation had one of its own. For any thread.
-
-        Callers who shared a batch a moment ago will come together again: one that goes ahead alone keeps them waiting.
-        """
-        return not self._gathered and not self._suspects and not self._had_company
+        """Return whether nothing waits for a batch. For any thread."""
+        return not self._gathered and not self._suspects
 
     async def drain(self) -> None:
         """Wait until everything that was submitted has been done."""
@@ -148,7 +145,7 @@ class Batcher:
     ) -> None:
         """Give each caller its result, and begin the next batch."""
         self._doing.discard(done)
-        self._had_company = len(entries) > 1
+        self.had_company = len(entries) > 1
         error = failure_of(done)
         if error is None:
             self._hand_out(entries, done.result(), began)
@@ -252,6 +249,11 @@ class TwoLines:
     def is_idle(self) -> bool:
         """Return whether both batchers are idle."""
         return self._confirmed.is_idle() and self._rest.is_idle()
+
+    @property
+    def had_company(self) -> bool:
+        """Whether a last batch had more than one operation."""
+        return self._confirmed.had_company or self._rest.had_company
 
     async def drain(self) -> None:
         """Wait until everything that was submitted has been done."""

@@ -2,9 +2,8 @@
 
 The seam is cut at the verbs of a queue, never at SQL or AMQP. The data plane is one method, `execute`: a batch of
 operations goes in, and one result for each comes out. An operation that cannot be done (an unknown queue, a full one, a
-lost lease) has its `FilaoError` as its result and changes nothing; an exception from `execute` itself means that
-nothing of the batch was done. Durations are seconds; the engine's own clock turns them into instants. What an engine
-needs to move queues to another one stands in `moving.py`.
+lost lease) has its `FilaoError` as its result and changes nothing; an exception means that nothing of the batch was
+done. Durations are seconds; the engine's own clock turns them into instants. `moving.py` is about moving queues.
 """
 
 import asyncio
@@ -493,11 +492,15 @@ class Operators(Protocol):
 class Immediate(Protocol):
     """An engine that can do operations in the calling thread: see `filao.outside`."""
 
-    def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
-        """Do operations durably in the calling thread, whichever it is, if nobody must be waited for.
+    @property
+    def takes_turns(self) -> bool:
+        """Whether other processes wrote, too, between its last two transactions."""
+        ...
 
-        Return whether they were done; then `results` has one for each. An exception means that none was done. The call
-        may be interrupted between any two instructions; then those with a result may have been done.
+    def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
+        """Do operations durably in the calling thread, if nobody must be waited for; return whether they were done.
+
+        An exception means that none was done; if it interrupted the call, those that have a result may have been done.
         """
         ...
 

@@ -1,8 +1,8 @@
 """A session for threads other than its loop's: each operation is done in the thread that asks for it, or on the loop.
 
-An operation that need wait for nobody is done in the thread (`Immediate.at_once`), so a lone call crosses no thread.
-All others go to the loop, where they share a commit with whatever else is there. Coroutines that use such a session
-never suspend in a thread; on the loop they behave as with the session itself.
+An operation that need wait for nobody else is done in the thread, or in another one that asks for something at the same
+time (`company.py`). All others go to the loop, where they share a commit with whatever else is there. Coroutines that
+use such a session never suspend in a thread; on the loop they behave as with the session itself.
 """
 
 import threading
@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from filao.calls import Caller
+from filao.company import Company
 from filao.engine import Operation, Result
 from filao.errors import FilaoError
 from filao.queue import Queue
@@ -26,7 +27,7 @@ def outside(session: Session, caller: Caller) -> Session:
             return await session.submit(operation, since)
         caller.check()
         results: list[Result] = []
-        if not session.at_once(operation, results):
+        if not company.at_once(operation, results):
             return caller.call(submit, operation, since)
         (result,) = results
         if isinstance(result, FilaoError):
@@ -40,4 +41,5 @@ def outside(session: Session, caller: Caller) -> Session:
         with suppress(RuntimeError):  # the loop has ended, and gave back what was held
             caller.loop.call_soon_threadsafe(session.give_back_unread, result)
 
-    return session.anywhere(submit, find, give_back_unread)
+    company = Company(session, give_back_unread)
+    return session.anywhere(submit, find, give_back_unread, company.at_once)

@@ -65,6 +65,13 @@ class Pushing(Protocol):
         """Let nothing more be pushed for these queues until somebody waits for them anew. Does not wait."""
 
 
+AtOnce = Callable[[Operation, list[Result]], bool]
+
+
+def _never(_: Operation, __: list[Result]) -> bool:
+    return False
+
+
 class Inside:
     """The transaction that the running code is in: what other calls look at, because they could wait for it."""
 
@@ -98,13 +105,15 @@ class Session:
 
     def _begin_anew(self) -> None:
         self.engine: Engine = self.make()
-        self._at_once = self.engine.at_once if isinstance(self.engine, Immediate) else None
+        self._immediate = self.engine if isinstance(self.engine, Immediate) else None
         self.observers.engine = self.engine.name
         self._batcher = batcher_of(self.engine, self.give_back_unread, self.observers)
         self.submit: SubmitSince = self._batcher.submit
         """Does an operation with the next batch."""
         self.find: Callable[[str], Awaitable[Queue]] = self.engine.find
         """Returns a declared queue. Raises `QueueNotFound`."""
+        self.at_once: AtOnce = _never
+        """Does an operation without the loop and appends its result, or returns False: see `anywhere`."""
         self._queues: dict[str, Queue] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_anywhere: bool = False
@@ -174,13 +183,15 @@ class Session:
         submit: Callable[[Operation, float | None], Awaitable[Result]],
         find: Callable[[str], Awaitable[Queue]],
         give_back_unread: Abandoned,
+        at_once: AtOnce,
     ) -> "Session":
-        """Return a view of this open session for any thread, given what reaches its loop from there."""
+        """Return a view of this open session for any thread, given what reaches its loop from there, or need not."""
         view = copy.copy(self)
         view.is_anywhere = True
         view.submit = cast("SubmitSince", submit)  # its result is only awaited
         view.find = find
         view.give_back_unread = give_back_unread
+        view.at_once = at_once
         return view
 
     def sibling(self) -> "Session | None":
@@ -310,11 +321,21 @@ class Session:
             raise receipts
         return receipts
 
-    def at_once(self, operation: Operation, results: list[Result]) -> bool:
-        """Do an operation in the calling thread as `Immediate.at_once` does, unless observers watch."""
-        if self._at_once is None or self.observers or not self._batcher.is_idle():
+    @property
+    def is_immediate(self) -> bool:
+        """Whether operations may be done in any thread; not while observers watch, which are told on the loop."""
+        return self._immediate is not None and not self.observers
+
+    def all_at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
+        """Do operations in the calling thread as `Immediate.at_once` does, if nothing on the loop comes before them.
+
+        Where processes take turns, callers who shared a batch a moment ago will come together again: one that goes
+        ahead takes the turn from them.
+        """
+        engine, batcher = self._immediate, self._batcher
+        if engine is None or self.observers or not batcher.is_idle() or (batcher.had_company and engine.takes_turns):
             return False
-        return self._at_once((operation,), results)
+        return engine.at_once(operations, results)
 
     def _do(self, operation: Send | Settle, since: float | None = None) -> "asyncio.Future[Result]":
         """Do an operation with the next batch, and tell the tracers."""

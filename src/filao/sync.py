@@ -1,7 +1,7 @@
 """The blocking twin: the same names without `await`, for programs that have no event loop.
 
-One thread with an event loop runs an async broker. A lone call that need not wait is done in the calling thread, unless
-a handler of the program's signals could interrupt it and make another call; all others are handed to the loop. So any
+One thread with an event loop runs an async broker. A call that need not wait is done in the calling thread, unless a
+handler of the program's signals could interrupt it and make another call; all others are handed to the loop. So any
 number of threads may share a `Broker`, and what they do at the same moment shares commits, as concurrent tasks do.
 Guarantees, units and errors are those of `filao.broker` and `filao.message`, from which the calls are derived, with
 their types and docstrings. Only what differs is written out: opening and closing, what returns or takes messages, and

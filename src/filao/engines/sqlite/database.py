@@ -46,6 +46,8 @@ class Database:
         """What the books of the last transaction knew, for the next, when all that it wrote went through them."""
         self._kept_at: tuple[sqlite3.Connection, int] | None = None
         """The connection of that transaction, and SQLite's count there of commits by others."""
+        self.takes_turns: bool = False
+        """Whether others had committed between the last two transactions."""
         self.has_written: bool = False
         """Whether anything but receives was committed since the housekeeper last asked."""
         self._undone_because = ""
@@ -229,7 +231,7 @@ class Database:
         kept, self._kept = self._kept, None
         self._books = books = Books(db, hold.name, 0, keeps=keeps, known=kept)
         at = (db, db.execute("PRAGMA data_version").fetchone()[0])
-        others_wrote = at != self._kept_at
+        self.takes_turns = others_wrote = at != self._kept_at
         if others_wrote:
             kept, books.known = None, Known()
         hold.look_before_write(others_wrote=others_wrote)

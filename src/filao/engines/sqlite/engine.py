@@ -162,6 +162,11 @@ class SqliteEngine:
             partial(self._execute, batch), future, self._jobs.tickets.hand_out(until, future)
         )
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether other processes wrote, too, between its last two transactions."""
+        return self._database.takes_turns
+
     def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
         """Do a batch in the calling thread, if nobody is in the way."""
         return self._jobs.thread.visit(partial(self._at_once, operations, results))
