@@ -138,6 +138,19 @@ def test_threads_that_come_together_share_a_commit_in_the_order_of_their_coming(
     assert [message.body for message in broker.receive_many("q", 10)] == list(range(8))
 
 
+def test_a_thread_whose_call_does_not_fit_into_the_batch_that_it_leads_has_it_done_once(broker, monkeypatch) -> None:
+    monkeypatch.setattr(company, "BATCH_MAX", 1)
+    ours = company_of(broker)
+    assert ours._leading.acquire(timeout=PATIENCE)
+    threads = gather(broker, sender(broker, "first"), sender(broker, "leader's"))
+    leader = ours._gathered[-1]
+    ours._leading.release()
+    leader.wake()
+    assert all(thread.ended().error is None for thread in threads)
+    assert Thread(sender(broker, "later")).ended().error is None
+    assert [message.body for message in broker.receive_many("q", 10)] == ["first", "leader's", "later"]
+
+
 def test_each_thread_gets_what_it_asked_for(broker) -> None:
     broker.send_many("q", ["first", "second", "third"])
     first, second = broker.receive_many("q", 2)

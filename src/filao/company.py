@@ -104,8 +104,9 @@ class Company:
         """Do what has gathered, or let another thread do it, until the entry is over."""
         try:
             self._gathered.append(entry)
-            while not (entry.is_over or self._lead()):
-                if not entry.turn.acquire(timeout=LOOKED_AFTER) and entry.taken.acquire(blocking=False):
+            while not entry.is_over:
+                is_led = self._lead() or entry.turn.acquire(timeout=LOOKED_AFTER)
+                if not is_led and entry.taken.acquire(blocking=False):
                     entry.is_over = True  # the leader is slow, and the loop's calls have a time limit
             if entry.is_done:
                 results.append(entry.result)
