@@ -14,6 +14,7 @@ from typing import Any
 
 import psycopg
 from psycopg import conninfo, errors
+from psycopg.abc import RV, PQGen
 from psycopg.rows import tuple_row
 
 from filao.codec import shown
@@ -116,6 +117,17 @@ class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
     is_alone: bool = False
     """Whether the server has committed, but somebody ended its wait for a synchronous standby, which it only notes."""
+    is_given_up: bool = False
+    """Whether it was closed because a call was cancelled."""
+
+    async def wait(self, gen: PQGen[RV], *arguments: Any, **keywords: Any) -> RV:
+        """Wait for an answer. When a cancelled call closed the connection, older drivers raise that it is closed."""
+        try:
+            return await super().wait(gen, *arguments, **keywords)
+        except psycopg.OperationalError as error:
+            if self.is_given_up:
+                raise asyncio.CancelledError from error
+            raise
 
     async def cancel_safe(self, *, timeout: float = UNDONE_WITHIN) -> None:
         """Ask the server to end its statement; if it does not answer soon, close, where the driver would wait 10 s.
@@ -126,6 +138,7 @@ class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
             psycopg.capabilities.has_cancel_safe(check=True)
             await super().cancel_safe(timeout=min(timeout, UNDONE_WITHIN))
         except psycopg.Error:
+            self.is_given_up = True
             self.pgconn.finish()
             raise
 
