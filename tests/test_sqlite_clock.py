@@ -4,9 +4,14 @@ messages.
 
 import asyncio
 import logging
+import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from subprocess import PIPE
 
 import pytest
 
@@ -193,6 +198,102 @@ async def test_who_lives_keeps_its_leases_whatever_another_takes_for_a_start(tmp
         elsewhere.start_anew(machine.wall)
         async with filao.connect(path, clock=elsewhere) as other:
             assert await other.receive_from_queue("claims", wait=0) is None
+        await held.ack()
+
+
+@pytest.fixture
+def elsewhere(machine) -> Machine:
+    """Return the same machine as a container sees it that has a boot id of its own."""
+    seen = Machine()
+    seen.boot = "elsewhere"
+    return seen
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+async def test_who_calls_the_start_of_the_machine_otherwise_goes_by_the_clock_of_those_that_receive(
+    tmp_path, machine, elsewhere, jump
+) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path, clock=machine) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", "held")
+        held = await broker.receive_from_queue("claims")
+        machine.wall = elsewhere.wall = machine.wall + jump
+        async with filao.connect(path, clock=elsewhere) as other:
+            assert await other.receive_from_queue("claims", wait=0) is None
+            await held.extend(30)
+            assert await other.receive_from_queue("claims", wait=0) is None
+        await held.ack()
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+async def test_who_opened_a_file_before_another_set_its_clock_goes_by_that_as_well(
+    tmp_path, machine, elsewhere, jump
+) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path, clock=machine) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", "held")
+        async with filao.connect(path, clock=elsewhere) as other:
+            held = await other.receive_from_queue("claims")
+            machine.wall = elsewhere.wall = machine.wall + jump
+            assert await broker.receive_from_queue("claims", wait=0) is None
+            await held.extend(30)
+            assert await broker.receive_from_queue("claims", wait=0) is None
+            await held.ack()
+
+
+RECEIVES = """
+import sys
+import filao.sync
+with filao.sync.connect(sys.argv[1]) as broker:
+    print(broker.receive_from_queue("claims", wait=0) is not None)
+"""
+
+
+def receives(path, *unshare: str) -> bool:
+    """Return whether a process gets a message that has namespaces of its own; where none can be made, skip."""
+    alone = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), *unshare]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], check=False, stderr=PIPE).returncode != 0:
+        pytest.skip(f"this system lets us make no namespace: {' '.join(alone)}")
+    program = [sys.executable, "-c", RECEIVES, str(path)]
+    said = subprocess.run([*alone, *program], check=False, capture_output=True, text=True)
+    assert said.stdout in ("True\n", "False\n"), said.stderr
+    return said.stdout == "True\n"
+
+
+@pytest.mark.parametrize("ahead", ["100000", "-50"])
+async def test_a_time_namespace_ends_no_lease(tmp_path, ahead) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", "held")
+        held = await broker.receive_from_queue("claims")
+        assert not await asyncio.to_thread(receives, path, "--time", "--fork", "--boottime", ahead)
+        await held.ack()
+        await broker.send_to_queue("claims", "ready")
+        assert await asyncio.to_thread(receives, path, "--time", "--fork", "--boottime", ahead)
+
+
+WITHOUT_BOOT_ID = ("--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")
+
+
+async def test_who_may_not_see_the_boot_id_leaves_the_file_s_clock_as_it_is(tmp_path) -> None:
+    path = tmp_path / "claims.db"
+    async with filao.connect(path) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", "held")
+        held = await broker.receive_from_queue("claims")
+
+        async def clock() -> tuple[str, ...]:
+            async with broker.transaction() as tx:
+                ((found,),) = await tx.execute("SELECT value FROM filao_meta WHERE name = 'clock'")
+            boot, offset, _ = found.split()
+            return boot, offset
+
+        before = await clock()
+        assert not await asyncio.to_thread(receives, path, *WITHOUT_BOOT_ID)
+        assert await clock() == before
         await held.ack()
 
 

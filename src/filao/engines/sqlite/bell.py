@@ -116,6 +116,15 @@ class Belfry:
         self._missed.pop(name, None)
         return True
 
+    def answers(self, name: str) -> bool:
+        """Return whether the process that owns this bell lives; False whenever that cannot be told."""
+        try:
+            if self._folder is not None:
+                os.close(self._folder.open_bell(name))
+        except OSError:
+            return False
+        return self._folder is not None
+
     def dead(self, among: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
         """Return those of these processes, given with their bells, that are known to be dead; never this one."""
         own = self.own.name if self.own is not None else ""

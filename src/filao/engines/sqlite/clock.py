@@ -4,13 +4,19 @@ Its time is `CLOCK_BOOTTIME`, which never jumps and counts while the machine sle
 read in the file. When somebody sets the wall clock, the offset follows so slowly that no lease, time to live or delay
 changes by more than a twentieth. After a restart of the machine it begins with the wall clock's time, but never before
 the last time that the file has seen.
+
+Containers of one machine may each have another boot id (systemd-nspawn, LXC), or not see it (`ProcSubset=pid`), or
+have another `CLOCK_BOOTTIME` (a time namespace). So the kernel's own is counted, and a process that finds another boot
+in the file takes that for its own if the file is in use: no process outlives a start of its machine.
 """
 
 import logging
 import math
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filao.checks import is_system_clock
@@ -22,22 +28,25 @@ JUMP = 1_000  # milliseconds between the wall clock and ours that are taken for 
 SLEW = 20  # ours follows by at most a twentieth of the time that passes
 SLEWED_MAX = 60_000  # milliseconds of passed time that one transaction makes up for at most
 NOTED_EVERY = 3_600_000  # milliseconds after which the time is written into the file again
+UNKNOWN = "unknown"  # the boot of clocks that may jump
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+OFFSETS = Path("/proc/self/timens_offsets")
 
 
 class FileClock:
     """A file's clock as one process reads it.
 
     `wall` returns the seconds since 1970. A test's clock may have a `steady` clock and a `boot` of its own; without a
-    `steady`, it is its own.
+    `steady`, it is its own. `is_in_use` returns whether a process that receives from the file is known to live.
     """
 
-    def __init__(self, wall: Callable[[], float]) -> None:
-        boot = _boot() if is_system_clock(wall) else ""
+    def __init__(self, wall: Callable[[], float], is_in_use: Callable[[sqlite3.Connection], bool]) -> None:
+        is_kernel_s = is_system_clock(wall) and hasattr(time, "CLOCK_BOOTTIME")
         self._wall = wall
-        self.steady: Callable[[], float] = _boottime if boot else getattr(wall, "steady", wall)
+        self._is_in_use = is_in_use
+        self.steady: Callable[[], float] = _boottime() if is_kernel_s else getattr(wall, "steady", wall)
         """Seconds that never jump, and go on while the machine sleeps."""
-        self._boot = boot or str(getattr(wall, "boot", "unknown"))
+        self._boot = _boot() if is_kernel_s else str(getattr(wall, "boot", UNKNOWN))
         self._told = 0
         self._lead = math.inf
         """By how much the wall clock was ahead of the steady one at the last look; a jump changes it."""
@@ -55,15 +64,22 @@ class FileClock:
         found = _stored(db)
         if found is None:
             self._note(db, wall - steady, steady)
-        elif found[0] != self._boot:
+        elif not self._agrees(db, found[0]):
             _, offset, noted_at = found
             self._note(db, max(wall, offset + noted_at) - steady, steady)
-        return found is not None and found[0] != self._boot
+            return True
+        return False
 
     def has_begun(self, db: sqlite3.Connection) -> bool:
-        """Return whether the file's clock was set since this machine started."""
+        """Return whether the file's clock is known to have been set since this machine started."""
         found = _stored(db)
         return found is not None and found[0] == self._boot
+
+    def _agrees(self, db: sqlite3.Connection, boot: str) -> bool:
+        """Return whether the file's clock was set since this machine started, which from now on is called as there."""
+        if boot != self._boot and UNKNOWN not in (boot, self._boot) and self._is_in_use(db):
+            self._boot = boot
+        return boot == self._boot
 
     def now(self, db: sqlite3.Connection, *, writes: bool = False, again: bool = False) -> int:
         """Return the file's time in milliseconds since 1970; a transaction that `writes` also stores it now and then.
@@ -74,8 +90,8 @@ class FileClock:
         found = self._known if again else _stored(db)
         if writes:
             self._known = found
-        if found is None or found[0] != self._boot:
-            return wall  # the boot of another machine that shares the file
+        if found is None or not self._agrees(db, found[0]):
+            return wall  # set meanwhile by one that calls this start otherwise, and found nobody who receives
         _, offset, noted_at = found
         lead = wall - steady
         ahead = lead - offset
@@ -121,14 +137,21 @@ def _milliseconds(clock: Callable[[], float]) -> int:
 
 
 def _boot() -> str:
-    """Return a text that changes with each start of the machine; empty where the system does not tell."""
-    if not hasattr(time, "CLOCK_BOOTTIME"):
-        return ""
-    try:
-        return BOOT_ID.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
+    """Return a text that changes with each start of the machine; where it is not told, one of this process's own."""
+    told = ""
+    with suppress(OSError, UnicodeDecodeError):
+        told = BOOT_ID.read_text(encoding="ascii").strip()
+    return told or secrets.token_hex(8)
 
 
-def _boottime() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+def _boottime() -> Callable[[], float]:
+    """Return the machine's `CLOCK_BOOTTIME`, also in a time namespace, where it has an offset.
+
+    (https://man7.org/linux/man-pages/man7/time_namespaces.7.html)
+    """
+    ahead = 0.0
+    with suppress(OSError, ValueError):
+        for clock, seconds, nanoseconds in map(str.split, OFFSETS.read_text(encoding="ascii").splitlines()):
+            if clock == "boottime":
+                ahead = int(seconds) + int(nanoseconds) / 1e9
+    return lambda: time.clock_gettime(time.CLOCK_BOOTTIME) - ahead

@@ -37,7 +37,7 @@ class Hold:
         self.path: Path = path
         self.name: str = ""
         """The random name of the file, with which the ids of messages from old versions begin."""
-        self.clock: FileClock = FileClock(clock)
+        self.clock: FileClock = FileClock(clock, lambda db: any(map(self.belfry.answers, processes.bells(db))))
         self.turnstile: Turnstile = Turnstile(None)
         self.belfry: Belfry = Belfry(None)
         self.db: sqlite3.Connection | None = None
@@ -141,20 +141,22 @@ class Hold:
             files.check_whole(db, self.path)
 
     def _set_clock(self, db: sqlite3.Connection) -> None:
-        """Set the file's clock after a start of the machine; all leases are void then, because their holders ended."""
+        """Set the file's clock after a start of the machine."""
         if self.clock.has_begun(db):
             return
         db.execute("BEGIN IMMEDIATE")
         try:
-            bells = [bell for (bell,) in db.execute("SELECT bell FROM filao_process WHERE bell <> ''")]
-            lives = self._folder is not None and any(map(self.belfry.is_alive, bells))
-            if self.clock.begin(db) and not lives:
-                processes.void_leases(db, self.clock.now(db))
+            self.agree_on_clock(db)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
+
+    def agree_on_clock(self, db: sqlite3.Connection) -> None:
+        """In a transaction, set the clock after a start of the machine; all leases are void, as their holders ended."""
+        if self.clock.begin(db) and not any(map(self.belfry.is_alive, processes.bells(db))):
+            processes.void_leases(db, self.clock.now(db))
 
     def set_durable(self, *, durable: bool) -> None:
         """Choose whether the next commit is flushed to the disk."""

@@ -40,6 +40,7 @@ class Presence:
             bell = belfry.make()
         try:
             with database.write(durable=False) as books:
+                self._hold.agree_on_clock(books.db)  # before it takes leases: another may have set it meanwhile
                 rung_by = bell.name if bell is not None else ""
                 process = processes.enter(books, rung_by, name)
                 known = {row[0] for row in books.db.execute("SELECT bell FROM filao_process")}

@@ -36,6 +36,11 @@ def watched(books: Books, process: int) -> list[tuple[int, str]]:
     return found[:WATCHED]
 
 
+def bells(db: sqlite3.Connection) -> list[str]:
+    """Return the bells of the processes that are entered."""
+    return [bell for (bell,) in db.execute("SELECT bell FROM filao_process WHERE bell <> ''")]
+
+
 def bury(books: Books, process: int) -> bool:
     """End a slice of the leases of a process that died; when none is left, strike it off and return True."""
     left = LEASES_AT_ONCE
