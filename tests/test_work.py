@@ -380,6 +380,34 @@ def test_until_idle_a_supervisor_replaces_only_processes_that_were_not(folder, b
     assert work.said().count("nothing to do") == 2
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_until_idle_processes_that_could_never_receive_end_all_the_same(folder, broker, processes) -> None:
+    (folder / "gone.py").write_text(
+        textwrap.dedent("""
+            import asyncio, os, time
+            import filao
+            worker = filao.Worker("claims.db")
+            @worker.consumer("letters")
+            async def handle(message): ...
+            @worker.lifespan
+            async def begin():
+                await asyncio.to_thread(wait)
+                yield
+            def wait():
+                open(f"started-{os.getpid()}", "w").close()
+                while not os.path.exists("go"):
+                    time.sleep(0.01)
+        """)
+    )
+    broker.declare(filao.Queue("letters"))
+    work = Work(folder, "gone:worker", "--until-idle", "--processes", processes)
+    until(lambda: len(list(folder.glob("started-*"))) == int(processes))
+    broker.delete_queue("letters")
+    (folder / "go").touch()
+    assert work.ends() == 3
+    assert "queue 'letters' is not declared" in work.said()
+
+
 @pytest.mark.parametrize("how", ["the command", "python -P -m filao"])
 def test_a_module_named_as_one_of_pythons_own_harms_no_process_if_it_does_not_harm_the_supervisor(
     folder, broker, how

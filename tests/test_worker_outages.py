@@ -209,6 +209,43 @@ async def test_a_queue_of_rabbitmq_that_is_deleted_for_a_while_is_waited_for(rab
             assert not task.done()
 
 
+async def test_until_idle_a_queue_that_could_never_be_received_from_is_not_waited_for(url, broker, caplog) -> None:
+    await broker.declare(LETTERS)
+    await broker.send_many("claims", list(range(3)))
+    worker = handling(url, LETTERS, CLAIMS)
+
+    @worker.lifespan
+    async def delete() -> AsyncGenerator[None]:
+        await broker.delete_queue("letters")
+        yield
+
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(filao.QueueNotFound, match="letters"):
+            await worker.run(until_idle=True, signals=False)
+    assert worker.handled == 3
+    assert "trying again" not in caplog.text
+
+
+async def test_until_idle_a_queue_that_was_received_from_is_waited_for(url, broker, caplog) -> None:
+    await broker.declare(LETTERS)
+    await broker.send_to_queue("letters", "first")
+    worker = filao.Worker(url)
+
+    @worker.consumer("letters")
+    async def handle(message: filao.Message) -> None:
+        if message.body == "first":
+            await message.ack()
+            await broker.delete_queue("letters")
+
+    async with asyncio.timeout(PATIENCE):
+        working = asyncio.create_task(worker.run(until_idle=True, signals=False))
+        await until(lambda: "receiving from 'letters' fails" in caplog.text)
+        await broker.declare(LETTERS)
+        await broker.send_to_queue("letters", "second")
+        assert await working
+    assert worker.handled == 2
+
+
 async def test_an_error_at_the_start_comes_as_itself(url) -> None:
     with pytest.raises(filao.QueueNotFound):
         await handling(url, CLAIMS).run()

@@ -82,8 +82,8 @@ def work(
     is lost either way.
 
     With --until-idle it also ends once it finds nothing to receive and none of its handlers runs. What is delayed, what
-    comes again after a backoff and what other processes hold is left. It does not wait for a storage that is away at
-    its start.
+    comes again after a backoff and what other processes hold is left. It does not wait for a storage that is away, full
+    or read-only from its start on.
 
     With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends, but
     not one that was idle. While the storage is away it waits for it, for ever. Exit codes are those of `filao --help`;
@@ -105,7 +105,8 @@ def work(
         command += ["--until-idle"] * until_idle
         for name, value in limits:
             command += [f"--max-{name}", str(value)]
-        return asyncio.run(_supervise(command, processes, address, reload=reload))
+        supervisor = Supervisor(command, processes, until_idle=until_idle)
+        return asyncio.run(_supervise(supervisor, address, reload=reload))
     with _measured(worker, measured_at, slot):
         is_used_up = _is_used_up(worker, max_messages, max_memory)
         return asyncio.run(_work(worker, is_used_up, report_to, address, until_idle=until_idle))
@@ -129,8 +130,7 @@ def _python() -> list[str]:
     return this_python(told_where=is_archived) + ["-P"] * (not looks_here)
 
 
-async def _supervise(command: list[str], processes: int, address: tuple[str, int] | None, *, reload: bool) -> int:
-    supervisor = Supervisor(command, processes)
+async def _supervise(supervisor: Supervisor, address: tuple[str, int] | None, *, reload: bool) -> int:
     with _checked(address, supervisor.state):
         watching = asyncio.create_task(_reload(supervisor, Path.cwd())) if reload else None
         try:
@@ -189,7 +189,7 @@ async def _work(
         try:
             was_idle = await worker.run(until=is_used_up, ready=ready, signals=is_alone, until_idle=until_idle)
         except FilaoError:
-            if not started.is_set():
+            if until_idle or not started.is_set():
                 refuse()
             raise
         except OSError as error:  # a lifespan's: `main` would tell it as one of ours, without its place

@@ -107,9 +107,17 @@ class Shift:
         """Has what `on_handled` raised, as a result: a future bears not every exception."""
         self._later: dict[str, tuple[float, Iterator[float]]] = {}
         """Queues that failed, each with the monotonic time of its next look and the pauses to come."""
+        self._never: dict[str, Exception | None] = {}
+        """Until idle: queues of which no look has succeeded yet, each with what the last one raised."""
 
     async def work(self, grace: float, *, until_idle: bool) -> bool:
-        """Start messages until it is told to stop or has nothing to do, and then finish; return whether it was idle."""
+        """Start messages until it is told to stop or has nothing to do, and then finish; return whether it was idle.
+
+        Of a shift that ends when it is idle, queues that could be looked into are waited for; if others are all that is
+        left, it raises what the first of them did.
+        """
+        if until_idle:
+            self._never = dict.fromkeys(name for pool in self.pools for name in pool.consumers)
         clearing = [asyncio.create_task(self._clear(sys.maxsize))] if until_idle else []
         work = clearing or [asyncio.create_task(self._feed(pool)) for pool in self.pools]
         work = [*work, asyncio.create_task(self._watch())]
@@ -196,11 +204,13 @@ class Shift:
             started += took
             if took:
                 continue
-            if self._runs or self._later:
+            if self._runs or self._later.keys() - self._never.keys():
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LOOKS_EVERY):
                         await self._next_move()
             elif at_rest:
+                for error in filter(None, self._never.values()):
+                    raise error
                 break
 
     async def _sweep(self, pool: Pool, limit: int) -> int:
@@ -260,14 +270,18 @@ class Shift:
         if self._later.pop(name, None) is not None:
             self._shared.outages.is_over(f"receiving from {name!r}")
         self._shared.outages.is_over("receiving")
+        self._never.pop(name, None)
         pool.polled_at = time.monotonic()
         return messages
 
     def _fails(self, pool: Pool, name: str, error: Exception) -> None:
         if isinstance(error, QueueNotFound):  # the engine works; only this queue is gone
             pool.polled_at = time.monotonic()
-        what = "receiving" if isinstance(error, EngineUnavailable) else f"receiving from {name!r}"
-        self._shared.outages.fails(what, error)
+        if name in self._never:  # which is raised, or works at last
+            self._never[name] = error
+        else:
+            what = "receiving" if isinstance(error, EngineUnavailable) else f"receiving from {name!r}"
+            self._shared.outages.fails(what, error)
         _, still = self._later.get(name, (0.0, pauses()))
         self._later[name] = time.monotonic() + next(still), still
 

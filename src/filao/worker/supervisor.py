@@ -48,7 +48,9 @@ class Report(msgspec.Struct, frozen=True):
     status: Status
     grace: float
     refused: bool = False
-    """Whether it can never start, because its configuration is wrong; an exit code alone could be a handler's."""
+    """Whether it can never start, because its configuration is wrong; an exit code alone could be a handler's. Of one
+    that ends when it has nothing to do: or because it could never receive.
+    """
 
 
 @dataclass(slots=True)
@@ -91,8 +93,10 @@ class Slot:
 class Supervisor:
     """Keeps `count` processes of a command running until it is told to stop."""
 
-    def __init__(self, command: Sequence[str], count: int) -> None:
+    def __init__(self, command: Sequence[str], count: int, *, until_idle: bool = False) -> None:
         self._command = command
+        self._until_idle = until_idle
+        """Whether each process ends when it has nothing to do; then one that cannot start is not waited for."""
         self._slots = [Slot(number) for number in range(1, count + 1)]
         self._stops = 0
         self._has_run = False
@@ -134,7 +138,8 @@ class Supervisor:
     async def _keep(self, slot: Slot) -> int:
         """Start a process again and again, and return the exit code of the last.
 
-        If none of them can ever start, all stop. Once one has run, what prevents a start is waited out.
+        If none of them can ever start, all stop. Once one has run, what prevents a start is waited out, unless they run
+        only until they have nothing to do.
         """
         pause = PAUSE_FIRST
         while True:
@@ -143,7 +148,7 @@ class Supervisor:
             slot.is_refused = slot.report is not None and slot.report.refused
             if code == IDLE:
                 return 0
-            if self._stopping.is_set():
+            if self._stopping.is_set() or (self._until_idle and slot.is_refused):
                 return code if slot.is_refused else 0
             if not self._has_run and all(one.is_refused for one in self._slots):
                 self._stop()

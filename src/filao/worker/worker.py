@@ -230,7 +230,8 @@ class Worker:
 
         With `until_idle` it stops as well, and returns True, once it finds nothing to receive in any of its queues and
         none of its handlers runs. What is delayed, comes again after a backoff, or is leased by others, is left. If
-        its storage is away at its start, it raises `EngineError`.
+        its storage is away at its start, it raises `EngineError`; so it does, once all else is done, if it could never
+        receive from a queue.
 
         While its storage is away, full, locked or read-only, or a queue is deleted, it waits and tries again for as
         long as that takes. `ready` is called when it begins to receive. `until` is called after each message; when it
