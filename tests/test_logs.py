@@ -102,7 +102,7 @@ def test_nothing_in_a_text_for_people_acts_on_a_terminal_or_passes_for_a_record(
     except ValueError:
         trace = sys.exc_info()
     record = logging.LogRecord("filao", logging.WARNING, "", 0, "message %s failed", (f"7\x1b[2J\n{forged}",), trace)
-    first, *more = TextFormatter().format(record).split("\n")
+    first, *more = TextFormatter("info").format(record).split("\n")
     assert "WARNING message 7\\x1b[2J" in first
     assert [line for line in more if not line.startswith("    ")] == []
     assert all(line.isprintable() for line in (first, *more))

@@ -380,6 +380,16 @@ def test_until_idle_a_supervisor_replaces_only_processes_that_were_not(folder, b
     assert work.said().count("nothing to do") == 2
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_who_wants_to_hear_of_warnings_alone_hears_nothing_of_a_run_without_any(folder, broker, form) -> None:
+    broker.send_to_queue("claims", {"kind": "claim"})
+    options = ["--until-idle", "--processes", "2", "--health", "0", "--log-level", "warning", "--log", form]
+    work = Work(folder, "app:worker", *options)
+    assert work.ends() == 0
+    assert len(work.handled()) == 1
+    assert work.said() == ""
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_until_idle_processes_that_could_never_receive_end_all_the_same(folder, broker, processes) -> None:
     (folder / "gone.py").write_text(

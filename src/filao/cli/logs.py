@@ -22,8 +22,10 @@ FIELDS = ("queue", "message_id", "attempt")
 class TextFormatter(logging.Formatter):
     """Writes a record for people, so that no id or error acts on their terminal or passes for a record of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: str) -> None:
         super().__init__(_LINE)
+        self.level: int = getattr(logging, level.upper())
+        """What its reader wants to hear of, at least."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return its line, and what follows it, set in."""
@@ -65,17 +67,18 @@ def _text(record: logging.LogRecord) -> str:
 
 
 def say(text: str, level: int = logging.INFO) -> None:
-    """Say something to the person who runs this, or to the program that reads the log."""
-    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+    """Say something to the person who runs this, or to the program that reads the log, if they want to hear of it."""
+    forms = [handler.formatter for handler in logging.getLogger().handlers]
+    if any(isinstance(form, JsonFormatter) for form in forms):
         log.log(level, "%s", safe(text))
-    else:
+    elif level >= min((form.level for form in forms if isinstance(form, TextFormatter)), default=level):
         note(text)
 
 
 def begin(level: str, form: str) -> None:
     """Log from now on to stderr, in a form: "text" or "json"."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(level))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     for client in CLIENTS:
         logging.getLogger(client).setLevel("DEBUG" if level.upper() == "DEBUG" else "CRITICAL")
