@@ -3,6 +3,7 @@ messages.
 """
 
 import asyncio
+import errno
 import logging
 import os
 import shutil
@@ -241,6 +242,23 @@ async def test_who_opened_a_file_before_another_set_its_clock_goes_by_that_as_we
             await held.extend(30)
             assert await broker.receive_from_queue("claims", wait=0) is None
             await held.ack()
+
+
+async def test_where_nobody_can_have_a_bell_another_boot_ends_no_lease(
+    tmp_path, machine, elsewhere, monkeypatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "this file system has no FIFOs")
+
+    monkeypatch.setattr(os, "mkfifo", refuse)
+    path = tmp_path / "claims.db"
+    async with filao.connect(path, clock=machine) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", "held")
+        held = await broker.receive_from_queue("claims")
+        async with filao.connect(path, clock=elsewhere) as other:
+            assert await other.receive_from_queue("claims", wait=0) is None
+        await held.ack()
 
 
 RECEIVES = """

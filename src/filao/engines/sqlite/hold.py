@@ -154,8 +154,8 @@ class Hold:
             raise
 
     def agree_on_clock(self, db: sqlite3.Connection) -> None:
-        """In a transaction, set the clock after a start of the machine; all leases are void, as their holders ended."""
-        if self.clock.begin(db) and not any(map(self.belfry.is_alive, processes.bells(db))):
+        """In a transaction, set the clock after a start of the machine; leases are void if their holders are dead."""
+        if self.clock.begin(db) and not any(not bell or self.belfry.is_alive(bell) for bell in processes.bells(db)):
             processes.void_leases(db, self.clock.now(db))
 
     def set_durable(self, *, durable: bool) -> None:

@@ -37,8 +37,8 @@ def watched(books: Books, process: int) -> list[tuple[int, str]]:
 
 
 def bells(db: sqlite3.Connection) -> list[str]:
-    """Return the bells of the processes that are entered."""
-    return [bell for (bell,) in db.execute("SELECT bell FROM filao_process WHERE bell <> ''")]
+    """Return the bells of the processes that are entered; one that could make none has an empty name for it."""
+    return [bell for (bell,) in db.execute("SELECT bell FROM filao_process")]
 
 
 def bury(books: Books, process: int) -> bool:
