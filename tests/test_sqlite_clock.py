@@ -6,13 +6,11 @@ import asyncio
 import errno
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from subprocess import PIPE
 
 import pytest
 
@@ -24,6 +22,7 @@ from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.engine import SqliteEngine
 from filao.engines.sqlite.presence import Presence
 from tests.conftest import engine_of
+from tests.support.namespaces import apart
 
 pytestmark = pytest.mark.anyio
 
@@ -269,13 +268,10 @@ with filao.sync.connect(sys.argv[1]) as broker:
 """
 
 
-def receives(path, *unshare: str) -> bool:
-    """Return whether a process gets a message that has namespaces of its own; where none can be made, skip."""
-    alone = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), *unshare]
-    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], check=False, stderr=PIPE).returncode != 0:
-        pytest.skip(f"this system lets us make no namespace: {' '.join(alone)}")
-    program = [sys.executable, "-c", RECEIVES, str(path)]
-    said = subprocess.run([*alone, *program], check=False, capture_output=True, text=True)
+def receives(path, *how: str) -> bool:
+    """Return whether a process gets a message that has namespaces of its own."""
+    program = [*apart(*how), sys.executable, "-c", RECEIVES, str(path)]
+    said = subprocess.run(program, check=False, capture_output=True, text=True)
     assert said.stdout in ("True\n", "False\n"), said.stderr
     return said.stdout == "True\n"
 

@@ -15,6 +15,7 @@ import filao
 import filao.sync
 from filao.engines.sqlite import files
 from filao.engines.sqlite.backup import back_up
+from filao.engines.sqlite.mounts import file_system
 from tests.conftest import engine_of, let_pass
 
 pytestmark = pytest.mark.anyio
@@ -257,7 +258,7 @@ async def test_the_users_own_tables_share_the_file(tmp_path) -> None:
 def test_a_network_file_system_is_recognised(tmp_path, mount, kind) -> None:
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"22 1 8:1 / / rw - ext4 /dev/sda rw\n36 22 0:32 / {mount} rw shared:1 - {kind} server:/x rw\n")
-    assert files.file_system(Path("/data/claims/claims.db"), mounts) == kind
+    assert file_system(Path("/data/claims/claims.db"), mounts) == kind
     assert kind in files.NETWORK_FILE_SYSTEMS
 
 

@@ -18,6 +18,7 @@ import pytest
 import filao
 from filao.engine import OpenAgain
 from filao.engines.sqlite import files, ground, hold, housekeeping
+from filao.engines.sqlite.mounts import file_system
 from tests.conftest import engine_of
 from tests.torture import disk
 
@@ -565,7 +566,7 @@ def test_a_network_file_system_is_recognised_by_whatever_name(tmp_path, escaped)
     line = f"36 22 0:32 / {escaped} rw shared:1 - nfs4 server:/x rw\n"
     mounts.write_bytes(b"22 1 8:1 / / rw - ext4 /dev/sda rw\n" + line.encode())
     point = {r"/mnt/a\040b": "/mnt/a b", r"/mnt/a\134b": r"/mnt/a\b", "/mnt/\\303\\251": "/mnt/é"}.get(escaped, escaped)
-    assert files.file_system(Path(point) / "claims.db", mounts) == "nfs4"
+    assert file_system(Path(point) / "claims.db", mounts) == "nfs4"
 
 
 def test_the_device_tells_the_file_system_where_mounts_hide_each_other(tmp_path) -> None:
@@ -573,4 +574,4 @@ def test_the_device_tells_the_file_system_where_mounts_hide_each_other(tmp_path)
     here = f"{os.major(about.st_dev)}:{os.minor(about.st_dev)}"
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"22 1 {here} / / rw - cifs x rw\n23 22 0:99 / {tmp_path} rw - ext4 y rw\n")
-    assert files.file_system(tmp_path / "claims.db", mounts) == "cifs"
+    assert file_system(tmp_path / "claims.db", mounts) == "cifs"

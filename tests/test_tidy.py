@@ -47,6 +47,7 @@ ORDER = [  # what stands above; a module imports only from here upwards
         "engines.sqlite.ground",
         "engines.sqlite.turnstile",
         "engines.sqlite.bell",
+        "engines.sqlite.mounts",
         "engines.sqlite.own",
         "engines.sqlite.files",
         "engines.sqlite.scrutiny",

@@ -11,6 +11,7 @@ from filao.engines.sqlite import files, own, scrutiny
 from filao.engines.sqlite.books import STATES, Books, read_rules, tokens
 from filao.engines.sqlite.clock import JUMP
 from filao.engines.sqlite.hold import Hold
+from filao.engines.sqlite.mounts import file_system
 from filao.engines.sqlite.stats import stats
 from filao.errors import EngineError
 from filao.overview import DEED, deed_of, deeds_finding, miscounted, queue_finding
@@ -78,7 +79,7 @@ def wal_reset_fixed(version: tuple[int, ...]) -> bool:
 
 
 def _files(path: Path) -> Iterator[Finding]:
-    kind = files.file_system(path)
+    kind = file_system(path)
     yield Finding("file system", "ok" if kind else "note", kind or "this system does not tell its type")
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:

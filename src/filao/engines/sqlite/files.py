@@ -7,15 +7,14 @@ holds on it. (https://www.sqlite.org/howtocorrupt.html, section 2.2)
 import contextlib
 import errno
 import os
-import re
 import secrets
 import sqlite3
 from collections.abc import Callable, Generator, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 from filao.engines.sqlite import ground, own
+from filao.engines.sqlite.mounts import file_system, is_mounted
 from filao.engines.sqlite.turnstile import NOTHING, Noted
 from filao.errors import ConfigurationError, EngineError, EngineUnavailable
 
@@ -32,8 +31,6 @@ NETWORK_FILE_SYSTEMS = frozenset(
     | {f"fuse.{name}" for name in ("glusterfs", "ceph", "sshfs", "s3fs", "rclone", "gcsfuse", "davfs2", "juicefs")}
     | {f"fuse.{name}" for name in ("mfs", "lizardfs", "seaweedfs", "goofys", "mount-s3", "smbnetfs", "curlftpfs")}
 )
-_MOUNTS = Path("/proc/self/mountinfo")
-_ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 FAILURES = (sqlite3.Error, OverflowError, UnicodeError)
 """What Python's sqlite3 raises: SQLite's errors, and others for a number or a text that it cannot convert."""
@@ -152,47 +149,6 @@ def check_is_database(path: Path) -> None:
                 raise
         finally:
             db.close()
-
-
-def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
-    """Return the type of the file system that holds `path`; empty where the system does not tell."""
-    found = list(_mounted(mounts))
-    with contextlib.suppress(OSError):
-        there = path if path.exists() else path.parent
-        device = there.stat().st_dev
-        found = [mount for mount in found if mount.device == device] or found
-    best = _Mount(0, Path(), "")
-    for mount in found:
-        if path.is_relative_to(mount.point) and len(mount.point.parts) >= len(best.point.parts):
-            best = mount
-    return best.kind
-
-
-def is_mounted(path: Path, mounts: Path = _MOUNTS) -> bool:
-    """Return whether `path` itself is the point of a mount."""
-    return any(mount.point == path for mount in _mounted(mounts))
-
-
-class _Mount(NamedTuple):
-    """One line of mountinfo."""
-
-    device: int
-    point: Path
-    kind: str
-
-
-def _mounted(mounts: Path) -> Iterator[_Mount]:
-    """Yield the mounts that this process sees. (https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html)"""
-    try:
-        lines = mounts.read_bytes().splitlines()
-    except OSError:
-        return  # not Linux
-    for line in lines:
-        before, _, after = line.partition(b" - ")
-        fields = before.split(b" ")
-        major, _, minor = fields[2].partition(b":")
-        point = _ESCAPED.sub(lambda octal: bytes([int(octal[1], 8)]), fields[4])
-        yield _Mount(os.makedev(int(major), int(minor)), Path(os.fsdecode(point)), after.split(b" ")[0].decode())
 
 
 def create(path: Path) -> None:

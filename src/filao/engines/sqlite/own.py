@@ -11,6 +11,7 @@ import os
 import threading
 from pathlib import Path
 
+from filao.engines.sqlite import mounts
 from filao.printable import printable
 
 _LOCKS = Path("/proc/locks")
@@ -82,11 +83,11 @@ def _holders(kind: str, file: Path, byte: int, purpose: str = "WRITE") -> set[in
     more.
     """
     try:
-        about = file.stat()
+        number, device = file.stat().st_ino, mounts.device(file)
         lines = _LOCKS.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
         return set()
-    place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
+    place = f"{os.major(device):02x}:{os.minor(device):02x}:{number}"
     locks = [fields for line in lines if len(fields := line.split()) == 8]
     return {
         int(pid)
