@@ -32,12 +32,12 @@ def patience() -> float:
 
 def holds_lock(path: Path) -> bool:
     """Return whether this process holds the file's write lock; False where the system does not tell."""
-    return os.getpid() in _holders("POSIX", path.with_name(path.name + "-shm"), _WRITING)
+    return _me() in _holders("POSIX", path.with_name(path.name + "-shm"), _WRITING)
 
 
 def has_turn(turnstile: Path) -> bool:
     """Return whether any broker of this process has the turn; False where the system does not tell."""
-    return os.getpid() in _holders("FLOCK", turnstile, 0)
+    return _me() in _holders("FLOCK", turnstile, 0)
 
 
 def has_open(path: Path, turnstile: Path) -> bool:
@@ -46,7 +46,7 @@ def has_open(path: Path, turnstile: Path) -> bool:
     It is True where the system does not tell, because there it does not tell who has the turn either.
     """
     shm = path.with_name(path.name + "-shm")
-    return os.getpid() in _holders("POSIX", shm, _OPEN, "READ") or not has_turn(turnstile)
+    return _me() in _holders("POSIX", shm, _OPEN, "READ") or not has_turn(turnstile)
 
 
 def in_the_way(path: Path, turnstile: Path | None = None) -> str:
@@ -74,6 +74,14 @@ def why_wal_grows(path: Path) -> str:
         f"whose end it cannot be written back. Those that read at this moment: "
         f"{_named(readers) or 'the system does not tell'}"
     )
+
+
+def _me() -> int:
+    """Return this process's number as /proc has it, which may be that of another namespace of processes."""
+    try:
+        return int(Path("/proc/self").readlink().name)
+    except (OSError, ValueError):
+        return os.getpid()
 
 
 def _holders(kind: str, file: Path, byte: int, purpose: str = "WRITE") -> set[int]:
