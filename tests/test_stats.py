@@ -161,6 +161,21 @@ async def test_a_worker_that_receives_says_how_it_is(url: str) -> None:
         await message.ack()
 
 
+async def test_a_report_is_about_the_process_that_makes_it(url: str) -> None:
+    async with filao.connect(url) as one, filao.connect(url) as other:  # of one host and pid, as in two containers
+        await one.declare(QUEUE)
+        await one.send_many("claims", [1, 2])
+        held = [await broker.receive_from_queue("claims") for broker in (one, other)]
+        sibling = session_of(one).sibling()
+        assert sibling is not None
+        await sibling.open()
+        await sibling.report("ready and healthy")
+        await sibling.close()
+        receivers = (await one.stats("claims")).receivers
+        assert sorted(receiver.worker for receiver in receivers) == ["", "ready and healthy"]
+        assert len(held) == 2
+
+
 async def test_the_doctor_says_of_each_queue_what_keeps_its_messages_from_being_worked_on(url: str) -> None:
     async with filao.connect(url) as broker:
 

@@ -188,10 +188,12 @@ class PostgresqlOperators:
             await self._main.row("SELECT filao.halt_group(%s, %s, %s)", number, MOMENT, group)
 
     async def report(self, state: str) -> None:
-        """Record how this process is doing."""
-        sql = "UPDATE filao.process SET state = %s, reported_at = filao.clock() WHERE name = %s"
-        async with self._main.use() as connection:
-            await connection.execute(sql, (self._server.charset.fitted(state), self._listener.name))
+        """Record how this process is doing, once it receives."""
+        process = self._listener.process
+        if process:
+            sql = "UPDATE filao.process SET state = %s, reported_at = filao.clock() WHERE id = %s"
+            async with self._main.use() as connection:
+                await connection.execute(sql, (self._server.charset.fitted(state), process))
 
     async def doctor(self) -> list[Finding]:
         """Examine the database and say what an operator should know."""

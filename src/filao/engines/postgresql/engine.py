@@ -45,7 +45,14 @@ class PostgresqlEngine:
     emulated: frozenset[Feature] = frozenset()
     concurrent_batches = 1
 
-    def __init__(self, url: str, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        durable: bool = True,
+        clock: Callable[[], float] = time.time,
+        beside: Listener | None = None,
+    ) -> None:
         self._server = Server(url, durable=durable)
         self._durable = durable
         self._clock = clock
@@ -68,7 +75,9 @@ class PostgresqlEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_listening = False
         self._is_closing = False
-        self.operators: PostgresqlOperators = PostgresqlOperators(main, self._listener, forget=self._numbers.clear)
+        self.operators: PostgresqlOperators = PostgresqlOperators(
+            main, beside or self._listener, forget=self._numbers.clear
+        )
         self.overview: PostgresqlOverview = PostgresqlOverview(main, self.operators.number)
         self.mover: PostgresqlMover = PostgresqlMover(
             main, self._transactions, apply=self._apply_within, operators=self.operators
@@ -94,7 +103,7 @@ class PostgresqlEngine:
 
     def sibling(self) -> "PostgresqlEngine":
         """Return an engine on the same database."""
-        return PostgresqlEngine(self._server.url, durable=self._durable, clock=self._clock)
+        return PostgresqlEngine(self._server.url, durable=self._durable, clock=self._clock, beside=self._listener)
 
     async def close(self) -> None:
         """Give back the leases that are held, and end all connections."""
