@@ -24,6 +24,7 @@ from filao.errors import EngineError, EngineUnavailable, LeaseLost, QueueNotFoun
 from filao.sync import door_of
 from tests.conftest import untraced
 from tests.support.instructions import instructions, interrupted
+from tests.support.stack import with_frames_left
 
 PATIENCE = 20.0  # seconds after which a call that never returns fails its test
 
@@ -291,6 +292,37 @@ def test_what_is_received_for_a_thread_that_was_interrupted_meanwhile_is_given_b
         ours._answer(ours._results)
     until(lambda: broker.stats("q").leased == 0)
     assert broker.stats("q").ready == 1
+
+
+@untraced
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # its first step needed more room
+@pytest.mark.parametrize("whose", ["a leader's", "the main thread's"])
+def test_a_stack_that_is_full_ends_the_call_that_meets_its_end_and_no_other(broker, whose, monkeypatch) -> None:
+    monkeypatch.setattr(company, "LOOKED_AFTER", 0.02)
+    ours = company_of(broker)
+    outcomes: Counter[str] = Counter()
+
+    def end(left: int) -> None:
+        """Make a call with so many frames left, and lead the call of another thread with it."""
+        with led(broker):
+            others = gather(broker, sender(broker))
+            monkeypatch.setattr(ours, "_call_next", lambda: None)
+        monkeypatch.delattr(ours, "_call_next")
+        try:
+            with_frames_left(left, sender(broker))
+            outcomes["done"] += 1
+        except RecursionError:
+            outcomes["ended"] += 1
+        assert others[0].ended().error is None
+
+    for left in range(1, 80, 2):
+        if whose == "the main thread's":
+            end(left)
+        else:
+            assert Thread(partial(end, left)).ended().error is None, left
+    assert set(outcomes) == {"done", "ended"}
+    assert Thread(sender(broker)).ended().error is None
+    assert not ours._gathered
 
 
 @untraced

@@ -22,6 +22,8 @@ from filao.engine import Abandoned, Operation, Result
 from filao.errors import EngineUnavailable, FilaoError
 from filao.session import Session
 
+ROOM = 32  # frames of the stack: more than clearing away takes, wherever a call was interrupted
+
 
 class _Entry:
     """An operation in the hands of the company."""
@@ -83,6 +85,7 @@ class Company:
 
         Return False when nothing of it was done, and it has to go to the loop.
         """
+        _find_room(ROOM)
         here = self._here
         if here.is_calling or threading.get_ident() == self._main or not self._session.is_immediate:
             return self._session.all_at_once((operation,), results)
@@ -191,6 +194,12 @@ class Company:
         elif entry.is_over:
             self._abandoned(entry.result)
         self._call_next()
+
+
+def _find_room(frames: int) -> None:
+    """Raise RecursionError before anything has begun: where it ends a call half-way, nothing could be cleared away."""
+    if frames:
+        _find_room(frames - 1)
 
 
 def _in_doubt(operation: Operation) -> EngineUnavailable:

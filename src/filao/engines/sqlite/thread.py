@@ -207,7 +207,8 @@ class DatabaseThread:
         broker or fork, and so wait for this visit, which goes on only after the handler.
 
         Invariant: whatever exception is raised between any two instructions (a signal handler may raise one in the main
-        thread), nothing is left of the visit but what it has committed.
+        thread), nothing is left of the visit but what it has committed. The stack needs room to clear it away: see
+        `filao.company.ROOM`.
         """
         if self._given != self._done or _may_be_handled():
             return False
