@@ -15,6 +15,8 @@ from filao.engine import Batch, Operation, Receive, Result, Send
 from filao.engines.sqlite.engine import SqliteEngine
 from filao.errors import EngineError, EngineUnavailable, FilaoError, QueueFull
 from filao.queue import Queue
+from tests.conftest import untraced
+from tests.support.stack import with_frames_left
 
 pytestmark = pytest.mark.anyio
 PATIENCE = 20.0  # seconds after which a call that never returns fails its test
@@ -70,6 +72,25 @@ async def test_calls_of_the_same_moment_share_a_batch() -> None:
     batcher = commits.batcher()
     await asyncio.gather(batcher.submit(ask("a")), batcher.submit(ask("b")), batcher.submit(ask("c")))
     assert commits.batches == [["a", "b", "c"]]
+
+
+@untraced
+async def test_a_call_that_meets_the_end_of_the_stack_keeps_no_other_waiting() -> None:
+    commits = Commits()
+    batcher = commits.batcher()
+    met = 0
+    for left in range(1, 40):
+        try:
+            asked = with_frames_left(left, lambda: batcher.submit(ask("deep")))
+        except RecursionError:
+            met += 1
+        else:
+            assert isinstance(asked, asyncio.Future)
+            await asked
+        async with asyncio.timeout(PATIENCE):
+            await batcher.submit(ask("after"))
+    assert 0 < met < 39
+    assert sum(batch.count("deep") for batch in commits.batches) == 39 - met
 
 
 async def test_what_comes_during_a_commit_goes_with_the_next() -> None:

@@ -74,10 +74,10 @@ class Batcher:
             self._gathered_since = loop.time()
         if since is not None and since < self._asked_since:
             self._asked_since = since
-        self._gathered.append((operation, future))
         if not self._is_called and len(self._doing) < self._concurrent_batches:
-            self._is_called = True
             loop.call_soon(self._begin)  # on the next turn, with whatever else is submitted during this one
+            self._is_called = True  # last: the stack may end in `call_soon`, and then nothing was called or gathered
+        self._gathered.append((operation, future))
         return future
 
     def is_idle(self) -> bool:
