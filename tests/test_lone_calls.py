@@ -15,7 +15,7 @@ import pytest
 import filao
 import filao.sync
 from filao.broker import session_of
-from filao.engine import Draft, Send
+from filao.engine import Draft, Receive, Send
 from filao.engines.sqlite.engine import SqliteEngine
 from filao.engines.sqlite.turnstile import is_passable
 from filao.sync import door_of
@@ -180,3 +180,22 @@ def test_a_signals_handler_may_call_the_broker_and_fork_in_the_middle_of_a_lone_
     path = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
     script = [sys.executable, "-c", HANDLED, tmp_path / "handled.db"]
     subprocess.run(script, env=os.environ | {"PYTHONPATH": path}, timeout=PATIENCE, check=True)
+
+
+def test_nothing_is_received_after_a_broker_that_closes_has_given_back_what_it_held(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "closing.db"
+    with filao.sync.connect(path) as broker:
+        broker.declare(filao.Queue("q"))
+        broker.send_many("q", ["held", "waits"])
+        broker.receive_from_queue("q")
+        session, jobs = session_of(door_of(broker)), engine_of(broker)._jobs
+        end, received = jobs.end, []
+
+        def receive_and_end(last: Any) -> Any:
+            received.append(session.all_at_once([Receive("q", 1)], []))  # as a thread that called before the end
+            return end(last)
+
+        monkeypatch.setattr(jobs, "end", receive_and_end)
+    assert received == [False]
+    with filao.sync.connect(path) as another:
+        assert another.stats("q").ready == 2

@@ -186,7 +186,7 @@ class Database:
     def try_begin(self, *, durable: bool) -> Books | None:
         """Begin a transaction of the queue's verbs in a visit, if nobody is in the way; else return None."""
         hold = self.hold
-        if self._books is not None or hold.db is None or hold.lost is not None:
+        if self._books is not None or hold.db is None or hold.lost is not None or hold.is_closing:
             return None
         self._is_visited = True
         if not hold.turnstile.try_enter():

@@ -45,7 +45,7 @@ class Hold:
         self.lost: Loss | None = None
         """What happened to the file that was opened; None while it is still there."""
         self.is_closing: bool = False
-        """Whether no thread may wait in line any more."""
+        """Whether no thread may wait in line any more, and no visit begin: what it leased would not be given back."""
         self._left: Turnstile | None = None
         """A turnstile at which a thread was left waiting."""
         self._given = path
