@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from filao.batching import BATCH_MAX
 from filao.calls import LOOKED_AFTER
-from filao.engine import Abandoned, Operation, Result
+from filao.engine import Abandoned, Operation, Receive, Result, Send
 from filao.errors import EngineUnavailable, FilaoError
 from filao.session import Session
 
@@ -205,5 +205,12 @@ def _find_room(frames: int) -> None:
 def _in_doubt(operation: Operation) -> EngineUnavailable:
     return EngineUnavailable(
         f"queue {operation.queue!r}: another thread of this process did this together with a call of its own, and was "
-        f"interrupted at that. It is not known whether this was done."
+        f"interrupted at that. {_IN_DOUBT.get(type(operation), _SETTLED_IN_DOUBT)}"
     )
+
+
+_IN_DOUBT: dict[type, str] = {
+    Send: "It is open whether the message was stored: send it again with the same message_id, and it is stored once.",
+    Receive: "What it may have received is given back: receive again.",
+}
+_SETTLED_IN_DOUBT = "It is open whether this was done: call it again, and LeaseLost may then mean that it was."

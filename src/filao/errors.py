@@ -12,8 +12,9 @@
     └── EngineError                the storage failed; the text says what it said and what to do
         └── EngineUnavailable      ... for now: the same call may succeed later
 
-An operation that raised did not happen, except where the storage died while it was confirming: then a send may have
-been stored. Send again with the same `message_id`, and it is stored once.
+An operation that raised did not happen, except where the storage died while it was confirming, or a thread that did it
+together with its own was interrupted: then a send may have been stored. Send again with the same `message_id`, and it
+is stored once.
 """
 
 
