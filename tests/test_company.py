@@ -2,6 +2,7 @@
 
 import ctypes
 import random
+import signal
 import threading
 import time
 from collections import Counter
@@ -125,6 +126,20 @@ def statements(broker: filao.sync.Broker) -> Generator[list[str]]:
         db.set_trace_callback(None)
 
 
+def submissions(broker: filao.sync.Broker) -> list[Operation]:
+    """Return a list to which every operation is added that goes to the loop from now on."""
+    session = session_of(door_of(broker))
+    submitted: list[Operation] = []
+    submit = session.submit
+
+    def noted(operation: Operation, since: float | None = None) -> Any:
+        submitted.append(operation)
+        return submit(operation, since)
+
+    session.submit = noted
+    return submitted
+
+
 def sender(broker: filao.sync.Broker, body: object = 1, queue: str = "q") -> Callable[[], object]:
     return lambda: broker.send_to_queue(queue, body)
 
@@ -216,15 +231,7 @@ def test_what_the_leader_cannot_do_without_waiting_goes_to_the_loop(broker) -> N
 def test_threads_go_on_together_on_the_loop_only_while_other_processes_take_turns(
     broker, whose, last_on_the_loop
 ) -> None:
-    session = session_of(door_of(broker))
-    submitted: list[object] = []
-    submit = session.submit
-
-    def noted(operation: Operation, since: float | None = None) -> Any:
-        submitted.append(operation)
-        return submit(operation, since)
-
-    session.submit = noted
+    submitted = submissions(broker)
     with filao.sync.connect(engine_of(broker)._hold.path) as other:
         with (broker if whose == "its own" else other).transaction() as transaction:
             transaction.send_to_queue("q", "while all others wait")
@@ -262,21 +269,27 @@ def test_a_call_from_the_midst_of_another_waits_for_nobody_there(broker) -> None
     assert broker.stats("q").ready == 1
 
 
-def test_the_main_thread_waits_for_no_other(broker) -> None:
-    ours = company_of(broker)
-    leading, ends = threading.Event(), threading.Event()
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, lambda *_: None], ids=["no handler", "a handler"])
+def test_the_main_thread_takes_part_unless_a_handler_of_signals_may_run_in_it(broker, handler) -> None:
+    ours, jobs = company_of(broker), engine_of(broker)._jobs
+    submitted = submissions(broker)
+    leading = threading.Event()
 
     def lead() -> None:
-        with led(broker):
+        with led(broker), jobs.thread._busy:
             leading.set()
-            assert ends.wait(PATIENCE)
+            until(lambda: ours._gathered or submitted)
 
-    thread = Thread(lead)
-    assert leading.wait(PATIENCE)
-    broker.send_to_queue("q", 1)
-    ends.set()
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        thread = Thread(lead)
+        assert leading.wait(PATIENCE)
+        broker.send_to_queue("q", 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert thread.ended().error is None
-    assert not ours._gathered
+    assert len(submitted) == (0 if handler is signal.SIG_DFL else 1)
+    assert broker.stats("q").ready == 1
 
 
 def test_what_is_received_for_a_thread_that_was_interrupted_meanwhile_is_given_back(broker, monkeypatch) -> None:

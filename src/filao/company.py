@@ -8,7 +8,8 @@ Invariant: an operation is done by the one thread that has taken it, or by none;
 done hands it to the loop. An exception that interrupts a thread between any two instructions (the time limit of a
 handler is one) loses neither the lead nor the answer to anybody else.
 
-The main thread does its calls alone, because handlers of signals run in it.
+The main thread first tries to do its call alone, and keeps to itself where the program has a handler of signals: those
+run in it, and may call the broker.
 """
 
 import threading
@@ -20,6 +21,7 @@ from filao.batching import BATCH_MAX
 from filao.calls import LOOKED_AFTER
 from filao.engine import Abandoned, Operation, Receive, Result, Send
 from filao.errors import EngineUnavailable, FilaoError
+from filao.process import may_be_handled
 from filao.session import Session
 
 ROOM = 32  # frames of the stack: more than clearing away takes, wherever a call was interrupted
@@ -87,8 +89,11 @@ class Company:
         """
         _find_room(ROOM)
         here = self._here
-        if here.is_calling or threading.get_ident() == self._main or not self._session.is_immediate:
-            return self._session.all_at_once((operation,), results)
+        is_alone = here.is_calling or not self._session.is_immediate
+        if is_alone or threading.get_ident() == self._main:
+            is_done = self._session.all_at_once((operation,), results)
+            if is_done or is_alone or may_be_handled():
+                return is_done
         try:
             here.is_calling = True
             if self._gathered or not self._leading.acquire(blocking=False):

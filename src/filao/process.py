@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from itertools import pairwise
 from typing import cast
 
@@ -60,6 +63,11 @@ def process_finding(name: str, held: int, state: str, reported_ago: float) -> Fi
     return Finding("processes", level, f"{holds}; its worker is {state}")
 
 
+_handler_of: Callable[[int], object] = import_module("_signal").getsignal  # what `signal` wraps, at 30 times its cost
+_SIGNALS = tuple(map(int, signal.valid_signals()))
+_ONLY_RAISE = frozenset((None, int(signal.SIG_DFL), int(signal.SIG_IGN), signal.default_int_handler))
+"""What is no handler of the program's. Of these only the last runs Python, and all it does is to raise."""
+
 _GET_IDENT = threading.get_ident
 """Which thread calls; gevent and eventlet put another function in its place, as in all of `threading`."""
 
@@ -97,6 +105,16 @@ def check_loops(instead: str) -> None:
             f"this process has an event loop already, and its threads are greenlets, as gevent makes them, only one of "
             f"which can have a loop. Nothing was done; {instead}"
         )
+
+
+def may_be_handled() -> bool:
+    """Return whether a signal handler of the program's may run in this thread between any two instructions."""
+    if threading.get_ident() != threading.main_thread().ident:
+        return False
+    try:
+        return not _ONLY_RAISE.issuperset(map(_handler_of, _SIGNALS))
+    except TypeError:  # one that cannot be hashed
+        return True
 
 
 def running_loop() -> asyncio.AbstractEventLoop:

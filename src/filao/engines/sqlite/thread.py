@@ -6,28 +6,21 @@ inside the gate of forks, so that none is half-way when this process forks.
 """
 
 import asyncio
-import signal
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
-from importlib import import_module
 from queue import SimpleQueue
 from typing import Any, Protocol, Self, TypeVar
 
 from filao.engines.sqlite.turnstile import LeftWaiting
 from filao.errors import EngineUnavailable
 from filao.forks import Storage, gate
-from filao.process import start
+from filao.process import may_be_handled, start
 
 R = TypeVar("R")
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]", "Ticket | None"]
-
-_handler_of: Callable[[int], object] = import_module("_signal").getsignal  # what `signal` wraps, at 30 times its cost
-_SIGNALS = tuple(map(int, signal.valid_signals()))
-_ONLY_RAISE = frozenset((None, int(signal.SIG_DFL), int(signal.SIG_IGN), signal.default_int_handler))
-"""What is no handler of the program's. Of these only the last runs Python, and all it does is to raise."""
 
 
 class Ticket:
@@ -210,7 +203,7 @@ class DatabaseThread:
         thread), nothing is left of the visit but what it has committed. The stack needs room to clear it away: see
         `filao.company.ROOM`.
         """
-        if self._given != self._done or _may_be_handled():
+        if self._given != self._done or may_be_handled():
             return False
         try:
             if not self._busy.acquire(blocking=False):
@@ -280,16 +273,6 @@ class DatabaseThread:
     def _has_been_relieved(self) -> bool:
         with self._relieving:
             return self._is_relieved
-
-
-def _may_be_handled() -> bool:
-    """Return whether a signal handler of the program's may run in this thread between any two instructions."""
-    if threading.get_ident() != threading.main_thread().ident:
-        return False
-    try:
-        return not _ONLY_RAISE.issuperset(map(_handler_of, _SIGNALS))
-    except TypeError:  # one that cannot be hashed
-        return True
 
 
 def _resolve(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
