@@ -16,6 +16,7 @@ import filao
 import filao.sync
 from filao.broker import session_of
 from filao.engine import Draft, Receive, Send
+from filao.engines.sqlite import files
 from filao.engines.sqlite.engine import SqliteEngine
 from filao.engines.sqlite.turnstile import is_passable
 from filao.sync import door_of
@@ -141,6 +142,36 @@ def test_a_second_interrupt_while_the_first_is_mended_leaves_nothing_either(tmp_
             assert not lock._is_owned(), at
             assert not engine._database.hold.turnstile.is_held, at
         assert broker.send_to_queue("q", "after").id
+
+
+@pytest.mark.parametrize("has_turn", [False, True])
+def test_a_call_behind_one_that_stands_still_in_another_thread_is_told_so(tmp_path, monkeypatch, has_turn) -> None:
+    with filao.sync.connect(tmp_path / "still.db") as broker:
+        broker.declare(filao.Queue("q"))
+        engine = engine_of(broker)
+        stands, ends = threading.Event(), threading.Event()
+
+        def stand_still() -> bool:
+            books = engine._database.try_begin(durable=True) if has_turn else None
+            stands.set()
+            assert ends.wait(PATIENCE)
+            if books is not None:
+                engine._database.commit(books)
+            return True
+
+        other = threading.Thread(target=engine._jobs.thread.visit, args=(stand_still,))
+        other.start()
+        assert stands.wait(PATIENCE)
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "BUSY_TIMEOUT", 0.05)
+            for call in (lambda: broker.send_to_queue("q", 1), lambda: broker.stats("q")):
+                with pytest.raises(filao.EngineUnavailable, match="another thread of this process"):
+                    call()
+        ends.set()
+        other.join(PATIENCE)
+        assert broker.stats("q").sent == 0
+        broker.send_to_queue("q", 2)
+        assert broker.receive_from_queue("q").body == 2
 
 
 def interrupt() -> bool:

@@ -135,6 +135,12 @@ class Jobs:
                 f"{path}: a transaction of this broker has been open for {seconds}, and all else waits for it. Nothing "
                 f"was done; do what is slow before a transaction begins."
             )
+        if self.thread.waits_for_visit:
+            return EngineUnavailable(
+                f"{path}: a call that another thread of this process makes has been at work for {seconds}, and all "
+                f"else waits for it: the disk does not answer, or that thread was stopped, as by a debugger. Nothing "
+                f"of this call was done; try again when that has ended."
+            )
         if self.is_looking or self._hold.turnstile.is_held:
             return EngineUnavailable(
                 f"{path}: another call of this broker has been at work for {seconds}, and all else waits for it: a "

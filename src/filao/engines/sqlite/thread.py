@@ -174,6 +174,8 @@ class DatabaseThread:
         self._done = 0
         self._busy = threading.RLock()
         """Held while the connection is used. It knows its owner, which may be interrupted before it knows itself."""
+        self.waits_for_visit: bool = False
+        """Whether the next job waits until a visitor has done with the connection."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         start(self._thread)
 
@@ -252,23 +254,30 @@ class DatabaseThread:
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
             job, future, ticket = item
-            with self._busy:
-                gate.enter(self._storage)
-                self._storage.ticket = ticket
-                try:
-                    result, error = job(), None
-                except BaseException as raised:
-                    result, error = None, raised
-                finally:
-                    if self._storage.ticket is ticket:  # otherwise it was taken, or this thread was left waiting
-                        self._storage.ticket = None
-                    gate.leave()
+            self._take_connection()
+            gate.enter(self._storage)
+            self._storage.ticket = ticket
+            try:
+                result, error = job(), None
+            except BaseException as raised:
+                result, error = None, raised
+            finally:
+                if self._storage.ticket is ticket:  # otherwise it was taken, or this thread was left waiting
+                    self._storage.ticket = None
+                gate.leave()
+                self._busy.release()
             if isinstance(error, LeftWaiting) and self._has_been_relieved():
                 return
             self._done += 1
             with suppress(RuntimeError):  # the loop has ended: nobody is left to tell
                 self._loop.call_soon_threadsafe(_resolve, future, result, error)
             del item, job, future, ticket, result, error  # otherwise this frame would keep them alive while it waits
+
+    def _take_connection(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            self.waits_for_visit = True
+            self._busy.acquire()
+            self.waits_for_visit = False
 
     def _has_been_relieved(self) -> bool:
         with self._relieving:
