@@ -12,11 +12,11 @@ import pytest
 
 import filao
 import filao.sync
-from filao.calls import ENDED, Call, Caller
+from filao.calls import ENDED, Call, Caller, undo_held
 from filao.engines.sqlite import files
 from filao.forks import gate
 from tests.conftest import untraced
-from tests.support.instructions import interrupted, stopped_at
+from tests.support.instructions import ALL, interrupted, stopped_at
 
 
 def test_a_call_that_comes_while_the_loop_ends_is_refused(tmp_path) -> None:
@@ -79,6 +79,17 @@ def test_an_end_that_meets_the_beginning_of_a_call_leaves_no_task() -> None:
 
 
 @untraced
+def test_what_a_thread_holds_is_undone_though_brokers_are_opened_meanwhile() -> None:
+    loop = asyncio.new_event_loop()
+    callers = [Caller(loop), Caller(loop)]
+    at = 1
+    while stopped_at(partial(undo_held, 1), at, lambda: callers.append(Caller(loop)), of=ALL):
+        del callers[2:]
+        at += 1
+    assert at > 10
+    loop.close()
+
+
 def test_an_exception_that_meets_the_making_of_a_block_leaves_no_other_behind(monkeypatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr("sys.unraisablehook", lambda what: told.append(what.exc_type))

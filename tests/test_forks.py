@@ -1,8 +1,14 @@
 """Across forks: nothing is lost, and a child has nothing of its parent's."""
 
 import sqlite3
+import time
 from contextlib import closing
+from functools import partial
+from itertools import count
 
+from filao.engines.sqlite.database import Database
+from filao.forks import Gate
+from tests.support.instructions import ALL, stopped_at
 from tests.support.programs import db, run
 
 __all__ = ["db"]
@@ -193,6 +199,25 @@ def test_a_child_must_close_what_the_program_itself_had_open_before_it_opens_the
         say(told())
     """
     assert run(db, program) == ["False", "True", "False", "False"]
+
+
+def test_a_fork_bears_that_files_are_opened_at_any_instruction_before_it(tmp_path) -> None:
+    """Otherwise it would come with files open: Python only prints what is raised before a fork."""
+
+    def watched(gate: Gate, number: int) -> Database:
+        database = Database(tmp_path / f"{number}.db", durable=True, clock=time.time, wake=lambda _: None)
+        gate.watch(database)
+        return database
+
+    for at in count(1):
+        gate = Gate()
+        files = [watched(gate, number) for number in range(3)]
+        shut = partial(gate.shut, in_transaction=False)
+        is_met = stopped_at(shut, at, lambda: files.append(watched(gate, 3)), of=ALL)  # noqa: B023
+        gate.open()
+        if not is_met:
+            break
+    assert at > 50
 
 
 def test_two_hundred_forks_under_load_lose_nothing(db) -> None:

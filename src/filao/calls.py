@@ -12,7 +12,6 @@ import asyncio
 import os
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from functools import partial
@@ -20,7 +19,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 from filao.errors import ConfigurationError
-from filao.forks import gate
+from filao.forks import Living, gate
 
 H = TypeVar("H")
 R = TypeVar("R")
@@ -147,19 +146,19 @@ def stay_if_it_ends() -> None:
         threading.Event().wait()
 
 
-_callers: "weakref.WeakSet[Caller]" = weakref.WeakSet()
+_callers: Living[Caller] = Living()
 
 
 def undo_held(thread: int) -> None:
     """Undo what a thread holds of any broker, because it may never leave it. May be called from any thread."""
-    for caller in list(_callers):
+    for caller in _callers:
         for call in caller.held_by(thread):
             with suppress(RuntimeError):  # its loop has ended
                 caller.loop.call_soon_threadsafe(call.cancel, _GIVEN_UP)
 
 
 def _after_fork() -> None:
-    for caller in list(_callers):
+    for caller in _callers:
         caller.inherit()
 
 

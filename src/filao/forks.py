@@ -13,14 +13,41 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
+
+M = TypeVar("M")
 
 WITHIN = 30.0  # seconds that a fork waits for jobs and transactions to end: the bound of every wait
 INTERRUPTED_WITHIN = 2.0  # seconds more for a job that was interrupted then
 LOOKED_IN_WITHIN = 0.1  # seconds more for threads that have just entered, and leave again when they see the fork
 _INHERITED: list[object] = []  # kept alive in a child, where closing them would disturb the parent
+
+
+class Living(Generic[M]):
+    """Objects for as long as they live. Any thread may add one, or let go of one, while another goes through them.
+
+    A `weakref.WeakSet` bears that only since Python 3.14; before, going through it raises, and no file would be closed
+    before the fork.
+    """
+
+    def __init__(self) -> None:
+        self._references: set[weakref.ref[M]] = set()
+
+    def __iter__(self) -> Iterator[M]:
+        for reference in self._references.copy():  # which no other thread can interrupt
+            one = reference()
+            if one is not None:
+                yield one
+
+    def add(self, one: M) -> None:
+        """Keep it among the others until it is collected or discarded."""
+        self._references.add(weakref.ref(one, self._references.discard))
+
+    def discard(self, one: M) -> None:
+        """Keep it no longer; harmless if it is not there."""
+        self._references.discard(weakref.ref(one))
 
 
 class Storage(Protocol):
@@ -57,8 +84,8 @@ class Gate:
     """Admits either jobs or a fork, never both; a thread in a job may step out while it waits for another process."""
 
     def __init__(self) -> None:
-        self._storages: weakref.WeakSet[Storage] = weakref.WeakSet()
-        self._connected: weakref.WeakSet[Connected] = weakref.WeakSet()
+        self._storages: Living[Storage] = Living()
+        self._connected: Living[Connected] = Living()
         self._renew()
 
     def _renew(self) -> None:
@@ -149,13 +176,13 @@ class Gate:
             self._changed.wait_for(is_quiet, WITHIN)
             until = time.monotonic() + INTERRUPTED_WITHIN
             while self._inside and time.monotonic() < until:
-                for storage in list(self._storages):
+                for storage in self._storages:
                     storage.interrupt()
                 self._changed.wait(0.01)
             self._is_shut = True
             is_free = self._changed.wait_for(lambda: not self._inside, LOOKED_IN_WITHIN)
         if is_free:
-            for storage in list(self._storages):
+            for storage in self._storages:
                 storage.leave()
 
     def open(self) -> None:
@@ -167,11 +194,11 @@ class Gate:
     def inherit(self) -> None:
         """After a fork, in the child: forget what is the parent's, and the threads, which exist only there."""
         self._renew()
-        for storage in list(self._storages):
+        for storage in self._storages:
             storage.inherit()
-        for connected in list(self._connected):
+        for connected in self._connected:
             connected.inherit()
-        self._storages, self._connected = weakref.WeakSet(), weakref.WeakSet()
+        self._storages, self._connected = Living(), Living()
 
 
 gate: Gate = Gate()

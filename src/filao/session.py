@@ -8,7 +8,6 @@ import asyncio
 import copy
 import os
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol, cast, runtime_checkable
@@ -34,7 +33,7 @@ from filao.engine import (
     Transactions,
 )
 from filao.errors import ConfigurationError, EngineUnavailable, FilaoError, UnsupportedFeature
-from filao.forks import gate, keep
+from filao.forks import Living, gate, keep
 from filao.guarded import look_away
 from filao.observing import Asked, Observers
 from filao.process import running_loop
@@ -86,7 +85,7 @@ class Inside:
 
 current_transaction: "ContextVar[Inside | None]" = ContextVar("filao_transaction", default=None)
 """The transaction that the running code is in: its other calls of that broker would wait for it for ever."""
-_open_sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
+_open_sessions: "Living[Session]" = Living()
 
 
 class Session:
@@ -398,7 +397,7 @@ def _before_fork() -> None:
 
 def _after_fork() -> None:
     gate.inherit()
-    for session in list(_open_sessions):
+    for session in _open_sessions:
         session.inherit()
 
 

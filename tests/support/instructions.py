@@ -10,6 +10,8 @@ from typing import Any
 import filao
 
 SOURCES = str(Path(filao.__file__).parent)
+ALL = ""
+"""The sources of every library, Python's own too."""
 
 
 def interrupted(call: Callable[[], object], at: int) -> bool:
@@ -25,23 +27,23 @@ def interrupted(call: Callable[[], object], at: int) -> bool:
         return True
 
 
-def stopped_at(call: Callable[[], object], at: int, do: Callable[[], object]) -> bool:
-    """Do something at our instruction number `at`; return whether there are so many."""
-    return _traced(call, lambda number: do() if number == at else None) >= at
+def stopped_at(call: Callable[[], object], at: int, do: Callable[[], object], *, of: str = SOURCES) -> bool:
+    """Do something at instruction number `at` of these sources; return whether there are so many."""
+    return _traced(call, lambda number: do() if number == at else None, of) >= at
 
 
 def instructions(call: Callable[[], object]) -> int:
     """Return how many of our instructions a call takes."""
-    return _traced(call, lambda _: None)
+    return _traced(call, lambda _: None, SOURCES)
 
 
-def _traced(call: Callable[[], object], each: Callable[[int], object]) -> int:
-    """Make a call, do something before each of our instructions, and return how many there were."""
+def _traced(call: Callable[[], object], each: Callable[[int], object], of: str) -> int:
+    """Make a call, do something before each instruction of these sources, and return how many there were."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal count
-        if not frame.f_code.co_filename.startswith(SOURCES):
+        if not frame.f_code.co_filename.startswith(of):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":

@@ -7,11 +7,11 @@ What is open at the end of a worker is closed, too: in Django's tests nobody may
 
 from collections.abc import AsyncGenerator, Generator
 from typing import Any
-from weakref import WeakSet
 
 from asgiref.sync import sync_to_async
 from django.db import close_old_connections, connections
 
+from filao.forks import Living
 from filao.message import Message
 
 
@@ -19,18 +19,20 @@ class HandlersConnections:
     """The connections that the handlers of one worker use, kept for the next message as Django keeps them."""
 
     def __init__(self) -> None:
-        self._idle: WeakSet[Any] = WeakSet()
+        self._idle: Living[Any] = Living()
         """Those of threads in which no handler runs now; a thread that ended is gone from here with its own."""
 
     def around_function(self, _: Any) -> Generator[None]:
         """Close the old ones in the thread of a plain handler."""
         close_old_connections()
-        self._idle.difference_update(connections.all(initialized_only=True))
+        for connection in connections.all(initialized_only=True):
+            self._idle.discard(connection)
         try:
             yield
         finally:
             close_old_connections()
-            self._idle.update(connections.all(initialized_only=True))
+            for connection in connections.all(initialized_only=True):
+                self._idle.add(connection)
 
     async def around_coroutine(self, _: Message[Any]) -> AsyncGenerator[None]:
         """Close the old ones in the thread in which asynchronous code uses the database."""
@@ -52,7 +54,7 @@ class HandlersConnections:
         for connection in connections.all(initialized_only=True):
             if not connection.in_atomic_block:  # of a TestCase, in whose thread this may be
                 connection.close()
-        for connection in list(self._idle):
+        for connection in self._idle:
             connection.inc_thread_sharing()  # it is of another thread
             connection.close()
             connection.dec_thread_sharing()
