@@ -5,6 +5,7 @@ import time
 from contextlib import closing
 from functools import partial
 from itertools import count
+from textwrap import dedent
 
 from filao.engines.sqlite.database import Database
 from filao.forks import Gate
@@ -199,6 +200,68 @@ def test_a_child_must_close_what_the_program_itself_had_open_before_it_opens_the
         say(told())
     """
     assert run(db, program) == ["False", "True", "False", "False"]
+
+
+HALF_OPEN = """
+    from pathlib import Path
+    from filao.engines.sqlite.engine import SqliteEngine
+    made, opening, goes_on = [], threading.Event(), threading.Event()
+    def make():
+        made.append(1)
+        if len(made) == 2:
+            opening.set()
+            goes_on.wait()
+        return SqliteEngine(Path(url))
+"""
+
+
+def test_a_child_opens_a_broker_that_another_thread_of_its_parents_was_opening(db) -> None:
+    program = """
+        broker = filao.sync.connect(make)
+        broker.open()
+        broker.close()
+        thread = threading.Thread(target=broker.open)
+        thread.start()
+        opening.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            broker.open()
+            broker.send_to_queue("claims", 3)
+            broker.close()
+            os._exit(0)
+        say(os.waitpid(child, 0)[1])
+        goes_on.set()
+        thread.join()
+        say(broker.stats("claims").ready)
+    """
+    assert run(db, dedent(HALF_OPEN) + dedent(program)) == ["0", "4"]
+
+
+def test_a_child_is_refused_an_async_broker_that_its_parent_was_opening(db) -> None:
+    program = """
+        broker = filao.connect(make)
+        async def once():
+            async with broker:
+                pass
+        asyncio.run(once())
+        thread = threading.Thread(target=asyncio.run, args=(once(),))
+        thread.start()
+        opening.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            try:
+                asyncio.run(broker.open())
+            except filao.ConfigurationError as error:
+                say("forked" in str(error))
+            os._exit(0)
+        say(os.waitpid(child, 0)[1])
+        goes_on.set()
+        thread.join()
+        asyncio.run(once())
+    """
+    assert run(db, dedent(HALF_OPEN) + dedent(program)) == ["True", "0"]
 
 
 def test_a_fork_bears_that_files_are_opened_at_any_instruction_before_it(tmp_path) -> None:

@@ -86,6 +86,7 @@ class Inside:
 current_transaction: "ContextVar[Inside | None]" = ContextVar("filao_transaction", default=None)
 """The transaction that the running code is in: its other calls of that broker would wait for it for ever."""
 _open_sessions: "Living[Session]" = Living()
+"""Those that are open, or being opened."""
 
 
 class Session:
@@ -139,15 +140,19 @@ class Session:
         async with self._opening:
             if not self._unusable:
                 return
-            if self._is_used:
-                opening = self._opening
-                self._begin_anew()
-                self._opening = opening
-            self._is_used = True
-            await self.engine.open()
+            _open_sessions.add(self)  # already: a child that is forked meanwhile would wait for the parent to open it
+            try:
+                if self._is_used:
+                    opening = self._opening
+                    self._begin_anew()
+                    self._opening = opening
+                self._is_used = True
+                await self.engine.open()
+            except BaseException:
+                _open_sessions.discard(self)
+                raise
             self._loop = loop
             self._unusable = ""
-            _open_sessions.add(self)
 
     async def close(self) -> None:
         """Finish what has begun, give back the leases that are still held, and close, all within one bound."""

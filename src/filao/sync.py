@@ -32,7 +32,7 @@ from filao.draft import listed
 from filao.engine import Engine, Feature
 from filao.engines import Durability
 from filao.errors import ConfigurationError
-from filao.forks import keep
+from filao.forks import Living, keep
 from filao.loop_thread import LoopThread
 from filao.message import Guarantee, inside_of, settled_by
 from filao.message import Message as AsyncMessage
@@ -49,7 +49,9 @@ K = TypeVar("K", bound=type[Any])
 _FORMS = "`with filao.sync.connect(…) as broker:`, or `broker.open()` in a program without a place for `with`"
 _NOT_OPEN = f"this broker is not open: use {_FORMS}"
 _CLOSED = "this broker is closed: open it again, with `with broker:` or `broker.open()`"
+_brokers: "Living[Broker]" = Living()
 _open_brokers: "set[Broker]" = set()
+"""They live until they are closed, though the program has forgotten them."""
 
 
 def connect(
@@ -126,6 +128,7 @@ class Broker:
         self._opening = threading.RLock()  # the handler of a signal may close a broker that is half open
         self._is_inherited = False
         self._is_used = False
+        _brokers.add(self)
 
     @property
     def observers(self) -> Observers:
@@ -306,10 +309,12 @@ class Broker:
         return thread
 
     def _inherit(self) -> None:
-        """In a child process: become a broker that opens itself when it is used."""
+        """In a child process: become a broker that opens itself when it is used, if it was open."""
+        self._opening = threading.RLock()  # another thread of the parent's may have been opening or closing it
+        if not self._is_used:
+            return
         keep((self._inner, self._thread))
         self._is_inherited = self._thread is not None
-        self._opening = threading.RLock()
         self._inner, self._is_used = _again(self._inner), False
         self._thread = None
 
@@ -459,10 +464,9 @@ def _run_here(coroutine: Coroutine[Any, Any, R]) -> R:
 
 
 def _after_fork() -> None:
-    brokers = list(_open_brokers)
-    _open_brokers.clear()
-    for broker in brokers:
+    for broker in _brokers:
         broker._inherit()  # noqa: SLF001 - users do not see it
+    _open_brokers.clear()
 
 
 if hasattr(os, "register_at_fork"):
