@@ -165,6 +165,37 @@ def test_a_block_does_not_close_a_broker_that_others_have_opened(db) -> None:
     broker.close()
 
 
+def test_of_two_blocks_that_begin_together_the_second_is_refused(db) -> None:
+    """The first that ended would close the broker in the midst of the other."""
+    broker, together = filao.sync.connect(db), threading.Barrier(2)
+
+    def enter() -> str:
+        together.wait()
+        try:
+            broker.__enter__()
+        except filao.ConfigurationError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as threads:
+        entered, refusal = sorted(threads.map(lambda _: enter(), range(2)))
+    assert not entered
+    assert "open already" in refusal
+    assert broker.stats(CLAIMS).ready == 3
+    broker.close()
+
+
+@pytest.mark.anyio
+async def test_of_two_async_blocks_that_begin_together_the_second_is_refused(db) -> None:
+    broker = filao.connect(db)
+    first, second = await asyncio.gather(broker.__aenter__(), broker.__aenter__(), return_exceptions=True)
+    assert first is broker
+    assert isinstance(second, filao.ConfigurationError)
+    assert "open already" in str(second)
+    assert (await broker.stats(CLAIMS)).ready == 3
+    await broker.close()
+
+
 def test_a_path_means_the_same_file_wherever_the_process_goes(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     broker = filao.sync.connect("claims.db")

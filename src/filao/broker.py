@@ -80,8 +80,7 @@ class Broker:
     # --- opening and closing -----------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        self._session.check_closed()
-        await self.open()
+        await self._session.open(for_block=True)
         return self
 
     async def __aexit__(self, *error: object) -> None:

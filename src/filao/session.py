@@ -41,6 +41,7 @@ from filao.queue import BODY_MAX_EVER, LEASE_MAX, Queue, T, name_of
 
 CLOSES_WITHIN = 30.0  # seconds, for all that closing does
 FINISHES = 2 / 3  # of that time, for what has begun; the rest is left for the engine to close
+OPEN_ALREADY = "this broker is open already: the block would close it under those who opened it"
 _NOT_OPEN = "is not open: use it inside `async with filao.connect(…) as broker`"
 _ON_ANOTHER_LOOP = (
     "this broker is open on another event loop, and can be used only there: open one on each loop, or use filao.sync, "
@@ -123,22 +124,20 @@ class Session:
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
-    def check_closed(self) -> None:
-        """Raise `ConfigurationError` when it is open: a block would close it for the code that opened it."""
-        if not self._unusable:
-            self.check_loop()
-            raise ConfigurationError("this broker is open already: the block would close it under those who opened it")
+    async def open(self, *, for_block: bool = False) -> None:
+        """Connect to the engine, unless it is open already.
 
-    async def open(self) -> None:
-        """Connect to the engine, unless it is open already."""
+        `for_block`: raise `ConfigurationError` then, because the block would close it for the code that opened it.
+        """
         loop = running_loop()
         if not self._unusable:
-            self.check_loop()
+            self._stay_open(for_block=for_block)
             return
         if self._is_inherited:
             self.check_open()
         async with self._opening:
             if not self._unusable:
+                self._stay_open(for_block=for_block)
                 return
             _open_sessions.add(self)  # already: a child that is forked meanwhile would wait for the parent to open it
             try:
@@ -153,6 +152,11 @@ class Session:
                 raise
             self._loop = loop
             self._unusable = ""
+
+    def _stay_open(self, *, for_block: bool) -> None:
+        self.check_loop()
+        if for_block:
+            raise ConfigurationError(OPEN_ALREADY)
 
     async def close(self) -> None:
         """Finish what has begun, give back the leases that are still held, and close, all within one bound."""

@@ -39,7 +39,7 @@ from filao.message import Message as AsyncMessage
 from filao.message import Transaction as AsyncTransaction
 from filao.observing import Observers
 from filao.queue import Queue, T
-from filao.session import Session, current_transaction
+from filao.session import OPEN_ALREADY, Session, current_transaction
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -136,9 +136,10 @@ class Broker:
         return self._inner.observers
 
     def __enter__(self) -> Self:
-        if self._thread is not None:
-            raise ConfigurationError("this broker is open already: the block would close it under those who opened it")
-        self.open()
+        with self._opening:  # so that of two blocks that begin together one is refused
+            if self._thread is not None:
+                raise ConfigurationError(OPEN_ALREADY)
+            self.open()
         return self
 
     def __exit__(
