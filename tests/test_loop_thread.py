@@ -2,10 +2,14 @@
 
 import textwrap
 import time
+from contextlib import suppress
 
 import pytest
 
+import filao
 from filao.engines.sqlite import files
+from filao.loop_thread import LoopThread
+from tests.support.instructions import stopped_at
 from tests.support.programs import attempts, db, run
 
 __all__ = ["db"]
@@ -125,3 +129,24 @@ def test_a_broker_that_was_interrupted_while_its_thread_began_keeps_no_other_fro
     """
     assert run(db, program) == ["interrupted"]
     assert attempts(db) == [1] * 3
+
+
+def test_two_threads_that_wait_for_the_same_end_share_its_error(db) -> None:
+    """One that closes a broker, and the interpreter's end, say."""
+    thread = LoopThread(filao.connect(db))
+    thread.start()
+    thread.stop()
+    thread.join()
+    taken = [0]  # at which instruction the other took it
+
+    def take() -> None:
+        taken.append(at)
+        thread._error = None
+
+    at = 0
+    while taken[-1] == at:
+        at += 1
+        thread._error = filao.EngineUnavailable("away")
+        with suppress(filao.EngineUnavailable):
+            stopped_at(thread.join, at, take)
+    assert at > 5

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,12 @@ import filao.sync
 from filao.engine import Batch
 from filao.engines.sqlite import files, housekeeping
 from filao.engines.sqlite.backup import back_up
+from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.folder import Folder
+from filao.engines.sqlite.thread import Ticket
 from filao.engines.sqlite.turnstile import Turnstile
 from tests.conftest import engine_of, on_connection
+from tests.support.instructions import stopped_at
 from tests.support.programs import CLAIMS, db
 
 if sys.platform != "win32":
@@ -353,3 +357,23 @@ def test_nobody_stands_in_line_for_what_was_given_up_just_before(tmp_path) -> No
     assert second.enter(lambda: False)
     first.close()
     second.close()
+
+
+def test_other_threads_may_look_at_what_the_files_own_thread_lets_go(tmp_path) -> None:
+    """Nothing but Python's lock keeps two looks at one attribute together, and a free-threaded Python has none."""
+    database = Database(tmp_path / "claims.db", durable=True, clock=time.time, wake=lambda _: None)
+    database.open()
+    at, is_met = 0, True
+    while is_met:
+        at += 1
+        database.usable()
+        is_met = stopped_at(database.interrupt, at, database.hold.leave)
+    assert at > 5
+    at, is_met = 0, True
+    while is_met:
+        at += 1
+        database.ticket = Ticket(0.0)
+        database.ticket.expire()
+        is_met = stopped_at(database.leave_waiting, at, partial(setattr, database, "ticket", None))
+    assert at > 5
+    database.close()

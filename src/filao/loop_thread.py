@@ -71,8 +71,8 @@ class LoopThread:
     def join(self, within: float | None = None) -> None:
         """Wait until the thread has ended, and raise what closing raised."""
         self._thread.join(JOINED_WITHIN if within is None else within)
-        if self._error is not None:
-            error, self._error = self._error, None
+        error, self._error = self._error, None
+        if error is not None:
             raise error
 
     def _run(self) -> None:

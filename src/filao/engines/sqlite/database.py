@@ -150,7 +150,8 @@ class Database:
 
     def leave_waiting(self) -> bool:
         """Leave behind the thread that waits for a job that was given up; False if none does. On the event loop."""
-        if self.ticket is None or not self.ticket.is_over or not self.hold.leave_waiting():
+        ticket = self.ticket  # which the running job may take meanwhile
+        if ticket is None or not ticket.is_over or not self.hold.leave_waiting():
             return False
         self.ticket = None
         return True

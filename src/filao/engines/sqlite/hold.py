@@ -278,9 +278,10 @@ class Hold:
 
     def interrupt(self) -> None:
         """Make the running statement fail. May be called from any thread."""
-        with suppress(sqlite3.Error):
-            if self.db is not None:
-                self.db.interrupt()
+        db = self.db  # which its own thread may let go meanwhile
+        if db is not None:
+            with suppress(sqlite3.Error):
+                db.interrupt()
 
     def leave(self) -> None:
         """Close the connection, without a turn: this thread may be the one for which the turn's holder waits.
