@@ -12,6 +12,7 @@ import pytest
 
 import filao.sync
 
+ROOT = Path(__file__).parents[1]
 PATIENCE = 60.0  # seconds, for a loaded machine
 SETTINGS = """
 from pathlib import Path
@@ -210,6 +211,30 @@ for queue, body, error in [("document", 1, filao.QueueNotFound), ("documents", o
 assert waiting() == 0
 """,
     )
+
+
+def test_a_queue_that_another_thread_has_not_seen_yet_can_be_sent_to(project) -> None:
+    elsewhere(project)
+    code = """
+from tests.support.instructions import stopped_at
+broker().send_to_queue("documents", 0)
+
+def send():
+    with transaction.atomic():
+        broker().send_to_queue("documents", 1)
+
+def learn():  # what another thread read a moment before the queue was declared
+    met.append(at)
+    broker()._rules = {}
+
+at, met = 0, [0]
+while met[-1] == at:
+    at += 1
+    stopped_at(send, at, learn)
+assert at > 100
+assert waiting() == at + 1
+"""
+    program(project, f"sys.path.append({str(ROOT)!r})\n{code}")
 
 
 @pytest.mark.parametrize("place", ["here", "elsewhere"])

@@ -144,15 +144,16 @@ class Broker(sync.Broker):
         none: Outgoing[None] = Outgoing(None)
         name = name_of(queue)
         given = queue if isinstance(queue, Queue) else None
-        if name in self._rules:
+        rules = self._rules  # other threads put theirs in its place
+        if name in rules:
             try:
-                return drafts(given or self._rules[name], messages, none)
+                return drafts(given or rules[name], messages, none)
             except MessageTooLarge:
                 pass
-        self._rules = {declared.name: declared for declared in self.queues()}
-        if name not in self._rules:
-            raise not_found(name, self._rules)
-        return drafts(given or self._rules[name], messages, none)
+        rules = self._rules = {declared.name: declared for declared in self.queues()}
+        if name not in rules:
+            raise not_found(name, rules)
+        return drafts(given or rules[name], messages, none)
 
     def _send_on_commit(self, connection: Any, name: str, messages: list[Draft]) -> None:
         async def send() -> list[Receipt]:
