@@ -23,6 +23,7 @@ from filao.engines.sqlite import files, housekeeping
 from filao.engines.sqlite.backup import back_up
 from filao.engines.sqlite.database import Database
 from filao.engines.sqlite.folder import Folder
+from filao.engines.sqlite.jobs import Jobs
 from filao.engines.sqlite.thread import Ticket
 from filao.engines.sqlite.turnstile import Turnstile
 from tests.conftest import engine_of, on_connection
@@ -377,3 +378,22 @@ def test_other_threads_may_look_at_what_the_files_own_thread_lets_go(tmp_path) -
         is_met = stopped_at(database.leave_waiting, at, partial(setattr, database, "ticket", None))
     assert at > 5
     database.close()
+
+
+def test_a_commit_that_meets_the_housekeepers_look_is_seen_by_this_or_the_next(tmp_path) -> None:
+    database = Database(tmp_path / "claims.db", durable=True, clock=time.time, wake=lambda _: None)
+    housekeeper = housekeeping.Housekeeper(database, Jobs(database))
+    looks: list[bool] = []
+
+    def look() -> None:
+        looks.append(housekeeper._has_been_idle())
+
+    at, is_met = 0, True
+    while is_met:
+        at += 1
+        database.has_written = False
+        looks.clear()
+        is_met = stopped_at(look, at, partial(setattr, database, "has_written", True))
+        look()
+        assert all(looks) is not is_met, at
+    assert at > 5

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,8 @@ from filao.worker import keeper as keeper_module
 from filao.worker import outage as outage_module
 from filao.worker import pulse as pulse_module
 from filao.worker import shift as shift_module
-from filao.worker.signals import told_by_signals
+from filao.worker.signals import _Signals, told_by_signals
+from tests.support.instructions import stopped_at
 from tests.support.working import CLAIMS, PATIENCE, broker, running, until, until_stats
 
 pytestmark = pytest.mark.anyio
@@ -512,6 +514,24 @@ with clean_forks():
 assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} <= masks[0], masks
 assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 """
+
+
+def test_of_workers_that_begin_or_end_together_in_threads_each_counts() -> None:
+    signals = _Signals()
+    stays = ExitStack()
+
+    def begins_and_ends() -> None:
+        with signals.clean_forks():
+            pass
+
+    at, is_met = 0, True
+    while is_met:
+        at += 1
+        is_met = stopped_at(begins_and_ends, at, partial(stays.enter_context, signals.clean_forks()))
+        assert signals._shifts or not is_met, at
+        is_met = stopped_at(begins_and_ends, at, stays.close)
+        assert not signals._shifts or not is_met, at
+    assert at > 10
 
 
 async def test_no_signal_comes_while_a_handler_forks() -> None:

@@ -51,8 +51,8 @@ class _Signals:
         self._hung_up = False
         """Whether the program is to end by SIGHUP once nobody listens any more."""
         self._before: dict[int, Any] = {}
-        self._shifts = 0
-        """How many workers run, whether or not they listen."""
+        self._shifts: set[object] = set()
+        """The workers that run, whether or not they listen: not counted, as several threads would count at once."""
         self._held_back = threading.local()
         """The signals that the forking thread had blocked before, while it forks."""
 
@@ -73,11 +73,12 @@ class _Signals:
     @contextmanager
     def clean_forks(self) -> Generator[None]:
         """Let children that are forked in this block start with clean signals."""
-        self._shifts += 1
+        shift = object()
+        self._shifts.add(shift)
         try:
             yield
         finally:
-            self._shifts -= 1
+            self._shifts.discard(shift)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         for tell, told in list(self._listeners.items()):
@@ -115,7 +116,7 @@ class _Signals:
             for number in NUMBERS:
                 if signal.getsignal(number) == self._hear or _is_loops(signal.getsignal(number)):
                     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            self._listeners, self._before, self._shifts, self._hung_up = {}, {}, 0, False
+            self._listeners, self._before, self._shifts, self._hung_up = {}, {}, set(), False
         self.after_fork()
 
 

@@ -63,11 +63,18 @@ class Housekeeper:
         """Tidy up, in a round: a little each second under traffic, and the rest in the first second without."""
         await asyncio.sleep(TIDY_EVERY)
         self._tell_of_wal()
-        idle, self._database.has_written = not self._database.has_written, False
+        idle = self._has_been_idle()
         if not idle or self._is_behind:
             self._is_behind = True
             with suppress(FilaoError):
                 self._is_behind = await self._round(idle=idle)
+
+    def _has_been_idle(self) -> bool:
+        """Return whether nothing was written since the last call."""
+        if not self._database.has_written:
+            return True
+        self._database.has_written = False  # only now: what is committed before this belongs to the present round
+        return False
 
     async def _round(self, *, idle: bool) -> bool:
         """Return whether there is more to do in the next round."""
