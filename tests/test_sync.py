@@ -156,6 +156,45 @@ def test_a_call_inside_its_own_transaction_is_refused(tmp_path) -> None:
         assert broker.stats("claims").sent == 0
 
 
+def test_a_thread_that_begins_in_anothers_transaction_is_not_in_it(tmp_path, monkeypatch) -> None:
+    """As the threads of a free-threaded Python do, say of a pool that grows: they begin in a copy of the context."""
+    monkeypatch.setenv("PYTHON_THREAD_INHERIT_CONTEXT", "1")
+    program = """
+        from concurrent.futures import ThreadPoolExecutor
+        from contextvars import copy_context
+        broker = filao.sync.connect(url)
+        broker.open()
+        broker.declare(claims)
+        broker.send_to_queue("claims", 1)
+        message, begins = broker.receive_from_queue("claims"), threading.Event()
+        def work():
+            begins.set()
+            message.ack()
+            broker.send_to_queue("claims", 3)
+            with broker.transaction() as transaction:
+                transaction.send_to_queue("claims", 4)
+        def copied():
+            try:
+                broker.stats("claims")
+            except filao.ConfigurationError as error:
+                say("made in" in str(error))
+        pool = ThreadPoolExecutor(1)
+        pool.submit(say, "a pool").result()
+        with broker.transaction() as transaction:
+            transaction.send_to_queue("claims", 2)
+            thread = threading.Thread(target=copy_context().run, args=(copied,))
+            thread.start()
+            thread.join()  # as its context says
+            pool.submit(copy_context().run, copied).result()
+            thread = threading.Thread(target=work)
+            thread.start()
+            begins.wait()
+        thread.join()
+        say(broker.stats("claims").sent, broker.stats("claims").acked)
+    """
+    assert run(tmp_path / "claims.db", program) == ["a pool", "True", "True", "4 1"]
+
+
 def test_a_broker_that_was_never_opened_says_so() -> None:
     broker = filao.sync.connect("sqlite://:memory:")
     with pytest.raises(filao.ConfigurationError, match="not open"):

@@ -7,9 +7,11 @@ above.
 import asyncio
 import copy
 import os
+import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import Any, Protocol, cast, runtime_checkable
 
 from filao.batching import batcher_of
@@ -75,17 +77,41 @@ def _never(_: Operation, __: list[Result]) -> bool:
 class Inside:
     """The transaction that the running code is in: what other calls look at, because they could wait for it."""
 
-    __slots__ = ("has_begun", "is_open", "session")
+    __slots__ = ("has_begun", "holder", "is_open", "session")
 
     def __init__(self, session: "Session", has_begun: Callable[[], bool]) -> None:
         self.session: Session = session
         self.has_begun: Callable[[], bool] = has_begun
         """Returns whether it holds anything for which a call outside it would wait."""
         self.is_open: bool = True
+        self.holder: int = 0
+        """The thread whose block it is, with the blocking twin; otherwise 0."""
 
 
+THREADS_INHERIT: bool = bool(getattr(sys.flags, "thread_inherit_context", False))
+"""Whether a thread begins in a copy of its starter's context, as those of a free-threaded Python do."""
 current_transaction: "ContextVar[Inside | None]" = ContextVar("filao_transaction", default=None)
 """The transaction that the running code is in: its other calls of that broker would wait for it for ever."""
+
+
+def own_transaction() -> Inside | None:
+    """Return the transaction that the running code is in, once this thread has left that of the one that started it.
+
+    The other thread's block may end while this one waits for it; not so where code is run in another thread in a copy
+    of its caller's context, as by `asyncio.to_thread`: it is waited for.
+    """
+    transaction = current_transaction.get()
+    if not THREADS_INHERIT or transaction is None or transaction.holder in (0, threading.get_ident()):
+        return transaction
+    began_in: Context | None = getattr(threading.current_thread(), "_context", None)  # no public name tells
+    if began_in is None or began_in.get(current_transaction) is not transaction:
+        return transaction
+    current_transaction.set(None)
+    if began_in.get(current_transaction) is not None:  # this code runs in another context, which was copied for it
+        current_transaction.set(transaction)
+    return current_transaction.get()
+
+
 _open_sessions: "Living[Session]" = Living()
 """Those that are open, or being opened."""
 
@@ -400,7 +426,7 @@ class Session:
 
 
 def _before_fork() -> None:
-    transaction = current_transaction.get()
+    transaction = own_transaction()
     gate.shut(in_transaction=transaction is not None and transaction.is_open and transaction.has_begun())
 
 

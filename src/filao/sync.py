@@ -39,7 +39,7 @@ from filao.message import Message as AsyncMessage
 from filao.message import Transaction as AsyncTransaction
 from filao.observing import Observers
 from filao.queue import Queue, T
-from filao.session import OPEN_ALREADY, Session, current_transaction
+from filao.session import OPEN_ALREADY, Session, current_transaction, own_transaction
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -304,6 +304,7 @@ class Broker:
     def _usable(self) -> LoopThread:
         if self._thread is None and self._is_inherited:
             self.open()
+        own_transaction()  # so that this thread is in none that it only began in
         thread = self._thread
         if thread is None:
             raise ConfigurationError(self._refusal)
@@ -381,6 +382,7 @@ class Message(Generic[T]):
     @property
     def _here(self) -> AsyncMessage[T]:
         """What does it in this thread. Raises `ConfigurationError` where nothing can be done."""
+        own_transaction()  # so that this thread is in none that it only began in
         self._caller.check_thread()
         return self._inner
 
@@ -441,10 +443,12 @@ def _back(broker: AsyncBroker) -> Callable[[list[AsyncMessage[Any]]], None]:
 
 def _transaction(caller: Caller, opening: Callable[[], Any]) -> Held[AsyncTransaction, Transaction]:
     """Return a transaction for a thread, in whose context `current_transaction` is set meanwhile."""
-    outer = current_transaction.get()
+    outer = own_transaction()
 
     def entered(transaction: AsyncTransaction) -> Transaction:
-        current_transaction.set(inside_of(transaction))
+        inside = inside_of(transaction)
+        inside.holder = threading.get_ident()
+        current_transaction.set(inside)
         return Transaction(caller, transaction)
 
     return caller.held(opening, entered, lambda: current_transaction.set(outer))
