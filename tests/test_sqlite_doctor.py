@@ -170,5 +170,5 @@ async def test_a_long_look_ends_when_its_broker_is_closed(tmp_path) -> None:
         looking = asyncio.create_task(engine._jobs.look_up(lambda books: books.db.execute(endless).fetchone()))
         while not engine._jobs.is_looking:  # nothing tells
             await asyncio.sleep(0.01)
-    with pytest.raises(filao.EngineError, match="interrupted"):
+    with pytest.raises(filao.EngineUnavailable, match="its broker was closed meanwhile"):
         await looking

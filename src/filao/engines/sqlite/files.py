@@ -393,7 +393,7 @@ def _refuses_alone(path: Path, error: Exception) -> bool:
 
 
 def was_interrupted(error: sqlite3.Error) -> bool:
-    """Return whether a statement was interrupted because it took too long."""
+    """Return whether a statement was interrupted: it took too long, or a close or a fork would not wait for it."""
     return _primary(error) == sqlite3.SQLITE_INTERRUPT
 
 

@@ -358,6 +358,8 @@ class Hold:
             self.look()
         except EngineError as lost:
             return lost
+        if self.is_closing and isinstance(error, sqlite3.Error) and files.was_interrupted(error):
+            return _interrupted(self.path)
         return files.engine_error(self.path, error)
 
     def watch_bell(self) -> None:
@@ -379,6 +381,13 @@ class Hold:
             is_busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             self.look()
         return not is_busy
+
+
+def _interrupted(path: Path) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"{path}: its broker was closed meanwhile, so this call was interrupted. Nothing of it was done; open the "
+        f"broker again, or another."
+    )
 
 
 def _share_wal(path: Path) -> None:
