@@ -116,6 +116,7 @@ class Company:
                 is_led = self._lead() or entry.turn.acquire(timeout=LOOKED_AFTER)
                 if not is_led and entry.taken.acquire(blocking=False):
                     entry.is_over = True  # the leader is slow, and the loop's calls have a time limit
+                    self._call_next()  # this thread may have been the one that was called
             if entry.is_done:
                 results.append(entry.result)
         except BaseException:
