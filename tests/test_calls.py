@@ -78,7 +78,6 @@ def test_an_end_that_meets_the_beginning_of_a_call_leaves_no_task() -> None:
     loop.close()
 
 
-@untraced
 def test_what_a_thread_holds_is_undone_though_brokers_are_opened_meanwhile() -> None:
     loop = asyncio.new_event_loop()
     callers = [Caller(loop), Caller(loop)]
@@ -90,6 +89,7 @@ def test_what_a_thread_holds_is_undone_though_brokers_are_opened_meanwhile() -> 
     loop.close()
 
 
+@untraced
 def test_an_exception_that_meets_the_making_of_a_block_leaves_no_other_behind(monkeypatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr("sys.unraisablehook", lambda what: told.append(what.exc_type))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import filao
+from filao import forks
 from filao.engines.sqlite import housekeeping, own
 from filao.engines.sqlite.doctor import wal_reset_fixed
 from filao.overview import Deed
@@ -163,12 +164,30 @@ async def test_a_process_whose_sign_of_life_is_gone_is_not_told_as_one_that_rece
     assert "receives" not in text
 
 
+ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+async def looking(broker: filao.Broker) -> "asyncio.Task[object]":
+    """Begin a look that never ends."""
+    jobs = engine_of(broker)._jobs
+    look = asyncio.create_task(jobs.look_up(lambda books: books.db.execute(ENDLESS).fetchone()))
+    while not jobs.is_looking:  # nothing tells
+        await asyncio.sleep(0.01)
+    return look
+
+
 async def test_a_long_look_ends_when_its_broker_is_closed(tmp_path) -> None:
-    endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
     async with asyncio.timeout(20), filao.connect(tmp_path / "claims.db") as broker:
-        engine = engine_of(broker)
-        looking = asyncio.create_task(engine._jobs.look_up(lambda books: books.db.execute(endless).fetchone()))
-        while not engine._jobs.is_looking:  # nothing tells
-            await asyncio.sleep(0.01)
+        look = await looking(broker)
     with pytest.raises(filao.EngineUnavailable, match="its broker was closed meanwhile"):
-        await looking
+        await look
+
+
+async def test_a_long_look_ends_when_its_process_forks(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(forks, "WITHIN", 0.1)
+    async with asyncio.timeout(20), filao.connect(tmp_path / "claims.db") as broker:
+        look = await looking(broker)
+        await asyncio.to_thread(forks.gate.shut, in_transaction=False)  # as `os.fork` does
+        forks.gate.open()
+        with pytest.raises(filao.EngineUnavailable, match="this process forked"):
+            await look

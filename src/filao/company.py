@@ -71,7 +71,7 @@ class Company:
         self._abandoned = abandoned
         self._main = threading.main_thread().ident
         self._gathered: deque[_Entry] = deque()
-        """What has come, in order, up to the last that is not over."""
+        """What has come, in order, from the first that is not over."""
         self._leading = threading.RLock()
         """Held by the leader. It knows its owner, which may be interrupted before it knows itself."""
         self._taken: list[_Entry] = []
@@ -87,9 +87,11 @@ class Company:
 
         Return False when nothing of it was done, and it has to go to the loop.
         """
+        if not self._session.is_immediate:
+            return False
         _find_room(ROOM)
         here = self._here
-        is_alone = here.is_calling or not self._session.is_immediate
+        is_alone = here.is_calling
         if is_alone or threading.get_ident() == self._main:
             is_done = self._session.all_at_once((operation,), results)
             if is_done or is_alone or may_be_handled():
@@ -170,7 +172,7 @@ class Company:
                 return
 
     def _is_mended(self, error: BaseException) -> bool:
-        """Answer after an error has met the leader anywhere; False when another one came meanwhile: call it again."""
+        """Answer after an error has met the leader anywhere; False when one more came meanwhile: call it again."""
         try:
             if self._leading.acquire(blocking=False):  # it is ours already, or nobody's
                 self._answer(self._after(error) if self._answers is None else self._answers)
@@ -185,7 +187,7 @@ class Company:
 
     def _after(self, error: BaseException) -> list[Result]:
         """Return the answers when an error has met the leader while the engine was at work."""
-        if isinstance(error, FilaoError):  # the engine's own: nothing was done
+        if isinstance(error, FilaoError):  # none was done, or all are in doubt alike: the disk failed
             is_for_all = isinstance(error, EngineUnavailable) or len(self._taken) == 1
             return [error] * len(self._taken) if is_for_all else []
         for result in self._results:

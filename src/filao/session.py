@@ -70,7 +70,7 @@ class Pushing(Protocol):
 AtOnce = Callable[[Operation, list[Result]], bool]
 
 
-def _never(_: Operation, __: list[Result]) -> bool:
+def _not_here(_: Operation, __: list[Result]) -> bool:
     return False
 
 
@@ -84,8 +84,8 @@ class Inside:
         self.has_begun: Callable[[], bool] = has_begun
         """Returns whether it holds anything for which a call outside it would wait."""
         self.is_open: bool = True
-        self.holder: int = 0
-        """The thread whose block it is, with the blocking twin; otherwise 0."""
+        self.holder: int = threading.get_ident()
+        """The thread whose block it is: the loop's or, with the blocking twin, the caller's."""
 
 
 THREADS_INHERIT: bool = bool(getattr(sys.flags, "thread_inherit_context", False))
@@ -101,7 +101,7 @@ def own_transaction() -> Inside | None:
     of its caller's context, as by `asyncio.to_thread`: it is waited for.
     """
     transaction = current_transaction.get()
-    if not THREADS_INHERIT or transaction is None or transaction.holder in (0, threading.get_ident()):
+    if not THREADS_INHERIT or transaction is None or transaction.holder == threading.get_ident():
         return transaction
     began_in: Context | None = getattr(threading.current_thread(), "_context", None)  # no public name tells
     if began_in is None or began_in.get(current_transaction) is not transaction:
@@ -139,7 +139,7 @@ class Session:
         """Does an operation with the next batch."""
         self.find: Callable[[str], Awaitable[Queue]] = self.engine.find
         """Returns a declared queue. Raises `QueueNotFound`."""
-        self.at_once: AtOnce = _never
+        self.at_once: AtOnce = _not_here
         """Does an operation without the loop and appends its result, or returns False: see `anywhere`."""
         self._queues: dict[str, Queue] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

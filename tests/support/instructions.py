@@ -53,10 +53,11 @@ def _traced(call: Callable[[], object], each: Callable[[int], object], of: str) 
 
     gc.disable()  # what is raised in a callback of the collector's, of which Hypothesis has one, is lost
     sys._getframe().f_trace_opcodes = True  # Python 3.12 counts opcodes only if some frame wanted it at `settrace`
+    before = sys.gettrace()
     sys.settrace(trace)
     try:
         call()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
         gc.enable()
     return count

@@ -21,6 +21,7 @@ from filao.cli.metrics import TEXT
 from filao.cli.pages import Page, address_of, served, shown_address
 from filao.cli.shell import usage
 from filao.cli.target import NOTHING, found_in, imported
+from filao.engine import OpenAgain
 from filao.errors import FilaoError
 from filao.process import check_threads, flush_output, this_python
 from filao.worker.signals import told_by_signals
@@ -86,8 +87,9 @@ def work(
     or read-only from its start on.
 
     With --processes, --max-messages, --max-memory or --reload a supervisor starts each process anew when it ends, but
-    not one that was idle. While the storage is away it waits for it, for ever. Exit codes are those of `filao --help`;
-    it is 0 after a signal and when it was idle, whatever became of the messages.
+    not one that was idle. While the storage is away it waits for it, for ever; with --until-idle it does neither for a
+    process that could never receive. Exit codes are those of `filao --help`; it is 0 after a signal and when it was
+    idle, whatever became of the messages.
     """
     logs.begin(log_level, log_form)
     address = None if health is None else address_of("--health", health)
@@ -188,8 +190,8 @@ async def _work(
     with _checked(address, lambda: dataclasses.asdict(worker.status())), signals:
         try:
             was_idle = await worker.run(until=is_used_up, ready=ready, signals=is_alone, until_idle=until_idle)
-        except FilaoError:
-            if until_idle or not started.is_set():
+        except FilaoError as error:
+            if not started.is_set() or (until_idle and not isinstance(error, OpenAgain)):
                 refuse()
             raise
         except OSError as error:  # a lifespan's: `main` would tell it as one of ours, without its place

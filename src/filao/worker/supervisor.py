@@ -48,8 +48,8 @@ class Report(msgspec.Struct, frozen=True):
     status: Status
     grace: float
     refused: bool = False
-    """Whether it can never start, because its configuration is wrong; an exit code alone could be a handler's. Of one
-    that ends when it has nothing to do: or because it could never receive.
+    """Whether it can never start, because its configuration is wrong; an exit code alone could be a handler's. With
+    `until_idle`, also that it could never receive.
     """
 
 

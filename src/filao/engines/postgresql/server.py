@@ -118,7 +118,7 @@ class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
     is_alone: bool = False
     """Whether the server has committed, but somebody ended its wait for a synchronous standby, which it only notes."""
     is_given_up: bool = False
-    """Whether it was closed because a call was cancelled."""
+    """Whether the present wait has closed it, because its call was cancelled."""
 
     async def wait(self, gen: PQGen[RV], *arguments: Any, **keywords: Any) -> RV:
         """Wait for an answer. When a cancelled call closed the connection, older drivers raise that it is closed."""
@@ -128,6 +128,8 @@ class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
             if self.is_given_up:
                 raise asyncio.CancelledError from error
             raise
+        finally:
+            self.is_given_up = False
 
     async def cancel_safe(self, *, timeout: float = UNDONE_WITHIN) -> None:
         """Ask the server to end its statement; if it does not answer soon, close, where the driver would wait 10 s.

@@ -31,6 +31,8 @@ NOTED_EVERY = 3_600_000  # milliseconds after which the time is written into the
 UNKNOWN = "unknown"  # the boot of clocks that may jump
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 OFFSETS = Path("/proc/self/timens_offsets")
+TIME, CHILDRENS_TIME = Path("/proc/self/ns/time"), Path("/proc/self/ns/time_for_children")
+_OWN = secrets.token_hex(8)
 
 
 class FileClock:
@@ -41,12 +43,12 @@ class FileClock:
     """
 
     def __init__(self, wall: Callable[[], float], is_in_use: Callable[[sqlite3.Connection], bool]) -> None:
-        is_kernel_s = is_system_clock(wall) and hasattr(time, "CLOCK_BOOTTIME")
+        is_system = is_system_clock(wall) and hasattr(time, "CLOCK_BOOTTIME")
         self._wall = wall
         self._is_in_use = is_in_use
-        self.steady: Callable[[], float] = _boottime() if is_kernel_s else getattr(wall, "steady", wall)
+        self.steady: Callable[[], float] = _boottime() if is_system else getattr(wall, "steady", wall)
         """Seconds that never jump, and go on while the machine sleeps."""
-        self._boot = _boot() if is_kernel_s else str(getattr(wall, "boot", UNKNOWN))
+        self._boot = _boot() if is_system else str(getattr(wall, "boot", UNKNOWN))
         self._told = 0
         self._lead = math.inf
         """By how much the wall clock was ahead of the steady one at the last look; a jump changes it."""
@@ -76,7 +78,10 @@ class FileClock:
         return found is not None and found[0] == self._boot
 
     def _agrees(self, db: sqlite3.Connection, boot: str) -> bool:
-        """Return whether the file's clock was set since this machine started, which from now on is called as there."""
+        """Return whether the file's clock was set since this machine started.
+
+        If so, take over the name that the file has for that start.
+        """
         if boot != self._boot and UNKNOWN not in (boot, self._boot) and self._is_in_use(db):
             self._boot = boot
         return boot == self._boot
@@ -141,17 +146,19 @@ def _boot() -> str:
     told = ""
     with suppress(OSError, UnicodeDecodeError):
         told = BOOT_ID.read_text(encoding="ascii").strip()
-    return told or secrets.token_hex(8)
+    return told or _OWN
 
 
 def _boottime() -> Callable[[], float]:
     """Return the machine's `CLOCK_BOOTTIME`, also in a time namespace, where it has an offset.
 
-    (https://man7.org/linux/man-pages/man7/time_namespaces.7.html)
+    What is told are its children's offsets. (https://man7.org/linux/man-pages/man7/time_namespaces.7.html)
     """
     ahead = 0.0
     with suppress(OSError, ValueError):
-        for clock, seconds, nanoseconds in map(str.split, OFFSETS.read_text(encoding="ascii").splitlines()):
+        is_its_own = TIME.readlink() == CHILDRENS_TIME.readlink()
+        told = OFFSETS.read_text(encoding="ascii").splitlines() if is_its_own else []
+        for clock, seconds, nanoseconds in map(str.split, told):
             if clock == "boottime":
                 ahead = int(seconds) + int(nanoseconds) / 1e9
     return lambda: time.clock_gettime(time.CLOCK_BOOTTIME) - ahead

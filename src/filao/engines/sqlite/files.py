@@ -392,7 +392,7 @@ def _refuses_alone(path: Path, error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY and (path == MEMORY or _may(path, os.W_OK))
 
 
-def was_interrupted(error: sqlite3.Error) -> bool:
+def was_interrupted(error: Exception) -> bool:
     """Return whether a statement was interrupted: it took too long, or a close or a fork would not wait for it."""
     return _primary(error) == sqlite3.SQLITE_INTERRUPT
 

@@ -326,10 +326,7 @@ class Hold:
 
     def look_at_commit(self) -> None:
         """Look before a commit is confirmed; a commit that confirms nothing need not look each time."""
-        if self.confirms:
-            self.look()
-        else:
-            self.look_if_due()
+        (self.look if self.confirms else self.look_if_due)()
 
     def look_if_due(self) -> None:
         """Look, unless that was done a moment ago."""
@@ -358,8 +355,8 @@ class Hold:
             self.look()
         except EngineError as lost:
             return lost
-        if self.is_closing and isinstance(error, sqlite3.Error) and files.was_interrupted(error):
-            return _interrupted(self.path)
+        if files.was_interrupted(error):
+            return _interrupted(self.path, by_close=self.is_closing)
         return files.engine_error(self.path, error)
 
     def watch_bell(self) -> None:
@@ -383,11 +380,13 @@ class Hold:
         return not is_busy
 
 
-def _interrupted(path: Path) -> EngineUnavailable:
-    return EngineUnavailable(
-        f"{path}: its broker was closed meanwhile, so this call was interrupted. Nothing of it was done; open the "
-        f"broker again, or another."
+def _interrupted(path: Path, *, by_close: bool) -> EngineUnavailable:
+    why, remedy = (
+        ("its broker was closed meanwhile, so this call was interrupted", "open the broker again, or another")
+        if by_close
+        else ("this process forked and waited no longer for this call, so it was interrupted", "try again")
     )
+    return EngineUnavailable(f"{path}: {why}. Nothing of it was done; {remedy}.")
 
 
 def _share_wal(path: Path) -> None:
