@@ -255,6 +255,18 @@ def test_a_thread_that_nobody_takes_along_goes_to_the_loop(broker, monkeypatch) 
     assert broker.stats("q").ready == 3
 
 
+def test_a_thread_that_goes_to_the_loop_calls_the_next(broker, monkeypatch) -> None:
+    ours = company_of(broker)
+    assert ours._leading.acquire(timeout=PATIENCE)
+    monkeypatch.setattr(company, "LOOKED_AFTER", 3 * PATIENCE)
+    (next_one,) = gather(broker, sender(broker, "next"))
+    monkeypatch.setattr(company, "LOOKED_AFTER", 1.0)
+    (leaves,) = gather(broker, sender(broker, "leaves"))
+    ours._leading.release()  # and calls nobody
+    assert leaves.ended().error is next_one.ended().error is None
+    assert broker.stats("q").ready == 2
+
+
 def test_a_call_from_the_midst_of_another_waits_for_nobody_there(broker) -> None:
     """As a `__del__` makes one, wherever the collector runs."""
     ours = company_of(broker)

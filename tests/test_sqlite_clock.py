@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -209,14 +211,20 @@ def elsewhere(machine) -> Machine:
     return seen
 
 
+@asynccontextmanager
+async def with_one_sent(path: Path, machine: Machine) -> AsyncGenerator[filao.Broker]:
+    async with filao.connect(path, clock=machine) as broker:
+        await broker.declare(filao.Queue("claims"))
+        await broker.send_to_queue("claims", "held")
+        yield broker
+
+
 @pytest.mark.parametrize("jump", [3600.0, -3600.0])
 async def test_who_calls_the_start_of_the_machine_otherwise_goes_by_the_clock_of_those_that_receive(
     tmp_path, machine, elsewhere, jump
 ) -> None:
     path = tmp_path / "claims.db"
-    async with filao.connect(path, clock=machine) as broker:
-        await broker.declare(filao.Queue("claims"))
-        await broker.send_to_queue("claims", "held")
+    async with with_one_sent(path, machine) as broker:
         held = await broker.receive_from_queue("claims")
         machine.wall = elsewhere.wall = machine.wall + jump
         async with filao.connect(path, clock=elsewhere) as other:
@@ -231,16 +239,13 @@ async def test_who_opened_a_file_before_another_set_its_clock_goes_by_that_as_we
     tmp_path, machine, elsewhere, jump
 ) -> None:
     path = tmp_path / "claims.db"
-    async with filao.connect(path, clock=machine) as broker:
-        await broker.declare(filao.Queue("claims"))
-        await broker.send_to_queue("claims", "held")
-        async with filao.connect(path, clock=elsewhere) as other:
-            held = await other.receive_from_queue("claims")
-            machine.wall = elsewhere.wall = machine.wall + jump
-            assert await broker.receive_from_queue("claims", wait=0) is None
-            await held.extend(30)
-            assert await broker.receive_from_queue("claims", wait=0) is None
-            await held.ack()
+    async with with_one_sent(path, machine) as broker, filao.connect(path, clock=elsewhere) as other:
+        held = await other.receive_from_queue("claims")
+        machine.wall = elsewhere.wall = machine.wall + jump
+        assert await broker.receive_from_queue("claims", wait=0) is None
+        await held.extend(30)
+        assert await broker.receive_from_queue("claims", wait=0) is None
+        await held.ack()
 
 
 async def test_where_nobody_can_have_a_bell_another_boot_ends_no_lease(
