@@ -500,7 +500,7 @@ class Immediate(Protocol):
     def at_once(self, operations: Sequence[Operation], results: list[Result]) -> bool:
         """Do operations durably in the calling thread, if nobody must be waited for; return whether they were done.
 
-        An exception means that none was done; if it interrupted the call, those that have a result may have been done.
+        An exception means that none was done; if the disk failed or it interrupts, those with a result may have been.
         """
         ...
 
